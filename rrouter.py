@@ -1,0 +1,3731 @@
+#!/usr/bin/env python3
+"""rrouter: a local router between the Claude Code CLI and CLIProxyAPI.
+
+    Claude Code --> rrouter (localhost:8316) --> CLIProxyAPI (localhost:8317) --> Antigravity / Claude
+
+The path of a request, each step a function of that name in this file:
+
+    read_request   one request, strictly framed, from the client         (ProxyHandler)
+    snapshot       config and mode as they are in the files just now     (Store)
+    admit          in auto mode: which target's turn it is               (Failover)
+    decide_route   the first matching rule names the model               (pure)
+    attempt        that one name spliced in, sent on, the head read      (ProxyHandler, Upstream)
+    relay          the answer passed on as it arrives, the outcome kept  (ProxyHandler, Failover)
+
+Files: ~/.rrouter/{mode,config.json,rrouter.pid,rrouter.lock,run.json,state.json,logs/rrouter.log}
+Environment: RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST.  Exit status: 0 done, 1 failed, 2 usage, 3 not running.
+"""
+
+import argparse
+import contextlib
+import datetime
+import errno
+import fcntl
+import fnmatch
+import http.client
+import http.server
+import itertools
+import json
+import mmap
+import os
+import re
+import select
+import signal
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+from collections import OrderedDict, deque
+from email.utils import parsedate_to_datetime
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+__version__ = "5.0.0"
+
+
+# Constants ####################################################################
+
+DEFAULT_CONFIG = {
+    "modes": {
+        "antigravity": {"mappings": [
+            {"match": "claude-sonnet-*", "rewrite": "gemini-claude-sonnet-4-5-thinking"},
+            {"match": "claude-opus-*", "rewrite": "gemini-claude-opus-4-5-thinking"},
+            {"match": "claude-haiku-*", "rewrite": "gemini-3-flash-preview"}]},
+        "claude": {"mappings": []},
+    },
+    "defaultMode": "claude",
+    "auto": {
+        "targets": ["antigravity", "claude"],
+        "failureThreshold": 3,
+        "timeoutThreshold": 2,              # one less than failures: each costs the user minutes
+        "cooldownMinutes": [30, 60, 120, 240],
+        "firstByteTimeoutSeconds": 150,     # over CLIProxyAPI's own rounds (90 s); twice is under Claude Code's 358 s
+    },
+}
+
+# Of a request without "stream": true the whole answer is generated before its first byte.
+UNSTREAMED_FACTOR = 2
+UNSTREAMED_MAX_S = 280          # Claude Code gives up at 300 s
+RETRY_AFTER_MIN_S = 60          # a shorter Retry-After would move a conversation, uncached, back and forth
+MODELS_REMEMBERED = 256         # machines of single models; names come from outside
+MODEL_NAME_MAX = 256            # characters; a longer name has no machine of its own
+
+HEAD_MAX_BYTES = 64 * 1024      # request line and fields together; nginx takes 32 KiB, Go 1 MiB
+FIELDS_MAX = 200
+CHUNK_LINE_MAX_BYTES = 256      # size and extensions of one chunk
+TRAILERS_MAX_BYTES = 8 * 1024
+BODY_MAX_BYTES = 64 * 1024 * 1024   # Anthropic takes 32 MB
+READ_AHEAD_MAX_BYTES = 1024 * 1024  # of an answer held back; error bodies are a few KB
+READ_AHEAD_S = 10               # for the rest of an error body whose head has come, where no other limit holds
+
+TICK_S = 0.5                    # how often a wait for the upstream looks after the client and the deadline
+CONNECT_S = 3                   # for each address of the upstream; it is on this machine or near
+IDLE_S = 300                    # client connection between two requests; the client should be the first to close
+HEAD_S = 15                     # from the first byte of a request head to its last
+BODY_STALL_S = 60               # request body without progress
+WRITE_STALL_S = 300             # a client that does not read; Claude Code itself gives up after 300 s
+LINGER_S, LINGER_BYTES = 1, 1024 * 1024     # what is read and dropped after an early error, so that no RST destroys it
+POOL_MAX, POOL_IDLE_S = 32, 60  # idle upstream connections; servers commonly close theirs after 60 s or more
+CONNECTIONS_MAX = 512           # clients at once; each costs a thread
+BACKLOG = 128                   # VS Code opens up to 50 connections at once; the default of 5 makes them wait seconds
+RECEIVE_BYTES = 64 * 1024
+MAPPED_BODY_BYTES = 256 * 1024  # request bodies from here on live in memory of their own, given back at once
+
+POLL_S = 0.2                    # how often the watcher looks at the files
+SETTLED_S = 2                   # a file younger than this may change again within its time stamp's grain (FAT: 2 s)
+FILE_MAX_BYTES = 1024 * 1024
+LOG_MAX_BYTES, LOG_FILES = 10 * 1024 * 1024, 3
+DRAIN_S = 30                    # for running answers when told to stop
+START_S = 15                    # for a daemon to answer; the slowest machine seen needs one
+
+MODE_AUTO = "auto"
+
+# RFC 9110 §7.6.1, and what golang/go net/http/httputil/reverseproxy.go removes besides.
+HOP_BY_HOP = frozenset((b"connection", b"proxy-connection", b"keep-alive", b"proxy-authenticate",
+                        b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
+
+# The types Anthropic's API gives these statuses: Claude Code shows and sorts errors by them.
+ERROR_TYPES = {403: "permission_error", 408: "timeout_error", 413: "request_too_large", 502: "api_error",
+               503: "overloaded_error", 504: "timeout_error", 500: "api_error"}
+
+# Which of two failures helps the client more; lower is better.  Other 4xx: 0, other 5xx: 4.
+USEFULNESS = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}
+
+# Claude Code's own patterns (lower case, without backticks), then the wordings of Gemini, which it does not know.
+SIGNATURE_WORDINGS = tuple(re.compile(pattern) for pattern in (
+    rb"signature in thinking block",
+    rb"invalid data in redacted_thinking block",
+    rb"(?s)thinking\.signature.*field required",
+    rb"(?s)(?:thinking block|redacted_thinking).*(?:cannot be modified|invalid signature)",
+    rb"(?s)invalid signature.*(?:thinking block|redacted_thinking)",
+    rb"(?:corrupted|invalid) thought signature",
+    rb"thought signature is not valid"))
+EMPTY_CONTENT = b'{"type":"text","text":"(no content)"}'    # the API refuses an empty content
+
+
+# Errors #######################################################################
+
+class RouterError(Exception):
+    """What went wrong, in words for the user: the thing, what is wrong with it, what to do."""
+
+    http_status = 500
+    exit_code = 1
+
+
+class ConfigError(RouterError):
+    """config.json does not parse or does not fit; the message begins with line:column or the JSON path."""
+
+
+class StateError(RouterError):
+    """state.json cannot be used."""
+
+
+class UsageError(RouterError):
+    """A command or the environment asks for what cannot be."""
+
+    exit_code = 2
+
+
+class DaemonError(RouterError):
+    """The daemon does not start, answer or stop."""
+
+
+class RequestError(RouterError):
+    """The client's request is refused with `http_status`; its connection is closed, for what follows is unknown."""
+
+    def __init__(self, http_status: int, message: str):
+        super().__init__(message)
+        self.http_status = http_status
+
+
+class ClientGone(RouterError):
+    """The client left, or broke its request off; nobody is there to be answered."""
+
+
+class UpstreamError(RouterError):
+    """The upstream broke off or answered what is no HTTP."""
+
+    http_status = 502
+    what = "connection dropped"
+    remedy = "see the log of CLIProxyAPI"
+
+
+class UpstreamUnreachable(UpstreamError):
+    """No connection: whatever lives behind the upstream is not to blame."""
+
+    what = "upstream unreachable"
+    remedy = "start CLIProxyAPI or set RROUTER_UPSTREAM"
+
+
+class UpstreamTimeout(UpstreamError):
+    """No first byte in time."""
+
+    http_status = 504
+    what = "timeout"
+    remedy = "see the log of CLIProxyAPI, or raise auto.firstByteTimeoutSeconds"
+
+
+# Values #######################################################################
+
+class Rule(NamedTuple):
+    """One mapping: model names matching the glob `match` become `rewrite`."""
+
+    match: str
+    rewrite: str
+
+
+class AutoSettings(NamedTuple):
+    """The `auto` section of config.json."""
+
+    targets: Tuple[str, str]
+    failure_threshold: int
+    timeout_threshold: int
+    cooldowns_s: Tuple[float, ...]
+    first_byte_s: float
+
+    def first_byte_limit_s(self, streamed: bool) -> float:
+        """Return how long an attempt may stay silent, in seconds."""
+        return self.first_byte_s if streamed else min(self.first_byte_s * UNSTREAMED_FACTOR, UNSTREAMED_MAX_S)
+
+
+class Config(NamedTuple):
+    """What config.json says, checked.  `problems` are complaints that do no harm."""
+
+    modes: Dict[str, Tuple[Rule, ...]]
+    default_mode: str
+    auto: AutoSettings
+    auto_error: str             #: why mode auto cannot be used; "" if it can
+    problems: Tuple[str, ...]
+
+    def resolve(self, mode: str) -> str:
+        """Return the mode in force for `mode`, one of the modes or a usable `auto`."""
+        if mode in self.modes or (mode == MODE_AUTO and not self.auto_error):
+            return mode
+        if mode != MODE_AUTO and self.default_mode == MODE_AUTO and not self.auto_error:
+            return MODE_AUTO
+        return self.default_mode if self.default_mode in self.modes else next(iter(self.modes))
+
+
+class Snapshot(NamedTuple):
+    """Config and mode, always read together; a request uses one from its beginning to its end."""
+
+    config: Config
+    mode: str                   #: the mode in force
+    problems: Tuple[str, ...]
+
+
+class Route(NamedTuple):
+    """Where a request goes: the target's name, the model name to send there, and why."""
+
+    target: str
+    model: Optional[str]
+    reason: str
+
+
+class RequestHead(NamedTuple):
+    """A request line and its fields, valid and unambiguous.
+
+    `fields` are (lower-case name, line as received) in order.  `length` is None for a chunked body.
+    """
+
+    method: str
+    target: bytes               #: in origin form (or `*`), bytes untouched
+    authority: str              #: what the request says it is for; "" in HTTP/1.0 without Host
+    http11: bool
+    fields: List[Tuple[bytes, bytes]]
+    length: Optional[int]
+    keep_alive: bool
+    expects_continue: bool
+
+    @property
+    def path(self) -> str:
+        """The target without its query, which may hold secrets."""
+        return self.target.partition(b"?")[0].decode("latin-1")
+
+
+class ResponseHead(NamedTuple):
+    """A status line and its fields, valid and unambiguous.  `length` None: chunked, or else up to the close."""
+
+    status: int
+    reason: bytes
+    fields: List[Tuple[bytes, bytes]]
+    length: Optional[int]
+    chunked: bool
+    keep_alive: bool
+
+    def value(self, name: bytes) -> Optional[str]:
+        """Return the first value of the field `name` (lower case)."""
+        for field, line in self.fields:
+            if field == name:
+                return field_value(line)
+        return None
+
+    @property
+    def is_event_stream(self) -> bool:
+        """True if the body is server-sent events that can be read: an encoded one cannot."""
+        return ((self.value(b"content-type") or "").lower().startswith("text/event-stream")
+                and (self.value(b"content-encoding") or "identity").lower() == "identity")
+
+
+class Ticket(NamedTuple):
+    """The right to one attempt; it goes out with `admit` and comes back with its outcome."""
+
+    target: str
+    model: str
+    alone: bool                 #: the model follows a machine of its own
+    generation: int             #: of the machine when the attempt began
+    probe: int                  #: number of the probe this is; 0 for none
+
+
+class Settings(NamedTuple):
+    """Where to listen and where to send, from the environment."""
+
+    host: str
+    port: int
+    upstream: str
+
+    @property
+    def listen_addr(self) -> str:
+        """The address as people write it."""
+        return "%s:%d" % ("[%s]" % self.host if ":" in self.host else self.host, self.port)
+
+
+# Text #########################################################################
+
+def printable(text: str, limit: int = 300) -> str:
+    """Return `text` fit for one line of a log, a header or a terminal: odd characters escaped, not over `limit`."""
+    if len(text) > limit:
+        text = text[:limit] + "..."
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def span(seconds: float) -> str:
+    """Return a duration as people say it: 30m, 90s."""
+    whole = int(-(-seconds // 1))
+    return "%dm" % (whole // 60) if whole >= 60 and whole % 60 == 0 else "%ds" % whole
+
+
+def utc(when: Optional[float]) -> Optional[str]:
+    """Return a time (Unix seconds) as 2026-01-29T15:00:00Z, or None for None."""
+    if when is None:
+        return None
+    return datetime.datetime.fromtimestamp(int(when), datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def error_body(status: int, message: str) -> bytes:
+    """Return one of rrouter's own errors in Anthropic's shape, whose message Claude Code shows."""
+    kind = ERROR_TYPES.get(status, "invalid_request_error")
+    return json.dumps({"type": "error", "error": {"type": kind, "message": "rrouter: " + message}}).encode()
+
+
+# Configuration ################################################################
+
+def parse_config(text: str) -> Config:
+    """Return the configuration that the JSON text `text` describes; raise ConfigError if any of it does not fit."""
+    value = _parse_json(text)
+    problems: List[str] = []
+    top = _members(value, "the top level", "", ("modes", "defaultMode", "auto"), problems)
+    if "modes" not in top:
+        raise ConfigError("modes: missing, expected an object of modes")
+    modes = _parse_modes(top["modes"], problems)
+    default_mode = top.get("defaultMode", DEFAULT_CONFIG["defaultMode"])
+    if "defaultMode" not in top and default_mode not in modes:
+        default_mode = next(iter(modes))
+    if default_mode != MODE_AUTO and (not isinstance(default_mode, str) or default_mode not in modes):
+        raise ConfigError("defaultMode: expected one of %s, found %s" % (
+            ", ".join(sorted(modes) + [MODE_AUTO]), _found(default_mode)))
+    auto = _parse_auto(top.get("auto", {}), problems)
+    unknown = [target for target in auto.targets if target not in modes]
+    auto_error = ""
+    if unknown:
+        auto_error = "auto.targets: %s: not among the modes (%s), so mode auto cannot be used" % (
+            ", ".join(map(_found, unknown)), ", ".join(modes))
+        if "targets" in top.get("auto", {}) or default_mode == MODE_AUTO:
+            problems.append(auto_error)
+    return Config(modes, default_mode, auto, auto_error, tuple(problems))
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        rest = text[error.pos:error.pos + 20]
+        raise ConfigError("%d:%d: %s, found %s" % (
+            error.lineno, error.colno, error.msg[0].lower() + error.msg[1:].replace("Expecting", "expecting"),
+            repr(rest) if rest else "the end of the file")) from error
+    except (ValueError, RecursionError) as error:       # a number of 5000 digits, 100,000 brackets
+        raise ConfigError("1:1: expected plain JSON, found a number or nesting that is too long") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ConfigError("1:1: expected JSON, found %s, which JSON does not have" % name)
+
+
+def _parse_modes(value: Any, problems: List[str]) -> Dict[str, Tuple[Rule, ...]]:
+    if not isinstance(value, dict) or not value:
+        raise ConfigError("modes: expected an object with at least one mode, found %s" % _found(value))
+    modes = {}
+    for name, mode in value.items():
+        path = "modes." + printable(name)
+        if name == MODE_AUTO:
+            raise ConfigError("%s: expected another name, found auto, which is built in" % path)
+        if not name or name != name.lower() or not printable(name) == name or name.split() != [name]:
+            raise ConfigError("%s: expected a name in lower case without spaces, found %s" % (path, _found(name)))
+        mappings = _members(mode, path, path + ".", ("mappings",), problems).get("mappings", [])
+        if not isinstance(mappings, list):
+            raise ConfigError("%s.mappings: expected a list, found %s" % (path, _found(mappings)))
+        modes[name] = tuple(_parse_rule(rule, "%s.mappings[%d]" % (path, index), problems)
+                            for index, rule in enumerate(mappings))
+    return modes
+
+
+def _parse_rule(value: Any, path: str, problems: List[str]) -> Rule:
+    members = _members(value, path, path + ".", ("match", "rewrite"), problems)
+    for key in ("match", "rewrite"):
+        if key not in members:
+            raise ConfigError("%s.%s: missing, expected a string" % (path, key))
+        if not isinstance(members[key], str) or not members[key]:
+            raise ConfigError("%s.%s: expected a string that is not empty, found %s" % (path, key, _found(members[key])))
+    return Rule(members["match"], members["rewrite"])
+
+
+def _parse_auto(value: Any, problems: List[str]) -> AutoSettings:
+    members = dict(DEFAULT_CONFIG["auto"])  # type: ignore[call-overload]
+    members.update(_members(value, "auto", "auto.", tuple(members), problems))
+    targets, minutes = members["targets"], members["cooldownMinutes"]
+    if not (isinstance(targets, list) and len(targets) == 2 and all(isinstance(t, str) for t in targets)
+            and targets[0] != targets[1]):
+        raise ConfigError("auto.targets: expected two different names of modes, found %s" % _found(targets))
+    if not isinstance(minutes, list) or not minutes:
+        raise ConfigError("auto.cooldownMinutes: expected a list of minutes, found %s" % _found(minutes))
+    return AutoSettings(
+        (targets[0], targets[1]),
+        int(_number(members["failureThreshold"], "auto.failureThreshold", 1, 1000, whole=True)),
+        int(_number(members["timeoutThreshold"], "auto.timeoutThreshold", 1, 1000, whole=True)),
+        tuple(60.0 * _number(m, "auto.cooldownMinutes[%d]" % i, 0.0001, 525600) for i, m in enumerate(minutes)),
+        _number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds", 0.001, 86400))
+
+
+def _members(value: Any, what: str, prefix: str, known: Tuple[str, ...], problems: List[str]) -> Dict[str, Any]:
+    """Return the object `value`; what it has beyond `known` is added to `problems`."""
+    if not isinstance(value, dict):
+        raise ConfigError("%s: expected an object, found %s" % (what, _found(value)))
+    problems.extend("%s%s: unknown key, ignored; known are %s" % (prefix, printable(key), ", ".join(known))
+                    for key in value if key not in known)
+    return value
+
+
+def _number(value: Any, path: str, low: float, high: float, whole: bool = False) -> float:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        raise ConfigError("%s: expected a %snumber from %s to %s, found %s" % (
+            path, "whole " if whole else "", low, high, _found(value)))
+    return value
+
+
+def _found(value: Any) -> str:
+    return printable(json.dumps(value), 60)
+
+
+def config_text(config: Config) -> str:
+    """Return `config` as the JSON text that would give it."""
+    auto = config.auto
+    return json.dumps({
+        "modes": {name: {"mappings": [rule._asdict() for rule in rules]} for name, rules in config.modes.items()},
+        "defaultMode": config.default_mode,
+        "auto": {"targets": list(auto.targets), "failureThreshold": auto.failure_threshold,
+                 "timeoutThreshold": auto.timeout_threshold,
+                 "cooldownMinutes": [_tidy(seconds / 60) for seconds in auto.cooldowns_s],
+                 "firstByteTimeoutSeconds": _tidy(auto.first_byte_s)},
+    }, indent=2, ensure_ascii=False)
+
+
+def _tidy(number: float) -> float:
+    return int(number) if number == int(number) else number
+
+
+def read_environment(environ: Dict[str, str]) -> Settings:
+    """Return the settings; raise UsageError naming the variable, its value and what is allowed."""
+    port = environ.get("RROUTER_PORT") or "8316"
+    if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
+        raise UsageError("RROUTER_PORT=%s: expected a port number from 1 to 65535" % printable(port))
+    host = (environ.get("RROUTER_HOST") or "localhost").strip("[]")
+    if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", host):
+        raise UsageError("RROUTER_HOST=%s: expected localhost, an address or a host name" % printable(host))
+    upstream = environ.get("RROUTER_UPSTREAM") or "http://localhost:8317"
+    try:
+        url = urllib.parse.urlsplit(upstream)
+        fits = (url.scheme in ("http", "https") and url.hostname and url.port != 0 and "@" not in url.netloc
+                and not url.query and not url.fragment and re.fullmatch("[!-~]+", upstream))
+    except ValueError:                                  # a port that is none, an unclosed bracket
+        fits = False
+    if not fits:
+        raise UsageError("RROUTER_UPSTREAM=%s: expected http://HOST[:PORT][/PATH] or https://…, without user, "
+                         "query or fragment" % printable(_without_password(upstream)))
+    return Settings(host, int(port), upstream.rstrip("/"))
+
+
+def _without_password(url: str) -> str:
+    return re.sub("//[^/@]*@", "//***@", url)
+
+
+# Routing ######################################################################
+
+def match_rule(rules: Tuple[Rule, ...], model: str) -> Optional[Rule]:
+    """Return the first rule whose glob matches `model`, case-sensitively, or None."""
+    for rule in rules:
+        if fnmatch.fnmatchcase(model, rule.match):
+            return rule
+    return None
+
+
+def decide_route(config: Config, target: str, model: Optional[str]) -> Route:
+    """Return where a request for `model` goes when it is the turn of `target`."""
+    if model is None:
+        return Route(target, None, "no model")
+    rule = match_rule(config.modes[target], model)
+    if rule is None:
+        return Route(target, model, "no rule matches")
+    return Route(target, rule.rewrite, "rule " + rule.match)
+
+
+# Messages: heads ##############################################################
+
+# `http.server` and `http.client` parse heads with the e-mail parser, which ends a head at its first odd line (the
+# fields behind it, Content-Length among them, vanish and the body becomes the next request), obeys a bare CR and takes
+# the first of two lengths: python/cpython#150499.  One expression that admits exactly RFC 9112 §2-5 does not.
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_FIELDS = rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)"
+_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])\r\n")
+_REQUEST_HEAD = re.compile(_REQUEST_LINE.pattern + _FIELDS + rb"\r\n")
+_RESPONSE_HEAD = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n" + _FIELDS + rb"\r\n")
+_TRAILERS = re.compile(_FIELDS + rb"\r\n")
+_LENGTH = re.compile(r"[0-9]{1,15}")
+_ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
+_LOOPBACK = r"(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?"
+_LOOPBACK_HOST = re.compile("(?i)" + _LOOPBACK)
+_LOOPBACK_ORIGIN = re.compile("(?i)https?://" + _LOOPBACK)
+_BARE_LF = re.compile(rb"(?<!\r)\n")
+
+
+def field_value(line: bytes) -> str:
+    """Return the value of a field line, without the white space around it."""
+    return line.partition(b":")[2].strip(b" \t").decode("latin-1")
+
+
+def split_fields(block: bytes) -> List[Tuple[bytes, bytes]]:
+    """Return (lower-case name, line) of each line in a block of valid field lines."""
+    return [(line[:line.index(b":")].lower(), line) for line in block.split(b"\r\n")[:-1]]
+
+
+def end_to_end(fields: List[Tuple[bytes, bytes]], *drop: bytes) -> List[Tuple[bytes, bytes]]:
+    """Return the fields that go on: all but the hop-by-hop ones, those named by Connection, and `drop`."""
+    removed = HOP_BY_HOP.union(drop, _tokens(fields, b"connection"))
+    return [field for field in fields if field[0] not in removed]
+
+
+def _values(fields: List[Tuple[bytes, bytes]], name: bytes) -> List[str]:
+    return [field_value(line) for field, line in fields if field == name]
+
+
+def _tokens(fields: List[Tuple[bytes, bytes]], name: bytes) -> List[bytes]:
+    """Return the members of a comma-separated list that may be spread over several lines, in lower case."""
+    return [token.strip(" \t").lower().encode("latin-1")
+            for value in _values(fields, name) for token in value.split(",")]
+
+
+def check_head_start(data: bytes) -> None:
+    """Raise RequestError as soon as the incomplete head `data` cannot become a valid one.
+
+    Else a client that speaks TLS, HTTP/0.9 or bare line feeds would wait for the end of a head that never comes.
+    """
+    end = data.find(b"\n")
+    if end >= 0 and not _REQUEST_LINE.match(data[:end + 1]):
+        parse_request_head(data[:end + 1])
+    if not re.match(_TOKEN, data) or _BARE_LF.search(data):
+        raise RequestError(400, "malformed request: expected HTTP/1.1, lines ending in CR LF")
+
+
+def parse_request_head(head: bytes) -> RequestHead:
+    """Return the request whose head is `head`, blank line included.
+
+    Raises RequestError for all that RFC 9112 forbids or that two parsers might read differently.
+    """
+    match = _REQUEST_HEAD.fullmatch(head)
+    if not match:
+        raise _refusal(head)
+    method, target, major, _, block = match.groups()
+    if major != b"1":
+        raise RequestError(505, "HTTP version not supported: use HTTP/1.1")
+    http11 = match.group(4) != b"0"
+    fields = split_fields(block)
+    if len(fields) > FIELDS_MAX:
+        raise RequestError(431, "more than %d header fields" % FIELDS_MAX)
+    hosts = _values(fields, b"host")
+    if len(hosts) > 1 or (http11 and not hosts):
+        raise RequestError(400, "malformed request: expected exactly one Host field, found %d" % len(hosts))
+    target, authority = _origin_form(method, target, hosts[0] if hosts else "")
+    length = _request_length(fields, http11)
+    expectation = [value.lower() for value in _values(fields, b"expect")] if http11 else []
+    if expectation and expectation != ["100-continue"]:
+        raise RequestError(417, "unknown expectation: only 100-continue is met")
+    keep_alive = http11 and b"close" not in _tokens(fields, b"connection")
+    return RequestHead(method.decode("ascii"), target, authority, http11, fields, length, keep_alive, bool(expectation))
+
+
+def _refusal(head: bytes) -> RequestError:
+    """Return the error that says what is wrong with a head that does not match."""
+    line, _, rest = head.partition(b"\r\n")
+    if not _REQUEST_LINE.match(line + b"\r\n"):
+        return RequestError(400, "malformed request line: expected METHOD TARGET HTTP/1.1")
+    for field in rest.split(b"\r\n"):
+        if field and not _TRAILERS.fullmatch(field + b"\r\n\r\n"):
+            name = field.partition(b":")[0][:40].decode("latin-1")
+            return RequestError(400, "malformed header field %s: expected NAME: VALUE without control characters, "
+                                     "space before the colon or continuation lines" % printable(repr(name)))
+    return RequestError(400, "malformed request head")
+
+
+def _origin_form(method: bytes, target: bytes, host: str) -> Tuple[bytes, str]:
+    """Return (target in origin form, authority); the one in an absolute target replaces Host (RFC 9112 §3.2.2)."""
+    if method in (b"CONNECT", b"TRACE"):    # a tunnel would leave the upstream; an echo would show credentials
+        raise RequestError(405, "%s is not supported" % method.decode("ascii"))
+    if target.startswith(b"/") or (target == b"*" and method == b"OPTIONS"):
+        return target, host
+    absolute = _ABSOLUTE.fullmatch(target)
+    if not absolute:
+        raise RequestError(400, "malformed request target: expected a path")
+    path = absolute.group(2)
+    return path if path.startswith(b"/") else b"/" + path, absolute.group(1).decode("ascii")
+
+
+def _request_length(fields: List[Tuple[bytes, bytes]], http11: bool) -> Optional[int]:
+    """Return the length of the body in bytes, or None if it is chunked (RFC 9112 §6)."""
+    lengths, codings = _values(fields, b"content-length"), _values(fields, b"transfer-encoding")
+    if codings:
+        if lengths:
+            raise RequestError(400, "malformed request: both Content-Length and Transfer-Encoding")
+        if not http11:
+            raise RequestError(400, "malformed request: Transfer-Encoding in HTTP/1.0")
+        if [coding.lower() for coding in codings] != ["chunked"]:
+            raise RequestError(501, "Transfer-Encoding not supported: expected chunked alone")
+        return None
+    if not lengths:
+        return 0
+    if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
+        raise RequestError(400, "malformed request: expected one Content-Length of digits alone")
+    if int(lengths[0]) > BODY_MAX_BYTES:
+        raise RequestError(413, "body of %s bytes is over the limit of %d MiB" % (lengths[0], BODY_MAX_BYTES >> 20))
+    return int(lengths[0])
+
+
+def check_origin(head: RequestHead, only_loopback: bool) -> None:
+    """Raise RequestError 403 for what a web page may send.
+
+    Without this any page could spend the user's quota: the upstream answers every Origin and preflight with
+    `Access-Control-Allow-Origin: *`, a text/plain POST needs no preflight, and a name of the page's own can be
+    rebound to 127.0.0.1 (CVE-2024-28224, CVE-2025-66414).  `Sec-Fetch-Mode` is no sign: Node's fetch sends it as well.
+    """
+    if only_loopback and (head.authority or head.http11) and not _LOOPBACK_HOST.fullmatch(head.authority):
+        raise RequestError(403, "Host %s is not this machine: use localhost, 127.0.0.1 or [::1]" % (
+            printable(repr(head.authority), 80)))
+    for name, line in head.fields:
+        if name == b"origin" and not _LOOPBACK_ORIGIN.fullmatch(field_value(line)):
+            raise RequestError(403, "requests of web pages from elsewhere are refused (Origin)")
+        if name == b"sec-fetch-site" and field_value(line).lower() == "cross-site":
+            raise RequestError(403, "requests of web pages from elsewhere are refused (Sec-Fetch-Site)")
+
+
+def request_head_bytes(head: RequestHead, authority: bytes, base_path: bytes, length: int) -> bytes:
+    """Return the head that goes upstream: the client's, Host and framing made the upstream's, in their places."""
+    target = base_path + head.target if head.target != b"*" else head.target
+    lines = [b"%b %b HTTP/1.1" % (head.method.encode("ascii"), target)]
+    named = framed = False
+    for name, line in end_to_end(head.fields):
+        if name == b"host":
+            line, named = b"%b: %b" % (line[:4], authority), True
+        elif name == b"content-length":
+            line, framed = b"%b: %d" % (line[:14], length), True
+        lines.append(line)
+    if head.length is None or (length and not framed):
+        lines.append(b"Content-Length: %d" % length)
+    if not named:
+        lines.insert(1, b"Host: " + authority)
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def parse_response_head(head: bytes) -> ResponseHead:
+    """Return the answer whose head is `head`, blank line included; raise UpstreamError if it is not sound."""
+    match = _RESPONSE_HEAD.fullmatch(head)
+    if not match:
+        raise UpstreamError("sent a malformed answer head")
+    minor, status, reason, block = match.groups()
+    fields = split_fields(block)
+    lengths, codings = _values(fields, b"content-length"), _values(fields, b"transfer-encoding")
+    if codings and (lengths or minor == b"0" or [coding.lower() for coding in codings] != ["chunked"]):
+        raise UpstreamError("sent an answer with ambiguous Transfer-Encoding")
+    if len(lengths) > 1 or (lengths and not _LENGTH.fullmatch(lengths[0])):
+        raise UpstreamError("sent an answer with a malformed Content-Length")
+    if status == b"101":
+        raise UpstreamError("switched protocols unasked")
+    return ResponseHead(int(status), reason or b"", fields, int(lengths[0]) if lengths else None, bool(codings),
+                        minor == b"1" and b"close" not in _tokens(fields, b"connection"))
+
+
+def response_head_bytes(head: ResponseHead, extra: List[bytes]) -> bytes:
+    """Return the head that goes to the client: the upstream's end-to-end fields, and the lines `extra`.
+
+    Of the upstream's CORS fields none goes on: they would open rrouter to every web page.
+    """
+    lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
+    lines += [line for name, line in end_to_end(head.fields) if not name.startswith(b"access-control-")]
+    return b"\r\n".join(lines + extra) + b"\r\n\r\n"
+
+
+# Messages: bodies #############################################################
+
+class FixedBody:
+    """A body of known length, fed with bytes as they come."""
+
+    def __init__(self, length: int):
+        self._left = length
+        self.done = not length
+        self.rest = b""                 #: bytes behind the end
+
+    def feed(self, data: bytes) -> bytes:
+        """Return what of `data` is payload."""
+        if len(data) > self._left:
+            data, self.rest = data[:self._left], data[self._left:]
+        self._left -= len(data)
+        self.done = not self._left
+        return data
+
+    def finish(self) -> None:
+        """Take the end of the connection; raise UpstreamError if the body is not whole."""
+        raise UpstreamError("broke off in the middle of its answer")
+
+
+class ClosingBody:
+    """A body that ends with its connection (HTTP/1.0)."""
+
+    done = False
+    rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Return what of `data` is payload: all."""
+        return data
+
+    def finish(self) -> None:
+        """Take the end of the connection, which is the end of the body."""
+        self.done = True
+
+
+class ChunkedBody(FixedBody):
+    """A body in chunked transfer coding (RFC 9112 §7.1), strictly; extensions and trailers are dropped.
+
+    Each size line but the first follows the CR LF of the chunk before it.  Starting with a CR LF nobody sent makes
+    them all alike.
+    """
+
+    _SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+    _UNFINISHED = re.compile(rb"\r?|\r\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?\r?)?")
+
+    def __init__(self):
+        super().__init__(0)
+        self.done = False
+        self._held = b"\r\n"            # a size line or trailers not yet whole
+        self._trailers = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the payload in `data`; raise UpstreamError where the coding is broken."""
+        if self._left >= len(data):     # the middle of a large chunk
+            self._left -= len(data)
+            return data
+        pieces = []
+        position = self._left
+        if position:
+            pieces.append(data[:position])
+        elif self._held:
+            data, self._held = self._held + data, b""
+        while not self._trailers:
+            size_line = self._SIZE.match(data, position)
+            if not size_line:
+                self._hold(data[position:])
+                return b"".join(pieces)
+            start, size = size_line.end(), int(size_line.group(1), 16)
+            if not size:
+                self._trailers, position = True, start
+                break
+            position = start + size
+            pieces.append(data[start:position])
+            if position > len(data):
+                self._left = position - len(data)
+                return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        self._left = 0
+        self._end(data[position:])
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _hold(self, data: bytes) -> None:
+        if len(data) > CHUNK_LINE_MAX_BYTES or not self._UNFINISHED.fullmatch(data):
+            raise UpstreamError("sent a malformed chunk")
+        self._left, self._held = 0, data
+
+    def _end(self, data: bytes) -> None:
+        """Take the trailers: nothing, or fields and a blank line."""
+        end = 0 if data.startswith(b"\r\n") else data.find(b"\r\n\r\n") + 2
+        if end == 1:                    # not found
+            if len(data) > TRAILERS_MAX_BYTES or (data[:1] == b"\r" and len(data) > 1):
+                raise UpstreamError("sent malformed trailers")
+            self._held = data
+            return
+        if not _TRAILERS.fullmatch(data[:end + 2]):
+            raise UpstreamError("sent malformed trailers")
+        self.done, self.rest = True, data[end + 2:]
+
+
+def response_body(head: ResponseHead, method: str) -> Any:
+    """Return the decoder for the body of an answer to `method` (RFC 9112 §6.3)."""
+    if method == "HEAD" or head.status in (204, 304):
+        return FixedBody(0)
+    if head.chunked:
+        return ChunkedBody()
+    return ClosingBody() if head.length is None else FixedBody(head.length)
+
+
+# Messages: JSON ###############################################################
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_LEADING_MODEL = re.compile(rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
+_OPENS_OBJECT = re.compile(rb"[ \t\n\r]*\{")
+_STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
+
+# The hooks spare building numbers and objects that nobody reads, and the refusal of long integers.
+_decode = json.JSONDecoder(parse_int=len, parse_float=len, object_pairs_hook=len).raw_decode
+
+
+def find_model(body: Any) -> Optional[Tuple[int, int, str]]:
+    """Return (start, end, name) of the top-level `model` string of a JSON object, or None if it has none.
+
+    `start` and `end` are byte offsets, quotes included.  If `model` is the first member and plain, as Claude Code
+    sends it, nothing behind it is looked at.  Else the whole top level is walked, so that a body that is no JSON is
+    left alone, and the first `model` counts: CLIProxyAPI (gjson) reads the first as well.
+    """
+    leading = _LEADING_MODEL.match(body)
+    if leading:
+        start, end = leading.span(1)
+        text = leading.group(1)
+    elif not _OPENS_OBJECT.match(body):
+        return None
+    else:
+        span_of_model = _walk_to_model(str(body, "latin-1"))    # latin-1: one character for each byte
+        if not span_of_model:
+            return None
+        start, end = span_of_model
+        text = bytes(body[start:end])
+    try:
+        return start, end, json.loads(text.decode("utf-8"))
+    except ValueError:                                          # the name is no UTF-8
+        return None
+
+
+def _walk_to_model(text: str) -> Optional[Tuple[int, int]]:
+    try:
+        found, end = None, _SPACE.match(text).end()     # type: ignore[union-attr]
+        for key, start, end in _walk_object(text, end):
+            if key == "model" and found is None:
+                found = (start, end) if text[start] == '"' else (0, 0)
+        end = _SPACE.match(text, end).end() + 1         # type: ignore[union-attr]
+        whole = _SPACE.match(text, end).end() == len(text)      # type: ignore[union-attr]
+    except (ValueError, IndexError, RecursionError):    # no JSON, cut short, or nested too deep
+        return None
+    return found if whole and found != (0, 0) else None
+
+
+def _walk_object(text: str, position: int):
+    """Yield (key, start, end) of each member of the object at `position`; raise ValueError if it is none.
+
+    After the last one the closing bracket is the next character but for white space; of an empty object nothing is
+    yielded.  `raw_decode` of the standard library does the scanning, in C.
+    """
+    position = _expect(text, position, "{")
+    if text[position] == "}":
+        return
+    while True:
+        key, colon = _decode(text, position)
+        if not isinstance(key, str) or text[position] != '"':
+            raise ValueError("a key that is no string")
+        start = _expect(text, _SPACE.match(text, colon).end(), ":")     # type: ignore[union-attr]
+        _, end = _decode(text, start)
+        yield key, start, end
+        position = _SPACE.match(text, end).end()        # type: ignore[union-attr]
+        if text[position] == "}":
+            return
+        position = _expect(text, position, ",")
+
+
+def _walk_array(text: str, position: int):
+    """Yield (start, end) of each element of the array at `position`."""
+    position = _expect(text, position, "[")
+    if text[position] == "]":
+        return
+    while True:
+        _, end = _decode(text, position)
+        yield position, end
+        position = _SPACE.match(text, end).end()        # type: ignore[union-attr]
+        if text[position] == "]":
+            return
+        position = _expect(text, position, ",")
+
+
+def _expect(text: str, position: int, character: str) -> int:
+    """Return where the next value begins behind `character`, which must stand at `position`."""
+    if text[position] != character:
+        raise ValueError("expected %s" % character)
+    return _SPACE.match(text, position + 1).end()       # type: ignore[union-attr]
+
+
+def asks_for_stream(body: Any) -> bool:
+    """Return whether `body` seems to ask for a stream.  A guess by its two ends, for it only moves a time limit."""
+    return bool(_STREAM_MEMBER.search(body[-2048:]) or _STREAM_MEMBER.search(body[:2048]))
+
+
+def splice(body: Any, start: int, end: int, model: str) -> List[Any]:
+    """Return `body` in pieces, the bytes from `start` to `end` replaced by the JSON string `model`.
+
+    Views, for joining 10 MB would cost more than sending them.
+    """
+    view = memoryview(body)
+    return [view[:start], json.dumps(model).encode("ascii"), view[end:]]
+
+
+def without_thinking(body: Any) -> Optional[bytes]:
+    """Return `body` with the thinking blocks taken out of its messages, or None if there are none.
+
+    All other bytes stay as they are.  A content that would be left empty gets a short text block.
+    """
+    text = str(body, "latin-1")
+    cuts: List[Tuple[int, int, bytes]] = []
+    try:
+        for key, start, _ in _walk_object(text, _SPACE.match(text).end()):      # type: ignore[union-attr]
+            if key == "messages":
+                for message, _ in _walk_array(text, start):
+                    cuts += _thinking_cuts(text, message)
+                break
+    except (ValueError, IndexError, RecursionError):
+        return None
+    if not cuts:
+        return None
+    pieces, position = [], 0
+    for start, end, replacement in cuts:
+        pieces += [bytes(body[position:start]), replacement]
+        position = end
+    return b"".join(pieces) + bytes(body[position:])
+
+
+def _thinking_cuts(text: str, message: int) -> List[Tuple[int, int, bytes]]:
+    """Return (start, end, replacement) of the thinking blocks of the message at `message`, with their commas."""
+    for key, start, _ in _walk_object(text, message):
+        if key != "content" or text[start] != "[":
+            continue
+        blocks = [(s, e, _block_type(text, s)) for s, e in _walk_array(text, start)]
+        thinking = [kind in ("thinking", "redacted_thinking") for _, _, kind in blocks]
+        if not any(thinking):
+            return []
+        if all(thinking):
+            return [(blocks[0][0], blocks[-1][1], EMPTY_CONTENT)]
+        first_kept = thinking.index(False)
+        cuts = [(blocks[0][0], blocks[first_kept][0], b"")] if first_kept else []
+        return cuts + [(blocks[i - 1][1], blocks[i][1], b"") for i in range(first_kept, len(blocks)) if thinking[i]]
+    return []
+
+
+def _block_type(text: str, position: int) -> Optional[str]:
+    if text[position] != "{":
+        return None
+    for key, start, end in _walk_object(text, position):
+        if key == "type":
+            return json.loads(text[start:end]) if text[start] == '"' else None
+    return None
+
+
+def names_foreign_signature(body: bytes) -> bool:
+    """Return whether the body of a 400 says that thinking blocks of the history were signed by another backend."""
+    text = bytes(body).lower().replace(b"`", b"")
+    return any(wording.search(text) for wording in SIGNATURE_WORDINGS)
+
+
+# Messages: event streams ######################################################
+
+class EventScan:
+    """What an attempt's event stream has shown so far: nothing, an event that commits it, or an error.
+
+    Fed with the payload as it comes.  `committed` is set by the first event that is no ping, comment or error;
+    `failed` by an `error` event, wherever it comes.
+    """
+
+    _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
+    _TYPE = re.compile(rb'^data:[ ]?\{\s*"type"\s*:\s*"([a-z_]+)"', re.M)
+    # JSON escapes line feeds, so that no text of a model can look like this.
+    _ERROR = re.compile(rb'(?:\A|[\r\n])(?:event:[ ]?error[ \t]*[\r\n]|data:[ ]?\{\s*"type"\s*:\s*"error")')
+    _OVERLAP = 64                           # bytes; longer than what _ERROR matches
+
+    def __init__(self):
+        self.committed = self.failed = False
+        self._tail = b""
+
+    def feed(self, payload: bytes) -> None:
+        """Take more of the stream."""
+        data = self._tail + payload
+        if self.committed:
+            if b"error" in data and self._ERROR.search(data):
+                self.failed = True
+            self._tail = data[-self._OVERLAP:]
+            return
+        position = 0
+        for blank in self._BLANK_LINE.finditer(data):
+            self._judge(data[position:blank.start()])
+            position = blank.end()
+            if self.committed or self.failed:
+                break
+        self._tail = data[position:]
+        if self.committed:
+            self._tail = b"\n"
+            self.feed(data[position:])
+
+    def _judge(self, block: bytes) -> None:
+        """Take one event."""
+        lines = [line for line in block.lstrip(b"\xef\xbb\xbf").splitlines() if line and not line.startswith(b":")]
+        names = [line[6:].strip() for line in lines if line.startswith(b"event:")]
+        if not names and not any(line.startswith(b"data") for line in lines):
+            return                          # comments, or an id alone
+        found = self._TYPE.search(b"\n".join(lines))
+        kind = names[-1] if names else found.group(1) if found else b""
+        if kind == b"error":
+            self.failed = True
+        elif kind != b"ping":
+            self.committed = True
+
+
+# Failover #####################################################################
+
+CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
+
+
+def blames_request(status: int) -> bool:
+    """Return whether `status`, answered by both targets, says that the request (or its key) is at fault."""
+    return 400 <= status < 500 and status not in (408, 429)
+
+
+def usefulness(status: int) -> int:
+    """Return how useful a failure is to the client; lower is better."""
+    return USEFULNESS.get(status, 0 if status < 500 else 4)
+
+
+def retry_after_s(value: Optional[str], now: float) -> Optional[float]:
+    """Return the seconds that a Retry-After field asks for, as a number or a date (RFC 9110 §10.2.3), else None."""
+    if not value:
+        return None
+    if re.fullmatch("[0-9]{1,9}", value):
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+class Failure(NamedTuple):
+    """A failed attempt as the machines see it."""
+
+    what: str                           #: 429, timeout, error event ...
+    timed_out: bool = False
+    retry_after_s: Optional[float] = None
+
+
+# One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
+#
+#   state      event                                        next state   what else
+#   CLOSED     success of home                              CLOSED       its counts = 0
+#   CLOSED     failure of home, n-th in a row, n < limit    CLOSED       n counted
+#   CLOSED     failure of home, n = limit                   OPEN         the N-th wait begins, away's counts = 0
+#   OPEN       success of away                              OPEN         its counts = 0; N + 1 once for each switch
+#   OPEN       failure of away, n = limit                   CLOSED       wait void, N stays, home's counts = 0
+#   OPEN       a request asks, wait over                    HALF_OPEN    that request is the probe of home
+#   HALF_OPEN  the probe succeeds                           CLOSED       recovery: home's counts = 0
+#   HALF_OPEN  the probe fails                              OPEN         the next wait begins
+#   HALF_OPEN  the probe counts for nobody                  OPEN         wait stays over: the next request is the probe
+#   HALF_OPEN  failure of away, n = limit                   CLOSED       as in OPEN
+#   any        failure of an attempt from before a switch   same         nothing: the switch has dealt with it
+#
+# N goes back to the first wait when twice the last wait has passed since home was returned to, without a switch.
+
+class Breaker:
+    """Which of two targets serves one scope: `home` while closed, `away` while open.
+
+    Methods take the time (Unix seconds, for it outlives the process) and return lines for the log.  Not locked.
+    """
+
+    def __init__(self, targets: Tuple[str, str], serial: Iterator[int], label: str = ""):
+        self._serial = serial           # numbers that no other breaker gives out: a ticket fits one machine alone
+        self.label = label              #: " for MODEL", or ""
+        self.level = 0                  # index of the next wait
+        self.switch_count = 0
+        self.last_cooldown_s = 0.0
+        self.returned_at: Optional[float] = None
+        self.close(targets)
+
+    def close(self, targets: Tuple[str, str]) -> None:
+        """Start anew on the first of `targets`; N and the number of switches stay."""
+        self.home, self.away = targets
+        self.state = CLOSED
+        self.generation = next(self._serial)    # a new one with each change of `current`
+        self.probe = 0
+        self.answered = True            # whether the target last switched to has answered since
+        self.reason: Optional[str] = None
+        self.switched_at: Optional[float] = None
+        self.retry_at: Optional[float] = None
+        self.failures = dict.fromkeys(targets, 0)
+        self.timeouts = dict.fromkeys(targets, 0)
+
+    @property
+    def current(self) -> str:
+        """The target whose turn it is."""
+        return self.home if self.state == CLOSED else self.away
+
+    @property
+    def idle(self) -> bool:
+        """True if there is nothing to remember."""
+        return self.state == CLOSED and not self.level and not any(self.failures.values()) and not any(
+            self.timeouts.values())
+
+    def remaining_s(self, now: float) -> float:
+        """Return the seconds until home may be probed.  A clock that was set back does not make the wait longer."""
+        if self.retry_at is None:
+            return 0.0
+        self.retry_at = min(self.retry_at, now + self.last_cooldown_s)
+        return max(0.0, self.retry_at - now)
+
+    def admit(self, now: float) -> Tuple[str, int]:
+        """Return (target, number of the probe or 0) for one request."""
+        if self.state == OPEN and not self.remaining_s(now):
+            self.state, self.probe = HALF_OPEN, next(self._serial)
+            return self.home, self.probe
+        return self.current, 0
+
+    def succeed(self, now: float, ticket: Ticket) -> List[str]:
+        """Take a success of `ticket.target`."""
+        if ticket.target not in self.failures:
+            return []
+        self.failures[ticket.target] = self.timeouts[ticket.target] = 0
+        if self.state == HALF_OPEN and ticket.probe == self.probe:
+            self.close((self.home, self.away))
+            self.returned_at = now
+            return ["RECOVERED: %s answers again%s" % (self.home, self.label)]
+        if self.state != CLOSED and ticket.target == self.away and not self.answered:
+            self.answered = True
+            self.level += 1
+        return []
+
+    def fail(self, now: float, ticket: Ticket, failure: Failure, auto: AutoSettings) -> List[str]:
+        """Take a failure of `ticket.target`; attempts from before a switch are none of its business."""
+        if self.state == HALF_OPEN and ticket.probe == self.probe:
+            lines = ["PROBE of %s failed%s: %s" % (self.home, self.label, failure.what)]
+            return lines + self._open(now, "failed a probe, last " + failure.what, failure, auto)
+        if ticket.generation != self.generation or ticket.target != self.current:
+            return ["%s failed%s: %s" % (ticket.target, self.label, failure.what)]
+        counts, limit, name = ((self.timeouts, auto.timeout_threshold, "timeouts") if failure.timed_out else
+                               (self.failures, auto.failure_threshold, "HTTP errors"))
+        counts[ticket.target] += 1
+        count = counts[ticket.target]
+        lines = ["%s failed%s: %s (%d of %d %s in a row)" % (
+            ticket.target, self.label, failure.what, count, limit, name)]
+        if count < limit:
+            return lines
+        reason = "%d consecutive %s" % (count, name)
+        if not failure.timed_out:
+            reason += ", last " + failure.what
+        if self.state == CLOSED:
+            return lines + self._open(now, reason, failure, auto)
+        self.close((self.home, self.away))
+        self.returned_at = now
+        self.switch_count += 1
+        return lines + ["SWITCH %s -> %s%s: %s" % (self.away, self.home, self.label, reason)]
+
+    def _open(self, now: float, reason: str, failure: Failure, auto: AutoSettings) -> List[str]:
+        """Leave home, or stay away from it, for the next wait."""
+        self.settle(now)
+        wait_s = auto.cooldowns_s[min(self.level, len(auto.cooldowns_s) - 1)]
+        if failure.retry_after_s is not None:
+            wait_s = min(wait_s, max(RETRY_AFTER_MIN_S, failure.retry_after_s))
+        if self.state == CLOSED:
+            self.failures[self.away] = self.timeouts[self.away] = 0
+            self.generation = next(self._serial)
+        self.state, self.probe, self.answered = OPEN, 0, False
+        self.switch_count += 1
+        self.reason, self.switched_at, self.retry_at, self.last_cooldown_s = reason, now, now + wait_s, wait_s
+        return ["SWITCH %s -> %s%s: %s; retry in %s" % (self.home, self.away, self.label, reason, span(wait_s))]
+
+    def release(self, ticket: Ticket) -> List[str]:
+        """Take an outcome that counts for nobody: the probe's place is free again."""
+        if self.state == HALF_OPEN and ticket.probe == self.probe:
+            self.state, self.probe = OPEN, 0
+            return ["PROBE of %s came to nothing%s: the next request tries" % (self.home, self.label)]
+        return []
+
+    def settle(self, now: float) -> None:
+        """Set N back if home has held for long enough."""
+        if self.returned_at is not None:
+            self.returned_at = min(self.returned_at, now)
+            if now - self.returned_at >= 2 * self.last_cooldown_s:
+                self.level, self.returned_at = 0, None
+
+    def snapshot(self, now: float) -> Dict[str, Any]:
+        """Return what /health tells of it."""
+        is_open = self.state != CLOSED
+        return {"currentTarget": self.current, "switched": is_open, "switchCount": self.switch_count,
+                "failureCount": self.failures[self.current], "timeoutCount": self.timeouts[self.current],
+                "reason": self.reason, "switchedAt": utc(self.switched_at), "retryAt": utc(self.retry_at),
+                "cooldownSeconds": _tidy(round(self.last_cooldown_s, 3)) if is_open else 0,
+                "cooldownRemainingSeconds": int(-(-self.remaining_s(now) // 1))}
+
+    SAVED = {"home": str, "away": str, "level": int, "switch_count": int, "answered": bool, "reason": str,
+             "switched_at": float, "retry_at": float, "returned_at": float, "last_cooldown_s": float}
+
+    def save(self) -> Dict[str, Any]:
+        """Return what a restart must keep: all but the counts and a probe under way."""
+        return dict({name: getattr(self, name) for name in self.SAVED}, open=self.state != CLOSED)
+
+    def restore(self, saved: Any, longest_s: float) -> None:
+        """Take what `save` returned, from a file anybody may have written; raise StateError if it does not fit."""
+        values = {}
+        for name, kind in self.SAVED.items():
+            value = saved.get(name) if isinstance(saved, dict) else None
+            if isinstance(value, int) and kind is float and not isinstance(value, bool):
+                value = float(value)
+            if not isinstance(value, kind) and not (value is None and name.endswith(("_at", "reason"))):
+                raise StateError("%s: expected %s" % (name, kind.__name__))
+            values[name] = value
+        if (not {values["home"], values["away"]} == {self.home, self.away} or not 0 <= values["level"] < 10 ** 6
+                or not 0 <= values["last_cooldown_s"] <= longest_s or (saved.get("open") and values["retry_at"] is None)
+                or not all(0 <= values[name] < 1e11 for name in values if name.endswith("_at") and values[name])):
+            raise StateError("the targets or numbers are not those of config.json")
+        vars(self).update(values)
+        self.state = OPEN if saved.get("open") else CLOSED
+
+
+class Failover:
+    """Whose turn it is in auto mode: one breaker for the whole target, one for each model that fails alone.
+
+    All methods may be called from any thread; `clock` returns Unix seconds.  Lines for the log are returned.
+    """
+
+    def __init__(self, clock, auto: AutoSettings):
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._serial = itertools.count(1)
+        self._auto = auto
+        self._clear()
+
+    def _clear(self) -> None:
+        self._whole = Breaker(self._auto.targets, self._serial)
+        self._models: "OrderedDict[str, Breaker]" = OrderedDict()
+
+    def reset(self, auto: AutoSettings, why: str) -> List[str]:
+        """Forget everything, and go on with the settings `auto`."""
+        with self._lock:
+            used = not self._whole.idle or self._whole.switch_count or self._models
+            self._auto = auto
+            self._clear()
+        return ["RESET: %s; on %s" % (why, auto.targets[0])] if used else []
+
+    def admit(self, model: str, targets: Tuple[str, str]) -> Ticket:
+        """Return the ticket for the first attempt of a request; `targets` are those of the request's snapshot."""
+        with self._lock:
+            if targets != self._auto.targets:           # the config changed since the snapshot was taken
+                return Ticket(targets[0], model, False, -1, 0)
+            breaker, alone = self._breaker(model)
+            target, probe = breaker.admit(self._clock())
+            return Ticket(target, model, alone, breaker.generation, probe)
+
+    def rescue(self, ticket: Ticket, targets: Tuple[str, str]) -> Ticket:
+        """Return the ticket for the second attempt, on the other of `targets`."""
+        other = targets[1] if ticket.target == targets[0] else targets[0]
+        with self._lock:
+            if targets != self._auto.targets:
+                return ticket._replace(target=other, generation=-1, probe=0)
+            breaker, alone = self._breaker(ticket.model)
+            return Ticket(other, ticket.model, alone, breaker.generation, 0)
+
+    def current(self, model: Optional[str], targets: Tuple[str, str]) -> str:
+        """Return the target, one of `targets`, for a request that counts for nobody."""
+        with self._lock:
+            current = self._breaker(model)[0].current
+            return current if current in targets else targets[0]
+
+    def _breaker(self, model: Optional[str]) -> Tuple[Breaker, bool]:
+        """Return (the breaker that serves `model`, whether it is the model's own)."""
+        own = self._models.get(model) if model is not None else None
+        return (own, True) if own is not None and own.state != CLOSED else (self._whole, False)
+
+    def credit(self, ticket: Ticket) -> List[str]:
+        """Take a success: the upstream's answer of 2xx is complete."""
+        with self._lock:
+            now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
+            unprobing = ticket._replace(probe=0)        # a probe is that of one machine alone
+            generation = whole.generation
+            lines = whole.succeed(now, unprobing if ticket.alone else ticket)
+            self._follow(generation)
+            if own is not None:
+                lines += own.succeed(now, ticket if ticket.alone else unprobing)
+                self._tidy(ticket.model, own)
+            return lines
+
+    def charge(self, ticket: Ticket, failure: Failure) -> List[str]:
+        """Take a failure.
+
+        A model switched alone is charged in its own machine only: an exhausted model must not drag the others along,
+        neither with its probes nor with what it had under way when it switched.
+        """
+        with self._lock:
+            now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
+            if ticket.alone or (own is not None and own.state != CLOSED and not ticket.probe):
+                if own is None:
+                    return []
+                lines = own.fail(now, ticket, failure, self._auto)
+                self._tidy(ticket.model, own)
+                return lines
+            generation = whole.generation
+            fresh = ticket.generation == generation and ticket.target == whole.current
+            lines = whole.fail(now, ticket, failure, self._auto)
+            self._follow(generation)
+            if fresh and whole.generation == generation:
+                lines += self._charge_model(now, ticket, failure)
+            return lines
+
+    def release(self, ticket: Ticket) -> List[str]:
+        """Take an outcome that counts for nobody; after `credit` or `charge` it does nothing."""
+        if not ticket.probe:
+            return []
+        with self._lock:
+            breaker = self._models.get(ticket.model) if ticket.alone else self._whole
+            return breaker.release(ticket) if breaker is not None else []
+
+    def _charge_model(self, now: float, ticket: Ticket, failure: Failure) -> List[str]:
+        """Count a failure of the whole target for its model too; its line is told only if the model switches."""
+        if len(ticket.model) > MODEL_NAME_MAX:
+            return []
+        whole = self._whole
+        own = self._models.get(ticket.model)
+        if own is None:
+            other = whole.home if whole.current == whole.away else whole.away
+            own = Breaker((whole.current, other), self._serial, " for " + printable(ticket.model))
+            self._models[ticket.model] = own
+            self._evict()
+        self._models.move_to_end(ticket.model)
+        lines = own.fail(now, ticket._replace(generation=own.generation), failure, self._auto)
+        return lines[1:]
+
+    def _evict(self) -> None:
+        """Forget one model if there are too many: the one longest unseen, of those not switched if there are any."""
+        if len(self._models) > MODELS_REMEMBERED:
+            closed = (model for model, own in self._models.items() if own.state == CLOSED)
+            del self._models[next(closed, next(iter(self._models)))]
+
+    def _tidy(self, model: str, own: Breaker) -> None:
+        """Forget a model that has nothing to remember; let one that returned home follow the whole again."""
+        if own.state == CLOSED and own.home != self._whole.current:
+            own.close((own.away, own.home))
+        if own.idle:
+            self._models.pop(model, None)
+
+    def _follow(self, generation: int) -> None:
+        """If the whole has moved since `generation`, start the counts of its models anew."""
+        if self._whole.generation == generation:
+            return
+        current = self._whole.current
+        other = self._whole.home if current == self._whole.away else self._whole.away
+        for model, own in list(self._models.items()):
+            # A model alone on the very target that the whole returns to has nothing left to be alone for.
+            if own.state == CLOSED or (current == self._whole.home == own.current):
+                own.close((current, other))
+                self._tidy(model, own)
+
+    def snapshot(self, active: bool) -> Dict[str, Any]:
+        """Return the `autoSwitch` object of /health."""
+        with self._lock:
+            now, common = self._clock(), {"active": active, "targets": list(self._auto.targets)}
+            models = {model: dict(common, **own.snapshot(now))
+                      for model, own in self._models.items() if own.state != CLOSED}
+            return dict(common, **self._whole.snapshot(now), models=models)
+
+    def save(self) -> Dict[str, Any]:
+        """Return what state.json keeps."""
+        with self._lock:
+            return {"whole": self._whole.save(),
+                    "models": {model: own.save() for model, own in self._models.items()
+                               if own.state != CLOSED or own.level}}
+
+    def restore(self, saved: Any) -> None:
+        """Take what `save` returned; raise StateError, leaving everything as it was, if it does not fit."""
+        longest_s = max(self._auto.cooldowns_s)
+        if not isinstance(saved, dict) or not isinstance(saved.get("models"), dict):
+            raise StateError("expected an object with whole and models")
+        whole = Breaker(self._auto.targets, self._serial)
+        whole.restore(saved.get("whole"), longest_s)
+        if whole.home != self._auto.targets[0]:
+            raise StateError("whole.home: expected %s" % self._auto.targets[0])
+        models: "OrderedDict[str, Breaker]" = OrderedDict()
+        for model, own in list(saved["models"].items())[:MODELS_REMEMBERED]:
+            models[model] = Breaker(self._auto.targets, self._serial, " for " + printable(model))
+            models[model].restore(own, longest_s)
+        with self._lock:
+            self._whole, self._models = whole, models
+
+
+# ---- Everything above is pure; everything below does I/O. ----
+
+
+# Files ########################################################################
+
+class Paths:
+    """Where rrouter keeps its files."""
+
+    def __init__(self, home: str):
+        self.root = os.path.join(home, ".rrouter")
+        self.mode = os.path.join(self.root, "mode")
+        self.config = os.path.join(self.root, "config.json")
+        self.pid = os.path.join(self.root, "rrouter.pid")
+        self.lock = os.path.join(self.root, "rrouter.lock")
+        self.run = os.path.join(self.root, "run.json")
+        self.state = os.path.join(self.root, "state.json")
+        self.log = os.path.join(self.root, "logs", "rrouter.log")
+
+    def create(self) -> None:
+        """Create the directories, for this user alone; raise DaemonError if that cannot be."""
+        try:
+            for directory in (self.root, os.path.dirname(self.log)):
+                os.makedirs(directory, 0o700, exist_ok=True)
+                os.chmod(directory, 0o700)
+        except OSError as error:
+            raise DaemonError("%s: %s: rrouter keeps its files there; set HOME to a directory you can write" % (
+                error.filename or self.root, reason_of(error))) from error
+
+
+def reason_of(error: OSError) -> str:
+    """Return the system's words for `error`, in lower case."""
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
+def write_atomically(path: str, text: str) -> None:
+    """Write `text` to `path` so that a reader sees all of it or what was there before; mode 0600.
+
+    A symbolic link stays, its target is replaced.  Raises OSError.
+    """
+    path = os.path.realpath(path)
+    temporary = "%s.%d.%d.tmp" % (path, os.getpid(), threading.get_ident())
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())     # else a crash of the machine may leave the new name with no content
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def read_file(path: str) -> Optional[bytes]:
+    """Return the bytes of a regular file, or None if there is none; raise OSError for anything else at `path`."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # a FIFO would block for ever
+    except FileNotFoundError:
+        return None
+    with os.fdopen(descriptor, "rb", closefd=True) as file:
+        status = os.fstat(descriptor)
+        if status.st_mode & 0o170000 != 0o100000:
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        if status.st_size > FILE_MAX_BYTES:
+            raise OSError(errno.EFBIG, "larger than %d bytes" % FILE_MAX_BYTES, path)
+        return file.read(FILE_MAX_BYTES)
+
+
+def _signature(path: str) -> Any:
+    """Return what changes with each write of the file; None if there is none.
+
+    Compared by equality: `mv` and `git checkout` can bring an older time.
+    """
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error.errno
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _settled(signature: Any) -> Any:
+    """Return `signature`, or what equals nothing if the file may change again without a new one."""
+    if isinstance(signature, tuple) and time.time() - signature[0] / 1e9 < SETTLED_S:
+        return object()
+    return signature
+
+
+class Log:
+    """The log file: one line a call, rotated by size.  No failure of it ever reaches a request."""
+
+    def __init__(self, path: str, echo: bool):
+        self._path, self._echo = path, echo
+        self._lock = threading.Lock()
+        self._descriptor: Optional[int] = None
+        self._size = 0
+        self._stamp = (0, "")           # a second and how it is written
+        self.problem: Optional[str] = None
+        self.reopen()
+
+    def write(self, tag: str, text: str) -> None:
+        """Write one line; `text` is made printable by those who take parts of it from outside."""
+        now = time.time()
+        second, stamp = self._stamp
+        if second != int(now):
+            second, stamp = self._stamp = int(now), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        line = ("%s.%03d [%s] %s\n" % (stamp, int(now % 1 * 1000), tag, text)).encode("utf-8", "replace")
+        if self._echo:
+            _write_all(2, line)
+        if self._descriptor is None:
+            return
+        problem = _write_all(self._descriptor, line)
+        if problem is not None or self.problem is not None:
+            self._note(problem)
+        self._size += len(line)
+        if self._size > LOG_MAX_BYTES:
+            self._rotate()
+
+    def _note(self, error: Optional[OSError]) -> None:
+        """Keep the problem for /health; say it once on stderr, which is all that is left."""
+        problem = "%s: %s: log lines are lost" % (self._path, reason_of(error)) if error is not None else None
+        if problem and not self.problem:
+            _write_all(2, ("rrouter: %s\n" % problem).encode("utf-8", "replace"))
+        self.problem = problem
+
+    def reopen(self) -> None:
+        """Open the file at the path again if it is no longer the one in use (rotated or removed by others)."""
+        with self._lock:
+            try:
+                try:
+                    there = os.stat(self._path)
+                    here = os.fstat(self._descriptor) if self._descriptor is not None else None
+                    if here is not None and (there.st_ino, there.st_dev) == (here.st_ino, here.st_dev):
+                        return
+                except FileNotFoundError:
+                    os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+                descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            except OSError as error:
+                self._note(error)
+                return
+            if self._descriptor is None:
+                self._descriptor = descriptor
+            else:                       # other threads may be writing: the number must stay open
+                os.dup2(descriptor, self._descriptor, inheritable=False)
+                os.close(descriptor)
+            if not self._echo:          # the daemon's stderr, for what Python itself may have to say
+                os.dup2(self._descriptor, 2)
+            self._size = os.fstat(self._descriptor).st_size
+            self._note(None)
+
+    def _rotate(self) -> None:
+        with self._lock:
+            with contextlib.suppress(OSError):
+                if os.stat(self._path).st_size <= LOG_MAX_BYTES:    # another thread or process has done it
+                    self._size = os.fstat(self._descriptor).st_size if self._descriptor is not None else 0
+                else:
+                    for number in range(LOG_FILES - 1, 0, -1):
+                        with contextlib.suppress(FileNotFoundError):
+                            os.replace("%s.%d" % (self._path, number), "%s.%d" % (self._path, number + 1))
+                    os.replace(self._path, self._path + ".1")
+        self.reopen()
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
+
+
+def _write_all(descriptor: int, data: bytes) -> Optional[OSError]:
+    """Write `data`, in one piece if the system lets; return the error there was."""
+    try:
+        while data:
+            data = data[os.write(descriptor, data):]
+    except OSError as error:
+        return error
+    return None
+
+
+class Store:
+    """What the user last asked for: config and mode, always read together, and never stale.
+
+    `changed(old, new, mode_written)` is called, one at a time, before the new snapshot is given to anybody.
+    """
+
+    def __init__(self, paths: Paths, log: Log, changed):
+        self.paths, self._log, self._changed = paths, log, changed
+        self._lock = threading.Lock()
+        self.condition = threading.Condition()      #: notified when the watcher should look at once
+        self._config = parse_config(json.dumps(DEFAULT_CONFIG))
+        self._config_bytes: Any = None
+        self._config_error: Optional[str] = None
+        self._word: Optional[str] = None
+        self._mode_error: Optional[str] = None
+        self.mode_signature: Any = None
+        self._current: Snapshot = Snapshot(self._config, "", ())
+        self._seen: Any = None
+        self._reload(first=True)
+
+    def snapshot(self) -> Snapshot:
+        """Return config and mode as they are now: whoever wrote a file before this call is heard."""
+        if (_signature(self.paths.mode), _signature(self.paths.config)) == self._seen:
+            return self._current
+        return self._reload()
+
+    def wake(self) -> None:
+        """Let the watcher look at once."""
+        with self.condition:
+            self.condition.notify_all()
+
+    def _reload(self, first: bool = False) -> Snapshot:
+        with self._lock:
+            seen = _signature(self.paths.mode), _signature(self.paths.config)
+            self._read_config()
+            written = self._read_mode(seen[0]) and not first
+            old, new = self._current, self._compose()
+            if first:
+                self._log.write("MODE", new.mode)
+            elif new.mode != old.mode:
+                self._log.write("MODE", "%s -> %s" % (old.mode, new.mode))
+            if not first and (written or new != old):
+                self._changed(old, new, written)
+            self._current = new
+            self._seen = tuple(map(_settled, seen))     # last: who sees it may use _current without the lock
+            return new
+
+    def _read_config(self) -> None:
+        try:
+            content = read_file(self.paths.config)
+            if content == self._config_bytes and not isinstance(self._config_bytes, OSError):
+                return
+            self._config_bytes = content
+            self._config = (parse_config(json.dumps(DEFAULT_CONFIG)) if content is None else
+                            parse_config(content.decode("utf-8-sig")))
+            self._config_error = None
+            for problem in self._config.problems:
+                self._log.write("CONFIG", "config.json: " + problem)
+            self._log.write("CONFIG", "config.json loaded" if content is not None else "no config.json: the defaults")
+        except (ConfigError, UnicodeDecodeError, OSError) as error:
+            complaint = complain_about_config(error)
+            if isinstance(error, OSError):
+                self._config_bytes = error
+            if complaint != self._config_error:
+                self._config_error = complaint
+                self._log.write("CONFIG", complaint + "; the previous one stays in force")
+
+    def _read_mode(self, signature: Any) -> bool:
+        """Read the mode file; return whether it was written since it was last read."""
+        try:
+            content = read_file(self.paths.mode)
+        except OSError as error:
+            self._mode_error = "mode: %s: the mode in force stays" % reason_of(error)
+            return False
+        self._mode_error = None
+        word = content.decode("utf-8", "backslashreplace").strip().lower() if content is not None else None
+        if word == "":                  # somebody is just writing it
+            return False
+        self._word = word
+        written = signature != self.mode_signature
+        self.mode_signature = signature
+        return written
+
+    def _compose(self) -> Snapshot:
+        config, word = self._config, self._word
+        mode = config.resolve(word if word is not None else config.default_mode)
+        problems = [self._config_error, *config.problems, self._mode_error]
+        if word is not None and word != mode:
+            if word == MODE_AUTO:
+                problems += [p for p in [config.auto_error] if p not in problems]
+            else:
+                problems.append("mode: %r is not defined by config.json (defined: %s); %s is in force" % (
+                    printable(word, 40), ", ".join([*config.modes, MODE_AUTO]), mode))
+        return Snapshot(config, mode, tuple(problem for problem in problems if problem))
+
+    def save_state(self, failover: Dict[str, Any]) -> None:
+        """Write the state of auto mode to state.json; raise OSError."""
+        auto = list(map(_jsonable, self._current.config.auto))
+        write_atomically(self.paths.state, json.dumps({
+            "version": 1, "modeFile": _jsonable(self.mode_signature), "auto": auto, **failover}, indent=1) + "\n")
+
+    def load_state(self) -> Optional[Dict[str, Any]]:
+        """Return what `save_state` wrote, or None if there is nothing to go on with; raise StateError."""
+        try:
+            content = read_file(self.paths.state)
+        except OSError as error:
+            raise StateError(reason_of(error)) from error
+        if content is None:
+            return None
+        try:
+            state = json.loads(content.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise StateError("not the JSON that rrouter wrote") from error
+        if not isinstance(state, dict) or state.get("version") != 1:
+            raise StateError("not what this version of rrouter writes")
+        if state.get("modeFile") != _jsonable(self.mode_signature):
+            raise StateError("the mode file was written since")
+        if state.get("auto") != list(map(_jsonable, self._current.config.auto)):
+            raise StateError("the auto section of config.json was written since")
+        return state
+
+
+def _jsonable(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def complain_about_config(error: Exception) -> str:
+    """Return one line that says what is wrong with config.json and where."""
+    if isinstance(error, UnicodeDecodeError):
+        return "config.json: expected UTF-8, found byte 0x%02x at offset %d" % (error.object[error.start], error.start)
+    if isinstance(error, OSError):
+        return "config.json: cannot be read: %s" % reason_of(error)
+    text = str(error)
+    return "config.json%s%s" % (":" if text[:1].isdigit() else ": ", text)
+
+
+# Upstream #####################################################################
+
+WAITED = (BlockingIOError, socket.timeout)      # nothing came within the socket's time limit
+
+
+class Watch:
+    """What ends a wait for the upstream: the client leaving, or the deadline of an attempt."""
+
+    def __init__(self, client: socket.socket, limit_s: Optional[float] = None):
+        self._client, self._limit_s = client, limit_s
+        self.deadline: Optional[float] = None
+
+    def start(self) -> None:
+        """Let the time limit begin."""
+        if self._limit_s is not None:
+            self.deadline = time.monotonic() + self._limit_s
+
+    def check(self) -> None:
+        """Raise ClientGone or UpstreamTimeout if the wait is over.
+
+        A half-closed client counts as gone, as with Go and HAProxy (abortonclose).
+        """
+        try:
+            if not self._client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                raise ClientGone("the client left")
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise ClientGone("the client left") from error
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise UpstreamTimeout("sent no first byte within %g s" % (self._limit_s or 0))
+
+    def stop(self) -> None:
+        """Let the time limit end: the first byte has come."""
+        self.deadline = None
+
+    @property
+    def tick_s(self) -> float:
+        """The time until `check` should be asked again."""
+        if self.deadline is None:
+            return TICK_S
+        return min(TICK_S, max(0.001, self.deadline - time.monotonic()))
+
+
+class Wire:
+    """One end of a connection: its socket, and the bytes received but not yet used.
+
+    Time limits of a plain socket are the kernel's (SO_RCVTIMEO): Python's own `settimeout` costs a poll before each
+    call, a second system call where there should be one.
+    """
+
+    def __init__(self, sock: socket.socket, send_limit_s: float):
+        self.sock = sock
+        self.held = b""
+        self._kernel = type(sock) is socket.socket     # a TLS socket would take EAGAIN for a reason to try again
+        self._limit_s = 0.0
+        if self._kernel:
+            sock.settimeout(None)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(send_limit_s))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # else each event waits 40 ms for an ACK
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def limit(self, seconds: float) -> None:
+        """Let `receive` raise one of WAITED after so many seconds without a byte."""
+        if seconds != self._limit_s:
+            self._limit_s = seconds
+            if self._kernel:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+            else:
+                self.sock.settimeout(seconds)
+
+    def receive(self) -> bytes:
+        """Return the next bytes, b"" at the end of the connection."""
+        if self.held:
+            data, self.held = self.held, b""
+            return data
+        return self.sock.recv(RECEIVE_BYTES)
+
+    def close(self) -> None:
+        """Close the connection."""
+        with contextlib.suppress(OSError):
+            self.sock.close()
+
+
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+
+
+class UpstreamConnection(Wire):
+    """A connection to the upstream, opened by `http.client`, whose answers are read by our own strict parser.
+
+    `http.client` itself takes a head cut short for a 200 with an empty body, hands on unknown transfer codings, and
+    ends a body cut short as if it were whole (python/cpython#115997).
+    """
+
+    def __init__(self, connection: http.client.HTTPConnection):
+        super().__init__(connection.sock, TICK_S)
+        self._connection = connection
+        self.used = False               #: has carried an exchange before
+        self.heard = False              #: has sent a byte of the answer due
+        self.idle_since = 0.0
+
+    def is_alive(self) -> bool:
+        """Return whether a kept connection can be used: still open, and nothing unasked has come."""
+        try:
+            if self._kernel:
+                self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            else:                       # TLS: reads session tickets as well
+                self.sock.settimeout(0)
+                self._limit_s = 0.0
+                self.sock.recv(1)
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError as error:
+            return getattr(error, "errno", None) == 2   # ssl.SSLWantReadError
+        return False
+
+    def send(self, pieces: List[Any], watch: Watch) -> None:
+        """Send all of `pieces`; return early if the upstream answers before it has read them, or closes."""
+        views = [memoryview(piece) for piece in pieces if len(piece)]
+        while views:
+            try:
+                sent = self.sock.sendmsg(views) if self._kernel else self.sock.send(views[0])
+            except WAITED:
+                watch.check()
+                if select_readable(self.sock):
+                    return
+                continue
+            except OSError:
+                return                  # there may be an answer to read: 413, say
+            while views and sent >= len(views[0]):
+                sent -= len(views.pop(0))
+            if sent:
+                views[0] = views[0][sent:]
+
+    def wait(self, watch: Watch) -> bytes:
+        """Return the next bytes, b"" at the end; raise what `watch` says, or UpstreamError."""
+        while True:
+            self.limit(watch.tick_s)
+            try:
+                return self.receive()
+            except WAITED:
+                watch.check()
+            except OSError as error:
+                raise UpstreamError("broke the connection: %s" % reason_of(error)) from error
+
+    def read_head(self, watch: Watch) -> ResponseHead:
+        """Return the next head, 1xx ones included."""
+        data = b""
+        while True:
+            more = self.wait(watch)
+            if not more:
+                raise UpstreamError("closed the connection before its answer" if not data else
+                                    "broke off in the head of its answer")
+            self.heard = True
+            data += more
+            end = data.find(b"\r\n\r\n", max(0, len(data) - len(more) - 3)) + 4
+            if end >= 4:
+                self.held = data[end:]
+                return parse_response_head(data[:end])
+            if len(data) > HEAD_MAX_BYTES or not b"HTTP/1.".startswith(data[:7]):
+                raise UpstreamError("sent a malformed answer head")
+
+    def close(self) -> None:
+        """Close the connection, without the rest of an answer."""
+        with contextlib.suppress(OSError):
+            self._connection.close()
+
+
+def select_readable(sock: socket.socket) -> bool:
+    """Return whether there is something to read just now (`select` fails with descriptors over 1023)."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+class Answer:
+    """An answer of the upstream: its head, and its body as it comes.
+
+    `ahead` is payload that was read before it was known whether this answer goes to the client.
+    """
+
+    def __init__(self, upstream: "Upstream", connection: UpstreamConnection, head: ResponseHead, method: str):
+        self.head = head
+        self.ahead = b""
+        self._upstream, self._connection = upstream, connection
+        self._body = response_body(head, method)
+        self._error: Optional[UpstreamError] = None
+        if self._body.done:
+            self._give_back()
+
+    @property
+    def complete(self) -> bool:
+        """True when the whole body has been received."""
+        return self._body.done
+
+    def at_hand(self) -> bytes:
+        """Return the payload that came together with the head, without waiting for more."""
+        payload = b""
+        if self._connection.held and not self._body.done:
+            payload = self._body.feed(self._connection.receive())
+            if self._body.done:
+                self._give_back()
+        return payload
+
+    def receive(self, watch: Watch) -> bytes:
+        """Return the next payload; b"" may come with `complete`.  Raises UpstreamError, ClientGone, UpstreamTimeout."""
+        if self._error is not None:
+            raise self._error
+        payload = b""
+        while not payload and not self._body.done:
+            data = self._connection.wait(watch)
+            if data:
+                payload = self._body.feed(data)
+            else:
+                self._body.finish()
+        if self._body.done:
+            self._give_back()
+        return payload
+
+    def read_ahead(self, watch: Watch) -> bool:
+        """Receive more into `ahead`; return whether there may be still more.
+
+        A body that breaks off or stalls is kept as far as it came: `receive` tells of the break in its turn.
+        """
+        if self.complete or self._error is not None or len(self.ahead) > READ_AHEAD_MAX_BYTES:
+            return False
+        try:
+            self.ahead += self.receive(watch)
+        except UpstreamTimeout:
+            return False
+        except UpstreamError as error:
+            self._error = error
+            return False
+        return not self.complete
+
+    def _give_back(self) -> None:
+        reusable = self.head.keep_alive and not self._body.rest and not self._connection.held
+        if reusable and isinstance(self._body, FixedBody):
+            self._upstream.keep(self._connection)
+        else:
+            self._connection.close()
+
+    def close(self) -> None:
+        """Break the connection off unless the answer is complete."""
+        if not self.complete:
+            self._connection.close()
+
+
+class Upstream:
+    """The upstream and the connections kept open to it."""
+
+    def __init__(self, url: str, is_own_address):
+        parts = urllib.parse.urlsplit(url)
+        self.url = url
+        self.authority = parts.netloc.encode("ascii")
+        self.base_path = parts.path.encode("ascii")
+        self._host, self._port = parts.hostname or "", parts.port
+        self._is_own_address = is_own_address
+        self._kept: "deque[UpstreamConnection]" = deque()   # last in, first out: the busiest stay alive
+        self._tls = None
+        if parts.scheme == "https":
+            import ssl                  # 4 MB that a plain upstream does not need
+            self._tls = ssl.create_default_context()
+
+    def exchange(self, method: str, pieces: List[Any], watch: Watch, interim) -> Answer:
+        """Send a request and return the answer, its head read; `interim` is called with each 1xx head before it.
+
+        A kept connection that turns out to be dead before a byte of the answer came says nothing of the upstream: the
+        request is sent once more on a new one.  (RFC 9110 §9.2.2 leaves that to clients for POST; model calls change
+        nothing, and the client would only see an error and do the same.)
+        """
+        connection = self._take()
+        if connection is not None:
+            try:
+                return self._exchange_on(connection, method, pieces, watch, interim)
+            except (UpstreamTimeout, ClientGone):
+                raise
+            except UpstreamError:
+                if connection.heard:
+                    raise
+        return self._exchange_on(self.connect(), method, pieces, watch, interim)
+
+    def _exchange_on(self, connection: UpstreamConnection, method: str, pieces: List[Any], watch: Watch,
+                     interim) -> Answer:
+        connection.heard = False
+        watch.start()
+        try:
+            connection.limit(watch.tick_s)
+            connection.send(pieces, watch)
+            head = connection.read_head(watch)
+            while head.status < 200:
+                if head.status != 100:      # the client has had its own 100 (Continue)
+                    interim(head)
+                head = connection.read_head(watch)
+            return Answer(self, connection, head, method)
+        except BaseException:
+            connection.close()
+            raise
+
+    def connect(self) -> UpstreamConnection:
+        """Return a new connection; raise UpstreamUnreachable."""
+        connection = self.open()
+        if self._is_own_address(connection.sock):
+            connection.close()
+            raise UpstreamUnreachable("is rrouter itself")
+        return UpstreamConnection(connection)
+
+    def open(self) -> http.client.HTTPConnection:
+        """Return a new connection of the standard library; raise UpstreamUnreachable."""
+        kind, options = http.client.HTTPConnection, {}
+        if self._tls is not None:
+            kind, options = http.client.HTTPSConnection, {"context": self._tls}     # type: ignore[assignment]
+        connection = kind(self._host, self._port, timeout=CONNECT_S, **options)
+        connection.auto_open = 0            # it shall not connect again by itself
+        try:
+            connection.connect()
+        except OSError as error:
+            connection.close()
+            raise UpstreamUnreachable("cannot be reached: %s" % reason_of(error)) from error
+        except UnicodeError as error:       # a host name that is none
+            raise UpstreamUnreachable("cannot be reached: no such host name") from error
+        return connection
+
+    def _take(self) -> Optional[UpstreamConnection]:
+        """Return a kept connection that seems alive, or None."""
+        while True:
+            try:
+                connection = self._kept.pop()
+            except IndexError:
+                return None
+            if time.monotonic() - connection.idle_since < POOL_IDLE_S and connection.is_alive():
+                return connection
+            connection.close()
+
+    def keep(self, connection: UpstreamConnection) -> None:
+        """Take a connection back whose answer is complete."""
+        connection.idle_since = time.monotonic()
+        self._kept.append(connection)
+        if len(self._kept) > POOL_MAX:
+            with contextlib.suppress(IndexError):
+                self._kept.popleft().close()
+
+    def prune(self) -> None:
+        """Close the connections that have been idle for too long."""
+        with contextlib.suppress(IndexError):
+            while time.monotonic() - self._kept[0].idle_since >= POOL_IDLE_S:
+                self._kept.popleft().close()
+
+
+# Proxy ########################################################################
+
+class Attempt:
+    """One try of a request on one target: an answer, or the error there was in its place."""
+
+    def __init__(self, route: Route, ticket: Optional[Ticket]):
+        self.route, self.ticket = route, ticket
+        self.answer: Optional[Answer] = None
+        self.error: Optional[UpstreamError] = None
+        self.scan: Optional[EventScan] = None       #: of an event stream in auto mode
+        self.blames_history = False                 #: a 400 for foreign thinking signatures
+
+    @property
+    def status(self) -> int:
+        """The status; that of our own error where no answer came."""
+        return self.answer.head.status if self.answer else self.error.http_status if self.error else 0
+
+    @property
+    def failed(self) -> bool:
+        """True if the answer should not go to the client while another target is left."""
+        return self.answer is None or self.status >= 400 or self.stream_failed
+
+    @property
+    def stream_failed(self) -> bool:
+        """True if an event stream brought no event, or an error."""
+        return self.scan is not None and (self.scan.failed or not self.scan.committed)
+
+    @property
+    def blames_request(self) -> bool:
+        """True if a like answer of the other target would clear this one."""
+        return self.answer is not None and blames_request(self.status)
+
+    @property
+    def usefulness(self) -> int:
+        """How useful this failure is to the client; lower is better."""
+        return usefulness(500 if self.stream_failed else self.status)
+
+    @property
+    def failure(self) -> Failure:
+        """What the failover machines are told."""
+        if self.answer is None:
+            assert self.error is not None
+            return Failure(self.error.what, isinstance(self.error, UpstreamTimeout))
+        if self.scan is not None:
+            return Failure("error event" if self.scan.failed else "empty stream")
+        what = str(self.status)
+        if self.status in (400, 502) and b"unknown provider for model" in self.answer.ahead:
+            what += ": the upstream does not know the model %s" % printable(self.route.model or "", 80)
+        return Failure(what, False, retry_after_s(self.answer.head.value(b"retry-after"), time.time()))
+
+    def close(self) -> None:
+        """Break the answer off unless it is complete."""
+        if self.answer is not None:
+            self.answer.close()
+
+
+class Exchange:
+    """One proxied request, from its arrival to its line in the log."""
+
+    def __init__(self, router: "Router", head: RequestHead, body: Any):
+        self.head, self.body = head, body
+        self.started = time.monotonic()
+        self.snapshot = router.store.snapshot()
+        self.found = find_model(body)
+        self.model = self.found[2] if self.found else None
+        self.attempts: List[Attempt] = []
+        self.chosen: Optional[Attempt] = None       #: the one whose answer the client gets
+        self.answering = False          #: a byte of the final answer has gone to the client
+        self._router, self._recorded = router, False
+        self.number = router.begin()
+
+    @property
+    def may_be_rescued(self) -> bool:
+        """True if auto mode may try, count and time it: it carries a model and is no count_tokens."""
+        return (self.snapshot.mode == MODE_AUTO and self.model is not None
+                and not self.head.path.endswith("/count_tokens"))
+
+    def record(self, status: int, note: str = "") -> None:
+        """Write the log line and count the request as ended, once, before the client can know that it is."""
+        if self._recorded:
+            return
+        self._recorded = True
+        words = ["#%d" % self.number, self.head.method, printable(self.head.path)]
+        if self.model is not None and self.attempts:
+            route = (self.chosen or self.attempts[-1]).route
+            words += [printable(self.model), "->", route.target, printable(route.model or "")]
+        words += [str(status), "%.2fs" % (time.monotonic() - self.started)]
+        words += ["(%s failed: %s)" % (attempt.route.target, attempt.failure.what)
+                  for attempt in self.attempts if self.chosen not in (None, attempt)]
+        if note:
+            words.append("(%s)" % note)
+        self._router.end(" ".join(words))
+
+
+class Router:
+    """What all connections share: settings, store, failover, upstream, log and counters."""
+
+    def __init__(self, settings: Settings, paths: Paths, log: Log, started_by: str):
+        self.settings, self.log, self.started_by = settings, log, started_by
+        self.store = Store(paths, log, self._changed)
+        self.failover = Failover(time.time, self.store.snapshot().config.auto)
+        self.upstream = Upstream(settings.upstream, self._is_own_address)
+        self.connections: "set[ProxyHandler]" = set()
+        self.connections_max = CONNECTIONS_MAX
+        self.draining = False
+        self.addresses: List[Tuple[str, int]] = []      #: what the servers are bound to
+        self.keeps_state = False        #: whether state.json is ours to write
+        self._saved_state: Any = None
+        self._state_problem: Optional[str] = None
+        self._lock = threading.Lock()
+        self._requests = self._active = 0
+        self._started = time.monotonic()
+
+    def begin(self) -> int:
+        """Count a request; return its number."""
+        with self._lock:
+            self._requests += 1
+            self._active += 1
+            return self._requests
+
+    def end(self, line: str) -> None:
+        """Count the end of a request and log its line."""
+        with self._lock:
+            self._active -= 1
+        self.log.write("REQ", line)
+
+    def auto(self, lines: List[str], number: int = 0) -> None:
+        """Log decisions of auto mode, and let the watcher save what has come of them."""
+        for line in lines:
+            self.log.write("AUTO", "#%d %s" % (number, line) if number and "SWITCH" not in line else line)
+        if lines:
+            self.store.wake()
+
+    def _changed(self, old: Snapshot, new: Snapshot, mode_written: bool) -> None:
+        """Clear the failover state when the user asks for it: by the mode file, or by the auto section."""
+        if mode_written or old.mode != new.mode:
+            why = "mode %s" % new.mode if old.mode != new.mode else "mode %s written again" % new.mode
+        elif old.config.auto != new.config.auto:
+            why = "the auto section of config.json changed"
+        else:
+            return
+        self.auto(self.failover.reset(new.config.auto, why))
+
+    def _is_own_address(self, sock: socket.socket) -> bool:
+        """Return whether `sock` is connected to rrouter itself."""
+        own, peer = sock.getsockname()[:2], sock.getpeername()[:2]
+        return any(port == peer[1] and (host == peer[0] or (host in ("0.0.0.0", "::") and own[0] == peer[0]))
+                   for host, port in self.addresses)
+
+    def load_state(self) -> None:
+        """Go on with the failover state of before a restart, if it still fits, and keep it from now on."""
+        self.keeps_state = True
+        try:
+            state = self.store.load_state()
+            if state is not None and self.store.snapshot().mode == MODE_AUTO:
+                self.failover.restore(state)
+                self.log.write("AUTO", "state.json: on %s" % self.failover.snapshot(True)["currentTarget"])
+        except StateError as error:
+            self.log.write("AUTO", "state.json set aside: %s" % error)
+
+    def save_state(self) -> None:
+        """Write state.json if there is something new."""
+        if not self.keeps_state:
+            return
+        state = self.failover.save()
+        if (state, self.store.mode_signature) == self._saved_state:
+            return
+        try:
+            self.store.save_state(state)
+            self._saved_state, self._state_problem = (state, self.store.mode_signature), None
+        except OSError as error:
+            problem = "state.json: cannot be written: %s: a restart forgets the cooldowns" % reason_of(error)
+            if problem != self._state_problem:
+                self.log.write("AUTO", problem)
+            self._state_problem = problem
+
+    def watch(self) -> None:
+        """Look at the files; one step of the watcher."""
+        self.store.snapshot()
+        self.save_state()
+        self.log.reopen()
+        self.upstream.prune()
+
+    def health(self) -> Dict[str, Any]:
+        """Return what /health tells."""
+        snapshot = self.store.snapshot()
+        is_auto = snapshot.mode == MODE_AUTO
+        auto = self.failover.snapshot(is_auto)
+        problems = list(snapshot.problems) + [p for p in (self.log.problem, self._state_problem) if p]
+        return {"status": "ok", "version": __version__, "mode": snapshot.mode,
+                "currentTarget": auto["currentTarget"] if is_auto else snapshot.mode,
+                "defaultMode": snapshot.config.default_mode, "requestCount": self._requests,
+                "activeRequests": self._active, "uptimeSeconds": int(time.monotonic() - self._started),
+                "pid": os.getpid(), "startedBy": self.started_by, "listenAddr": self.settings.listen_addr,
+                "upstreamURL": self.settings.upstream, "problems": problems, "autoSwitch": auto}
+
+
+class ProxyHandler(http.server.BaseHTTPRequestHandler):
+    """One client connection: its requests, one after the other.
+
+    Of the standard handler the frame is used (setup, handle, finish, a thread each); parsing and writing are our own,
+    for what it does to heads is told above, and its buffered reader hides bytes from the watch for the client.
+    """
+
+    server: "ProxyServer"
+
+    def setup(self) -> None:
+        """Take the connection."""
+        self.router = self.server.router
+        self.wire = Wire(self.request, WRITE_STALL_S)
+        self.busy = False               #: a request is under way
+
+    def handle(self) -> None:
+        """Carry requests through until one side ends the connection."""
+        self.router.connections.add(self)
+        try:
+            if len(self.router.connections) > self.router.connections_max:
+                self._fail(None, RequestError(503, "too many connections (%d)" % self.router.connections_max))
+                return
+            while self.handle_one_request():
+                self.busy = False
+        finally:
+            self.router.connections.discard(self)
+
+    def finish(self) -> None:
+        """Leave the connection to the server, which closes it."""
+
+    def handle_one_request(self) -> bool:
+        """Carry one request through; return whether the connection can carry another."""
+        head = None
+        try:
+            head = self.read_head()
+            if head is None:
+                return False
+            check_origin(head, self.server.only_loopback)
+            body = self.read_body(head)
+            if head.path == "/health" and head.method in ("GET", "HEAD"):
+                self.report_health(head)
+            else:
+                self.proxy(head, body)
+        except RequestError as error:
+            self._fail(head, error)
+            return False
+        except ClientGone:
+            return False
+        return head.keep_alive and not self.router.draining
+
+    # ---- reading
+
+    def read_head(self) -> Optional[RequestHead]:
+        """Return the next request's head; None if the client closes, or is silent for too long, before it begins."""
+        wire = self.wire
+        data = wire.held
+        wire.held = b""
+        wire.limit(IDLE_S)
+        deadline = None
+        while True:
+            data = data[2:] if data.startswith(b"\r\n") else data       # RFC 9112 §2.2: ignored before a request
+            end = data.find(b"\r\n\r\n") + 4
+            if end >= 4:
+                self.busy = True
+                if end > HEAD_MAX_BYTES:
+                    raise RequestError(431, "request head over %d KiB" % (HEAD_MAX_BYTES // 1024))
+                wire.held = data[end:]
+                return parse_request_head(data[:end])
+            if data not in (b"", b"\r"):
+                self.busy = True
+                if len(data) > HEAD_MAX_BYTES:
+                    raise RequestError(431 if b"\r\n" in data else 414,
+                                       "request head over %d KiB" % (HEAD_MAX_BYTES // 1024))
+                check_head_start(data)
+                deadline = deadline or time.monotonic() + HEAD_S
+                wire.limit(max(0.001, deadline - time.monotonic()))
+            try:
+                more = wire.receive()
+                if deadline is not None and time.monotonic() > deadline:
+                    raise socket.timeout()
+            except WAITED:
+                if deadline is None:
+                    return None
+                raise RequestError(408, "request head not complete within %d s" % HEAD_S) from None
+            except OSError as error:
+                raise ClientGone("the client left") from error
+            if not more:
+                return None
+            data += more
+
+    def read_body(self, head: RequestHead) -> Any:
+        """Return the whole body, as a bytes-like object."""
+        if head.length == 0:
+            return b""
+        if head.expects_continue and not self.wire.held:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return self._read_chunks() if head.length is None else self._read_fixed(head.length)
+
+    def _read_fixed(self, length: int) -> Any:
+        wire = self.wire
+        if len(wire.held) >= length:
+            body, wire.held = wire.held[:length], wire.held[length:]
+            return body
+        # A map of its own is memory only as far as bytes have come, and goes back to the system at once.
+        body = mmap.mmap(-1, length) if length >= MAPPED_BODY_BYTES else bytearray(length)
+        have = len(wire.held)
+        body[:have] = wire.held
+        wire.held = b""
+        with memoryview(body) as view:
+            while have < length:
+                received = self._receive(lambda: wire.sock.recv_into(view[have:]))
+                have += received
+        return body
+
+    def _read_chunks(self) -> bytes:
+        body, decoder = bytearray(), ChunkedBody()
+        try:
+            while not decoder.done:
+                body += decoder.feed(self._receive(self.wire.receive))
+                if len(body) > BODY_MAX_BYTES:
+                    raise RequestError(413, "body over the limit of %d MiB" % (BODY_MAX_BYTES >> 20))
+        except UpstreamError as error:
+            raise RequestError(400, "malformed request body: the client %s" % error) from error
+        self.wire.held = decoder.rest
+        return bytes(body)
+
+    def _receive(self, receive) -> Any:
+        self.wire.limit(BODY_STALL_S)
+        try:
+            received = receive()
+        except WAITED:
+            raise RequestError(408, "request body without progress for %d s" % BODY_STALL_S) from None
+        except OSError as error:
+            raise ClientGone("the client left") from error
+        if not received:
+            raise ClientGone("the client left before the end of its request")
+        return received
+
+    # ---- forwarding
+
+    def proxy(self, head: RequestHead, body: Any) -> None:
+        """Carry one request through: forward, relay, record."""
+        exchange = Exchange(self.router, head, body)
+        try:
+            attempt = exchange.chosen = self.forward(exchange)
+            if attempt.error is not None:
+                raise attempt.error
+            self.relay(exchange, attempt)
+        except UpstreamError as error:
+            if exchange.answering:
+                exchange.record(exchange.chosen.status if exchange.chosen else 0, "the upstream " + str(error))
+                self._abort(exchange)
+            exchange.record(error.http_status, "the upstream " + str(error))
+            error = type(error)("upstream %s %s; %s" % (self.router.settings.upstream, error, error.remedy))
+            self._fail(head, error, self._reply_fields(exchange))
+        except ClientGone:
+            exchange.record(499, "the client left")
+            raise
+        except Exception:               # a defect of ours: told in the log, and to the client if it can be
+            exchange.record(500, "internal error")
+            self.server.handle_error(self.request, self.client_address)
+            if exchange.answering:
+                self._abort(exchange)
+            self._fail(head, RouterError("internal error; see ~/.rrouter/logs/rrouter.log"))
+        finally:
+            for attempt in exchange.attempts:
+                attempt.close()
+                if attempt.ticket is not None:          # does nothing where it was credited or charged
+                    self.router.auto(self.router.failover.release(attempt.ticket), exchange.number)
+
+    def forward(self, exchange: Exchange) -> Attempt:
+        """Return the attempt whose answer the client gets, after at most two.
+
+        In auto mode what has failed by then is charged, but for what counts for nobody.
+        """
+        snapshot, failover = exchange.snapshot, self.router.failover
+        targets = snapshot.config.auto.targets
+        if not exchange.may_be_rescued:
+            target = failover.current(exchange.model, targets) if snapshot.mode == MODE_AUTO else snapshot.mode
+            return self.attempt(exchange, target, None)
+        ticket = failover.admit(exchange.model or "", targets)
+        if ticket.probe:
+            self.router.auto(["PROBE of %s" % ticket.target], exchange.number)
+        first = self.attempt(exchange, ticket.target, ticket)
+        if not first.failed or isinstance(first.error, UpstreamUnreachable):
+            return first
+        if not first.blames_request:
+            self._charge(exchange, first)
+        ticket = failover.rescue(ticket, targets)
+        second = self.attempt(exchange, ticket.target, ticket)
+        if first.blames_request and not second.blames_request:
+            self._charge(exchange, first)
+        if not second.failed:
+            return second
+        if not isinstance(second.error, UpstreamUnreachable) and not (first.blames_request and second.blames_request):
+            self._charge(exchange, second)
+        return min(first, second, key=lambda attempt: attempt.usefulness)
+
+    def _charge(self, exchange: Exchange, attempt: Attempt) -> None:
+        if attempt.ticket is not None and not attempt.blames_history:
+            self.router.auto(self.router.failover.charge(attempt.ticket, attempt.failure), exchange.number)
+
+    def attempt(self, exchange: Exchange, target: str, ticket: Optional[Ticket]) -> Attempt:
+        """Try a request on `target`, healed if its history needs that; with a ticket, by the rules of auto mode.
+
+        Raises ClientGone.
+        """
+        route = decide_route(exchange.snapshot.config, target, exchange.model)
+        exchange.attempts.append(Attempt(route, ticket))
+        attempt = self._try(exchange, exchange.body, exchange.attempts[-1])
+        if attempt.status == 400 and attempt.answer is not None and names_foreign_signature(attempt.answer.ahead):
+            attempt.blames_history = True
+            body = without_thinking(exchange.body)
+            if body is not None:
+                self.router.log.write("HEAL", "#%d %s refused thinking blocks of another backend: sent again without" % (
+                    exchange.number, target))
+                healed = self._try(exchange, body, Attempt(route, ticket))
+                if healed.failed:
+                    healed.close()
+                else:
+                    attempt.close()
+                    exchange.attempts[-1] = attempt = healed
+        return attempt
+
+    def _try(self, exchange: Exchange, body: Any, attempt: Attempt) -> Attempt:
+        """Send `body` once and take the answer as far as must be known before the client gets a byte."""
+        head, upstream = exchange.head, self.router.upstream
+        found = exchange.found if body is exchange.body else find_model(body)
+        pieces = [body]
+        if found is not None and attempt.route.model != found[2]:
+            pieces = splice(body, found[0], found[1], attempt.route.model or "")
+        pieces.insert(0, request_head_bytes(head, upstream.authority, upstream.base_path, sum(map(len, pieces))))
+        limit_s = None
+        if attempt.ticket is not None:
+            limit_s = exchange.snapshot.config.auto.first_byte_limit_s(asks_for_stream(exchange.body))
+        watch = Watch(self.request, limit_s)
+        try:
+            attempt.answer = upstream.exchange(head.method, pieces, watch, self._pass_interim(head))
+            self._hold_back(exchange, attempt, watch)
+        except UpstreamError as error:
+            attempt.close()
+            attempt.answer, attempt.error = None, error
+        except BaseException:
+            attempt.close()
+            raise
+        return attempt
+
+    def _pass_interim(self, head: RequestHead):
+        """Return what passes a 1xx head on (RFC 9110 §15.2: not to an HTTP/1.0 client)."""
+        def pass_interim(interim: ResponseHead) -> None:
+            if head.http11:
+                self.send(response_head_bytes(interim, []))
+        return pass_interim
+
+    def _hold_back(self, exchange: Exchange, attempt: Attempt, watch: Watch) -> None:
+        """Read as much of the answer as decides whether it goes to the client.
+
+        In auto mode that is all of a failure, and of an event stream up to the first event that is no ping; in every
+        mode all of a 400, which may ask for healing.  Nothing else is held back.
+        """
+        answer = attempt.answer
+        assert answer is not None
+        if attempt.ticket is None:
+            if attempt.status == 400 and exchange.model is not None:
+                watch = Watch(self.request, READ_AHEAD_S)
+                watch.start()
+                while answer.read_ahead(watch):
+                    pass
+        elif attempt.status >= 400:
+            while answer.read_ahead(watch):
+                pass
+        elif attempt.status == 200 and answer.head.is_event_stream and exchange.head.method != "HEAD":
+            attempt.scan = scan = EventScan()
+            while not (scan.committed or scan.failed or answer.complete):
+                payload = answer.receive(watch)
+                answer.ahead += payload
+                scan.feed(payload)
+                scan.committed = scan.committed or len(answer.ahead) > READ_AHEAD_MAX_BYTES
+
+    # ---- answering
+
+    def relay(self, exchange: Exchange, attempt: Attempt) -> None:
+        """Pass the answer on as it comes; its outcome is kept before its end goes out."""
+        answer, watch = attempt.answer, Watch(self.request)
+        assert answer is not None
+        head, fields = answer.head, self._reply_fields(exchange)
+        bodiless = exchange.head.method == "HEAD" or head.status in (204, 304)
+        chunked = head.length is None and not bodiless and exchange.head.http11
+        if chunked:
+            fields.append(b"Transfer-Encoding: chunked")
+        if not exchange.head.keep_alive or self.router.draining:
+            fields.append(b"Connection: close")
+        out = response_head_bytes(head, fields)
+        try:
+            payload = answer.at_hand()
+            self._inspect(exchange, attempt, payload)
+            payload = answer.ahead + payload
+            while True:
+                complete = answer.complete
+                if complete:
+                    self._credit(exchange, attempt)
+                    exchange.record(head.status)
+                if chunked:
+                    out += b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
+                    out += b"0\r\n\r\n" if complete else b""
+                else:
+                    out = out + payload if out else payload
+                exchange.answering = True
+                self.send(out)
+                if complete:
+                    return
+                out, payload = b"", answer.receive(watch)
+                self._inspect(exchange, attempt, payload)
+        except UpstreamError:
+            if attempt.ticket is not None and not attempt.failed:
+                self._settle(exchange, attempt, Failure("stream broke off"))
+            raise
+
+    def _inspect(self, exchange: Exchange, attempt: Attempt, payload: bytes) -> None:
+        """Look for an error event in a stream under way; it is charged at once, for the client may leave upon it."""
+        scan = attempt.scan
+        if scan is not None and not scan.failed and scan.committed:
+            scan.feed(payload)
+            if scan.failed:
+                self._settle(exchange, attempt, Failure("error event"))
+
+    def _credit(self, exchange: Exchange, attempt: Attempt) -> None:
+        if attempt.ticket is not None and 200 <= attempt.status < 300 and not attempt.stream_failed:
+            self.router.auto(self.router.failover.credit(attempt.ticket), exchange.number)
+
+    def _settle(self, exchange: Exchange, attempt: Attempt, failure: Failure) -> None:
+        if attempt.ticket is not None:
+            self.router.auto(self.router.failover.charge(attempt.ticket, failure), exchange.number)
+
+    def _reply_fields(self, exchange: Exchange) -> List[bytes]:
+        """Return the fields that tell where a request with a model went."""
+        if exchange.model is None or exchange.chosen is None:
+            return []
+        route = exchange.chosen.route
+        return [b"x-rrouter-target: " + printable(route.target).encode("ascii"),
+                b"x-rrouter-model: " + printable(route.model or "").encode("ascii"),
+                b"x-rrouter-attempts: %d" % len(exchange.attempts)]
+
+    def report_health(self, head: RequestHead) -> None:
+        """Answer /health."""
+        body = json.dumps(self.router.health(), indent=2).encode("utf-8") + b"\n"
+        self._send_json(200, body, head, [b"Cache-Control: no-store"], head.keep_alive)
+
+    def _fail(self, head: Optional[RequestHead], error: RouterError, fields: Optional[List[bytes]] = None) -> None:
+        """Answer with an error of our own.  After a RequestError the connection ends, for what follows is unknown."""
+        keep_alive = head is not None and head.keep_alive and not isinstance(error, RequestError)
+        self._send_json(error.http_status, error_body(error.http_status, str(error)), head, fields or [], keep_alive)
+        if not keep_alive:
+            self._linger()
+
+    def _send_json(self, status: int, body: bytes, head: Optional[RequestHead], fields: List[bytes],
+                   keep_alive: bool) -> None:
+        lines = [b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "Error").encode("ascii")),
+                 b"Date: " + self.date_time_string().encode("ascii"),
+                 b"Content-Type: application/json", b"Content-Length: %d" % len(body), *fields]
+        if not keep_alive or self.router.draining:
+            lines.append(b"Connection: close")
+        is_head = head is not None and head.method == "HEAD"
+        self.send(b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if is_head else body))
+
+    def send(self, data: bytes) -> None:
+        """Send to the client; raise ClientGone if it has left or does not read."""
+        try:
+            self.request.sendall(data)
+        except OSError as error:
+            raise ClientGone("the client left") from error
+
+    def _linger(self) -> None:
+        """Read and drop what the client is still sending: closing at once would make the system reset the connection,
+        and that can destroy the answer before the client has read it."""
+        deadline, left = time.monotonic() + LINGER_S, LINGER_BYTES
+        with contextlib.suppress(OSError):
+            self.request.shutdown(socket.SHUT_WR)
+            while left > 0 and time.monotonic() < deadline:
+                self.wire.limit(max(0.001, deadline - time.monotonic()))
+                received = len(self.request.recv(RECEIVE_BYTES))
+                if not received:
+                    break
+                left -= received
+
+    def _abort(self, exchange: Exchange) -> None:
+        """Break the connection off, so that nobody takes what came for the whole; raises ClientGone.
+
+        Where neither length nor chunks tell the end, only a reset does; it may drop bytes still on their way, so the
+        others are spared it.
+        """
+        answer = exchange.chosen.answer if exchange.chosen is not None else None
+        if not exchange.head.http11 and answer is not None and answer.head.length is None:
+            with contextlib.suppress(OSError):
+                self.request.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.wire.close()
+        raise ClientGone("broken off, as the upstream did")
+
+
+class ProxyServer(http.server.ThreadingHTTPServer):
+    """One listening socket; a thread for each of its connections."""
+
+    request_queue_size = BACKLOG
+    daemon_threads = True
+    allow_reuse_address = True          # TIME_WAIT would keep a restart off the port; SO_REUSEPORT would share it
+
+    def __init__(self, family: int, address: Any, router: Router, only_loopback: bool):
+        self.address_family = family
+        self.router, self.only_loopback = router, only_loopback
+        self._complained_at = 0.0
+        super().__init__(address, ProxyHandler)
+
+    def server_bind(self) -> None:
+        """Bind without asking the name service for the host's name, which can stall for 35 s on macOS."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def get_request(self) -> Tuple[Any, Any]:
+        """Accept a connection; out of descriptors, wait a little: the loop above would spin."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if time.monotonic() - self._complained_at > 60:
+                    self._complained_at = time.monotonic()
+                    self.router.log.write("ERROR", "cannot accept connections: %s" % reason_of(error))
+                time.sleep(0.1)
+            raise
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log a defect of ours in one line: where and what kind, never values, which may be the user's."""
+        error = sys.exc_info()[1]
+        if isinstance(error, (OSError, ClientGone)):
+            return
+        where, trace = [], error.__traceback__ if error is not None else None
+        while trace is not None:
+            where.append("%s:%d" % (trace.tb_frame.f_code.co_name, trace.tb_lineno))
+            trace = trace.tb_next
+        self.router.log.write("ERROR", "internal error: %s at %s" % (type(error).__name__, " > ".join(where)))
+
+
+# Daemon #######################################################################
+
+class Lock:
+    """The file whose lock says that a daemon lives.  It is never removed: two could then each hold "the" lock.
+
+    `flock`, not `lockf`: the latter is lost as soon as any descriptor of the file is closed.  The pid in it is
+    written by the holder alone, so it cannot be that of a stranger while the lock is held.
+    """
+
+    def __init__(self, path: str):
+        self._path = path
+        self._descriptor: Optional[int] = None
+
+    def acquire(self) -> bool:
+        """Take the lock for the life of this process; return False if another has it."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        for _ in range(25):             # `holder` of another command may have it for a moment
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
+                self._descriptor = descriptor
+                return True
+            time.sleep(0.02)
+        os.close(descriptor)
+        return False
+
+    def holder(self) -> Optional[int]:
+        """Return the pid of the process that holds the lock, or None."""
+        for _ in range(25):
+            try:
+                descriptor = os.open(self._path, os.O_RDONLY)
+            except OSError:
+                return None
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            except BlockingIOError:
+                content = os.pread(descriptor, 32, 0).strip()
+                if content.isdigit():
+                    return int(content)
+            finally:
+                os.close(descriptor)
+            time.sleep(0.02)            # taken this moment, the pid not yet written
+        return None
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class Signals:
+    """Signals as bytes in a pipe.  A handler that did more could run in the middle of anything, locks held."""
+
+    def __init__(self):
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._read, False)
+        os.set_blocking(self._write, False)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+
+    def wait(self, timeout_s: Optional[float] = None) -> bytes:
+        """Return the numbers of the signals that came, at the latest after `timeout_s`."""
+        poller = select.poll()
+        poller.register(self._read, select.POLLIN)
+        if not poller.poll(None if timeout_s is None else int(timeout_s * 1000)):
+            return b""
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self._read, 64)
+        return b""
+
+
+def listen(settings: Settings, router: Router) -> List[ProxyServer]:
+    """Return the servers, bound and listening; raise DaemonError if an address is taken or is none of ours."""
+    local = settings.host == "localhost"
+    try:
+        addresses = ([(socket.AF_INET, ("127.0.0.1", settings.port)), (socket.AF_INET6, ("::1", settings.port))] if local
+                     else [(info[0], info[4]) for info in socket.getaddrinfo(
+                         settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)])
+    except OSError as error:
+        raise UsageError("RROUTER_HOST=%s: no such address: %s" % (settings.host, reason_of(error))) from error
+    servers: List[ProxyServer] = []
+    problem: Optional[OSError] = None
+    for family, address in addresses:
+        try:
+            servers.append(ProxyServer(family, address, router, local))
+        except OSError as error:
+            problem = error
+            if error.errno == errno.EADDRINUSE:
+                break
+            router.log.write("START", "not listening on %s: %s" % (address[0], reason_of(error)))
+    if problem is not None and (problem.errno == errno.EADDRINUSE or not servers):
+        for server in servers:
+            server.server_close()
+        raise DaemonError(describe_taken(settings) if problem.errno == errno.EADDRINUSE else
+                          "cannot listen on %s: %s" % (settings.listen_addr, reason_of(problem)))
+    router.addresses = [server.server_address[:2] for server in servers]    # type: ignore[misc]
+    return servers
+
+
+def describe_taken(settings: Settings) -> str:
+    """Return what to tell when the port is taken."""
+    health = ask_health(settings.host, settings.port)
+    owner = "rrouter (pid %s)" % health["pid"] if health else port_owner(settings.port)
+    return ("port %d is taken%s: stop that program or set RROUTER_PORT (CLIProxyAPI's pprof uses 8316 by default: "
+            "see pprof.addr in its config)" % (settings.port, " by " + owner if owner else ""))
+
+
+def port_owner(port: int) -> str:
+    """Return the name and pid of the program that listens on `port`, as far as the system tells us; else ""."""
+    import subprocess
+    for command in (["lsof", "-nP", "-iTCP:%d" % port, "-sTCP:LISTEN", "-Fpc"], ["ss", "-Hltnp", "sport = :%d" % port]):
+        try:
+            output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=3,
+                                    stdin=subprocess.DEVNULL).stdout.decode("utf-8", "replace")
+        except (OSError, subprocess.SubprocessError):
+            continue
+        found = (re.search(r"p(?P<pid>\d+)\nc(?P<name>[^\n]+)", output)
+                 or re.search(r'\("(?P<name>[^"]+)",pid=(?P<pid>\d+)', output))
+        if found:
+            return "%s (pid %s)" % (printable(found.group("name")), found.group("pid"))
+    return _port_owner_from_proc(port)
+
+
+def _port_owner_from_proc(port: int) -> str:
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
+            rows = [line.split() for line in file][1:]
+            inodes |= {"socket:[%s]" % row[9] for row in rows
+                       if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
+        with contextlib.suppress(OSError):
+            for descriptor in os.listdir("/proc/%s/fd" % pid):
+                if os.readlink("/proc/%s/fd/%s" % (pid, descriptor)) in inodes:
+                    with open("/proc/%s/comm" % pid, encoding="utf-8", errors="replace") as file:
+                        return "%s (pid %s)" % (printable(file.read().strip()), pid)
+    return ""
+
+
+def who_starts() -> str:
+    """Return what started this process in the foreground: systemd, launchd, or a person with `serve`."""
+    if os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()):
+        return "systemd"
+    if os.environ.get("XPC_SERVICE_NAME", "0") == LAUNCHD_LABEL:
+        return "launchd"
+    return "serve"
+
+
+def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
+    """Run the router until a signal ends it; return the exit status.
+
+    `ready` is the descriptor on which `start` waits for one word: `ready`, `running`, or what is wrong.
+    """
+    signals = Signals()
+    paths.create()
+    lock = Lock(paths.lock)
+    owns_files = lock.acquire()
+    if ready is not None and not owns_files:
+        os.write(ready, b"running")
+        return 0
+    log = Log(paths.log, echo=ready is None)
+    raise_descriptor_limit()
+    router = Router(settings, paths, log, who_starts() if ready is None else "start")
+    router.connections_max = min(CONNECTIONS_MAX, max(1, (descriptor_limit() - 24) // 2))
+    servers = listen(settings, router)
+    if owns_files:
+        router.load_state()
+        claim(paths, settings, router)
+    else:
+        log.write("START", "a daemon (pid %s) runs already: this one shares its mode and config, and leaves its pid, "
+                           "run and state files alone" % lock.holder())
+    if settings.host != "localhost":
+        log.write("START", "RROUTER_HOST=%s: whoever reaches that address can spend your quota" % settings.host)
+    log.write("START", "rrouter %s on %s -> %s, pid %d, by %s" % (
+        __version__, settings.listen_addr, settings.upstream, os.getpid(), router.started_by))
+    for loop in [server.serve_forever for server in servers] + [lambda: _watch_for_ever(router)]:
+        threading.Thread(target=loop, daemon=True).start()
+    if ready is not None:
+        os.write(ready, b"ready")
+        os.close(ready)
+    wait_for_the_end(signals, router)
+    drain(signals, router, servers)
+    router.save_state()
+    if owns_files:
+        remove_files(paths.pid, paths.run)
+    log.write("STOP", "rrouter ends, pid %d" % os.getpid())
+    lock.release()
+    sys.stderr.flush()
+    os._exit(0)                         # threads of streams past the drain time would hold the interpreter up
+
+
+def claim(paths: Paths, settings: Settings, router: Router) -> None:
+    """Write pid and run.json: where the daemon is, for whoever asks.  Without them it works as well."""
+    try:
+        write_atomically(paths.pid, "%d\n" % os.getpid())
+        write_atomically(paths.run, json.dumps({
+            "host": settings.host, "port": settings.port, "upstream": settings.upstream, "pid": os.getpid(),
+            "startedBy": router.started_by, "version": __version__}, indent=2) + "\n")
+    except OSError as error:
+        router.log.write("ERROR", "%s: %s: other commands may not find this daemon" % (paths.run, reason_of(error)))
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files, 256 on macOS, as far as is useful."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4 * CONNECTIONS_MAX
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def descriptor_limit() -> int:
+    """Return how many files this process may have open."""
+    import resource
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+
+
+def _watch_for_ever(router: Router) -> None:
+    while True:
+        with router.store.condition:
+            router.store.condition.wait(POLL_S)
+        try:
+            router.watch()
+        except Exception as error:      # of whatever kind: without the watcher cooldowns and logs would be lost
+            router.log.write("ERROR", "internal error in the watcher: %s" % type(error).__name__)
+
+
+def wait_for_the_end(signals: Signals, router: Router) -> None:
+    """Return when SIGTERM or SIGINT comes; on SIGHUP read all files again."""
+    while True:
+        for number in signals.wait():
+            if number != signal.SIGHUP:
+                router.log.write("STOP", "%s: running requests may finish within %d s" % (
+                    signal.Signals(number).name, DRAIN_S))
+                return
+            router.watch()
+            router.log.write("START", "SIGHUP: files read again")
+
+
+def drain(signals: Signals, router: Router, servers: List[ProxyServer]) -> None:
+    """Take no more connections, and wait for the requests under way; a second signal ends the wait."""
+    router.draining = True
+    for server in servers:
+        with contextlib.suppress(OSError):
+            server.socket.shutdown(socket.SHUT_RDWR)    # refuses at once, and wakes the loop
+        server.shutdown()
+        server.server_close()
+    deadline = time.monotonic() + DRAIN_S
+    while router.connections and time.monotonic() < deadline:
+        for handler in list(router.connections):
+            if not handler.busy:
+                with contextlib.suppress(OSError):
+                    handler.request.shutdown(socket.SHUT_RD)
+        if any(number != signal.SIGHUP for number in signals.wait(0.02)):
+            router.log.write("STOP", "second signal: ending at once")
+            return
+
+
+def remove_files(*paths: str) -> None:
+    """Remove files that may not be there."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+class Running(NamedTuple):
+    """A live daemon, as its files tell."""
+
+    pid: int
+    host: str
+    port: int
+    started_by: str
+
+
+def find_daemon(paths: Paths, settings: Optional[Settings] = None) -> Optional[Running]:
+    """Return the daemon that lives now, or None.  Where run.json is no help, the environment says where it listens."""
+    pid = Lock(paths.lock).holder()
+    if pid is None:
+        return None
+    try:
+        run = json.loads(read_file(paths.run) or b"{}")
+        if run["pid"] == pid:
+            return Running(pid, str(run["host"]), int(run["port"]), str(run["startedBy"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    settings = settings or read_environment(dict(os.environ))
+    return Running(pid, settings.host, settings.port, "unknown")
+
+
+def ask_health(host: str, port: int, timeout_s: float = 3) -> Optional[Dict[str, Any]]:
+    """Return what /health of an rrouter tells, or None if no rrouter answers there."""
+    for address in {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}.get(host, (host,)):
+        connection = http.client.HTTPConnection(address, port, timeout=timeout_s)
+        try:
+            connection.request("GET", "/health", headers={"Host": "localhost"})
+            health = json.loads(connection.getresponse().read(FILE_MAX_BYTES))
+            if isinstance(health, dict) and "autoSwitch" in health:
+                return health
+        except (OSError, http.client.HTTPException, ValueError):
+            continue
+        finally:
+            connection.close()
+    return None
+
+
+def wait_for_health(paths: Paths) -> Tuple[Running, Dict[str, Any]]:
+    """Return the daemon and its /health once it answers; raise DaemonError with the log's last lines if it does not."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        daemon = find_daemon(paths)
+        health = ask_health(daemon.host, daemon.port) if daemon else None
+        if daemon and health and health["pid"] == daemon.pid:
+            return daemon, health
+        time.sleep(0.02)
+    raise DaemonError("the daemon does not answer; the log ends with\n" + last_lines(paths.log))
+
+
+def last_lines(path: str, count: int = 5) -> str:
+    """Return the last lines of a file, for people."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            lines = file.read().decode("utf-8", "replace").splitlines()[-count:]
+    except OSError as error:
+        lines = ["%s: %s" % (path, reason_of(error))]
+    return "\n".join("  " + printable(line) for line in lines)
+
+
+def spawn_daemon(paths: Paths) -> None:
+    """Start `serve` as a daemon; return when it listens or finds another one running.  Raises DaemonError.
+
+    Forked twice, so that it can never get a terminal again and belongs to nobody; then a new program, for what macOS
+    loads into a process does not survive a fork (python/cpython#105912).
+    """
+    paths.create()
+    program = os.path.abspath(__file__ if os.path.isfile(__file__) else sys.argv[0])
+    read_end, write_end = os.pipe()
+    log = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    null = os.open(os.devnull, os.O_RDWR)
+    arguments = [sys.executable, program, "serve", "--ready-descriptor", "3"]
+    highest = min(descriptor_limit(), 1 << 16)
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            if os.fork() == 0:
+                os.umask(0o077)
+                os.chdir("/")
+                # First out of the way: a caller that closed its own 0 to 3 has these numbers given out again.
+                sources = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (null, log, log, write_end)]
+                for target, source in enumerate(sources):
+                    os.dup2(source, target)
+                os.closerange(4, highest)
+                os.execv(sys.executable, arguments)
+        finally:
+            os._exit(1)
+    for descriptor in (write_end, log, null):
+        os.close(descriptor)
+    os.waitpid(child, 0)
+    with os.fdopen(read_end, "rb") as pipe:
+        poller = select.poll()
+        poller.register(pipe, select.POLLIN)
+        words = pipe.read().decode("utf-8", "replace") if poller.poll(START_S * 1000) else ""
+    if words not in ("ready", "running"):
+        raise DaemonError(words or "the daemon did not start; the log ends with\n" + last_lines(paths.log))
+
+
+LAUNCHD_LABEL = "com.rrouter"
+SYSTEMD_UNIT = "rrouter.service"
+
+
+class Manager(NamedTuple):
+    """A service manager that has rrouter installed: its name and its commands."""
+
+    name: str
+    start_commands: Tuple[Tuple[str, ...], ...]
+    stop_command: Tuple[str, ...]
+
+    def start(self) -> None:
+        """Ask for the start; raise DaemonError if the manager refuses."""
+        for command in self.start_commands[:-1]:
+            _run(command)               # fails where it is loaded already
+        self._demand(self.start_commands[-1])
+
+    def stop(self) -> None:
+        """Ask for the stop; raise DaemonError if the manager refuses."""
+        self._demand(self.stop_command)
+
+    def _demand(self, command: Tuple[str, ...]) -> None:
+        status, output = _run(command)
+        if status:
+            raise DaemonError("%s failed: %s" % (" ".join(command), printable(output.strip()) or "status %d" % status))
+
+
+def _run(command: Tuple[str, ...]) -> Tuple[int, str]:
+    """Run a manager's command; return its status and what it printed."""
+    import subprocess
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=DRAIN_S + 15)
+        return done.returncode, done.stdout.decode("utf-8", "replace")
+    except (OSError, subprocess.SubprocessError) as error:
+        return 127, str(error)
+
+
+def unit_path(home: str) -> str:
+    """Return where the systemd user unit is installed."""
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
+    return os.path.join(config, "systemd", "user", SYSTEMD_UNIT)
+
+
+def agent_path(home: str) -> str:
+    """Return where the launchd agent is installed."""
+    return os.path.join(home, "Library", "LaunchAgents", LAUNCHD_LABEL + ".plist")
+
+
+def find_manager(home: str) -> Optional[Manager]:
+    """Return the service manager in which rrouter is installed and which answers, or None."""
+    if os.path.isfile(unit_path(home)) and _run(("systemctl", "--user", "show-environment"))[0] == 0:
+        return Manager("systemd", (("systemctl", "--user", "daemon-reload"),
+                                   ("systemctl", "--user", "reset-failed", SYSTEMD_UNIT),
+                                   ("systemctl", "--user", "start", SYSTEMD_UNIT)),
+                       ("systemctl", "--user", "stop", SYSTEMD_UNIT))
+    domain = "gui/%d" % os.getuid()
+    if os.path.isfile(agent_path(home)) and _run(("launchctl", "print", domain))[0] == 0:
+        # Loaded anew at each start: `kickstart` would go on with the plist as it was when it was loaded.
+        return Manager("launchd", (("launchctl", "bootstrap", domain, agent_path(home)),
+                                   ("launchctl", "kickstart", "%s/%s" % (domain, LAUNCHD_LABEL))),
+                       ("launchctl", "bootout", "%s/%s" % (domain, LAUNCHD_LABEL)))
+    return None
+
+
+def start(paths: Paths, home: str) -> str:
+    """Start the daemon unless one runs; return what to tell.  Raises DaemonError, UsageError."""
+    daemon = find_daemon(paths)
+    if daemon:
+        return "rrouter is already running (pid %d, port %d)" % (daemon.pid, daemon.port)
+    read_environment(dict(os.environ))
+    manager = find_manager(home)
+    if manager:
+        manager.start()
+    else:
+        spawn_daemon(paths)
+    daemon, health = wait_for_health(paths)
+    return "rrouter runs (pid %d, port %d, by %s), mode %s" % (
+        daemon.pid, daemon.port, health["startedBy"], health["mode"])
+
+
+def stop(paths: Paths, home: str) -> str:
+    """Stop the daemon, and return what to tell when its port is free.  Raises DaemonError."""
+    daemon = find_daemon(paths)
+    if not daemon:
+        remove_files(paths.pid, paths.run)
+        return "rrouter is not running"
+    manager = find_manager(home) if daemon.started_by in ("systemd", "launchd") else None
+    if manager:
+        manager.stop()
+    else:
+        _signal(daemon.pid, signal.SIGTERM)
+    how = "stopped"
+    if not _gone(paths, daemon, DRAIN_S + 5):
+        _signal(daemon.pid, signal.SIGKILL)
+        how = "killed, for it did not stop within %d s" % (DRAIN_S + 5)
+        if not _gone(paths, daemon, 5):
+            raise DaemonError("pid %d does not end: see what holds it" % daemon.pid)
+        remove_files(paths.pid, paths.run)
+    return "rrouter %s (pid %d)" % (how, daemon.pid)
+
+
+def _signal(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError as error:
+        raise DaemonError("pid %d is not yours to stop" % pid) from error
+
+
+def _gone(paths: Paths, daemon: Running, limit_s: float) -> bool:
+    """Wait until the lock of `daemon` and its port are free; return whether they are."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if Lock(paths.lock).holder() != daemon.pid and not _listens(daemon.host, daemon.port):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+        return True
+    except OSError:
+        return False
+
+
+# Command line #################################################################
+
+class Context(NamedTuple):
+    """What a command works with."""
+
+    home: str
+    paths: Paths
+    arguments: argparse.Namespace
+
+
+def read_config(paths: Paths) -> Config:
+    """Return what config.json says, or the defaults if there is none; raise RouterError."""
+    try:
+        content = read_file(paths.config)
+        return parse_config(json.dumps(DEFAULT_CONFIG) if content is None else content.decode("utf-8-sig"))
+    except (ConfigError, UnicodeDecodeError, OSError) as error:
+        raise RouterError("%s (%s): mend it with `rrouter config edit` or start over with `rrouter config reset`" % (
+            complain_about_config(error), paths.config)) from error
+
+
+def write_file(path: str, text: str) -> None:
+    """Write a file of ~/.rrouter for a command; raise RouterError."""
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise RouterError("%s: cannot be written: %s" % (path, reason_of(error))) from error
+
+
+def cmd_serve(context: Context) -> int:
+    """run in the foreground; log to stderr and the log file"""
+    ready = context.arguments.ready_descriptor
+    try:
+        return serve(read_environment(dict(os.environ)), context.paths, ready)
+    except RouterError as error:
+        if ready is not None:
+            os.write(ready, str(error).encode("utf-8", "replace"))
+        raise
+
+
+def cmd_start(context: Context) -> int:
+    """start the daemon (through systemd or launchd where installed)"""
+    print(start(context.paths, context.home))
+    return 0
+
+
+def cmd_stop(context: Context) -> int:
+    """stop it: running requests finish first"""
+    print(stop(context.paths, context.home))
+    return 0
+
+
+def cmd_restart(context: Context) -> int:
+    """stop and start"""
+    read_environment(dict(os.environ))      # before the stop: a bad value must not end a running daemon
+    print(stop(context.paths, context.home))
+    print(start(context.paths, context.home))
+    return 0
+
+
+def cmd_status(context: Context) -> int:
+    """show mode, target, daemon, upstream and problems"""
+    daemon = find_daemon(context.paths)
+    health = ask_health(daemon.host, daemon.port) if daemon else None
+    if daemon and not health:
+        raise DaemonError("pid %d runs but does not answer on port %d: see %s, or `rrouter restart`" % (
+            daemon.pid, daemon.port, context.paths.log))
+    if context.arguments.json:
+        if health is None:
+            print("rrouter: not running; start it with `rrouter start`", file=sys.stderr)
+            return 3
+        print(json.dumps(health, indent=2))
+        return 0
+    if daemon is None or health is None:
+        _print_rows(("mode", _offline_mode(context.paths)), ("daemon", "not running; start it with `rrouter start`"))
+        return 3
+    url = urllib.parse.urlsplit(health["upstreamURL"])
+    reachable = _listens(url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    auto = health["autoSwitch"]
+    rows = [("mode", health["mode"]), ("target", describe_target(auto, time.time()) if auto["active"]
+                                       else health["currentTarget"])]
+    rows += [("", "%s: %s" % (printable(model), describe_target(own, time.time())))
+             for model, own in auto["models"].items()]
+    rows += [("daemon", "pid %d, %s, up %s, started by %s" % (
+                  health["pid"], health["listenAddr"], _uptime(health["uptimeSeconds"]), health["startedBy"])),
+             ("requests", "%d, %d running" % (health["requestCount"], health["activeRequests"])),
+             ("upstream", "%s, %s" % (health["upstreamURL"], "reachable" if reachable else "not reachable"))]
+    rows += [("problem", printable(problem, 500)) for problem in health["problems"]]
+    _print_rows(*rows)
+    return 0
+
+
+def _offline_mode(paths: Paths) -> str:
+    try:
+        content = read_file(paths.mode)
+        config = read_config(paths)
+    except (OSError, RouterError) as error:
+        return "unknown: %s" % error
+    word = content.decode("utf-8", "backslashreplace").strip().lower() if content else ""
+    mode = config.resolve(word or config.default_mode)
+    return mode if not word or word == mode else "%s (the mode file says %r)" % (mode, printable(word, 40))
+
+
+def _print_rows(*rows: Tuple[str, str]) -> None:
+    for name, text in rows:
+        print("%-10s%s" % (name and name + ":", text))
+
+
+def _uptime(seconds: int) -> str:
+    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
+    return "%dd %dh" % (days, hours) if days else "%dh %dm" % (hours, minutes) if hours else "%dm %ds" % (
+        minutes, seconds % 60)
+
+
+def describe_target(auto: Dict[str, Any], now: float) -> str:
+    """Return in words which target serves, since when, why, and when the other is tried again."""
+    if not auto["switched"]:
+        failing = ["%d %s" % (auto[key], name) for key, name in (
+            ("failureCount", "HTTP errors"), ("timeoutCount", "timeouts")) if auto[key]]
+        return auto["currentTarget"] + (" (%s in a row)" % ", ".join(failing) if failing else "")
+    failed = [target for target in auto["targets"] if target != auto["currentTarget"]][0]
+    reason = re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row", auto["reason"] or "")
+    since = datetime.datetime.strptime(auto["switchedAt"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.timezone.utc)
+    left = auto["cooldownRemainingSeconds"]
+    tries = "in %d min" % -(-left // 60) if left >= 60 else "in %d s" % left if left else "with the next request"
+    today = datetime.datetime.fromtimestamp(now).date()
+    return "on %s since %s because %s %s; tries %s again %s" % (
+        auto["currentTarget"], since.astimezone().strftime("%H:%M" if since.astimezone().date() == today else
+                                                           "%Y-%m-%d %H:%M"), failed, reason, failed, tries)
+
+
+def cmd_mode(context: Context) -> int:
+    """print the mode, or set any mode of config.json"""
+    if context.arguments.name is None:
+        daemon = find_daemon(context.paths)
+        health = ask_health(daemon.host, daemon.port) if daemon else None
+        print(health["mode"] if health else _offline_mode(context.paths))
+        return 0
+    return set_mode(context.paths, context.arguments.name.strip().lower())
+
+
+def cmd_antigravity(context: Context) -> int:
+    """send everything to Antigravity (Gemini)"""
+    return set_mode(context.paths, "antigravity")
+
+
+def cmd_claude(context: Context) -> int:
+    """send everything to Claude"""
+    return set_mode(context.paths, "claude")
+
+
+def cmd_auto(context: Context) -> int:
+    """let failures decide; while in auto: forget the waits, retry at once"""
+    return set_mode(context.paths, MODE_AUTO)
+
+
+def set_mode(paths: Paths, mode: str) -> int:
+    """Write the mode, and return when it is in force: every request that begins after this is served by it."""
+    config = read_config(paths)
+    if mode == MODE_AUTO and config.auto_error:
+        raise RouterError("config.json: " + config.auto_error)
+    if mode != MODE_AUTO and mode not in config.modes:
+        raise RouterError("mode %r is not defined by config.json; defined are %s" % (
+            printable(mode, 40), ", ".join([*config.modes, MODE_AUTO])))
+    paths.create()
+    write_file(paths.mode, mode + "\n")
+    daemon = find_daemon(paths)
+    if daemon is None:
+        print("mode %s (written; no rrouter is running)" % mode)
+        return 0
+    health = ask_health(daemon.host, daemon.port)
+    if health is None or health["mode"] != mode:
+        raise DaemonError("mode %s is written to %s, but the daemon (pid %d, port %d) %s" % (
+            mode, paths.mode, daemon.pid, daemon.port,
+            "is in mode %s: see `rrouter status`" % health["mode"] if health else "does not answer: `rrouter restart`"))
+    print("mode %s (in force: pid %d, port %d)" % (mode, daemon.pid, daemon.port))
+    return 0
+
+
+def cmd_config(context: Context) -> int:
+    """print the effective config, edit or reset it, or print its path"""
+    return {None: config_show, "edit": config_edit, "reset": config_reset,
+            "path": config_path}[context.arguments.action](context.paths)
+
+
+def config_show(paths: Paths) -> int:
+    """Print the effective config on stdout, its path on stderr."""
+    print("%s%s" % (paths.config, "" if os.path.exists(paths.config) else " (not there: the defaults)"), file=sys.stderr)
+    config = read_config(paths)
+    for problem in config.problems:
+        print("rrouter: config.json: " + problem, file=sys.stderr)
+    print(config_text(config))
+    return 0
+
+
+def config_edit(paths: Paths) -> int:
+    """Open the config in the user's editor, then check it."""
+    import shlex
+    import subprocess
+    paths.create()
+    if not os.path.lexists(paths.config):
+        write_file(paths.config, config_text(parse_config(json.dumps(DEFAULT_CONFIG))) + "\n")
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
+    try:
+        status = subprocess.call(shlex.split(editor) + [paths.config])
+    except (OSError, ValueError) as error:
+        raise RouterError("editor %s: %s: set VISUAL or EDITOR" % (
+            printable(editor), reason_of(error) if isinstance(error, OSError) else error)) from error
+    if status:
+        raise RouterError("editor %s ended with status %d" % (printable(editor), status))
+    for problem in read_config(paths).problems:
+        print("rrouter: config.json: " + problem, file=sys.stderr)
+    print("%s is valid" % paths.config)
+    return 0
+
+
+def config_reset(paths: Paths) -> int:
+    """Write the defaults; what was there is kept beside it."""
+    paths.create()
+    try:
+        content = read_file(paths.config)
+        if content is not None:
+            print("kept: %s" % keep_beside(paths.config, content))
+    except OSError as error:
+        raise RouterError("%s: %s: move it away first" % (paths.config, reason_of(error))) from error
+    write_file(paths.config, config_text(parse_config(json.dumps(DEFAULT_CONFIG))) + "\n")
+    print("%s holds the defaults" % paths.config)
+    return 0
+
+
+def keep_beside(path: str, content: bytes) -> str:
+    """Write `content` to a new file PATH.bak-YYYYmmdd-HHMMSS and return its path; raise OSError."""
+    name = "%s.bak-%s" % (path, time.strftime("%Y%m%d-%H%M%S"))
+    for suffix in [""] + ["-%d" % number for number in range(2, 1000)]:
+        with contextlib.suppress(FileExistsError), open(name + suffix, "xb") as file:
+            os.chmod(name + suffix, 0o600)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            return name + suffix
+    raise FileExistsError(errno.EEXIST, "too many backups of this second", name)
+
+
+def config_path(paths: Paths) -> int:
+    """Print where the config is."""
+    print(paths.config)
+    return 0
+
+
+def cmd_help(_: Context) -> int:
+    """show this text"""
+    print(help_text())
+    return 0
+
+
+def cmd_version(_: Context) -> int:
+    """print the version"""
+    print("rrouter " + __version__)
+    return 0
+
+
+# Command line: check ##########################################################
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+
+
+def cmd_check(context: Context) -> int:
+    """examine everything: one line a check, with the remedy"""
+    failed = False
+    for level, text in run_checks(context):
+        print("%-5s %s" % (level, text))
+        failed = failed or level == FAIL
+    return 1 if failed else 0
+
+
+def run_checks(context: Context) -> Iterator[Tuple[str, str]]:
+    """Yield (level, text) of each check."""
+    daemon = find_daemon(context.paths)
+    settings = read_environment(dict(os.environ))
+    health = ask_health(daemon.host, daemon.port) if daemon else None
+    if daemon and health:
+        settings = Settings(daemon.host, daemon.port, health["upstreamURL"])
+        yield OK, "daemon: pid %d on %s, started by %s" % (daemon.pid, settings.listen_addr, daemon.started_by)
+    elif daemon:
+        yield FAIL, "daemon: pid %d does not answer on port %d: rrouter restart" % (daemon.pid, daemon.port)
+    else:
+        yield FAIL, "daemon: not running: rrouter start"
+        if _listens(settings.host, settings.port):
+            yield FAIL, "port: " + describe_taken(settings)
+    config = None
+    try:
+        config = read_config(context.paths)
+        yield OK, "config: %s" % (context.paths.config if os.path.exists(context.paths.config) else "the defaults")
+        for problem in config.problems:
+            yield WARN, "config: " + problem
+    except RouterError as error:
+        yield FAIL, "config: %s" % error
+    problems = [p for p in health["problems"] if not p.startswith("config.json")] if health else []
+    if config is not None and not health:
+        word = _offline_mode(context.paths)
+        yield WARN if "(" in word else OK, "mode: " + word
+    elif health:
+        yield (WARN if problems else OK), "mode: " + "; ".join([health["mode"]] + problems)
+    yield from check_service(context.home)
+    yield from check_client(context.home, settings)
+    yield from check_upstream(context.home, settings, config)
+
+
+def check_service(home: str) -> Iterator[Tuple[str, str]]:
+    """Yield whether what the service manager starts is this program."""
+    program = os.path.join(home, "bin", "rrouter")
+    for path, name in ((unit_path(home), "systemd unit"), (agent_path(home), "launchd agent")):
+        if not os.path.isfile(path):
+            continue
+        if not os.access(program, os.X_OK):
+            yield FAIL, "service: %s %s starts %s, which is not there: run install.sh again" % (name, path, program)
+        elif find_manager(home) is None:
+            yield WARN, "service: %s is installed, but its manager does not answer here: rrouter start forks" % name
+        else:
+            yield OK, "service: %s %s" % (name, path)
+
+
+def check_client(home: str, settings: Settings) -> Iterator[Tuple[str, str]]:
+    """Yield whether Claude Code sends its requests here: by its settings, and by this shell."""
+    wanted = "http://localhost:%d" % settings.port
+    url = claude_environment(home).get("ANTHROPIC_BASE_URL")
+    path = os.path.join(home, ".claude", "settings.json")
+    if url is None:
+        yield WARN, '%s: set {"env": {"ANTHROPIC_BASE_URL": "%s"}} to use rrouter' % (path, wanted)
+    elif _points_here(url, settings):
+        yield OK, "%s: ANTHROPIC_BASE_URL is %s" % (path, printable(url))
+    else:
+        yield WARN, "%s: ANTHROPIC_BASE_URL is %s: Claude Code goes elsewhere; set %s" % (
+            path, printable(_without_password(url)), wanted)
+    url = os.environ.get("ANTHROPIC_BASE_URL")
+    if url and not _points_here(url, settings):
+        yield WARN, "shell: ANTHROPIC_BASE_URL=%s points elsewhere: unset it, also in your shell's start files" % (
+            printable(_without_password(url)))
+
+
+def _points_here(url: str, settings: Settings) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.hostname in ("localhost", "127.0.0.1", "::1", settings.host) and (
+            parts.port or (443 if parts.scheme == "https" else 80)) == settings.port
+    except ValueError:
+        return False
+
+
+def claude_environment(home: str) -> Dict[str, str]:
+    """Return the `env` of Claude Code's settings.json; {} if there is none that can be read."""
+    try:
+        value = json.loads(read_file(os.path.join(home, ".claude", "settings.json")) or b"{}")["env"]
+        return {str(key): str(item) for key, item in value.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def check_upstream(home: str, settings: Settings, config: Optional[Config]) -> Iterator[Tuple[str, str]]:
+    """Yield whether the upstream answers, takes the client's key, and knows the names that the rules write."""
+    environment = dict(claude_environment(home), **os.environ)
+    key = environment.get("ANTHROPIC_AUTH_TOKEN") or environment.get("ANTHROPIC_API_KEY")
+    # Without Anthropic's headers: to those CLIProxyAPI shows disguised names.
+    fields = {"Authorization": "Bearer " + key} if key and printable(key, 4096) == key else {}
+    url = settings.upstream
+    try:
+        status, body = get_models(Upstream(url, lambda _: False), fields)
+    except UpstreamUnreachable as error:
+        yield FAIL, "upstream: %s %s: %s" % (url, error, error.remedy)
+        return
+    except (OSError, http.client.HTTPException):
+        yield FAIL, "upstream: %s answers no HTTP in time: is that CLIProxyAPI?" % url
+        return
+    if status in (401, 403):
+        yield WARN, "upstream: %s answers, but refuses %s (%d): compare api-keys in CLIProxyAPI's config with %s" % (
+            url, "the key of Claude Code" if key else "a request without a key", status,
+            "ANTHROPIC_AUTH_TOKEN" if key else "the key that Claude Code is given")
+        return
+    yield OK, "upstream: %s answers%s" % (url, " and takes the key" if key and status == 200 else "")
+    try:
+        names = {entry["id"] for entry in json.loads(body)["data"]} if status == 200 else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        names = None
+    if names is None:
+        yield WARN, "models: %s/v1/models gives no list (%d): cannot compare the rules with it" % (url, status)
+    elif config is not None:
+        yield from check_models(config, names)
+
+
+def get_models(upstream: Upstream, fields: Dict[str, str]) -> Tuple[int, bytes]:
+    """Return (status, body) of the upstream's /v1/models; raise UpstreamUnreachable, OSError, HTTPException."""
+    connection = upstream.open()
+    with contextlib.closing(connection):
+        connection.request("GET", upstream.base_path.decode("ascii") + "/v1/models", headers=fields)
+        response = connection.getresponse()
+        return response.status, response.read(READ_AHEAD_MAX_BYTES)
+
+
+def check_models(config: Config, names: "set[str]") -> Iterator[Tuple[str, str]]:
+    """Yield which names written by the rules the upstream does not know, with the lines that make it know them."""
+    rewrites = sorted({rule.rewrite for rules in config.modes.values() for rule in rules})
+    missing = [name for name in rewrites if name not in names]
+    if not missing:
+        yield OK, "models: the upstream knows all %d names that the rules write" % len(rewrites)
+    for name in missing:
+        yield WARN, ("models: the upstream does not know %s (400 unknown provider): use one of its names (%s) in a rule, "
+                     "or add to CLIProxyAPI's config.yaml:\n"
+                     "        oauth-model-alias:\n          antigravity:\n"
+                     "            - name: \"AN-ID-FROM-THAT-LIST\"\n              alias: \"%s\"\n"
+                     "              fork: true" % (printable(name), ", ".join(
+                         printable(n, 60) for n in sorted(names)[:6]) or "none listed", printable(name)))
+
+
+COMMANDS = (
+    # name          aliases              function         arguments
+    ("serve",       (),                  cmd_serve,       (("--ready-descriptor", {"type": int, "help": argparse.SUPPRESS}),)),
+    ("start",       (),                  cmd_start,       ()),
+    ("stop",        (),                  cmd_stop,        ()),
+    ("restart",     (),                  cmd_restart,     ()),
+    ("status",      (),                  cmd_status,      (("--json", {"action": "store_true", "help": "print /health"}),)),
+    ("antigravity", ("ag",),             cmd_antigravity, ()),
+    ("claude",      ("c",),              cmd_claude,      ()),
+    ("auto",        ("a",),              cmd_auto,        ()),
+    ("mode",        (),                  cmd_mode,        (("name", {"nargs": "?", "metavar": "NAME"}),)),
+    ("check",       ("health", "--check"), cmd_check,     ()),
+    ("config",      (),                  cmd_config,      (
+        ("action", {"nargs": "?", "choices": ("edit", "reset", "path")}),
+        ("--yes", {"action": "store_true", "help": "accepted; reset never asks"}))),
+    ("help",        ("-h", "--help"),    cmd_help,        ()),
+    ("version",     ("-V", "--version"), cmd_version,     ()),
+)
+
+
+def help_text() -> str:
+    """Return what `rrouter help` shows."""
+    usage = {"status": "status [--json]", "mode": "mode [NAME]", "config": "config [edit|reset|path]"}
+    rows = ["  %-26s %s" % (", ".join((usage.get(name, name),) + aliases), function.__doc__)
+            for name, aliases, function, _ in COMMANDS]
+    return """rrouter %s - local router between the Claude Code CLI and CLIProxyAPI
+
+usage: rrouter COMMAND
+
+%s
+
+files, all in ~/.rrouter
+  mode          antigravity, claude, auto, or another mode of config.json
+  config.json   rules and the settings of mode auto; without it the defaults hold (`rrouter config`)
+  run.json, rrouter.pid, rrouter.lock, state.json     the daemon's own
+  logs/rrouter.log            one line a request; rotated at %d MB
+
+environment
+  RROUTER_PORT      port to listen on (8316)
+  RROUTER_UPSTREAM  where CLIProxyAPI is (http://localhost:8317); http or https, may have a path
+  RROUTER_HOST      address to listen on (localhost: 127.0.0.1 and ::1); others can spend your quota if they reach it
+
+examples
+  rrouter start                                       then, in ~/.claude/settings.json:
+                                                      {"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}
+  rrouter ag                                          the next request goes to Antigravity
+  rrouter auto                                        failures decide; typed again: retry the failed side at once
+  curl http://localhost:8316/health
+  tail -f ~/.rrouter/logs/*.log | grep AUTO
+
+exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs""" % (
+        __version__, "\n".join(rows), LOG_MAX_BYTES >> 20)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    parser = argparse.ArgumentParser(prog="rrouter", add_help=False, allow_abbrev=False)
+    parser.print_usage = lambda file=None: print("usage: rrouter COMMAND; see `rrouter help`", file=file)  # type: ignore
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, aliases, function, arguments in COMMANDS:
+        words = [alias for alias in aliases if not alias.startswith("-")]
+        command = commands.add_parser(name, aliases=words, description=function.__doc__, allow_abbrev=False)
+        command.set_defaults(function=function)
+        for argument, options in arguments:
+            command.add_argument(argument, **options)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run one command; return its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv) or ["help"]
+    options = {alias: name for name, aliases, _, _ in COMMANDS for alias in aliases if alias.startswith("-")}
+    words[0] = options.get(words[0], words[0])
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]
+    arguments = build_parser().parse_args(words)
+    try:
+        home = os.path.expanduser("~")
+        if not os.path.isabs(home):
+            raise UsageError("HOME=%s: expected the absolute path of your home directory" % printable(home))
+        status = arguments.function(Context(home, Paths(home), arguments))
+        sys.stdout.flush()
+        return status
+    except RouterError as error:
+        print("rrouter: %s" % error, file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:             # the reader of our output left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except OSError as error:
+        print("rrouter: %s: %s" % (error.filename or "output", reason_of(error)), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
