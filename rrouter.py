@@ -40,6 +40,7 @@ import time
 import urllib.parse
 from collections import OrderedDict, deque
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 __version__ = "5.0.0"
@@ -47,7 +48,7 @@ __version__ = "5.0.0"
 
 # Constants ####################################################################
 
-DEFAULT_CONFIG = {
+DEFAULT_CONFIG: Dict[str, Any] = {
     "modes": {
         "antigravity": {"mappings": [
             {"match": "claude-sonnet-*", "rewrite": "gemini-claude-sonnet-4-5-thinking"},
@@ -409,12 +410,12 @@ def _parse_rule(value: Any, path: str, problems: List[str]) -> Rule:
         if key not in members:
             raise ConfigError("%s.%s: missing, expected a string" % (path, key))
         if not isinstance(members[key], str) or not members[key]:
-            raise ConfigError("%s.%s: expected a string that is not empty, found %s" % (path, key, _found(members[key])))
+            raise ConfigError("%s.%s: expected a string, not empty, found %s" % (path, key, _found(members[key])))
     return Rule(members["match"], members["rewrite"])
 
 
 def _parse_auto(value: Any, problems: List[str]) -> AutoSettings:
-    members = dict(DEFAULT_CONFIG["auto"])  # type: ignore[call-overload]
+    members = dict(DEFAULT_CONFIG["auto"])
     members.update(_members(value, "auto", "auto.", tuple(members), problems))
     targets, minutes = members["targets"], members["cooldownMinutes"]
     if not (isinstance(targets, list) and len(targets) == 2 and all(isinstance(t, str) for t in targets)
@@ -522,7 +523,8 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _FIELDS = rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])\r\n")
 _REQUEST_HEAD = re.compile(_REQUEST_LINE.pattern + _FIELDS + rb"\r\n")
-_RESPONSE_HEAD = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n" + _FIELDS + rb"\r\n")
+_STATUS_LINE = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
+_RESPONSE_HEAD = re.compile(_STATUS_LINE + _FIELDS + rb"\r\n")
 _TRAILERS = re.compile(_FIELDS + rb"\r\n")
 _LENGTH = re.compile(r"[0-9]{1,15}")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
@@ -854,8 +856,9 @@ def find_model(body: Any) -> Optional[Tuple[int, int, str]]:
 
 def _walk_to_model(text: str) -> Optional[Tuple[int, int]]:
     try:
-        found, end = None, _SPACE.match(text).end()     # type: ignore[union-attr]
-        for key, start, end in _walk_object(text, end):
+        found, begin = None, _SPACE.match(text).end()   # type: ignore[union-attr]
+        end = begin
+        for key, start, end in _walk_object(text, begin):
             if key == "model" and found is None:
                 found = (start, end) if text[start] == '"' else (0, 0)
         end = _SPACE.match(text, end).end() + 1         # type: ignore[union-attr]
@@ -1220,7 +1223,7 @@ class Breaker:
 
     def restore(self, saved: Any, longest_s: float) -> None:
         """Take what `save` returned, from a file anybody may have written; raise StateError if it does not fit."""
-        values = {}
+        values: Dict[str, Any] = {}
         for name, kind in self.SAVED.items():
             value = saved.get(name) if isinstance(saved, dict) else None
             if isinstance(value, int) and kind is float and not isinstance(value, bool):
@@ -2033,10 +2036,8 @@ class Upstream:
 
     def open(self) -> http.client.HTTPConnection:
         """Return a new connection of the standard library; raise UpstreamUnreachable."""
-        kind, options = http.client.HTTPConnection, {}
-        if self._tls is not None:
-            kind, options = http.client.HTTPSConnection, {"context": self._tls}     # type: ignore[assignment]
-        connection = kind(self._host, self._port, timeout=CONNECT_S, **options)
+        connection = (http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S) if self._tls is None else
+                      http.client.HTTPSConnection(self._host, self._port, timeout=CONNECT_S, context=self._tls))
         connection.auto_open = 0            # it shall not connect again by itself
         try:
             connection.connect()
@@ -2300,7 +2301,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Leave the connection to the server, which closes it."""
 
-    def handle_one_request(self) -> bool:
+    def handle_one_request(self) -> bool:       # type: ignore[override]
         """Carry one request through; return whether the connection can carry another."""
         head = None
         try:
@@ -2371,17 +2372,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _read_fixed(self, length: int) -> Any:
         wire = self.wire
         if len(wire.held) >= length:
-            body, wire.held = wire.held[:length], wire.held[length:]
-            return body
+            whole, wire.held = wire.held[:length], wire.held[length:]
+            return whole
         # A map of its own is memory only as far as bytes have come, and goes back to the system at once.
-        body = mmap.mmap(-1, length) if length >= MAPPED_BODY_BYTES else bytearray(length)
+        body: Any = mmap.mmap(-1, length) if length >= MAPPED_BODY_BYTES else bytearray(length)
         have = len(wire.held)
         body[:have] = wire.held
         wire.held = b""
         with memoryview(body) as view:
             while have < length:
-                received = self._receive(lambda: wire.sock.recv_into(view[have:]))
-                have += received
+                have += self._receive(partial(wire.sock.recv_into, view[have:]))
         return body
 
     def _read_chunks(self) -> bytes:
@@ -2484,8 +2484,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             attempt.blames_history = True
             body = without_thinking(exchange.body)
             if body is not None:
-                self.router.log.write("HEAL", "#%d %s refused thinking blocks of another backend: sent again without" % (
-                    exchange.number, target))
+                self.router.log.write("HEAL", "#%d %s refused thinking blocks of another backend: sent again without"
+                                      % (exchange.number, target))
                 healed = self._try(exchange, body, Attempt(route, ticket))
                 if healed.failed:
                     healed.close()
@@ -2687,7 +2687,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = self.server_address[:2]    # type: ignore[assignment]
 
     def get_request(self) -> Tuple[Any, Any]:
         """Accept a connection; out of descriptors, wait a little: the loop above would spin."""
@@ -2792,9 +2792,11 @@ def listen(settings: Settings, router: Router) -> List[ProxyServer]:
     """Return the servers, bound and listening; raise DaemonError if an address is taken or is none of ours."""
     local = settings.host == "localhost"
     try:
-        addresses = ([(socket.AF_INET, ("127.0.0.1", settings.port)), (socket.AF_INET6, ("::1", settings.port))] if local
-                     else [(info[0], info[4]) for info in socket.getaddrinfo(
-                         settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)])
+        addresses: List[Tuple[int, Any]] = [(socket.AF_INET, ("127.0.0.1", settings.port)),
+                                            (socket.AF_INET6, ("::1", settings.port))]
+        if not local:
+            addresses = [(info[0], info[4]) for info in socket.getaddrinfo(
+                settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
     except OSError as error:
         raise UsageError("RROUTER_HOST=%s: no such address: %s" % (settings.host, reason_of(error))) from error
     servers: List[ProxyServer] = []
@@ -3404,7 +3406,8 @@ def cmd_config(context: Context) -> int:
 
 def config_show(paths: Paths) -> int:
     """Print the effective config on stdout, its path on stderr."""
-    print("%s%s" % (paths.config, "" if os.path.exists(paths.config) else " (not there: the defaults)"), file=sys.stderr)
+    there = os.path.exists(paths.config)
+    print(paths.config + ("" if there else " (not there: the defaults)"), file=sys.stderr)
     config = read_config(paths)
     for problem in config.problems:
         print("rrouter: config.json: " + problem, file=sys.stderr)
@@ -3622,8 +3625,8 @@ def check_models(config: Config, names: "set[str]") -> Iterator[Tuple[str, str]]
     if not missing:
         yield OK, "models: the upstream knows all %d names that the rules write" % len(rewrites)
     for name in missing:
-        yield WARN, ("models: the upstream does not know %s (400 unknown provider): use one of its names (%s) in a rule, "
-                     "or add to CLIProxyAPI's config.yaml:\n"
+        yield WARN, ("models: the upstream does not know %s (400 unknown provider): use one of its names (%s) in a "
+                     "rule, or add to CLIProxyAPI's config.yaml:\n"
                      "        oauth-model-alias:\n          antigravity:\n"
                      "            - name: \"AN-ID-FROM-THAT-LIST\"\n              alias: \"%s\"\n"
                      "              fork: true" % (printable(name), ", ".join(
@@ -3632,11 +3635,13 @@ def check_models(config: Config, names: "set[str]") -> Iterator[Tuple[str, str]]
 
 COMMANDS = (
     # name          aliases              function         arguments
-    ("serve",       (),                  cmd_serve,       (("--ready-descriptor", {"type": int, "help": argparse.SUPPRESS}),)),
+    ("serve",       (),                  cmd_serve,       (
+        ("--ready-descriptor", {"type": int, "help": argparse.SUPPRESS}),)),
     ("start",       (),                  cmd_start,       ()),
     ("stop",        (),                  cmd_stop,        ()),
     ("restart",     (),                  cmd_restart,     ()),
-    ("status",      (),                  cmd_status,      (("--json", {"action": "store_true", "help": "print /health"}),)),
+    ("status",      (),                  cmd_status,      (
+        ("--json", {"action": "store_true", "help": "print /health"}),)),
     ("antigravity", ("ag",),             cmd_antigravity, ()),
     ("claude",      ("c",),              cmd_claude,      ()),
     ("auto",        ("a",),              cmd_auto,        ()),
