@@ -33,6 +33,7 @@ import select
 import signal
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import threading
@@ -115,14 +116,18 @@ ERROR_TYPES = {403: "permission_error", 408: "timeout_error", 413: "request_too_
 USEFULNESS = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}
 
 # Claude Code's own patterns (lower case, without backticks), then the wordings of Gemini, which it does not know.
-SIGNATURE_WORDINGS = tuple(re.compile(pattern) for pattern in (
-    rb"signature in thinking block",
-    rb"invalid data in redacted_thinking block",
-    rb"(?s)thinking\.signature.*field required",
-    rb"(?s)(?:thinking block|redacted_thinking).*(?:cannot be modified|invalid signature)",
-    rb"(?s)invalid signature.*(?:thinking block|redacted_thinking)",
-    rb"(?:corrupted|invalid) thought signature",
-    rb"thought signature is not valid"))
+# All words of a row must be there, in any order.
+SIGNATURE_WORDINGS = (
+    (b"signature in thinking block",),
+    (b"invalid data in redacted_thinking block",),
+    (b"thinking.signature", b"field required"),
+    (b"thinking block", b"cannot be modified"),
+    (b"thinking block", b"invalid signature"),
+    (b"redacted_thinking", b"cannot be modified"),
+    (b"redacted_thinking", b"invalid signature"),
+    (b"corrupted thought signature",),
+    (b"invalid thought signature",),
+    (b"thought signature is not valid",))
 EMPTY_CONTENT = b'{"type":"text","text":"(no content)"}'    # the API refuses an empty content
 
 
@@ -343,6 +348,15 @@ def error_body(status: int, message: str) -> bytes:
     return json.dumps({"type": "error", "error": {"type": kind, "message": "rrouter: " + message}}).encode()
 
 
+def describe_defect(error: Optional[BaseException]) -> str:
+    """Return a defect of ours in one line: where and what kind, never values, which may be the user's."""
+    where, trace = [], error.__traceback__ if error is not None else None
+    while trace is not None:
+        where.append("%s:%d" % (trace.tb_frame.f_code.co_name, trace.tb_lineno))
+        trace = trace.tb_next
+    return "internal error: %s at %s; please report it" % (type(error).__name__, " > ".join(where))
+
+
 # Configuration ################################################################
 
 def parse_config(text: str) -> Config:
@@ -371,19 +385,21 @@ def parse_config(text: str) -> Config:
 
 
 def _parse_json(text: str) -> Any:
+    # What Python's parser takes though it is no JSON, or refuses without telling where.
+    for odd in re.finditer(r'"(?:[^"\\]|\\.)*"|(NaN|-?Infinity|[0-9]{1000,})', text):
+        if odd.group(1):
+            before = text[:odd.start()]
+            raise ConfigError("%d:%d: expected a plain JSON number, found %s" % (
+                before.count("\n") + 1, len(before) - before.rfind("\n"), printable(odd.group(1), 20)))
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         rest = text[error.pos:error.pos + 20]
         raise ConfigError("%d:%d: %s, found %s" % (
             error.lineno, error.colno, error.msg[0].lower() + error.msg[1:].replace("Expecting", "expecting"),
             repr(rest) if rest else "the end of the file")) from error
-    except (ValueError, RecursionError) as error:       # a number of 5000 digits, 100,000 brackets
-        raise ConfigError("1:1: expected plain JSON, found a number or nesting that is too long") from error
-
-
-def _refuse_constant(name: str) -> None:
-    raise ConfigError("1:1: expected JSON, found %s, which JSON does not have" % name)
+    except RecursionError as error:     # 100,000 brackets
+        raise ConfigError("1:1: expected an object of modes, found nesting that is too deep") from error
 
 
 def _parse_modes(value: Any, problems: List[str]) -> Dict[str, Tuple[Rule, ...]]:
@@ -395,7 +411,7 @@ def _parse_modes(value: Any, problems: List[str]) -> Dict[str, Tuple[Rule, ...]]
         if name == MODE_AUTO:
             raise ConfigError("%s: expected another name, found auto, which is built in" % path)
         if not name or name != name.lower() or not printable(name) == name or name.split() != [name]:
-            raise ConfigError("%s: expected a name in lower case without spaces, found %s" % (path, _found(name)))
+            raise ConfigError("%s: expected a name in lower-case ASCII without spaces, found %s" % (path, _found(name)))
         mappings = _members(mode, path, path + ".", ("mappings",), problems).get("mappings", [])
         if not isinstance(mappings, list):
             raise ConfigError("%s.mappings: expected a list, found %s" % (path, _found(mappings)))
@@ -411,6 +427,10 @@ def _parse_rule(value: Any, path: str, problems: List[str]) -> Rule:
             raise ConfigError("%s.%s: missing, expected a string" % (path, key))
         if not isinstance(members[key], str) or not members[key]:
             raise ConfigError("%s.%s: expected a string, not empty, found %s" % (path, key, _found(members[key])))
+    try:
+        re.compile(fnmatch.translate(members["match"]))
+    except re.error as error:           # [z-a], before Python 3.10
+        raise ConfigError("%s.match: expected a glob, found %s" % (path, _found(members["match"]))) from error
     return Rule(members["match"], members["rewrite"])
 
 
@@ -475,13 +495,14 @@ def read_environment(environ: Dict[str, str]) -> Settings:
     if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
         raise UsageError("RROUTER_PORT=%s: expected a port number from 1 to 65535" % printable(port))
     host = (environ.get("RROUTER_HOST") or "localhost").strip("[]")
-    if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", host):
+    if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", host) or not _is_host_name(host):
         raise UsageError("RROUTER_HOST=%s: expected localhost, an address or a host name" % printable(host))
     upstream = environ.get("RROUTER_UPSTREAM") or "http://localhost:8317"
     try:
         url = urllib.parse.urlsplit(upstream)
         fits = (url.scheme in ("http", "https") and url.hostname and url.port != 0 and "@" not in url.netloc
-                and not url.query and not url.fragment and re.fullmatch("[!-~]+", upstream))
+                and not url.query and not url.fragment and re.fullmatch("[!-~]+", upstream)
+                and _is_host_name(url.hostname))
     except ValueError:                                  # a port that is none, an unclosed bracket
         fits = False
     if not fits:
@@ -490,8 +511,16 @@ def read_environment(environ: Dict[str, str]) -> Settings:
     return Settings(host, int(port), upstream.rstrip("/"))
 
 
+def _is_host_name(host: str) -> bool:
+    """Return whether the name service can be asked for `host` at all: no label empty or over 63 characters."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False
+
+
 def _without_password(url: str) -> str:
-    return re.sub("//[^/@]*@", "//***@", url)
+    return re.sub("//.*@", "//***@", url)
 
 
 # Routing ######################################################################
@@ -545,8 +574,11 @@ def split_fields(block: bytes) -> List[Tuple[bytes, bytes]]:
 
 
 def end_to_end(fields: List[Tuple[bytes, bytes]], *drop: bytes) -> List[Tuple[bytes, bytes]]:
-    """Return the fields that go on: all but the hop-by-hop ones, those named by Connection, and `drop`."""
-    removed = HOP_BY_HOP.union(drop, _tokens(fields, b"connection"))
+    """Return the fields that go on: all but the hop-by-hop ones, those named by Connection, and `drop`.
+
+    Connection cannot name Content-Length away: the body would lose its end.
+    """
+    removed = HOP_BY_HOP.union(_tokens(fields, b"connection")).difference((b"content-length",)).union(drop)
     return [field for field in fields if field[0] not in removed]
 
 
@@ -704,7 +736,8 @@ def response_head_bytes(head: ResponseHead, extra: List[bytes]) -> bytes:
     Of the upstream's CORS fields none goes on: they would open rrouter to every web page.
     """
     lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
-    lines += [line for name, line in end_to_end(head.fields) if not name.startswith(b"access-control-")]
+    drop = (b"content-length",) if head.status in (204, *range(100, 200)) else ()       # RFC 9110 §8.6
+    lines += [line for name, line in end_to_end(head.fields, *drop) if not name.startswith(b"access-control-")]
     return b"\r\n".join(lines + extra) + b"\r\n\r\n"
 
 
@@ -978,16 +1011,16 @@ def _block_type(text: str, position: int) -> Optional[str]:
 def names_foreign_signature(body: bytes) -> bool:
     """Return whether the body of a 400 says that thinking blocks of the history were signed by another backend."""
     text = bytes(body).lower().replace(b"`", b"")
-    return any(wording.search(text) for wording in SIGNATURE_WORDINGS)
+    return any(all(word in text for word in words) for words in SIGNATURE_WORDINGS)
 
 
 # Messages: event streams ######################################################
 
 class EventScan:
-    """What an attempt's event stream has shown so far: nothing, an event that commits it, or an error.
+    """What an attempt's event stream has shown so far.
 
-    Fed with the payload as it comes.  `committed` is set by the first event that is no ping, comment or error;
-    `failed` by an `error` event, wherever it comes.
+    Fed with the payload as it comes.  The first event that is no ping or comment sets `failed` if it is an `error`
+    (there is nothing to lose: the attempt may be rescued), else `committed`; an `error` after that sets `broken`.
     """
 
     _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
@@ -997,7 +1030,7 @@ class EventScan:
     _OVERLAP = 64                           # bytes; longer than what _ERROR matches
 
     def __init__(self):
-        self.committed = self.failed = False
+        self.committed = self.failed = self.broken = False
         self._tail = b""
 
     def feed(self, payload: bytes) -> None:
@@ -1005,7 +1038,7 @@ class EventScan:
         data = self._tail + payload
         if self.committed:
             if b"error" in data and self._ERROR.search(data):
-                self.failed = True
+                self.broken = True
             self._tail = data[-self._OVERLAP:]
             return
         position = 0
@@ -1055,8 +1088,9 @@ def retry_after_s(value: Optional[str], now: float) -> Optional[float]:
     if re.fullmatch("[0-9]{1,9}", value):
         return float(value)
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
-    except (TypeError, ValueError, OverflowError):
+        date = parsedate_to_datetime(value)
+        return max(0.0, date.replace(tzinfo=date.tzinfo or datetime.timezone.utc).timestamp() - now)
+    except (TypeError, ValueError, IndexError, OverflowError):      # IndexError: Python 3.9
         return None
 
 
@@ -1071,19 +1105,22 @@ class Failure(NamedTuple):
 # One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
 #
 #   state      event                                        next state   what else
-#   CLOSED     success of home                              CLOSED       its counts = 0
+#   CLOSED     success of home                              CLOSED       n = 0
 #   CLOSED     failure of home, n-th in a row, n < limit    CLOSED       n counted
-#   CLOSED     failure of home, n = limit                   OPEN         the N-th wait begins, away's counts = 0
-#   OPEN       success of away                              OPEN         its counts = 0; N + 1 once for each switch
-#   OPEN       failure of away, n = limit                   CLOSED       wait void, N stays, home's counts = 0
+#   CLOSED     failure of home, n = limit                   OPEN         n = 0, the N-th wait begins
+#   OPEN       success of away                              OPEN         n = 0; N + 1 once for each switch
+#   OPEN       failure of away, n-th in a row, n < limit    OPEN         n counted
+#   OPEN       failure of away, n = limit                   CLOSED       n = 0, wait void, N stays
 #   OPEN       a request asks, wait over                    HALF_OPEN    that request is the probe of home
-#   HALF_OPEN  the probe succeeds                           CLOSED       recovery: home's counts = 0
-#   HALF_OPEN  the probe fails                              OPEN         the next wait begins
+#   HALF_OPEN  the probe succeeds                           CLOSED       n = 0: recovered
+#   HALF_OPEN  the probe fails                              OPEN         n = 0, the next wait begins
 #   HALF_OPEN  the probe counts for nobody                  OPEN         wait stays over: the next request is the probe
-#   HALF_OPEN  failure of away, n = limit                   CLOSED       as in OPEN
+#   HALF_OPEN  success or failure of away                   as in OPEN
+#   any        outcome of the target that does not serve    same         nothing (the rescue of a request, say)
 #   any        failure of an attempt from before a switch   same         nothing: the switch has dealt with it
 #
-# N goes back to the first wait when twice the last wait has passed since home was returned to, without a switch.
+# n is kept for HTTP failures and for timeouts apart.  N goes back to the first wait when twice the last wait has passed
+# since home was returned to, without a switch.
 
 class Breaker:
     """Which of two targets serves one scope: `home` while closed, `away` while open.
@@ -1110,8 +1147,7 @@ class Breaker:
         self.reason: Optional[str] = None
         self.switched_at: Optional[float] = None
         self.retry_at: Optional[float] = None
-        self.failures = dict.fromkeys(targets, 0)
-        self.timeouts = dict.fromkeys(targets, 0)
+        self.failures = self.timeouts = 0       # in a row, of `current`
 
     @property
     def current(self) -> str:
@@ -1121,8 +1157,7 @@ class Breaker:
     @property
     def idle(self) -> bool:
         """True if there is nothing to remember."""
-        return self.state == CLOSED and not self.level and not any(self.failures.values()) and not any(
-            self.timeouts.values())
+        return self.state == CLOSED and not (self.level or self.failures or self.timeouts)
 
     def remaining_s(self, now: float) -> float:
         """Return the seconds until home may be probed.  A clock that was set back does not make the wait longer."""
@@ -1140,29 +1175,27 @@ class Breaker:
 
     def succeed(self, now: float, ticket: Ticket) -> List[str]:
         """Take a success of `ticket.target`."""
-        if ticket.target not in self.failures:
-            return []
-        self.failures[ticket.target] = self.timeouts[ticket.target] = 0
         if self.state == HALF_OPEN and ticket.probe == self.probe:
             self.close((self.home, self.away))
             self.returned_at = now
             return ["RECOVERED: %s answers again%s" % (self.home, self.label)]
-        if self.state != CLOSED and ticket.target == self.away and not self.answered:
+        if ticket.target == self.current:
+            self.failures = self.timeouts = 0
+            self.level += not self.answered
             self.answered = True
-            self.level += 1
         return []
 
-    def fail(self, now: float, ticket: Ticket, failure: Failure, auto: AutoSettings) -> List[str]:
-        """Take a failure of `ticket.target`; attempts from before a switch are none of its business."""
+    def fail(self, now: float, ticket: Ticket, failure: Failure, auto: AutoSettings, followed: str) -> List[str]:
+        """Take a failure of `ticket.target`; `followed` is the target that the scope gets once it is closed."""
         if self.state == HALF_OPEN and ticket.probe == self.probe:
             lines = ["PROBE of %s failed%s: %s" % (self.home, self.label, failure.what)]
             return lines + self._open(now, "failed a probe, last " + failure.what, failure, auto)
         if ticket.generation != self.generation or ticket.target != self.current:
             return ["%s failed%s: %s" % (ticket.target, self.label, failure.what)]
-        counts, limit, name = ((self.timeouts, auto.timeout_threshold, "timeouts") if failure.timed_out else
-                               (self.failures, auto.failure_threshold, "HTTP errors"))
-        counts[ticket.target] += 1
-        count = counts[ticket.target]
+        self.timeouts += failure.timed_out
+        self.failures += not failure.timed_out
+        count, limit, name = ((self.timeouts, auto.timeout_threshold, "timeouts") if failure.timed_out else
+                              (self.failures, auto.failure_threshold, "HTTP errors"))
         lines = ["%s failed%s: %s (%d of %d %s in a row)" % (
             ticket.target, self.label, failure.what, count, limit, name)]
         if count < limit:
@@ -1170,6 +1203,8 @@ class Breaker:
         reason = "%d consecutive %s" % (count, name)
         if not failure.timed_out:
             reason += ", last " + failure.what
+        if self.state != CLOSED and followed == self.away:
+            self.close((self.away, self.home))      # closed it would follow to the very target that it leaves
         if self.state == CLOSED:
             return lines + self._open(now, reason, failure, auto)
         self.close((self.home, self.away))
@@ -1180,13 +1215,14 @@ class Breaker:
     def _open(self, now: float, reason: str, failure: Failure, auto: AutoSettings) -> List[str]:
         """Leave home, or stay away from it, for the next wait."""
         self.settle(now)
+        self.returned_at = None
         wait_s = auto.cooldowns_s[min(self.level, len(auto.cooldowns_s) - 1)]
         if failure.retry_after_s is not None:
             wait_s = min(wait_s, max(RETRY_AFTER_MIN_S, failure.retry_after_s))
         if self.state == CLOSED:
-            self.failures[self.away] = self.timeouts[self.away] = 0
             self.generation = next(self._serial)
         self.state, self.probe, self.answered = OPEN, 0, False
+        self.failures = self.timeouts = 0
         self.switch_count += 1
         self.reason, self.switched_at, self.retry_at, self.last_cooldown_s = reason, now, now + wait_s, wait_s
         return ["SWITCH %s -> %s%s: %s; retry in %s" % (self.home, self.away, self.label, reason, span(wait_s))]
@@ -1207,15 +1243,16 @@ class Breaker:
 
     def snapshot(self, now: float) -> Dict[str, Any]:
         """Return what /health tells of it."""
-        is_open = self.state != CLOSED
+        is_open, remaining_s = self.state != CLOSED, self.remaining_s(now)
         return {"currentTarget": self.current, "switched": is_open, "switchCount": self.switch_count,
-                "failureCount": self.failures[self.current], "timeoutCount": self.timeouts[self.current],
+                "failureCount": self.failures, "timeoutCount": self.timeouts,
                 "reason": self.reason, "switchedAt": utc(self.switched_at), "retryAt": utc(self.retry_at),
                 "cooldownSeconds": _tidy(round(self.last_cooldown_s, 3)) if is_open else 0,
-                "cooldownRemainingSeconds": int(-(-self.remaining_s(now) // 1))}
+                "cooldownRemainingSeconds": int(-(-remaining_s // 1))}
 
-    SAVED = {"home": str, "away": str, "level": int, "switch_count": int, "answered": bool, "reason": str,
-             "switched_at": float, "retry_at": float, "returned_at": float, "last_cooldown_s": float}
+    SAVED = {"home": (str,), "away": (str,), "level": (int,), "switch_count": (int,), "answered": (bool,),
+             "reason": (str,), "switched_at": (float, int), "retry_at": (float, int), "returned_at": (float, int),
+             "last_cooldown_s": (float, int)}
 
     def save(self) -> Dict[str, Any]:
         """Return what a restart must keep: all but the counts and a probe under way."""
@@ -1223,19 +1260,20 @@ class Breaker:
 
     def restore(self, saved: Any, longest_s: float) -> None:
         """Take what `save` returned, from a file anybody may have written; raise StateError if it does not fit."""
-        values: Dict[str, Any] = {}
-        for name, kind in self.SAVED.items():
-            value = saved.get(name) if isinstance(saved, dict) else None
-            if isinstance(value, int) and kind is float and not isinstance(value, bool):
-                value = float(value)
-            if not isinstance(value, kind) and not (value is None and name.endswith(("_at", "reason"))):
-                raise StateError("%s: expected %s" % (name, kind.__name__))
-            values[name] = value
-        if (not {values["home"], values["away"]} == {self.home, self.away} or not 0 <= values["level"] < 10 ** 6
-                or not 0 <= values["last_cooldown_s"] <= longest_s or (saved.get("open") and values["retry_at"] is None)
-                or not all(0 <= values[name] < 1e11 for name in values if name.endswith("_at") and values[name])):
-            raise StateError("the targets or numbers are not those of config.json")
-        vars(self).update(values)
+        if not isinstance(saved, dict):
+            raise StateError("expected an object")
+        values: Dict[str, Any] = {name: saved.get(name) for name in self.SAVED}
+        for name, kinds in self.SAVED.items():
+            value = values[name]
+            if value is None and name.endswith(("_at", "reason")) and not (saved.get("open") and name != "returned_at"):
+                continue
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise StateError("%s: expected %s" % (name, kinds[0].__name__))
+            if not isinstance(value, str) and not 0 <= value < 1e11:
+                raise StateError("%s: expected a number that can be" % name)
+        if {values["home"], values["away"]} != {self.home, self.away} or values["last_cooldown_s"] > longest_s:
+            raise StateError("the targets or waits are not those of config.json")
+        vars(self).update(values, reason=values["reason"] and printable(values["reason"]))
         self.state = OPEN if saved.get("open") else CLOSED
 
 
@@ -1303,7 +1341,7 @@ class Failover:
             self._follow(generation)
             if own is not None:
                 lines += own.succeed(now, ticket if ticket.alone else unprobing)
-                self._tidy(ticket.model, own)
+                self._align(ticket.model, own)
             return lines
 
     def charge(self, ticket: Ticket, failure: Failure) -> List[str]:
@@ -1317,12 +1355,12 @@ class Failover:
             if ticket.alone or (own is not None and own.state != CLOSED and not ticket.probe):
                 if own is None:
                     return []
-                lines = own.fail(now, ticket, failure, self._auto)
-                self._tidy(ticket.model, own)
+                lines = own.fail(now, ticket, failure, self._auto, whole.current)
+                self._align(ticket.model, own)
                 return lines
             generation = whole.generation
             fresh = ticket.generation == generation and ticket.target == whole.current
-            lines = whole.fail(now, ticket, failure, self._auto)
+            lines = whole.fail(now, ticket, failure, self._auto, whole.home)
             self._follow(generation)
             if fresh and whole.generation == generation:
                 lines += self._charge_model(now, ticket, failure)
@@ -1340,27 +1378,30 @@ class Failover:
         """Count a failure of the whole target for its model too; its line is told only if the model switches."""
         if len(ticket.model) > MODEL_NAME_MAX:
             return []
-        whole = self._whole
         own = self._models.get(ticket.model)
         if own is None:
-            other = whole.home if whole.current == whole.away else whole.away
-            own = Breaker((whole.current, other), self._serial, " for " + printable(ticket.model))
+            if len(self._models) >= MODELS_REMEMBERED:      # the one longest unseen goes, if it can be one not switched
+                closed = (model for model, other in self._models.items() if other.state == CLOSED)
+                del self._models[next(closed, next(iter(self._models)))]
+            own = Breaker(self._ordered(), self._serial, " for " + printable(ticket.model))
             self._models[ticket.model] = own
-            self._evict()
         self._models.move_to_end(ticket.model)
-        lines = own.fail(now, ticket._replace(generation=own.generation), failure, self._auto)
+        lines = own.fail(now, ticket._replace(generation=own.generation), failure, self._auto, own.home)
         return lines[1:]
 
-    def _evict(self) -> None:
-        """Forget one model if there are too many: the one longest unseen, of those not switched if there are any."""
-        if len(self._models) > MODELS_REMEMBERED:
-            closed = (model for model, own in self._models.items() if own.state == CLOSED)
-            del self._models[next(closed, next(iter(self._models)))]
+    def _ordered(self) -> Tuple[str, str]:
+        """Return the targets, the one that serves the whole first."""
+        whole = self._whole
+        return (whole.home, whole.away) if whole.state == CLOSED else (whole.away, whole.home)
 
-    def _tidy(self, model: str, own: Breaker) -> None:
-        """Forget a model that has nothing to remember; let one that returned home follow the whole again."""
-        if own.state == CLOSED and own.home != self._whole.current:
-            own.close((own.away, own.home))
+    def _align(self, model: str, own: Breaker) -> None:
+        """Let a model follow the whole unless it is switched alone; forget it if there is nothing to remember.
+
+        A model alone on the very target that the whole has returned to has nothing left to be alone for.
+        """
+        first, second = self._ordered()
+        if own.state == CLOSED and own.home != first or own.state != CLOSED and own.away == first == self._whole.home:
+            own.close((first, second))
         if own.idle:
             self._models.pop(model, None)
 
@@ -1368,13 +1409,8 @@ class Failover:
         """If the whole has moved since `generation`, start the counts of its models anew."""
         if self._whole.generation == generation:
             return
-        current = self._whole.current
-        other = self._whole.home if current == self._whole.away else self._whole.away
         for model, own in list(self._models.items()):
-            # A model alone on the very target that the whole returns to has nothing left to be alone for.
-            if own.state == CLOSED or (current == self._whole.home == own.current):
-                own.close((current, other))
-                self._tidy(model, own)
+            self._align(model, own)
 
     def snapshot(self, active: bool) -> Dict[str, Any]:
         """Return the `autoSwitch` object of /health."""
@@ -1468,19 +1504,27 @@ def read_file(path: str) -> Optional[bytes]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # a FIFO would block for ever
     except FileNotFoundError:
         return None
-    with os.fdopen(descriptor, "rb", closefd=True) as file:
+    try:
         status = os.fstat(descriptor)
-        if status.st_mode & 0o170000 != 0o100000:
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
         if status.st_size > FILE_MAX_BYTES:
             raise OSError(errno.EFBIG, "larger than %d bytes" % FILE_MAX_BYTES, path)
-        return file.read(FILE_MAX_BYTES)
+        content = b""
+        while True:
+            more = os.read(descriptor, FILE_MAX_BYTES)
+            content += more
+            if not more or len(content) > FILE_MAX_BYTES:
+                return content
+    finally:
+        os.close(descriptor)
 
 
 def _signature(path: str) -> Any:
     """Return what changes with each write of the file; None if there is none.
 
-    Compared by equality: `mv` and `git checkout` can bring an older time.
+    Compared by equality: `mv` and `git checkout` can bring an older time.  The last member, the time of the last change
+    of any kind, sees a writer who sets the other time back.
     """
     try:
         status = os.stat(path)
@@ -1488,12 +1532,12 @@ def _signature(path: str) -> Any:
         return None
     except OSError as error:
         return error.errno
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
 def _settled(signature: Any) -> Any:
     """Return `signature`, or what equals nothing if the file may change again without a new one."""
-    if isinstance(signature, tuple) and time.time() - signature[0] / 1e9 < SETTLED_S:
+    if isinstance(signature, tuple) and time.time() - signature[3] / 1e9 < SETTLED_S:
         return object()
     return signature
 
@@ -1669,9 +1713,9 @@ class Store:
         if word == "":                  # somebody is just writing it
             return False
         self._word = word
-        written = signature != self.mode_signature
-        self.mode_signature = signature
-        return written
+        written = signature[:3] if isinstance(signature, tuple) else signature      # chmod is no writing
+        changed, self.mode_signature = written != self.mode_signature, written
+        return changed
 
     def _compose(self) -> Snapshot:
         config, word = self._config, self._word
@@ -1685,11 +1729,11 @@ class Store:
                     printable(word, 40), ", ".join([*config.modes, MODE_AUTO]), mode))
         return Snapshot(config, mode, tuple(problem for problem in problems if problem))
 
-    def save_state(self, failover: Dict[str, Any]) -> None:
+    def save_state(self, mode_signature: Any, failover: Dict[str, Any]) -> None:
         """Write the state of auto mode to state.json; raise OSError."""
         auto = list(map(_jsonable, self._current.config.auto))
         write_atomically(self.paths.state, json.dumps({
-            "version": 1, "modeFile": _jsonable(self.mode_signature), "auto": auto, **failover}, indent=1) + "\n")
+            "version": 1, "modeFile": _jsonable(mode_signature), "auto": auto, **failover}, indent=1) + "\n")
 
     def load_state(self) -> Optional[Dict[str, Any]]:
         """Return what `save_state` wrote, or None if there is nothing to go on with; raise StateError."""
@@ -1732,35 +1776,27 @@ WAITED = (BlockingIOError, socket.timeout)      # nothing came within the socket
 
 
 class Watch:
-    """What ends a wait for the upstream: the client leaving, or the deadline of an attempt."""
+    """What ends a wait for the upstream: the client (None: nobody to watch) leaving, or the deadline of an attempt."""
 
-    def __init__(self, client: socket.socket, limit_s: Optional[float] = None):
+    def __init__(self, client: Optional[socket.socket], limit_s: Optional[float] = None):
         self._client, self._limit_s = client, limit_s
+        self._looked_at = time.monotonic()
         self.deadline: Optional[float] = None
 
     def start(self) -> None:
-        """Let the time limit begin."""
-        if self._limit_s is not None:
+        """Let the time limit begin, if it has not."""
+        if self._limit_s is not None and self.deadline is None:
             self.deadline = time.monotonic() + self._limit_s
 
     def check(self) -> None:
-        """Raise ClientGone or UpstreamTimeout if the wait is over.
-
-        A half-closed client counts as gone, as with Go and HAProxy (abortonclose).
-        """
-        try:
-            if not self._client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                raise ClientGone("the client left")
-        except BlockingIOError:
-            pass
-        except OSError as error:
-            raise ClientGone("the client left") from error
-        if self.deadline is not None and time.monotonic() >= self.deadline:
+        """Raise ClientGone or UpstreamTimeout if the wait is over; to be asked whether or not something has moved."""
+        now = time.monotonic()
+        if self.deadline is not None and now >= self.deadline:
             raise UpstreamTimeout("sent no first byte within %g s" % (self._limit_s or 0))
-
-    def stop(self) -> None:
-        """Let the time limit end: the first byte has come."""
-        self.deadline = None
+        if now - self._looked_at >= TICK_S * 0.9 and self._client is not None:
+            self._looked_at = now
+            if has_left(self._client):
+                raise ClientGone("the client left")
 
     @property
     def tick_s(self) -> float:
@@ -1768,6 +1804,29 @@ class Watch:
         if self.deadline is None:
             return TICK_S
         return min(TICK_S, max(0.001, self.deadline - time.monotonic()))
+
+
+def has_left(client: socket.socket) -> bool:
+    """Return whether the client has closed its connection.
+
+    A half-closed one counts as gone, as with Go and HAProxy (abortonclose).  A byte it sent before it left, the next
+    request perhaps, hides the end from `recv`, but not from `poll`.
+    """
+    try:
+        if not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return bool(polled(client, getattr(select, "POLLRDHUP", 0)))
+
+
+def polled(sock: socket.socket, events: int) -> int:
+    """Return which of `events` (or POLLHUP, POLLERR) hold just now.  `select` fails with descriptors over 1023."""
+    poller = select.poll()
+    poller.register(sock, events)
+    return sum(found for _, found in poller.poll(0))
 
 
 class Wire:
@@ -1824,51 +1883,51 @@ class UpstreamConnection(Wire):
     def __init__(self, connection: http.client.HTTPConnection):
         super().__init__(connection.sock, TICK_S)
         self._connection = connection
-        self.used = False               #: has carried an exchange before
         self.heard = False              #: has sent a byte of the answer due
         self.idle_since = 0.0
 
-    def is_alive(self) -> bool:
-        """Return whether a kept connection can be used: still open, and nothing unasked has come."""
+    def has_sent(self) -> bool:
+        """Return whether something has come that is not yet read, be it the end of the connection."""
+        if self._kernel:
+            return bool(polled(self.sock, select.POLLIN))
+        # TLS: session tickets come unasked, and only reading tells them from an answer.
+        self.limit(0)
         try:
-            if self._kernel:
-                self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            else:                       # TLS: reads session tickets as well
-                self.sock.settimeout(0)
-                self._limit_s = 0.0
-                self.sock.recv(1)
-        except (BlockingIOError, InterruptedError):
+            self.held += self.sock.recv(RECEIVE_BYTES)
             return True
         except OSError as error:
-            return getattr(error, "errno", None) == 2   # ssl.SSLWantReadError
-        return False
+            return error.errno != 2     # ssl.SSLWantReadError
 
-    def send(self, pieces: List[Any], watch: Watch) -> None:
-        """Send all of `pieces`; return early if the upstream answers before it has read them, or closes."""
-        views = [memoryview(piece) for piece in pieces if len(piece)]
+    def send(self, views: List[memoryview], watch: Watch) -> List[memoryview]:
+        """Send `views`; return what is left of them where the upstream answers, or closes, before it has read all."""
         while views:
             try:
                 sent = self.sock.sendmsg(views) if self._kernel else self.sock.send(views[0])
-            except WAITED:
-                watch.check()
-                if select_readable(self.sock):
-                    return
-                continue
+            except WAITED as error:
+                sent = 0
+                if error.errno == errno.ETIMEDOUT or self.has_sent():
+                    return views
+                self.limit(watch.tick_s)
             except OSError:
-                return                  # there may be an answer to read: 413, say
+                return views            # there may be an answer to read: 413, say
             while views and sent >= len(views[0]):
                 sent -= len(views.pop(0))
             if sent:
                 views[0] = views[0][sent:]
+            if views:
+                watch.check()
+        return views
 
     def wait(self, watch: Watch) -> bytes:
         """Return the next bytes, b"" at the end; raise what `watch` says, or UpstreamError."""
         while True:
-            self.limit(watch.tick_s)
+            watch.check()
             try:
+                self.limit(watch.tick_s)
                 return self.receive()
-            except WAITED:
-                watch.check()
+            except WAITED as error:
+                if error.errno == errno.ETIMEDOUT:      # the network's, not ours
+                    raise UpstreamError("broke the connection: timed out") from error
             except OSError as error:
                 raise UpstreamError("broke the connection: %s" % reason_of(error)) from error
 
@@ -1895,21 +1954,15 @@ class UpstreamConnection(Wire):
             self._connection.close()
 
 
-def select_readable(sock: socket.socket) -> bool:
-    """Return whether there is something to read just now (`select` fails with descriptors over 1023)."""
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
-    return bool(poller.poll(0))
-
-
 class Answer:
     """An answer of the upstream: its head, and its body as it comes.
 
     `ahead` is payload that was read before it was known whether this answer goes to the client.
     """
 
-    def __init__(self, upstream: "Upstream", connection: UpstreamConnection, head: ResponseHead, method: str):
-        self.head = head
+    def __init__(self, upstream: "Upstream", connection: UpstreamConnection, head: ResponseHead, method: str,
+                 asked_in_full: bool):
+        self.head, self._asked_in_full = head, asked_in_full
         self.ahead = b""
         self._upstream, self._connection = upstream, connection
         self._body = response_body(head, method)
@@ -1946,6 +1999,15 @@ class Answer:
             self._give_back()
         return payload
 
+    def text(self) -> bytes:
+        """Return what is in `ahead`, unzipped if it is zipped: Claude Code accepts gzip."""
+        if (self.head.value(b"content-encoding") or "").lower() not in ("gzip", "deflate"):
+            return self.ahead
+        import zlib
+        with contextlib.suppress(zlib.error):
+            return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(self.ahead, READ_AHEAD_MAX_BYTES)
+        return b""
+
     def read_ahead(self, watch: Watch) -> bool:
         """Receive more into `ahead`; return whether there may be still more.
 
@@ -1963,7 +2025,8 @@ class Answer:
         return not self.complete
 
     def _give_back(self) -> None:
-        reusable = self.head.keep_alive and not self._body.rest and not self._connection.held
+        # Where the request was not sent in full, the next one would be taken for the rest of it.
+        reusable = self.head.keep_alive and self._asked_in_full and not self._body.rest and not self._connection.held
         if reusable and isinstance(self._body, FixedBody):
             self._upstream.keep(self._connection)
         else:
@@ -1983,7 +2046,7 @@ class Upstream:
         self.url = url
         self.authority = parts.netloc.encode("ascii")
         self.base_path = parts.path.encode("ascii")
-        self._host, self._port = parts.hostname or "", parts.port
+        self._host, self._port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         self._is_own_address = is_own_address
         self._kept: "deque[UpstreamConnection]" = deque()   # last in, first out: the busiest stay alive
         self._tls = None
@@ -2014,14 +2077,14 @@ class Upstream:
         connection.heard = False
         watch.start()
         try:
-            connection.limit(watch.tick_s)
-            connection.send(pieces, watch)
+            unsent = connection.send([memoryview(piece) for piece in pieces if len(piece)], watch)
             head = connection.read_head(watch)
             while head.status < 200:
                 if head.status != 100:      # the client has had its own 100 (Continue)
                     interim(head)
+                unsent = connection.send(unsent, watch)
                 head = connection.read_head(watch)
-            return Answer(self, connection, head, method)
+            return Answer(self, connection, head, method, not unsent)
         except BaseException:
             connection.close()
             raise
@@ -2029,10 +2092,14 @@ class Upstream:
     def connect(self) -> UpstreamConnection:
         """Return a new connection; raise UpstreamUnreachable."""
         connection = self.open()
-        if self._is_own_address(connection.sock):
+        try:
+            if not self._is_own_address(connection.sock):
+                return UpstreamConnection(connection)
+        except OSError as error:            # reset as soon as it was accepted
             connection.close()
-            raise UpstreamUnreachable("is rrouter itself")
-        return UpstreamConnection(connection)
+            raise UpstreamError("broke the connection: %s" % reason_of(error)) from error
+        connection.close()
+        raise UpstreamUnreachable("is rrouter itself")
 
     def open(self) -> http.client.HTTPConnection:
         """Return a new connection of the standard library; raise UpstreamUnreachable."""
@@ -2055,7 +2122,7 @@ class Upstream:
                 connection = self._kept.pop()
             except IndexError:
                 return None
-            if time.monotonic() - connection.idle_since < POOL_IDLE_S and connection.is_alive():
+            if time.monotonic() - connection.idle_since < POOL_IDLE_S and not connection.has_sent():
                 return connection
             connection.close()
 
@@ -2085,6 +2152,7 @@ class Attempt:
         self.error: Optional[UpstreamError] = None
         self.scan: Optional[EventScan] = None       #: of an event stream in auto mode
         self.blames_history = False                 #: a 400 for foreign thinking signatures
+        self.settled = False                        #: a stream that has been charged
 
     @property
     def status(self) -> int:
@@ -2099,7 +2167,7 @@ class Attempt:
     @property
     def stream_failed(self) -> bool:
         """True if an event stream brought no event, or an error."""
-        return self.scan is not None and (self.scan.failed or not self.scan.committed)
+        return self.scan is not None and not self.scan.committed
 
     @property
     def blames_request(self) -> bool:
@@ -2120,7 +2188,7 @@ class Attempt:
         if self.scan is not None:
             return Failure("error event" if self.scan.failed else "empty stream")
         what = str(self.status)
-        if self.status in (400, 502) and b"unknown provider for model" in self.answer.ahead:
+        if self.status in (400, 502) and b"unknown provider for model" in self.answer.text():
             what += ": the upstream does not know the model %s" % printable(self.route.model or "", 80)
         return Failure(what, False, retry_after_s(self.answer.head.value(b"retry-after"), time.time()))
 
@@ -2173,8 +2241,9 @@ class Router:
 
     def __init__(self, settings: Settings, paths: Paths, log: Log, started_by: str):
         self.settings, self.log, self.started_by = settings, log, started_by
+        self.failover = Failover(time.time, parse_config(json.dumps(DEFAULT_CONFIG)).auto)
         self.store = Store(paths, log, self._changed)
-        self.failover = Failover(time.time, self.store.snapshot().config.auto)
+        self.failover.reset(self.store.snapshot().config.auto, "")
         self.upstream = Upstream(settings.upstream, self._is_own_address)
         self.connections: "set[ProxyHandler]" = set()
         self.connections_max = CONNECTIONS_MAX
@@ -2238,12 +2307,13 @@ class Router:
         """Write state.json if there is something new."""
         if not self.keeps_state:
             return
-        state = self.failover.save()
-        if (state, self.store.mode_signature) == self._saved_state:
+        # The mode's signature first: a reset by a mode written meanwhile must not be undone by what is saved here.
+        state = self.store.mode_signature, self.failover.save()
+        if state == self._saved_state:
             return
         try:
-            self.store.save_state(state)
-            self._saved_state, self._state_problem = (state, self.store.mode_signature), None
+            self.store.save_state(*state)
+            self._saved_state, self._state_problem = state, None
         except OSError as error:
             problem = "state.json: cannot be written: %s: a restart forgets the cooldowns" % reason_of(error)
             if problem != self._state_problem:
@@ -2285,6 +2355,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.router = self.server.router
         self.wire = Wire(self.request, WRITE_STALL_S)
         self.busy = False               #: a request is under way
+        self.shut = False               #: told to read no more, by `drain`: an end of file says nothing of the client
 
     def handle(self) -> None:
         """Carry requests through until one side ends the connection."""
@@ -2319,7 +2390,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return False
         except ClientGone:
             return False
-        return head.keep_alive and not self.router.draining
+        if head.keep_alive and not self.router.draining:
+            return True
+        if polled(self.request, select.POLLIN):     # closing with bytes unread would reset the answer away
+            self._linger()
+        return False
 
     # ---- reading
 
@@ -2415,21 +2490,24 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         exchange = Exchange(self.router, head, body)
         try:
             attempt = exchange.chosen = self.forward(exchange)
+            for other in exchange.attempts:
+                if other is not attempt:
+                    other.close()
             if attempt.error is not None:
                 raise attempt.error
             self.relay(exchange, attempt)
         except UpstreamError as error:
             if exchange.answering:
-                exchange.record(exchange.chosen.status if exchange.chosen else 0, "the upstream " + str(error))
+                self._record(exchange, exchange.chosen.status if exchange.chosen else 0, "the upstream " + str(error))
                 self._abort(exchange)
-            exchange.record(error.http_status, "the upstream " + str(error))
+            self._record(exchange, error.http_status, "the upstream " + str(error))
             error = type(error)("upstream %s %s; %s" % (self.router.settings.upstream, error, error.remedy))
             self._fail(head, error, self._reply_fields(exchange))
         except ClientGone:
-            exchange.record(499, "the client left")
+            self._record(exchange, 499, "the client left")
             raise
         except Exception:               # a defect of ours: told in the log, and to the client if it can be
-            exchange.record(500, "internal error")
+            self._record(exchange, 500, "internal error")
             self.server.handle_error(self.request, self.client_address)
             if exchange.answering:
                 self._abort(exchange)
@@ -2437,8 +2515,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         finally:
             for attempt in exchange.attempts:
                 attempt.close()
-                if attempt.ticket is not None:          # does nothing where it was credited or charged
-                    self.router.auto(self.router.failover.release(attempt.ticket), exchange.number)
+
+    def _record(self, exchange: Exchange, status: int, note: str = "") -> None:
+        """Let the request end, for the counters and the log; what has counted for nobody frees the probe's place."""
+        for attempt in exchange.attempts:
+            if attempt.ticket is not None:          # does nothing where it was credited or charged
+                self.router.auto(self.router.failover.release(attempt.ticket), exchange.number)
+        exchange.record(status, note)
 
     def forward(self, exchange: Exchange) -> Attempt:
         """Return the attempt whose answer the client gets, after at most two.
@@ -2456,8 +2539,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         first = self.attempt(exchange, ticket.target, ticket)
         if not first.failed or isinstance(first.error, UpstreamUnreachable):
             return first
+        if not self.shut and has_left(self.request):
+            raise ClientGone("the client left")
         if not first.blames_request:
             self._charge(exchange, first)
+        if self.router.draining:        # the client's own retry finds the next rrouter
+            return first
         ticket = failover.rescue(ticket, targets)
         second = self.attempt(exchange, ticket.target, ticket)
         if first.blames_request and not second.blames_request:
@@ -2480,7 +2567,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         route = decide_route(exchange.snapshot.config, target, exchange.model)
         exchange.attempts.append(Attempt(route, ticket))
         attempt = self._try(exchange, exchange.body, exchange.attempts[-1])
-        if attempt.status == 400 and attempt.answer is not None and names_foreign_signature(attempt.answer.ahead):
+        if attempt.status == 400 and attempt.answer is not None and names_foreign_signature(attempt.answer.text()):
             attempt.blames_history = True
             body = without_thinking(exchange.body)
             if body is not None:
@@ -2505,7 +2592,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         limit_s = None
         if attempt.ticket is not None:
             limit_s = exchange.snapshot.config.auto.first_byte_limit_s(asks_for_stream(exchange.body))
-        watch = Watch(self.request, limit_s)
+        watch = self._watch(limit_s)
         try:
             attempt.answer = upstream.exchange(head.method, pieces, watch, self._pass_interim(head))
             self._hold_back(exchange, attempt, watch)
@@ -2516,6 +2603,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             attempt.close()
             raise
         return attempt
+
+    def _watch(self, limit_s: Optional[float] = None) -> Watch:
+        return Watch(None if self.shut else self.request, limit_s)
 
     def _pass_interim(self, head: RequestHead):
         """Return what passes a 1xx head on (RFC 9110 §15.2: not to an HTTP/1.0 client)."""
@@ -2532,16 +2622,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """
         answer = attempt.answer
         assert answer is not None
-        if attempt.ticket is None:
-            if attempt.status == 400 and exchange.model is not None:
-                watch = Watch(self.request, READ_AHEAD_S)
-                watch.start()
-                while answer.read_ahead(watch):
-                    pass
-        elif attempt.status >= 400:
+        is_auto = attempt.ticket is not None
+        if (is_auto and attempt.status >= 400) or (attempt.status == 400 and exchange.model is not None):
+            watch = self._watch(READ_AHEAD_S)
+            watch.start()
             while answer.read_ahead(watch):
                 pass
-        elif attempt.status == 200 and answer.head.is_event_stream and exchange.head.method != "HEAD":
+        elif is_auto and attempt.status == 200 and answer.head.is_event_stream and exchange.head.method != "HEAD":
             attempt.scan = scan = EventScan()
             while not (scan.committed or scan.failed or answer.complete):
                 payload = answer.receive(watch)
@@ -2553,7 +2640,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def relay(self, exchange: Exchange, attempt: Attempt) -> None:
         """Pass the answer on as it comes; its outcome is kept before its end goes out."""
-        answer, watch = attempt.answer, Watch(self.request)
+        answer, watch = attempt.answer, self._watch()
         assert answer is not None
         head, fields = answer.head, self._reply_fields(exchange)
         bodiless = exchange.head.method == "HEAD" or head.status in (204, 304)
@@ -2571,7 +2658,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 complete = answer.complete
                 if complete:
                     self._credit(exchange, attempt)
-                    exchange.record(head.status)
+                    self._record(exchange, head.status)
                 if chunked:
                     out += b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
                     out += b"0\r\n\r\n" if complete else b""
@@ -2584,24 +2671,27 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 out, payload = b"", answer.receive(watch)
                 self._inspect(exchange, attempt, payload)
         except UpstreamError:
-            if attempt.ticket is not None and not attempt.failed:
+            if not attempt.failed:
                 self._settle(exchange, attempt, Failure("stream broke off"))
             raise
 
     def _inspect(self, exchange: Exchange, attempt: Attempt, payload: bytes) -> None:
         """Look for an error event in a stream under way; it is charged at once, for the client may leave upon it."""
         scan = attempt.scan
-        if scan is not None and not scan.failed and scan.committed:
+        if scan is not None and scan.committed and not attempt.settled:
             scan.feed(payload)
-            if scan.failed:
+            if scan.broken:
                 self._settle(exchange, attempt, Failure("error event"))
 
     def _credit(self, exchange: Exchange, attempt: Attempt) -> None:
-        if attempt.ticket is not None and 200 <= attempt.status < 300 and not attempt.stream_failed:
+        if (attempt.ticket is not None and 200 <= attempt.status < 300 and not attempt.stream_failed
+                and not attempt.settled):
             self.router.auto(self.router.failover.credit(attempt.ticket), exchange.number)
 
     def _settle(self, exchange: Exchange, attempt: Attempt, failure: Failure) -> None:
-        if attempt.ticket is not None:
+        """Charge a stream that fails after its first event, once."""
+        if attempt.ticket is not None and not attempt.settled:
+            attempt.settled = True
             self.router.auto(self.router.failover.charge(attempt.ticket, failure), exchange.number)
 
     def _reply_fields(self, exchange: Exchange) -> List[bytes]:
@@ -2704,13 +2794,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a defect of ours in one line: where and what kind, never values, which may be the user's."""
         error = sys.exc_info()[1]
-        if isinstance(error, (OSError, ClientGone)):
+        if isinstance(error, (ConnectionError, ClientGone)):
             return
-        where, trace = [], error.__traceback__ if error is not None else None
-        while trace is not None:
-            where.append("%s:%d" % (trace.tb_frame.f_code.co_name, trace.tb_lineno))
-            trace = trace.tb_next
-        self.router.log.write("ERROR", "internal error: %s at %s" % (type(error).__name__, " > ".join(where)))
+        self.router.log.write("ERROR", describe_defect(error))
 
 
 # Daemon #######################################################################
@@ -2719,7 +2805,7 @@ class Lock:
     """The file whose lock says that a daemon lives.  It is never removed: two could then each hold "the" lock.
 
     `flock`, not `lockf`: the latter is lost as soon as any descriptor of the file is closed.  The pid in it is
-    written by the holder alone, so it cannot be that of a stranger while the lock is held.
+    written by the holder alone, at once; who signals it asks twice, for the moment between.
     """
 
     def __init__(self, path: str):
@@ -2740,20 +2826,34 @@ class Lock:
         os.close(descriptor)
         return False
 
+    def mark_stopping(self) -> None:
+        """Tell those who look that this process takes no more requests."""
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._descriptor, b"%d stopping\n" % os.getpid(), 0)
+
     def holder(self) -> Optional[int]:
-        """Return the pid of the process that holds the lock, or None."""
+        """Return the pid of the process that holds the lock, or None.  Raises DaemonError."""
+        found = self.look()
+        return found[0] if found else None
+
+    def look(self) -> Optional[Tuple[int, bool]]:
+        """Return (pid, whether it is stopping) of the process that holds the lock, or None.  Raises DaemonError."""
         for _ in range(25):
             try:
                 descriptor = os.open(self._path, os.O_RDONLY)
-            except OSError:
+            except (FileNotFoundError, NotADirectoryError):
                 return None
+            except OSError as error:
+                raise DaemonError("%s: %s: it belongs to another user, who may have started rrouter with your HOME: "
+                                  "give it back to you with chown" % (self._path, reason_of(error))) from error
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return None
             except BlockingIOError:
-                content = os.pread(descriptor, 32, 0).strip()
-                if content.isdigit():
-                    return int(content)
+                words = os.pread(descriptor, 32, 0).split()
+                if words and words[0].isdigit():
+                    return int(words[0]), words[1:] == [b"stopping"]
             finally:
                 os.close(descriptor)
             time.sleep(0.02)            # taken this moment, the pid not yet written
@@ -2784,7 +2884,7 @@ class Signals:
         if not poller.poll(None if timeout_s is None else int(timeout_s * 1000)):
             return b""
         with contextlib.suppress(BlockingIOError):
-            return os.read(self._read, 64)
+            return os.read(self._read, 1)   # one at a time: the second has its own meaning
         return b""
 
 
@@ -2900,6 +3000,7 @@ def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
         os.write(ready, b"ready")
         os.close(ready)
     wait_for_the_end(signals, router)
+    lock.mark_stopping()
     drain(signals, router, servers)
     router.save_state()
     if owns_files:
@@ -2974,6 +3075,7 @@ def drain(signals: Signals, router: Router, servers: List[ProxyServer]) -> None:
     while router.connections and time.monotonic() < deadline:
         for handler in list(router.connections):
             if not handler.busy:
+                handler.shut = True
                 with contextlib.suppress(OSError):
                     handler.request.shutdown(socket.SHUT_RD)
         if any(number != signal.SIGHUP for number in signals.wait(0.02)):
@@ -2995,21 +3097,23 @@ class Running(NamedTuple):
     host: str
     port: int
     started_by: str
+    stopping: bool              #: takes no more requests, those under way finish
 
 
 def find_daemon(paths: Paths, settings: Optional[Settings] = None) -> Optional[Running]:
     """Return the daemon that lives now, or None.  Where run.json is no help, the environment says where it listens."""
-    pid = Lock(paths.lock).holder()
-    if pid is None:
+    found = Lock(paths.lock).look()
+    if found is None:
         return None
+    pid, stopping = found
     try:
         run = json.loads(read_file(paths.run) or b"{}")
         if run["pid"] == pid:
-            return Running(pid, str(run["host"]), int(run["port"]), str(run["startedBy"]))
-    except (OSError, ValueError, KeyError, TypeError):
+            return Running(pid, str(run["host"]), int(run["port"]), str(run["startedBy"]), stopping)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
     settings = settings or read_environment(dict(os.environ))
-    return Running(pid, settings.host, settings.port, "unknown")
+    return Running(pid, settings.host, settings.port, "unknown", stopping)
 
 
 def ask_health(host: str, port: int, timeout_s: float = 3) -> Optional[Dict[str, Any]]:
@@ -3019,7 +3123,7 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> Optional[Dict[str,
         try:
             connection.request("GET", "/health", headers={"Host": "localhost"})
             health = json.loads(connection.getresponse().read(FILE_MAX_BYTES))
-            if isinstance(health, dict) and "autoSwitch" in health:
+            if isinstance(health, dict) and "autoSwitch" in health and isinstance(health.get("pid"), int):
                 return health
         except (OSError, http.client.HTTPException, ValueError):
             continue
@@ -3159,7 +3263,11 @@ def find_manager(home: str) -> Optional[Manager]:
 def start(paths: Paths, home: str) -> str:
     """Start the daemon unless one runs; return what to tell.  Raises DaemonError, UsageError."""
     daemon = find_daemon(paths)
+    if daemon and daemon.stopping:
+        until(lambda: Lock(paths.lock).holder() != daemon.pid, DRAIN_S + 5)
+        daemon = find_daemon(paths)
     if daemon:
+        daemon, _ = wait_for_health(paths)
         return "rrouter is already running (pid %d, port %d)" % (daemon.pid, daemon.port)
     read_environment(dict(os.environ))
     manager = find_manager(home)
@@ -3181,19 +3289,24 @@ def stop(paths: Paths, home: str) -> str:
     manager = find_manager(home) if daemon.started_by in ("systemd", "launchd") else None
     if manager:
         manager.stop()
-    else:
-        _signal(daemon.pid, signal.SIGTERM)
-    how = "stopped"
-    if not _gone(paths, daemon, DRAIN_S + 5):
-        _signal(daemon.pid, signal.SIGKILL)
-        how = "killed, for it did not stop within %d s" % (DRAIN_S + 5)
-        if not _gone(paths, daemon, 5):
+    elif not daemon.stopping:           # a second signal would cut the running answers off
+        _signal(paths, daemon.pid, signal.SIGTERM)
+    told = "rrouter stopped (pid %d)" % daemon.pid
+    if not until(lambda: Lock(paths.lock).holder() != daemon.pid, DRAIN_S + 5):
+        _signal(paths, daemon.pid, signal.SIGKILL)
+        told = "rrouter killed (pid %d), for it did not stop within %d s" % (daemon.pid, DRAIN_S + 5)
+        if not until(lambda: Lock(paths.lock).holder() != daemon.pid, 5):
             raise DaemonError("pid %d does not end: see what holds it" % daemon.pid)
         remove_files(paths.pid, paths.run)
-    return "rrouter %s (pid %d)" % (how, daemon.pid)
+    if not until(lambda: not _listens(daemon.host, daemon.port), 2):
+        told += "; port %d is held by %s now" % (daemon.port, port_owner(daemon.port) or "another program")
+    return told
 
 
-def _signal(pid: int, number: int) -> None:
+def _signal(paths: Paths, pid: int, number: int) -> None:
+    """Signal the daemon `pid`, if it still is the one that holds the lock."""
+    if Lock(paths.lock).holder() != pid:
+        return
     try:
         os.kill(pid, number)
     except ProcessLookupError:
@@ -3202,14 +3315,14 @@ def _signal(pid: int, number: int) -> None:
         raise DaemonError("pid %d is not yours to stop" % pid) from error
 
 
-def _gone(paths: Paths, daemon: Running, limit_s: float) -> bool:
-    """Wait until the lock of `daemon` and its port are free; return whether they are."""
+def until(condition, limit_s: float) -> bool:
+    """Wait until `condition()` holds, at most `limit_s`; return whether it does."""
     deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        if Lock(paths.lock).holder() != daemon.pid and not _listens(daemon.host, daemon.port):
-            return True
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.02)
-    return False
+    return True
 
 
 def _listens(host: str, port: int) -> bool:
@@ -3245,7 +3358,8 @@ def write_file(path: str, text: str) -> None:
     try:
         write_atomically(path, text)
     except OSError as error:
-        raise RouterError("%s: cannot be written: %s" % (path, reason_of(error))) from error
+        raise RouterError("%s: cannot be written: %s: see to its rights and to free space" % (
+            path, reason_of(error))) from error
 
 
 def cmd_serve(context: Context) -> int:
@@ -3253,9 +3367,10 @@ def cmd_serve(context: Context) -> int:
     ready = context.arguments.ready_descriptor
     try:
         return serve(read_environment(dict(os.environ)), context.paths, ready)
-    except RouterError as error:
+    except Exception as error:
         if ready is not None:
-            os.write(ready, str(error).encode("utf-8", "replace"))
+            text = str(error) if isinstance(error, RouterError) else describe_defect(error)
+            os.write(ready, text.encode("utf-8", "replace"))
         raise
 
 
@@ -3283,6 +3398,9 @@ def cmd_status(context: Context) -> int:
     """show mode, target, daemon, upstream and problems"""
     daemon = find_daemon(context.paths)
     health = ask_health(daemon.host, daemon.port) if daemon else None
+    if daemon and daemon.stopping:
+        print("daemon:   pid %d is stopping: running answers finish first" % daemon.pid)
+        return 3
     if daemon and not health:
         raise DaemonError("pid %d runs but does not answer on port %d: see %s, or `rrouter restart`" % (
             daemon.pid, daemon.port, context.paths.log))
@@ -3315,7 +3433,9 @@ def _offline_mode(paths: Paths) -> str:
     try:
         content = read_file(paths.mode)
         config = read_config(paths)
-    except (OSError, RouterError) as error:
+    except OSError as error:
+        return "unknown: %s: %s" % (paths.mode, reason_of(error))
+    except RouterError as error:
         return "unknown: %s" % error
     word = content.decode("utf-8", "backslashreplace").strip().lower() if content else ""
     mode = config.resolve(word or config.default_mode)
@@ -3343,7 +3463,7 @@ def describe_target(auto: Dict[str, Any], now: float) -> str:
     reason = re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row", auto["reason"] or "")
     since = datetime.datetime.strptime(auto["switchedAt"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=datetime.timezone.utc)
     left = auto["cooldownRemainingSeconds"]
-    tries = "in %d min" % -(-left // 60) if left >= 60 else "in %d s" % left if left else "with the next request"
+    tries = "in %d min" % -(-left // 60) if left >= 60 else "in %d s" % left if left else "now"
     today = datetime.datetime.fromtimestamp(now).date()
     return "on %s since %s because %s %s; tries %s again %s" % (
         auto["currentTarget"], since.astimezone().strftime("%H:%M" if since.astimezone().date() == today else
@@ -3377,17 +3497,23 @@ def cmd_auto(context: Context) -> int:
 
 def set_mode(paths: Paths, mode: str) -> int:
     """Write the mode, and return when it is in force: every request that begins after this is served by it."""
-    config = read_config(paths)
-    if mode == MODE_AUTO and config.auto_error:
-        raise RouterError("config.json: " + config.auto_error)
-    if mode != MODE_AUTO and mode not in config.modes:
-        raise RouterError("mode %r is not defined by config.json; defined are %s" % (
-            printable(mode, 40), ", ".join([*config.modes, MODE_AUTO])))
+    daemon = find_daemon(paths)
+    try:
+        config = read_config(paths)
+    except RouterError as error:
+        if daemon is None:
+            raise
+        print("rrouter: %s" % error, file=sys.stderr)   # the daemon goes on with the last good one, and knows its modes
+    else:
+        if mode == MODE_AUTO and config.auto_error:
+            raise RouterError("config.json: " + config.auto_error)
+        if mode != MODE_AUTO and mode not in config.modes:
+            raise RouterError("mode %r is not defined by config.json; defined are %s" % (
+                printable(mode, 40), ", ".join([*config.modes, MODE_AUTO])))
     paths.create()
     write_file(paths.mode, mode + "\n")
-    daemon = find_daemon(paths)
-    if daemon is None:
-        print("mode %s (written; no rrouter is running)" % mode)
+    if daemon is None or daemon.stopping:
+        print("mode %s (written; %s)" % (mode, "rrouter is stopping" if daemon else "no rrouter is running"))
         return 0
     health = ask_health(daemon.host, daemon.port)
     if health is None or health["mode"] != mode:
@@ -3550,7 +3676,7 @@ def check_client(home: str, settings: Settings) -> Iterator[Tuple[str, str]]:
     if url is None:
         yield WARN, '%s: set {"env": {"ANTHROPIC_BASE_URL": "%s"}} to use rrouter' % (path, wanted)
     elif _points_here(url, settings):
-        yield OK, "%s: ANTHROPIC_BASE_URL is %s" % (path, printable(url))
+        yield OK, "%s: ANTHROPIC_BASE_URL is %s" % (path, printable(_without_password(url)))
     else:
         yield WARN, "%s: ANTHROPIC_BASE_URL is %s: Claude Code goes elsewhere; set %s" % (
             path, printable(_without_password(url)), wanted)
@@ -3600,7 +3726,7 @@ def check_upstream(home: str, settings: Settings, config: Optional[Config]) -> I
         return
     yield OK, "upstream: %s answers%s" % (url, " and takes the key" if key and status == 200 else "")
     try:
-        names = {entry["id"] for entry in json.loads(body)["data"]} if status == 200 else None
+        names = {str(entry["id"]) for entry in json.loads(body)["data"]} if status == 200 else None
     except (ValueError, KeyError, TypeError, RecursionError):
         names = None
     if names is None:
@@ -3703,14 +3829,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def open_standard_streams() -> None:
+    """Give whoever closed 0, 1 or 2 /dev/null: else the next file opened would get the number, and what is printed."""
+    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, mode, closefd=False))
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run one command; return its exit status."""
+    open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv) or ["help"]
     options = {alias: name for name, aliases, _, _ in COMMANDS for alias in aliases if alias.startswith("-")}
     words[0] = options.get(words[0], words[0])
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]
+        stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
     arguments = build_parser().parse_args(words)
     try:
         home = os.path.expanduser("~")
@@ -3730,6 +3867,9 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:          # once, for all commands: no traceback reaches a user
+        print("rrouter: " + describe_defect(error), file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":
