@@ -1250,9 +1250,10 @@ class Breaker:
                 "cooldownSeconds": _tidy(round(self.last_cooldown_s, 3)) if is_open else 0,
                 "cooldownRemainingSeconds": int(-(-remaining_s // 1))}
 
-    SAVED = {"home": (str,), "away": (str,), "level": (int,), "switch_count": (int,), "answered": (bool,),
-             "reason": (str,), "switched_at": (float, int), "retry_at": (float, int), "returned_at": (float, int),
-             "last_cooldown_s": (float, int)}
+    SAVED: Dict[str, Any] = {
+        "home": (str,), "away": (str,), "level": (int,), "switch_count": (int,), "answered": (bool,), "reason": (str,),
+        "switched_at": (float, int), "retry_at": (float, int), "returned_at": (float, int),
+        "last_cooldown_s": (float, int)}
 
     def save(self) -> Dict[str, Any]:
         """Return what a restart must keep: all but the counts and a probe under way."""
@@ -2392,8 +2393,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return False
         if head.keep_alive and not self.router.draining:
             return True
-        if polled(self.request, select.POLLIN):     # closing with bytes unread would reset the answer away
-            self._linger()
+        self._linger()
         return False
 
     # ---- reading
@@ -2733,8 +2733,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             raise ClientGone("the client left") from error
 
     def _linger(self) -> None:
-        """Read and drop what the client is still sending: closing at once would make the system reset the connection,
-        and that can destroy the answer before the client has read it."""
+        """Let the client close first, and drop what it still sends.
+
+        To a byte that comes after a close the system answers with a reset, which can destroy what the client has not
+        read yet.
+        """
         deadline, left = time.monotonic() + LINGER_S, LINGER_BYTES
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_WR)
