@@ -1901,6 +1901,7 @@ class UpstreamConnection(Wire):
 
     def send(self, views: List[memoryview], watch: Watch) -> List[memoryview]:
         """Send `views`; return what is left of them where the upstream answers, or closes, before it has read all."""
+        self.limit(watch.tick_s)            # for TLS: `has_sent` leaves it at 0
         while views:
             try:
                 sent = self.sock.sendmsg(views) if self._kernel else self.sock.send(views[0])
