@@ -1,0 +1,1019 @@
+#!/usr/bin/env python3
+"""Benchmark of rrouter: `python3 bench_rrouter.py`, on Linux; about six minutes, with --quick one.
+
+What is measured, in turn and interleaved over rounds:
+
+    direct    no proxy at all: what the load generator and the upstream cost by themselves
+    nginx     one location with proxy_buffering off, HTTP/1.1, connections to the upstream kept; its access log on
+    relay     a threaded byte relay of 30 lines that reads nothing of what it passes: the floor of threaded Python
+    rrouter   `rrouter.py serve` in antigravity mode, with its log, checks and all
+    auto      the same in auto mode
+
+Load generator (this process) and upstream (a child) use raw sockets and canned bytes and are as fast as wrk, so that
+little of what is measured is their own.  Each figure is the median of the rounds, each ratio the median of the ratios
+within a round, so that a slow spell of the machine hits both sides.  Ratios are costs: above 1, the first named is
+slower or larger, also where the unit is MB/s.
+"""
+
+import argparse
+import collections
+import contextlib
+import gc
+import heapq
+import inspect
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import random
+import re
+import select
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from time import perf_counter_ns as now_ns
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+ROUNDS, QUICK_ROUNDS = 5, 1
+QUICK = 0.35            # a quick run measures this part of each duration below
+POST_S = 0.4            # sequential requests of one size
+LOAD_S = 1.2            # concurrent requests
+STREAM_S = 1.6          # paced event streams
+QUIET_S = 0.3           # from a stream's first event to the second: by then every stream is open
+GAP_S = 0.8             # one stream without, then with large bodies beside it
+FLOOD_BYTES = 16 << 20  # one stream at full speed, an event in each write; ten times as much in large writes
+SETTLE_S = 1.0          # before memory is read
+WARM_UP = 10            # requests before those that count; 2 of a large body
+WAIT_S = 20             # the net under every wait
+
+SIZES = (("1 KB", 1 << 10), ("77 KB", 77 << 10), ("1 MB", 1 << 20), ("10 MB", 10 << 20))
+CONNECTIONS = 32
+STREAMS = (1, 50, 100)
+EVENTS_PER_S = 50
+GAP_EVENTS_PER_S = 200  # of the stream beside the large bodies: every 5 ms, so that each body meets some
+
+# What Claude Code sends, header for header (the values are made up).
+CLAUDE_HEADERS = """\
+Accept: application/json
+Authorization: Bearer sk-0123456789abcdef0123456789abcdef
+Content-Type: application/json
+User-Agent: claude-cli/2.1.330 (external, cli)
+X-Claude-Code-Session-Id: 0f6c1d1e-4a8f-4f0e-9d0c-3f1f4f7c8a11
+X-Stainless-Arch: x64
+X-Stainless-Lang: js
+X-Stainless-OS: Linux
+X-Stainless-Package-Version: 0.94.0
+X-Stainless-Retry-Count: 0
+X-Stainless-Runtime: node
+X-Stainless-Runtime-Version: v24.3.0
+X-Stainless-Timeout: 600
+anthropic-beta: claude-code-20250219,interleaved-thinking-2025-05-14,context-management-2025-06-27,effort-2025-11-24
+anthropic-dangerous-direct-browser-access: true
+anthropic-version: 2023-06-01
+x-app: cli
+Connection: keep-alive
+Accept-Encoding: gzip, deflate, br, zstd
+"""
+
+
+class BenchError(Exception):
+    """The measurement cannot go on; the message says why."""
+
+
+# Messages #####################################################################
+
+def request_body(size):
+    """Return the JSON of a Claude Code turn of about `size` bytes: `model` first, `stream` last."""
+    line = 'def answer(question):\\n    return \\"forty-two\\"  # of \u00bb%06d\u00ab\\n'
+    head = ('{"model":"claude-sonnet-5-5","messages":[{"role":"user","content":[{"type":"text","text":"').encode()
+    tail = (b'"}]}],"system":[{"type":"text","text":"You are Claude Code."}],"tools":[{"name":"Read","input_schema":'
+            b'{"type":"object","properties":{"model":{"type":"string"}}}}],"max_tokens":128000,"stream":true}')
+    text = "".join(line % n for n in range(size // len((line % 0).encode()) + 1)).encode()
+    cut = max(0, size - len(head) - len(tail))
+    while text[:cut].endswith(b"\\") or (cut < len(text) and text[cut] & 0xC0 == 0x80):
+        cut -= 1                        # neither between an escape and its letter nor inside a character
+    return head + text[:cut] + tail
+
+
+def request_bytes(body, query=""):
+    """Return one POST as bytes, as Claude Code writes it."""
+    head = "POST /v1/messages?beta=true%s HTTP/1.1\n%sHost: localhost:8316\nContent-Length: %d\n\n" % (
+        query, CLAUDE_HEADERS, len(body))
+    return head.replace("\n", "\r\n").encode() + body
+
+
+def event(text):
+    """Return one event of a message, as one chunk."""
+    data = (b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,'
+            b'"delta":{"type":"text_delta","text":"%b"}}\n\n' % text)
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+ANSWER_BODY = (b'{"id":"msg_01","type":"message","role":"assistant","model":"gemini-claude-sonnet-4-5-thinking",'
+               b'"content":[{"type":"text","text":"ok"}],"stop_reason":"end_turn","usage":{"input_tokens":9}}')
+ANSWER = (b"HTTP/1.1 200 OK\r\nAccess-Control-Allow-Origin: *\r\nContent-Type: application/json\r\n"
+          b"Date: Sun, 22 Nov 2026 10:00:00 GMT\r\nContent-Length: %d\r\n\r\n%b" % (len(ANSWER_BODY), ANSWER_BODY))
+STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nCache-Control: no-cache\r\nContent-Type: text/event-stream\r\n"
+               b"Date: Sun, 22 Nov 2026 10:00:00 GMT\r\nTransfer-Encoding: chunked\r\n\r\n")
+LAST_CHUNK = b"0\r\n\r\n"
+STAMP = re.compile(rb'"text":"(\d{20})"')
+
+
+# Upstream #####################################################################
+
+class Peer:
+    """One connection to the upstream: what is left of the request being read, and of the stream being written."""
+
+    __slots__ = ("socket", "head", "missing", "answer", "events", "interval")
+
+    def __init__(self, connection):
+        self.socket, self.head, self.missing = connection, b"", 0
+        self.answer, self.events, self.interval = ANSWER, 0, 0
+
+
+class Upstream:
+    """An epoll loop that reads requests without looking at them and answers with canned bytes.
+
+    The query asks for more: `&rate=R&count=N` for an event stream of N events a 1/R s apart, each with the time of
+    its writing in it; `&flood=N` for a stream of about N bytes as fast as the other side takes it, written
+    event by event, or with `&block=B` B events at a time.
+    """
+
+    LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+    PACED = re.compile(rb"&rate=(\d+)&count=(\d+)")
+    FLOOD = re.compile(rb"&flood=(\d+)&block=(\d+)")
+
+    def __init__(self, listener):
+        self.listener, self.epoll, self.buffer = listener, select.epoll(), bytearray(1 << 20)
+        self.peers, self.due, self.phase = {}, [], random.Random(8316).random
+        listener.setblocking(False)
+        self.epoll.register(listener, select.EPOLLIN)
+
+    def run(self):
+        gc.disable()
+        while True:
+            if self.due:        # epoll waits in whole milliseconds, select does not
+                select.select([self.epoll], [], [], max(0, self.due[0][0] - now_ns()) / 1e9)
+                self.send_events()
+            for number, _ in self.epoll.poll(0 if self.due else None):
+                if number == self.listener.fileno():
+                    self.accept()
+                else:
+                    self.guard(self.read, self.peers.get(number))
+
+    def accept(self):
+        connection, _ = self.listener.accept()
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.peers[connection.fileno()] = Peer(connection)
+        self.epoll.register(connection, select.EPOLLIN)
+
+    def guard(self, step, peer):
+        """Run one step; forget the peer if it has gone."""
+        try:
+            if peer is None or step(peer):
+                return
+        except BlockingIOError:         # the event was that of a closed connection with the same number
+            return
+        except OSError:
+            pass
+        if self.peers.pop(peer.socket.fileno(), None):
+            peer.events = 0
+            peer.socket.close()
+
+    def read(self, peer):
+        """Take what has come; answer when the request is complete.  False at the end of the connection."""
+        size = peer.socket.recv_into(self.buffer)
+        if peer.missing:
+            peer.missing -= size
+            if peer.missing:    # nginx leaves Nagle's algorithm on here and would wait 40 ms for some of the ACKs
+                peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+        else:
+            peer.head += self.buffer[:size]
+            end = peer.head.find(b"\r\n\r\n")
+            if end < 0:
+                return size
+            length = self.LENGTH.search(peer.head, 0, end)
+            peer.missing = end + 4 + (int(length.group(1)) if length else 0) - len(peer.head)
+            peer.answer, peer.head = peer.head[:peer.head.find(b"\r\n")], b""
+        if size and not peer.missing:
+            if b"&" in peer.answer:
+                self.stream(peer)
+            else:
+                peer.socket.send(ANSWER)
+        return size
+
+    def stream(self, peer):
+        flood = self.FLOOD.search(peer.answer)
+        if flood:
+            self.flood(peer, *map(int, flood.groups()))
+            return
+        rate, count = map(int, self.PACED.search(peer.answer).groups())
+        peer.socket.send(STREAM_HEAD + event(b"%020d" % now_ns()))
+        peer.events, peer.interval = count, 10 ** 9 // rate
+        first = now_ns() + int(QUIET_S * 1e9 + self.phase() * peer.interval)
+        heapq.heappush(self.due, (first, peer.socket.fileno(), peer))
+
+    def send_events(self):
+        while self.due and self.due[0][0] <= now_ns():
+            due, number, peer = heapq.heappop(self.due)
+            if peer.events:     # 0 if the other side left
+                self.guard(self.send_event, peer)
+            if peer.events:
+                heapq.heappush(self.due, (due + peer.interval, number, peer))
+
+    @staticmethod
+    def send_event(peer):
+        peer.events -= 1
+        return peer.socket.send(event(b"%020d" % now_ns()) if peer.events else LAST_CHUNK)
+
+    @staticmethod
+    def flood(peer, size, events):
+        """Nobody else is served meanwhile."""
+        block = event(b"x" * 60) * events
+        peer.socket.settimeout(WAIT_S)
+        peer.socket.sendall(STREAM_HEAD + event(b"0" * 20))
+        for _ in range(size // len(block)):
+            peer.socket.sendall(block)
+        peer.socket.sendall(LAST_CHUNK)
+        peer.socket.setblocking(False)
+
+
+def start_upstream():
+    """Start the upstream as a child; return (port, process)."""
+    listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+    process = multiprocessing.get_context("fork").Process(target=lambda: Upstream(listener).run(), daemon=True)
+    process.start()
+    with listener:
+        return listener.getsockname()[1], process
+
+
+# What is measured #############################################################
+
+def relay(port, upstream_port):
+    """The floor: pass bytes both ways, a thread each.  Runs as a program of its own, made of this very source."""
+    import socket
+    import threading
+
+    def passing(source, sink):
+        try:
+            data = source.recv(65536)
+            while data:
+                sink.sendall(data)
+                data = source.recv(65536)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            source.close()
+            sink.close()
+
+    def serve(client):
+        upstream = socket.create_connection(("127.0.0.1", upstream_port))
+        for end in (client, upstream):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        back = threading.Thread(target=passing, args=(upstream, client), daemon=True)
+        back.start()
+        passing(client, upstream)
+        back.join()
+        upstream.close()
+        client.close()
+
+    listener = socket.create_server(("127.0.0.1", port), backlog=256)
+    while True:
+        threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def connect(port):
+    connection = socket.create_connection(("127.0.0.1", port), WAIT_S)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return connection
+
+
+class Subject:
+    """Something between load generator and upstream, in a process and a directory of its own; a context manager."""
+
+    name = None
+
+    def __init__(self, upstream_port, upstream_pid):
+        self.upstream_port, self.upstream_pid, self.port, self.process = upstream_port, upstream_pid, free_port(), None
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="bench-rrouter-"))
+
+    def fresh(self):
+        """Return another one of its kind, not yet started."""
+        return type(self)(self.upstream_port, self.upstream_pid)
+
+    def command(self):
+        """Return (arguments, environment) of its process."""
+        raise NotImplementedError
+
+    def __enter__(self):
+        arguments, environment = self.command()
+        self.process = subprocess.Popen(arguments, env=dict(os.environ, **environment), cwd=str(self.directory),
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL)
+        try:
+            self.wait_for_answer()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(2)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(str(self.directory), ignore_errors=True)
+
+    def wait_for_answer(self):
+        """Return when it answers; rrouter itself, the others with the upstream's answer."""
+        deadline = time.monotonic() + WAIT_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                with connect(self.port) as connection:
+                    connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                    if connection.recv(4096).startswith(b"HTTP/1.1 200"):
+                        return
+            except OSError:
+                time.sleep(0.001)
+        raise BenchError("%s: does not answer on port %d (exit status %s)" % (
+            self.name, self.port, self.process.poll()))
+
+    def check(self):
+        """Refuse to go on if it does not do what it is there for."""
+
+    def pids(self):
+        pid = self.process.pid
+        children = pathlib.Path("/proc/%d/task/%d/children" % (pid, pid)).read_text().split()
+        return [pid] + [int(child) for child in children]
+
+    def cpu_s(self):
+        """Return the CPU time used so far by all its threads and children; the kernel counts in 10 ms."""
+        ticks = 0
+        for pid in self.pids():
+            fields = pathlib.Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])      # utime, stime
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def rss_mb(self):
+        pages = sum(int(pathlib.Path("/proc/%d/statm" % pid).read_text().split()[1]) for pid in self.pids())
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+class Direct(Subject):
+    name = "direct"
+
+    def __enter__(self):
+        self.port = self.upstream_port
+        return self
+
+    def __exit__(self, *_):
+        shutil.rmtree(str(self.directory), ignore_errors=True)
+
+    def pids(self):
+        return []
+
+
+class Nginx(Subject):
+    name = "nginx"
+
+    #: request buffering is left on, as it is by default, but in memory: in files it is two to five times slower
+    #: (of its ways to pass a body on this is the fastest); keepalive_requests, or it would close after 1000
+    CONFIG = """
+        daemon off;  worker_processes auto;  error_log stderr crit;  pid %(directory)s/nginx.pid;  %(user)s
+        events { worker_connections 1024; }
+        http {
+            access_log %(directory)s/access.log;
+            client_body_temp_path %(directory)s/body;     proxy_temp_path %(directory)s/proxy;
+            fastcgi_temp_path %(directory)s/fastcgi;      uwsgi_temp_path %(directory)s/uwsgi;
+            scgi_temp_path %(directory)s/scgi;            tcp_nodelay on;
+            client_max_body_size 64m;                     client_body_buffer_size 64m;
+            keepalive_requests 100000000;
+            upstream backend { server 127.0.0.1:%(upstream_port)d; keepalive 128; keepalive_requests 100000000; }
+            server {
+                listen 127.0.0.1:%(port)d backlog=256;
+                location / {
+                    proxy_pass http://backend;  proxy_http_version 1.1;  proxy_set_header Connection "";
+                    proxy_buffering off;
+                }
+            }
+        }"""
+
+    @staticmethod
+    def program():
+        return shutil.which("nginx", path=os.environ.get("PATH", "") + os.pathsep + "/usr/sbin")
+
+    @classmethod
+    def version(cls):
+        if not cls.program():
+            return "not installed"
+        said = subprocess.run([cls.program(), "-v"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
+        return said.decode().strip().rpartition("/")[2]
+
+    def command(self):
+        config = self.directory / "nginx.conf"
+        config.write_text(self.CONFIG % dict(vars(self), user="user root;" if os.geteuid() == 0 else ""))
+        return [self.program(), "-e", "stderr", "-p", str(self.directory), "-c", str(config)], {}
+
+
+class Relay(Subject):
+    name = "relay"
+
+    def command(self):
+        source = "%s\nrelay(%d, %d)\n" % (inspect.getsource(relay), self.port, self.upstream_port)
+        return [sys.executable, "-c", source], {}
+
+
+class Rrouter(Subject):
+    name, mode, program = "rrouter", "antigravity", str(HERE / "rrouter.py")
+
+    def environment(self):
+        return {"HOME": str(self.directory), "RROUTER_PORT": str(self.port), "RROUTER_HOST": "",
+                "RROUTER_UPSTREAM": "http://127.0.0.1:%d" % self.upstream_port}
+
+    def command(self):
+        (self.directory / ".rrouter").mkdir(mode=0o700)
+        mode = self.directory / ".rrouter" / "mode"
+        mode.write_text(self.mode + "\n")
+        os.utime(str(mode), (0, 0))     # as if chosen long ago: a file just written is looked at more closely
+        return [sys.executable, self.program, "serve"], self.environment()
+
+    def check(self):
+        with connect(self.port) as connection:
+            if b"x-rrouter-model: gemini-claude-sonnet" not in Client(connection, request_body(1024)).post():
+                raise BenchError("%s: %s does not rewrite the model" % (self.name, self.program))
+
+
+class Auto(Rrouter):
+    name, mode = "auto", "auto"
+
+
+class Other(Rrouter):
+    """A second rrouter.py to compare with, given by --against."""
+
+    name = "other"
+
+
+# Load #########################################################################
+
+def check_answer(data, answer):
+    """Refuse to go on if the connection ended (`data` is empty) or the answer is not the upstream's."""
+    if not data or not answer.startswith(b"HTTP/1.1 200"):
+        raise BenchError("expected the upstream's answer, got %r" % answer[:300])
+
+
+def ready(epoll, timeout_s=WAIT_S):
+    """Return what can be read from; refuse to wait for ever."""
+    events = epoll.poll(timeout_s)
+    if timeout_s and not events:
+        raise BenchError("nothing came for %s s" % timeout_s)
+    return [number for number, _ in events]
+
+
+class Client:
+    """Sends one request again and again on one connection, and checks that the canned answer comes back."""
+
+    def __init__(self, connection, body, query=""):
+        self.socket, self.request = connection, request_bytes(body, query)
+
+    def post(self):
+        """Send and wait; return the answer."""
+        self.socket.sendall(self.request)
+        answer = self.socket.recv(65536)
+        while not answer.endswith(ANSWER_BODY):
+            more = self.socket.recv(65536)
+            answer += more
+            check_answer(more, answer)
+        check_answer(answer, answer)
+        return answer
+
+    def warm_up(self):
+        for _ in range(WARM_UP if len(self.request) < 1 << 20 else 2):
+            self.post()
+
+    def repeat(self, seconds):
+        """Post for so long; return the times in seconds."""
+        times, end = [], now_ns() + int(seconds * 1e9)
+        before = now_ns()
+        while before < end:
+            self.post()
+            after = now_ns()
+            times.append((after - before) / 1e9)
+            before = after
+        return times
+
+
+def load(port, seconds, on_warm):
+    """Keep a request under way on each of CONNECTIONS; return the times in seconds of those after the warm-up.
+
+    `on_warm()` is called when the time that counts begins.
+    """
+    request, epoll, times = request_bytes(request_body(1024)), select.epoll(), []
+    sockets, sent, parts = {}, {}, {}
+    now = now_ns()
+    warm, end = now + int(seconds * 0.2e9), now + int(seconds * 1.2e9)
+    with contextlib.ExitStack() as stack:
+        stack.callback(epoll.close)
+        for _ in range(CONNECTIONS):
+            connection = stack.enter_context(connect(port))
+            number = connection.fileno()
+            sockets[number], sent[number] = connection, now_ns()
+            epoll.register(number, select.EPOLLIN)
+            connection.sendall(request)
+        while now < end:
+            for number in ready(epoll):
+                data = sockets[number].recv(65536)
+                now = now_ns()
+                if not data.endswith(ANSWER_BODY) or number in parts:       # head and body came one by one
+                    answer = parts.pop(number, b"") + data
+                    if not answer.endswith(ANSWER_BODY):
+                        parts[number] = answer
+                        check_answer(data, answer)
+                        continue
+                    data = answer
+                check_answer(data, data)
+                if not warm:
+                    times.append((now - sent[number]) / 1e9)
+                elif now >= warm:
+                    warm = 0
+                    on_warm()
+                    now = now_ns()
+                sent[number] = now
+                sockets[number].send(request)
+    return times
+
+
+class Stream:
+    """One paced event stream being read: its first event's time, the delay and the arrival of each later one."""
+
+    def __init__(self, port, rate, count):
+        self.first_s, self.delays_s, self.arrivals_ns, self.rest = None, [], [], b""
+        self.count, self.begun_ns = count, now_ns()
+        self.socket = connect(port)
+        self.socket.sendall(request_bytes(request_body(1024), "&rate=%d&count=%d" % (rate, count)))
+
+    def read(self):
+        """Take what has come; return False at the end of the stream."""
+        data = self.socket.recv(65536)
+        now = now_ns()
+        text = self.rest + data
+        end = 0
+        for found in STAMP.finditer(text):
+            end = found.end()
+            if self.first_s is None:
+                self.first_s = (now - self.begun_ns) / 1e9
+            else:
+                self.delays_s.append((now - int(found.group(1))) / 1e9)
+                self.arrivals_ns.append(now)
+        self.rest = text[end:]
+        if text.endswith(LAST_CHUNK):
+            self.socket.close()
+            if len(self.delays_s) != self.count - 1:
+                raise BenchError("%d events came, not %d" % (len(self.delays_s), self.count - 1))
+            return False
+        if not data:
+            raise BenchError("a stream was broken off after %r" % text[-200:])
+        return True
+
+
+def read_streams(port, number, seconds, on_open, on_end):
+    """Open `number` streams at once and read them to their end; return the streams.
+
+    `on_open()` is called when all have had their first event, `on_end()` when the first one ends.
+    """
+    epoll, streams, waiting = select.epoll(), {}, number
+    done = []
+
+    def pump(timeout_s):
+        nonlocal waiting
+        for descriptor in ready(epoll, timeout_s):
+            stream = streams[descriptor]
+            fresh = stream.first_s is None
+            if not stream.read():
+                if not done:
+                    on_end()
+                done.append(streams.pop(descriptor))
+            elif fresh and stream.first_s is not None:
+                waiting -= 1
+                if not waiting:
+                    on_open()
+
+    for _ in range(number):
+        stream = Stream(port, EVENTS_PER_S, int(EVENTS_PER_S * seconds))
+        streams[stream.socket.fileno()] = stream
+        epoll.register(stream.socket, select.EPOLLIN)
+        pump(0)
+    while streams:
+        pump(WAIT_S)
+    epoll.close()
+    return done
+
+
+def read_flood(port, query):
+    """Read one stream at full speed; return the seconds it took from its first bytes."""
+    buffer, end = bytearray(1 << 18), b""
+    with connect(port) as connection:
+        connection.sendall(request_bytes(request_body(1024), query))
+        connection.recv_into(buffer)
+        begun_ns = now_ns()
+        while not end.endswith(LAST_CHUNK):
+            got = connection.recv_into(buffer)
+            check_answer(got, b"HTTP/1.1 200")
+            end = end[-8:] + buffer[max(0, got - 8):got]
+        return (now_ns() - begun_ns) / 1e9
+
+
+def post_between(port, start_ns, end_ns):
+    """Post bodies of 10 MB, one after the other, between two moments; runs in a child."""
+    with connect(port) as connection:
+        client = Client(connection, request_body(10 << 20))
+        time.sleep(max(0, start_ns - now_ns()) / 1e9)
+        while now_ns() < end_ns:
+            client.post()
+
+
+# Figures ######################################################################
+#
+# Each function takes a subject and a factor for its durations; it returns {row: value}, in seconds, MB, or a rate.
+
+def percentile(values, percent):
+    """Return the smallest value that is not less than `percent` of all."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+
+
+def measure_post(subject, factor):
+    rows = {}
+    for label, size in SIZES:
+        with connect(subject.port) as connection:
+            client = Client(connection, request_body(size))
+            client.warm_up()
+            cpu_s = subject.cpu_s()
+            times = client.repeat(POST_S * factor)
+            cpu_s = subject.cpu_s() - cpu_s
+        rows["post %s p50" % label] = percentile(times, 50)
+        rows["post %s p95" % label] = percentile(times, 95)
+        rows["post %s cpu" % label] = cpu_s / len(times)
+    return rows
+
+
+def measure_core(subject, factor):
+    """The same for small bodies, with everything on one core.
+
+    Where a core sleeps between two messages, to wake it takes longer than to pass the message on, and whether it does
+    is up to the scheduler.  On one core there is less of that, and what is left is the work.
+    """
+    everyone = [os.getpid(), subject.upstream_pid] + subject.pids()
+    cores = os.sched_getaffinity(0)
+    pin(everyone, {min(cores)})
+    try:
+        rows = {}
+        for label, size in SIZES[:2]:
+            with connect(subject.port) as connection:
+                client = Client(connection, request_body(size))
+                client.warm_up()
+                rows["one core %s p50" % label] = percentile(client.repeat(POST_S * factor), 50)
+        return rows
+    finally:
+        pin(everyone, cores)
+
+
+def pin(pids, cores):
+    """Let every thread of these processes run on these cores only; threads to come follow them."""
+    for pid in pids:
+        for thread in os.listdir("/proc/%d/task" % pid):
+            with contextlib.suppress(OSError):      # it has just ended
+                os.sched_setaffinity(int(thread), cores)
+
+
+def measure_load(subject, factor):
+    cpu = []
+    seconds = LOAD_S * factor
+    times = load(subject.port, seconds, lambda: cpu.append(subject.cpu_s()))
+    return {"load requests": len(times) / seconds, "load p50": percentile(times, 50), "load p99": percentile(times, 99),
+            "load cpu": (subject.cpu_s() - cpu[0]) / len(times)}
+
+
+def measure_sse(subject, factor):
+    rows = {}
+    for number in STREAMS:
+        cpu = []
+        sample = lambda: cpu.append(subject.cpu_s())
+        streams = read_streams(subject.port, number, STREAM_S * factor, sample, sample)
+        delays = [delay for stream in streams for delay in stream.delays_s]
+        rows["sse %d first" % number] = percentile([stream.first_s for stream in streams], 50)
+        rows["sse %d p50" % number] = percentile(delays, 50)
+        rows["sse %d p99" % number] = percentile(delays, 99)
+        if number > 1:          # too little to be counted
+            rows["sse %d cpu" % number] = (cpu[1] - cpu[0]) / len(delays)
+    return rows
+
+
+def measure_flood(subject, factor):
+    rows = {}
+    for name, size, block in (("flood events", FLOOD_BYTES, 1), ("flood blocks", 10 * FLOOD_BYTES, 400)):
+        size = int(size * factor)
+        cpu_s = subject.cpu_s()
+        rows[name] = size / 1e6 / read_flood(subject.port, "&flood=%d&block=%d" % (size, block))
+        rows[name + " cpu"] = (subject.cpu_s() - cpu_s) / (size / 1e6)
+    return rows
+
+
+def measure_gap(subject, factor):
+    half_ns = int(GAP_S * factor * 1e9)
+    start_ns = now_ns() + int(QUIET_S * 1e9) + half_ns
+    poster = multiprocessing.get_context("fork").Process(
+        target=post_between, args=(subject.port, start_ns, start_ns + half_ns), daemon=True)
+    poster.start()
+    stream = Stream(subject.port, GAP_EVENTS_PER_S, int(2 * GAP_S * factor * GAP_EVENTS_PER_S))
+    while stream.read():
+        pass
+    poster.join()
+    gaps = [(b, (b - a) / 1e9) for a, b in zip(stream.arrivals_ns, stream.arrivals_ns[1:])]
+    quiet = percentile([gap for arrival, gap in gaps if arrival < start_ns], 99)
+    busy = percentile([gap for arrival, gap in gaps if arrival >= start_ns], 99)
+    return {"gap quiet p99": quiet, "gap busy p99": busy, "gap growth": max(0.0, busy - quiet)}
+
+
+def measure_memory(subject, factor):
+    if isinstance(subject, Direct):
+        return {}
+    with subject.fresh() as fresh:
+        time.sleep(SETTLE_S)
+        rows = {"rss idle": fresh.rss_mb()}
+        with connect(fresh.port) as connection:
+            Client(connection, request_body(10 << 20)).repeat(POST_S * factor)
+        time.sleep(SETTLE_S)
+        rows["rss after 10 MB"] = fresh.rss_mb()
+        sizes = []
+        read_streams(fresh.port, 100, STREAM_S * factor, lambda: None, lambda: sizes.append(fresh.rss_mb()))
+        rows["rss 100 streams"] = sizes[0]
+    return rows
+
+
+def measure_start(subject, factor):
+    if isinstance(subject, Direct):
+        return {}
+    times = []
+    for _ in range(max(1, int(3 * factor))):
+        begun_ns = now_ns()
+        with subject.fresh():
+            times.append((now_ns() - begun_ns) / 1e9)
+    return {"start": statistics.median(times)}
+
+
+def measure_commands(subject, factor):
+    """`rrouter status` and `rrouter claude` beside a running rrouter; the floor is Python with the same imports."""
+    if isinstance(subject, Relay):
+        bare = wall_time([sys.executable, "-c", "import http.client, argparse"], {}, factor)
+        return {"status": bare, "claude": bare}
+    if not isinstance(subject, Rrouter) or isinstance(subject, Auto):
+        return {}
+    with subject.fresh() as fresh:
+        return {name: wall_time([sys.executable, fresh.program, name], fresh.environment(), factor)
+                for name in ("status", "claude")}
+
+
+def wall_time(arguments, environment, factor):
+    times = []
+    for _ in range(max(2, int(7 * factor))):
+        begun_ns = now_ns()
+        status = subprocess.run(arguments, env=dict(os.environ, **environment), stdin=subprocess.DEVNULL,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=WAIT_S).returncode
+        times.append((now_ns() - begun_ns) / 1e9)
+        if status:
+            raise BenchError("%s: exit status %d" % (" ".join(arguments[1:]), status))
+    return statistics.median(times)
+
+
+MEASURES = collections.OrderedDict((
+    ("post", measure_post), ("core", measure_core), ("load", measure_load), ("sse", measure_sse),
+    ("flood", measure_flood), ("gap", measure_gap), ("memory", measure_memory), ("start", measure_start),
+    ("commands", measure_commands)))
+
+#: those that take long and vary little are measured in the first rounds only
+FEW_ROUNDS = {"memory": 1, "start": 3, "commands": 2}
+
+RATES = {"load requests": "/s", "flood events": " MB/s", "flood blocks": " MB/s"}       # more is better
+MEGABYTES = ("rss idle", "rss after 10 MB", "rss 100 streams")
+
+
+class Results:
+    """The value of each row for each subject in each round."""
+
+    def __init__(self, subjects):
+        self.subjects = subjects
+        self.values = collections.OrderedDict()     # {row: {subject: [value of each round]}}
+
+    def add(self, subject, rows):
+        for row, value in rows.items():
+            self.values.setdefault(row, {}).setdefault(subject, []).append(value)
+
+    def median(self, row, subject):
+        """Return the median of the rounds, or None if it was not measured."""
+        values = self.values.get(row, {}).get(subject)
+        return statistics.median(values) if values else None
+
+    def ratio(self, row, subject, other):
+        """Return the cost of `subject` by that of `other`, or None if either is missing or zero."""
+        values = self.values.get(row, {})
+        pairs = zip(values.get(subject, ()), values.get(other, ()))
+        ratios = [b / a if row in RATES else a / b for a, b in pairs if a > 0 and b > 0]
+        return statistics.median(ratios) if ratios else None
+
+
+def add_delays(results):
+    """Add the delay of each event beyond the direct median, round by round, next to the delays themselves."""
+    for number in STREAMS:
+        base = results.values.get("sse %d p50" % number, {}).get("direct", ())
+        for percent in ("p50", "p99"):
+            for subject, values in results.values.get("sse %d %s" % (number, percent), {}).items():
+                for value, direct in zip(values, base) if subject != "direct" else ():
+                    results.add(subject, {"sse %d added %s" % (number, percent): max(0.0, value - direct)})
+    group = lambda row: row.replace(" added", "").rpartition(" ")[0]
+    groups = [group(row) for row in results.values]
+    for row in sorted(results.values, key=lambda row: groups.index(group(row))):
+        results.values.move_to_end(row)
+
+
+# Report #######################################################################
+
+#: (row, compared with, limit): rrouter's value, or its cost by the other's, may not be above the limit
+TARGETS = (
+    ("post 1 KB p50", "nginx", 2.0), ("post 77 KB p50", "nginx", 1.6), ("post 1 MB p50", "nginx", 1.3),
+    ("post 10 MB p50", "nginx", 0.9),
+    ("load requests", "nginx", 7.5), ("load p99", None, 0.025), ("load cpu", "relay", 3.5),
+    ("sse 50 p50", "nginx", 1.0), ("sse 50 p99", "nginx", 2.0), ("sse 100 p99", "nginx", 3.0),
+    ("flood events", "nginx", 1 / 0.8), ("gap growth", None, 0.005),
+    ("rss idle", None, 21), ("rss after 10 MB", None, 35), ("rss 100 streams", None, 42),
+    ("start", "relay", 2.5), ("status", "relay", 2.5), ("claude", "relay", 2.5),
+)
+AUTO_LIMIT = 1.10       # of auto mode by antigravity mode, on each of the above that depends on the mode
+FREE_OF_MODE = ("gap growth", "status", "claude")
+
+
+def show(row, value):
+    """Return a value as text with its unit."""
+    if value is None:
+        return "-"
+    if row in RATES:
+        return "%.0f%s" % (value, RATES[row])
+    if row in MEGABYTES:
+        return "%.1f MB" % value
+    return "%.0f us" % (value * 1e6) if value < 0.001 else "%.*f ms" % (value < 0.1, value * 1e3)
+
+
+def show_ratio(value):
+    return "-" if value is None else "%.2f" % value
+
+
+def machine():
+    """Return one line on where this ran."""
+    model = re.findall(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+    return "%d cores %s, %s %s, Python %s, nginx %s" % (
+        os.cpu_count(), model[0] if model else platform.machine(), platform.system(), platform.release(),
+        platform.python_version(), Nginx.version())
+
+
+def table(results):
+    """Return the lines of the table."""
+    names = results.subjects
+    pairs = [(a, b) for a, b in (("rrouter", "nginx"), ("rrouter", "relay"), ("auto", "rrouter"), ("other", "rrouter"))
+             if a in names and b in names]
+    rows = [[""] + names + ["%s/%s" % pair for pair in pairs]]
+    for row in results.values:
+        rows.append([row] + [show(row, results.median(row, name)) for name in names] +
+                    [show_ratio(results.ratio(row, *pair)) for pair in pairs])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join([cells[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:])])
+            for cells in rows]
+
+
+def judge(results):
+    """Return [(what, value, limit, met)] of each target that was measured, those of auto mode last."""
+    judged = []
+    for row, other, limit in TARGETS:
+        value = results.ratio(row, "rrouter", other) if other else results.median(row, "rrouter")
+        if value is not None:
+            judged.append((row + (" / %s" % other if other else ""), value, limit, value <= limit))
+    for row, _, _ in TARGETS:
+        value = None if row in FREE_OF_MODE else results.ratio(row, "auto", "rrouter")
+        if value is not None:
+            judged.append(("auto: " + row, value, AUTO_LIMIT, value <= AUTO_LIMIT))
+    return judged
+
+
+def verdict(what, value, limit, met):
+    """Return the line of one judged target."""
+    if "/" in what or what.startswith("auto"):
+        numbers = "%s, limit %.2f" % (show_ratio(value), limit)
+    else:
+        numbers = "%s, limit %s" % (show(what, value), show(what, limit))
+    return "%-7s %-26s %s" % ("met" if met else "MISSED", what, numbers)
+
+
+def as_json(results, where):
+    rows = {row: {"median": {name: results.median(row, name) for name in values}, "rounds": values,
+                  "toNginx": results.ratio(row, "rrouter", "nginx"), "toRelay": results.ratio(row, "rrouter", "relay"),
+                  "autoToRrouter": results.ratio(row, "auto", "rrouter")} for row, values in results.values.items()}
+    targets = [dict(zip(("figure", "value", "limit", "met"), line)) for line in judge(results)]
+    return json.dumps({"machine": where, "figures": rows, "targets": targets}, indent=1)
+
+
+# Run ##########################################################################
+
+def show_progress(text):
+    if sys.stderr.isatty():
+        print("\r\033[K" + text, end="", file=sys.stderr, flush=True)
+
+
+def measure_all(subjects, measures, rounds, factor):
+    """Measure everything, each subject in turn, the order turned by one each round; return the Results."""
+    results = Results([subject.name for subject in subjects])
+    for subject in subjects:
+        subject.check()
+    for number in range(rounds):
+        for name in measures:
+            if number >= FEW_ROUNDS.get(name, rounds):
+                continue
+            turn = number % len(subjects)
+            for subject in subjects[turn:] + subjects[:turn]:
+                show_progress("round %d of %d: %s, %s" % (number + 1, rounds, name, subject.name))
+                gc.collect()
+                results.add(subject.name, MEASURES[name](subject, factor))
+    show_progress("")
+    add_delays(results)
+    return results
+
+
+def choose_subjects(against):
+    kinds = [Direct, Nginx, Relay, Rrouter, Auto]
+    if not Nginx.program():
+        print("nginx is not installed: it and the ratios to it are left out", file=sys.stderr)
+        kinds.remove(Nginx)
+    if against:
+        Other.program = os.path.abspath(against)
+        kinds.append(Other)
+    return kinds
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(description="Measure rrouter against nginx and a plain relay.")
+    parser.add_argument("--quick", action="store_true", help="one short round, under a minute")
+    parser.add_argument("--only", metavar="NAME,...", default=",".join(MEASURES), help="of %(default)s")
+    parser.add_argument("--rounds", type=int, help="instead of %d" % ROUNDS)
+    parser.add_argument("--rrouter", metavar="FILE", default=Rrouter.program, help="the rrouter.py to measure")
+    parser.add_argument("--against", metavar="FILE", help="another rrouter.py to measure beside it")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the values of each round")
+    return parser
+
+
+def main():
+    parser = build_parser()
+    options = parser.parse_args()
+    if not sys.platform.startswith("linux"):
+        parser.error("it reads /proc and waits by epoll: run it on Linux")
+    unknown = set(options.only.split(",")) - set(MEASURES)
+    if unknown:
+        parser.error("--only: expected some of %s, got %s" % (",".join(MEASURES), ",".join(sorted(unknown))))
+    Rrouter.program = os.path.abspath(options.rrouter)
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+    begun = time.monotonic()
+    gc.disable()
+    port, upstream = start_upstream()
+    try:
+        with contextlib.ExitStack() as stack:
+            kinds = choose_subjects(options.against)
+            subjects = [stack.enter_context(kind(port, upstream.pid)) for kind in kinds]
+            results = measure_all(subjects, [name for name in MEASURES if name in options.only.split(",")], rounds,
+                                  QUICK if options.quick else 1)
+    except BenchError as error:
+        print("bench_rrouter: %s" % error, file=sys.stderr)
+        return 1
+    finally:
+        upstream.terminate()
+        upstream.join()
+    if options.json:
+        print(as_json(results, machine()))
+        return 0
+    print("%s; %d rounds in %.0f s" % (machine(), rounds, time.monotonic() - begun))
+    print("\n".join(table(results)), end="\n\n")
+    print("\n".join(verdict(*line) for line in judge(results)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
