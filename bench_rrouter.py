@@ -18,6 +18,7 @@ slower or larger, also where the unit is MB/s.
 import argparse
 import collections
 import contextlib
+import functools
 import gc
 import heapq
 import inspect
@@ -707,11 +708,16 @@ def measure_load(subject, factor):
             "load cpu": (subject.cpu_s() - cpu[0]) / len(times)}
 
 
+def sample_cpu(subject, samples):
+    """Add the CPU seconds that `subject` has used to `samples`."""
+    samples.append(subject.cpu_s())
+
+
 def measure_sse(subject, factor):
     rows = {}
     for number in STREAMS:
         cpu = []
-        sample = lambda: cpu.append(subject.cpu_s())
+        sample = functools.partial(sample_cpu, subject, cpu)
         streams = read_streams(subject.port, number, STREAM_S * factor, sample, sample)
         delays = [delay for stream in streams for delay in stream.delays_s]
         rows["sse %d first" % number] = percentile([stream.first_s for stream in streams], 50)
@@ -843,7 +849,9 @@ def add_delays(results):
             for subject, values in results.values.get("sse %d %s" % (number, percent), {}).items():
                 for value, direct in zip(values, base) if subject != "direct" else ():
                     results.add(subject, {"sse %d added %s" % (number, percent): max(0.0, value - direct)})
-    group = lambda row: row.replace(" added", "").rpartition(" ")[0]
+
+    def group(row):
+        return row.replace(" added", "").rpartition(" ")[0]
     groups = [group(row) for row in results.values]
     for row in sorted(results.values, key=lambda row: groups.index(group(row))):
         results.values.move_to_end(row)

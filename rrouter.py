@@ -22,8 +22,6 @@ import datetime
 import errno
 import fcntl
 import fnmatch
-import http.client
-import http.server
 import itertools
 import json
 import mmap
@@ -43,6 +41,14 @@ from collections import OrderedDict, deque
 from email.utils import parsedate_to_datetime
 from functools import partial
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+# `http.client` takes `ssl` along if it can: 4 MB and 15 ms that a plain upstream never needs.  Upstream fetches it.
+if "ssl" not in sys.modules:
+    sys.modules["ssl"] = None           # type: ignore[assignment]
+import http.client
+import http.server
+if sys.modules["ssl"] is None:
+    del sys.modules["ssl"]
 
 __version__ = "5.0.0"
 
@@ -93,7 +99,7 @@ POOL_MAX, POOL_IDLE_S = 32, 60  # idle upstream connections; servers commonly cl
 CONNECTIONS_MAX = 512           # clients at once; each costs a thread
 BACKLOG = 128                   # VS Code opens up to 50 connections at once; the default of 5 makes them wait seconds
 RECEIVE_BYTES = 64 * 1024
-MAPPED_BODY_BYTES = 256 * 1024  # request bodies from here on live in memory of their own, given back at once
+MAPPED_BODY_BYTES = 256 * 1024  # request bodies from here on live in BodyMemory
 
 POLL_S = 0.2                    # how often the watcher looks at the files
 SETTLED_S = 2                   # a file younger than this may change again within its time stamp's grain (FAT: 2 s)
@@ -251,16 +257,13 @@ class Route(NamedTuple):
 
 
 class RequestHead(NamedTuple):
-    """A request line and its fields, valid and unambiguous.
-
-    `fields` are (lower-case name, line as received) in order.  `length` is None for a chunked body.
-    """
+    """A request line and its fields, valid and unambiguous.  `length` is None for a chunked body."""
 
     method: str
     target: bytes               #: in origin form (or `*`), bytes untouched
     authority: str              #: what the request says it is for; "" in HTTP/1.0 without Host
     http11: bool
-    fields: List[Tuple[bytes, bytes]]
+    fields: "Fields"
     length: Optional[int]
     keep_alive: bool
     expects_continue: bool
@@ -276,17 +279,14 @@ class ResponseHead(NamedTuple):
 
     status: int
     reason: bytes
-    fields: List[Tuple[bytes, bytes]]
+    fields: "Fields"
     length: Optional[int]
     chunked: bool
     keep_alive: bool
 
     def value(self, name: bytes) -> Optional[str]:
-        """Return the first value of the field `name` (lower case)."""
-        for field, line in self.fields:
-            if field == name:
-                return field_value(line)
-        return None
+        """Return the first value of the field `name`, one of Fields.READ."""
+        return next(iter(self.fields.all(name)), None)
 
     @property
     def is_event_stream(self) -> bool:
@@ -549,6 +549,7 @@ def decide_route(config: Config, target: str, model: Optional[str]) -> Route:
 # fields behind it, Content-Length among them, vanish and the body becomes the next request), obeys a bare CR and takes
 # the first of two lengths: python/cpython#150499.  One expression that admits exactly RFC 9112 §2-5 does not.
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_NAME = re.compile(b"(?:%b)?" % _TOKEN)
 _FIELDS = rb"((?:" + _TOKEN + rb":[\t\x20-\x7e\x80-\xff]*\r\n)*)"
 _REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])\r\n")
 _REQUEST_HEAD = re.compile(_REQUEST_LINE.pattern + _FIELDS + rb"\r\n")
@@ -568,28 +569,38 @@ def field_value(line: bytes) -> str:
     return line.partition(b":")[2].strip(b" \t").decode("latin-1")
 
 
-def split_fields(block: bytes) -> List[Tuple[bytes, bytes]]:
-    """Return (lower-case name, line) of each line in a block of valid field lines."""
-    return [(line[:line.index(b":")].lower(), line) for line in block.split(b"\r\n")[:-1]]
+class Fields(List[Tuple[bytes, bytes]]):
+    """The fields of a head in order, as (lower-case name, line as received).
 
-
-def end_to_end(fields: List[Tuple[bytes, bytes]], *drop: bytes) -> List[Tuple[bytes, bytes]]:
-    """Return the fields that go on: all but the hop-by-hop ones, those named by Connection, and `drop`.
-
-    Connection cannot name Content-Length away: the body would lose its end.
+    `values` holds those that the router itself reads, by name; a head is gone through once.
     """
-    removed = HOP_BY_HOP.union(_tokens(fields, b"connection")).difference((b"content-length",)).union(drop)
-    return [field for field in fields if field[0] not in removed]
 
+    READ = frozenset((b"host", b"content-length", b"transfer-encoding", b"connection", b"expect", b"origin",
+                      b"sec-fetch-site", b"content-type", b"content-encoding", b"retry-after"))
 
-def _values(fields: List[Tuple[bytes, bytes]], name: bytes) -> List[str]:
-    return [field_value(line) for field, line in fields if field == name]
+    def __init__(self, block: bytes):
+        super().__init__()
+        self.values: Dict[bytes, List[str]] = {}
+        for line in block.split(b"\r\n")[:-1]:
+            name = line[:line.index(b":")].lower()
+            self.append((name, line))
+            if name in self.READ:
+                self.values.setdefault(name, []).append(field_value(line))
+        #: what Connection names, in lower case
+        self.connection = [token.strip(" \t").lower().encode("latin-1")
+                           for value in self.all(b"connection") for token in value.split(",")]
 
+    def all(self, name: bytes) -> List[str]:
+        """Return the values of the field `name`, one of READ, line by line."""
+        return self.values.get(name, [])
 
-def _tokens(fields: List[Tuple[bytes, bytes]], name: bytes) -> List[bytes]:
-    """Return the members of a comma-separated list that may be spread over several lines, in lower case."""
-    return [token.strip(" \t").lower().encode("latin-1")
-            for value in _values(fields, name) for token in value.split(",")]
+    def end_to_end(self, *drop: bytes) -> List[Tuple[bytes, bytes]]:
+        """Return the fields that go on: all but the hop-by-hop ones, those named by Connection, and `drop`.
+
+        Connection cannot name Content-Length away: the body would lose its end.
+        """
+        removed = HOP_BY_HOP.union(self.connection).difference((b"content-length",)).union(drop)
+        return [field for field in self if field[0] not in removed]
 
 
 def check_head_start(data: bytes) -> None:
@@ -616,18 +627,18 @@ def parse_request_head(head: bytes) -> RequestHead:
     if major != b"1":
         raise RequestError(505, "HTTP version not supported: use HTTP/1.1")
     http11 = match.group(4) != b"0"
-    fields = split_fields(block)
+    fields = Fields(block)
     if len(fields) > FIELDS_MAX:
         raise RequestError(431, "more than %d header fields" % FIELDS_MAX)
-    hosts = _values(fields, b"host")
+    hosts = fields.all(b"host")
     if len(hosts) > 1 or (http11 and not hosts):
         raise RequestError(400, "malformed request: expected exactly one Host field, found %d" % len(hosts))
     target, authority = _origin_form(method, target, hosts[0] if hosts else "")
     length = _request_length(fields, http11)
-    expectation = [value.lower() for value in _values(fields, b"expect")] if http11 else []
+    expectation = [value.lower() for value in fields.all(b"expect")] if http11 else []
     if expectation and expectation != ["100-continue"]:
         raise RequestError(417, "unknown expectation: only 100-continue is met")
-    keep_alive = http11 and b"close" not in _tokens(fields, b"connection")
+    keep_alive = http11 and b"close" not in fields.connection
     return RequestHead(method.decode("ascii"), target, authority, http11, fields, length, keep_alive, bool(expectation))
 
 
@@ -638,7 +649,7 @@ def _refusal(head: bytes) -> RequestError:
         return RequestError(400, "malformed request line: expected METHOD TARGET HTTP/1.1")
     for field in rest.split(b"\r\n"):
         if field and not _TRAILERS.fullmatch(field + b"\r\n\r\n"):
-            name = field.partition(b":")[0][:40].decode("latin-1")
+            name = _NAME.match(field).group()[:40].decode("ascii")  # type: ignore[union-attr]   # no value, no secret
             return RequestError(400, "malformed header field %s: expected NAME: VALUE without control characters, "
                                      "space before the colon or continuation lines" % printable(repr(name)))
     return RequestError(400, "malformed request head")
@@ -657,9 +668,9 @@ def _origin_form(method: bytes, target: bytes, host: str) -> Tuple[bytes, str]:
     return path if path.startswith(b"/") else b"/" + path, absolute.group(1).decode("ascii")
 
 
-def _request_length(fields: List[Tuple[bytes, bytes]], http11: bool) -> Optional[int]:
+def _request_length(fields: Fields, http11: bool) -> Optional[int]:
     """Return the length of the body in bytes, or None if it is chunked (RFC 9112 §6)."""
-    lengths, codings = _values(fields, b"content-length"), _values(fields, b"transfer-encoding")
+    lengths, codings = fields.all(b"content-length"), fields.all(b"transfer-encoding")
     if codings:
         if lengths:
             raise RequestError(400, "malformed request: both Content-Length and Transfer-Encoding")
@@ -687,11 +698,10 @@ def check_origin(head: RequestHead, only_loopback: bool) -> None:
     if only_loopback and (head.authority or head.http11) and not _LOOPBACK_HOST.fullmatch(head.authority):
         raise RequestError(403, "Host %s is not this machine: use localhost, 127.0.0.1 or [::1]" % (
             printable(repr(head.authority), 80)))
-    for name, line in head.fields:
-        if name == b"origin" and not _LOOPBACK_ORIGIN.fullmatch(field_value(line)):
-            raise RequestError(403, "requests of web pages from elsewhere are refused (Origin)")
-        if name == b"sec-fetch-site" and field_value(line).lower() == "cross-site":
-            raise RequestError(403, "requests of web pages from elsewhere are refused (Sec-Fetch-Site)")
+    if not all(_LOOPBACK_ORIGIN.fullmatch(origin) for origin in head.fields.all(b"origin")):
+        raise RequestError(403, "requests of web pages from elsewhere are refused (Origin)")
+    if any(site.lower() == "cross-site" for site in head.fields.all(b"sec-fetch-site")):
+        raise RequestError(403, "requests of web pages from elsewhere are refused (Sec-Fetch-Site)")
 
 
 def request_head_bytes(head: RequestHead, authority: bytes, base_path: bytes, length: int) -> bytes:
@@ -699,7 +709,7 @@ def request_head_bytes(head: RequestHead, authority: bytes, base_path: bytes, le
     target = base_path + head.target if head.target != b"*" else head.target
     lines = [b"%b %b HTTP/1.1" % (head.method.encode("ascii"), target)]
     named = framed = False
-    for name, line in end_to_end(head.fields):
+    for name, line in head.fields.end_to_end():
         if name == b"host":
             line, named = b"%b: %b" % (line[:4], authority), True
         elif name == b"content-length":
@@ -718,8 +728,8 @@ def parse_response_head(head: bytes) -> ResponseHead:
     if not match:
         raise UpstreamError("sent a malformed answer head")
     minor, status, reason, block = match.groups()
-    fields = split_fields(block)
-    lengths, codings = _values(fields, b"content-length"), _values(fields, b"transfer-encoding")
+    fields = Fields(block)
+    lengths, codings = fields.all(b"content-length"), fields.all(b"transfer-encoding")
     if codings and (lengths or minor == b"0" or [coding.lower() for coding in codings] != ["chunked"]):
         raise UpstreamError("sent an answer with ambiguous Transfer-Encoding")
     if len(lengths) > 1 or (lengths and not _LENGTH.fullmatch(lengths[0])):
@@ -727,7 +737,7 @@ def parse_response_head(head: bytes) -> ResponseHead:
     if status == b"101":
         raise UpstreamError("switched protocols unasked")
     return ResponseHead(int(status), reason or b"", fields, int(lengths[0]) if lengths else None, bool(codings),
-                        minor == b"1" and b"close" not in _tokens(fields, b"connection"))
+                        minor == b"1" and b"close" not in fields.connection)
 
 
 def response_head_bytes(head: ResponseHead, extra: List[bytes]) -> bytes:
@@ -737,7 +747,7 @@ def response_head_bytes(head: ResponseHead, extra: List[bytes]) -> bytes:
     """
     lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
     drop = (b"content-length",) if head.status in (204, *range(100, 200)) else ()       # RFC 9110 §8.6
-    lines += [line for name, line in end_to_end(head.fields, *drop) if not name.startswith(b"access-control-")]
+    lines += [line for name, line in head.fields.end_to_end(*drop) if not name.startswith(b"access-control-")]
     return b"\r\n".join(lines + extra) + b"\r\n\r\n"
 
 
@@ -1830,6 +1840,46 @@ def polled(sock: socket.socket, events: int) -> int:
     return sum(found for _, found in poller.poll(0))
 
 
+class BodyMemory:
+    """Memory for large request bodies, kept for the next ones while they come.
+
+    A map of its own is memory only as far as bytes have come, and goes back to the system at once.  Private, not
+    shared, for shared pages are slow to fault in, in huge pages where there are, and used again: 10 MB pass in 10 ms
+    in place of 28.
+    """
+
+    STEP = 2 << 20                      # bytes; a huge page
+    KEPT_MAX = 2
+
+    def __init__(self):
+        self._free: List[mmap.mmap] = []
+        self._used_at = 0.0
+
+    def take(self, length: int) -> mmap.mmap:
+        """Return a map of at least `length` bytes."""
+        for memory in list(self._free):
+            if length <= len(memory) <= 4 * length + self.STEP:
+                with contextlib.suppress(ValueError):       # another thread has taken it
+                    self._free.remove(memory)
+                    return memory
+        memory = mmap.mmap(-1, -(-length // self.STEP) * self.STEP, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        return memory
+
+    def give_back(self, memory: mmap.mmap) -> None:
+        """Take a map back that nobody reads or writes any more."""
+        self._used_at = time.monotonic()
+        if len(self._free) < self.KEPT_MAX:
+            self._free.append(memory)
+
+    def prune(self) -> None:
+        """Give what was not used lately back to the system."""
+        if self._free and time.monotonic() - self._used_at > 1:
+            self._free.clear()
+
+
 class Wire:
     """One end of a connection: its socket, and the bytes received but not yet used.
 
@@ -2051,9 +2101,12 @@ class Upstream:
         self._host, self._port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         self._is_own_address = is_own_address
         self._kept: "deque[UpstreamConnection]" = deque()   # last in, first out: the busiest stay alive
-        self._tls = None
+        self._tls: Any = None
         if parts.scheme == "https":
-            import ssl                  # 4 MB that a plain upstream does not need
+            import importlib
+            import ssl
+            if not hasattr(http.client, "HTTPSConnection"):
+                importlib.reload(http.client)
             self._tls = ssl.create_default_context()
 
     def exchange(self, method: str, pieces: List[Any], watch: Watch, interim) -> Answer:
@@ -2247,6 +2300,7 @@ class Router:
         self.store = Store(paths, log, self._changed)
         self.failover.reset(self.store.snapshot().config.auto, "")
         self.upstream = Upstream(settings.upstream, self._is_own_address)
+        self.bodies = BodyMemory()
         self.connections: "set[ProxyHandler]" = set()
         self.connections_max = CONNECTIONS_MAX
         self.draining = False
@@ -2328,6 +2382,7 @@ class Router:
         self.save_state()
         self.log.reopen()
         self.upstream.prune()
+        self.bodies.prune()
 
     def health(self) -> Dict[str, Any]:
         """Return what /health tells."""
@@ -2357,6 +2412,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.router = self.server.router
         self.wire = Wire(self.request, WRITE_STALL_S)
         self.busy = False               #: a request is under way
+        self.memory: Optional[mmap.mmap] = None     #: of a large body under way
         self.shut = False               #: told to read no more, by `drain`: an end of file says nothing of the client
 
     def handle(self) -> None:
@@ -2392,6 +2448,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return False
         except ClientGone:
             return False
+        finally:
+            if self.memory is not None:
+                self.router.bodies.give_back(self.memory)
+                self.memory = None
         if head.keep_alive and not self.router.draining:
             return True
         self._linger()
@@ -2450,8 +2510,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if len(wire.held) >= length:
             whole, wire.held = wire.held[:length], wire.held[length:]
             return whole
-        # A map of its own is memory only as far as bytes have come, and goes back to the system at once.
-        body: Any = mmap.mmap(-1, length) if length >= MAPPED_BODY_BYTES else bytearray(length)
+        body: Any = bytearray(length)
+        if length >= MAPPED_BODY_BYTES:
+            self.memory = self.router.bodies.take(length)
+            body = memoryview(self.memory)[:length]
         have = len(wire.held)
         body[:have] = wire.held
         wire.held = b""
@@ -2924,7 +2986,7 @@ def listen(settings: Settings, router: Router) -> List[ProxyServer]:
 
 def describe_taken(settings: Settings) -> str:
     """Return what to tell when the port is taken."""
-    health = ask_health(settings.host, settings.port)
+    health = ask_health(settings.host, settings.port, timeout_s=1)
     owner = "rrouter (pid %s)" % health["pid"] if health else port_owner(settings.port)
     return ("port %d is taken%s: stop that program or set RROUTER_PORT (CLIProxyAPI's pprof uses 8316 by default: "
             "see pprof.addr in its config)" % (settings.port, " by " + owner if owner else ""))
@@ -2981,7 +3043,7 @@ def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
     lock = Lock(paths.lock)
     owns_files = lock.acquire()
     if ready is not None and not owns_files:
-        os.write(ready, b"running")
+        tell(ready, "running")
         return 0
     log = Log(paths.log, echo=ready is None)
     raise_descriptor_limit()
@@ -3001,8 +3063,7 @@ def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
     for loop in [server.serve_forever for server in servers] + [lambda: _watch_for_ever(router)]:
         threading.Thread(target=loop, daemon=True).start()
     if ready is not None:
-        os.write(ready, b"ready")
-        os.close(ready)
+        tell(ready, "ready")
     wait_for_the_end(signals, router)
     lock.mark_stopping()
     drain(signals, router, servers)
@@ -3013,6 +3074,13 @@ def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
     lock.release()
     sys.stderr.flush()
     os._exit(0)                         # threads of streams past the drain time would hold the interpreter up
+
+
+def tell(ready: int, words: str) -> None:
+    """Tell `start` how it went, unless it was killed meanwhile."""
+    with contextlib.suppress(OSError):
+        os.write(ready, words.encode("utf-8", "replace"))
+        os.close(ready)
 
 
 def claim(paths: Paths, settings: Settings, router: Router) -> None:
@@ -3267,21 +3335,26 @@ def find_manager(home: str) -> Optional[Manager]:
 def start(paths: Paths, home: str) -> str:
     """Start the daemon unless one runs; return what to tell.  Raises DaemonError, UsageError."""
     daemon = find_daemon(paths)
-    if daemon and daemon.stopping:
-        until(lambda: Lock(paths.lock).holder() != daemon.pid, DRAIN_S + 5)
+    if daemon:                          # it may be about to end, or still to answer
+        until(lambda: Lock(paths.lock).holder() != daemon.pid or ask_health(daemon.host, daemon.port),
+              DRAIN_S + 5 if daemon.stopping else START_S)
         daemon = find_daemon(paths)
     if daemon:
         daemon, _ = wait_for_health(paths)
         return "rrouter is already running (pid %d, port %d)" % (daemon.pid, daemon.port)
-    read_environment(dict(os.environ))
+    settings = read_environment(dict(os.environ))
     manager = find_manager(home)
     if manager:
         manager.start()
     else:
         spawn_daemon(paths)
     daemon, health = wait_for_health(paths)
-    return "rrouter runs (pid %d, port %d, by %s), mode %s" % (
+    told = "rrouter runs (pid %d, port %d, by %s), mode %s" % (
         daemon.pid, daemon.port, health["startedBy"], health["mode"])
+    if manager and (settings.listen_addr, settings.upstream) != (health["listenAddr"], health["upstreamURL"]):
+        told += "\nnote: %s starts it on %s -> %s, and not as RROUTER_* of this shell say: put them into %s" % (
+            manager.name, health["listenAddr"], health["upstreamURL"], os.path.join(home, ".config", "rrouter.env"))
+    return told
 
 
 def stop(paths: Paths, home: str) -> str:
@@ -3373,8 +3446,7 @@ def cmd_serve(context: Context) -> int:
         return serve(read_environment(dict(os.environ)), context.paths, ready)
     except Exception as error:
         if ready is not None:
-            text = str(error) if isinstance(error, RouterError) else describe_defect(error)
-            os.write(ready, text.encode("utf-8", "replace"))
+            tell(ready, str(error) if isinstance(error, RouterError) else describe_defect(error))
         raise
 
 
@@ -3666,10 +3738,22 @@ def check_service(home: str) -> Iterator[Tuple[str, str]]:
             continue
         if not os.access(program, os.X_OK):
             yield FAIL, "service: %s %s starts %s, which is not there: run install.sh again" % (name, path, program)
+        elif not is_as_installed(home, path):
+            yield WARN, "service: %s %s is not what install.sh wrote: changed by you, or older" % (name, path)
         elif find_manager(home) is None:
             yield WARN, "service: %s is installed, but its manager does not answer here: rrouter start forks" % name
         else:
             yield OK, "service: %s %s" % (name, path)
+
+
+def is_as_installed(home: str, path: str) -> bool:
+    """Return whether a file is as install.sh left it, or was not installed by it."""
+    import hashlib
+    try:
+        record = json.loads(read_file(os.path.join(home, ".rrouter", "install.json")) or b"{}")["files"][path]
+        return hashlib.sha256(read_file(path) or b"").hexdigest() == record["sha256"][-1]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return True
 
 
 def check_client(home: str, settings: Settings) -> Iterator[Tuple[str, str]]:
@@ -3845,6 +3929,14 @@ def open_standard_streams() -> None:
 
 
 def main(argv: Optional[List[str]] = None) -> int:
+    """Run one command; return its exit status, or exit with it if the command is that of the process."""
+    status = run_command(argv)
+    if argv is None:                    # zipapp's own caller of `main` drops what it returns
+        sys.exit(status)
+    return status
+
+
+def run_command(argv: Optional[List[str]]) -> int:
     """Run one command; return its exit status."""
     open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv) or ["help"]
@@ -3867,6 +3959,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # what is left in the buffer would fail again at exit
         print("rrouter: %s: %s" % (error.filename or "output", reason_of(error)), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -3877,4 +3970,4 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

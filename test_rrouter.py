@@ -6,14 +6,24 @@ sockets on the loopback addresses, on ports that were free.  What is scripted: t
 as it came and plays the answers it was given.  Pure parts are tested by tables, with a clock that moves when told to.
 """
 
+import atexit
 import base64
+import calendar
 import collections
+import concurrent.futures
+import configparser
 import contextlib
+import email.utils
+import errno
+import functools
 import gzip
 import http.client
+import io
+import itertools
 import json
 import os
 import pathlib
+import plistlib
 import random
 import re
 import select
@@ -21,14 +31,22 @@ import shutil
 import signal
 import socket
 import ssl
+import stat
+import statistics
 import struct
 import subprocess
 import sys
 import tempfile
-import textwrap
 import threading
 import time
+import unicodedata
 import unittest
+import zipapp
+
+try:
+    import resource
+except ImportError:                 # not a Unix
+    resource = None
 
 import rrouter
 
@@ -252,16 +270,19 @@ class Upstream:
 # rrouter as a process #########################################################
 
 def free_port():
-    """Return a port that is free on both loopback addresses just now."""
+    """Return a port that is free on both loopback addresses just now.
+
+    Below the range that outgoing connections are given theirs from: one of them could take it before it is used.
+    """
     while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as four, socket.socket(socket.AF_INET6) as six:
-            four.bind(("127.0.0.1", 0))
-            port = four.getsockname()[1]
             try:
+                four.bind(("127.0.0.1", port))
                 six.bind(("::1", port))
             except OSError as problem:
-                if problem.errno in (98, 48):       # taken there; without IPv6 at all the port will do
-                    continue
+                if problem.errno in (errno.EADDRINUSE, errno.EACCES):
+                    continue                        # without IPv6 at all the port will do
             return port
 
 
@@ -386,7 +407,11 @@ class Running:
         address = "127.0.0.1" if family == socket.AF_INET else "::1"
         connection = socket.socket(family)
         connection.settimeout(WAIT_S)
-        connection.connect((address, self.port))
+        try:
+            connection.connect((address, self.port))
+        except OSError:
+            connection.close()
+            raise
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
@@ -546,5 +571,7084 @@ class RouterTest(unittest.TestCase):
             self.assertIn(word, content["error"]["message"])
 
 
+# Configuration, by tables #####################################################
+
+class FakeClock:
+    """A clock that moves only when told to.  Call it to read it, in Unix seconds."""
+
+    def __init__(self, now=1_800_000_000.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, seconds):
+        self.now += seconds
+
+
+def config_of(**changes):
+    """Return the default configuration with some top-level members changed."""
+    return rrouter.parse_config(json.dumps(dict(rrouter.DEFAULT_CONFIG, **changes)))
+
+
+class ParseConfigTest(unittest.TestCase):
+
+    def test_the_default_config_has_no_problems_and_round_trips(self):
+        config = config_of()
+        self.assertEqual(config.problems, ())
+        self.assertEqual(rrouter.parse_config(rrouter.config_text(config)), config)
+        self.assertEqual(json.loads(rrouter.config_text(config)), rrouter.DEFAULT_CONFIG)
+
+    REFUSED = (
+        # what, text, words of the complaint
+        ("not JSON", '{"modes": }', "1:11: expecting value"),
+        ("cut short", '{"modes":', "the end of the file"),
+        ("second line", '{\n  "modes" 1}', "2:11: expecting"),
+        ("empty", '', "1:1: expecting value"),
+        ("array", '[]', "the top level: expected an object"),
+        ("no modes", '{}', "modes: missing"),
+        ("no mode", '{"modes": {}}', "modes: expected an object with at least"),
+        ("modes is a list", '{"modes": []}', "modes: expected an object"),
+        ("mode is a number", '{"modes": {"a": 1}}', "modes.a: expected an object, found 1"),
+        ("auto defined", '{"modes": {"auto": {}}}', "modes.auto: expected another name"),
+        ("upper case", '{"modes": {"Fast": {}}}', "modes.Fast: expected a name in lower"),
+        ("space in the name", '{"modes": {"a b": {}}}', "modes.a b: expected a name"),
+        ("empty name", '{"modes": {"": {}}}', "expected a name"),
+        ("mappings no list", '{"modes": {"a": {"mappings": {}}}}', "modes.a.mappings: expected a list"),
+        ("match is a number", '{"modes": {"a": {"mappings": [{"match": 7, "rewrite": "x"}]}}}',
+         "modes.a.mappings[0].match: expected a string"),
+        ("no rewrite", '{"modes": {"a": {"mappings": [{"match": "x"}]}}}', "modes.a.mappings[0].rewrite: missing"),
+        ("empty rewrite", '{"modes": {"a": {"mappings": [{"match": "x", "rewrite": ""}]}}}',
+         "mappings[0].rewrite: expected"),
+        ("default unknown", '{"modes": {"a": {}}, "defaultMode": "b"}',
+         'defaultMode: expected one of a, auto, found "b"'),
+        ("default is null", '{"modes": {"a": {}}, "defaultMode": null}', "defaultMode: expected one of"),
+        ("one target", '{"modes": {"a": {}}, "auto": {"targets": ["a"]}}', "auto.targets: expected two"),
+        ("twice the same", '{"modes": {"a": {}}, "auto": {"targets": ["a", "a"]}}', "auto.targets: expected two"),
+        ("threshold 0", '{"modes": {"a": {}}, "auto": {"failureThreshold": 0}}',
+         "auto.failureThreshold: expected a whole"),
+        ("threshold 1.5", '{"modes": {"a": {}}, "auto": {"timeoutThreshold": 1.5}}',
+         "auto.timeoutThreshold: expected a whole"),
+        ("threshold true", '{"modes": {"a": {}}, "auto": {"failureThreshold": true}}', "found true"),
+        ("no cooldowns", '{"modes": {"a": {}}, "auto": {"cooldownMinutes": []}}',
+         "auto.cooldownMinutes: expected a list"),
+        ("negative cooldown", '{"modes": {"a": {}}, "auto": {"cooldownMinutes": [1, -1]}}',
+         "auto.cooldownMinutes[1]: expected"),
+        ("timeout a string", '{"modes": {"a": {}}, "auto": {"firstByteTimeoutSeconds": "9"}}',
+         "auto.firstByteTimeoutSeconds: expected"),
+        ("NaN", '{"modes": {"a": {}}, "auto": {"firstByteTimeoutSeconds": NaN}}', "NaN"),
+        ("infinite", '{"modes": {"a": {}}, "auto": {"firstByteTimeoutSeconds": 1e999}}',
+         "auto.firstByteTimeoutSeconds"),
+        ("deep", '[' * 100_000, "nesting that is too deep"),
+    )
+
+    def test_what_does_not_fit_is_refused_with_its_place(self):
+        for what, text, words in self.REFUSED:
+            with self.subTest(what):
+                with self.assertRaises(rrouter.ConfigError) as caught:
+                    rrouter.parse_config(text)
+                self.assertIn(words, str(caught.exception))
+
+    def test_unknown_keys_are_named_and_do_no_harm(self):
+        config = rrouter.parse_config('{"modes": {"a": {"x": 1, "mappings": [{"match": "m", "rewrite": "r", "y": 2}]}},'
+                                      '"zoom": 3, "auto": {"speed": 4}}')
+        self.assertEqual(config.modes["a"], (rrouter.Rule("m", "r"),))
+        self.assertEqual([problem.split(":")[0] for problem in config.problems],
+                         ["zoom", "modes.a.x", "modes.a.mappings[0].y", "auto.speed"])
+
+    RESOLVED = (
+        # modes,  default,  targets,      asked for,  in force
+        ("ac",    "c",      ("a", "c"),   "a",        "a"),
+        ("ac",    "c",      ("a", "c"),   "auto",     "auto"),
+        ("ac",    "c",      ("a", "c"),   "zzz",      "c"),
+        ("ac",    "auto",   ("a", "c"),   "zzz",      "auto"),
+        ("ac",    "auto",   ("a", "x"),   "zzz",      "a"),
+        ("ac",    "c",      ("a", "x"),   "auto",     "c"),
+    )
+
+    def test_unknown_modes_and_unusable_auto_fall_back(self):
+        for modes, default, targets, asked, expected in self.RESOLVED:
+            with self.subTest(default=default, targets=targets, asked=asked):
+                config = config_of(modes={name: {} for name in modes}, defaultMode=default,
+                                   auto={"targets": list(targets)})
+                self.assertEqual(config.resolve(asked), expected)
+                self.assertEqual("x" in targets, bool(config.auto_error))
+
+
+class RouteTest(unittest.TestCase):
+
+    CASES = (
+        # rules as match>rewrite,                 model,                 goes on as
+        ("claude-sonnet-*>g",                     "claude-sonnet-5-5",   "g"),
+        ("claude-sonnet-*>g",                     "claude-opus-5-5",     "claude-opus-5-5"),
+        ("claude-*>first claude-sonnet-*>second", "claude-sonnet-5",     "first"),
+        ("Claude-*>g",                            "claude-sonnet-5",     "claude-sonnet-5"),
+        ("*>all",                                 "",                    "all"),
+        ("m?del[12]>g",                           "model2",              "g"),
+        ("[>g",                                   "[",                   "g"),
+        ("",                                      "x",                   "x"),
+    )
+
+    def test_the_first_matching_rule_wins(self):
+        for rules, model, expected in self.CASES:
+            with self.subTest(rules=rules, model=model):
+                mappings = [dict(zip(("match", "rewrite"), rule.split(">"))) for rule in rules.split()]
+                config = config_of(modes={"m": {"mappings": mappings}}, defaultMode="m")
+                self.assertEqual(rrouter.decide_route(config, "m", model).model, expected)
+
+
+# Messages, by tables ##########################################################
+
+class ModelSpanTest(unittest.TestCase):
+
+    CASES = (
+        # body,                                                      name, or None
+        (b'{"model":"a","x":1}',                                     "a"),
+        (b' \r\n\t{ "model" : "a" }',                                "a"),
+        (b'{"x":{"model":"no"},"model":"a"}',                        "a"),
+        (b'{"x":"\\"model\\":\\"no\\"","model":"a"}',                "a"),
+        (b'{"\\u006dodel":"a","model":"b"}',                         "a"),
+        (b'{"model":"claude\\u002dsonnet"}',                         "claude-sonnet"),
+        (b'{"x":"\\ud83d","model":"a"}',                             "a"),
+        (b'{"x":[1e400,-0,9007199254740993,1E+5],"model":"a"}',      "a"),
+        (b'{"x":' + b"1" * 100_000 + b',"model":"a"}',               "a"),
+        ('{"x":"한글","model":"모델"}'.encode(),                      "모델"),
+        (b'{"x":1,"model":"a","model":"b"}',                         "a"),
+        (b'{"model":"a","model":"b"}',                               "a"),
+        (b'{"x":1,"model":null,"model":"b"}',                        None),
+        (b'{"x":1,"model":7}',                                       None),
+        (b'{"x":1}',                                                 None),
+        (b'{}',                                                      None),
+        (b'[{"model":"a"}]',                                         None),
+        (b'"model"',                                                 None),
+        (b'',                                                        None),
+        (b'\xef\xbb\xbf{"model":"a"}',                               None),
+        (b'{"x":1,"model":"a"',                                      None),
+        (b'{"x":1,"model":"a"} x',                                   None),
+        (b'{"x":1,"model":"a",}',                                    None),
+        (b'{"x" 1,"model":"a"}',                                     None),
+        (b'{"x":"\xff","model":"\xff"}',                             None),
+        (b'{"x":' + b"[" * 100_000,                                  None),
+        (b'\x1f\x8b\x08\x00',                                        None),
+    )
+
+    def test_the_first_top_level_model_string_is_found(self):
+        for body, expected in self.CASES:
+            with self.subTest(body=body[:40]):
+                found = rrouter.find_model(body)
+                self.assertEqual(found[2] if found else None, expected)
+
+    def test_only_the_value_changes_in_random_bodies(self):
+        """Against `json` as oracle: the value becomes the new one, every other byte and member stays."""
+        chance = random.Random(8316)
+        for _ in range(3000):
+            members = [(chance.choice(["model", "a", "b\"", "mödel", "stream"]), random_value(chance, 3))
+                       for _ in range(chance.randrange(5))]
+            body = ("{" + ",".join("%s%s%s:%s" % (space(chance), json.dumps(key, ensure_ascii=chance.random() < 0.5),
+                                                  space(chance), json.dumps(value, ensure_ascii=chance.random() < 0.5))
+                                   for key, value in members) + space(chance) + "}").encode()
+            found = rrouter.find_model(body)
+            first = next((value for key, value in members if key == "model"), None)
+            self.assertEqual(found[2] if found else None, first if isinstance(first, str) else None, body)
+            if found:
+                spliced = b"".join(rrouter.splice(body, found[0], found[1], 'n"w\u00e9'))
+                pairs = json.loads(spliced, object_pairs_hook=list)
+                changed = [index for index, (key, _) in enumerate(members) if key == "model"][0]
+                expected = json.loads(body, object_pairs_hook=list)
+                expected[changed] = ("model", 'n"w\u00e9')
+                self.assertEqual(pairs, expected)
+                self.assertEqual((spliced[:found[0]], spliced[len(spliced) - len(body) + found[1]:]),
+                                 (body[:found[0]], body[found[1]:]))
+            cut = body[:chance.randrange(len(body))]
+            if not re.match(rb'\s*\{\s*"model"', cut):           # a leading model ends the search
+                self.assertIsNone(rrouter.find_model(cut), cut)
+
+    def test_a_leading_model_costs_the_same_however_long_the_body(self):
+        short, long = b'{"model":"a","x":"' + b"y" * 1000 + b'"}', b'{"model":"a","x":"' + b"y" * 30_000_000 + b'"}'
+
+        def best(body):
+            times = []
+            for _ in range(20):
+                start = time.perf_counter()
+                rrouter.find_model(body)
+                times.append(time.perf_counter() - start)
+            return min(times)
+        self.assertLess(best(long), best(short) * 20 + 0.0005)
+
+
+def space(chance):
+    """Return some JSON white space."""
+    return chance.choice(["", "", " ", "\n\t ", "\r\n"])
+
+
+def random_value(chance, depth):
+    """Return a random JSON value."""
+    kind = chance.randrange(7 if depth else 5)
+    if kind < 2:
+        return "".join(chance.choice('amodel":,{}[]\\ é한\u2028') for _ in range(chance.randrange(8)))
+    if kind < 5:
+        return chance.choice([None, True, -0.0, 1e300, 12345678901234567890])
+    if kind == 5:
+        return [random_value(chance, depth - 1) for _ in range(chance.randrange(4))]
+    return {chance.choice(["model", "x", "messages"]): random_value(chance, depth - 1)
+            for _ in range(chance.randrange(4))}
+
+
+class WithoutThinkingTest(unittest.TestCase):
+
+    CASES = (
+        # content before,                                            content after; None: nothing to take out
+        ('[{"type":"thinking","thinking":"x"} , {"type":"text"}]',   '[{"type":"text"}]'),
+        ('[{"type":"text"} ,{"signature":"s","type":"thinking"} ]',  '[{"type":"text"} ]'),
+        ('[ {"type":"text"},{"type":"redacted_thinking"},1]',        '[ {"type":"text"},1]'),
+        ('[{"type":"thinking"},{"type":"a"},{"type":"thinking"},{"type":"thinking"},{"type":"b"}]',
+         '[{"type":"a"},{"type":"b"}]'),
+        ('[{"type":"thinking"},{"type":"redacted_thinking"}]',       '[{"type":"text","text":"(no content)"}]'),
+        ('[{"type":"text","text":"{\\"type\\":\\"thinking\\"}"}]',   None),
+        ('"thinking"',                                               None),
+        ('[]',                                                       None),
+        ('[{"type":"tool_result","content":[{"type":"thinking"}]}]', None),
+    )
+
+    def test_thinking_blocks_go_and_all_else_stays(self):
+        for before, after in self.CASES:
+            with self.subTest(before):
+                frame = '{"model":"m", "messages": [{"role":"assistant","content":%s},{"content":"é"} ],"x":1e400}'
+                result = rrouter.without_thinking((frame % before).encode())
+                self.assertEqual(result, (frame % after).encode() if after else None)
+
+    def test_bodies_of_other_kinds_are_left_alone(self):
+        for body in (b"", b"{}", b"[]", b"x", b'{"messages":7}', b'{"messages":[7]}', b'{"messages":[{"content":[',
+                     b"\xff"):
+            with self.subTest(body):
+                self.assertIsNone(rrouter.without_thinking(body))
+
+
+class ChunkedBodyTest(unittest.TestCase):
+
+    def test_any_cutting_gives_the_same_payload(self):
+        chance = random.Random(8316)
+        for _ in range(500):
+            chunks = [bytes([chance.randrange(256)]) * chance.choice([1, 2, 17, 300, 5000])
+                      for _ in range(chance.randrange(6))]
+            coded = b"".join(b"%x%b\r\n%b\r\n" % (len(c), chance.choice([b"", b";a=b", b" ; x"]), c) for c in chunks)
+            coded += b"0\r\n" + chance.choice([b"", b"X: y\r\n", b"A: b\r\nC: d\r\n"]) + b"\r\n"
+            decoder, payload, position, data = rrouter.ChunkedBody(), b"", 0, coded + b"REST"
+            while not decoder.done:
+                size = chance.choice([1, 2, 3, 50, 4000, 100_000])
+                payload += decoder.feed(data[position:position + size])
+                position += size
+            self.assertEqual(payload, b"".join(chunks))
+            self.assertEqual(decoder.rest + data[position:], b"REST")
+
+    def test_broken_coding_is_refused_at_once(self):
+        for coded in (b"0x3\r\nabc\r\n", b"+3\r\n", b"-1\r\n", b" 3\r\n", b"zz\r\n", b"1" * 17 + b"\r\n", b"3\nabc\n",
+                      b"3\r\nabcd\r\n", b"3\r\nabcXY", b"3;\x00\r\n", b"\r\n", b"3;" + b"x" * 70_000,
+                      b"0\r\nno colon\r\n\r\n", b"0\r\nA: " + b"x" * 9000):
+            with self.subTest(coded[:20]):
+                with self.assertRaises(rrouter.UpstreamError):
+                    rrouter.ChunkedBody().feed(coded)
+
+
+class EventScanTest(unittest.TestCase):
+
+    CASES = (
+        # stream, whether it is committed (or broken after that), whether it is failed
+        (b"",                                                                False, False),
+        (b": hello\n\n: again\n\n",                                          False, False),
+        (b"event: ping\ndata: {\"type\": \"ping\"}\n\n",                     False, False),
+        (b"data: {\"type\":\"ping\"}\n\n",                                   False, False),
+        (b"event: message_start\ndata: {}\n",                                False, False),
+        (b"event: message_start\ndata: {}\n\n",                              True, False),
+        (b"event: message_start\r\ndata: {}\r\n\r\n",                        True, False),
+        (b"data: hello\n\n",                                                 True, False),
+        (b"id: 7\n\n",                                                       False, False),
+        (b"event: error\ndata: {}\n\n",                                      False, True),
+        (b"event:error\r\ndata: {}\r\n\r\n",                                 False, True),
+        (b"data: {\"type\": \"error\", \"error\": {}}\n\n",                  False, True),
+        (b": c\n\nevent: ping\ndata: {}\n\nevent: error\ndata: {}\n\n",      False, True),
+        (b"event: a\ndata: {}\n\nevent: error\ndata: {}\n\n",                "broken", False),
+        (b"event: a\ndata: {}\n\ndata: {\"type\":\"error\"}\n\n",            "broken", False),
+        (b"event: a\ndata: {\"t\": \"event: error\\n\"}\n\n",                True, False),
+        (b"event: a\ndata: x\n\nevent: error_report\ndata: {}\n\n",          True, False),
+    )
+
+    def test_events_are_judged_however_the_stream_is_cut(self):
+        for stream_bytes, committed, failed in self.CASES:
+            for size in (1, 2, 3, 7, 1000):
+                with self.subTest(stream_bytes, size=size):
+                    scan = rrouter.EventScan()
+                    for start in range(0, len(stream_bytes), size):
+                        scan.feed(stream_bytes[start:start + size])
+                    self.assertEqual((scan.committed, scan.failed, scan.broken),
+                                     (bool(committed), failed, committed == "broken"))
+
+
+class TextTest(unittest.TestCase):
+
+    def test_printable_escapes_what_could_break_a_line_or_a_terminal(self):
+        for text, expected in (("plain", "plain"), ("a\nb", "a\\nb"), ("\x1b[31m", "\\x1b[31m"), ("\x9b", "\\x9b"),
+                               ("한", "\\ud55c"), ("\ud83d", "\\ud83d"), ("\x7f", "\\x7f"),
+                               ("x" * 400, "x" * 300 + "...")):
+            with self.subTest(text[:10]):
+                self.assertEqual(rrouter.printable(text), expected)
+
+    def test_retry_after_is_seconds_or_a_date(self):
+        now = 1_800_000_000.0
+        for value, expected in ((None, None), ("", None), ("120", 120.0), ("-1", None), ("soon", None), ("1e9", None),
+                                ("Fri, 15 Jan 2027 08:01:00 GMT", 60.0), ("Fri, 15 Jan 2027 07:00:00 GMT", 0.0)):
+            with self.subTest(value):
+                self.assertEqual(rrouter.retry_after_s(value, now), expected)
+
+
+# Failover, by walks ###########################################################
+
+TARGETS = ("ag", "cl")
+
+
+class FailoverWalk(unittest.TestCase):
+    """Base of the walks: `fails` and `serves` carry one request through the machine as `forward` does."""
+
+    cooldowns_min = (30, 60, 120, 240)
+
+    def setUp(self):
+        self.clock = FakeClock()
+        self.auto = rrouter.AutoSettings(TARGETS, 3, 2, tuple(60.0 * m for m in self.cooldowns_min), 150.0)
+        self.failover = rrouter.Failover(self.clock, self.auto)
+
+    def request(self, dead=(), model="opus", what="429", timed_out=False, retry_after=None):
+        """Carry one request for `model` through, all attempts on the targets in `dead` failing; return the targets."""
+        ticket = self.failover.admit(model, TARGETS)
+        tried = [ticket.target]
+        if ticket.target in dead:
+            self.failover.charge(ticket, rrouter.Failure(what, timed_out, retry_after))
+            ticket = self.failover.rescue(ticket, TARGETS)
+            tried.append(ticket.target)
+        if ticket.target in dead:
+            self.failover.charge(ticket, rrouter.Failure(what, timed_out, retry_after))
+        else:
+            self.failover.credit(ticket)
+        return tried
+
+    def requests(self, count, *dead, **options):
+        return [self.request(dead, **options) for _ in range(count)][-1]
+
+    def state(self, model=None):
+        """Return (target, switches, failures, timeouts, minutes left) of the whole or of a model switched alone."""
+        seen = self.failover.snapshot(True)
+        if model is not None:
+            seen = seen["models"].get(model)
+            if seen is None:
+                return None
+        return (seen["currentTarget"], seen["switchCount"], seen["failureCount"], seen["timeoutCount"],
+                round(seen["cooldownRemainingSeconds"] / 60, 1))
+
+    def wait_minutes(self, minutes):
+        self.clock.advance(60 * minutes)
+
+
+class WholeTargetWalk(FailoverWalk):
+
+    def test_three_failures_in_a_row_switch_though_each_was_rescued(self):
+        self.assertEqual(self.requests(2, "ag"), ["ag", "cl"])
+        self.assertEqual(self.state(), ("ag", 0, 2, 0, 0))
+        self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
+        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
+        self.assertEqual(self.requests(1, "ag"), ["cl"])
+
+    def test_two_timeouts_switch_and_are_counted_apart(self):
+        self.requests(2, "ag")
+        self.requests(1, "ag", timed_out=True)
+        self.assertEqual(self.state(), ("ag", 0, 2, 1, 0))
+        self.requests(1, "ag", timed_out=True)
+        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
+        self.assertEqual(self.failover.snapshot(True)["reason"], "2 consecutive timeouts")
+
+    def test_a_success_of_the_target_itself_sets_its_counts_back(self):
+        self.requests(2, "ag")
+        self.requests(1)
+        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+
+    def test_the_probe_is_one_and_its_success_brings_all_back(self):
+        self.requests(3, "ag")
+        self.wait_minutes(30)
+        probe = self.failover.admit("opus", TARGETS)
+        self.assertEqual((probe.target, bool(probe.probe)), ("ag", True))
+        self.assertEqual(self.requests(5, "ag"), ["cl"])                    # others stay
+        self.assertEqual(self.failover.credit(probe), ["RECOVERED: ag answers again"])
+        self.assertEqual(self.state(), ("ag", 1, 0, 0, 0))
+
+    def test_a_failed_probe_starts_the_next_wait(self):
+        self.requests(3, "ag")
+        for switches, minutes in ((2, 60), (3, 120), (4, 240), (5, 240)):
+            self.wait_minutes(self.state()[4])
+            self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
+            self.assertEqual(self.state(), ("cl", switches, 0, 0, minutes))
+
+    def test_a_probe_that_counts_for_nobody_frees_its_place(self):
+        self.requests(3, "ag")
+        self.wait_minutes(30)
+        probe = self.failover.admit("opus", TARGETS)
+        self.assertEqual(self.failover.admit("opus", TARGETS).target, "cl")
+        self.failover.release(probe)
+        self.assertEqual(self.failover.admit("opus", TARGETS).target, "ag")
+
+    def test_the_fallback_failing_in_turn_switches_back_and_voids_the_wait(self):
+        self.requests(3, "ag")
+        self.requests(2, "cl")
+        self.assertEqual(self.state(), ("cl", 1, 2, 0, 30))
+        self.requests(1, "cl")
+        self.assertEqual(self.state(), ("ag", 2, 0, 0, 0))
+
+    def test_going_back_and_forth_while_all_is_dead_never_lengthens_the_wait(self):
+        for _ in range(20):
+            self.requests(1, "ag", "cl")
+        seen = self.failover.snapshot(True)
+        self.assertGreater(seen["switchCount"], 4)
+        self.assertIn(seen["cooldownSeconds"], (0, 1800))
+
+    def test_the_wait_grows_only_after_the_new_target_has_answered(self):
+        for switched in range(1, 4):
+            for _ in range(3):                      # ag fails, rescued by cl
+                self.request(("ag",))
+            self.assertEqual(self.state()[4], (30, 60, 120)[switched - 1])
+            for _ in range(3):
+                self.request(("cl",))               # and cl fails, rescued by ag
+
+    def test_a_quiet_time_after_the_return_sets_the_wait_back(self):
+        self.requests(3, "ag")
+        self.wait_minutes(30)
+        self.requests(1)                            # the probe succeeds
+        self.wait_minutes(59)
+        self.requests(3, "ag")
+        self.assertEqual(self.state()[4], 60)
+        self.wait_minutes(60)
+        self.requests(1)
+        self.wait_minutes(120)
+        self.requests(3, "ag")
+        self.assertEqual(self.state()[4], 30)
+
+    RETRY_AFTER = (
+        # Retry-After in seconds,  wait in minutes
+        (None,                     30),
+        (0,                        1),
+        (600,                      10),
+        (86400,                    30),
+    )
+
+    def test_retry_after_shortens_the_wait_but_never_lengthens_it(self):
+        for seconds, minutes in self.RETRY_AFTER:
+            with self.subTest(seconds):
+                self.setUp()
+                self.requests(3, "ag", retry_after=seconds)
+                self.assertEqual(self.state()[4], minutes)
+
+    def test_late_failures_from_before_a_switch_do_not_switch_back(self):
+        early = [self.failover.admit("opus", TARGETS) for _ in range(40)]
+        on_cl = [self.failover.rescue(ticket, TARGETS) for ticket in early]
+        for ticket in early + on_cl:
+            self.failover.charge(ticket, rrouter.Failure("500"))
+        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
+
+    def test_a_late_success_of_the_failed_target_does_not_switch_back(self):
+        early = self.failover.admit("opus", TARGETS)
+        self.requests(3, "ag")
+        self.failover.credit(early)
+        self.assertEqual(self.state()[0], "cl")
+
+    def test_a_late_outcome_of_a_probe_that_was_overtaken_is_nobodys(self):
+        self.requests(3, "ag")
+        self.wait_minutes(30)
+        probe = self.failover.admit("opus", TARGETS)
+        self.requests(3, "cl")                      # back on ag meanwhile
+        self.failover.charge(probe, rrouter.Failure("500"))
+        self.assertEqual(self.state(), ("ag", 2, 0, 0, 0))
+
+    def test_a_clock_set_back_does_not_lengthen_the_wait_and_one_set_forward_ends_it(self):
+        self.requests(3, "ag")
+        self.clock.advance(-86400 * 365)
+        self.assertEqual(self.state()[4], 30)
+        self.wait_minutes(31)
+        self.assertEqual(self.requests(1), ["ag"])
+
+    def test_reset_forgets_everything_and_outcomes_of_before(self):
+        early = [self.failover.admit("opus", TARGETS) for _ in range(3)]
+        self.requests(3, "ag")
+        self.assertEqual(self.failover.reset(self.auto, "mode auto"), ["RESET: mode auto; on ag"])
+        self.assertEqual(self.failover.reset(self.auto, "mode auto"), [])
+        for ticket in early:
+            self.failover.charge(ticket, rrouter.Failure("500"))
+        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+
+    def test_thresholds_are_those_of_the_config(self):
+        self.failover.reset(self.auto._replace(failure_threshold=1), "test")
+        self.requests(1, "ag")
+        self.assertEqual(self.state()[0], "cl")
+
+
+class SingleModelWalk(FailoverWalk):
+
+    def opus_fails_alone(self):
+        """Let opus fail three times on ag while haiku succeeds in between."""
+        for _ in range(3):
+            self.request(("ag",), model="opus")
+            self.request((), model="haiku")
+
+    def test_a_model_that_fails_while_others_succeed_switches_alone(self):
+        self.opus_fails_alone()
+        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+        self.assertEqual(self.state("opus"), ("cl", 1, 0, 0, 30))
+        self.assertEqual(self.request((), model="opus"), ["cl"])
+        self.assertEqual(self.request((), model="haiku"), ["ag"])
+
+    def test_its_probe_is_its_own_and_does_not_drag_the_others_along(self):
+        self.opus_fails_alone()
+        for minutes in (30, 60, 120, 240):
+            self.wait_minutes(minutes)
+            self.assertEqual(self.request(("ag",), model="opus"), ["ag", "cl"])
+        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+        self.wait_minutes(240)
+        self.assertEqual(self.request((), model="opus"), ["ag"])
+        self.assertIsNone(self.state("opus"))
+
+    def test_what_it_had_under_way_when_it_switched_is_charged_to_nobody_else(self):
+        early = [self.failover.admit("opus", TARGETS) for _ in range(10)]
+        self.opus_fails_alone()
+        for ticket in early:
+            self.failover.charge(ticket, rrouter.Failure("500"))
+        self.assertEqual(self.state()[:2], ("ag", 0))
+
+    def test_when_the_whole_switches_the_counts_of_its_models_start_anew(self):
+        self.request(("ag",), model="opus")
+        self.request(("ag",), model="opus")
+        self.request(("ag",), model="haiku")        # the third in a row, whatever the model
+        self.assertEqual(self.state()[0], "cl")
+        self.requests(3, "cl", model="sonnet")      # and back
+        self.assertEqual(self.state()[0], "ag")
+        self.request((), model="haiku")
+        self.request(("ag",), model="opus")
+        self.assertIsNone(self.state("opus"))
+
+    def test_a_model_alone_stays_alone_while_the_whole_moves_and_returns(self):
+        self.opus_fails_alone()
+        self.requests(3, "ag", model="haiku")
+        self.assertEqual(self.state()[0], "cl")
+        self.wait_minutes(10)
+        self.requests(3, "cl", model="haiku")
+        self.assertEqual(self.state()[0], "ag")
+        self.assertEqual(self.state("opus"), ("cl", 1, 0, 0, 20))
+
+    def test_a_model_that_fails_on_the_fallback_goes_to_the_other_side_alone(self):
+        self.requests(3, "ag", model="haiku")
+        for _ in range(3):
+            self.request(("cl",), model="opus")
+            self.request((), model="haiku")
+        self.assertEqual(self.state("opus")[0], "ag")
+        self.wait_minutes(30)
+        self.request((), model="haiku")     # the probe of the whole succeeds: opus has nothing left to be alone for
+        self.assertIsNone(self.state("opus"))
+
+    def test_at_most_256_models_are_remembered_and_switched_ones_longest(self):
+        self.opus_fails_alone()
+        for number in range(400):
+            self.request(("ag",), model="m%d" % number)
+            self.request((), model="haiku")
+        self.assertEqual(self.state("opus")[0], "cl")
+        self.assertLessEqual(len(self.failover.save()["models"]), 256)
+
+
+class SavedStateTest(FailoverWalk):
+
+    def test_a_restart_keeps_waits_levels_and_models(self):
+        for _ in range(3):
+            self.request(("ag",), model="opus")
+            self.request((), model="haiku")
+        self.requests(3, "ag", model="haiku")
+        saved = json.loads(json.dumps(self.failover.save()))
+        self.wait_minutes(10)
+        revived = rrouter.Failover(self.clock, self.auto)
+        revived.restore(saved)
+        self.assertEqual(revived.snapshot(True), self.failover.snapshot(True))
+        self.failover = revived
+        self.wait_minutes(20)
+        self.request(("ag",), model="haiku")        # a failed probe: the second wait
+        self.assertEqual(self.state(), ("cl", 2, 0, 0, 60))
+
+    def test_a_reason_with_control_characters_is_escaped(self):
+        self.requests(3, "ag")
+        saved = self.failover.save()
+        saved["whole"]["reason"] = "\x1b[2J"
+        self.failover.restore(saved)
+        self.assertEqual(self.failover.snapshot(True)["reason"], "\\x1b[2J")
+
+    def test_foreign_content_is_refused_and_changes_nothing(self):
+        self.requests(3, "ag")
+        good = self.failover.save()
+        before = self.failover.snapshot(True)
+        for label, change in (
+                ("no object", 7), ("empty", {}), ("no models", {"whole": good["whole"]}),
+                ("models a list", dict(good, models=[])),
+                ("other targets", dict(good, whole=dict(good["whole"], home="x"))),
+                ("swapped", dict(good, whole=dict(good["whole"], home="cl", away="ag"))),
+                ("negative level", dict(good, whole=dict(good["whole"], level=-1))),
+                ("long wait", dict(good, whole=dict(good["whole"], last_cooldown_s=1e9))),
+                ("NaN", dict(good, whole=dict(good["whole"], retry_at=float("nan")))),
+                ("infinite", dict(good, whole=dict(good["whole"], switched_at=float("inf")))),
+                ("open without a wait", dict(good, whole=dict(good["whole"], retry_at=None))),
+                ("a wait of 400 digits", dict(good, whole=dict(good["whole"], last_cooldown_s=10 ** 400))),
+                ("open since never", dict(good, whole=dict(good["whole"], switched_at=None))),
+                ("open for no reason", dict(good, whole=dict(good["whole"], reason=None))),
+                ("level true", dict(good, whole=dict(good["whole"], level=True))),
+                ("model of another kind", dict(good, models={"m": 1}))):
+            with self.subTest(label):
+                with self.assertRaises(rrouter.StateError):
+                    self.failover.restore(change)
+                self.assertEqual(self.failover.snapshot(True), before)
+
+
+class UsefulnessTest(unittest.TestCase):
+
+    def test_the_order_of_two_failures(self):
+        order = [400, 429, 401, 404, 503, 504]
+        self.assertEqual(sorted([504, 503, 404, 401, 429, 400], key=rrouter.usefulness), order)
+        for alike in ((400, 413, 422, 402), (401, 403), (500, 503, 529, 408)):
+            self.assertEqual(len(set(map(rrouter.usefulness, alike))), 1, alike)
+
+    def test_which_refusals_blame_the_request(self):
+        self.assertEqual([s for s in (200, 301, 400, 401, 403, 404, 408, 413, 422, 429, 500, 529)
+                          if rrouter.blames_request(s)], [400, 401, 403, 404, 413, 422])
+
+
+class ReviewedWalk(FailoverWalk):
+    """Paths through the machines on which review found them wrong."""
+
+    def test_a_switch_ends_the_quiet_time_of_an_earlier_return(self):
+        for minutes in (30, 60, 120):
+            self.requests(3, "ag")
+            self.wait_minutes(minutes)
+            self.requests(1)                        # the probe succeeds
+        self.wait_minutes(1)
+        self.requests(3, "ag")
+        for minutes in (240, 240, 240):
+            self.assertEqual(self.state()[4], minutes)
+            self.wait_minutes(minutes)
+            self.requests(1, "ag")                  # the probe fails
+
+    def test_a_failed_probe_clears_the_counts_of_the_target_that_serves(self):
+        self.requests(3, "ag")
+        self.requests(2, "cl")
+        self.wait_minutes(30)
+        self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
+        self.assertEqual(self.requests(1, "cl"), ["cl", "ag"])
+        self.assertEqual(self.state()[:3], ("cl", 2, 1))
+
+    def test_a_model_alone_does_not_return_to_the_very_target_that_fails_it(self):
+        for _ in range(3):
+            self.request(("ag",), model="opus")
+            self.request((), model="haiku")
+        self.requests(3, "ag", model="haiku")       # the whole follows to cl
+        for _ in range(3):
+            self.request(("cl",), model="opus")
+        self.assertEqual(self.request((), model="opus"), ["ag"])
+        self.assertEqual(self.state("opus")[0], "ag")
+        self.assertEqual(self.request((), model="haiku"), ["cl"])
+
+    def test_the_257th_model_that_fails_is_counted_like_any_other(self):
+        for number in range(258):
+            for _ in range(3):
+                self.request(("ag",), model="m%d" % number)
+                self.request((), model="haiku")
+        self.assertEqual(self.state("m257")[0], "cl")
+        self.assertLessEqual(len(self.failover.snapshot(True)["models"]), 256)
+
+
+PROC = os.path.isdir("/proc/self/task")
+GEMINI_SONNET = "gemini-claude-sonnet-4-5-thinking"        # what the embedded default makes of claude-sonnet-*
+BODY_MAX_BYTES = 64 << 20
+ODD_NAME = 'we"ird\\ n\u00e9 \ud55c\U0001f600\u001b'
+DEFAULT_MAPPINGS = [{"match": "claude-sonnet-*", "rewrite": GEMINI_SONNET}]
+
+
+# Proxying #####################################################################
+
+class Exactly(Answer):
+    """These very bytes; the connection stays open after them."""
+
+    def __init__(self, data, **options):
+        super().__init__(framing="none", **options)
+        self.data = data
+
+    def head(self):
+        return self.data
+
+
+def end_to_end(fields):
+    """Return `fields` without those that belong to one hop or are rrouter's own; the name Host in its usual form."""
+    return [("Host" if name.lower() == "host" else name, value) for name, value in fields
+            if name.lower() not in ("connection", "content-length", "transfer-encoding")
+            and not name.lower().startswith("x-rrouter-")]
+
+
+def receive(response, size):
+    """Return `size` bytes of the body of an http.client response; less only at its end."""
+    data = b""
+    while len(data) < size:
+        block = response.read1(size - len(data))
+        if not block:
+            break
+        data += block
+    return data
+
+
+def reset(connection):
+    """Close a socket so that the other side gets a reset."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def chat(model="claude-sonnet-5-5", **members):
+    return json.dumps(dict({"model": model, "stream": True}, **members)).encode()
+
+
+class ProxyTest(RouterTest):
+    """What the tests of the proxy have in common."""
+
+    @classmethod
+    def tearDownClass(cls):
+        assert "internal error" not in cls.rrouter.printed(), cls.rrouter.printed()
+
+    def converse(self, data, *methods):
+        """Send `data` in one piece on one connection; return an answer for each of `methods`."""
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            connection.sendall(data)
+            return [read_reply_from(reader, method) for method in methods]
+
+    def get(self, target="/v1/models", fields=()):
+        return self.rrouter.request("GET", target, None, fields)
+
+    def assert_own_error(self, reply, *statuses):
+        """One of these statuses, in Anthropic's shape, and labelled as JSON."""
+        self.assertIsNotNone(reply, "closed without an answer")
+        self.assertIn(reply.status, statuses)
+        self.assert_error(reply, reply.status)
+        self.assertIn("application/json", reply.header("content-type"))
+        self.assertTrue(reply.complete)
+
+    def assert_refused(self, data, *statuses):
+        """`data` gets one error of rrouter's own, then the end of the connection; the upstream gets nothing."""
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(data)
+            reply = read_reply_from(reader)
+            self.assert_own_error(reply, *statuses)
+            self.assertEqual(reply.interim, [])
+            with contextlib.suppress(ConnectionError):
+                self.assertEqual(reader.read(), b"")
+        self.assertEqual(self.upstream.received, [])
+        return reply
+
+    @contextlib.contextmanager
+    def opened(self, model="claude-sonnet-5-5", target="/v1/messages"):
+        """POST for a stream; yield the http.client response when its head is there."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.rrouter.port, timeout=WAIT_S)
+        with contextlib.closing(connection):
+            connection.request("POST", target, chat(model), {"Content-Type": "application/json"})
+            with contextlib.closing(connection.getresponse()) as response:
+                yield response
+
+
+# Framing of requests ##########################################################
+
+HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def post_with(fields, body=b"abc"):
+    """Return a POST with these field lines (bytes), then `body`, then a request that must never be seen as one."""
+    return b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n" + fields + b"\r\n\r\n" + body + HIDDEN
+
+
+def chunked(body):
+    return post_with(b"Transfer-Encoding: chunked", body)
+
+
+BAD_FIELDS = (
+    # label, request
+    ("no Host", b"GET / HTTP/1.1\r\n\r\n" + HIDDEN),
+    ("the same Host twice", b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n" + HIDDEN),
+    ("space before the colon", post_with(b"Content-Length : 3")),
+    ("line without a colon", post_with(b"oops\r\nContent-Length: 3")),
+    ("empty name", post_with(b": x\r\nContent-Length: 3")),
+    ("brackets in a name", post_with(b"X[]: y\r\nContent-Length: 3")),
+    ("byte beyond ASCII in a name", post_with(b"X-\xe9: y\r\nContent-Length: 3")),
+    ("bare CR in a value", post_with(b"X: one\rContent-Length: 3")),
+    ("NUL in a value", post_with(b"X: a\0b\r\nContent-Length: 3")),
+    ("vertical tab in a value", post_with(b"X: a\x0bb\r\nContent-Length: 3")),
+    ("form feed in a value", post_with(b"X: a\x0cb\r\nContent-Length: 3")),
+) + tuple(("Content-Length " + repr(value[:20]), post_with(b"Content-Length: " + value)) for value in (
+    b"3, 3", b"+3", b"-1", b"0x3", b"0_3", b"3 0", b"3.0", b"", b"three", b"\xb3", b"9" * 5000,
+    b"3\r\nContent-Length: 0", b"3\r\ncontent-length: 3"))
+
+BAD_CODINGS = (
+    # label, request
+    ("chunked with a length", post_with(b"Transfer-Encoding: chunked\r\nContent-Length: 3", b"0\r\n\r\n")),
+    ("the length first", post_with(b"Content-Length: 3\r\nTransfer-Encoding: chunked", b"0\r\n\r\n")),
+    ("on HTTP/1.0", chunked(b"0\r\n\r\n").replace(b"HTTP/1.1", b"HTTP/1.0", 1)),
+) + tuple((repr(value), post_with(b"Transfer-Encoding: " + value, b"0\r\n\r\n")) for value in (
+    b"chunked, chunked", b",chunked", b"identity", b"xchunked", b"gzip, chunked", b"chunked, identity", b"\x0bchunked",
+    b"chunked\r\nTransfer-Encoding: chunked", b""))
+
+BAD_CHUNKS = tuple((repr(size), chunked(size + b"\r\nabc\r\n0\r\n\r\n")) for size in (
+    b"0x3", b"+3", b"-1", b" 3", b"zz", b"", b"0_3", b"3\n", b"1" + b"0" * 16)) + (
+    # label, request
+    ("data longer than its size", chunked(b"3\r\nabcd\r\n0\r\n\r\n")),
+    ("no line end after the data", chunked(b"3\r\nabc0\r\n\r\n")),
+    ("LF alone after the data", chunked(b"3\r\nabc\n0\r\n\r\n")),
+    ("64 KB of extension", chunked(b"3;" + b"x" * 65536 + b"\r\nabc\r\n0\r\n\r\n")),
+)
+
+BAD_LINES = (
+    # request line, statuses
+    (b"GET /a b HTTP/1.1", (400,)), (b"GET\t/ HTTP/1.1", (400,)), (b"GET  / HTTP/1.1", (400,)),
+    (b"GET / HTTP/1.1 ", (400,)), (b" GET / HTTP/1.1", (400,)), (b"GET /\0 HTTP/1.1", (400,)),
+    (b"GET /\x7f HTTP/1.1", (400,)), (b"GET /\xc3\xa9 HTTP/1.1", (400,)), (b"G(T / HTTP/1.1", (400,)),
+    (b"GET HTTP/1.1", (400,)), (b"GET", (400,)), (b"GET hidden HTTP/1.1", (400,)), (b"GET / http/1.1", (400,)),
+    (b"GET / HTTP/1.01", (400, 505)), (b"GET / HTTP/x.y", (400, 505)), (b"GET / HTTP/2.0", (400, 505)),
+    (b"PRI * HTTP/2.0", (400, 505)), (b"GET /", (400, 505)),
+)
+
+
+class RequestFramingTest(ProxyTest):
+    """What RFC 9112 forbids is refused, the connection closed, and the upstream sees nothing of it."""
+
+    def refuse_each(self, rows):
+        for label, data, statuses in rows:
+            with self.subTest(label):
+                self.assert_refused(data, *statuses)
+        self.assertEqual(self.get("/after").status, 200)
+        self.assertEqual([received.target for received in self.upstream.received], ["/after"])
+
+    def test_malformed_fields_are_refused(self):
+        self.refuse_each((label, data, (400,)) for label, data in BAD_FIELDS)
+
+    def test_ambiguous_transfer_codings_are_refused(self):
+        self.refuse_each((label, data, (400, 501)) for label, data in BAD_CODINGS)
+
+    def test_malformed_chunks_are_refused(self):
+        self.refuse_each((label, data, (400, 413, 431)) for label, data in BAD_CHUNKS)
+
+    def test_malformed_request_lines_are_refused(self):
+        self.refuse_each((line, line + b"\r\nHost: localhost\r\n\r\n" + HIDDEN, statuses)
+                         for line, statuses in BAD_LINES)
+
+    def test_body_of_a_refused_request_is_never_parsed(self):
+        length = b"Content-Length: %d" % len(HIDDEN)
+        self.refuse_each((
+            ("foreign Host", post_with(length, HIDDEN).replace(b"localhost", b"evil.com", 1), (403,)),
+            ("foreign Origin", post_with(length + b"\r\nOrigin: https://evil.com", HIDDEN), (403,)),
+            ("too large", post_with(b"Content-Length: %d" % (BODY_MAX_BYTES + 1), HIDDEN), (413,)),
+            ("unknown expectation", post_with(length + b"\r\nExpect: foo", HIDDEN), (417,)),
+        ))
+
+    def test_too_much_is_refused_at_once(self):
+        many = b"\r\n".join(b"X-%d: y" % number for number in range(300))
+        self.refuse_each((
+            ("request line of 70 KB", b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", (414, 431)),
+            ("head of 70 KB", post_with(b"X: " + b"a" * 70000), (431,)),
+            ("300 fields", post_with(many), (431,)),
+            ("body of 64 MiB and a byte", post_with(b"Content-Length: %d" % (BODY_MAX_BYTES + 1)), (413,)),
+            ("the same in a chunk", chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (BODY_MAX_BYTES + 1, bytes(BODY_MAX_BYTES + 1))),
+             (413,)),
+            ("length of 15 digits", post_with(b"Content-Length: " + b"9" * 15), (413,)),
+        ))
+
+    def test_much_is_accepted(self):
+        for label, target, fields in (
+                ("request line of 9 KB", "/" + "a" * 9000, ()),
+                ("value of 30 KB", "/", (("X", "a" * 30000),)),
+                ("99 fields", "/", tuple(("X-%d" % number, "y") for number in range(98)))):
+            with self.subTest(label):
+                self.assertEqual(self.get(target, fields).status, 200)
+                self.assertEqual(self.upstream.received[-1].target, target)
+                self.assertEqual(end_to_end(self.upstream.received[-1].fields)[1:], list(fields))
+
+    def test_folded_and_bare_line_ends_never_travel_on(self):
+        for label, lines in (
+                ("folded by a space", b"X: one\r\n two"), ("folded by a tab", b"X: one\r\n\ttwo"),
+                ("LF alone", b"X: one\nY: two"), ("folded Host", b"X: one\r\n Host: evil.com")):
+            with self.subTest(label):
+                self.upstream.clear()
+                reply, = self.converse(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + lines + b"\r\n\r\n", "GET")
+                self.assertIn(reply.status, (200, 400))
+                self.assertEqual(len(self.upstream.received), int(reply.status == 200))
+                for received in self.upstream.received:
+                    self.assertNotRegex(received.head, rb"\r\n[ \t]|[^\r]\n")
+
+    def test_garbage_is_closed_on_and_harms_nothing(self):
+        rng = random.Random(8316)
+        for label, data in (
+                ("HTTP/0.9", b"GET /\r\n"), ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"),
+                ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + rng.getrandbits(4000).to_bytes(500, "big")),
+                ("LF line ends", b"GET / HTTP/1.0\nHost: localhost\n\n"), ("nothing", b""), ("line ends", b"\r\n" * 9),
+                ("random", rng.getrandbits(80000).to_bytes(10000, "big")),
+                ("random lines", b"\r\n".join(rng.getrandbits(160).to_bytes(20, "big") for _ in range(200)))):
+            with self.subTest(label):
+                data = self.rrouter.exchange(data, half_close=True)
+                self.assertRegex(data, rb"^(HTTP/1\.[01] [245]\d\d |$)")
+        self.assertEqual(self.get().status, 200)
+
+    def test_body_that_ends_early_never_reaches_the_upstream(self):
+        for label, data in (
+                ("half of its length", b"Content-Length: 6\r\n\r\nabc"),
+                ("no last chunk", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n"),
+                ("inside a chunk", b"Transfer-Encoding: chunked\r\n\r\n9\r\nabc")):
+            with self.subTest(label):
+                answer = self.rrouter.exchange(b"POST / HTTP/1.1\r\nHost: localhost\r\n" + data, half_close=True)
+                self.assertRegex(answer, rb"^(HTTP/1\.1 400 |$)")
+                self.assertEqual(self.upstream.received, [])
+
+    def test_chunked_body_arrives_with_its_length(self):
+        body = chat(text="\ud55c" * 9)
+        pieces = b"".join(b"%X;ext=\"a b\"\r\n%b\r\n" % (len(body[at:at + 11]), body[at:at + 11])
+                          for at in range(0, len(body), 11))
+        for label, trailer in (("no trailer", b""), ("trailers", b"X-T: 1\r\nContent-Length: 3\r\nHost: evil.com\r\n")):
+            with self.subTest(label), self.rrouter.connect() as connection:
+                data = (b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: Chunked\r\n\r\n" +
+                        pieces + b"000\r\n" + trailer + b"\r\n")
+                for at in range(len(data)):
+                    connection.sendall(data[at:at + 1])
+                self.assertEqual(read_reply(connection).status, 200)
+                received = self.upstream.received[-1]
+                self.assertEqual(received.body, body.replace(b"claude-sonnet-5-5", GEMINI_SONNET.encode()))
+                self.assertEqual(received.header("content-length"), str(len(received.body)))
+                self.assertIsNone(received.header("transfer-encoding"))
+
+    def test_length_is_sent_where_there_is_a_body(self):
+        for label, method, framing, length in (
+                ("GET", "GET", b"", None), ("DELETE", "DELETE", b"", None), ("HEAD", "HEAD", b"", None),
+                ("POST of nothing", "POST", b"Content-Length: 0\r\n\r\n", "0"),
+                ("chunked nothing", "POST", b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "0"),
+                ("GET with a body", "GET", b"Content-Length: 3\r\n\r\nabc", "3"),
+                ("leading zeros", "PUT", b"Content-Length: 003\r\n\r\nabc", "3")):
+            with self.subTest(label):
+                head = b"%b / HTTP/1.1\r\nHost: localhost\r\n" % method.encode()
+                reply, = self.converse(head + (framing or b"\r\n"), method)
+                self.assertEqual(reply.status, 200)
+                received = self.upstream.received[-1]
+                lengths = [int(value) for name, value in received.fields if name.lower() == "content-length"]
+                self.assertEqual(lengths, [] if length is None else [int(length)])
+                self.assertIsNone(received.header("transfer-encoding"))
+
+    def test_pipelined_requests_are_answered_in_order(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.default = lambda received: Answer(
+            200, received.target.encode() + received.body, before=gate if received.target == "/slow" else None)
+        gets = [request_bytes("GET", "/%d" % number) for number in range(4)]
+        post = request_bytes("POST", "/post", HIDDEN) + request_bytes(
+            "POST", "/chunked", None, (("Transfer-Encoding", "chunked"),)) + b"3\r\nabc\r\n0\r\n\r\n"
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            connection.sendall(b"\r\n" + request_bytes("GET", "/slow") + b"".join(gets) + post + gets[0] + b"\r\n" +
+                               gets[1])
+            self.upstream.wait(lambda upstream: upstream.received)
+            gate.set()
+            bodies = [read_reply_from(reader).body for _ in range(9)]
+        self.assertEqual(bodies, [b"/slow", b"/0", b"/1", b"/2", b"/3", b"/post" + HIDDEN, b"/chunkedabc",
+                                  b"/0", b"/1"])
+
+    def test_connection_stays_open_after_errors_of_the_upstream(self):
+        self.upstream.play(error(404), error(529), Answer(401, framing="length"), Answer())
+        replies = self.converse(request_bytes("POST", "/v1/messages", chat()) * 4, *["POST"] * 4)
+        self.assertEqual([reply.status for reply in replies], [404, 529, 401, 200])
+
+
+    EXPECTING = b"POST /v1/messages HTTP/1.1\r\nHost: %b\r\nExpect: 100-Continue\r\nContent-Length: %d\r\n\r\n"
+
+    def test_continue_is_sent_once_and_before_the_body(self):
+        body = chat()
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            connection.sendall(self.EXPECTING % (b"localhost", len(body)))
+            self.assertEqual(read_head(reader)[0], 100)
+            connection.sendall(body)
+            reply = read_reply_from(reader)
+        self.assertEqual((reply.status, reply.interim), (200, []))
+        self.assertEqual(self.upstream.models(), [GEMINI_SONNET])
+
+    def test_largest_body_is_asked_for(self):
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            connection.sendall(self.EXPECTING % (b"localhost", BODY_MAX_BYTES))
+            self.assertEqual(read_head(reader)[0], 100)
+
+    def test_body_that_will_be_refused_is_not_asked_for(self):
+        self.assert_refused(self.EXPECTING % (b"localhost", BODY_MAX_BYTES + 1), 413)
+        self.assert_refused(self.EXPECTING % (b"evil.com", 3), 403)
+
+    def test_http10_client_gets_no_interim_answer(self):
+        body = chat()
+        self.upstream.play(Exactly(b"HTTP/1.1 103 Early Hints\r\n\r\n" + Answer(framing="length").head() + b"{}"))
+        data = (self.EXPECTING % (b"localhost", len(body))).replace(b"HTTP/1.1", b"HTTP/1.0") + body
+        self.assertRegex(self.rrouter.exchange(data), rb"^HTTP/1\.[01] 200 ")
+
+
+    def test_http10_answer_is_not_chunked_and_ends_with_the_connection(self):
+        for label, answer in (
+                ("chunked", stream()), ("length", Answer(200, b"0123", framing="length")),
+                ("close", Answer(200, b"0123", framing="close"))):
+            with self.subTest(label):
+                self.upstream.play(answer)
+                data = self.rrouter.exchange(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+                head, _, body = data.partition(b"\r\n\r\n")
+                self.assertRegex(head, rb"^HTTP/1\.[01] 200 OK\r\n")
+                self.assertNotIn(b"transfer-encoding", head.lower())
+                self.assertEqual(body, b"".join(answer.chunks))
+
+    def test_broken_http10_answer_ends_in_a_reset(self):
+        """Without chunks and length nothing else tells a break from the end."""
+        self.upstream.play(stream(event("message_start"), cut=True))
+        with self.rrouter.connect() as connection:
+            connection.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            with self.assertRaises(ConnectionError):
+                while connection.recv(65536):
+                    pass
+
+
+# What the upstream gets #######################################################
+
+class ForwardTest(ProxyTest):
+    def test_end_to_end_fields_arrive_as_they_were_sent(self):
+        before = [("x-first", "1"), ("X-Repeat", "1"), ("x-EMPTY", ""), ("anthropic-foo", "bar, baz")]
+        after = [field for field in CLAUDE_HEADERS if field[0] != "Connection"] + [
+            ("X-repeat", "2"), ("Cookie", "a=1; b=2"), ("Cookie", "c=3"), ("X-Tab", "a\tb  c"), ("X-Quoted", '"a\\"b"'),
+            ("X-Latin", "caf\xe9 \x80\xff"), ("x-claude-code-agent-id", "7"), ("Via", "1.1 other"),
+            ("X-Forwarded-For", "10.0.0.1"), ("Range", "bytes=0-1"), ("If-None-Match", '"x"'), ("X-Repeat", "3")]
+        body = chat()
+        fields = before + [("hOST", "localhost:1")] + after + [("Content-Length", str(len(body)))]
+        head = "".join("%s: %s\r\n" % field for field in fields)
+        data = b"POST /v1/messages HTTP/1.1\r\n" + head.encode("latin-1") + b"\r\n" + body
+        self.assertEqual(self.converse(data, "POST")[0].status, 200)
+        received, = self.upstream.received
+        self.assertEqual(end_to_end(received.fields), before + [("Host", self.upstream.url[7:])] + after)
+        self.assertEqual([int(value) for name, value in received.fields if name.lower() == "content-length"],
+                         [len(received.body)])
+        self.assertEqual(received.version, "HTTP/1.1")
+
+    def test_nothing_is_added(self):
+        self.assertEqual(self.get().status, 200)
+        received, = self.upstream.received
+        self.assertEqual(received.head, b"GET /v1/models HTTP/1.1\r\nHost: %b\r\n\r\n" % self.upstream.url[7:].encode())
+
+    def test_fields_of_one_hop_are_left_out(self):
+        hop = (("Connection", "X-A ,close"), ("X-A", "1"), ("X-B", "1"), ("connection", "x-b"),
+               ("Keep-Alive", "timeout=5"), ("Proxy-Connection", "keep-alive"), ("TE", "trailers"), ("Trailer", "X-T"),
+               ("Upgrade", "h2c"), ("Proxy-Authorization", "Basic eA=="), ("Proxy-Authenticate", "Basic"))
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            connection.sendall(request_bytes("GET", "/", None, hop + (("X-C", "1"),)) + HIDDEN)
+            self.assertEqual(read_reply_from(reader).status, 200)
+            self.assertEqual(reader.read(), b"", "asked to close, and did not")
+        received, = self.upstream.received
+        self.assertEqual(end_to_end(received.fields)[1:], [("X-C", "1")])
+        self.assertIsNone(received.header("connection"))
+
+    def test_connection_field_cannot_take_the_framing_away(self):
+        fields = (("Connection", "Host, Content-Length, Content-Type"), ("Content-Type", "text/plain"))
+        self.assertEqual(self.rrouter.request("POST", "/", HIDDEN, fields).status, 200)
+        received, = self.upstream.received
+        self.assertEqual((received.header("host"), received.body), (self.upstream.url[7:], HIDDEN))
+        self.assertIsNone(received.header("content-type"))
+
+    def test_target_and_method_arrive_as_they_were_sent(self):
+        local = "http://localhost:%d" % self.rrouter.port
+        for method, target, expected in (
+                ("GET", "//a/../b?x=%zz;y", None), ("GET", "/%2e%2e/./%00?", None), ("GET", "/a?b?c=/d//e", None),
+                ("POST", "/v1/messages?beta=true", None), ("GET", "/x?a[]=1&b={c}|d^e`\"<>\\", None),
+                ("GET", local + "/x?y=1", "/x?y=1"), ("GET", local + "//x", "//x"), ("GET", local, "/"),
+                ("GET", "HTTP://LOCALHOST/Y", "/Y"), ("OPTIONS", "/v1/messages", None), ("PROPFIND", "/", None),
+                ("PATCH", "/", None), ("purge", "/", None), ("M-SEARCH", "/", None), ("HEAD", "/api/hello", None),
+                ("DELETE", "/v1/x", None), ("POST", "/health", None), ("GET", "/healthz", None),
+                ("GET", "/health/", None)):
+            with self.subTest(method + " " + target):
+                reply, = self.converse(request_bytes(method, target, None, (), self.rrouter.port), method)
+                self.assertEqual(reply.status, 200)
+                self.assertEqual(self.upstream.received[-1][:2], (method, expected or target))
+
+    def test_methods_for_proxies_are_forwarded_or_refused(self):
+        for method, target in (("CONNECT", "localhost:443"), ("TRACE", "/"), ("OPTIONS", "*")):
+            with self.subTest(method):
+                self.upstream.clear()
+                data = request_bytes(method, target, None, (("Authorization", "canary"), ("Connection", "close")))
+                answer = self.rrouter.exchange(data)
+                self.assertRegex(answer, rb"^HTTP/1\.1 (200|400|403|405|501) ")
+                self.assertNotIn(b"canary", answer)
+                self.assertEqual([r[:2] for r in self.upstream.received],
+                                 [(method, target)] if answer.startswith(b"HTTP/1.1 200") else [])
+
+    def test_replies_about_a_model_say_where_they_come_from(self):
+        names = ("x-rrouter-target", "x-rrouter-model", "x-rrouter-attempts")
+        for mode, path, body, expected in (
+                ("antigravity", "/v1/messages", chat(), ("antigravity", GEMINI_SONNET, "1")),
+                ("antigravity", "/v1/messages/count_tokens?beta=true", chat(), ("antigravity", GEMINI_SONNET, "1")),
+                ("antigravity", "/v1/messages", chat("gpt-4"), ("antigravity", "gpt-4", "1")),
+                ("claude", "/v1/messages", chat(), ("claude", "claude-sonnet-5-5", "1")),
+                ("antigravity", "/v1/messages", b"[]", (None,) * 3), ("claude", "/v1/messages", b"", (None,) * 3)):
+            for answer in (Answer(), error(503), stream()):
+                with self.subTest("%s %s %s" % (mode, body, answer.status)):
+                    self.rrouter.home.write("mode", mode)
+                    self.upstream.play(answer)
+                    reply = self.rrouter.request("POST", path, body)
+                    self.assertEqual(reply.status, answer.status)
+                    self.assertEqual(tuple(reply.header(name) for name in names), expected)
+                    self.assertEqual(self.upstream.received[-1].target, path)
+
+    def test_model_from_outside_cannot_break_the_reply_head(self):
+        self.rrouter.home.write("mode", "claude")
+        name = 'claude-sonnet\r\nX-Injected: 1\r\n\r\n\u001b[31m \ud55c\ud83d "\\'
+        reply = self.rrouter.post(name)
+        self.assertEqual((reply.status, reply.header("x-injected"), reply.body), (200, None, b"{}"))
+        self.assertRegex(reply.header("x-rrouter-model"), r"\A[ -~]+\Z")
+        self.assertEqual(self.upstream.received[-1].model, name)
+
+    def test_failure_is_passed_on_and_not_rescued(self):
+        answer = error(529, "overloaded", "overloaded_error", (("Retry-After", "7"), ("x-should-retry", "false")))
+        self.upstream.default = answer
+        reply = self.rrouter.post()
+        self.assertEqual((reply.status, reply.reason, reply.body), (529, "Scripted", answer.chunks[0]))
+        self.assertEqual(end_to_end(reply.fields), answer.fields)
+        self.assertEqual(self.upstream.models(), [GEMINI_SONNET])
+
+
+# The model in the body ########################################################
+
+# Bodies with the value of the model left open, and everything else as hard as it comes.
+SPLICED = (
+    # label, body with %s for the model
+    ("first", '{"model":%s,"messages":[]}'),
+    ("middle", '{"max_tokens":1,"model":%s,"messages":[]}'),
+    ("last", '{"messages":[{"role":"user","content":"hi"}],"model":%s}'),
+    ("alone", '{"model":%s}'),
+    ("white space", ' \n{\t"a" :\r\n [ 1 , 2 ] , "model"\t:\n %s \r\n, "b" : { } }\n\n'),
+    ("white space, first", '\r\n{ \t"model" \n:\r %s ,"a":1 } '),
+    ("numbers", '{"a":[1e400,9007199254740993,-0,1E-7,1.0,0.1e+5],"model":%s,"b":123456789012345678901234567890}'),
+    ("escapes", '{"a":"\\ud83d \\u0000 \\/ \\" \\\\","\\ud83d\\"":"}","model":%s,"b":"\\u2028\\udc00"}'),
+    ("raw UTF-8", '{"\ud55c\uad6d":"\u2028\U0001f600 caf\u00e9","model":%s,"a":"\uffff"}'),
+    ("nested before", '{"tools":[{"model":"claude-sonnet-9"},{"input":{"model":"claude-sonnet-8"}}],"model":%s}'),
+    ("nested after", '{"model":%s,"tools":[{"model":"claude-sonnet-9"}],"x":{"model":"claude-sonnet-8"}}'),
+    ("inside strings", '{"a":"\\"model\\":\\"claude-sonnet-9\\"","b":"model","model":%s,"c":"{\\"model\\":1}"}'),
+    ("nearly the key", '{"models":"claude-sonnet-9","Model":"claude-sonnet-8","model ":"x","":1,"model":%s}'),
+    ("escaped key", '{"a":1,"\\u006dodel":%s}'),
+    ("escaped key, first", '{"m\\u006fdel":%s,"a":1}'),
+    ("repeated", '{"a":1,"model":%s,"model":"claude-sonnet-9","\\u006dodel":"claude-opus-1"}'),
+    ("repeated, first", '{"model":%s,"model":"claude-sonnet-9"}'),
+    ("repeated key elsewhere", '{"a":1,"a":2,"model":%s,"a":{"b":1,"b":2}}'),
+    ("broken after it, first", '{"model":%s,"messages":[{"role":'),
+    ("garbage after it, first", '{"model":%s} and more'),
+)
+
+UNTOUCHED = (
+    # label, body
+    ("empty", b""), ("white space", b" \n"), ("empty object", b"{}"), ("null", b"null"), ("string", b'"model"'),
+    ("array", b'[{"model":"claude-sonnet-5"}]'), ("array first", b'["model","claude-sonnet-5"]'),
+    ("array of pairs", b'[{"model":"claude-sonnet-5"},1]'), ("model null", b'{"model":null}'),
+    ("model number", b'{"model":5}'), ("model object", b'{"model":{"model":"claude-sonnet-5"}}'),
+    ("model array", b'{"a":1,"model":["claude-sonnet-5"]}'), ("model true", b'{"model":true,"a":"claude-sonnet-5"}'),
+    ("only nested", b'{"a":{"model":"claude-sonnet-5"},"b":[{"model":"claude-sonnet-5"}]}'),
+    ("as a value", b'{"a":"model","claude-sonnet-5":"model"}'), ("other case", b'{"Model":"claude-sonnet-5"}'),
+    ("byte order mark", b'\xef\xbb\xbf{"model":"claude-sonnet-5"}'), ("form", b"model=claude-sonnet-5"),
+    ("cut short", b'{"a":1,"model":"claude-sonnet-5"'), ("cut in the model", b'{"model":"claude-sonnet-5'),
+    ("cut in a string", b'{"model":"claude-sonnet-5\\'), ("garbage behind", b'{"a":1,"model":"claude-sonnet-5"} x'),
+    ("two objects", b'{"a":1}{"model":"claude-sonnet-5"}'), ("no quotes", b"{model:\"claude-sonnet-5\"}"),
+    ("no colon", b'{"a":1,"model" "claude-sonnet-5"}'), ("colon twice", b'{"model"::"claude-sonnet-5"}'),
+    ("key of another kind", b'{1:2,"model":"claude-sonnet-5"}'), ("comma first", b'{,"model":"claude-sonnet-5"}'),
+    ("binary", bytes(range(256)) * 4), ("gzip", gzip.compress(b'{"model":"claude-sonnet-5"}')),
+    ("UTF-16", '{"model":"claude-sonnet-5"}'.encode("utf-16")), ("lone brace", b"{"), ("brace and quote", b'{"'),
+    ("no rule", b'{ "model" : "gpt-4" , "a" : 1e400 }'), ("case of the rule", b'{"model":"Claude-Sonnet-5"}'),
+    ("no rule, escaped", b'{"model":"gpt\\u002d4","a":"\\ud83d"}'),
+)
+
+
+class SpliceTest(ProxyTest):
+    config = {"modes": {"antigravity": {"mappings": DEFAULT_MAPPINGS}, "claude": {"mappings": []},
+                        "odd": {"mappings": [{"match": "*", "rewrite": ODD_NAME}]}}, "defaultMode": "claude"}
+
+    def assert_upstream_gets(self, body, expected):
+        reply = self.rrouter.request("POST", "/v1/messages", body)
+        self.assertEqual(reply.status, 200)
+        received = self.upstream.received.pop()
+        self.assertEqual(received.body, expected)
+        self.assertEqual(received.header("content-length"), str(len(expected)))
+        return reply
+
+    def test_only_the_value_of_the_model_changes(self):
+        rewritten = json.dumps(GEMINI_SONNET).encode()
+        for label, text in SPLICED:
+            for spelled in ('"claude-sonnet-5"', '"claude\\u002dsonnet-5"', '"\\u0063laude-\\u0073onnet-\\/5"'):
+                if "after it" in label and "\\" in spelled:
+                    continue                        # only a plain leading model ends the search
+                with self.subTest("%s, %s" % (label, spelled)):
+                    before, after = text.encode("utf-8").split(b"%s")
+                    reply = self.assert_upstream_gets(before + spelled.encode() + after, before + rewritten + after)
+                    self.assertEqual(reply.header("x-rrouter-model"), GEMINI_SONNET)
+
+    def test_body_without_a_model_to_change_is_untouched(self):
+        for label, body in UNTOUCHED:
+            with self.subTest(label):
+                self.assert_upstream_gets(body, body)
+
+    def test_mode_without_rules_leaves_every_body_untouched(self):
+        self.rrouter.home.write("mode", "claude\n")
+        for label, text in SPLICED:
+            with self.subTest(label):
+                body = text.encode("utf-8").replace(b"%s", b'"claude\\u002dsonnet-5"')
+                self.assert_upstream_gets(body, body)
+
+    def test_odd_name_of_a_rule_is_written_as_json(self):
+        self.rrouter.home.write("mode", "odd\n")
+        for label, text in SPLICED:
+            with self.subTest(label):
+                before, after = text.encode("utf-8").split(b"%s")
+                self.rrouter.request("POST", "/v1/messages", before + b'"x"' + after)
+                body = self.upstream.received.pop().body
+                self.assertTrue(body.startswith(before) and body.endswith(after))
+                self.assertEqual(json.loads(body[len(before):len(body) - len(after)].decode("utf-8")), ODD_NAME)
+
+    def test_large_body_is_changed_in_one_place(self):
+        filler = b'"messages":[' + b",".join([b'{"content":"line\\n \\"model\\": \xed\x95\x9c"}'] * 200000) + b"]"
+        for label, parts in (("first", (b'{"model":"', b'",' + filler + b"}")),
+                             ("last", (b"{" + filler + b',"model":"', b'"}'))):
+            with self.subTest(label):
+                self.rrouter.request("POST", "/v1/messages", b"claude-sonnet-5".join(parts))
+                received = self.upstream.received.pop().body
+                self.assertTrue(received == GEMINI_SONNET.encode().join(parts))         # no diff of 8 MB
+
+    def test_hostile_body_is_passed_on_and_stops_nobody(self):
+        model = b'"model":"claude-sonnet-5"}'
+        for label, body in (
+                ("nested arrays", b'{"a":' + b"[" * 100000 + b"]" * 100000 + b"," + model),
+                ("nested objects", b'{"a":' * 100000 + b"1" + b"}" * 100000),
+                ("open arrays", b'{"a":' + b"[" * 100000),
+                ("long number", b'{"a":' + b"9" * 1000000 + b"," + model),
+                ("open string", b'{"a":"' + b"x" * 5000000),
+                ("backslashes", b'{"a":"' + b"\\" * 1000001),
+                ("white space", b'{"a":1' + b" " * 1000000 + b"," + model),
+                ("many keys", b"{" + b"".join(b'"%d":0,' % number for number in range(100000)) + model)):
+            with self.subTest(label):
+                self.assertEqual(self.rrouter.request("POST", "/v1/messages", body).status, 200)
+                received = self.upstream.received.pop().body
+                self.assertTrue(received in (body, body.replace(b"claude-sonnet-5", GEMINI_SONNET.encode())))
+
+
+# What the client gets #########################################################
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n"
+STATUSES = (200, 201, 202, 203, 206, 226, 299, 300, 301, 302, 303, 307, 308, 400, 401, 402, 403, 404, 405, 407, 408,
+            409, 413, 416, 418, 422, 426, 429, 431, 451, 499, 500, 501, 502, 503, 504, 505, 507, 529, 599)
+
+BAD_ANSWERS = tuple((label, b"HTTP/1.1 200 OK\r\n" + fields + b"\r\n\r\nhello") for label, fields in (
+    ("two lengths", b"Content-Length: 2\r\nContent-Length: 5"), ("length +5", b"Content-Length: +5"),
+    ("length -5", b"Content-Length: -5"), ("length 0_5", b"Content-Length: 0_5"),
+    ("length abc", b"Content-Length: abc"), ("length and chunked", b"Content-Length: 5\r\nTransfer-Encoding: chunked"),
+    ("unknown coding", b"Transfer-Encoding: zip"), ("gzip, chunked", b"Transfer-Encoding: gzip, chunked"),
+    ("line without a colon", b"oops\r\nContent-Length: 5"), ("bare CR", b"X: one\rContent-Length: 5"),
+    ("NUL", b"X: a\0b\r\nContent-Length: 5"), ("space before the colon", b"Content-Length : 5"),
+    ("line of 1 MB", b"X: " + b"a" * 1000000 + b"\r\nContent-Length: 5"),
+)) + (
+    # label, answer
+    ("half a status line", b"HTTP/1.1 200"), ("status line alone", b"HTTP/1.1 200 OK\r\n"),
+    ("half a head", b"HTTP/1.1 200 OK\r\nContent-Type: text/ev"), ("status abc", b"HTTP/1.1 abc OK\r\n\r\n"),
+    ("status 99", b"HTTP/1.1 99 OK\r\n\r\n"), ("another protocol", b"ICY 200 OK\r\n\r\n"),
+    ("no head at all", b"<html>hello</html>\r\n\r\n"), ("nothing after 103", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+    ("101 that nobody asked for", b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\nhello"),
+)
+
+BROKEN = (
+    # label, answer, what the client may get of its body
+    ("less than its length", Answer(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n" + b"x" * 60), b"x" * 60),
+    ("no last chunk", stream(event("ping"), event("ping"), cut=True), event("ping") * 2),
+) + tuple((label, Answer(raw=CHUNKED + b"5\r\nhello\r\n" + tail), b"hello" + more) for label, tail, more in (
+    ("inside a chunk", b"9\r\nworld", b"world"), ("inside a size", b"1", b""), ("after a size", b"9\r\n", b""),
+    ("inside the last chunk", b"0\r\n", b""), ("size 0x5", b"0x5\r\nworld\r\n0\r\n\r\n", b""),
+    ("size +5", b"+5\r\nworld\r\n0\r\n\r\n", b""), ("size of 17 digits", b"1" + b"0" * 16 + b"\r\nworld", b"world"),
+    ("no line end after data", b"5\r\nworld0\r\n\r\n", b"world"), ("no size", b"\r\n", b"")))
+
+
+class AnswerTest(ProxyTest):
+    def test_every_status_arrives_with_reason_fields_and_body(self):
+        fields = [("Content-Type", "text/x"), ("Set-Cookie", "a=1; Path=/"), ("X-Repeat", "1"), ("set-cookie", "b=2"),
+                  ("x-REPEAT", "2"), ("X-Empty", ""), ("X-Latin", "caf\xe9 \x80\xff"), ("Location", "http://evil.com/"),
+                  ("WWW-Authenticate", "Basic realm=x"), ("Retry-After", "3"), ("x-should-retry", "true"),
+                  ("anthropic-ratelimit-unified-status", "allowed"), ("Via", "1.1 other"), ("Vary", "Origin")]
+        for status in STATUSES:
+            for framing in ("chunked", "length"):
+                with self.subTest("%d %s" % (status, framing)):
+                    body = b"body of %d \0\xff\r\n\r\n" % status
+                    reason = "It Is\t%d" % status
+                    self.upstream.play(Answer(status, body, fields=fields, reason=reason, framing=framing))
+                    reply = self.rrouter.post()
+                    self.assertEqual((reply.status, reply.reason, reply.body), (status, reason, body))
+                    self.assertEqual(end_to_end(reply.fields), fields)
+                    self.assertTrue(reply.complete)
+                    if framing == "length":
+                        self.assertEqual(reply.header("content-length"), str(len(body)))
+        self.assertEqual(len(self.upstream.received), 2 * len(STATUSES))
+
+    def test_compressed_body_stays_compressed(self):
+        packed = gzip.compress(b"hello" * 100)
+        self.upstream.play(Answer(200, packed, fields=(("Content-Encoding", "gzip"),), framing="length"))
+        reply = self.rrouter.post()
+        self.assertEqual((reply.body, reply.header("content-encoding")), (packed, "gzip"))
+
+    def test_fields_of_one_hop_and_of_browsers_are_left_out(self):
+        for fields in (
+                (("Connection", "X-Secret, close"), ("X-Secret", "1")), (("Keep-Alive", "timeout=5"),),
+                (("Upgrade", "h2c"),), (("Proxy-Authenticate", "Basic"),), (("Trailer", "X-T"),),
+                (("Proxy-Connection", "close"),),
+                (("Access-Control-Allow-Origin", "*"), ("access-control-allow-headers", "*"),
+                 ("Access-Control-Allow-Credentials", "true"), ("ACCESS-CONTROL-EXPOSE-HEADERS", "x"))):
+            with self.subTest(fields):
+                self.upstream.play(Answer(fields=fields + (("X-Kept", "1"),)))
+                self.assertEqual(end_to_end(self.rrouter.post().fields), [("X-Kept", "1")])
+
+    def test_chunks_in_odd_pieces_arrive_whole(self):
+        text = b"hello0123456789"
+        for label, pieces in (
+                ("byte by byte", tuple(bytes([byte]) for byte in (
+                    CHUNKED + b"5\r\nhello\r\n00A;x=\"y z\"\r\n0123456789\r\n0\r\n\r\n"))),
+                ("chunks of a byte", (CHUNKED, *(b"1\r\n%c\r\n" % byte for byte in text), b"0\r\n\r\n")),
+                ("with trailers", CHUNKED + b"f\r\n" + text + b"\r\n0\r\nX-T: 1\r\nContent-Length: 3\r\n\r\n"),
+                ("cut at line ends", (CHUNKED[:-2], b"\r\nF\r", b"\n" + text + b"\r", b"\n0\r", b"\n\r", b"\n"))):
+            with self.subTest(label):
+                self.upstream.play(Answer(raw=pieces))
+                reply = self.rrouter.post()
+                self.assertEqual((reply.status, reply.body, reply.complete), (200, text, True))
+
+    def test_answer_that_ends_with_its_connection_is_reframed(self):
+        for label, answer in (
+                ("close-delimited", Answer(200, (b"hel", b"lo"), framing="close")),
+                ("HTTP/1.0", Answer(raw=b"HTTP/1.0 200 OK\r\n\r\nhello")),
+                ("HTTP/1.0 with length", Answer(raw=b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello")),
+                ("no reason", Answer(raw=b"HTTP/1.1 200 \r\nConnection: close\r\n\r\nhello"))):
+            with self.subTest(label):
+                self.upstream.play(answer, Answer(200, b"next"))
+                replies = self.converse(request_bytes("POST", "/", chat()) * 2, "POST", "POST")
+                self.assertEqual([reply.body for reply in replies], [b"hello", b"next"])
+                self.assertTrue(replies[0].complete and (replies[0].header("content-length") or
+                                                         replies[0].header("transfer-encoding")))
+
+    def test_answers_without_a_body_leave_the_connection_in_step(self):
+        no_content, not_modified = b"HTTP/1.1 204 No Content\r\n", b"HTTP/1.1 304 Not Modified\r\n"
+        for label, method, answer, length in (
+                ("HEAD with length", "HEAD", Answer(200, b"12345", framing="length"), "5"),
+                ("HEAD chunked", "HEAD", Answer(), None), ("HEAD 404", "HEAD", error(404), None),
+                ("HEAD to the end", "HEAD", Answer(framing="close"), None),
+                ("204", "GET", Answer(204, (), framing="none"), None),
+                ("204 with length", "GET", Exactly(no_content + b"Content-Length: 5\r\n\r\n"), None),
+                ("304", "GET", Answer(304, (), framing="none"), None),
+                ("304 with length", "GET", Exactly(not_modified + b"Content-Length: 5\r\n\r\n"), None),
+                ("304 chunked", "GET", Exactly(not_modified + b"Transfer-Encoding: chunked\r\n\r\n"), None),
+                ("empty", "GET", Answer(200, (), framing="length"), "0"),
+                ("empty chunked", "GET", Answer(200, ()), None)):
+            with self.subTest(label):
+                self.upstream.play(answer, Answer(200, b"next"))
+                replies = self.converse(request_bytes(method, "/") + request_bytes("GET", "/"), method, "GET")
+                self.assertEqual([reply.body for reply in replies], [b"", b"next"])
+                if length:
+                    self.assertEqual(replies[0].header("content-length"), length)
+
+    def test_connection_field_cannot_take_the_framing_away(self):
+        self.upstream.play(Exactly(b"HTTP/1.1 200 OK\r\nConnection: Content-Length\r\nContent-Length: 5\r\n\r\nhello"))
+        replies = self.converse(request_bytes("POST", "/", chat()) * 2, "POST", "POST")
+        self.assertEqual([reply.body for reply in replies], [b"hello", b"{}"])
+
+    def test_interim_answers_do_not_shift_the_final_ones(self):
+        final = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nfinal"
+        for label, interim in (
+                ("100", b"HTTP/1.1 100 Continue\r\n\r\n"), ("102", b"HTTP/1.1 102 Processing\r\n\r\n"),
+                ("103", b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\nLink: </y>\r\n\r\n"),
+                ("many", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 3 + b"HTTP/1.1 102 \r\nContent-Length: 9\r\n\r\n")):
+            with self.subTest(label):
+                self.upstream.play(Exactly(interim + final), Answer(200, b"next"))
+                replies = self.converse(request_bytes("POST", "/", chat()) * 2, "POST", "POST")
+                self.assertEqual([(reply.status, reply.body) for reply in replies], [(200, b"final"), (200, b"next")])
+                self.assertLessEqual({head[0] for reply in replies for head in reply.interim}, {100, 102, 103})
+
+    def test_malformed_answer_is_a_bad_gateway(self):
+        for label, raw in BAD_ANSWERS:
+            with self.subTest(label):
+                self.upstream.clear()
+                self.upstream.default = Answer(raw=raw)
+                reply = self.rrouter.post()
+                self.assert_own_error(reply, 502)
+                self.assert_error(reply, 502, self.upstream.url)
+                self.assertEqual(len(self.upstream.received), 1)
+
+    def test_connection_dropped_before_the_head_is_a_bad_gateway(self):
+        self.upstream.play(Answer(close=True))
+        self.rrouter.post()                         # no connection is left in the pool
+        self.upstream.default = Answer(hangup=True)
+        reply = self.rrouter.post()
+        self.assert_error(reply, 502, self.upstream.url)
+        self.assertEqual([reply.header("x-rrouter-" + name) for name in ("target", "model", "attempts")],
+                         ["antigravity", GEMINI_SONNET, "1"])
+        self.assertEqual(len(self.upstream.received), 2)
+
+    def test_broken_answer_never_looks_complete(self):
+        for label, answer, body in BROKEN:
+            with self.subTest(label):
+                self.upstream.clear()
+                self.upstream.play(answer)
+                with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+                    connection.sendall(request_bytes("POST", "/v1/messages", chat()))
+                    reply = read_reply_from(reader)
+                    self.assertIsNotNone(reply)
+                    if reply.status != 502:
+                        self.assertEqual((reply.status, reply.complete), (200, False))
+                        self.assertTrue(body.startswith(reply.body), reply.body)
+                        with contextlib.suppress(ConnectionError):
+                            self.assertEqual(reader.read(), b"")
+                self.assertEqual(len(self.upstream.received), 1)
+                self.assertEqual(self.rrouter.post().body, b"{}")
+
+    def test_bytes_nobody_asked_for_reach_nobody(self):
+        stray = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray"
+        self.upstream.play(Exactly(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmine" + stray), Answer(200, b"next"))
+        self.assertEqual([self.rrouter.post().body for _ in range(2)], [b"mine", b"next"])
+        for connection in list(self.upstream.open):         # and on the idle connections
+            with contextlib.suppress(OSError):
+                connection.sendall(stray)
+        self.assertEqual([self.rrouter.post().body for _ in range(3)], [b"{}"] * 3)
+        self.assertNotEqual(self.upstream.received[0].connection, self.upstream.received[1].connection)
+
+    def test_connections_are_used_again(self):
+        opened = self.upstream.connections
+        for _ in range(20):
+            self.assertEqual(self.rrouter.post().status, 200)
+        self.assertLessEqual(self.upstream.connections - opened, 1)
+
+    def test_stale_connection_is_invisible(self):
+        """An upstream may close an idle connection at any time, also at the very moment of the next request."""
+        seen = set()
+
+        def once(received):
+            fresh = received.connection not in seen
+            seen.add(received.connection)
+            return Answer() if fresh else Answer(hangup=True)
+
+        after = Answer(framing="length", cut=True)
+        for label, answer, tries, padding in (
+                ("at reuse", once, 200, 0), ("after the answer", after, 200, 0),
+                ("at reuse, 1 MB", once, 20, 1000000), ("after the answer, 1 MB", after, 20, 1000000)):
+            with self.subTest(label):
+                self.upstream.clear()
+                self.upstream.default = answer
+                for _ in range(tries):
+                    reply = self.rrouter.post(padding="x" * padding)
+                    self.assertEqual((reply.status, reply.body, reply.header("x-rrouter-attempts")), (200, b"{}", "1"))
+                self.assertLessEqual(len(self.upstream.received), 2 * tries)    # sent again once, not more
+                self.assertEqual(set(self.upstream.models()), {GEMINI_SONNET})
+
+    def test_connection_of_an_unfinished_answer_is_not_used_again(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.play(stream(*EVENTS, gate=gate))
+        with self.opened() as response:
+            self.assertEqual(receive(response, len(EVENTS[0])), EVENTS[0])
+        self.assertEqual(self.rrouter.post().body, b"{}")
+        self.assertNotEqual(self.upstream.received[0].connection, self.upstream.received[1].connection)
+
+    def test_segments_of_a_request_do_not_wait_for_each_other(self):
+        """Without TCP_NODELAY on both sides each of these takes 40 ms."""
+        body, taken = chat(), []
+        head = request_bytes("POST", "/v1/messages", body)[:-len(body)]
+        with self.rrouter.connect() as connection:
+            for _ in range(41):
+                start = time.monotonic()
+                connection.sendall(head)
+                connection.sendall(body)
+                self.assertEqual(read_reply(connection).status, 200)
+                taken.append(time.monotonic() - start)
+        self.assertLess(statistics.median(taken), 0.03)
+
+
+# Streams ######################################################################
+
+EVENTS = (event("message_start", message={"id": "msg_1"}), b": a comment\n\n", event("ping"),
+          b"\r\ndata: \xed\x95\x9c\r\n\r\n:\n\n", b"event: content_block_delta\ndata: {\"a\":", b"1}\n\n",
+          event("error", error={"type": "overloaded_error"}), event("message_stop"))
+
+
+class StreamTest(ProxyTest):
+    framings = ("chunked", "close")
+
+    def test_each_event_arrives_before_the_next_is_sent(self):
+        for mode in ("antigravity", "claude"):
+            for framing in self.framings:
+                with self.subTest(mode + " " + framing):
+                    self.rrouter.home.write("mode", mode)
+                    gates = [threading.Event() for _ in EVENTS]
+                    for gate in gates:
+                        self.addCleanup(gate.set)
+                    answer = stream(*EVENTS, framing=framing)
+                    answer.chunks = GatedChunks(gates)
+                    self.upstream.play(answer)
+                    with self.opened() as response:
+                        for gate, data in zip(gates, EVENTS):
+                            gate.set()
+                            self.assertEqual(receive(response, len(data)), data)
+                        self.assertEqual(response.read(), b"")
+
+    def test_head_arrives_before_any_event(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        self.upstream.play(Answer(raw=(head, b"2\r\n:\n\r\n0\r\n\r\n"), gate=gate))
+        with self.opened() as response:
+            self.assertEqual((response.status, response.headers["content-type"]), (200, "text/event-stream"))
+            gate.set()
+            self.assertEqual(response.read(), b":\n")
+
+    def test_break_in_the_middle_reaches_the_client_at_once(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.play(stream(EVENTS[0], EVENTS[1], gate=gate, cut=True))
+        with self.opened() as response:
+            self.assertEqual(receive(response, len(EVENTS[0])), EVENTS[0])
+            gate.set()
+            with self.assertRaises((http.client.IncompleteRead, ConnectionError)):
+                response.read()
+
+    def test_client_that_leaves_closes_the_upstream_request(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        for how, leave in (("closes", socket.socket.close), ("resets", reset)):
+            for when, answer, requests in (
+                    ("before the head", Answer(before=gate), 1), ("between events", stream(*EVENTS, gate=gate), 1),
+                    ("with another request sent", Answer(before=gate), 2 if hasattr(select, "POLLRDHUP") else 1)):
+                with self.subTest("%s %s" % (how, when)):
+                    self.upstream.clear()
+                    self.upstream.play(answer)
+                    with self.rrouter.connect() as connection:
+                        connection.sendall(request_bytes("POST", "/v1/messages", chat()) * requests)
+                        self.upstream.wait(lambda upstream: upstream.received)
+                        if when == "between events":
+                            self.assertTrue(connection.recv(1))
+                        leave(connection)
+                    start = time.monotonic()
+                    self.upstream.wait(lambda upstream: upstream.closed)
+                    self.assertLess(time.monotonic() - start, 2)        # a second, and one for a busy machine
+                    self.rrouter.wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
+                    self.assertEqual(len(self.upstream.received), 1)
+
+    def test_client_that_does_not_read_holds_the_upstream_back(self):
+        """64 MiB do not gather in rrouter; and when the client leaves, the upstream is told."""
+        sent = []
+        answer = stream(framing="close")
+        answer.chunks = (sent.append(1) or bytes(1 << 20) for _ in range(64))
+        self.upstream.play(answer)
+        with self.rrouter.connect() as connection:
+            connection.sendall(request_bytes("POST", "/v1/messages", chat()))
+            self.rrouter.wait_until(lambda: sent)
+            quiet = -1
+            while quiet != len(sent):               # until nothing has moved for a while
+                quiet = len(sent)
+                time.sleep(0.3)
+            self.assertLess(quiet, 60)
+        self.upstream.wait(lambda upstream: upstream.closed)
+
+    def test_parallel_streams_keep_apart(self):
+        count, gate = 50, threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.default = lambda received: stream(
+            event("start", who=received.model), event("end", who=received.model), gate=gate)
+        self.rrouter.home.write("mode", "claude")
+        threads = self.threads()
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(self.rrouter.connect()) for _ in range(count)]
+            for number, client in enumerate(clients):
+                client.sendall(request_bytes("POST", "/v1/messages", chat("m%d" % number)))
+            self.upstream.wait(lambda upstream: len(upstream.received) == count)
+            self.assertEqual(self.rrouter.health()["activeRequests"], count)
+            gate.set()
+            for number, client in enumerate(clients):
+                reply = read_reply(client)
+                self.assertEqual(reply.body, event("start", who="m%d" % number) + event("end", who="m%d" % number))
+                self.assertEqual(reply.header("x-rrouter-model"), "m%d" % number)
+        self.rrouter.wait_until(lambda: self.threads() <= threads)
+
+    def threads(self):
+        """Return the number of rrouter's threads, 0 where it cannot be told."""
+        return len(os.listdir("/proc/%d/task" % self.rrouter.process.pid)) if PROC else 0
+
+
+class GatedChunks:
+    """EVENTS as chunks, each given out when its gate is open."""
+
+    def __init__(self, gates):
+        self.gates = gates
+
+    def __iter__(self):
+        for gate, data in zip(self.gates, EVENTS):
+            gate.wait(WAIT_S)
+            yield data
+
+
+# Other upstreams ##############################################################
+
+class Unread(Upstream):
+    """Answers 413 as soon as a head has come.  Without a gate it closes then; with one it stays, and goes on reading
+    the body when the gate is open."""
+
+    gate = None
+
+    def _exchange(self, connection, reader, number):
+        length = 0
+        for line in iter(reader.readline, b"\r\n"):
+            if not line:
+                return False
+            if line.lower().startswith(b"content-length:"):
+                length = int(line.split()[1])
+        answer = error(413, "too long")
+        connection.sendall(answer.head() + answer.chunks[0])
+        return bool(self.gate and self.gate.wait(WAIT_S)) and len(reader.read(length)) == length
+
+
+class LateReader(Upstream):
+    """Reads nothing before its gate is open."""
+
+    gate = None
+
+    def _exchange(self, connection, reader, number):
+        self.gate.wait(WAIT_S)
+        return super()._exchange(connection, reader, number)
+
+
+class Limited(Running):
+    """rrouter with other limits than its own, by the names of its constants."""
+
+    def __init__(self, upstream, env=(), **limits):
+        assert set(limits) <= set(vars(rrouter)), limits
+        self.limits = limits
+        super().__init__(upstream, env=env)
+
+    def start(self):
+        self.output = tempfile.TemporaryFile()
+        code = "import sys, rrouter; vars(rrouter).update(%r); sys.exit(rrouter.main(['serve']))" % self.limits
+        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=str(HERE), env=self.home.env,
+                                        stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output)
+        self.wait_until(self._answers)
+
+
+class UpstreamTest(unittest.TestCase):
+    """Other upstreams than the one of the other classes; each has an rrouter of its own."""
+
+    def serve(self, upstream, **options):
+        running = Running(upstream, **options)
+        self.addCleanup(running.__exit__)
+        return running
+
+    def upstream(self, kind=Upstream, **options):
+        upstream = kind(**options)
+        self.addCleanup(upstream.close)
+        return upstream
+
+    def test_base_path_and_name_of_the_upstream_are_used(self):
+        upstream = self.upstream()
+        for url, host, path in (("http://localhost:%d/api/v%%31", "localhost:%d", "/api/v%31"),
+                                ("http://127.0.0.1:%d/base/", "127.0.0.1:%d", "/base")):
+            with self.subTest(url):
+                running = self.serve(url % upstream.port, env=dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"),
+                                                                            "http://127.0.0.1:9"))
+                for target in ("/v1/messages?beta=true", "/", "//x/../y"):
+                    self.assertEqual(running.request("POST", target, chat()).status, 200)
+                    received = upstream.received[-1]
+                    self.assertEqual((received.target, received.header("host")), (path + target, host % upstream.port))
+                self.assertEqual(running.health()["upstreamURL"].rstrip("/"), (url % upstream.port).rstrip("/"))
+
+    def test_upstream_that_is_away_is_a_bad_gateway_until_it_is_back(self):
+        port = free_port()
+        running = self.serve("http://127.0.0.1:%d" % port)
+        for _ in range(2):
+            start = time.monotonic()
+            reply = running.post()
+            self.assertEqual((reply.status, reply.json()["error"]["type"]), (502, "api_error"))
+            self.assertRegex(reply.json()["error"]["message"], r"^rrouter: .*http://127\.0\.0\.1:%d" % port)
+            self.assertEqual(reply.header("x-rrouter-attempts"), "1")
+            self.assertLess(time.monotonic() - start, 5)
+            self.assertEqual(running.health()["status"], "ok")
+            upstream = self.upstream(port=port)
+            self.assertEqual([running.post().status for _ in range(2)], [200, 200])
+            upstream.close()
+            upstream = self.upstream(port=port)             # a restart between two requests goes unnoticed
+            self.assertEqual([running.post().status for _ in range(2)], [200, 200])
+            upstream.close()
+
+    def test_upstream_that_is_rrouter_itself_makes_no_storm(self):
+        port = free_port()
+        home = Home("http://localhost:%d" % port, "antigravity", port=port)
+        self.addCleanup(home.remove)
+        running = self.serve(None, home=home)
+        reply = running.post()
+        self.assertGreaterEqual(reply.status, 500)
+        self.assertTrue(reply.json()["error"]["message"].startswith("rrouter: "))
+        self.assertLessEqual(running.health()["requestCount"], 2)
+
+    def test_answer_before_the_body_was_read_is_passed_on(self):
+        upstream = self.upstream(Unread)
+        running = self.serve(upstream)
+        for stays in (False, True):
+            for size in (10, 16 << 20):
+                with self.subTest("%d bytes, %s" % (size, "stays" if stays else "closes")):
+                    upstream.gate = gate = stays and threading.Event()
+                    for padding in (size, 0):       # the second must not become the rest of the first one's body
+                        reply = running.request("POST", "/v1/messages", chat(padding="x" * padding))
+                        self.assertEqual((reply.status, reply.body), (413, error(413, "too long").chunks[0]))
+                        if gate:
+                            gate.set()
+
+
+CERTIFICATE = """
+[req]
+distinguished_name = name
+x509_extensions = extensions
+prompt = no
+[name]
+CN = rrouter test
+[extensions]
+subjectAltName = IP:127.0.0.1
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, digitalSignature, keyCertSign
+subjectKeyIdentifier = hash
+"""
+
+
+@unittest.skipUnless(shutil.which("openssl"), "no openssl to make a certificate with")
+class TlsUpstreamTest(StreamTest):
+    """Streams and all the rest, when the upstream speaks TLS."""
+
+    framings = ("chunked",)
+
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.mkdtemp()
+        cls.addClassCleanup(shutil.rmtree, folder)
+        config, key, cls.certificate = (os.path.join(folder, name) for name in ("config", "key", "certificate"))
+        pathlib.Path(config).write_text(CERTIFICATE)
+        subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-config", config,
+                        "-keyout", key, "-out", cls.certificate], check=True, stderr=subprocess.DEVNULL)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(cls.certificate, key)
+        cls.upstream = Upstream(tls=context)
+        cls.addClassCleanup(cls.upstream.close)
+        cls.rrouter = Running(cls.upstream, env={"SSL_CERT_FILE": cls.certificate})
+        cls.addClassCleanup(cls.rrouter.__exit__)
+
+    def test_connection_is_used_again(self):
+        opened = self.upstream.connections
+        for _ in range(10):
+            self.assertEqual(self.rrouter.post().status, 200)
+        self.assertLessEqual(self.upstream.connections - opened, 1)
+        self.assertEqual(self.upstream.models(), [GEMINI_SONNET] * 10)
+
+    def test_large_bodies_pass_both_ways(self):
+        """On a new connection and on a used one, which has its limits from the look whether it is still alive."""
+        body = chat("x", padding="x" * (16 << 20))
+        self.upstream.break_connections()
+        for number in range(2):
+            self.upstream.play(Answer(200, [bytes(100000)] * 30, framing="length"))
+            self.assertEqual(self.rrouter.request("POST", "/v1/messages", body).body, bytes(3000000))
+            self.assertTrue(self.upstream.received[number].body == body)        # no diff of 16 MB
+
+    def test_stale_connection_is_invisible(self):
+        self.upstream.default = Answer(framing="length", cut=True)
+        for _ in range(20):
+            self.assertEqual(self.rrouter.post().status, 200)
+
+    def test_upstream_that_reads_late_gets_the_whole_body(self):
+        """What a handshake leaves to be read is no early answer."""
+        upstream = LateReader(tls=self.upstream.tls)
+        self.addCleanup(upstream.close)
+        upstream.gate = threading.Event()
+        self.addCleanup(upstream.gate.set)
+        body = chat("x", padding="x" * (16 << 20))
+        with Limited(upstream, {"SSL_CERT_FILE": self.certificate}, TICK_S=0.05) as running:
+            threading.Timer(0.3, upstream.gate.set).start()
+            self.assertEqual(running.request("POST", "/v1/messages", body).status, 200)
+        self.assertTrue(upstream.received[0].body == body)      # no diff of 16 MB
+
+    def test_certificate_nobody_vouches_for_is_a_bad_gateway(self):
+        with Running(self.upstream) as distrustful:
+            reply = distrustful.post()
+            self.assert_error(reply, 502, self.upstream.url)
+        self.assertEqual(self.upstream.received, [])
+
+
+# Browsers and other strangers #################################################
+
+HOSTS = (
+    # statuses, Hosts
+    ((200,), ("localhost", "LOCALHOST:8316", "Localhost:1", "127.0.0.1", "127.0.0.1:8316", "[::1]", "[::1]:8316")),
+    ((403,), ("evil.com", "evil.com:8316", "127.0.0.1.nip.io", "localhost.evil.com", "127.1", "0.0.0.0", "2130706433",
+              "0x7f.1", "[::]", "xlocalhost", "localhost-")),
+    ((400, 403), ("localhost@evil", "evil@localhost", "[::1].evil", "::1", "[::1", "localhost:x", "localhost, evil.com",
+                  "localhost evil.com", "localhost/evil.com", "")),
+)
+
+ORIGINS = (
+    # status, field lines
+    (200, ("Origin: http://localhost:3000", "Origin: https://127.0.0.1", "Origin: http://[::1]:8080",
+           "Sec-Fetch-Site: none", "Sec-Fetch-Site: same-origin", "Sec-Fetch-Mode: cors")),
+    (403, ("Origin: https://evil.com", "Origin: null", "oRIGIN: http://evil.com:8316",
+           "Origin: http://localhost.evil.com", "Origin: http://127.0.0.1.nip.io", "Origin: http://localhost@evil.com",
+           "Origin: chrome-extension://abcdef",
+           "Origin: file://", "Origin: localhost.evil.com:80", "Origin: http://localhost\r\nOrigin: https://evil.com",
+           "Sec-Fetch-Site: cross-site", "sec-fetch-site: cross-site\r\nOrigin: http://localhost")),
+)
+
+
+class GuardTest(ProxyTest):
+    def setUp(self):
+        super().setUp()
+        self.upstream.default = Answer(fields=(("Access-Control-Allow-Origin", "*"), ("X-Kept", "1")))
+
+    def check(self, head, statuses):
+        """`head` without its last line end is answered 200, or refused with one of `statuses` and nothing sent on."""
+        self.upstream.clear()
+        data = head.encode() + b"\r\n"
+        reply = self.converse(data, "GET")[0] if 200 in statuses else self.assert_refused(data, *statuses)
+        self.assertIn(reply.status, statuses)
+        self.assertFalse([name for name, _ in reply.fields if name.lower().startswith("access-control")])
+
+    def test_only_loopback_hosts_are_served(self):
+        for statuses, hosts in HOSTS:
+            for host in hosts:
+                for line in ("POST /v1/messages", "GET /health"):
+                    with self.subTest("%s %s" % (line, host)):
+                        self.check("%s HTTP/1.1\r\nHost: %s\r\n" % (line, host), statuses)
+
+    def test_only_loopback_origins_are_served(self):
+        for status, origins in ORIGINS:
+            for fields in origins:
+                for line in ("POST /v1/messages", "GET /v1/models", "OPTIONS /v1/messages", "GET /health"):
+                    with self.subTest("%s %s" % (line, fields)):
+                        self.check("%s HTTP/1.1\r\nHost: localhost\r\n%s\r\n" % (line, fields), (status,))
+
+    def test_authority_of_the_target_counts_as_the_host(self):
+        for target in ("http://evil.com/x", "http://localhost.evil.com/", "http://127.1/", "http://localhost@evil.com/",
+                       "http://evil.com/health", "http://evil.com"):
+            with self.subTest(target):
+                self.check("GET %s HTTP/1.1\r\nHost: localhost\r\n" % target, (400, 403))
+
+    def test_refused_head_request_gets_no_body(self):
+        data = self.rrouter.exchange(b"HEAD / HTTP/1.1\r\nHost: evil.com\r\n\r\n")
+        self.assertRegex(data, rb"(?s)\AHTTP/1\.1 403 .*\r\n\r\n\Z")
+
+    @unittest.skipUnless(os.path.exists("/proc/net/tcp6"), "needs /proc")
+    def test_only_loopback_addresses_listen(self):
+        listening = set()
+        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+            for line in pathlib.Path(table).read_text().splitlines()[1:]:
+                local, state = line.split()[1], line.split()[3]
+                if state == "0A" and local.endswith(":%04X" % self.rrouter.port):
+                    listening.add(local.split(":")[0])
+        self.assertIn("0100007F", listening)
+        self.assertLessEqual(listening, {"0100007F", "00000000000000000000000001000000"})
+
+    def test_both_loopback_addresses_answer(self):
+        for family in (socket.AF_INET, socket.AF_INET6):
+            with self.subTest(family):
+                try:
+                    connection = self.rrouter.connect(family)
+                except OSError as problem:
+                    if family == socket.AF_INET6 and problem.errno in (97, 99, 47, 49):     # a machine without IPv6
+                        self.skipTest(str(problem))
+                    raise
+                with connection:
+                    connection.sendall(request_bytes("GET", "/"))
+                    self.assertEqual(read_reply(connection).status, 200)
+
+
+# /health and the log ##########################################################
+
+class HealthTest(ProxyTest):
+    def test_fields_are_those_of_the_contract(self):
+        health = self.rrouter.health()
+        expected = {
+            "status": "ok", "mode": "antigravity", "currentTarget": "antigravity", "defaultMode": "claude",
+            "problems": [], "pid": self.rrouter.process.pid, "startedBy": "serve",
+            "listenAddr": "localhost:%d" % self.rrouter.port, "upstreamURL": self.upstream.url, "activeRequests": 0}
+        self.assertEqual({name: health.get(name) for name in expected}, expected)
+        self.assertRegex(health["version"], r"^\d+\.\d+\.\d+$")
+        self.assertTrue(0 <= health["uptimeSeconds"] < 3600 and health["requestCount"] >= 0)
+        self.assertLessEqual({"active", "targets", "currentTarget", "switched", "switchCount", "failureCount",
+                              "timeoutCount", "reason", "switchedAt", "retryAt", "cooldownSeconds",
+                              "cooldownRemainingSeconds", "models"}, set(health["autoSwitch"]))
+        self.assertEqual(health["autoSwitch"]["active"], False)
+
+    def test_it_is_answered_here_and_nothing_else_is(self):
+        for method, target, local in (("GET", "/health", True), ("HEAD", "/health", True),
+                                      ("GET", "/health?x=1", True), ("POST", "/health", False),
+                                      ("GET", "/health/x", False), ("GET", "/", False)):
+            with self.subTest(method + " " + target):
+                self.upstream.clear()
+                data = request_bytes(method, target) + request_bytes("GET", "/next")
+                first, second = self.converse(data, method, "GET")
+                self.assertEqual((first.status, second.body), (200, b"{}"))
+                self.assertEqual(len(self.upstream.received), 1 if local else 2)
+                if local:
+                    self.assertIn("application/json", first.header("content-type"))
+                    self.assertGreater(int(first.header("content-length")), 100)
+
+    def test_only_proxied_requests_are_counted(self):
+        before = self.rrouter.health()["requestCount"]
+        self.upstream.play(Answer(), error(500), Answer(hangup=True), Answer(hangup=True))
+        self.rrouter.post()
+        self.rrouter.post()
+        self.rrouter.request("POST", "/v1/messages", b"[]")
+        self.upstream.clear()
+        self.get("/health")
+        self.get("/", (("Origin", "null"),))
+        self.converse(b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n", "GET")
+        self.converse(b"GET / HTTP/1.1\r\n\r\n", "GET")
+        self.assertEqual(self.rrouter.health()["requestCount"], before + 3)
+
+    def test_requests_under_way_are_counted(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.play(Answer(before=gate))
+        with self.rrouter.connect() as connection:
+            connection.sendall(request_bytes("POST", "/", b"[]"))
+            self.upstream.wait(lambda upstream: upstream.received)
+            self.assertEqual(self.rrouter.health()["activeRequests"], 1)
+            gate.set()
+            self.assertEqual(read_reply(connection).status, 200)
+        self.rrouter.wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
+
+    def test_secrets_are_written_nowhere(self):
+        canary = (("Authorization", "canary"), ("x-api-key", "canary"), ("Cookie", "canary"), ("X-Odd", "canary"))
+        body = chat(system="canary")
+        self.upstream.default = Answer(200, b"canary", fields=(("Set-Cookie", "canary"),))
+        self.upstream.play(Answer(), error(500, "canary"), Answer(raw=b"HTTP/1.1 canary\r\n\r\n"))
+        for _ in range(3):
+            self.rrouter.request("POST", "/v1/messages?key=canary", body, canary)
+        for extra in (("Host", "canary"), ("Origin", "http://canary"), ("bad name", "canary"), ("Expect", "canary"),
+                      ("Transfer-Encoding", "canary")):
+            reply = self.rrouter.request("POST", "/v1/messages?canary", body, canary + (extra,))
+            self.assertGreaterEqual(reply.status, 400)
+        self.rrouter.request("POST", "/last", body, canary)
+        self.rrouter.wait_until(lambda: "/last" in self.rrouter.log())
+        for place in (self.rrouter.log(), self.rrouter.printed(), json.dumps(self.rrouter.health())):
+            self.assertNotIn("canary", place)
+        self.assertIn("[REQ]", self.rrouter.log())
+
+
+# Many and slow connections ####################################################
+
+def processor_seconds(pid):
+    """Return what process `pid` has used of the processor so far."""
+    fields = pathlib.Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class LoadTest(ProxyTest):
+    @classmethod
+    def setUpClass(cls):
+        if resource:                                # 520 sockets are more than macOS allows unasked
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            wanted = 2048 if hard == resource.RLIM_INFINITY else min(hard, 2048)
+            if soft != resource.RLIM_INFINITY and soft < wanted:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                cls.addClassCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        super().setUpClass()
+
+    def test_hundred_connections_at_once_are_served(self):
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(self.rrouter.connect()) for _ in range(100)]
+            for number, client in enumerate(clients):
+                client.sendall(request_bytes("GET", "/%d" % number))
+            self.assertEqual([read_reply(client).status for client in clients], [200] * 100)
+
+    def test_connections_beyond_the_cap_are_refused_and_the_others_served(self):
+        with contextlib.ExitStack() as stack:
+            clients = []
+            while len(clients) < 520:
+                clients.append(stack.enter_context(self.rrouter.connect()))
+                if len(clients) in (100, 200, 300, 400, 500):
+                    self.rrouter.health()           # they have left the queue in front of it
+            first, last = clients[0], clients[-1]
+            with contextlib.suppress(ConnectionError):
+                last.sendall(request_bytes("GET", "/"))
+            self.assert_own_error(read_reply(last), 503)
+            first.sendall(request_bytes("GET", "/"))
+            self.assertEqual(read_reply(first).status, 200)
+        self.rrouter.wait_until(lambda: self.get().status == 200)
+
+    @unittest.skipUnless(PROC and hasattr(resource, "prlimit"), "needs Linux")
+    def test_lack_of_descriptors_does_not_spin_and_passes(self):
+        with Running(self.upstream) as poor, contextlib.ExitStack() as stack:
+            resource.prlimit(poor.process.pid, resource.RLIMIT_NOFILE, (64, 64))
+            for _ in range(200):
+                client = stack.enter_context(socket.socket())
+                client.setblocking(False)           # beyond the backlog connects are not answered
+                client.connect_ex(("127.0.0.1", poor.port))
+            poor.wait_until(lambda: len(os.listdir("/proc/%d/fd" % poor.process.pid)) >= 60)
+            used = processor_seconds(poor.process.pid)
+            time.sleep(0.4)                         # the span that is measured
+            self.assertLess(processor_seconds(poor.process.pid) - used, 0.2)
+            stack.close()
+            self.assertEqual(poor.request("GET", "/").status, 200)
+
+    @unittest.skipUnless(PROC, "needs /proc")
+    def test_promised_bodies_take_no_memory(self):
+        def resident_mb():
+            return int(pathlib.Path("/proc/%d/statm" % self.rrouter.process.pid).read_text().split()[1]) * 4096 >> 20
+
+        before = resident_mb()
+        with contextlib.ExitStack() as stack:
+            for _ in range(10):
+                client = stack.enter_context(self.rrouter.connect())
+                client.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 60000000\r\n\r\n0123456789")
+            self.assertEqual(self.get().status, 200)
+            self.assertLess(resident_mb() - before, 30)
+
+    @unittest.skipUnless(PROC, "needs /proc")
+    def test_descriptors_and_threads_do_not_grow(self):
+        def used():
+            return [len(os.listdir("/proc/%d/%s" % (self.rrouter.process.pid, kind))) for kind in ("fd", "task")]
+
+        self.get()
+        self.rrouter.wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
+        before = used()
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            for _ in range(300):
+                connection.sendall(request_bytes("POST", "/v1/messages", chat()))
+                self.assertEqual(read_reply_from(reader).status, 200)
+        for _ in range(50):
+            self.assertEqual(self.rrouter.post().status, 200)
+        self.rrouter.wait_until(lambda: used() <= [count + 2 for count in before])
+
+
+class LimitsTest(ProxyTest):
+    """What takes too long is ended; here with limits of a fraction of a second."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = Upstream()
+        cls.addClassCleanup(cls.upstream.close)
+        cls.rrouter = Limited(cls.upstream, HEAD_S=0.3, BODY_STALL_S=0.2, IDLE_S=0.3, WRITE_STALL_S=0.3,
+                              READ_AHEAD_S=0.2)
+        cls.addClassCleanup(cls.rrouter.__exit__)
+
+    def test_head_that_dribbles_in_is_timed_out(self):
+        with self.rrouter.connect() as connection:
+            for byte in request_bytes("GET", "/" + "a" * 1000):
+                if select.select([connection], [], [], 0.02)[0]:
+                    break
+                connection.sendall(bytes([byte]))
+            self.assert_own_error(read_reply(connection), 408)
+        self.assertEqual(self.upstream.received, [])
+
+    def test_body_that_stalls_is_timed_out(self):
+        for label, framing in (("length", b"Content-Length: 60000000\r\n\r\nabc"),
+                               ("chunks", b"Transfer-Encoding: chunked\r\n\r\n9\r\nabc")):
+            with self.subTest(label):
+                self.assert_refused(b"POST / HTTP/1.1\r\nHost: localhost\r\n" + framing, 408)
+
+    def test_idle_connection_is_closed_in_silence(self):
+        for label, data, expected in (("at once", b"", b""), ("line ends", b"\r\n", b""),
+                                      ("after an answer", request_bytes("GET", "/"), rb"HTTP/1\.1 200 OK\r\n")):
+            with self.subTest(label):
+                answer = self.rrouter.exchange(data)
+                self.assertRegex(answer, expected or rb"\A\Z")
+                self.assertNotIn(b"408", answer)
+
+    def test_client_that_does_not_read_is_given_up(self):
+        answer = stream(framing="close")
+        answer.chunks = (bytes(1 << 20) for _ in range(64))
+        self.upstream.play(answer)
+        with self.rrouter.connect() as connection:
+            connection.sendall(request_bytes("POST", "/v1/messages", chat()))
+            self.upstream.wait(lambda upstream: upstream.closed)
+
+    def test_refusal_whose_body_stalls_is_passed_on(self):
+        """The body of a 400 is read first, for it may ask for another try."""
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.play(Answer(400, (b"one", b"two"), gate=gate))
+        with self.opened() as response:
+            self.assertEqual((response.status, receive(response, 3)), (400, b"one"))
+            gate.set()
+            self.assertEqual(response.read(), b"two")
+
+
+# Faults on both sides #########################################################
+
+class HalfSentTest(RouterTest):
+    """Requests that the upstream answers, or the client abandons, before they are sent in full."""
+
+    big = b'{"model":"claude-x","pad":"' + b"a" * 12_000_000 + b'"}'
+
+    def test_a_connection_with_half_a_request_on_it_carries_no_other(self):
+        """It went back to the pool, and the next request became the tail of this one's body."""
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        upstream = HalfReadingUpstream(b"HTTP/1.1 413 Big\r\nContent-Length: 2\r\n\r\n{}", gate)
+        self.addCleanup(upstream.close)
+        with Running(upstream, "claude") as rrouter_:
+            self.assertEqual(rrouter_.request(body=self.big).status, 413)
+            gate.set()
+            self.assertEqual(rrouter_.request(body=b'{"secret":1}').status, 200)
+            self.assertEqual(upstream.connections, 2)
+
+    def test_100_continue_from_an_upstream_that_pauses_does_not_cut_the_upload_short(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        upstream = HalfReadingUpstream(b"HTTP/1.1 100 Continue\r\n\r\n", gate)
+        self.addCleanup(upstream.close)
+        with Running(upstream, "claude") as rrouter_:
+            replies = []
+            thread = threading.Thread(target=lambda: replies.append(rrouter_.request(body=self.big)))
+            thread.start()
+            upstream.paused.wait(WAIT_S)
+            gate.set()
+            thread.join(WAIT_S)
+            self.assertEqual(replies[0].status, 200)
+            self.assertEqual(upstream.received, len(self.big))
+
+    def test_a_client_that_leaves_during_a_slow_upload_ends_it(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        upstream = HalfReadingUpstream(b"", gate)
+        self.addCleanup(upstream.close)
+        with Running(upstream, "claude") as rrouter_:
+            with rrouter_.connect() as client:
+                client.sendall(request_bytes(body=self.big, port=rrouter_.port))
+                Running.wait_until(lambda: rrouter_.health()["activeRequests"] == 1)
+            start = time.monotonic()
+            Running.wait_until(lambda: rrouter_.health()["activeRequests"] == 0)
+            self.assertLess(time.monotonic() - start, 1.5)
+
+
+class HalfReadingUpstream:
+    """Reads the head of the first request, sends `first`, waits for `gate`, reads the rest; the others it serves."""
+
+    def __init__(self, first, gate):
+        self.first, self.gate, self.paused = first, gate, threading.Event()
+        self.connections = self.received = 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                self.connections += 1
+                threading.Thread(target=self._serve, args=(connection, self.connections == 1), daemon=True).start()
+
+    def _serve(self, connection, is_first):
+        with contextlib.suppress(OSError), connection, connection.makefile("rb") as reader:
+            length = 0
+            for line in iter(reader.readline, b"\r\n"):
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line.split(b":")[1])
+            if is_first:
+                connection.sendall(self.first)
+                self.paused.set()
+                self.gate.wait(WAIT_S)
+            self.received = len(reader.read(length))
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+
+class LeavingTest(RouterTest):
+
+    def test_a_byte_sent_before_leaving_does_not_hide_the_leaving(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.play(Answer(before=gate))
+        with self.rrouter.connect() as client:
+            client.sendall(request_bytes(body=b'{"model":"m"}'))
+            self.upstream.wait(lambda u: u.received)
+            client.sendall(b"\r\n")
+        start = time.monotonic()
+        self.upstream.wait(lambda u: u.closed)
+        self.assertLess(time.monotonic() - start, 1.5)
+
+    def test_a_dripping_refusal_does_not_hide_the_leaving(self):
+        """A 400 is read ahead for healing: each of its bytes put the look after the client off."""
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        chunks = tuple(b"x" for _ in range(10_000))
+
+        def drip(_):
+            return Answer(400, chunks, gate=SlowGate())
+        self.upstream.play(drip)
+        with self.rrouter.connect() as client:
+            client.sendall(request_bytes(body=b'{"model":"m"}'))
+            self.upstream.wait(lambda u: u.received)
+        start = time.monotonic()
+        Running.wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
+        self.assertLess(time.monotonic() - start, 1.5)
+
+    def test_bytes_behind_the_last_request_do_not_destroy_the_end_of_its_answer(self):
+        body = b"x" * 3_000_000
+        self.upstream.default = Answer(200, body, framing="length")
+        for _ in range(5):
+            with self.rrouter.connect() as client:
+                client.sendall(request_bytes(body=b'{"model":"m"}', fields=(("Connection", "close"),)))
+                self.upstream.wait(lambda u: u.received)
+                client.sendall(b"\r\n")
+                self.assertEqual(len(read_reply(client).body), len(body))
+            self.upstream.clear()
+
+
+class SlowGate:
+    """A gate that opens by itself every 20 ms: an upstream that drips."""
+
+    @staticmethod
+    def wait(_):
+        time.sleep(0.02)
+        return True
+
+
+class OddAnswerTest(RouterTest):
+
+    def test_connection_cannot_name_the_length_away(self):
+        self.upstream.play(Answer(
+            raw=b"HTTP/1.1 200 OK\r\nConnection: content-length\r\nContent-Length: 5\r\n\r\nhello"))
+        reply = self.rrouter.request(body=b"{}")
+        self.assertEqual((reply.body, reply.complete, reply.header("content-length")), (b"hello", True, "5"))
+
+    def test_204_goes_on_without_a_length(self):
+        self.upstream.play(Answer(raw=b"HTTP/1.1 204 None\r\nContent-Length: 0\r\n\r\n"))
+        self.assertIsNone(self.rrouter.request("GET", "/x").header("content-length"))
+
+
+class SmallDefectsTest(unittest.TestCase):
+    """One test for each defect that review found in the pure parts and the commands."""
+
+    def test_a_refusal_that_repeats_its_wording_is_searched_in_linear_time(self):
+        start = time.perf_counter()
+        self.assertFalse(rrouter.names_foreign_signature(b"redacted_thinking " * 60_000))
+        self.assertLess(time.perf_counter() - start, 1)
+
+    def test_an_upstream_without_a_port_has_the_one_of_its_scheme(self):
+        with socket.create_server(("::1", 80), family=socket.AF_INET6) if ipv6_and_root() else contextlib.nullcontext():
+            if not ipv6_and_root():
+                self.skipTest("needs port 80 of ::1")
+            upstream = rrouter.Upstream("http://[::1]", lambda _: False)
+            with contextlib.closing(upstream.open()) as connection:
+                self.assertEqual(connection.sock.getpeername()[1], 80)
+
+    ENVIRONMENT = (
+        # variable,        value
+        ("RROUTER_HOST",   "a..b"),
+        ("RROUTER_HOST",   "a" * 70),
+        ("RROUTER_UPSTREAM", "http://a..b:80"),
+        ("RROUTER_UPSTREAM", "http://user:pa@ss/word@host"),
+    )
+
+    def test_host_names_that_are_none_are_refused_and_passwords_not_shown(self):
+        for name, value in self.ENVIRONMENT:
+            with self.subTest(value):
+                with self.assertRaises(rrouter.UsageError) as caught:
+                    rrouter.read_environment({name: value})
+                self.assertIn(name, str(caught.exception))
+                self.assertNotIn("word", str(caught.exception))
+
+    def test_a_glob_that_the_library_cannot_take_is_refused(self):
+        try:
+            re.compile(__import__("fnmatch").translate("[z-a]*"))
+            self.skipTest("this Python takes every glob")
+        except re.error:
+            with self.assertRaises(rrouter.ConfigError):
+                rrouter.parse_config('{"modes": {"m": {"mappings": [{"match": "[z-a]*", "rewrite": "x"}]}}}')
+
+    def test_retry_after_of_any_kind_never_fails(self):
+        chance = random.Random(8316)
+        words = ["1", "Feb", ",", "00", "Fri", "2027", "GMT", "-0000", ":", "99:99:99", "é", "\x00", " "]
+        for _ in range(5000):
+            value = " ".join(chance.choice(words) for _ in range(chance.randrange(8)))
+            seconds = rrouter.retry_after_s(value, 1e9)
+            self.assertTrue(seconds is None or seconds >= 0, value)
+
+    def test_a_directory_in_place_of_a_file_leaves_no_descriptor_open(self):
+        with tempfile.TemporaryDirectory() as directory:
+            before = os.listdir("/dev/fd")
+            for _ in range(20):
+                with self.assertRaises(OSError):
+                    rrouter.read_file(directory)
+            self.assertEqual(len(os.listdir("/dev/fd")), len(before))
+
+    def test_two_signals_at_once_are_two(self):
+        code = ("import rrouter, signal, os\n"
+                "signals = rrouter.Signals()\n"
+                "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT)\n"
+                "print(sorted(signals.wait(5) + signals.wait(5)), signals.wait(0))\n")
+        done = subprocess.run([sys.executable, "-c", code], cwd=str(HERE), stdout=subprocess.PIPE, timeout=WAIT_S * 3)
+        self.assertEqual(done.stdout.split(b"\n")[0], b"[2, 15] b''")
+
+
+def ipv6_and_root():
+    """Return whether port 80 of ::1 is ours to take."""
+    try:
+        socket.create_server(("::1", 80), family=socket.AF_INET6).close()
+        return True
+    except OSError:
+        return False
+
+
+class OddStartTest(unittest.TestCase):
+    """Starts in surroundings that nobody would arrange on purpose."""
+
+    def setUp(self):
+        self.home = Home(mode="auto")
+        self.addCleanup(self.home.remove)
+        self.addCleanup(self.home.run, "stop")
+
+    def shell(self, command, **env):
+        """Run a shell command in which $R is rrouter; return it."""
+        script = 'R() { "%s" "%s" "$@"; }\n%s' % (sys.executable, RROUTER, command)
+        return subprocess.run(["sh", "-c", script], env=dict(self.home.env, **env), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, universal_newlines=True, timeout=WAIT_S * 6)
+
+    def test_closed_standard_streams_do_no_harm(self):
+        """Files opened next got their numbers: the log went into the lock file, or into the pipe of the signals."""
+        self.assertEqual(self.shell("R start <&- >&- 2>&-").returncode, 0)
+        pid = int(self.home.read("rrouter.pid"))
+        self.assertEqual(self.home.read("rrouter.lock").split(), [str(pid)])
+        self.assertEqual(self.shell("R status >&-").returncode, 0)
+        self.home.run("stop", check=0)
+        for closed in ("<&- >&- 2>&-", "</dev/null >&- 2>&-"):
+            process = subprocess.Popen(["sh", "-c", 'exec "%s" "%s" serve %s' % (sys.executable, RROUTER, closed)],
+                                       env=self.home.env)
+            try:
+                Running.wait_until(lambda: self.home.run("status").returncode == 0)
+                self.assertEqual(self.home.read("rrouter.lock").split(), [str(process.pid)])
+                process.terminate()
+                self.assertEqual(process.wait(WAIT_S), 0)
+            finally:
+                process.kill()
+                process.wait()
+
+    def test_a_port_held_by_something_that_resembles_rrouter_is_named(self):
+        upstream = Upstream(Answer(200, b'{"status":"ok","autoSwitch":{}}', framing="length"), port=self.home.port)
+        self.addCleanup(upstream.close)
+        done = self.home.run("start", check=1)
+        self.assertIn("port %d is taken" % self.home.port, done.stderr)
+
+    def test_a_hostile_state_file_does_not_keep_rrouter_from_starting(self):
+        with Running("http://127.0.0.1:9", home=self.home):
+            pass
+        state = json.loads(self.home.read("state.json"))
+        state["whole"]["last_cooldown_s"] = int("1" * 400)
+        self.home.write("state.json", json.dumps(state))
+        with Running("http://127.0.0.1:9", home=self.home) as running:
+            self.assertIn("state.json set aside", running.log())
+
+    def test_start_while_the_last_one_drains_waits_for_it_and_starts(self):
+        gate = threading.Event()
+        upstream = Upstream(Answer(before=gate))
+        self.addCleanup(upstream.close)
+        self.home.env["RROUTER_UPSTREAM"] = upstream.url
+        self.home.run("start", check=0)
+        pid = int(self.home.read("rrouter.pid"))
+        with socket.create_connection(("127.0.0.1", self.home.port), WAIT_S) as client:
+            client.sendall(request_bytes("GET", "/x"))
+            upstream.wait(lambda u: u.received)
+            os.kill(pid, signal.SIGTERM)
+            Running.wait_until(lambda: "stopping" in self.home.read("rrouter.lock"))
+            self.assertIn("is stopping", self.home.run("status", check=3).stdout)
+            starting = subprocess.Popen([sys.executable, RROUTER, "start"], env=self.home.env, stdout=subprocess.PIPE)
+            gate.set()
+            self.assertEqual(read_reply(client).status, 200)
+            output = starting.communicate(timeout=WAIT_S * 3)[0]
+        self.assertEqual(starting.returncode, 0, output)
+        self.assertNotEqual(int(self.home.read("rrouter.pid")), pid)
+
+    def test_stop_does_not_signal_who_does_not_hold_the_lock(self):
+        self.home.run("start", check=0)
+        sleeper = subprocess.Popen(["sleep", "60"])
+        self.addCleanup(sleeper.wait)
+        self.addCleanup(sleeper.kill)
+        pid = int(self.home.read("rrouter.pid"))
+        os.kill(pid, signal.SIGKILL)
+        Running.wait_until(lambda: "not running" in self.home.run("status").stdout)
+        for name in ("rrouter.pid", "rrouter.lock", "run.json"):
+            self.home.write(name, self.home.read(name).replace(str(pid), str(sleeper.pid)))
+        self.assertIn("not running", self.home.run("stop", check=0).stdout)
+        self.assertIsNone(sleeper.poll())
+
+    def test_a_file_whose_time_was_set_back_is_read_all_the_same(self):
+        upstream = Upstream()
+        self.addCleanup(upstream.close)
+        config = '{"modes": {"m": {"mappings": [{"match": "*", "rewrite": "%s"}]}}, "defaultMode": "m"}'
+        self.home.env["RROUTER_UPSTREAM"] = upstream.url
+        self.home.write("mode", "m\n")
+        self.home.write("config.json", config % "one")
+        past = time.time() - 1000
+        os.utime(str(self.home.dir / "config.json"), (past, past))
+        with Running(upstream, home=self.home) as running:
+            self.assertEqual(running.post().header("x-rrouter-model"), "one")
+            self.home.write("config.json", config % "two")
+            os.utime(str(self.home.dir / "config.json"), (past, past))
+            self.assertEqual(running.post().header("x-rrouter-model"), "two")
+
+    def test_an_odd_list_of_models_is_no_defect(self):
+        upstream = Upstream(Answer(200, b'{"data":[{"id":1},{"id":"a"}]}', framing="length"))
+        self.addCleanup(upstream.close)
+        self.home.env["RROUTER_UPSTREAM"] = upstream.url
+        self.assertIn("does not know gemini-3-flash-preview", self.home.run("check", check=1).stdout)
+
+
+# Auto mode ####################################################################
+# The upstream tells the two targets apart as CLIProxyAPI does, by the model: gemini-* is antigravity, claude-* claude.
+
+SONNET, OPUS, HAIKU = "claude-sonnet-5-5", "claude-opus-5-5", "claude-haiku-4-5"
+ON_ANTIGRAVITY = "gemini-claude-sonnet-4-5-thinking"            # what the default rules make of SONNET
+COUNT_TOKENS = "/v1/messages/count_tokens?beta=true"
+SSE_FIELDS = (("Content-Type", "text/event-stream"),)
+PING, COMMENT = event("ping"), b": keep-alive\n\n"
+START = event("message_start", message={"id": "msg_1"})
+OVERLOADED = event("error", error={"type": "overloaded_error", "message": "Overloaded"})
+AUTO_KEYS = {"active", "targets", "currentTarget", "switched", "switchCount", "failureCount", "timeoutCount", "reason",
+             "switchedAt", "retryAt", "cooldownSeconds", "cooldownRemainingSeconds", "models"}
+MODEL_KEYS = AUTO_KEYS - {"active", "targets", "models"}
+UTC_TIME = r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$"
+
+
+def events_of(target):
+    """Return the events of a whole message that says which target wrote it."""
+    return (START, event("content_block_delta", index=0, delta={"type": "text_delta", "text": "by " + target}),
+            event("message_stop"))
+
+
+def whole(target):
+    return stream(*events_of(target))
+
+
+def bytes_of(target):
+    return b"".join(events_of(target))
+
+
+def sse(*chunks, **options):
+    """Return the answer of an event stream of these chunks, none included."""
+    return Answer(200, chunks, fields=SSE_FIELDS, **options)
+
+
+def pinging(gate):
+    """Return an event stream that sends a comment every 20 ms until `gate` is set, and no event."""
+    pings = (b"6\r\n: ok\n\n\r\n" for _ in iter(lambda: gate.wait(0.02), True))
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return Answer(raw=itertools.chain((head,), pings))
+
+
+def target_of(received):
+    """Return the target that a request was routed to; None if it does not begin with a model, as these all do."""
+    found = re.match(rb'\s*\{\s*"model"\s*:\s*"(gemini|claude)-', received.body)
+    return found and {b"gemini": "antigravity", b"claude": "claude"}[found.group(1)]
+
+
+def auto_config(**auto):
+    """Return the embedded default configuration with these values in its `auto` section."""
+    rules = (("claude-sonnet-*", ON_ANTIGRAVITY), ("claude-opus-*", "gemini-claude-opus-4-5-thinking"),
+             ("claude-haiku-*", "gemini-3-flash-preview"))
+    mappings = [{"match": match, "rewrite": rewrite} for match, rewrite in rules]
+    return {"modes": {"antigravity": {"mappings": mappings}, "claude": {"mappings": []}}, "defaultMode": "claude",
+            "auto": dict({"targets": ["antigravity", "claude"]}, **auto)}
+
+
+def upstream_fields(reply):
+    """Return the fields of a reply without those that rrouter adds."""
+    return [(name, value) for name, value in reply.fields if not name.lower().startswith("x-rrouter-")]
+
+
+def epoch_of(text):
+    """Return a time written as 2026-01-29T15:00:00Z in seconds since the epoch."""
+    return calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ"))
+
+
+class AutoTest(RouterTest):
+    """Base of the tests of auto mode: `script` says what each target answers, `ask` posts and tells who was called.
+
+    Calls are written as initials: "ac" is one call to antigravity, then one to claude.
+    """
+
+    mode = "auto"
+
+    def setUp(self):
+        super().setUp()
+        self.script()
+        self.upstream.default = self.answer
+        self.set_mode(self.mode)
+
+    def set_mode(self, mode):
+        """Write the mode file by rename, as `rrouter MODE` does; in auto mode this clears all counts and waits."""
+        self.rrouter.home.write("mode.new", mode + "\n")
+        os.replace(str(self.rrouter.home.dir / "mode.new"), str(self.rrouter.home.dir / "mode"))
+
+    def configure(self, content):
+        """Write config.json for the rest of this test."""
+        path = self.rrouter.home.dir / "config.json"
+        before = path.read_text() if path.exists() else None
+        self.addCleanup(lambda: path.unlink() if before is None else self.rrouter.home.write("config.json", before))
+        self.rrouter.home.write("config.json", json.dumps(content))
+
+    def script(self, antigravity=None, claude=None, other=None):
+        """Set what the targets answer: an Answer, a function of the request, or a list of them, played once each.
+
+        Where nothing is set or left, a target answers with a whole message.  `other` is for requests without a model.
+        """
+        self.scripts = {"antigravity": antigravity, "claude": claude, None: other}
+
+    def answer(self, received):
+        target = target_of(received)
+        script = self.scripts[target]
+        if isinstance(script, list):
+            script = script.pop(0) if script else None
+        if script is None:
+            return whole(target) if target else Answer()
+        return script(received) if callable(script) else script
+
+    def gate(self):
+        """Return an Event that is set at the latest when the test ends."""
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        return gate
+
+    def silent(self):
+        """Return an answer that does not begin while the test runs."""
+        return stream(before=self.gate())
+
+    def calls(self, since=0):
+        return "".join((target_of(received) or "-")[0] for received in list(self.upstream.received)[since:])
+
+    def ask(self, model=SONNET, **members):
+        """Post one message; return (reply, calls made for it)."""
+        before = len(self.upstream.received)
+        reply = self.rrouter.post(model, **members)
+        return reply, self.calls(before)
+
+    def begin(self, model=SONNET, target="/v1/messages?beta=true", **members):
+        """Send one message and return the connection, its answer unread."""
+        body = json.dumps(dict({"model": model, "stream": True, "messages": []}, **members)).encode()
+        connection = self.rrouter.connect()
+        self.addCleanup(connection.close)
+        connection.sendall(request_bytes("POST", target, body, CLAUDE_HEADERS, self.rrouter.port))
+        return connection
+
+    def leave(self, *connections):
+        """Close connections from the client's side and wait until rrouter has done with all requests."""
+        for connection in connections:
+            connection.close()
+        self.rrouter.wait_until(lambda: not self.rrouter.health()["activeRequests"])
+
+    def auto(self):
+        return self.rrouter.health()["autoSwitch"]
+
+    def trip(self, failure=None, model=SONNET):
+        """Let antigravity fail three requests and see traffic switch to claude; it goes on failing afterwards."""
+        self.script(antigravity=failure or error(429))
+        for _ in range(3):
+            self.assertEqual(self.ask(model)[1], "ac")
+        self.assert_state("claude")
+
+    def assert_served(self, reply, by, attempts):
+        """The reply is the whole message of one target, and says so."""
+        self.assertEqual((reply.status, reply.complete, reply.body), (200, True, bytes_of(by)))
+        self.assertEqual((reply.header("x-rrouter-target"), reply.header("x-rrouter-attempts")), (by, str(attempts)))
+
+    def assert_state(self, current, **values):
+        """/health says that `current` is served from, and `values` of autoSwitch (failureCount=2 and so on)."""
+        health = self.rrouter.health()
+        found = {name: health["autoSwitch"][name] for name in values}
+        self.assertEqual((health["currentTarget"], health["autoSwitch"]["currentTarget"], found),
+                         (current, current, values))
+
+    def assert_logged(self, pattern):
+        """A line of the log that begins with [AUTO] after its time matches `pattern`."""
+        expression = re.compile(r"^.*\[AUTO\].*(?:%s)" % pattern, re.I | re.M)
+        try:
+            self.rrouter.wait_until(lambda: expression.search(self.rrouter.log()))
+        except AssertionError:
+            self.fail("no [AUTO] line matches %r:\n%s" % (pattern, self.rrouter.log()[-2000:]))
+
+
+def in_parallel(function, count):
+    """Return what `count` calls of `function` at the same time return."""
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        return [future.result(WAIT_S) for future in [pool.submit(function) for _ in range(count)]]
+
+
+def receive_until(connection, marker):
+    """Receive until `marker` has come; return all bytes so far."""
+    data = b""
+    while marker not in data:
+        block = connection.recv(65536)
+        if not block:
+            raise AssertionError("the end came before %r: %r" % (marker, data))
+        data += block
+    return data
+
+
+class RescueTest(AutoTest):
+    """What fails an attempt before its first byte: the other target answers, the failed one is charged."""
+
+    def assert_rescued_then_switched(self, failure, resent=False):
+        """Three requests take two targets each, the fourth goes to the other at once."""
+        self.set_mode("auto")
+        self.script(antigravity=failure)
+        for count in (1, 2, 3):
+            reply, calls = self.ask()
+            self.assert_served(reply, "claude", 2)
+            self.assertEqual(calls.replace("aa", "a") if resent else calls, "ac")
+            if count < 3:
+                self.assert_state("antigravity", failureCount=count, switched=False, switchCount=0)
+        self.assert_state("claude", failureCount=0, timeoutCount=0, switched=True, switchCount=1)
+        reply, calls = self.ask()
+        self.assert_served(reply, "claude", 1)
+        self.assertEqual(calls, "c")
+
+    def test_each_failing_status_is_rescued_thrice_then_switches(self):
+        for status in (429, 500, 503, 529, 401, 403, 404, 400, 402, 408, 413, 422, 499, 502, 504, 599):
+            with self.subTest(status=status):
+                self.assert_rescued_then_switched(error(status))
+                self.assertEqual(self.auto()["reason"], "3 consecutive HTTP errors, last %d" % status)
+
+    def test_failed_event_stream_is_rescued_thrice_then_switches(self):
+        ping_to_error = PING + COMMENT + PING + OVERLOADED
+        cases = (
+            # what antigravity sends            answer
+            ("error event",                     sse(OVERLOADED)),
+            ("pings and comments, then error",  sse(PING, COMMENT, PING, OVERLOADED)),
+            ("the same in one chunk",           sse(ping_to_error)),
+            ("the same byte by byte",           sse(*(ping_to_error[i:i + 1] for i in range(len(ping_to_error))))),
+            ("error event with CRLF lines",     sse((PING + OVERLOADED).replace(b"\n", b"\r\n"))),
+            ("error event without a blank",     sse(OVERLOADED.replace(b"event: ", b"event:"))),
+            ("error event after the head",      sse(PING, OVERLOADED, framing="close")),
+            ("message after the error event",   sse(OVERLOADED, *events_of("antigravity"))),
+            ("error, connection cut",           sse(OVERLOADED, cut=True)),
+            ("empty",                           sse()),
+            ("empty, by length",                sse(framing="length")),
+            ("empty, by close",                 sse(framing="close")),
+            ("empty, cut",                      sse(cut=True)),
+            ("only pings",                      sse(PING, PING)),
+            ("only comments",                   sse(COMMENT, COMMENT)),
+            ("only pings, cut",                 sse(PING, PING, cut=True)),
+        )
+        for name, failure in cases:
+            with self.subTest(name):
+                self.assert_rescued_then_switched(failure)
+                self.assertRegex(self.auto()["reason"], "^3 consecutive HTTP errors")
+
+    def test_broken_connection_is_rescued_thrice_then_switches(self):
+        cases = (
+            # what antigravity sends before it closes   answer
+            ("nothing",                                 Answer(hangup=True)),
+            ("no status line",                          Answer(raw=b"SSH-2.0-OpenSSH_9.6\r\n\r\n")),
+            ("half a status line",                      Answer(raw=b"HTTP/1.1 2")),
+            ("half a head",                             Answer(raw=b"HTTP/1.1 200 OK\r\nContent-Type: text/ev")),
+            ("two lengths",                             Answer(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"
+                                                                   b"Content-Length: 3\r\n\r\n{} ")),
+            ("a status with half its body",             Answer(raw=b"HTTP/1.1 500 Oops\r\nContent-Length: 9\r\n\r\n{")),
+        )
+        for name, failure in cases:
+            with self.subTest(name):        # a pooled connection that drops is first sent again: one call more
+                self.assert_rescued_then_switched(failure, resent=True)
+
+    def test_not_streamed_request_is_rescued(self):
+        self.script(antigravity=error(529), claude=Answer(chunks=b'{"content":[]}'))
+        reply, calls = self.ask(stream=False)
+        self.assertEqual((reply.status, reply.body, calls), (200, b'{"content":[]}', "ac"))
+
+    def test_rescue_sends_the_original_body_by_the_other_targets_rules(self):
+        self.script(antigravity=error(500))
+        body = b'{ "model" : "claude-opus-5-5", "messages":[],"n":1e-7, "s":"\\ud83d","stream":true}'
+        reply = self.rrouter.request(body=body)
+        first, second = [received.body for received in self.upstream.received]
+        self.assertEqual(first, body.replace(b"claude-opus-5-5", b"gemini-claude-opus-4-5-thinking"))
+        self.assertEqual(second, body)
+        self.assertEqual(reply.header("x-rrouter-model"), "claude-opus-5-5")
+        fields = [[field for field in received.fields if field[0].lower() != "content-length"]
+                  for received in self.upstream.received]
+        self.assertEqual(fields[0], fields[1])
+
+    def test_success_answers_with_one_call(self):
+        reply, calls = self.ask()
+        self.assert_served(reply, "antigravity", 1)
+        self.assertEqual((calls, reply.header("x-rrouter-model")), ("a", ON_ANTIGRAVITY))
+        self.assert_state("antigravity", failureCount=0, switched=False)
+
+    def test_success_of_the_target_starts_its_count_anew(self):
+        failure = error(500)
+        self.script(antigravity=[failure, failure, whole("antigravity"), failure, failure])
+        self.assertEqual("".join(self.ask()[1] for _ in range(5)), "acac" "a" "acac")
+        self.assert_state("antigravity", failureCount=2, switchCount=0)
+
+
+class HeldHeadTest(AutoTest):
+    """The head waits for the first event that is no ping or comment; after that nothing waits."""
+
+    def test_head_is_held_until_the_first_event(self):
+        for name, prelude in (("ping", (PING,)), ("comment", (COMMENT,)), ("half a ping", (PING[:9], PING[9:])),
+                              ("line of a comment", (b":\n",))):
+            with self.subTest(name):
+                gate, chunks = self.gate(), prelude + events_of("antigravity")
+                self.script(antigravity=sse(*chunks, gate=gate))
+                before = len(self.upstream.received)
+                connection = self.begin()
+                self.upstream.wait(lambda upstream: len(upstream.received) > before)
+                self.assertEqual(select.select([connection], [], [], 0.1)[0], [])
+                gate.set()
+                reply = read_reply(connection)
+                self.assertEqual((reply.status, reply.complete, reply.body), (200, True, b"".join(chunks)))
+
+    def test_first_event_goes_on_at_once(self):
+        for name, first in (("event", START), ("pings before", PING + COMMENT + START),
+                            ("no event line", b'data: {"type":"message_start"}\n\n'),
+                            ("CRLF", START.replace(b"\n", b"\r\n"))):
+            with self.subTest(name):
+                gate = self.gate()
+                self.script(antigravity=sse(first, *events_of("antigravity"), gate=gate))
+                connection = self.begin()
+                data = receive_until(connection, first)         # while the upstream waits
+                self.assertTrue(data.startswith(b"HTTP/1.1 200 "), data)
+                gate.set()
+                self.assertIn(b"by antigravity", receive_until(connection, b"0\r\n\r\n"))
+
+    def test_later_pings_and_comments_go_on_at_once(self):
+        for later in (PING, COMMENT):
+            gate = self.gate()
+            self.script(antigravity=[sse(START, later, gate=gate), sse(START + later, PING, gate=self.gate())])
+            connection = self.begin()
+            receive_until(connection, START)
+            gate.set()
+            receive_until(connection, later)
+            receive_until(self.begin(), START + later)
+
+    def test_answer_that_is_no_event_stream_is_not_held(self):
+        gate = self.gate()
+        self.script(antigravity=Answer(chunks=(b'{"a":', b"1}"), gate=gate))
+        connection = self.begin()
+        receive_until(connection, b'{"a":')
+        gate.set()
+        receive_until(connection, b"0\r\n\r\n")
+
+    def test_unusual_streams_pass_unchanged(self):
+        text = event("content_block_delta", delta={"text": "\nevent: error\ndata: {}\n\n"})
+        packed = gzip.compress(bytes_of("antigravity"))
+        cases = (
+            # stream                       answer
+            ("first event of 300 KB",      sse(event("message_start", text="x" * 300000), *events_of("antigravity"))),
+            ("a thousand pings",           sse(PING * 500, PING * 500, *events_of("antigravity"))),
+            ("text that looks like error", sse(START, text, event("message_stop"))),
+            ("such text first",            sse(text, START, event("message_stop"))),
+            ("bytes one by one",           sse(*(bytes((byte,)) for byte in bytes_of("antigravity")))),
+            ("compressed",                 Answer(200, (packed[:20], packed[20:]),
+                                                  fields=SSE_FIELDS + (("Content-Encoding", "gzip"),))),
+        )
+        for name, answer in cases:
+            with self.subTest(name):
+                self.script(antigravity=answer)
+                reply, calls = self.ask()
+                self.assertEqual((reply.status, reply.complete, calls), (200, True, "a"))
+                self.assertEqual(reply.body, b"".join(answer.chunks))
+                self.assert_state("antigravity", failureCount=0)
+
+
+class BrokenStreamTest(AutoTest):
+    """What fails after the first byte went to the client is passed on as it is, counted, and never rescued."""
+
+    def assert_passed_on_and_counted(self, failure, body, complete):
+        self.set_mode("auto")
+        self.script(antigravity=failure)
+        for count in (1, 2, 3):
+            reply, calls = self.ask()
+            self.assertEqual((reply.status, reply.body, reply.complete, calls), (200, body, complete, "a"))
+            self.assertEqual(reply.header("x-rrouter-attempts"), "1")
+            if count < 3:
+                self.assert_state("antigravity", failureCount=count)
+        self.assert_state("claude", failureCount=0, switchCount=1)
+        self.assert_served(self.ask()[0], "claude", 1)
+
+    def test_late_error_event_is_passed_on_and_counted(self):
+        message = events_of("antigravity")
+        cases = (
+            # where the error event stands    chunks
+            ("after message_start",           (START, OVERLOADED)),
+            ("in its chunk",                  (START + OVERLOADED,)),
+            ("after pings",                   (PING, START, PING, OVERLOADED)),
+            ("after the whole message",       message + (OVERLOADED,)),
+            ("between other events",          message[:2] + (OVERLOADED,) + message[2:]),
+            ("split in its name",             (START, OVERLOADED[:9], OVERLOADED[9:])),
+            ("byte by byte",                  (START,) + tuple(bytes((byte,)) for byte in OVERLOADED)),
+            ("with CRLF lines",               (START.replace(b"\n", b"\r\n"), OVERLOADED.replace(b"\n", b"\r\n"))),
+        )
+        for name, chunks in cases:
+            with self.subTest(name):
+                self.assert_passed_on_and_counted(sse(*chunks), b"".join(chunks), complete=True)
+
+    def test_cut_answer_is_broken_off_and_counted(self):
+        cases = (
+            # what is cut          answer                                          bytes that came
+            ("event stream",       sse(START, cut=True),                           START),
+            ("event in its midst", sse(START, b"event: content_bl", cut=True),     START + b"event: content_bl"),
+            ("chunk in its midst", Answer(raw=b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+                                              b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\nff\r\nevent: pi"
+                                              % (len(START), START)),              START + b"event: pi"),
+            ("known length",       Answer(raw=b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                                              b"Content-Length: 9\r\n\r\n{"),      b"{"),
+        )
+        for name, answer, body in cases:
+            with self.subTest(name):
+                self.set_mode("auto")
+                self.script(antigravity=answer)
+                for _ in range(3):
+                    reply, calls = self.ask()
+                    self.assertEqual((reply.status, reply.complete, calls), (200, False, "a"))
+                    self.assertTrue(body.startswith(reply.body), reply.body)
+                self.assert_state("claude", switchCount=1)
+
+    def test_success_is_counted_at_the_end_of_the_answer_only(self):
+        gate = self.gate()
+        self.script(antigravity=[error(500), error(500), sse(*events_of("antigravity"), gate=gate)])
+        self.ask()
+        self.ask()
+        connection = self.begin()
+        receive_until(connection, START)
+        self.assert_state("antigravity", failureCount=2)
+        gate.set()
+        receive_until(connection, b"0\r\n\r\n")
+        self.assert_state("antigravity", failureCount=0)
+
+
+class BothFailTest(AutoTest):
+    """Two failures: the client gets the more useful answer as it came, and a request at fault charges nobody."""
+
+    RANKS = ((400, 413, 422), (429,), (401, 403), (404,), (500, 503, 529, 408))
+
+    @staticmethod
+    def refusal(status, target):
+        return error(status, "%d by %s: \u00e9" % (status, target), fields=(
+            ("Retry-After", str(status)), ("x-should-retry", "false"), ("Request-Id", "req_" + target)))
+
+    def test_more_useful_answer_is_passed_on_whichever_came_first(self):
+        rank_of = {status: rank for rank, statuses in enumerate(self.RANKS) for status in statuses}
+        for first in rank_of:
+            for second in rank_of:
+                with self.subTest(antigravity=first, claude=second):
+                    self.set_mode("auto")
+                    answers = {"antigravity": self.refusal(first, "antigravity"),
+                               "claude": self.refusal(second, "claude")}
+                    self.script(**answers)
+                    best = "antigravity" if rank_of[first] <= rank_of[second] else "claude"
+                    reply, calls = self.ask()
+                    self.assertEqual((reply.status, reply.body, calls),
+                                     (answers[best].status, answers[best].chunks[0], "ac"))
+                    self.assertEqual((reply.header("x-rrouter-target"), reply.header("x-rrouter-attempts")),
+                                     (best, "2"))
+
+    def test_answer_of_two_failures_keeps_its_head(self):
+        answer = self.refusal(400, "claude")
+        self.script(antigravity=error(529), claude=answer)
+        reply, _ = self.ask()
+        self.assertEqual(reply.reason, "Scripted")
+        self.assertEqual(upstream_fields(reply), answer.fields + [("Content-Length", str(len(answer.chunks[0])))])
+
+    def test_answer_is_preferred_to_a_dropped_connection(self):
+        for status in (400, 429, 401, 404):
+            for dropped in ("antigravity", "claude"):
+                with self.subTest(status=status, dropped=dropped):
+                    self.set_mode("auto")
+                    other = "claude" if dropped == "antigravity" else "antigravity"
+                    self.script(**{dropped: Answer(hangup=True), other: error(status, "kept")})
+                    reply, _ = self.ask()
+                    self.assertEqual((reply.status, reply.body), (status, error(status, "kept").chunks[0]))
+
+    def test_two_dropped_connections_give_502(self):
+        self.script(antigravity=Answer(hangup=True), claude=Answer(hangup=True))
+        reply, _ = self.ask()
+        self.assert_error(reply, 502, self.upstream.url.split("//")[1])
+
+    def test_two_error_events_give_the_first_as_it_came(self):
+        self.script(antigravity=sse(PING, OVERLOADED), claude=sse(event("error", error={"type": "api_error"})))
+        reply, calls = self.ask()
+        self.assertEqual((reply.status, reply.body, reply.complete, calls), (200, PING + OVERLOADED, True, "ac"))
+
+    def test_refusal_is_preferred_to_an_error_event(self):
+        self.script(antigravity=sse(OVERLOADED), claude=error(400, "kept"))
+        reply, _ = self.ask()
+        self.assertEqual((reply.status, reply.body), (400, error(400, "kept").chunks[0]))
+
+    def test_request_refused_by_both_trips_nothing(self):
+        cases = (
+            # antigravity  claude
+            (400, 400), (413, 413), (422, 422), (404, 404), (401, 401), (400, 404), (403, 401), (404, 400), (402, 413))
+        for first, second in cases:
+            with self.subTest(antigravity=first, claude=second):
+                self.script(antigravity=error(first, "the very wording"), claude=error(second, "the very wording"))
+                for _ in range(5):
+                    reply, calls = self.ask()
+                    self.assertEqual(calls, "ac")
+                    self.assertIn(b"the very wording", reply.body)
+                self.assert_state("antigravity", failureCount=0, timeoutCount=0, switchCount=0, models={})
+
+    def test_refusal_shared_with_another_failure_is_charged(self):
+        for first, second in ((400, 429), (400, 408), (404, 500), (401, 529), (429, 400), (408, 404), (429, 429),
+                              (408, 408), (500, 400)):
+            with self.subTest(antigravity=first, claude=second):
+                self.set_mode("auto")
+                self.script(antigravity=error(first), claude=error(second))
+                self.ask()
+                self.assert_state("antigravity", failureCount=1)
+
+    def test_refusal_by_both_keeps_the_count_of_before(self):
+        self.script(antigravity=[error(500), error(500), error(400), error(500)],
+                    claude=[whole("claude"), whole("claude"), error(400)])
+        for count in (1, 2, 2):
+            self.ask()
+            self.assert_state("antigravity", failureCount=count)
+        self.ask()
+        self.assert_state("claude", switchCount=1)
+
+    def test_everything_down_goes_back_and_forth_without_longer_waits(self):
+        self.script(antigravity=error(503, "a"), claude=error(529, "c"))
+        for _ in range(20):
+            reply, calls = self.ask()
+            self.assertIn(reply.status, (503, 529))
+            self.assertIn(calls, ("ac", "ca"))
+        self.assertGreaterEqual(self.auto()["switchCount"], 3)
+        self.script(antigravity=error(503))         # claude is up again
+        for _ in range(4):
+            self.assertEqual(self.ask()[0].status, 200)
+        self.assert_state("claude", cooldownSeconds=1800)
+
+    def test_target_that_recovers_after_both_were_down_serves_at_once(self):
+        self.script(antigravity=error(503), claude=error(503))
+        for _ in range(7):
+            self.ask()
+        self.script(claude=error(503))
+        reply, calls = self.ask()
+        self.assert_served(reply, "antigravity", len(calls))
+
+
+class CountTest(AutoTest):
+    """What counts for nobody, and results that come late."""
+
+    def assert_untouched(self):
+        self.assert_state("antigravity", failureCount=0, timeoutCount=0, switchCount=0, switched=False, models={})
+
+    def test_failing_count_tokens_at_once_touch_nothing(self):
+        self.script(antigravity=error(500, "as it is"))
+        replies = in_parallel(lambda: self.rrouter.post(target=COUNT_TOKENS), 25)
+        self.assertEqual([reply.status for reply in replies], [500] * 25)
+        self.assertEqual({reply.body for reply in replies}, {error(500, "as it is").chunks[0]})
+        self.assertEqual({reply.header("x-rrouter-attempts") for reply in replies}, {"1"})
+        self.assertEqual(self.calls(), "a" * 25)
+        self.assert_untouched()
+
+    def test_successful_count_tokens_resets_nothing(self):
+        self.script(antigravity=lambda received: Answer() if "count_tokens" in received.target else error(500))
+        self.ask()
+        self.ask()
+        self.assertEqual(self.rrouter.post(target=COUNT_TOKENS).status, 200)
+        self.ask()
+        self.assert_state("claude", switchCount=1)
+
+    def test_count_tokens_goes_to_the_current_target(self):
+        self.trip()
+        self.upstream.clear()
+        self.assertEqual(self.rrouter.post(target=COUNT_TOKENS).header("x-rrouter-target"), "claude")
+        self.assertEqual(self.calls(), "c")
+
+    def test_requests_without_a_model_touch_nothing(self):
+        cases = (
+            # method, target             body
+            ("GET", "/v1/models",        None),
+            ("POST", "/v1/messages",     b'{"stream":true}'),
+            ("POST", "/v1/messages",     b'{"model":null}'),
+            ("POST", "/v1/messages",     b'["model"]'),
+            ("POST", "/v1/messages",     b"not JSON"),
+            ("POST", "/v1/messages",     b""),
+        )
+        for status in (500, 400, 429):
+            self.script(other=error(status))
+            for method, target, body in cases:
+                with self.subTest(method=method, body=body, status=status):
+                    before = len(self.upstream.received)
+                    reply = self.rrouter.request(method, target, body)
+                    self.assertEqual((reply.status, reply.header("x-rrouter-target"), self.calls(before)),
+                                     (status, None, "-"))
+        self.assert_untouched()
+
+    def test_broken_requests_without_a_model_touch_nothing(self):
+        self.script(other=Answer(hangup=True))
+        for _ in range(4):
+            self.assert_error(self.rrouter.request("GET", "/v1/models"), 502)
+        self.assert_untouched()
+
+    def test_forty_requests_failing_at_once_switch_once(self):
+        gate = self.gate()
+        self.script(antigravity=error(500, before=gate))
+        with concurrent.futures.ThreadPoolExecutor(40) as pool:
+            futures = [pool.submit(self.rrouter.post) for _ in range(40)]
+            self.upstream.wait(lambda upstream: len(upstream.received) == 40)
+            gate.set()
+            for future in futures:
+                self.assert_served(future.result(WAIT_S), "claude", 2)
+        self.assertEqual((self.calls().count("a"), self.calls().count("c")), (40, 40))
+        self.assert_state("claude", switchCount=1, failureCount=0, models={})
+        self.assertEqual(self.ask()[1], "c")
+
+    def test_late_failures_of_rescues_begun_before_the_switch_do_not_switch_back(self):
+        gate = self.gate()
+        self.script(antigravity=error(500), claude=error(503, before=gate))
+        connections = []
+        for number in (1, 2, 3):
+            connections.append(self.begin())
+            self.upstream.wait(lambda upstream: self.calls().count("c") == number)
+        self.assert_state("claude", switchCount=1)
+        gate.set()
+        self.assertEqual([read_reply(connection).status for connection in connections], [500] * 3)
+        self.assert_state("claude", switchCount=1)
+
+    def test_late_failures_after_the_way_back_do_not_switch_again(self):
+        gate = self.gate()
+        self.script(antigravity=error(500, before=gate))
+        late = [self.begin() for _ in range(3)]
+        self.upstream.wait(lambda upstream: len(upstream.received) == 3)
+        self.trip()
+        self.script(claude=error(500))
+        for _ in range(3):
+            self.assertEqual(self.ask()[1], "ca")
+        self.assert_state("antigravity", switchCount=2)
+        self.script()
+        gate.set()
+        for connection in late:
+            self.assert_served(read_reply(connection), "claude", 2)
+        self.assert_state("antigravity", switchCount=2)
+
+    def test_late_success_of_a_request_begun_before_the_switch_brings_nothing_back(self):
+        gate = self.gate()
+        self.script(antigravity=sse(*events_of("antigravity"), gate=gate))
+        connection = self.begin()
+        receive_until(connection, START)
+        self.trip()
+        gate.set()
+        receive_until(connection, b"0\r\n\r\n")
+        self.assert_state("claude", switched=True, switchCount=1)
+        self.assertEqual(self.ask()[1], "c")
+
+
+class LeaveTest(AutoTest):
+    """Clients that leave: nobody is charged and nobody else is called."""
+
+    def assert_nothing_counts_when_three_leave(self, when, calls, current="antigravity"):
+        """Three clients at a time leave when `when(connection)` returns: no other call follows, nothing is charged."""
+        self.upstream.clear()
+        connections = [self.begin() for _ in range(3)]
+        for connection in connections:
+            when(connection)
+        self.upstream.wait(lambda upstream: len(upstream.received) == 3)
+        self.leave(*connections)
+        self.upstream.wait(lambda upstream: upstream.closed >= 3)
+        self.assertEqual(self.calls(), calls)
+        self.assert_state(current, failureCount=0, timeoutCount=0, switchCount=int(current == "claude"))
+
+    def test_clients_that_leave_during_the_first_attempt(self):
+        held = sse(PING, *events_of("antigravity"), gate=self.gate())
+        self.script(antigravity=[self.silent(), self.silent(), held])
+        self.assert_nothing_counts_when_three_leave(lambda connection: None, "aaa")
+
+    def test_clients_that_leave_while_pings_keep_coming(self):
+        gate = self.gate()
+        self.script(antigravity=lambda received: pinging(gate))
+        self.assert_nothing_counts_when_three_leave(lambda connection: None, "aaa")
+
+    def test_clients_that_leave_in_the_midst_of_a_stream(self):
+        self.script(antigravity=sse(*events_of("antigravity"), gate=self.gate()))
+        self.assert_nothing_counts_when_three_leave(lambda connection: receive_until(connection, START), "aaa")
+
+    def test_clients_that_leave_the_target_switched_to(self):
+        self.trip()
+        self.script(claude=self.silent())
+        self.assert_nothing_counts_when_three_leave(lambda connection: None, "ccc", "claude")
+
+    def test_client_that_left_just_before_the_failure_came_gets_no_second_attempt(self):
+        for name, failure in (("status", lambda gate: error(500, before=gate)),
+                              ("error event", lambda gate: sse(PING, OVERLOADED, gate=gate)),
+                              ("dropped", lambda gate: Answer(raw=(b"HTTP/1.1 200 OK\r\n", b""), gate=gate))):
+            with self.subTest(name):
+                self.upstream.clear()
+                gate = self.gate()
+                self.script(antigravity=failure(gate))
+                connection = self.begin()
+                self.upstream.wait(lambda upstream: len(upstream.received) == 1)
+                connection.close()
+                gate.set()
+                self.leave()
+                self.assertEqual(self.calls(), "a")
+                self.assert_state("antigravity", failureCount=0)
+
+    def test_client_that_leaves_during_the_second_attempt(self):
+        cases = (
+            # status of the first   charged to it
+            (500,                   1),
+            (404,                   0),         # might be the request's fault: who knows without the second answer
+        )
+        for status, charged in cases:
+            with self.subTest(status=status):
+                self.set_mode("auto")
+                self.upstream.clear()
+                self.script(antigravity=error(status), claude=self.silent())
+                connection = self.begin()
+                self.upstream.wait(lambda upstream: self.calls() == "ac")
+                self.leave(connection)
+                self.upstream.wait(lambda upstream: upstream.closed >= 1)
+                self.assert_state("antigravity", failureCount=charged)
+
+
+class ModelScopeTest(AutoTest):
+    """One model of a target can be switched alone."""
+
+    def setUp(self):
+        super().setUp()
+        self.exhaust("opus")
+
+    def exhaust(self, *families):
+        """Let antigravity answer 429 to these families of models."""
+        self.script(antigravity=lambda received: error(429) if any(f in received.model for f in families)
+                    else whole("antigravity"))
+
+    def trip_opus(self):
+        for _ in range(3):
+            self.assert_served(self.ask(OPUS)[0], "claude", 2)
+            self.assert_served(self.ask(HAIKU)[0], "antigravity", 1)
+
+    def test_exhausted_model_is_switched_alone(self):
+        self.trip_opus()
+        health = self.auto()
+        self.assertEqual((health["currentTarget"], health["switched"], health["switchCount"]),
+                         ("antigravity", False, 0))
+        self.assertEqual(list(health["models"]), [OPUS])
+        model = health["models"][OPUS]
+        self.assertLessEqual(MODEL_KEYS, set(model))
+        self.assertEqual((model["currentTarget"], model["switched"], model["switchCount"], model["cooldownSeconds"]),
+                         ("claude", True, 1, 1800))
+        self.assertEqual(model["reason"], "3 consecutive HTTP errors, last 429")
+        self.assert_served(self.ask(OPUS)[0], "claude", 1)
+        self.assert_served(self.ask(HAIKU)[0], "antigravity", 1)
+        self.assert_served(self.ask(SONNET)[0], "antigravity", 1)
+        self.assert_logged("(?=.*SWITCH)(?=.*antigravity -> claude)(?=.*%s)" % OPUS)
+
+    def test_failures_of_different_models_in_a_row_switch_the_target(self):
+        self.exhaust("opus", "sonnet", "flash")
+        for model in (OPUS, SONNET, HAIKU):
+            self.assertEqual(self.ask(model)[1], "ac")
+        self.assert_state("claude", switchCount=1, models={})
+        for model in (OPUS, SONNET, HAIKU):
+            self.assertEqual(self.ask(model)[1], "c")
+
+    def test_one_model_failing_in_a_row_switches_the_target_and_not_the_model_too(self):
+        self.trip(model=OPUS)
+        self.assert_state("claude", switchCount=1, models={})
+
+    def test_two_models_are_switched_each_alone(self):
+        self.exhaust("opus", "sonnet")
+        for _ in range(3):
+            for model in (OPUS, HAIKU, SONNET, HAIKU):
+                self.ask(model)
+        self.assertEqual(sorted(self.auto()["models"]), [OPUS, SONNET])
+        self.assert_state("antigravity", switchCount=0)
+
+    def test_success_of_the_model_starts_its_count_anew(self):
+        answers = {OPUS: iter((error(429), error(429), whole("antigravity"), error(429), error(429)))}
+        self.script(antigravity=lambda received: next(answers[OPUS]) if "opus" in received.model
+                    else whole("antigravity"))
+        for _ in range(5):
+            self.ask(OPUS)
+            self.ask(HAIKU)
+        self.assert_state("antigravity", switchCount=0, models={})
+
+    def test_switch_of_the_target_starts_the_counts_of_its_models_anew(self):
+        for _ in range(2):                          # two failures of opus, not in a row for the target
+            self.ask(OPUS)
+            self.ask(HAIKU)
+        self.trip(model=SONNET)
+        self.script(antigravity=whole("antigravity"), claude=error(500))
+        for _ in range(3):
+            self.assertEqual(self.ask(SONNET)[1], "ca")
+        self.exhaust("opus")
+        self.assert_state("antigravity", switchCount=2)
+        self.ask(OPUS)
+        self.ask(HAIKU)
+        self.assert_state("antigravity", models={})
+
+    def test_model_switched_alone_stays_with_its_own_wait_when_the_target_switches(self):
+        self.trip_opus()
+        before = self.auto()["models"][OPUS]
+        self.exhaust("opus", "flash", "sonnet")
+        for _ in range(3):
+            self.assertEqual(self.ask(HAIKU)[1], "ac")
+        after = self.auto()
+        self.assertEqual((after["currentTarget"], after["switchCount"]), ("claude", 1))
+        self.assertEqual(after["models"][OPUS]["retryAt"], before["retryAt"])
+        self.assertEqual(self.ask(OPUS)[1], "c")
+
+    def test_model_failing_on_the_other_target_switches_back_alone(self):
+        self.trip_opus()
+        self.script(claude=error(500))
+        for _ in range(3):
+            self.assertEqual(self.ask(OPUS)[1], "ca")
+            self.assertEqual(self.ask(HAIKU)[1], "a")
+        self.assertEqual(self.ask(OPUS)[1], "a")
+        self.assert_state("antigravity", switchCount=0)
+
+
+class SwitchTest(AutoTest):
+    """How long a switch waits, what it tells, and what clears it."""
+
+    def wait_of(self, *answers):
+        """Switch by these three answers of antigravity; return the seconds left."""
+        self.set_mode("auto")
+        self.script(antigravity=list(answers))
+        for _ in range(3):
+            self.ask()
+        self.assert_state("claude")
+        return self.auto()["cooldownRemainingSeconds"]
+
+    def test_retry_after_of_the_last_answer_only_shortens(self):
+        def date(seconds):
+            return email.utils.formatdate(time.time() + seconds, usegmt=True)
+
+        cases = (
+            # Retry-After        seconds waited
+            ("600",              600),
+            ("60",               60),
+            ("5",                60),       # never below one minute
+            ("0",                60),
+            ("86400",            1800),     # never longer than without
+            (date(600),          600),
+            (date(-600),         60),
+            (date(86400),        1800),
+            ("soon",             1800),
+            ("1" * 5000,         1800),
+            ("",                 1800),
+        )
+        for value, seconds in cases:
+            with self.subTest(value[:40]):
+                left = self.wait_of(error(429), error(429), error(429, fields=(("Retry-After", value),)))
+                self.assertLessEqual(left, seconds + 1)
+                self.assertGreater(left, seconds - 10)
+
+    def test_retry_after_of_earlier_answers_is_ignored(self):
+        hurried = error(429, fields=(("Retry-After", "60"),))
+        self.assertGreater(self.wait_of(hurried, hurried, error(429)), 1790)
+
+    def test_retry_after_of_any_failing_status_counts(self):
+        self.assertLessEqual(self.wait_of(error(429), error(500), error(503, fields=(("Retry-After", "90"),))), 90)
+
+    def test_health_tells_the_switch(self):
+        fresh = self.auto()
+        self.assertEqual(set(fresh), AUTO_KEYS)
+        self.assert_state("antigravity", active=True, targets=["antigravity", "claude"], switched=False, switchCount=0,
+                          failureCount=0, timeoutCount=0, models={})
+        for name in ("reason", "switchedAt", "retryAt", "cooldownSeconds", "cooldownRemainingSeconds"):
+            self.assertFalse(fresh[name], name)
+        before = int(time.time())
+        self.trip()
+        health = self.auto()
+        self.assertEqual(set(health), AUTO_KEYS)
+        self.assert_state("claude", active=True, switched=True, switchCount=1, failureCount=0, timeoutCount=0,
+                          reason="3 consecutive HTTP errors, last 429", cooldownSeconds=1800)
+        self.assertRegex(health["switchedAt"], UTC_TIME)
+        self.assertRegex(health["retryAt"], UTC_TIME)
+        switched, retry = [epoch_of(health[name]) for name in ("switchedAt", "retryAt")]
+        self.assertTrue(before - 1 <= switched <= time.time() + 1, health)
+        self.assertAlmostEqual(retry - switched, 1800, delta=1)
+        self.assertTrue(1790 <= health["cooldownRemainingSeconds"] <= 1800, health)
+
+    def test_log_tells_each_decision(self):
+        self.trip()
+        for count in (1, 2):
+            self.assert_logged(r"(?=.*antigravity)(?=.*\b429\b)(?=.*\b%d\b)" % count)
+        self.assert_logged(r"SWITCH antigravity -> claude: 3 consecutive HTTP errors, last 429; retry in 30m\b")
+        self.rrouter.home.run("auto", check=0)
+        self.assert_logged("reset|clear")
+
+    def test_status_tells_the_switch_in_words(self):
+        self.trip()
+        text = " ".join(self.rrouter.home.run("status", check=0).stdout.split())
+        self.assertRegex(text, r"on claude since \d\d:\d\d because antigravity gave 3 HTTP errors in a row, last 429; "
+                               r"tries antigravity again in (29|30) min")
+
+    def test_second_switch_waits_longer(self):
+        waits = []
+        for _ in range(3):
+            self.trip()
+            waits.append(self.auto()["cooldownSeconds"])
+            self.ask()                              # the target switched to answers
+            self.script(claude=error(500))
+            for _ in range(3):                      # and then fails in turn
+                self.assertEqual(self.ask()[1], "ca")
+            self.assert_state("antigravity")
+        self.assertEqual(waits, [1800, 3600, 7200])
+
+    def test_fallback_that_fails_thrice_switches_back_before_the_wait_is_over(self):
+        self.trip()
+        self.script(claude=error(503))
+        for count in (1, 2, 3):
+            reply, calls = self.ask()
+            self.assert_served(reply, "antigravity", 2)
+            self.assertEqual(calls, "ca")
+            if count < 3:
+                self.assert_state("claude", failureCount=count, switchCount=1)
+        self.assert_state("antigravity", failureCount=0, switchCount=2)
+        self.assertFalse(self.auto()["cooldownRemainingSeconds"])
+        self.assertFalse(self.auto()["retryAt"])
+        self.assert_served(self.ask()[0], "antigravity", 1)
+        self.assert_logged("SWITCH claude -> antigravity: 3 consecutive HTTP errors, last 503")
+
+    def test_auto_again_clears(self):
+        ways = (
+            # way                       how
+            ("rrouter auto",            lambda: self.rrouter.home.run("auto", check=0)),
+            ("file renamed",            lambda: self.set_mode("auto")),
+            ("file written",            lambda: self.rrouter.home.write("mode", "AUTO \n")),
+            ("leaving by the command",  lambda: (self.rrouter.home.run("claude", check=0), self.set_mode("auto"))),
+            ("leaving by the file",     lambda: (self.set_mode("antigravity"), self.ask(), self.set_mode("auto"))),
+            ("other auto section",      lambda: self.configure(auto_config(failureThreshold=3, timeoutThreshold=7))),
+        )
+        for name, way in ways:
+            with self.subTest(name):
+                self.trip()
+                way()
+                self.script()
+                self.assert_served(self.ask()[0], "antigravity", 1)
+                self.assert_state("antigravity", switched=False, switchCount=0, failureCount=0, models={})
+                self.assertFalse(self.auto()["retryAt"])
+
+    def test_clearing_forgets_counts_below_the_threshold(self):
+        self.script(antigravity=error(500))
+        for _ in range(3):
+            self.ask()
+            self.ask()
+            self.assert_state("antigravity", failureCount=2)
+            self.set_mode("auto")
+            self.assert_state("antigravity", failureCount=0)
+
+    def test_late_failure_after_clearing_counts_nothing(self):
+        gate = self.gate()
+        self.script(antigravity=error(500, before=gate))
+        connections = [self.begin() for _ in range(3)]
+        self.upstream.wait(lambda upstream: len(upstream.received) == 3)
+        self.set_mode("auto")
+        self.assert_state("antigravity", failureCount=0)
+        gate.set()
+        for connection in connections:
+            self.assert_served(read_reply(connection), "claude", 2)
+        self.assert_state("antigravity", failureCount=0, switchCount=0)
+
+    def test_request_keeps_mode_and_rules_of_its_begin(self):
+        gate = self.gate()
+        self.script(antigravity=error(500, before=gate))
+        connection = self.begin()
+        self.upstream.wait(lambda upstream: len(upstream.received) == 1)
+        changed = auto_config()
+        changed["modes"]["claude"]["mappings"] = [{"match": "*", "rewrite": "claude-other"}]
+        self.configure(changed)
+        self.set_mode("antigravity")
+        self.assertEqual(self.rrouter.health()["mode"], "antigravity")
+        gate.set()
+        reply = read_reply(connection)
+        self.assert_served(reply, "claude", 2)
+        self.assertEqual(self.upstream.models(), [ON_ANTIGRAVITY, SONNET])
+        self.assertEqual(self.ask()[0].status, 500)         # and the next one lives by the new mode
+        self.set_mode("claude")
+        self.ask()
+        self.assertEqual(self.upstream.models()[2:], [ON_ANTIGRAVITY, "claude-other"])
+
+    def test_targets_and_thresholds_come_from_the_configuration(self):
+        config = auto_config(targets=["claude", "spare"], failureThreshold=2, cooldownMinutes=[0.5])
+        config["modes"]["spare"] = {"mappings": [{"match": "*", "rewrite": "gemini-spare"}]}
+        self.configure(config)
+        self.script(claude=error(500))
+        self.assertEqual([self.ask()[1] for _ in range(3)], ["ca", "ca", "a"])
+        self.assertEqual(self.ask()[0].header("x-rrouter-target"), "spare")
+        self.assert_state("spare", targets=["claude", "spare"], cooldownSeconds=30,
+                          reason="2 consecutive HTTP errors, last 500")
+
+
+class SilenceTest(AutoTest):
+    """The first-byte limit, 0.2 s here: silence is rescued and counted as a timeout."""
+
+    config = auto_config(firstByteTimeoutSeconds=0.2)
+
+    def test_silence_is_rescued_and_two_timeouts_switch(self):
+        self.script(antigravity=self.silent())
+        for count in (1, 2):
+            reply, calls = self.ask()
+            self.assert_served(reply, "claude", 2)
+            self.assertEqual(calls, "ac")
+            self.upstream.wait(lambda upstream: upstream.closed >= count)   # the silent one is not left running
+            if count < 2:
+                self.assert_state("antigravity", timeoutCount=1, failureCount=0)
+        self.assert_state("claude", timeoutCount=0, failureCount=0, switchCount=1)
+        self.assertRegex(self.auto()["reason"], r"\b2\b.*timeouts")
+        self.assertEqual(self.ask()[1], "c")
+        self.assert_logged("SWITCH antigravity -> claude: .*timeouts.*; retry in 30m")
+
+    def test_head_or_pings_alone_do_not_stop_the_limit(self):
+        cases = (
+            # what antigravity sends before it stays silent      answer
+            ("half a head",         Answer(raw=(b"HTTP/1.1 200 OK\r\nContent-Type:", b""), gate=self.gate())),
+            ("pings",               sse(PING, *events_of("antigravity"), gate=self.gate())),
+            ("comments",            sse(COMMENT + COMMENT, *events_of("antigravity"), gate=self.gate())),
+        )
+        for name, answer in cases:
+            with self.subTest(name):
+                self.set_mode("auto")
+                self.script(antigravity=answer)
+                self.assert_served(self.ask()[0], "claude", 2)
+                self.assert_state("antigravity", timeoutCount=1, failureCount=0)
+
+    def test_pings_that_keep_coming_do_not_stop_the_limit(self):
+        gate = self.gate()
+        self.script(antigravity=lambda received: pinging(gate))
+        self.assert_served(self.ask()[0], "claude", 2)
+        self.assert_state("antigravity", timeoutCount=1, failureCount=0)
+
+    def test_timeouts_and_failures_are_counted_apart(self):
+        self.script(antigravity=[error(500), self.silent(), error(500), error(500)])
+        for failures, timeouts in ((1, 0), (1, 1), (2, 1)):
+            self.ask()
+            self.assert_state("antigravity", failureCount=failures, timeoutCount=timeouts)
+        self.ask()
+        self.assert_state("claude", reason="3 consecutive HTTP errors, last 500")
+
+    def test_success_starts_both_counts_anew(self):
+        self.script(antigravity=[error(500), self.silent(), whole("antigravity")])
+        for failures, timeouts in ((1, 0), (1, 1), (0, 0)):
+            self.ask()
+            self.assert_state("antigravity", failureCount=failures, timeoutCount=timeouts)
+
+    def test_two_timeouts_of_one_model_switch_it_alone(self):
+        silent = self.silent()
+        self.script(antigravity=lambda received: silent if "opus" in received.model else whole("antigravity"))
+        for model in (OPUS, HAIKU, OPUS):
+            self.ask(model)
+        self.assertEqual(list(self.auto()["models"]), [OPUS])
+        self.assert_state("antigravity", switchCount=0)
+        self.assertEqual((self.ask(OPUS)[1], self.ask(HAIKU)[1]), ("c", "a"))
+
+    def test_request_without_stream_has_twice_as_long(self):
+        self.script(antigravity=self.silent())
+        slow = self.begin(OPUS, stream=False)
+        self.upstream.wait(lambda upstream: len(upstream.received) == 1)
+        quick = self.begin(HAIKU, stream=True)
+        self.upstream.wait(lambda upstream: self.calls() == "aacc")
+        self.assertEqual(self.upstream.models()[2:], [HAIKU, OPUS])
+        for connection in (slow, quick):
+            self.assert_served(read_reply(connection), "claude", 2)
+
+    def test_silence_of_both_gives_504_and_any_answer_is_preferred(self):
+        for first, second, status in ((503, None, 503), (None, 503, 503), (None, 408, 408), (None, 400, 400),
+                                      (None, None, 504)):
+            with self.subTest(antigravity=first, claude=second):
+                self.set_mode("auto")
+                self.script(antigravity=error(first) if first else self.silent(),
+                            claude=error(second) if second else self.silent())
+                reply, calls = self.ask()
+                self.assertEqual((reply.status, calls, reply.header("x-rrouter-attempts")), (status, "ac", "2"))
+                if status == 504:
+                    self.assert_error(reply, 504)
+                self.assert_state("antigravity", failureCount=int(bool(first)), timeoutCount=int(not first))
+
+    def test_nothing_else_has_a_limit(self):
+        """A stream that began, count_tokens, a request without a model, and one of an explicit mode wait on."""
+        gate = self.gate()
+        self.script(antigravity=lambda received: Answer(before=gate) if "count_tokens" in received.target
+                    else sse(*events_of("antigravity"), gate=gate), other=Answer(before=gate))
+        stream_begun = self.begin()
+        receive_until(stream_begun, START)
+        waiting = [self.begin(target=COUNT_TOKENS), self.begin(model=None)]
+        self.set_mode("claude")
+        self.scripts["claude"] = lambda received: whole("claude") if gate.is_set() else stream(before=gate)
+        waiting.append(self.begin())
+        self.upstream.wait(lambda upstream: len(upstream.received) == 4)
+        self.set_mode("auto")
+        self.script(antigravity=self.silent())      # two expired limits say that theirs would have expired as well
+        for _ in range(2):
+            self.assert_served(self.ask()[0], "claude", 2)
+        gate.set()
+        self.assertEqual([read_reply(connection).status for connection in waiting], [200] * 3)
+        receive_until(stream_begun, b"message_stop")
+
+
+class ProbeTest(AutoTest):
+    """After the wait, 0.24 s here, one request tries the failed target."""
+
+    config = auto_config(cooldownMinutes=[0.004, 60, 120, 240])
+
+    def wait_out(self, seconds=0.24):
+        """Return when a wait of this length that has begun is certainly over."""
+        end = time.monotonic() + seconds
+        self.rrouter.wait_until(lambda: time.monotonic() > end)
+
+    def trip_and_wait(self):
+        self.trip()
+        self.wait_out()
+        self.upstream.clear()
+
+    def begin_probe(self):
+        """Send requests until one is sent to antigravity; return its connection, its answer unread.
+
+        For a client that left cannot know when rrouter has noticed.
+        """
+        end = time.monotonic() + WAIT_S
+        while time.monotonic() < end:
+            self.upstream.clear()
+            connection = self.begin()
+            self.upstream.wait(lambda upstream: upstream.received)
+            if self.calls() == "a":
+                return connection
+            read_reply(connection)
+        self.fail("the place of the probe is not free again")
+
+    def test_successful_probe_brings_the_target_back(self):
+        self.trip_and_wait()
+        self.assert_state("claude", switched=True)
+        self.script()
+        self.assert_served(self.ask()[0], "antigravity", 1)
+        self.assert_state("antigravity", switched=False, switchCount=1, failureCount=0)
+        self.assertEqual((self.ask()[1], self.calls()), ("a", "aa"))
+        self.assert_logged("prob")
+        self.assert_logged("recover|back")
+
+    def test_failed_probe_is_rescued_and_waits_longer(self):
+        self.trip_and_wait()
+        reply, calls = self.ask()
+        self.assert_served(reply, "claude", 2)
+        self.assertEqual(calls, "ac")
+        self.assert_state("claude", switchCount=2, cooldownSeconds=3600, failureCount=0)
+        self.assertGreater(self.auto()["cooldownRemainingSeconds"], 3590)
+        self.assertEqual(self.ask()[1], "c")
+
+    def test_probe_that_breaks_off_counts_as_failed(self):
+        self.trip_and_wait()
+        self.script(antigravity=sse(START, cut=True))
+        reply, calls = self.ask()
+        self.assertEqual((reply.complete, calls), (False, "a"))
+        self.assert_state("claude", switchCount=2, cooldownSeconds=3600)
+
+    def test_hanging_probe_is_the_only_one(self):
+        cases = (
+            # how the probe ends                                 served from afterwards
+            (lambda gate: stream(*events_of("antigravity"), before=gate),     "antigravity"),
+            (lambda gate: error(500, before=gate),                            "claude"),
+        )
+        for answer, current in cases:
+            with self.subTest(current):
+                self.set_mode("auto")
+                self.trip_and_wait()
+                gate = self.gate()
+                self.script(antigravity=answer(gate))
+                probe = self.begin()
+                self.upstream.wait(lambda upstream: len(upstream.received) == 1)
+                for reply in in_parallel(self.rrouter.post, 8) + [self.rrouter.post(OPUS)]:
+                    self.assert_served(reply, "claude", 1)
+                self.assertEqual(self.calls(), "a" + "c" * 9)
+                self.assert_state("claude", switched=True)
+                gate.set()
+                self.assertEqual(read_reply(probe).status, 200)
+                self.assert_state(current)
+
+    def test_probe_in_mid_answer_is_the_only_one(self):
+        self.trip_and_wait()
+        gate = self.gate()
+        self.script(antigravity=sse(*events_of("antigravity"), gate=gate))
+        probe = self.begin()
+        receive_until(probe, START)
+        self.assertEqual([self.ask()[1] for _ in range(3)], ["c"] * 3)
+        gate.set()
+        receive_until(probe, b"0\r\n\r\n")
+        self.assert_state("antigravity", switched=False)
+
+    def test_requests_at_once_after_the_wait_send_one_probe(self):
+        self.trip_and_wait()
+        gate = self.gate()
+        self.script(antigravity=stream(before=gate), claude=stream(before=gate))
+        with concurrent.futures.ThreadPoolExecutor(20) as pool:
+            futures = [pool.submit(self.rrouter.post) for _ in range(20)]
+            self.upstream.wait(lambda upstream: len(upstream.received) == 20)
+            self.assertEqual(self.calls().count("a"), 1)
+            gate.set()
+            self.assertEqual({future.result(WAIT_S).status for future in futures}, {200})
+
+    def test_client_that_leaves_a_probe_frees_its_place(self):
+        answers = (
+            # how far the probe got     answer
+            ("silent",                  self.silent()),
+            ("begun",                   sse(START, event("message_stop"), gate=self.gate())),
+        )
+        self.trip_and_wait()
+        for name, answer in answers:
+            with self.subTest(name):
+                self.script(antigravity=answer)
+                connection = self.begin_probe()
+                if name == "begun":
+                    receive_until(connection, START)
+                self.leave(connection)
+                self.assert_state("claude", switched=True, switchCount=1)
+        self.script()
+        self.begin_probe()
+        self.rrouter.wait_until(lambda: not self.rrouter.health()["activeRequests"])
+        self.assert_state("antigravity", switched=False, switchCount=1)
+
+    def test_probe_refused_by_both_frees_its_place(self):
+        self.trip_and_wait()
+        self.script(antigravity=error(400), claude=error(400))
+        for _ in range(3):
+            self.assertEqual(self.ask()[1], "ac")
+        self.assert_state("claude", switchCount=1)
+        self.script()
+        self.assertEqual(self.ask()[1], "a")
+
+    def test_count_tokens_and_requests_without_a_model_do_not_probe(self):
+        self.trip_and_wait()
+        self.assertEqual(self.rrouter.post(target=COUNT_TOKENS).header("x-rrouter-target"), "claude")
+        self.rrouter.request("GET", "/v1/models")
+        self.assertEqual(self.calls(), "c-")
+        self.assert_state("claude", switchCount=1, switched=True)
+        self.script()
+        self.assertEqual(self.ask()[1], "a")
+
+    def test_probe_begun_before_clearing_counts_nothing(self):
+        self.trip_and_wait()
+        gate = self.gate()
+        self.script(antigravity=error(500, before=gate))
+        probe = self.begin()
+        self.upstream.wait(lambda upstream: len(upstream.received) == 1)
+        self.set_mode("auto")
+        self.assert_state("antigravity", switchCount=0)
+        gate.set()
+        self.assert_served(read_reply(probe), "claude", 2)
+        self.assert_state("antigravity", switchCount=0, failureCount=0)
+
+    def test_switch_back_while_a_probe_hangs_takes_its_result_for_nothing(self):
+        self.trip_and_wait()
+        gate = self.gate()
+        self.script(antigravity=[error(500, before=gate)], claude=error(503))
+        probe = self.begin()
+        self.upstream.wait(lambda upstream: len(upstream.received) == 1)
+        for _ in range(3):
+            self.assertEqual(self.ask()[1], "ca")
+        self.assert_state("antigravity", switchCount=2)
+        self.script()
+        gate.set()
+        self.assert_served(read_reply(probe), "claude", 2)
+        self.assert_state("antigravity", switchCount=2)
+
+    def test_model_switched_alone_is_probed_by_itself(self):
+        self.script(antigravity=lambda received: error(429) if "opus" in received.model else whole("antigravity"))
+        for _ in range(3):
+            self.ask(OPUS)
+            self.ask(HAIKU)
+        self.assertEqual(list(self.auto()["models"]), [OPUS])
+        self.wait_out()
+        self.assertEqual((self.ask(HAIKU)[1], self.ask(OPUS)[1]), ("a", "ac"))      # its probe fails
+        self.assertEqual((self.auto()["models"][OPUS]["switchCount"], self.auto()["models"][OPUS]["cooldownSeconds"]),
+                         (2, 3600))
+        self.assert_state("antigravity", switchCount=0)
+
+    def test_model_recovers_alone(self):
+        self.script(antigravity=lambda received: error(429) if "opus" in received.model else whole("antigravity"))
+        for _ in range(3):
+            self.ask(OPUS)
+            self.ask(HAIKU)
+        self.wait_out()
+        self.script()
+        self.assertEqual(self.ask(OPUS)[1], "a")
+        self.assert_state("antigravity", models={})
+        self.assertEqual(self.ask(OPUS)[1], "a")
+
+    def test_switch_soon_after_a_recovery_waits_longer(self):
+        self.configure(auto_config(cooldownMinutes=[0.01, 60]))
+        self.trip()
+        self.wait_out(0.6)
+        self.script()
+        self.assertEqual(self.ask()[1], "a")
+        self.trip()
+        self.assert_state("claude", switchCount=2, cooldownSeconds=3600)
+
+    def test_switch_long_after_a_recovery_waits_as_the_first(self):
+        self.trip_and_wait()
+        self.script()
+        self.assertEqual(self.ask()[1], "a")
+        self.wait_out(2 * 0.24)
+        self.trip()
+        self.assertLess(self.auto()["cooldownSeconds"], 3600)
+        self.assert_state("claude", switchCount=2)
+
+    def test_last_wait_is_kept(self):
+        self.configure(auto_config(cooldownMinutes=[0.001]))
+        self.trip()
+        for count in (2, 3, 4):
+            self.wait_out(0.06)
+            self.assertEqual(self.ask()[1], "ac")
+            self.assert_state("claude", switchCount=count)
+
+
+class UpstreamGoneTest(AutoTest):
+    """The upstream process itself away: nobody's fault."""
+
+    def reopen(self):
+        type(self).upstream = Upstream(self.answer, self.upstream.port)
+        self.addClassCleanup(self.upstream.close)
+
+    def close_listener(self):
+        with contextlib.suppress(OSError):
+            self.upstream.listener.shutdown(socket.SHUT_RDWR)
+        self.upstream.listener.close()
+
+    def test_refused_connection_is_502_and_counts_nothing(self):
+        self.assert_served(self.ask()[0], "antigravity", 1)
+        self.upstream.close()
+        for _ in range(4):
+            reply = self.rrouter.post()
+            self.assert_error(reply, 502, "127.0.0.1:%d" % self.upstream.port)
+            self.assertEqual(reply.header("x-rrouter-attempts"), "1")
+        self.assert_state("antigravity", failureCount=0, timeoutCount=0, switchCount=0, models={})
+        self.reopen()
+        self.assert_served(self.ask()[0], "antigravity", 1)
+
+    def test_second_attempt_that_is_refused_charges_the_first(self):
+        for status in (404, 400, 500, 429):
+            with self.subTest(status=status):
+                self.set_mode("auto")
+                self.upstream.break_connections()
+
+                def fail_and_go(received):
+                    self.close_listener()
+                    return error(status, "last words", close=True)
+
+                self.script(antigravity=fail_and_go)
+                reply, calls = self.ask()
+                self.assertEqual((reply.status, reply.body, calls),
+                                 (status, error(status, "last words").chunks[0], "a"))
+                self.assert_state("antigravity", failureCount=1)
+                self.upstream.close()
+                self.reopen()
+
+    def test_refused_probe_frees_its_place(self):
+        self.configure(auto_config(cooldownMinutes=[0.001]))
+        self.trip()
+        end = time.monotonic() + 0.06
+        self.rrouter.wait_until(lambda: time.monotonic() > end)
+        self.upstream.close()
+        for _ in range(2):
+            self.assert_error(self.rrouter.post(), 502)
+        self.assert_state("claude", switchCount=1)
+        self.script()
+        self.reopen()
+        self.assertEqual(self.ask()[1], "a")
+        self.assert_state("antigravity", switchCount=1)
+
+
+class StateFileTest(AutoTest):
+    """state.json carries a switch over a restart."""
+
+    def restart(self, between=lambda: None):
+        """Stop rrouter, call `between`, start it again."""
+        self.rrouter.stop()
+        try:
+            between()
+        finally:
+            self.rrouter.start()
+
+    def state_file(self):
+        return self.rrouter.home.dir / "state.json"
+
+    def changed_state(self, change):
+        """Return the content of state.json with every number and string replaced by `change` of it."""
+        def walk(value):
+            if isinstance(value, dict):
+                return {key: walk(item) for key, item in value.items()}
+            if isinstance(value, list):
+                return [walk(item) for item in value]
+            return value if isinstance(value, bool) or value is None else change(value)
+        return json.dumps(walk(json.loads(self.state_file().read_text()))).encode()
+
+    def test_restart_keeps_the_wait(self):
+        self.trip()
+        before = self.auto()
+        self.assertEqual(self.state_file().stat().st_mode & 0o777, 0o600)
+        self.restart()
+        after = self.auto()
+        for name in ("currentTarget", "switched", "switchCount", "reason", "switchedAt", "retryAt", "cooldownSeconds"):
+            self.assertEqual(after[name], before[name], name)
+        self.assertTrue(0 < after["cooldownRemainingSeconds"] <= before["cooldownRemainingSeconds"])
+        self.upstream.clear()
+        self.assertEqual(self.ask()[1], "c")
+
+    def test_kill_keeps_the_wait_of_target_and_model(self):
+        self.script(antigravity=lambda received: error(429) if "opus" in received.model else whole("antigravity"))
+        for _ in range(3):
+            self.ask(OPUS)
+            self.ask(HAIKU)
+        self.assertEqual(list(self.auto()["models"]), [OPUS])
+        self.trip(model=HAIKU)
+        before = self.auto()
+        self.rrouter.wait_until(lambda: self.state_file().read_text().count(before["reason"]) == 2)
+        self.rrouter.process.kill()
+        self.rrouter.process.wait()
+        self.rrouter.output.close()
+        self.rrouter.start()
+        after = self.auto()
+        for name in ("currentTarget", "switchCount", "retryAt"):
+            self.assertEqual(after[name], before[name], name)
+            self.assertEqual(after["models"][OPUS][name], before["models"][OPUS][name], name)
+
+    def test_restart_after_a_write_starts_fresh(self):
+        ways = (
+            # written in between    how
+            ("mode file",           lambda: self.set_mode("auto")),
+            ("auto section",        lambda: self.configure(auto_config(cooldownMinutes=[20]))),
+        )
+        for name, way in ways:
+            with self.subTest(name):
+                self.trip()
+                self.restart(way)
+                self.script()
+                self.assert_served(self.ask()[0], "antigravity", 1)
+                self.assert_state("antigravity", switched=False, switchCount=0)
+
+    def test_unusable_state_file_gives_fresh_state_and_a_log_line(self):
+        self.trip()
+        self.restart()
+        self.assert_state("claude", switchCount=1)
+        good = self.state_file().read_bytes()
+        cases = (
+            # name               content
+            ("torn",             good[:len(good) // 2]),
+            ("no text",          b"\xff\x00\xfe" * 9),
+            ("a list",           b"[1, 2]"),
+            ("foreign",          b'{"hello": "world"}'),
+            ("too deep",         b"[" * 200000),
+            ("other types",      self.changed_state(lambda value: 7 if isinstance(value, str) else "x")),
+        )
+        for name, content in cases:
+            with self.subTest(name):
+                seen = len(self.rrouter.log())
+                self.restart(lambda: self.state_file().write_bytes(content))
+                self.assert_state("antigravity", switched=False, switchCount=0, models={})
+                self.assertIn("state.json", self.rrouter.log()[seen:])
+
+    def test_times_far_off_lock_no_target_out(self):
+        """The clock was set meanwhile: what is left is at most the longest wait."""
+        def shift(years):
+            def change(value):
+                if isinstance(value, str):
+                    return re.sub(r"^20(\d\d)-", lambda found: "20%02d-" % (int(found.group(1)) + years), value)
+                return value + years * 365 * 86400 if 1e9 < value < 4e9 else value
+            return change
+
+        cases = (
+            # the clock was    change of each value in the file
+            ("set back",       shift(10)),
+            ("set forth",      shift(-10)),
+            ("nonsense",       lambda value: value if isinstance(value, str) else float("inf")),
+        )
+        for name, change in cases:
+            with self.subTest(name):
+                self.set_mode("auto")
+                self.trip()
+                self.restart(lambda: self.state_file().write_bytes(self.changed_state(change)))
+                self.assertLessEqual(self.auto()["cooldownRemainingSeconds"] or 0, 240 * 60)
+                self.script()
+                self.assertEqual(self.ask()[0].status, 200)
+                if name == "set forth":
+                    self.assert_state("antigravity", switched=False)
+
+
+class ExplicitModeTest(AutoTest):
+    """The explicit modes neither rescue nor count, and hold nothing back."""
+
+    mode = "antigravity"
+
+    def test_failures_are_passed_on_and_not_counted(self):
+        cases = (
+            # answer                            status, body
+            (error(429, "as it is"),            429, error(429, "as it is").chunks[0]),
+            (error(500),                        500, error(500).chunks[0]),
+            (error(404),                        404, error(404).chunks[0]),
+            (sse(OVERLOADED),                   200, OVERLOADED),
+            (sse(),                             200, b""),
+            (sse(PING),                         200, PING),
+        )
+        for answer, status, body in cases:
+            with self.subTest(status=status, body=body):
+                self.script(antigravity=answer, claude=answer)
+                for mode, call in (("antigravity", "a"), ("claude", "c")):
+                    self.set_mode(mode)
+                    for _ in range(4):
+                        reply, calls = self.ask()
+                        self.assertEqual((reply.status, reply.body, reply.complete, calls), (status, body, True, call))
+                        self.assertEqual((reply.header("x-rrouter-target"), reply.header("x-rrouter-attempts")),
+                                         (mode, "1"))
+                    health = self.rrouter.health()
+                    self.assertEqual(health["currentTarget"], mode)
+                    self.assertEqual((health["autoSwitch"]["active"], health["autoSwitch"]["switchCount"],
+                                      health["autoSwitch"]["failureCount"]), (False, 0, 0))
+        self.set_mode("auto")
+        self.assert_state("antigravity", failureCount=0, switchCount=0)
+
+    def test_broken_connections_are_not_rescued(self):
+        self.script(antigravity=Answer(hangup=True))
+        for _ in range(4):
+            reply, calls = self.ask()
+            self.assert_error(reply, 502)
+            self.assertEqual(set(calls), {"a"})
+
+    def test_pings_are_not_held_back(self):
+        for first in (PING, COMMENT, b"ev"):
+            gate = self.gate()
+            self.script(antigravity=sse(first, *events_of("antigravity"), gate=gate))
+            connection = self.begin()
+            receive_until(connection, first)
+            gate.set()
+            receive_until(connection, b"0\r\n\r\n")
+
+    def test_outcomes_of_an_explicit_mode_are_unknown_to_auto(self):
+        gate = self.gate()
+        self.script(antigravity=error(500, before=gate))
+        connections = [self.begin() for _ in range(3)]
+        self.upstream.wait(lambda upstream: len(upstream.received) == 3)
+        self.set_mode("auto")
+        gate.set()
+        self.assertEqual([read_reply(connection).status for connection in connections], [500] * 3)
+        self.assert_state("antigravity", failureCount=0, switchCount=0)
+
+
+# Healing ######################################################################
+
+def nested(message):
+    """Return a complaint as it comes through Antigravity: JSON in the message of Google's error."""
+    inner = json.dumps({"type": "error", "error": {"type": "invalid_request_error", "message": message}})
+    return json.dumps({"error": {"code": 400, "message": inner, "status": "INVALID_ARGUMENT"}}).encode()
+
+
+def complaint(message):
+    """Return a 400 of this wording, in Anthropic's shape; bytes are taken as the whole body."""
+    if isinstance(message, str):
+        return error(400, message, "invalid_request_error")
+    return Answer(400, message, reason="Bad Request", framing="length")
+
+
+INVALID_SIGNATURE = "messages.1.content.0: Invalid `signature` in `thinking` block"
+FOREIGN_SIGNATURE_WORDINGS = (
+    INVALID_SIGNATURE,
+    nested(INVALID_SIGNATURE),
+    "messages.1.content.0.thinking.signature: Field required",
+    "messages.1.content.0: `thinking` or `redacted_thinking` blocks in the latest assistant message cannot be "
+    "modified. These blocks must remain as they were in the original response.",
+    "'thinking' or 'redacted_thinking' blocks in the latest assistant message cannot be modified",
+    "messages.3.content.1: Invalid data in `redacted_thinking` block",
+    "Invalid signature in redacted_thinking",
+    "Corrupted thought signature.",
+    "Invalid thought signature.",
+    "Thought signature is not valid",
+    b'{"error":{"code":400,"message":"Corrupted thought signature.","status":"INVALID_ARGUMENT"}}',
+)
+OTHER_WORDINGS = (
+    "prompt is too long: 210000 tokens > 200000 maximum",
+    "unknown provider for model gemini-claude-sonnet-4-5-thinking",
+    "thinking.budget_tokens: Input should be greater than or equal to 1024",
+    "thinking.type: Field required",
+)
+
+# Blocks of a history, as bytes: whatever stays has to stay as it was written.
+THINKING = b'{"type":"thinking","thinking":"so ]},{ \\"type\\":\\"text\\"","signature":"c2ln"}'
+THINKING_LATE = b'{"signature":"x","thinking":"","type":"thinking"}'
+REDACTED = b'{"type":"redacted_thinking","data":"ZW5j"}'
+TEXT = b'{"type":"text","text":"caf\\u00e9 \\ud83d \\u2028 {\\"type\\":\\"thinking\\"}","n":-0,"f":1E400,"f":1.50}'
+TOOL_USE = (b'{"type":"tool_use","id":"t","name":"f","input":{"type":"thinking","content":[{"type":"thinking"},'
+            b'{"type":"redacted_thinking"}],"x":1e-7}}')
+TOOL_RESULT = b'{"type":"tool_result","tool_use_id":"t","content":[{"type":"text","text":"ok"}]}'
+
+
+def conversation(*contents, model=SONNET):
+    """Return the bytes of a request whose assistant turns have these lists of blocks as content."""
+    turns = b",".join(b'{"role":"user","content":"go on"},{"role":"assistant","content":[%b]}' % b",".join(blocks)
+                      for blocks in contents)
+    return (b'{"model":"%b","messages":[%b,{"role":"user","content":[%b]}],'
+            b'"system":[{"type":"text","text":"thinking"}],"thinking":{"type":"adaptive","display":"omitted"},'
+            b'"metadata":{"type":"thinking"},"max_tokens":128000,"stream":true}' % (model.encode(), turns, TOOL_RESULT))
+
+
+class HealingTest(AutoTest):
+    """A history with foreign signatures is sent once more without its thinking, to the same target."""
+
+    BEFORE = ([THINKING, TEXT, TOOL_USE], [TEXT, REDACTED], [REDACTED, THINKING, TEXT, THINKING_LATE], [TEXT],
+              [TEXT, THINKING, THINKING, TEXT])
+    AFTER = ([TEXT, TOOL_USE], [TEXT], [TEXT], [TEXT], [TEXT, TEXT])
+
+    def send(self, body):
+        """Post these bytes; return (reply, calls made for it)."""
+        before = len(self.upstream.received)
+        reply = self.rrouter.request(body=body)
+        return reply, self.calls(before)
+
+    def test_each_wording_is_healed_in_every_mode(self):
+        for mode, target, model in (("antigravity", "antigravity", ON_ANTIGRAVITY), ("claude", "claude", SONNET),
+                                    ("auto", "antigravity", ON_ANTIGRAVITY)):
+            for wording in FOREIGN_SIGNATURE_WORDINGS:
+                with self.subTest(mode=mode, wording=wording):
+                    self.set_mode(mode)
+                    self.upstream.clear()
+                    self.script(**{target: [complaint(wording), whole(target)]})
+                    reply, calls = self.send(conversation(*self.BEFORE))
+                    self.assert_served(reply, target, 1)
+                    self.assertEqual(calls, target[0] * 2)
+                    sent, healed = [received.body for received in self.upstream.received]
+                    self.assertEqual(sent, conversation(*self.BEFORE, model=model))
+                    self.assertEqual(healed, conversation(*self.AFTER, model=model))
+                    self.assertEqual(self.auto()["failureCount"], 0)
+
+    def test_healed_request_keeps_its_head(self):
+        self.script(antigravity=[complaint(INVALID_SIGNATURE)])
+        self.send(conversation(*self.BEFORE))
+        heads = [(received.method, received.target, [field for field in received.fields
+                                                     if field[0].lower() != "content-length"])
+                 for received in self.upstream.received]
+        self.assertEqual(heads[0], heads[1])
+        self.assertEqual(self.upstream.received[1].header("content-length"), str(len(self.upstream.received[1].body)))
+
+    def test_content_left_empty_gets_a_short_text(self):
+        for blocks in ([THINKING], [REDACTED, THINKING], [THINKING_LATE, REDACTED]):
+            with self.subTest(blocks):
+                self.upstream.clear()
+                self.script(antigravity=[complaint(INVALID_SIGNATURE)])
+                self.send(conversation([TEXT], blocks, [THINKING, TEXT]))
+                healed = self.upstream.received[1]
+                content = healed.json()["messages"][3]["content"]
+                self.assertEqual([block["type"] for block in content], ["text"])
+                self.assertTrue(0 < len(content[0]["text"].strip()) < 80, content)
+                head, tail = conversation([TEXT], [b"|"], [TEXT], model=ON_ANTIGRAVITY).split(b"|")
+                self.assertTrue(healed.body.startswith(head) and healed.body.endswith(tail), healed.body)
+
+    def test_body_with_white_space_is_healed(self):
+        document = json.loads(conversation([TEXT, THINKING], [REDACTED, TEXT], [TEXT, THINKING, TEXT]))
+        for indent in (1, 4, "\t"):
+            with self.subTest(indent=indent):
+                self.upstream.clear()
+                self.script(antigravity=[complaint(INVALID_SIGNATURE)])
+                body = json.dumps(document, indent=indent).encode()
+                self.assertEqual(self.send(body)[1], "aa")
+                sent, healed = [received.json() for received in self.upstream.received]
+                self.assertEqual(sent, dict(document, model=ON_ANTIGRAVITY))
+                for message in sent["messages"]:
+                    if isinstance(message["content"], list):
+                        message["content"] = [b for b in message["content"] if "thinking" not in b["type"]]
+                self.assertEqual(healed, sent)
+                tail = body[body.index(b'"system"'):]
+                self.assertTrue(self.upstream.received[1].body.endswith(tail))
+
+    def test_nothing_to_take_out_is_not_sent_again(self):
+        bodies = (
+            # body
+            conversation([TEXT], [TOOL_USE]),
+            b'{"model":"claude-sonnet-5-5","messages":[{"role":"user","content":"\\"type\\":\\"thinking\\""}]}',
+            b'{"model":"claude-sonnet-5-5","thinking":{"type":"enabled"},"messages":[]}',
+            b'{"model":"claude-sonnet-5-5","messages":"thinking"}',
+            b'{"model":"claude-sonnet-5-5","messages":[{"type":"thinking"},7,null,{"content":7}]}',
+            b'{"model":"claude-sonnet-5-5","messages":[{"content":[{"type":"thinking"}]}',
+        )
+        answer = complaint("Corrupted thought signature.")
+        self.set_mode("antigravity")
+        self.script(antigravity=answer)
+        for body in bodies:
+            with self.subTest(body):
+                reply, calls = self.send(body)
+                self.assertEqual((reply.status, reply.body, calls), (400, answer.chunks[0], "a"))
+
+    def test_other_refusals_are_not_healed(self):
+        answers = [complaint(wording) for wording in OTHER_WORDINGS] + [error(500, INVALID_SIGNATURE),
+                                                                        error(429, INVALID_SIGNATURE)]
+        self.set_mode("antigravity")
+        for answer in answers:
+            with self.subTest(answer.chunks[0]):
+                self.script(antigravity=answer)
+                reply, calls = self.send(conversation(*self.BEFORE))
+                self.assertEqual((reply.status, reply.body, calls), (answer.status, answer.chunks[0], "a"))
+
+    def test_failed_healing_gives_the_original_answer(self):
+        first = complaint(INVALID_SIGNATURE)
+        for mode in ("antigravity", "claude"):
+            for name, second in (("same", first), ("other 400", complaint("prompt is too long")), ("500", error(500)),
+                                 ("429", error(429)), ("dropped", Answer(hangup=True))):
+                with self.subTest(mode=mode, second=name):
+                    self.set_mode(mode)
+                    self.script(**{mode: [first, second, second]})
+                    reply, calls = self.send(conversation(*self.BEFORE))
+                    self.assertEqual((reply.status, reply.body), (400, first.chunks[0]))
+                    self.assertEqual(upstream_fields(reply), first.fields + [
+                        ("Content-Length", str(len(first.chunks[0])))])
+                    self.assertEqual(calls.replace("aaa", "aa").replace("ccc", "cc"), mode[0] * 2)
+
+    def test_failed_healing_is_rescued_by_the_other_target_and_charges_nobody(self):
+        self.script(antigravity=complaint("Corrupted thought signature."))
+        for _ in range(5):
+            self.upstream.clear()
+            reply, calls = self.send(conversation(*self.BEFORE))
+            self.assert_served(reply, "claude", 2)
+            self.assertEqual(calls, "aac")
+            self.assertEqual(self.upstream.received[2].body, conversation(*self.BEFORE))    # the original
+        self.assert_state("antigravity", failureCount=0, timeoutCount=0, switchCount=0, models={})
+
+    def test_failed_healing_on_both_gives_the_first_original_answer(self):
+        first, second = complaint("Corrupted thought signature."), complaint(INVALID_SIGNATURE)
+        self.script(antigravity=first, claude=second)
+        for _ in range(4):
+            reply, calls = self.send(conversation(*self.BEFORE))
+            self.assertEqual((reply.status, reply.body, calls), (400, first.chunks[0], "aacc"))
+        self.assert_state("antigravity", failureCount=0, switchCount=0)
+
+    def test_rescue_by_a_target_that_refuses_the_signatures_is_healed_there(self):
+        self.script(antigravity=error(529), claude=[complaint(INVALID_SIGNATURE)])
+        reply, calls = self.send(conversation(*self.BEFORE))
+        self.assert_served(reply, "claude", 2)
+        self.assertEqual(calls, "acc")
+        self.assertEqual(self.upstream.received[2].body, conversation(*self.AFTER))
+        self.assert_state("antigravity", failureCount=1)
+
+    def test_healing_does_not_count_against_a_target(self):
+        history = conversation(*self.BEFORE)
+        self.script(antigravity=lambda received: whole("antigravity") if received.body == conversation(
+            *self.AFTER, model=ON_ANTIGRAVITY) else complaint("Invalid thought signature."))
+        for _ in range(5):
+            self.assertEqual(self.send(history)[1], "aa")
+        self.assert_state("antigravity", failureCount=0, switchCount=0)
+
+
+# Soak #########################################################################
+
+@unittest.skipUnless(os.environ.get("RROUTER_SOAK"), "set RROUTER_SOAK=1 for 10,000 requests over failing targets")
+class SoakTest(AutoTest):
+    """No client sees an error that one healthy target could have avoided."""
+
+    SEED, REQUESTS, THREADS = 20260129, 10000, 8
+    config = auto_config(cooldownMinutes=[0.002, 0.004, 0.008], firstByteTimeoutSeconds=1)
+
+    @staticmethod
+    def failures(gate):
+        """Return (weight, function of the target that returns an answer) for each way to fail."""
+        return (
+            (10, lambda target: error(429, target, fields=(("Retry-After", "1"),))), (10, lambda target: error(500)),
+            (10, lambda target: error(503)), (10, lambda target: error(529)), (5, lambda target: error(401)),
+            (5, lambda target: error(404)), (5, lambda target: error(400)), (10, lambda target: sse(OVERLOADED)),
+            (10, lambda target: sse(PING, COMMENT, OVERLOADED)), (5, lambda target: sse()),
+            (5, lambda target: sse(PING, cut=True)), (10, lambda target: Answer(hangup=True)),
+            (5, lambda target: Answer(raw=b"HTTP/1.1 200 OK\r\nContent-")),
+            (5, lambda target: Answer(raw=b"garbage\r\n")),
+            (0.3, lambda target: stream(before=gate)))
+
+    def plan(self):
+        """Return for each request (model, target that fails or None, number of its way to fail), by the seed alone."""
+        dice, plan, dead = random.Random(self.SEED), [], None
+        weights = [weight for weight, _ in self.failures(None)]
+        for number in range(self.REQUESTS):
+            if number % 50 == 0:        # a target is down for a while, so that traffic does switch
+                dead = dice.choice((None, "antigravity", "claude"))
+            failing = dead if dice.random() < 0.9 else dice.choice((None, "antigravity", "claude"))
+            plan.append((dice.choice((SONNET, OPUS, HAIKU)), failing, dice.choices(range(len(weights)), weights)[0]))
+        return plan
+
+    def test_soak_shows_no_error(self):
+        print("soak: seed %d, %d requests" % (self.SEED, self.REQUESTS), file=sys.stderr)
+        gate, plan, numbers = self.gate(), self.plan(), iter(range(self.REQUESTS))
+        failures, lock, faults = self.failures(gate), threading.Lock(), []
+
+        def answer(received):
+            number, target = received.json()["number"], target_of(received)
+            _, failing, way = plan[number]
+            if target == failing:
+                return failures[way][1](target)
+            return sse(START, event("content_block_delta", number=number, by=target), event("message_stop"))
+
+        def client():
+            with contextlib.ExitStack() as stack:
+                connection = stack.enter_context(self.rrouter.connect())
+                reader = stack.enter_context(connection.makefile("rb"))
+                while True:
+                    with lock:
+                        number = next(numbers, None)
+                    if number is None or len(faults) > 10:
+                        return
+                    model, failing, way = plan[number]
+                    body = json.dumps({"model": model, "number": number, "stream": True, "messages": []}).encode()
+                    connection.sendall(request_bytes("POST", "/v1/messages", body, CLAUDE_HEADERS, self.rrouter.port))
+                    reply = read_reply_from(reader, "POST")
+                    by = reply and reply.header("x-rrouter-target")
+                    wanted = START + event("content_block_delta", number=number, by=by) + event("message_stop")
+                    if not reply or (reply.status, reply.complete, reply.body) != (200, True, wanted):
+                        faults.append((number, failing, way, reply))
+                        if not reply or not reply.complete:
+                            return
+
+        self.upstream.default = answer
+        threads = [threading.Thread(target=client) for _ in range(self.THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(faults, [], "seed %d" % self.SEED)
+        health = self.rrouter.health()
+        self.assertEqual((health["requestCount"], health["activeRequests"]), (self.REQUESTS, 0))
+        self.assertGreater(health["autoSwitch"]["switchCount"], 10)
+        targets = collections.defaultdict(set)
+        for received in self.upstream.received:
+            targets[received.json()["number"]].add(received.model)
+        self.assertEqual(len(targets), self.REQUESTS)
+        self.assertLessEqual(max(map(len, targets.values())), 2)
+
+
+LINUX = sys.platform.startswith("linux")
+
+
+# Files ########################################################################
+
+DEFAULT_CONFIG = {
+    "modes": {"antigravity": {"mappings": [{"match": "claude-sonnet-*", "rewrite": "gemini-claude-sonnet-4-5-thinking"},
+                                           {"match": "claude-opus-*", "rewrite": "gemini-claude-opus-4-5-thinking"},
+                                           {"match": "claude-haiku-*", "rewrite": "gemini-3-flash-preview"}]},
+              "claude": {"mappings": []}},
+    "defaultMode": "claude",
+    "auto": {"targets": ["antigravity", "claude"], "failureThreshold": 3, "timeoutThreshold": 2,
+             "cooldownMinutes": [30, 60, 120, 240], "firstByteTimeoutSeconds": 150},
+}
+HASTY_CONFIG = dict(DEFAULT_CONFIG, auto={"failureThreshold": 1})       # switches at the first failure
+
+
+def switchboard(number, **members):
+    """Return a config that tells, by the model it writes, which mode and which edition of the file served."""
+    modes = {name: {"mappings": [{"match": "*", "rewrite": "%s-%03d" % (name, number)}]}
+             for name in ("one", "two", "spare")}
+    return dict({"modes": modes, "defaultMode": "spare", "auto": {"targets": ["one", "two"]}}, **members)
+
+
+def put(home, name, content):
+    """Bring ~/.rrouter/NAME about by rename, as editors do, whatever stood there."""
+    path = home.dir / name
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    fresh = home.dir / (name + ".new")
+    fresh.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
+    os.replace(str(fresh), str(path))
+
+
+def altered(path, value):
+    """Return a good config as text with `value` put at the JSON path."""
+    config = switchboard(1)
+    config["auto"].update(failureThreshold=3, timeoutThreshold=2, cooldownMinutes=[30, 60], firstByteTimeoutSeconds=9)
+    steps = [int(step) if step.isdigit() else step for step in re.findall(r"[^.\[\]]+", path)]
+    place = config
+    for step in steps[:-1]:
+        place = place[step]
+    place[steps[-1]] = value
+    return json.dumps(config)
+
+
+class SwitchboardTest(RouterTest):
+    """Base of the tests of the two files: modes one, two and spare, spare the default, edition 0."""
+
+    mode, config = "one", switchboard(0)
+
+    def setUp(self):
+        self.home = self.rrouter.home
+        put(self.home, "config.json", json.dumps(switchboard(0)))
+        put(self.home, "mode", "one\n")
+        super().setUp()
+        self.assertEqual(self.served(), "one-000")
+        self.upstream.clear()
+
+    def served(self):
+        """Return the model that the upstream gets for a request made now."""
+        self.assertEqual(self.rrouter.post().status, 200)
+        return self.upstream.models()[-1]
+
+    def problems(self):
+        return " | ".join(self.rrouter.health()["problems"])
+
+
+class FreshnessTest(SwitchboardTest):
+    """Every request that begins after a write has returned is served by what was written."""
+
+    def test_two_hundred_writes_serve_the_requests_right_behind_them(self):
+        mode, number = "one", 0
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            for turn in range(200):
+                write = self.home.write if turn % 4 < 2 else lambda *written: put(self.home, *written)
+                other = {"one": "two", "two": "one"}[mode]
+                if turn % 25 == 24:
+                    mode = other
+                    self.home.run("mode", mode, check=0)
+                elif turn % 2:
+                    number += 1
+                    write("config.json", json.dumps(switchboard(number)))
+                else:
+                    mode = other
+                    write("mode", mode + "\n")
+                connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
+                self.assertEqual(read_reply_from(reader).status, 200)
+                self.assertEqual(self.upstream.models()[-1], "%s-%03d" % (mode, number), "kept connection, %d" % turn)
+                self.assertEqual(self.served(), "%s-%03d" % (mode, number), "new connection, %d" % turn)
+
+    def test_write_that_leaves_size_and_time_as_they_were_is_seen(self):
+        """`cp -p`, `rsync -t` and `touch -r` leave them so."""
+        rows = (("mode", (("two\n", "two-000"), ("one\n", "one-000"))),
+                ("config.json", tuple((json.dumps(switchboard(number)), "one-00%d" % number) for number in (1, 2))))
+        for name, contents in rows:
+            for write in (put, Home.write):
+                for content, served in contents:
+                    with self.subTest(name, by=write.__name__, served=served):
+                        write(self.home, name, content)
+                        os.utime(str(self.home.dir / name), (10 ** 9, 10 ** 9))
+                        self.assertEqual(self.served(), served)
+
+    def test_older_file_moved_over_is_seen(self):
+        fresh = self.home.dir / "saved"
+        fresh.write_text(json.dumps(switchboard(7)))
+        os.utime(str(fresh), (1, 1))
+        os.replace(str(fresh), str(self.home.dir / "config.json"))
+        self.assertEqual(self.served(), "one-007")
+
+    def test_removed_files_mean_the_defaults(self):
+        (self.home.dir / "mode").unlink()
+        self.assertEqual(self.served(), "spare-000")
+        self.home.write("mode", "two\n")
+        (self.home.dir / "config.json").unlink()
+        self.assertEqual(self.served(), "claude-sonnet-5-5")
+        self.assertEqual(self.rrouter.health()["mode"], "claude")
+        self.home.write("mode", "antigravity\n")
+        self.assertEqual(self.served(), "gemini-claude-sonnet-4-5-thinking")
+
+    def test_config_reset_is_in_force_when_it_returns(self):
+        self.home.write("mode", "antigravity\n")
+        self.home.run("config", "reset", check=0)
+        self.assertEqual(self.served(), "gemini-claude-sonnet-4-5-thinking")
+
+    def test_switches_under_load_never_show_a_torn_file(self):
+        """A mode file that is just being written in place is empty for a moment; that keeps the mode."""
+        done = threading.Event()
+
+        def switch():
+            for turn in range(1000):
+                if done.is_set():
+                    return
+                (Home.write if turn % 4 < 2 else put)(self.home, "mode", ("one\n", "two\n")[turn % 2])
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            switching = pool.submit(switch)
+            try:
+                served = {self.served() for _ in range(150)}
+            finally:
+                done.set()
+            switching.result()
+        self.assertLessEqual(served, {"one-000", "two-000"})
+
+
+MODE_FILES = (
+    # content, mode in force, the word named in problems (None: there are none)
+    (b"two\n", "two", None),
+    (b"two", "two", None),
+    (b"  TWO \r\n\n", "two", None),
+    (b"\tAuto", "auto", None),
+    (b"", "one", None),
+    (b" \n", "one", None),
+    (b"tow\n", "spare", "tow"),
+    (b"one two\n", "spare", "one two"),
+    (b"one\ntwo\n", "spare", "one"),
+    (b"\xff\xfe\n", "spare", "."),
+    (b"\x1b[31mred\n", "spare", "red"),
+    (b"long" * 30000, "spare", "longlong"),
+)
+
+
+class ModeFileTest(SwitchboardTest):
+
+    def test_content_decides(self):
+        for content, mode, word in MODE_FILES:
+            with self.subTest(content[:20]):
+                put(self.home, "mode", "one\n")
+                self.assertEqual(self.served(), "one-000")
+                put(self.home, "mode", content)
+                self.assertEqual(self.served(), {"auto": "one"}.get(mode, mode) + "-000")
+                health = self.rrouter.health()
+                self.assertEqual(health["mode"], mode)
+                self.assertEqual(bool(health["problems"]), word is not None, health["problems"])
+                if word is not None:
+                    self.assertIn(word, self.problems())
+                    self.assertNotIn("\x1b", self.problems())
+
+    def test_mode_that_the_config_comes_to_define_is_in_force_at_once(self):
+        put(self.home, "mode", "late\n")
+        self.assertEqual(self.served(), "spare-000")
+        self.assertIn("late", self.problems())
+        config = switchboard(0)
+        config["modes"]["late"] = {"mappings": [{"match": "*", "rewrite": "better"}]}
+        put(self.home, "config.json", json.dumps(config))
+        self.assertEqual(self.served(), "better")
+        self.assertEqual(self.problems(), "")
+
+    def test_default_mode_may_be_auto(self):
+        put(self.home, "config.json", json.dumps(switchboard(3, defaultMode="auto")))
+        (self.home.dir / "mode").unlink()
+        self.assertEqual(self.served(), "one-003")
+        health = self.rrouter.health()
+        self.assertEqual((health["mode"], health["defaultMode"]), ("auto", "auto"))
+        self.assertTrue(health["autoSwitch"]["active"])
+
+    def test_watcher_logs_a_switch_once(self):
+        before = len(self.rrouter.log())
+        put(self.home, "mode", "two\n")
+        for _ in range(5):
+            self.served()
+        lines = [line for line in self.rrouter.log()[before:].splitlines() if "[MODE]" in line]
+        self.assertEqual(len(lines), 1, lines)
+        self.assertIn("two", lines[0])
+
+    def test_switch_without_any_request_is_noticed(self):
+        before = len(self.rrouter.log())
+        put(self.home, "mode", "two\n")
+        self.rrouter.wait_until(lambda: "[MODE]" in self.rrouter.log()[before:])
+        put(self.home, "config.json", json.dumps(switchboard(4)))
+        self.rrouter.wait_until(lambda: "[CONFIG]" in self.rrouter.log()[before:])
+
+    def test_something_that_is_no_file_in_its_place_is_survived(self):
+        for name in ("mode", "config.json"):
+            for make in (os.mkdir, os.mkfifo):
+                with self.subTest(name, made_by=make.__name__):
+                    odd = self.home.root / ("%s %s" % (name, make.__name__))
+                    make(str(odd))
+                    (self.home.dir / "link").symlink_to(odd)
+                    os.replace(str(self.home.dir / "link"), str(self.home.dir / name))
+                    self.assertIn(self.served(), ("one-000", "spare-000") if name == "mode" else ("one-000",))
+                    self.assertIn(name, self.problems())
+                    put(self.home, name, {"mode": "one\n"}.get(name) or json.dumps(switchboard(0)))
+                    self.assertEqual((self.served(), self.problems()), ("one-000", ""))
+
+
+UNREADABLE_CONFIGS = (
+    # text, what the complaint says as well (a pattern)
+    ('{"modes": {', r"\b1:1\d\b"),
+    ('{\n  "modes": {\n    "one" {}\n  }}', r"\b3:1\d\b"),
+    ('// modes\n{}', r"\b1:1\b"),
+    ("", "."),
+    ("\0" * 64, "."),
+    ("[]", "object"),
+    ("7", "object"),
+    (json.dumps(switchboard(1)) * 2, r"\b1:\d+"),
+    (json.dumps(switchboard(1)).encode("utf-8") + b"\xff", "(?i)utf"),
+    (b'{"modes": {"\xc3\x28": {}}}', "(?i)utf"),
+    ("[" * 100000, "."),
+    ('{"a":' * 100000, "."),
+    ('{"defaultMode": "one", "x": %s%s}' % ("[" * 100000, "]" * 100000), "."),
+    ('{"defaultMode": "one"}', "modes"),
+    (altered("auto.cooldownMinutes[0]", float("nan")), r"\b1:\d{3}\b.*NaN"),
+    (altered("auto.firstByteTimeoutSeconds", float("-inf")), r"\b1:\d{3}\b.*-Infinity"),
+    (altered("auto.failureThreshold", 7777).replace("7777", "1e999"), r"auto\.failureThreshold"),
+)
+ANY_NUMBER = r"(?i)number|positive|least|above|greater|finite|minutes|seconds"
+UNFIT_CONFIGS = (
+    # JSON path (named in the complaint), value found there, what the complaint says as well (a pattern)
+    ("modes", [], "object"),
+    ("modes", {}, "."),
+    ("modes.one", [], "object"),
+    ("modes.one", "fast", "object"),
+    ("modes.one.mappings", {}, "list|array"),
+    ("modes.one.mappings[0]", "x", "object"),
+    ("modes.one.mappings[0]", {"rewrite": "x"}, "match"),
+    ("modes.one.mappings[0]", {"match": "x"}, "rewrite"),
+    ("modes.one.mappings[0].match", 7, "string.*7"),
+    ("modes.one.mappings[0].match", None, "string"),
+    ("modes.one.mappings[0].rewrite", True, "(?i)string.*true"),
+    ("modes.one.mappings[0].rewrite", "", "."),
+    ("modes.Loud", {"mappings": []}, "(?i)lower"),
+    ("modes.auto", {"mappings": []}, "."),
+    ("defaultMode", "nosuch", "nosuch"),
+    ("defaultMode", 3, "3"),
+    ("auto", [], "object"),
+    ("auto.targets", "one", "two|2|list|array"),
+    ("auto.targets", [], "(?i)two|2"),
+    ("auto.targets", ["one"], "(?i)two|2"),
+    ("auto.targets", ["one", "two", "spare"], "(?i)two|2"),
+    ("auto.targets", ["one", "one"], "one"),
+    ("auto.targets", ["one", 2], "2"),
+    ("auto.failureThreshold", 0, "."),
+    ("auto.failureThreshold", -1, "."),
+    ("auto.failureThreshold", 1.5, "1.5"),
+    ("auto.failureThreshold", True, "(?i)true"),
+    ("auto.failureThreshold", "3", "."),
+    ("auto.failureThreshold", None, "."),
+    ("auto.timeoutThreshold", False, "(?i)false"),
+    ("auto.timeoutThreshold", [2], "."),
+    ("auto.cooldownMinutes", 30, "list|array"),
+    ("auto.cooldownMinutes", [], "."),
+    ("auto.cooldownMinutes[1]", -1, "-1"),
+    ("auto.cooldownMinutes[1]", "60", ANY_NUMBER),
+    ("auto.cooldownMinutes[1]", True, "(?i)true"),
+    ("auto.firstByteTimeoutSeconds", 0, ANY_NUMBER),
+    ("auto.firstByteTimeoutSeconds", -150, ANY_NUMBER),
+    ("auto.firstByteTimeoutSeconds", True, "(?i)true"),
+    ("auto.firstByteTimeoutSeconds", "150", ANY_NUMBER),
+)
+HUGE_NUMBERS = (
+    # key of `auto`, JSON text of its value
+    ("failureThreshold", "9" * 30),
+    ("failureThreshold", "9" * 5000),
+    ("failureThreshold", "1e999"),
+    ("cooldownMinutes", "[1e18]"),
+    ("cooldownMinutes", "[1e300]"),
+    ("cooldownMinutes", "[%s]" % ("9" * 5000)),
+    ("firstByteTimeoutSeconds", "1e10"),
+    ("firstByteTimeoutSeconds", "1e300"),
+    ("firstByteTimeoutSeconds", "1e999"),
+    ("colour", "9" * 5000),
+)
+
+
+class ConfigFileTest(SwitchboardTest):
+
+    def assert_refused(self, content, *patterns):
+        """The content is refused as a whole and once, and all is well when the file is good again."""
+        before = len(self.rrouter.log())
+        put(self.home, "config.json", content)
+        self.assertEqual([self.served() for _ in range(3)], ["one-000"] * 3)
+        problems = self.problems()
+        for pattern in (r"config\.json",) + patterns:
+            self.assertRegex(problems, pattern)
+        lines = [line for line in self.rrouter.log()[before:].splitlines() if "[CONFIG]" in line]
+        self.assertEqual(len(lines), 1, lines)
+        self.assertIn("config.json", lines[0])
+        put(self.home, "config.json", json.dumps(switchboard(2)))
+        self.assertEqual((self.served(), self.problems()), ("one-002", ""))
+        put(self.home, "config.json", json.dumps(switchboard(0)))
+        self.assertEqual(self.served(), "one-000")
+
+    def test_unreadable_file_keeps_the_last_good_one(self):
+        for content, pattern in UNREADABLE_CONFIGS:
+            with self.subTest(content[:40]):
+                self.assert_refused(content, pattern)
+
+    def test_file_that_does_not_fit_keeps_the_last_good_one(self):
+        for path, value, pattern in UNFIT_CONFIGS:
+            with self.subTest("%s = %r" % (path, value)):
+                name = path.split(".")[-1] if path.startswith("modes.") and "[" not in path else path
+                self.assert_refused(altered(path, value), re.escape(name), pattern)
+
+    def test_huge_numbers_do_no_harm(self):
+        """Refused or taken, they must fit into a socket's timeout and a date wherever they come to be used."""
+        for key, text in HUGE_NUMBERS:
+            with self.subTest(key, text=text[:20]):
+                config = switchboard(5)
+                config["auto"] = dict({"targets": ["one", "two"], "failureThreshold": 1}, **{key: "HERE"})
+                put(self.home, "config.json", json.dumps(config).replace('"HERE"', text))
+                put(self.home, "mode", "auto\n")
+                self.upstream.play(error(503), Answer())
+                self.assertRegex(self.served(), "^two-00[05]$")
+                self.assertEqual(self.rrouter.health()["status"], "ok")
+                put(self.home, "config.json", json.dumps(switchboard(0)))
+                put(self.home, "mode", "one\n")
+                self.assertEqual((self.served(), self.problems()), ("one-000", ""))
+
+    def test_byte_order_mark_is_accepted(self):
+        put(self.home, "config.json", b"\xef\xbb\xbf" + json.dumps(switchboard(6)).encode())
+        self.assertEqual((self.served(), self.problems()), ("one-006", ""))
+
+    def test_unknown_keys_are_a_problem_and_do_no_harm(self):
+        for path in ("colour", "auto.colour", "modes.one.colour", "modes.one.mappings[0].colour"):
+            with self.subTest(path):
+                put(self.home, "config.json", altered(path, "red"))
+                self.assertEqual(self.served(), "one-001")
+                self.assertIn(path, self.problems())
+
+    def test_auto_is_optional_key_by_key(self):
+        for auto in ({}, {"failureThreshold": 1}, {"cooldownMinutes": [0.5]}, {"firstByteTimeoutSeconds": 0.5}):
+            with self.subTest(auto):
+                config = switchboard(1, auto=dict({"targets": ["two", "one"]}, **auto))
+                put(self.home, "config.json", json.dumps(config))
+                put(self.home, "mode", "auto\n")
+                self.assertEqual((self.served(), self.problems()), ("two-001", ""))
+
+    def test_unknown_target_of_auto_falls_back_to_the_default_mode(self):
+        for default, served in (("spare", "spare-001"), ("auto", "one-001")):
+            with self.subTest(default):
+                config = switchboard(1, defaultMode=default, auto={"targets": ["one", "gone"]})
+                put(self.home, "config.json", json.dumps(config))
+                put(self.home, "mode", "auto\n")
+                self.assertEqual(self.served(), served)
+                self.assertRegex(self.problems(), "targets.*gone|gone.*targets")
+                put(self.home, "mode", "two\n")
+                self.assertEqual(self.served(), "two-001")
+
+    def test_rules(self):
+        rules = (("claude-opus-*", "first"), ("claude-*-5", "second"), ("Claude-*", "upper"), ("gpt-[45]", "set"),
+                 ("k?mi", "mark"), ("claude-opus-5", "never"))
+        config = {"modes": {"one": {"mappings": [{"match": m, "rewrite": r} for m, r in rules]}}, "defaultMode": "one"}
+        put(self.home, "config.json", json.dumps(config))
+        for model, sent in (("claude-opus-5", "first"), ("claude-sonnet-5", "second"), ("Claude-opus-5", "upper"),
+                            ("CLAUDE-opus-5", "CLAUDE-opus-5"), ("gpt-4", "set"), ("gpt-6", "gpt-6"), ("kimi", "mark"),
+                            ("k1mii", "k1mii"), ("claude-haiku-4", "claude-haiku-4")):
+            with self.subTest(model):
+                self.rrouter.post(model)
+                self.assertEqual(self.upstream.models()[-1], sent)
+
+    def test_stream_keeps_what_it_began_with(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.play(stream(event("ping"), event("message_stop"), gate=gate))
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
+            self.assertEqual(read_head(reader)[0], 200)
+            put(self.home, "mode", "two\n")
+            put(self.home, "config.json", "{")
+            self.assertEqual(self.served(), "two-000")
+            gate.set()
+            self.assertEqual(read_chunks(reader), (event("ping") + event("message_stop"), True))
+
+
+class FirstConfigTest(unittest.TestCase):
+
+    def test_bad_config_at_the_start_means_the_embedded_default(self):
+        with contextlib.closing(Upstream()) as upstream, Running(upstream, config="{") as router:
+            router.post()
+            self.assertEqual(upstream.models(), ["gemini-claude-sonnet-4-5-thinking"])
+            self.assertRegex(" ".join(router.health()["problems"]), r"config\.json.*1:2")
+            self.assertIn("config.json", router.log())
+
+
+# Health #######################################################################
+
+HEALTH = {
+    # field: type
+    "status": str, "version": str, "mode": str, "currentTarget": str, "defaultMode": str, "requestCount": int,
+    "activeRequests": int, "uptimeSeconds": int, "pid": int, "startedBy": str, "listenAddr": str, "upstreamURL": str,
+    "problems": list, "autoSwitch": dict,
+}
+AUTO_SWITCH = {
+    "active": bool, "targets": list, "currentTarget": str, "switched": bool, "switchCount": int, "failureCount": int,
+    "timeoutCount": int, "models": dict,
+}
+AUTO_SWITCH_NULLABLE = ("reason", "switchedAt", "retryAt", "cooldownSeconds", "cooldownRemainingSeconds")
+
+
+class HealthFieldsTest(RouterTest):
+
+    def test_fields(self):
+        health = self.rrouter.health()
+        self.assertEqual(set(health), set(HEALTH))
+        self.assertEqual(set(health["autoSwitch"]), set(AUTO_SWITCH) | set(AUTO_SWITCH_NULLABLE))
+        for table, fields in ((HEALTH, health), (AUTO_SWITCH, health["autoSwitch"])):
+            for name, kind in table.items():
+                self.assertIs(type(fields[name]), kind, name)
+        self.assertEqual(health["pid"], self.rrouter.process.pid)
+        self.assertEqual((health["status"], health["startedBy"], health["problems"]), ("ok", "serve", []))
+        self.assertEqual(health["listenAddr"], "localhost:%d" % self.rrouter.port)
+        self.assertEqual(health["upstreamURL"], self.upstream.url)
+        self.assertIn(health["version"], self.rrouter.home.run("version", check=0).stdout)
+
+    def test_current_target_of_an_explicit_mode_is_the_mode(self):
+        for mode in ("antigravity", "claude"):
+            self.rrouter.home.write("mode", mode + "\n")
+            health = self.rrouter.health()
+            self.assertEqual((health["mode"], health["currentTarget"], health["defaultMode"]), (mode, mode, "claude"))
+            self.assertFalse(health["autoSwitch"]["active"])
+        self.rrouter.home.write("mode", "auto\n")
+        health = self.rrouter.health()
+        self.assertEqual((health["mode"], health["currentTarget"]), ("auto", "antigravity"))
+        auto = health["autoSwitch"]
+        self.assertEqual([auto[name] for name in ("active", "targets", "currentTarget", "switched", "switchCount")],
+                         [True, ["antigravity", "claude"], "antigravity", False, 0])
+
+    def test_get_and_head_are_answered_and_nothing_else(self):
+        reply = self.rrouter.request("GET", "/health", fields=())
+        self.assertEqual((reply.status, reply.header("content-type").split(";")[0]), (200, "application/json"))
+        head = self.rrouter.request("HEAD", "/health", fields=())
+        self.assertEqual((head.status, head.header("content-length"), head.body), (200, str(len(reply.body)), b""))
+        self.assertEqual(self.upstream.received, [])
+        for method, target in (("POST", "/health"), ("GET", "/healthz"), ("GET", "/health/x"), ("DELETE", "/health"),
+                               ("GET", "/v1/health")):
+            self.rrouter.request(method, target, b"" if method == "POST" else None, fields=())
+            self.assertEqual((self.upstream.received[-1].method, self.upstream.received[-1].target), (method, target))
+
+    def test_requests_are_counted_and_health_is_not(self):
+        before = self.rrouter.health()["requestCount"]
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.play(stream(event("ping"), event("message_stop"), gate=gate))
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            connection.sendall(request_bytes(body=b"{}", port=self.rrouter.port))
+            read_head(reader)
+            self.assertEqual(self.rrouter.health()["activeRequests"], 1)
+            gate.set()
+            read_chunks(reader)
+        self.rrouter.request("GET", "/v1/models")
+        self.rrouter.exchange(b"GET / HTTP/1.1\r\nHost: example.com\r\n\r\n")
+        self.rrouter.exchange(b"nonsense\r\n\r\n")
+        self.rrouter.wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
+        self.assertEqual(self.rrouter.health()["requestCount"], before + 2)
+
+
+# Log ##########################################################################
+
+REQUEST_LINE = re.compile(
+    r"\[REQ\] #(?P<number>\d+) (?P<method>\S+) (?P<path>\S+) (?P<model>\S+) -> (?P<target>\S+) (?P<sent>\S+) "
+    r"(?P<status>\d{3}) (?P<seconds>\d+\.\d\d)s(?P<notes>( \(.+\))*)$")
+
+
+def request_lines(text):
+    return [line for line in text.splitlines() if "[REQ]" in line]
+
+
+class LogTest(RouterTest):
+
+    def logged(self, act):
+        """Do it and return the one line about a request that it brought."""
+        before = len(self.rrouter.log())
+        act()
+        self.rrouter.wait_until(lambda: request_lines(self.rrouter.log()[before:]))
+        lines = request_lines(self.rrouter.log()[before:])
+        self.assertEqual(len(lines), 1, lines)
+        return lines[0]
+
+    def test_line_of_a_request(self):
+        line = REQUEST_LINE.search(self.logged(lambda: self.rrouter.post("claude-sonnet-4-5")))
+        self.assertEqual(line.group("method", "path", "model", "target", "sent", "status"), (
+            "POST", "/v1/messages", "claude-sonnet-4-5", "antigravity", "gemini-claude-sonnet-4-5-thinking", "200"))
+        self.assertLess(float(line["seconds"]), WAIT_S)
+        next_line = REQUEST_LINE.search(self.logged(lambda: self.rrouter.post("other")))
+        self.assertEqual(int(next_line["number"]), int(line["number"]) + 1)
+        self.assertEqual(next_line.group("model", "target", "sent"), ("other", "antigravity", "other"))
+        self.assertEqual(int(next_line["number"]), self.rrouter.health()["requestCount"])
+
+    def test_line_goes_to_stderr_as_well(self):
+        line = self.logged(self.rrouter.post)
+        self.assertIn(line[line.index("[REQ]"):], self.rrouter.printed())
+
+    def test_status_in_the_line_is_the_one_the_client_got(self):
+        self.upstream.play(error(529))
+        self.assertEqual(REQUEST_LINE.search(self.logged(self.rrouter.post))["status"], "529")
+        self.upstream.play(Answer(raw=b"HTTP/1.1 nonsense\r\n\r\n"))
+        self.assertEqual(REQUEST_LINE.search(self.logged(self.rrouter.post))["status"], "502")
+
+    def test_request_without_a_model_has_a_line(self):
+        line = self.logged(lambda: self.rrouter.request("GET", "/v1/models?limit=1000"))
+        self.assertRegex(line, r"\[REQ\] #\d+ GET /v1/models .*200 \d+\.\d\ds$")
+        self.assertNotIn("limit", line)
+
+    def test_client_that_leaves_has_a_line(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.play(Answer(before=gate))
+
+        def leave():
+            with self.rrouter.connect() as connection:
+                connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
+                self.upstream.wait(lambda upstream: upstream.received)
+            self.upstream.wait(lambda upstream: upstream.closed)
+
+        self.assertRegex(self.logged(leave), r"POST /v1/messages m ")
+
+    def test_health_has_no_line(self):
+        before = len(self.rrouter.log())
+        self.rrouter.health()
+        self.logged(self.rrouter.post)
+        self.assertNotIn("/health", self.rrouter.log()[before:])
+
+    def test_control_characters_are_escaped(self):
+        models = ("a\x1b[2Jb", "a\nb 2026 [REQ] #99 forged", "a\r\nX-Forged: 1", "a\tb", "a\0b", "a\x7fb", "a\x9bb",
+                  "a\u2028b", "a\u202eb", "\ud83d", "a\x85b")
+        before = len(self.rrouter.log())
+        for model in models:
+            with self.subTest(model):
+                line = self.logged(lambda: self.rrouter.post(model))
+                self.assertNotIn("#99 forged\n", line)
+                self.assertIsNone(self.rrouter.post(model).header("x-forged"))
+        for target in (b"/\x1b[2J", b"/\x9b", "/한".encode(), b"/%1b%0a"):
+            self.rrouter.exchange(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        text = self.rrouter.log()[before:]
+        odd = {c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
+        self.assertEqual(odd, set())
+        self.assertFalse([line for line in text.split("\n") if line.startswith(("b 2026", "X-Forged"))])
+
+    def test_secrets_are_nowhere(self):
+        """In no header, query or body of these requests and answers is anything that rrouter may write down."""
+        secret = "cAnArY%08x" % random.getrandbits(32)
+        fields = [(name, "Bearer " + secret) for name in (
+            "Authorization", "X-Api-Key", "Cookie", "X-Anything", "anthropic-beta", "User-Agent", "Referer")]
+        body = json.dumps({"model": "claude-sonnet-5-5", "stream": True, "messages": [secret]}).encode()
+        head = "POST /v1/messages?key=%s HTTP/1.1\r\nHost: localhost\r\n" % secret
+        own = []
+        for mode in ("auto\n", "antigravity\n"):
+            self.rrouter.home.write("mode", mode)
+            for answers in ((Answer(),), (error(503, secret), error(400, secret)), (error(500, secret), stream()),
+                            (stream(event("error", error={"type": secret, "message": secret})), stream()),
+                            (error(400, "Corrupted thought signature. " + secret),) * 2,
+                            (error(429, secret, fields=[("Retry-After", secret), ("Set-Cookie", secret)]), Answer())):
+                self.upstream.clear()
+                self.upstream.play(*answers)
+                self.rrouter.request("POST", "/v1/messages?key=" + secret, body, fields)
+            for answer in (Answer(raw=("HTTP/1.1 200 OK\r\n%s\r\n\r\n" % secret).encode()), Answer(hangup=True),
+                           Answer(raw=("HTTP/1.1 %s\r\n\r\n" % secret).encode())):
+                self.upstream.clear()
+                self.upstream.play(answer, answer)
+                own.append(self.rrouter.request("POST", "/v1/messages?key=" + secret, body, fields))
+        self.upstream.clear()
+        for request in ("GET /x?key=%s HTTP/9.9\r\nHost: localhost\r\n\r\n" % secret,
+                        "GET /x?key=%s y HTTP/1.1\r\nHost: localhost\r\n\r\n" % secret,
+                        head + "Authorization %s\r\n\r\n" % secret,
+                        head + "X-Api-Key: %s\r\nContent-Length: 3, 4\r\n\r\n" % secret,
+                        head + "Content-Length: 100000000000\r\n\r\n",
+                        head + "Cookie: %s\r\n\r\n" % (secret * 9000),
+                        head + "Transfer-Encoding: chunked\r\n\r\n%s\r\n" % secret):
+            own.append(self.rrouter.exchange(request.encode(), half_close=True))
+        for request in ("GET / HTTP/1.1\r\nHost: %s.example\r\n\r\n" % secret,
+                        head + "Origin: http://%s.example\r\n\r\n" % secret, head + "Expect: %s\r\n\r\n" % secret):
+            self.assertRegex(self.rrouter.exchange(request.encode()), b"^HTTP/1.1 4")
+        self.assertEqual(self.upstream.received, [])
+        status = self.rrouter.home.run("status")
+        self.assertNotIn(secret, json.dumps(self.rrouter.health()) + status.stdout + status.stderr)
+        self.assertNotIn(secret, self.rrouter.printed())
+        for path in self.rrouter.home.dir.rglob("*"):
+            if path.is_file():
+                self.assertNotIn(secret, path.read_text(errors="replace"), path)
+        for reply in own:
+            self.assertNotIn(secret, repr(reply))
+
+
+class LogFileTest(unittest.TestCase):
+    """What happens to the file itself; each test has a process of its own."""
+
+    def setUp(self):
+        self.upstream = Upstream()
+        self.addCleanup(self.upstream.close)
+        self.home = Home(self.upstream, "claude")
+        self.addCleanup(self.home.remove)
+        (self.home.dir / "logs").mkdir(mode=0o700)
+        self.file = self.home.dir / "logs" / "rrouter.log"
+
+    def test_full_file_is_rotated_without_losing_a_line(self):
+        filler = b"x" * 79 + b"\n"
+        self.file.write_bytes(filler * ((rrouter.LOG_MAX_BYTES - 4000) // len(filler)))
+        with Running(self.upstream, home=self.home) as router:
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                replies = list(pool.map(lambda _: router.post("claude-sonnet-5-5").status, range(100)))
+            self.assertEqual(replies, [200] * 100)
+            old = self.home.read("logs/rrouter.log.1")
+            lines = request_lines(old) + request_lines(router.log())
+            self.assertTrue(request_lines(router.log()))
+        self.assertEqual(sorted(int(REQUEST_LINE.search(line)["number"]) for line in lines), list(range(1, 101)))
+        self.assertEqual({stat.S_IMODE(path.stat().st_mode) for path in (self.home.dir / "logs").iterdir()
+                          if path.name != "rrouter.log.1"}, {0o600})
+
+    def test_directory_removed_while_running_is_made_again(self):
+        with Running(self.upstream, home=self.home) as router:
+            router.post()
+            shutil.rmtree(str(self.home.dir / "logs"))
+            self.assertEqual([router.post().status for _ in range(3)], [200] * 3)
+            router.process.send_signal(signal.SIGHUP)
+            router.wait_until(lambda: router.post().status == 200 and self.file.exists() and "[REQ]" in router.log())
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full")
+    def test_full_disk_does_not_stop_requests(self):
+        self.file.symlink_to("/dev/full")
+        with Running(self.upstream, home=self.home) as router:
+            self.assertEqual([router.post().status for _ in range(3)], [200] * 3)
+
+    def test_whole_directory_removed_while_running_does_not_stop_requests(self):
+        with Running(self.upstream, home=self.home) as router:
+            self.home.write("mode", "antigravity\n")
+            shutil.rmtree(str(self.home.dir))
+            router.post()
+            self.assertEqual(self.upstream.models(), ["claude-sonnet-5-5"])
+            self.home.run("antigravity", check=0)
+            router.post()
+            self.assertEqual(self.upstream.models()[-1], "gemini-claude-sonnet-4-5-thinking")
+
+
+# Command line #################################################################
+
+def run_all(home, *commands, **options):
+    """Run the commands (tuples of arguments) side by side; return them, ended, in order."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return list(pool.map(lambda arguments: home.run(*arguments, **options), commands))
+
+
+COMMANDS = ("serve", "start", "stop", "restart", "status", "antigravity", "ag", "claude", "auto", "mode", "--check",
+            "check", "health", "config", "edit", "reset", "path", "help", "version")
+USAGE_ERRORS = (("nosuch",), ("--nosuch",), ("status", "--nosuch"), ("claude", "extra"), ("mode", "a", "b"),
+                ("config", "nosuch"), ("config", "path", "extra"), ("serve", "8316"), ("stop", "--force"), ("",))
+
+EDITOR = """#!/bin/sh
+# Stand-in: notes its arguments and what it was given, writes $NEW if there is any, ends with $CODE.
+for file; do :; done
+printf '%s\\n' "$0" "$@" > "$HOME/arguments"
+cat "$file" > "$HOME/given"
+[ -z "$NEW" ] || printf %s "$NEW" > "$file"
+exit "${CODE:-0}"
+"""
+
+
+class CommandTest(unittest.TestCase):
+    """Base of the tests of commands where nothing runs."""
+
+    def setUp(self):
+        self.home = Home(env={"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"})
+        self.addCleanup(self.home.remove)
+        self.file = self.home.dir / "config.json"
+
+    def assert_fails(self, done, status, *patterns):
+        """It ended with this status and told why on stderr, as `rrouter: …`, and nothing on stdout."""
+        self.assertEqual((done.returncode, done.stdout), (status, ""), done)
+        self.assertRegex(done.stderr, r"(?m)^rrouter: ")
+        for pattern in patterns:
+            self.assertRegex(done.stderr, pattern)
+
+
+class CommandLineTest(CommandTest):
+
+    def here(self, *arguments):
+        """Run a command that needs neither files nor environment in this process, which is faster."""
+        out, err = io.StringIO(), io.StringIO()
+        out.reconfigure = err.reconfigure = lambda **_: None
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = rrouter.main(list(arguments))
+            except SystemExit as end:
+                status = end.code
+        return status, out.getvalue(), err.getvalue()
+
+    def test_help_names_everything(self):
+        texts = [self.home.run(check=0).stdout] + [self.here(word)[1] for word in ("help", "-h", "--help")]
+        self.assertEqual(set(texts), {texts[0]})
+        for word in COMMANDS + ("RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST", "config.json", "logs/rrouter.log"):
+            self.assertRegex(texts[0], r"(?<![\w-])%s(?![\w-])" % re.escape(word))
+        self.assertRegex(texts[0], "(?i)example")
+        self.assertFalse(self.home.dir.exists())
+
+    def test_version(self):
+        printed = {self.here(word) for word in ("version", "-V", "--version")}
+        self.assertEqual(printed, {(0, "rrouter %s\n" % rrouter.__version__, "")})
+
+    def test_usage_errors_are_status_2(self):
+        self.assertEqual(self.home.run("nosuch").returncode, 2)
+        for arguments in USAGE_ERRORS:
+            with self.subTest(arguments):
+                status, out, err = self.here(*arguments)
+                self.assertEqual((status, out), (2, ""))
+                self.assertIn("rrouter", err)
+
+    def test_modes_by_every_name(self):
+        self.home.write("config.json", json.dumps(switchboard(0, modes=dict(
+            switchboard(0)["modes"], antigravity={"mappings": []}, claude={"mappings": []}))))
+        for arguments, mode in ((("antigravity",), "antigravity"), (("claude",), "claude"), (("ag",), "antigravity"),
+                                (("c",), "claude"), (("auto",), "auto"), (("mode", "two"), "two"), (("a",), "auto"),
+                                (("mode", "ONE"), "one")):
+            with self.subTest(arguments):
+                done = self.home.run(*arguments, check=0)
+                self.assertEqual(self.home.read("mode"), mode + "\n")
+                self.assertIn(mode, done.stdout)
+                self.assertRegex(done.stdout + done.stderr, "(?i)no .*run|not running|none run")
+        self.assertEqual(self.home.run("mode", check=0).stdout, "one\n")
+
+    def test_unknown_mode_is_refused_and_the_known_ones_are_named(self):
+        self.home.write("mode", "claude\n")
+        done = self.home.run("mode", "nosuch")
+        self.assertIn(done.returncode, (1, 2))
+        self.assert_fails(done, done.returncode, "nosuch", "antigravity", "claude", "auto")
+        self.assertEqual(self.home.read("mode"), "claude\n")
+
+    def test_fresh_files_are_private(self):
+        mask = os.umask(0)
+        try:
+            run_all(self.home, ("claude",), ("config", "reset"), check=0)
+        finally:
+            os.umask(mask)
+        self.assertEqual(stat.S_IMODE(self.home.dir.stat().st_mode), 0o700)
+        for name in ("mode", "config.json"):
+            self.assertEqual(stat.S_IMODE((self.home.dir / name).stat().st_mode), 0o600)
+
+    def test_nothing_runs(self):
+        status, as_json, stop, *checks = run_all(
+            self.home, ("status",), ("status", "--json"), ("stop",), ("check",), ("--check",), ("health",))
+        self.assertEqual(status.returncode, 3)
+        self.assertRegex(status.stdout, "(?i)not running|nothing runs")
+        self.assertIn("claude", status.stdout)
+        self.assertEqual(as_json.returncode, 3)
+        self.assertIsInstance(json.loads(as_json.stdout or "{}"), dict)
+        self.assertEqual(stop.returncode, 0)
+        self.assertRegex(stop.stdout, "(?i)not running|nothing runs")
+        for check in checks:
+            self.assertEqual(check.returncode, 1, check)
+            self.assertRegex(check.stdout, r"(?im)^\W*fail\b.*(daemon|rrouter)")
+            for line in check.stdout.splitlines():
+                self.assertRegex(line, r"(?i)^\W*(ok|warn|fail)\b|^\s")
+
+    def test_values_that_no_command_needs_are_not_judged(self):
+        bad = {"RROUTER_PORT": "abc", "RROUTER_UPSTREAM": "ftp://x"}
+        run_all(self.home, ("help",), ("config",), env=bad, check=0)
+
+    def test_closed_or_full_output_gives_no_traceback(self):
+        reader, writer = os.pipe()
+        os.close(reader)
+        outputs = [writer] + ([os.open("/dev/full", os.O_WRONLY)] if os.path.exists("/dev/full") else [])
+        for output in outputs:
+            done = subprocess.run([sys.executable, RROUTER, "config"], env=self.home.env, stdin=subprocess.DEVNULL,
+                                  stdout=output, stderr=subprocess.PIPE, timeout=WAIT_S * 2)
+            os.close(output)
+            self.assertNotIn(b"Traceback", done.stderr)
+            self.assertNotIn(b"Exception ignored", done.stderr)
+            self.assertIn(done.returncode, (1,) if output != writer else (0, 1, 120, 141, -signal.SIGPIPE), done)
+
+    def test_closed_standard_output_gives_no_traceback(self):
+        for closed in (">&-", ">&- 2>&-", "<&-"):
+            done = subprocess.run(["/bin/sh", "-c", 'exec "$0" "$1" claude ' + closed, sys.executable, RROUTER],
+                                  env=self.home.env, stderr=subprocess.PIPE, timeout=WAIT_S * 2)
+            self.assertNotIn(b"Traceback", done.stderr)
+            self.assertEqual((done.returncode, self.home.read("mode")), (0, "claude\n"))
+
+    def test_home_that_cannot_be_used_is_told(self):
+        """Permissions mean nothing to root, so a file stands where the directory should be."""
+        (self.home.root / ".rrouter").touch()
+        env = {"EDITOR": "true"}
+        commands = (("claude",), ("config", "reset"), ("config", "edit"), ("serve",), ("start",))
+        for arguments, done in zip(commands, run_all(self.home, *commands, env=env, timeout=WAIT_S * 2)):
+            with self.subTest(arguments):
+                self.assertEqual(done.returncode, 1, done)
+                self.assertRegex(done.stderr, r"(?m)^rrouter: .*\.rrouter")
+        done = self.home.run("start", env={"HOME": str(self.home.root / ".rrouter")}, timeout=WAIT_S * 2)
+        self.assertEqual(done.returncode, 1, done)
+        self.assertRegex(done.stderr, r"(?m)^rrouter: .*\.rrouter")
+        for done in run_all(self.home, ("status",), ("check",), ("stop",), ("config",), ("mode",), env=env):
+            self.assertIn(done.returncode, (0, 1, 3), done)
+        self.assertEqual((self.home.root / ".rrouter").read_text(), "")
+
+    def test_without_home_the_path_is_still_absolute(self):
+        for value in ({}, {"HOME": ""}):
+            env = dict({k: v for k, v in self.home.env.items() if k != "HOME"}, **value)
+            done = subprocess.run([sys.executable, RROUTER, "config", "path"], env=env, cwd=str(self.home.root),
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertNotIn(b"Traceback", done.stderr)
+            self.assertTrue(done.returncode == 1 or os.path.isabs(done.stdout.strip()), done)
+
+
+class ConfigCommandTest(CommandTest):
+    """`config` and what stands under it."""
+
+    def setUp(self):
+        super().setUp()
+        self.editor = self.home.root / "my editor"
+        self.editor.write_text(EDITOR)
+        self.editor.chmod(0o755)
+
+    def edit(self, visual=None, editor=None, **env):
+        for name, value in (("VISUAL", visual), ("EDITOR", editor)):
+            if value is not None:
+                env[name] = value
+        return self.home.run("config", "edit", env=env, timeout=WAIT_S * 2)
+
+    def test_config_prints_json_alone_on_stdout(self):
+        done = self.home.run("config", check=0)
+        self.assertEqual(json.loads(done.stdout), DEFAULT_CONFIG)
+        self.assertIn(str(self.file), done.stderr)
+        self.assertEqual(self.home.run("config", "path", check=0).stdout, str(self.file) + "\n")
+
+    def test_config_prints_what_is_in_force(self):
+        config = switchboard(3, auto={"targets": ["two", "one"], "failureThreshold": 1})
+        self.home.write("config.json", json.dumps(config))
+        printed = json.loads(self.home.run("config", check=0).stdout)
+        self.assertEqual(printed["modes"], config["modes"])
+        self.assertEqual(printed["auto"], {"targets": ["two", "one"], "failureThreshold": 1, "timeoutThreshold": 2,
+                                           "cooldownMinutes": [30, 60, 120, 240], "firstByteTimeoutSeconds": 150})
+
+    def test_config_complains_about_a_bad_file(self):
+        self.home.write("config.json", "{")
+        done = self.home.run("config")
+        self.assertRegex(done.stderr, r"config\.json.*1:2")
+        self.assertIn("modes", json.loads(done.stdout or '{"modes": 0}'))
+
+    def test_edit_begins_with_the_defaults(self):
+        done = self.edit(visual="'%s' -w" % self.editor, editor="/nonexistent")
+        self.assertEqual(done.returncode, 0, done)
+        self.assertEqual((self.home.root / "arguments").read_text().splitlines(),
+                         [str(self.editor), "-w", str(self.file)])
+        self.assertEqual(json.loads((self.home.root / "given").read_text()), DEFAULT_CONFIG)
+        self.assertEqual(stat.S_IMODE(self.file.stat().st_mode), 0o600)
+
+    def test_edit_takes_the_first_editor_that_is_named(self):
+        programs = self.home.root / "bin"
+        programs.mkdir()
+        shutil.copy(str(self.editor), str(programs / "vi"))
+        path = "%s:%s" % (programs, self.home.env["PATH"])
+        for env, name in (({"editor": "'%s'" % self.editor}, str(self.editor)),
+                          ({"visual": "", "editor": ""}, "vi"), ({}, "vi")):
+            with self.subTest(env):
+                self.assertEqual(self.edit(PATH=path, **env).returncode, 0)
+                used = (self.home.root / "arguments").read_text().splitlines()[0]
+                self.assertEqual(used.rsplit("/", 1)[-1], name.rsplit("/", 1)[-1])
+
+    def test_edit_judges_the_result(self):
+        good = json.dumps(switchboard(1))
+        for new, status, patterns in ((good, 0, ()), ("{", 1, (r"config\.json", "1:2")),
+                                      (altered("auto.failureThreshold", "3"), 1, (r"auto\.failureThreshold",))):
+            with self.subTest(new):
+                done = self.edit("'%s'" % self.editor, NEW=new)
+                self.assertEqual(done.returncode, status, done)
+                for pattern in patterns:
+                    self.assertRegex(done.stderr, pattern)
+                self.assertEqual(self.file.read_text(), new)
+
+    def test_editor_that_fails_is_told(self):
+        for command, pattern in (("'%s'" % self.editor, "7"), ("/nonexistent/editor -w", "/nonexistent/editor"),
+                                 ("'unbalanced", "unbalanced"), ("'%s'" % self.home.root, "")):
+            with self.subTest(command):
+                done = self.edit(command, CODE="7")
+                self.assertEqual(done.returncode, 1, done)
+                self.assertRegex(done.stderr, "rrouter: .*%s" % pattern)
+
+    def backups(self):
+        return sorted(path for path in self.home.dir.iterdir() if ".bak" in path.name)
+
+    def test_reset_keeps_what_there_was(self):
+        self.home.run("config", "reset", check=0)
+        self.assertEqual(self.backups(), [])
+        self.assertEqual(json.loads(self.file.read_text()), DEFAULT_CONFIG)
+        texts = ["{", "second", "third"]
+        for text in texts:
+            self.home.write("config.json", text)
+            done = self.home.run("config", "reset", "--yes", check=0)
+            self.assertRegex(done.stdout + done.stderr, r"config\.json\.bak-\d{8}-\d{6}")
+            self.assertEqual(json.loads(self.file.read_text()), DEFAULT_CONFIG)
+        self.assertEqual(sorted(path.read_text() for path in self.backups()), sorted(texts))
+        self.assertRegex(self.backups()[0].name, r"^config\.json\.bak-\d{8}-\d{6}$")
+        self.assertEqual({stat.S_IMODE(path.stat().st_mode) & 0o077 for path in [self.file]}, {0})
+
+    def test_links_stay_links(self):
+        """People keep such files in a repository of their own."""
+        mine = self.home.root / "dotfiles"
+        mine.mkdir()
+        self.home.dir.mkdir(mode=0o700)
+        for name, text in (("config.json", json.dumps(switchboard(1))), ("mode", "claude\n")):
+            (mine / name).write_text(text)
+            (self.home.dir / name).symlink_to(mine / name)
+        self.assertEqual(self.edit("'%s'" % self.editor, NEW=json.dumps(switchboard(2))).returncode, 0)
+        self.assertEqual(json.loads((mine / "config.json").read_text()), switchboard(2))
+        run_all(self.home, ("config", "reset"), ("mode", "auto"), check=0)
+        self.assertTrue(self.file.is_symlink() and (self.home.dir / "mode").is_symlink())
+        self.assertEqual(json.loads((mine / "config.json").read_text()), DEFAULT_CONFIG)
+        self.assertEqual((mine / "mode").read_text(), "auto\n")
+        self.assertEqual([json.loads(path.read_text()) for path in self.backups()], [switchboard(2)])
+
+
+BAD_VALUES = (
+    # variable, value, what the complaint says is allowed (a pattern)
+    ("RROUTER_PORT", "0", "65535"),
+    ("RROUTER_PORT", "65536", "65535"),
+    ("RROUTER_PORT", "-1", "65535"),
+    ("RROUTER_PORT", "abc", "65535"),
+    ("RROUTER_PORT", "8_316", "65535"),
+    ("RROUTER_PORT", "9" * 5000, "65535"),
+    ("RROUTER_UPSTREAM", "ftp://localhost:8317", "https?://"),
+    ("RROUTER_UPSTREAM", "localhost:8317", "https?://"),
+    ("RROUTER_UPSTREAM", "http://", "https?://"),
+    ("RROUTER_UPSTREAM", "http://:8317", "https?://"),
+    ("RROUTER_UPSTREAM", "http://localhost:99999", "https?://|65535"),
+    ("RROUTER_UPSTREAM", "http://localhost/?key=1", "."),
+    ("RROUTER_UPSTREAM", "http://local host/", "."),
+    ("RROUTER_UPSTREAM", "http://localhost/\r\nX: y", "."),
+    ("RROUTER_UPSTREAM", "http://[::1/", "."),
+    ("RROUTER_HOST", "no host", "(?i)address|host"),
+)
+
+
+class EnvironmentTest(CommandTest):
+
+    def test_bad_values_end_serve_with_status_2(self):
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            done = pool.map(lambda row: self.home.run("serve", env={row[0]: row[1]}, timeout=WAIT_S * 2), BAD_VALUES)
+            for (name, value, allowed), ended in zip(BAD_VALUES, done):
+                with self.subTest(name, value=value[:40]):
+                    self.assert_fails(ended, 2, name, re.escape(value.split("\r")[0][:30]), allowed)
+                    self.assertEqual(ended.stderr.count("\n"), 1, ended.stderr)
+
+    def test_bad_value_ends_start_with_status_2(self):
+        self.assert_fails(self.home.run("start", env={"RROUTER_PORT": "abc"}), 2, "RROUTER_PORT", "abc")
+        self.assertEqual(processes(self.home), [])
+
+    def test_empty_means_unset(self):
+        done = self.home.run("check", env={"RROUTER_PORT": "", "RROUTER_UPSTREAM": "", "RROUTER_HOST": ""})
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, r"\b8316\b")
+        self.assertIn("http://localhost:8317", done.stdout)
+
+    def test_proxies_of_the_environment_are_ignored(self):
+        proxy = "http://127.0.0.1:9"
+        env = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "all_proxy"), proxy)
+        with contextlib.closing(Upstream()) as upstream, Running(upstream, env=env) as router:
+            self.assertEqual(router.post().status, 200)
+            self.assertEqual(json.loads(router.home.run("status", "--json", check=0).stdout)["pid"], router.process.pid)
+
+
+# Serving ######################################################################
+
+def get_health(port, address="127.0.0.1"):
+    """Return /health of what listens on the port, or None."""
+    connection = http.client.HTTPConnection(address, port, timeout=WAIT_S)
+    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
+        connection.request("GET", "/health")
+        return json.loads(connection.getresponse().read())
+
+
+def processes(home):
+    """Return the pids of all processes, but for our own, that have this HOME."""
+    found, mark = [], b"HOME=%b\0" % os.fsencode(str(home.root))
+    for entry in os.listdir("/proc") if LINUX else ():
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and mark in pathlib.Path("/proc", entry, "environ").read_bytes():
+                found.append(int(entry))
+    return found
+
+
+def listening(pid):
+    """Return the addresses, (host, port), on which the process listens."""
+    sockets = set()
+    for entry in pathlib.Path("/proc/%d/fd" % pid).iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(str(entry)))
+    found = set()
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in pathlib.Path("/proc/net", name).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and "socket:[%s]" % fields[9] in sockets:
+                address, port = fields[1].split(":")
+                words = struct.unpack(">%dI" % (len(address) // 8), bytes.fromhex(address))
+                packed = struct.pack("=%dI" % len(words), *words)
+                found.add((socket.inet_ntop(family, packed), int(port, 16)))
+    return found
+
+
+class ServeTest(unittest.TestCase):
+
+    def setUp(self):
+        self.upstream = Upstream()
+        self.addCleanup(self.upstream.close)
+
+    def test_taken_port_is_told_with_its_owner(self):
+        home = Home(port=self.upstream.port)
+        self.addCleanup(home.remove)
+        serve, check = home.run("serve", timeout=WAIT_S * 2), home.run("check")
+        complaint = [line for line in serve.stderr.splitlines() if line.startswith("rrouter: ")]
+        self.assertEqual((serve.returncode, len(complaint)), (1, 1), serve.stderr)
+        for line in (complaint[0], check.stdout):
+            self.assertIn("port %d" % home.port, line)
+            self.assertIn("RROUTER_PORT", line)
+            self.assertRegex(line, "(?i)CLIProxyAPI.*pprof")
+            if LINUX:
+                self.assertRegex(line, r"\b%d\b" % os.getpid())
+
+    def test_one_family_taken_is_enough_to_refuse(self):
+        home = Home(self.upstream)
+        self.addCleanup(home.remove)
+        with socket.socket(socket.AF_INET6) as holder:
+            holder.bind(("::1", home.port))
+            done = home.run("serve", timeout=WAIT_S * 2)
+        self.assertEqual(done.returncode, 1, done)
+        self.assertRegex(done.stderr, r"(?m)^rrouter: .*\b%d\b" % home.port)
+
+    def test_address_that_is_not_of_this_machine_is_told(self):
+        home = Home(self.upstream, env={"RROUTER_HOST": "203.0.113.1"})
+        self.addCleanup(home.remove)
+        done = home.run("serve", timeout=WAIT_S * 2)
+        self.assertEqual(done.returncode, 1, done)
+        self.assertRegex(done.stderr, r"(?m)^rrouter: .*203\.0\.113\.1")
+
+    def test_port_taken_by_another_rrouter_is_told(self):
+        with Running(self.upstream) as router:
+            for home in (router.home, Home(self.upstream, port=router.port)):
+                done = home.run("serve", timeout=WAIT_S * 2)
+                self.assertEqual(done.returncode, 1, done)
+                self.assertRegex(done.stderr, r"(?m)^rrouter: .*rrouter.*\b%d\b" % router.process.pid)
+            home.remove()
+            self.assertEqual(router.post().status, 200)
+
+    def test_both_loopback_addresses_answer_and_nothing_else_listens(self):
+        with Running(self.upstream) as router:
+            self.assertEqual(get_health(router.port, "::1")["pid"], router.process.pid)
+            self.assertEqual(get_health(router.port, "localhost")["pid"], router.process.pid)
+            if LINUX:
+                self.assertEqual(listening(router.process.pid), {("127.0.0.1", router.port), ("::1", router.port)})
+
+    @unittest.skipUnless(LINUX, "only Linux has all of 127/8 on loopback")
+    def test_other_host_is_bound_as_given_with_a_warning(self):
+        home = Home(self.upstream, env={"RROUTER_HOST": "127.0.0.2"})
+        self.addCleanup(home.remove)
+        with home_served(home) as process:
+            health = Running.wait_until(lambda: get_health(home.port, "127.0.0.2"))
+            self.assertEqual(health["listenAddr"], "127.0.0.2:%d" % home.port)
+            self.assertEqual(listening(process.pid), {("127.0.0.2", home.port)})
+            self.assertIn("RROUTER_HOST", home.read("logs/rrouter.log"))
+            self.assertEqual(home.run("status").returncode, 0)
+
+    def test_upstream_that_is_rrouter_itself_is_no_storm(self):
+        port = free_port()
+        for host in ("localhost", "[::1]", "0.0.0.0"):
+            with self.subTest(host):
+                home = Home("http://%s:%d" % (host, port), port=port)
+                self.addCleanup(home.remove)
+                with home_served(home) as process:
+                    Running.wait_until(lambda: process.poll() is not None or get_health(port))
+                    if process.poll() is None:
+                        with socket.create_connection(("127.0.0.1", port), WAIT_S) as connection:
+                            connection.sendall(request_bytes(body=b'{"model":"m"}', port=port))
+                            reply = read_reply(connection)
+                        self.assertGreaterEqual(reply.status, 500)
+                        self.assertIn("rrouter: ", reply.json()["error"]["message"])
+                        self.assertLess(get_health(port)["requestCount"], 4)
+                    else:
+                        self.assertIn(process.returncode, (1, 2))
+
+    def test_upstream_that_comes_back_is_used_at_once(self):
+        with Running(self.upstream) as router:
+            self.assertEqual(router.post().status, 200)
+            self.upstream.close()
+            reply = router.post()
+            self.assertEqual(reply.status, 502)
+            self.assertIn(self.upstream.url, reply.json()["error"]["message"])
+            for _ in range(2):
+                again = Upstream(port=self.upstream.port)
+                self.assertEqual(router.post().status, 200)
+                self.assertEqual(router.post().status, 200)
+                again.close()
+
+    def test_hang_up_signal_rereads_and_does_not_end_it(self):
+        with Running(self.upstream, config=switchboard(1), mode="one") as router:
+            router.process.send_signal(signal.SIGHUP)
+            put(router.home, "mode", "two\n")
+            router.process.send_signal(signal.SIGHUP)
+            router.wait_until(lambda: "[MODE]" in router.log() and "two" in router.log())
+            self.assertEqual(router.post().header("x-rrouter-model"), "two-001")
+
+    def test_interrupt_ends_it_in_peace(self):
+        with Running(self.upstream) as router:
+            with router.connect():                          # an idle client keeps nobody waiting
+                router.process.send_signal(signal.SIGINT)
+                self.assertIn(router.process.wait(WAIT_S), (0, 130, -signal.SIGINT))
+            router.stop(expect=None)
+
+
+def begin(home, command):
+    """Begin a command whose output does not matter."""
+    return subprocess.Popen([sys.executable, RROUTER, command], env=home.env, stdin=subprocess.DEVNULL,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@contextlib.contextmanager
+def home_served(home):
+    """Run `serve` in the home without waiting for an answer; yield the process."""
+    process = begin(home, "serve")
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(WAIT_S * 4)
+
+
+class DrainTest(unittest.TestCase):
+    """SIGTERM while an answer is under way."""
+
+    def setUp(self):
+        self.gate = threading.Event()
+        upstream = Upstream(stream(event("ping"), event("message_stop"), gate=self.gate))
+        self.addCleanup(upstream.close)
+        self.rrouter = Running(upstream)
+        self.addCleanup(self.rrouter.__exit__)
+        self.connection = self.rrouter.connect()
+        self.addCleanup(self.connection.close)
+        self.reader = self.connection.makefile("rb")
+        self.addCleanup(self.reader.close)
+        self.addCleanup(self.gate.set)
+        self.connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
+        self.assertEqual(read_head(self.reader)[0], 200)
+
+    def refused(self):
+        try:
+            self.rrouter.connect().close()
+        except OSError:
+            return True
+
+    def test_stream_finishes_and_nobody_else_comes_in(self):
+        idle = self.rrouter.connect()
+        self.addCleanup(idle.close)
+        self.rrouter.process.terminate()
+        self.rrouter.wait_until(self.refused)
+        self.assertEqual(read_all(idle), b"")
+        self.assertIsNone(self.rrouter.process.poll())
+        self.gate.set()
+        self.assertEqual(read_chunks(self.reader), (event("ping") + event("message_stop"), True))
+        self.assertEqual(self.rrouter.process.wait(WAIT_S), 0)
+        self.assertFalse((self.rrouter.home.dir / "rrouter.pid").exists())
+
+    def test_stop_waits_for_the_stream(self):
+        stopping = begin(self.rrouter.home, "stop")
+        self.rrouter.wait_until(self.refused)
+        self.assertIsNone(stopping.poll())
+        self.gate.set()
+        self.assertTrue(read_chunks(self.reader)[1])
+        self.assertEqual(stopping.wait(WAIT_S), 0)
+        self.assertEqual(self.rrouter.process.wait(WAIT_S), 0)
+        socket.create_server(("127.0.0.1", self.rrouter.port)).close()
+
+    def test_start_meanwhile_does_not_take_it_for_running(self):
+        self.rrouter.process.terminate()
+        self.rrouter.wait_until(self.refused)
+        starting = begin(self.rrouter.home, "start")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            starting.wait(1)                            # it may wait for the end of the stream, or say that it must
+        self.gate.set()
+        self.assertTrue(read_chunks(self.reader)[1])
+        self.assertEqual(self.rrouter.process.wait(WAIT_S), 0)
+        if starting.wait(WAIT_S) == 0:
+            self.assertIsNotNone(get_health(self.rrouter.port))
+            self.rrouter.home.run("stop", check=0)
+
+    def test_second_signal_ends_it_at_once(self):
+        self.rrouter.process.terminate()
+        self.rrouter.wait_until(self.refused)
+        self.rrouter.process.terminate()
+        self.rrouter.process.wait(WAIT_S)
+        with contextlib.suppress(ConnectionResetError):
+            self.assertFalse(read_chunks(self.reader)[1])
+        self.rrouter.stop(expect=None)
+
+
+# Daemon #######################################################################
+
+class DaemonTestBase(unittest.TestCase):
+    """Base of the tests with homes whose daemons are gone, whatever the test did, when it ends."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = Upstream()
+        cls.addClassCleanup(cls.upstream.close)
+
+    @classmethod
+    def new_home(cls, add_cleanup, *arguments, **options):
+        home = Home(cls.upstream, *arguments, **options)
+        add_cleanup(cls.end, home)
+        return home
+
+    @staticmethod
+    def end(home):
+        if not LINUX:
+            home.run("stop")
+        for pid in processes(home):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        home.remove()
+
+    def assert_alone(self, home):
+        """Exactly one daemon is there, it answers, and the pid file names it."""
+        health = get_health(home.port)
+        self.assertIsNotNone(health, "no daemon answers")
+        self.assertEqual(home.read("rrouter.pid").strip(), str(health["pid"]))
+        if LINUX:
+            self.assertEqual(processes(home), [health["pid"]])
+        return health["pid"]
+
+    def assert_nothing_left(self, home):
+        self.assertEqual(processes(home), [])
+        self.assertFalse((home.dir / "rrouter.pid").exists())
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            socket.create_server((address, home.port), family=family).close()
+
+
+class RunningDaemonTest(DaemonTestBase):
+    """One daemon, started under umask 0 by a process that held a pipe open."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.home = cls.new_home(cls.addClassCleanup, "antigravity", HASTY_CONFIG)
+        reader, writer = os.pipe()
+        cls.addClassCleanup(os.close, reader)
+        mask = os.umask(0)
+        try:
+            cls.started = subprocess.run(
+                [sys.executable, os.path.relpath(RROUTER), "start"], env=cls.home.env, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, pass_fds=(writer,))
+        finally:
+            os.umask(mask)
+            os.close(writer)
+        cls.pipe = reader
+        cls.health = get_health(cls.home.port)
+
+    def test_start_tells_pid_and_port(self):
+        self.assertEqual((self.started.returncode, self.started.stderr), (0, ""))
+        self.assertRegex(self.started.stdout, r"\b%d\b" % self.health["pid"])
+        self.assertRegex(self.started.stdout, r"\b%d\b" % self.home.port)
+        self.assertEqual(self.health["startedBy"], "start")
+
+    def test_it_is_detached(self):
+        pid = self.assert_alone(self.home)
+        self.assertNotEqual(os.getsid(pid), os.getsid(0))
+        self.assertEqual(os.read(self.pipe, 1), b"", "holds a descriptor of its starter")
+        if LINUX:
+            process = pathlib.Path("/proc", str(pid))
+            fields = process.joinpath("stat").read_text().rpartition(")")[2].split()
+            parent, terminal = int(fields[1]), int(fields[4])
+            self.assertEqual(terminal, 0)
+            self.assertIn(parent, self.ancestors())
+            self.assertEqual(os.readlink(str(process / "cwd")), "/")
+            self.assertEqual(os.readlink(str(process / "fd" / "0")), "/dev/null")
+
+    @staticmethod
+    def ancestors():
+        """Return the pids above this process: orphans go to 1, or to the nearest of these that collects them."""
+        found, pid = {1}, os.getppid()
+        while pid > 1:
+            found.add(pid)
+            pid = int(pathlib.Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1])
+        return found
+
+    def test_its_files_are_private(self):
+        get_health(self.home.port)
+        for path in [self.home.dir] + list(self.home.dir.rglob("*")):
+            if path.name not in ("mode", "config.json"):            # these two the test wrote
+                with self.subTest(path.name):
+                    self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o700 if path.is_dir() else 0o600)
+
+    def test_run_json_tells_where_it_listens(self):
+        run = json.loads(self.home.read("run.json"))
+        self.assertEqual((run["host"], run["port"]), ("localhost", self.home.port))
+        self.assertEqual((run["pid"], run["upstream"]), (self.health["pid"], self.upstream.url))
+        self.assertIn("start", run.values())
+
+    def test_it_is_found_whatever_port_the_shell_has(self):
+        other = {"RROUTER_PORT": str(free_port())}
+        status, as_json, start, check = run_all(
+            self.home, ("status",), ("status", "--json"), ("start",), ("check",), env=other)
+        self.assertEqual((status.returncode, as_json.returncode, start.returncode), (0, 0, 0))
+        for number in (self.health["pid"], self.home.port):
+            self.assertRegex(status.stdout, r"\b%d\b" % number)
+            self.assertRegex(start.stdout, r"\b%d\b" % number)
+        self.assertRegex(start.stdout, "(?i)already running")
+        self.assertEqual(set(json.loads(as_json.stdout)), set(HEALTH))
+        self.assertNotRegex(check.stdout, r"(?im)^\W*fail\b.*daemon")
+
+    def test_status_tells_mode_upstream_and_problems(self):
+        status = self.home.run("status", check=0).stdout
+        self.assertRegex(status, "antigravity")
+        self.assertIn(self.upstream.url, status)
+        self.assertRegex(status, "(?i)reachable|answers|up")
+        self.assertRegex(status, r"\bstart\b")
+        put(self.home, "mode", "nosuch\n")
+        try:
+            self.assertIn("nosuch", self.home.run("status", check=0).stdout)
+        finally:
+            put(self.home, "mode", "antigravity\n")
+
+    def test_mode_commands_return_when_the_switch_is_in_force(self):
+        for mode in ("claude", "auto", "antigravity"):
+            done = self.home.run(mode, check=0, env={"RROUTER_PORT": str(free_port())})
+            self.assertEqual(get_health(self.home.port)["mode"], mode)
+            self.assertIn(mode, done.stdout)
+            self.assertNotRegex(done.stdout + done.stderr, "(?i)not running|no daemon")
+
+    def test_mode_commands_work_while_the_config_is_bad(self):
+        """The last good config is in force, so its modes are."""
+        self.addCleanup(put, self.home, "config.json", self.home.read("config.json"))
+        put(self.home, "config.json", "{")
+        self.home.run("claude", check=0)
+        self.assertEqual(get_health(self.home.port)["mode"], "claude")
+        self.home.run("antigravity", check=0)
+        self.assertEqual(get_health(self.home.port)["mode"], "antigravity")
+
+    def test_auto_again_clears_the_cooldown(self):
+        put(self.home, "mode", "auto\n")
+        self.addCleanup(put, self.home, "mode", "antigravity\n")
+        self.upstream.play(error(503), Answer())
+        with socket.create_connection(("127.0.0.1", self.home.port), WAIT_S) as connection:
+            connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.home.port))
+            self.assertEqual(read_reply(connection).status, 200)
+        self.assertTrue(get_health(self.home.port)["autoSwitch"]["switched"])
+        status = self.home.run("status", check=0).stdout
+        self.assertRegex(status, "503")
+        self.assertRegex(status, r"\b(29|30) ?m")
+        self.home.run("auto", check=0)
+        auto = get_health(self.home.port)["autoSwitch"]
+        self.assertEqual((auto["switched"], auto["currentTarget"], auto["retryAt"]), (False, "antigravity", None))
+
+    def test_serve_beside_it_leaves_its_files_alone(self):
+        names = ("rrouter.pid", "run.json", "rrouter.lock")
+        before = [self.home.read(name) for name in names]
+        beside = Home(self.upstream)
+        self.addCleanup(beside.remove)
+        port = beside.port
+        beside.env = dict(self.home.env, RROUTER_PORT=str(port))
+        with Running(self.upstream, home=beside) as router:
+            self.assertRegex(router.printed(), "(?i)shar.*config|config.*shar")
+            self.assertEqual(router.health()["pid"], router.process.pid)
+            self.assertEqual(router.health()["mode"], "antigravity")
+            self.assertEqual(json.loads(self.home.run("status", "--json", check=0).stdout)["pid"], self.health["pid"])
+        self.assertEqual([self.home.read(name) for name in names], before)
+        self.assertEqual(get_health(self.home.port)["pid"], self.health["pid"])
+
+
+FALSE_FILES = (
+    # rrouter.pid, run.json
+    ("", ""),
+    ("\n", "{"),
+    ("not a number\n", "[]"),
+    ("12 34\n", "7"),
+    ("99999999\n", '{"pid": 99999999, "port": 70000, "host": "localhost", "startedBy": "start"}'),
+    ("9" * 400, '{"pid": "x", "port": "y", "host": 7}'),
+    ("\0\0\0\0", '{"port": -1}'),
+    ("%(sleeper)d\n", '{"pid": %(sleeper)d, "port": %(foreign)d, "host": "localhost", "startedBy": "start"}'),
+)
+
+
+class DaemonTest(DaemonTestBase):
+
+    def home(self, *arguments, **options):
+        return self.new_home(self.addCleanup, *arguments, **options)
+
+    def test_life(self):
+        home = self.home()
+        home.run("start", check=0)
+        first = self.assert_alone(home)
+        for _ in range(2):
+            with socket.create_connection(("127.0.0.1", home.port), WAIT_S) as connection:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                read_all(connection)                    # rrouter closed first: its side stays in TIME_WAIT
+            done = home.run("restart", check=0, env={"RROUTER_PORT": str(home.port)})
+            self.assertNotIn("in use", done.stdout + done.stderr)
+            second = self.assert_alone(home)
+            self.assertNotEqual(first, second)
+            first = second
+        done = home.run("stop", check=0, env={"RROUTER_PORT": str(free_port())})
+        self.assert_nothing_left(home)
+        self.assertRegex(done.stdout, "(?i)stopped")
+        self.assertEqual(home.run("status").returncode, 3)
+
+    def test_restart_starts_when_nothing_runs(self):
+        home = self.home()
+        home.run("restart", check=0)
+        self.assert_alone(home)
+
+    def test_four_starts_at_once_leave_one_daemon(self):
+        home = self.home()
+        for done in run_all(home, *[("start",)] * 4, check=0):
+            self.assertRegex(done.stdout, r"\b%d\b.*\b%d\b|\b%d\b.*\b%d\b" % (
+                (self.assert_alone(home), home.port) + (home.port, self.assert_alone(home))))
+
+    def test_killed_daemon_hinders_nothing(self):
+        home = self.home()
+        home.run("start", check=0)
+        killed = self.assert_alone(home)
+        os.kill(killed, signal.SIGKILL)
+        Running.wait_until(lambda: get_health(home.port) is None)
+        self.assertEqual(home.run("status").returncode, 3)
+        home.run("start", check=0)
+        self.assertNotEqual(self.assert_alone(home), killed)
+
+    def test_false_files_are_harmless(self):
+        """Whatever the pid and run files say, only a held lock makes a daemon, and no stranger gets a signal."""
+        sleeper = subprocess.Popen(["sleep", "600"])
+        self.addCleanup(sleeper.wait)
+        self.addCleanup(sleeper.kill)
+        values = {"foreign": self.upstream.port, "sleeper": sleeper.pid}
+        rows = [(pid % values if "%" in pid else pid, run % values) for pid, run in FALSE_FILES]
+
+        def stop(row):
+            home = self.home("claude")
+            put(home, "rrouter.pid", row[0])
+            put(home, "run.json", row[1])
+            return home.run("stop"), home.run("status")
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for row, (stopped, status) in zip(rows, pool.map(stop, rows)):
+                with self.subTest(row):
+                    self.assertEqual((stopped.returncode, status.returncode), (0, 3), (stopped, status))
+                    self.assertRegex(stopped.stdout, "(?i)not running|nothing runs")
+        home = self.home("claude")
+        put(home, "rrouter.pid", "%d\n" % sleeper.pid)
+        put(home, "run.json", rows[-1][1])
+        put(home, "rrouter.lock", "%d\n" % sleeper.pid)
+        home.run("start", check=0)
+        self.assert_alone(home)
+        put(home, "rrouter.pid", "%d\n" % sleeper.pid)
+        home.run("stop", check=0)
+        self.assertEqual(processes(home), [])
+        self.assertIsNone(sleeper.poll())
+
+    def test_start_on_a_taken_port_tells_the_reason_and_leaves_nothing(self):
+        home = self.home()
+        with contextlib.closing(Upstream(port=home.port)):
+            done = home.run("start", timeout=WAIT_S * 2)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stderr, r"rrouter: .*\b%d\b" % home.port)
+        self.assertRegex(done.stderr, "(?is)CLIProxyAPI.*pprof")
+        self.assert_nothing_left(home)
+
+    def test_start_finds_the_port_taken_by_another_homes_rrouter(self):
+        first = self.home()
+        first.run("start", check=0)
+        second = self.home(port=first.port)
+        done = second.run("start", timeout=WAIT_S * 2)
+        self.assertEqual(done.returncode, 1, done)
+        self.assertRegex(done.stderr, r"rrouter.*\b%d\b" % self.assert_alone(first))
+        self.assertEqual(processes(second), [])
+
+    def test_start_finds_serve_running(self):
+        with Running(self.upstream) as router:
+            done = router.home.run("start", check=0)
+            self.assertRegex(done.stdout, r"(?i)already running.*\b%d\b" % router.process.pid)
+            self.assertEqual(get_health(router.port)["pid"], router.process.pid)
+            router.home.run("stop", check=0)
+            self.assertEqual(router.process.wait(WAIT_S), 0)
+
+    def test_signals_in_the_middle_of_a_start_hinder_no_later_one(self):
+        home = self.home()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL):
+            with self.subTest(number):
+                starting = begin(home, "start")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    starting.wait(random.uniform(0.02, 0.35))           # the signal may come at any moment
+                starting.send_signal(number)
+                starting.wait(WAIT_S)
+                home.run("start", check=0)
+                os.kill(self.assert_alone(home), signal.SIGKILL)
+                Running.wait_until(lambda: not processes(home))
+
+    def test_start_without_standard_descriptors(self):
+        home = self.home()
+        subprocess.run(["/bin/sh", "-c", 'exec "$0" "$1" start <&- >&- 2>&-', sys.executable, RROUTER], env=home.env,
+                       check=True, timeout=WAIT_S * 2)
+        self.assert_alone(home)
+
+    def test_zip_application(self):
+        home = self.home("claude")
+        source = home.root / "source"
+        source.mkdir()
+        shutil.copy(RROUTER, str(source))
+        zipapp.create_archive(str(source), str(home.root / "rrouter.pyz"), main="rrouter:main")
+
+        def run(*arguments):
+            return subprocess.run([sys.executable, "rrouter.pyz", *arguments], env=home.env, cwd=str(home.root),
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode
+
+        self.assertEqual((run("status"), run("start"), run("status")), (3, 0, 0))
+        self.assert_alone(home)
+        self.assertEqual(run("stop"), 0)
+        self.assert_nothing_left(home)
+
+
+class StateTest(DaemonTestBase):
+    """The cooldown outlives the process."""
+
+    def setUp(self):
+        self.home = self.new_home(self.addCleanup, "auto", HASTY_CONFIG)
+        self.upstream.clear()
+        self.router = Running(self.upstream, home=self.home)
+        self.addCleanup(self.router.__exit__)
+        self.upstream.play(error(503), Answer())
+        self.assertEqual(self.router.post().status, 200)
+        self.before = self.router.health()["autoSwitch"]
+        self.assertTrue(self.before["switched"])
+        self.router.stop()
+
+    def again(self):
+        """Start again; return `autoSwitch` of /health."""
+        self.router.start()
+        return self.router.health()["autoSwitch"]
+
+    def test_restart_keeps_it(self):
+        after = self.again()
+        for name in ("switched", "switchCount", "reason", "switchedAt", "retryAt", "cooldownSeconds", "currentTarget"):
+            self.assertEqual(after[name], self.before[name], name)
+        self.assertLessEqual(after["cooldownRemainingSeconds"], self.before["cooldownRemainingSeconds"])
+        self.assertGreater(after["cooldownRemainingSeconds"], 1700)
+
+    def test_mode_written_in_between_clears_it(self):
+        self.home.run("auto", check=0)
+        self.assertFalse(self.again()["switched"])
+
+    def test_auto_section_written_in_between_clears_it(self):
+        put(self.home, "config.json", json.dumps(dict(HASTY_CONFIG, auto={"failureThreshold": 2})))
+        self.assertFalse(self.again()["switched"])
+
+    def test_rules_written_in_between_do_not_clear_it(self):
+        put(self.home, "config.json", json.dumps(HASTY_CONFIG).replace("claude-opus-*", "opus-*"))
+        self.assertTrue(self.again()["switched"])
+
+    def test_clock_set_back_does_not_lock_a_target_out(self):
+        """Deadlines far in the future are what a clock set back makes of them."""
+        text = re.sub(r"\b20[2-9]\d-", "2090-", self.home.read("state.json"))
+        put(self.home, "state.json", re.sub(r"\b1(?=[6-9]\d{8}\b)", "3", text))
+        self.assertLessEqual(self.again()["cooldownRemainingSeconds"] or 0, 240 * 60)
+
+    def test_content_that_makes_no_sense_is_forgotten(self):
+        saved = json.loads(self.home.read("state.json"))
+        own = {name: value for name, value in saved.items() if isinstance(value, dict)}
+        wrong = [dict(saved, **dict.fromkeys(own, value)) for value in (7, {"m": 7})]
+        wrong.append(dict(saved, **{name: dict.fromkeys(value, "x") for name, value in own.items()}))
+        for content in ["", "{", "[]", "[" * 100000] + list(map(json.dumps, wrong)):
+            with self.subTest(content[:20]):
+                put(self.home, "state.json", content)
+                before = len(self.router.log())
+                self.assertFalse(self.again()["switched"])
+                lines = [line for line in self.router.log()[before:].splitlines() if "state.json" in line]
+                self.assertEqual(len(lines), 1, lines)
+                self.assertEqual(self.router.post().status, 200)
+                self.router.stop()
+
+
+# Check ########################################################################
+
+LISTED = ("gemini-claude-sonnet-4-5-thinking", "gemini-claude-opus-4-5-thinking", "gemini-3-flash-preview")
+
+
+def list_models(*names):
+    return Answer(200, json.dumps({"object": "list", "data": [{"id": name} for name in names]}).encode())
+
+
+class CheckTest(RouterTest):
+
+    def setUp(self):
+        super().setUp()
+        self.home = self.rrouter.home
+        self.settings(json.dumps({"env": {"ANTHROPIC_BASE_URL": "http://localhost:%d" % self.rrouter.port,
+                                          "ANTHROPIC_AUTH_TOKEN": "sk-secret-token"}}))
+        self.models = list_models(*LISTED)
+        self.upstream.default = lambda request: self.models if request.target.startswith("/v1/models") else Answer()
+
+    def settings(self, text):
+        (self.home.root / ".claude").mkdir(exist_ok=True)
+        (self.home.root / ".claude" / "settings.json").write_text(text)
+
+    def check(self, *patterns, env=()):
+        """Run it; see that status and lines agree, and that each pattern is found; return what it printed."""
+        done = self.home.run("check", env=env)
+        self.assertNotIn("sk-secret-token", done.stdout + done.stderr)
+        for pattern in patterns:
+            self.assertRegex(done.stdout, "(?im)" + pattern)
+        self.assertEqual(done.returncode, 1 if re.search(r"(?im)^\W*fail\b", done.stdout) else 0, done.stdout)
+        return done.stdout
+
+    def test_all_is_well(self):
+        env = {"ANTHROPIC_BASE_URL": "http://localhost:%d" % self.rrouter.port}
+        text = self.check(r"^\W*ok\b.*upstream", r"^\W*ok\b.*config", env=env)
+        self.assertNotRegex(text, r"(?im)^\W*(fail|warn)\b")
+        asked = [request for request in self.upstream.received if request.target.startswith("/v1/models")]
+        self.assertTrue(asked)
+        for request in asked:
+            self.assertEqual(request.header("authorization"), "Bearer sk-secret-token")
+            self.assertFalse([name for name, _ in request.fields if name.lower().startswith("anthropic")])
+            self.assertNotIn("claude-cli", request.header("user-agent") or "")
+        self.assertFalse([request for request in self.upstream.received if request.method == "POST"])
+
+    def test_names_the_upstream_does_not_know_come_with_their_remedy(self):
+        self.models = list_models(LISTED[0], "gemini-3-flash")
+        text = self.check(r"^\W*(fail|warn)\b.*%s" % LISTED[2], "oauth-model-alias", "alias: .*%s" % LISTED[2])
+        self.assertNotRegex(text, r"(?im)^\W*(fail|warn)\b.*know %s" % LISTED[0])
+
+    def test_key_that_the_upstream_refuses(self):
+        self.models = Answer(401, b'{"error":"Invalid API key"}', reason="Unauthorized")
+        self.check(r"^\W*(fail|warn)\b.*(401|Invalid API key)")
+
+    def test_client_that_points_elsewhere(self):
+        for settings, env, pattern in (
+                (json.dumps({"env": {"ANTHROPIC_BASE_URL": "http://localhost:1"}}), (), "settings.json"),
+                ("{", (), "settings.json"), ("[]", (), "settings.json"), ('{"env": 7}', (), "settings.json"),
+                (None, {"ANTHROPIC_BASE_URL": "http://localhost:1/"}, "ANTHROPIC_BASE_URL")):
+            with self.subTest(settings=settings, env=env):
+                if settings:
+                    self.settings(settings)
+                done = self.home.run("check", env=env)
+                self.assertRegex(done.stdout, r"(?im)^\W*(fail|warn)\b.*%s" % pattern)
+
+    def test_bad_files_of_ours(self):
+        put(self.home, "config.json", "{")
+        self.addCleanup((self.home.dir / "config.json").unlink)
+        put(self.home, "mode", "nosuch\n")
+        self.check(r"^\W*fail\b.*config\.json", r"^\W*(fail|warn)\b.*nosuch")
+
+    def test_upstream_is_down(self):
+        with contextlib.closing(Upstream()) as upstream:
+            pass
+        with Running(upstream, env={"HOME": str(self.home.root / "empty home")}) as router:
+            done = router.home.run("check")
+            self.assertEqual(done.returncode, 1)
+            self.assertRegex(done.stdout, r"(?im)^\W*fail\b.*%s" % re.escape(upstream.url))
+            status = router.home.run("status", check=0)
+            self.assertRegex(status.stdout, "(?i)unreachable|not reachable|refused|down")
+
+
+# Documents ####################################################################
+
+@unittest.skipUnless((HERE / "README.md").exists(), "no README.md here")
+class ReadmeTest(unittest.TestCase):
+    """What the two READMEs and the help name is the same."""
+
+    @classmethod
+    def setUpClass(cls):
+        home = Home()
+        cls.addClassCleanup(home.remove)
+        cls.help = home.run("help", check=0).stdout
+        cls.readmes = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("README*.md"))]
+
+    def test_commands(self):
+        """A row of the help is `NAME [ARGUMENTS], ALIAS, …` and what it does; the table has these in two cells."""
+        block = self.help.split("\n\n")[2]
+        names = {name.split()[0] for row in block.splitlines()
+                 for name in re.split(r" {2,}", row.strip())[0].split(", ")}
+        self.assertIn("serve", names)
+        for text in self.readmes:
+            table = re.search(r"(?m)^\|.*\n\|[ |:-]+\n\|.*`(?:rrouter )?serve`.*\n(?:\|.*\n)*", text)
+            cells = [cell for row in table.group().splitlines()[2:] for cell in row.split("|")[1:3]]
+            found = [name for cell in cells for name in re.findall(r"`(?:rrouter )?([^`]+)`", cell)]
+            self.assertEqual({name.split()[0] for name in found}, names)
+            for word in ("edit", "reset", "path"):
+                self.assertRegex(table.group(), "`[a-z ]*%s`" % word)
+
+    def test_environment_variables(self):
+        names = set(re.findall(r"\bRROUTER_[A-Z]+\b", self.help))
+        self.assertEqual(names, {"RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST"})
+        for text in self.readmes:
+            self.assertEqual(set(re.findall(r"\bRROUTER_[A-Z]+\b", text)), names)
+
+
+# Installation #################################################################
+
+PROJECT = pathlib.Path(RROUTER).resolve().parent
+
+# Stands in for systemctl and launchctl: notes what it is asked, and starts and stops the service as they would, with
+# their bare environment.  A file `deaf` makes it answer nobody, `fails` holds a word of the requests that fail.
+MANAGER = r'''
+import os, signal, sys, time
+here, home, asked = os.path.dirname(os.path.abspath(__file__)), os.environ["HOME"], " ".join(sys.argv[1:])
+
+def note(name):
+    return os.path.join(here, name)
+
+with open(note("asked"), "a") as file:
+    file.write(asked.replace(home, "~") + "\n")
+if os.path.exists(note("deaf")):
+    sys.exit("Failed to connect to bus: No medium found")
+if os.path.exists(note("fails")):
+    with open(note("fails")) as file:
+        if file.read() in asked:
+            sys.exit("scripted failure")
+
+def pid():
+    try:
+        with open(note("pid")) as file:
+            number = int(file.read())
+        os.kill(number, 0)
+        return number
+    except (OSError, ValueError):
+        return None
+
+def stop():
+    while pid():
+        os.kill(pid() or os.getpid(), signal.SIGTERM if not stop.sent else 0)
+        stop.sent = True
+        time.sleep(0.01)
+
+stop.sent = False
+
+def start(command, **marks):
+    stop()
+    marks.update(HOME=home, PATH="/usr/bin:/bin:/usr/sbin:/sbin")
+    if os.fork() == 0:      # its parent reaps it at once, so that its end is seen
+        os.setsid()
+        for number in 0, 1, 2:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        daemon = os.posix_spawn(command[0], command, marks)
+        with open(note("pid"), "w") as file:
+            file.write(str(daemon))
+        os.waitpid(daemon, 0)
+        os._exit(0)
+    while not pid():
+        time.sleep(0.01)
+
+unit = home + "/.config/systemd/user/rrouter.service"
+verb = [word for word in sys.argv[1:] if not word.startswith("-")][0]
+if verb == "is-active" or verb == "print" and asked.endswith("com.rrouter"):
+    sys.exit(not pid())
+elif verb in ("cat", "is-enabled"):
+    sys.exit(not os.path.exists(unit))
+elif verb in ("stop", "bootout") or "disable --now" in asked:
+    stop()
+elif verb in ("start", "kickstart") and pid():
+    pass
+elif verb in ("start", "restart"):
+    with open(unit) as file:
+        settings = dict(line.rstrip().replace("%h", home).split("=", 1) for line in file if "=" in line)
+    start(["/bin/sh", "-c", '[ ! -e "$1" ] || { set -a; . "$1"; }; SYSTEMD_EXEC_PID=$$ exec "$2" serve', "sh",
+           settings["EnvironmentFile"].lstrip("-"), settings["ExecStart"].rpartition(" ")[0]], INVOCATION_ID="0" * 32)
+elif verb == "bootstrap":
+    if pid():
+        sys.exit("Bootstrap failed: 5: Input/output error")
+    import plistlib
+    with open(home + "/Library/LaunchAgents/com.rrouter.plist", "rb") as file:
+        start(plistlib.load(file)["ProgramArguments"], XPC_SERVICE_NAME="com.rrouter")
+'''
+
+# Answers what install.sh asks of rrouter, at once, and does nothing: for what only concerns files.
+STUB = r"""#!/usr/bin/env python3
+import sys
+RouterError = ValueError
+def read_environment(environ):
+    pass
+if sys.argv[1:] == ["--version"]:
+    print("rrouter 0.0.1")
+elif sys.argv[1:] == ["status", "--json"]:
+    print('{"startedBy": "start", "listenAddr": "localhost:8316"}')
+"""
+
+# And goes on until it is stopped, for a manager to run.
+SLEEPER = """
+if sys.argv[1] == "serve":
+    import signal
+    signal.sigwait([signal.SIGTERM])
+"""
+
+# Kills the whole installation just before the Python inside install.sh does KILL_AT.
+KILLER = '''
+import os, re, signal, sys
+def kill(event, details):
+    if getattr(sys, "argv", [""])[0] == "-" and event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir"):
+        if re.search(os.environ["KILL_AT"], "%s %s" % (event, details[event == "os.rename"])):
+            os.killpg(0, signal.SIGKILL)
+sys.addaudithook(kill)
+'''
+
+
+@functools.lru_cache(None)
+def light_python():
+    """Return an interpreter like this one that starts fast, for it has nothing installed but the KILLER."""
+    root = pathlib.Path(tempfile.mkdtemp(prefix="rrouter-python-"))
+    atexit.register(shutil.rmtree, str(root), True)
+    real = os.path.realpath(sys.executable)
+    packages = root / "lib" / ("python%d.%d" % sys.version_info[:2]) / "site-packages"
+    packages.mkdir(parents=True)
+    (packages / "killer.py").write_text(KILLER)
+    (packages / "killer.pth").write_text("import os; os.environ.get('KILL_AT') and __import__('killer')\n")
+    (root / "pyvenv.cfg").write_text("home = %s\ninclude-system-site-packages = false\n" % os.path.dirname(real))
+    (root / "bin").mkdir()
+    (root / "bin" / "python3").symlink_to(real)
+    return str(root / "bin" / "python3")
+
+
+class Installation(Home):
+    """An empty HOME with a space in its name, a clone beside it, and stand-ins of the system's programs on PATH."""
+
+    def __init__(self, system="Linux", deaf=False, router=None):
+        super().__init__()
+        self.home, self.clone, self.stand_ins = (self.root / name for name in ("ho me", "a clone", "stand-ins"))
+        self.dir = self.home / ".rrouter"
+        self.program = self.home / "bin" / "rrouter"
+        self.unit = self.home / ".config" / "systemd" / "user" / "rrouter.service"
+        self.agent = self.home / "Library" / "LaunchAgents" / "com.rrouter.plist"
+        self.settings = self.home / ".claude" / "settings.json"
+        self.url = "http://localhost:%d" % self.port
+        self.env.update(HOME=str(self.home), PYTHON=light_python(), SHELL="/bin/bash",
+                        PATH="%s:/usr/bin:/bin" % self.stand_ins)
+        for directory in (self.home, self.clone, self.stand_ins):
+            directory.mkdir()
+        for name in ("install.sh", "rrouter.service", "com.rrouter.plist", "rrouter.py"):
+            shutil.copy(str(PROJECT / name), str(self.clone))
+        if router:
+            (self.clone / "rrouter.py").write_text(router)
+        self.stand_in("uname", "#!/bin/sh\necho %s\n" % system)
+        for name in ("systemctl", "launchctl"):
+            self.stand_in(name, "#!/bin/sh\nexec '%s' -IS \"${0%%/*}/manager.py\" \"$@\"\n" % sys.executable)
+        self.note("manager.py", MANAGER)
+        self.note("asked", "")
+        if deaf:
+            self.note("deaf", "")
+
+    def stand_in(self, name, text):
+        (self.stand_ins / name).write_text(text)
+        (self.stand_ins / name).chmod(0o755)
+
+    def note(self, name, text):
+        (self.stand_ins / name).write_text(text)
+
+    def asked(self):
+        """Return what the service manager was told to do since the last time; not what it was merely asked."""
+        lines = (self.stand_ins / "asked").read_text().splitlines()
+        self.note("asked", "")
+        return [line for line in lines if not re.search(r"\b(show|print|is-|status|cat|list|reset-failed|enable gui)",
+                                                        line)]
+
+    def install(self, *options, status=0, env=(), shell="sh"):
+        """Run install.sh to its end, and return all it printed."""
+        done = subprocess.run([*shell.split(), str(self.clone / "install.sh"), *options], cwd=str(self.root),
+                              env=dict(self.env, **dict(env)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, universal_newlines=True, start_new_session=True, timeout=60)
+        if done.returncode != status or "Traceback" in done.stdout:
+            raise AssertionError("install.sh %s: status %d\n%s" % (" ".join(options), done.returncode, done.stdout))
+        return done.stdout
+
+    def rrouter(self, *arguments):
+        """Run the installed program; return what it printed on stdout."""
+        return subprocess.run([str(self.program), *arguments], env=self.env, stdin=subprocess.DEVNULL, check=True,
+                              stdout=subprocess.PIPE, universal_newlines=True, timeout=60).stdout
+
+    def health(self):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT_S)) as connection:
+            connection.request("GET", "/health")
+            return json.loads(connection.getresponse().read())
+
+    def put(self, path, content, mode=0o644):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        path.chmod(mode)
+
+    def tree(self, data=True):
+        """Return everything under HOME as {name: (mode, content)}; without `data`, not what is in ~/.rrouter."""
+        return {str(path.relative_to(self.home)): (
+                    stat.S_IMODE(path.lstat().st_mode), os.readlink(str(path)) if path.is_symlink() else
+                    path.read_bytes() if path.is_file() else None)
+                for path in sorted(self.home.rglob("*")) if data or ".rrouter" not in path.parts}
+
+    def remove(self):
+        """Leave nothing running, whatever a test did."""
+        if (self.stand_ins / "pid").exists():
+            with contextlib.suppress(FileNotFoundError):
+                (self.stand_ins / "deaf").unlink()
+            self._run_quietly(str(self.stand_ins / "systemctl"), "stop")
+        if (self.dir / "rrouter.pid").exists():
+            self._run_quietly(str(self.program), "stop")
+        super().remove()
+
+    def _run_quietly(self, *command):
+        subprocess.run(command, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                       stderr=subprocess.DEVNULL, timeout=60)
+
+
+class InstallTest(unittest.TestCase):
+    """Base of the tests that install."""
+
+    def installation(self, *arguments, **options):
+        installation = Installation(*arguments, **options)
+        self.addCleanup(installation.remove)
+        return installation
+
+    def side_by_side(self, check, rows):
+        """Call `check` with each of the rows, all at once: most of the time goes into starting programs."""
+        with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
+            for row, future in [(row, pool.submit(check, *row)) for row in rows]:
+                with self.subTest(row=row):
+                    future.result()
+
+    def assert_free(self, port):
+        """Nobody listens there any more."""
+        with socket.socket() as probe:
+            self.assertNotEqual(probe.connect_ex(("127.0.0.1", port)), 0)
+
+
+class ServiceFilesTest(unittest.TestCase):
+
+    def test_unit_starts_restarts_and_stops_as_promised(self):
+        unit = configparser.ConfigParser(interpolation=None)
+        unit.optionxform = str
+        unit.read(str(PROJECT / "rrouter.service"), encoding="utf-8")
+        service = unit["Service"]
+        self.assertEqual(service["ExecStart"], "%h/bin/rrouter serve")
+        self.assertEqual((service["Restart"], service["RestartPreventExitStatus"]), ("on-failure", "2"))
+        self.assertGreater(int(service["TimeoutStopSec"]), 30)
+        self.assertIn("-HUP $MAINPID", service["ExecReload"])
+        # A taken port ends in `failed`, not in a loop: all the starts that are allowed fit into their interval.
+        self.assertLess(int(service["RestartSec"]) * int(unit["Unit"]["StartLimitBurst"]),
+                        int(unit["Unit"]["StartLimitIntervalSec"]))
+        self.assertEqual(unit["Install"]["WantedBy"], "default.target")
+
+    def test_agent_starts_restarts_and_stops_as_promised(self):
+        with open(str(PROJECT / "com.rrouter.plist"), "rb") as file:
+            agent = plistlib.load(file)
+        self.assertEqual(agent["Label"], "com.rrouter")
+        self.assertIn('exec "$HOME/bin/rrouter" serve', agent["ProgramArguments"][-1])
+        self.assertEqual(agent["KeepAlive"], {"SuccessfulExit": False})
+        self.assertGreaterEqual(agent["ThrottleInterval"], 10)
+        self.assertGreater(agent["ExitTimeOut"], 30)
+
+    def test_service_files_hold_no_settings(self):
+        for name, comment in (("rrouter.service", r"(?m)^#.*$"), ("com.rrouter.plist", r"(?s)<!--.*?-->")):
+            text = (PROJECT / name).read_text(encoding="utf-8")
+            self.assertNotIn("RROUTER_", re.sub(comment, "", text), name)
+            self.assertIn(".config/rrouter.env", re.sub(comment, "", text), name)
+
+    @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not here")
+    def test_systemd_finds_nothing_wrong_with_the_unit(self):
+        home = Home()
+        self.addCleanup(home.remove)
+        for directory in ("bin", "run"):
+            (home.root / directory).mkdir()
+        shutil.copy(RROUTER, str(home.root / "bin" / "rrouter"))
+        (home.root / "bin" / "rrouter").chmod(0o755)
+        done = subprocess.run(["systemd-analyze", "--user", "verify", str(PROJECT / "rrouter.service")],
+                              env=dict(home.env, XDG_RUNTIME_DIR=str(home.root / "run")), stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, universal_newlines=True, timeout=60)
+        self.assertEqual((done.returncode, done.stdout), (0, ""))
+
+    @unittest.skipUnless(subprocess.run(["sh", "-c", "systemctl --user show-environment"], stdout=subprocess.DEVNULL,
+                                        stderr=subprocess.DEVNULL).returncode == 0, "no systemd user manager runs here")
+    def test_real_user_manager_runs_the_unit(self):
+        """A copy of the unit under another name, for this HOME: the manager's own rrouter is left alone."""
+        home = Home(mode="claude")
+        self.addCleanup(home.remove)
+        (home.root / "bin").mkdir()
+        program = home.root / "bin" / "rrouter"
+        program.write_text("#!%s\n%s" % (sys.executable, pathlib.Path(RROUTER).read_text(encoding="utf-8")))
+        program.chmod(0o755)
+        (home.root / ".config").mkdir()
+        (home.root / ".config" / "rrouter.env").write_text("RROUTER_PORT=%d\n" % home.port)
+        name = "rrouter-test-%d.service" % os.getpid()
+        unit = pathlib.Path(os.environ["XDG_RUNTIME_DIR"], "systemd", "user", name)
+        unit.parent.mkdir(parents=True, exist_ok=True)
+        unit.write_text((PROJECT / "rrouter.service").read_text(encoding="utf-8").replace(
+            "ExecStart=%h/bin/rrouter", 'ExecStart="%s"' % program).replace("%h", str(home.root)).replace(
+            "[Service]", '[Service]\nEnvironment="HOME=%s"' % home.root))
+
+        def systemctl(*words):
+            return subprocess.run(["systemctl", "--user", *words], stdout=subprocess.PIPE, check=True,
+                                  universal_newlines=True, timeout=60).stdout
+        try:
+            systemctl("daemon-reload")
+            systemctl("start", name)
+            Running.wait_until(lambda: home.run("status", "--json").returncode == 0)
+            self.assertEqual(json.loads(home.run("status", "--json").stdout)["startedBy"], "systemd")
+            home.run("auto", check=0)
+            self.assertEqual(home.read("mode").strip(), "auto")
+            systemctl("reload", name)
+            systemctl("stop", name)
+            self.assertIn("Result=success", systemctl("show", "-p", "Result", name))
+            self.assertTrue((home.dir / "logs" / "rrouter.log").exists())
+        finally:
+            systemctl("stop", name)
+            unit.unlink()
+            systemctl("daemon-reload")
+
+
+class InstallScriptTest(InstallTest):
+
+    @unittest.skipUnless(shutil.which("shellcheck"), "shellcheck is not here")
+    def test_shellcheck_finds_nothing(self):
+        done = subprocess.run(["shellcheck", str(PROJECT / "install.sh")], stdout=subprocess.PIPE,
+                              universal_newlines=True, timeout=60)
+        self.assertEqual((done.returncode, done.stdout), (0, ""))
+
+    def test_every_shell_gives_the_same_plan(self):
+        installation = self.installation(router=STUB)
+        plans = {shell: installation.install("--dry-run", "--claude", shell=shell)
+                 for shell in ("sh", "dash", "bash --posix", "busybox sh", "zsh --emulate sh")
+                 if shutil.which(shell.split()[0])}
+        self.assertEqual(len(set(plans.values())), 1, plans)
+
+    def test_options(self):
+        installation = self.installation(router=STUB)
+        # options                       status  says
+        for options, status, says in (
+                (["--help"],                 0, "Usage: ./install.sh"),
+                (["-h"],                     0, "--uninstall"),
+                (["--claud"],                2, "unknown option --claud"),
+                (["claude"],                 2, "unknown option claude"),
+                (["--purge"],                2, "--purge goes with --uninstall"),
+                (["--uninstall", "--claude"], 2, "--claude")):
+            with self.subTest(options=options):
+                self.assertIn(says, installation.install(*options, status=status))
+        self.assertEqual(installation.tree(), {})
+        self.assertEqual(installation.asked(), [])
+
+    def test_dry_run_changes_nothing(self):
+        installation = self.installation(router=STUB)
+        plan = installation.install("--dry-run", "--claude")
+        for says in ("would install ~/bin/rrouter", "would run systemctl --user enable", "would set the mode to auto",
+                     "would set env.ANTHROPIC_BASE_URL"):
+            self.assertIn(says, plan)
+        self.assertEqual(installation.tree(), {})
+        installation.put(installation.program, b"another program\n", 0o755)
+        installation.put(installation.settings, b'{"model": "opus"}')
+        before = installation.tree()
+        self.assertIn("would keep the old ~/bin/rrouter", installation.install("--dry-run", "--claude"))
+        self.assertEqual(installation.tree(), before)
+        self.assertEqual(installation.asked(), [])
+
+    def test_dry_run_of_the_uninstallation_changes_nothing(self):
+        installation = self.installation(deaf=True, router=STUB)
+        installation.install("--claude")
+        before = installation.tree()
+        plan = installation.install("--uninstall", "--purge", "--dry-run")
+        self.assertEqual(installation.tree(), before)
+        for says in ("would remove ~/bin/rrouter", "would remove ~/.rrouter", "would put env.ANTHROPIC_BASE_URL"):
+            self.assertIn(says, plan)
+
+    def test_bad_setting_of_this_shell_stops_before_anything_is_done(self):
+        installation = self.installation(deaf=True)
+        self.assertIn("RROUTER_PORT", installation.install(status=1, env={"RROUTER_PORT": "eighty"}))
+        self.assertEqual(installation.tree(), {})
+
+    def test_program_that_does_not_start_replaces_nothing(self):
+        installation = self.installation(deaf=True, router=STUB)
+        installation.install()
+        before = installation.tree(data=False)
+        (installation.clone / "rrouter.py").write_text(STUB.replace('print("rrouter 0.0.1")', "sys.exit(1)"))
+        self.assertIn("does not start here", installation.install(status=1))
+        self.assertEqual(installation.tree(data=False), before)
+
+    def test_daemon_that_does_not_start_is_told_and_claude_code_is_not_sent_there(self):
+        installation = self.installation(deaf=True, router=STUB + (
+            'elif sys.argv[1] == "restart":\n    sys.exit("rrouter: port 8316 is taken by somebody")\n'))
+        self.assertIn("port 8316 is taken by somebody", installation.install("--claude", status=1))
+        self.assertFalse(installation.settings.exists())
+
+    def test_path_without_bin_is_told(self):
+        installation = self.installation(router=STUB)
+        # shell          says
+        for shell, says in (("/bin/zsh", "~/.zshrc"), ("/usr/bin/fish", "fish_add_path")):
+            self.assertIn(says, installation.install("--dry-run", env={"SHELL": shell}))
+        self.assertNotIn("PATH", installation.install("--dry-run", env={
+            "PATH": "%s:%s" % (installation.program.parent, installation.env["PATH"])}))
+
+
+class PythonChoiceTest(InstallTest):
+
+    def setUp(self):
+        self.home = self.installation(router=STUB)
+        # Only the stand-ins and what the script itself needs: the machine's own interpreters are out of sight.
+        self.tools = self.home.root / "tools"
+        self.tools.mkdir()
+        for tool in ("sh", "awk", "cat", "dirname", "id", "tail"):
+            (self.tools / tool).symlink_to(shutil.which(tool))
+        del self.home.env["PYTHON"]
+        self.home.env["PATH"] = "%s:%s" % (self.home.stand_ins, self.tools)
+
+    def old(self, name):
+        """An interpreter that takes itself for 3.8."""
+        self.home.stand_in(name, '#!/bin/sh\nexec "%s" -c \'import sys; sys.version_info = (3, 8, 18); '
+                                 'code = sys.argv.pop(1); exec(code)\' "$4" "$5" "$6"\n' % sys.executable)
+
+    def shim(self, name):
+        """An interpreter behind a script, as pyenv has them."""
+        self.home.stand_in(name, '#!/bin/sh\nexec "%s" "$@"\n' % sys.executable)
+
+    def test_old_and_broken_ones_are_passed_over_and_a_shim_is_looked_behind(self):
+        self.old("python3")
+        self.home.stand_in("python3.13", "#!/bin/sh\necho 'pyenv: python3.13: command not found' >&2\nexit 127\n")
+        self.shim("python3.12")
+        self.home.note("deaf", "")
+        self.home.install()
+        line = self.home.program.read_text().split("\n")[0]
+        self.assertEqual(os.path.realpath(line[2:]), os.path.realpath(sys.executable))
+        self.assertEqual(stat.S_IMODE(self.home.program.stat().st_mode), 0o755)
+
+    @unittest.skipIf(os.path.exists("/usr/local/bin/python3") or os.path.exists("/opt/homebrew/bin/python3"),
+                     "one is always found here")
+    def test_none_is_refused_with_all_that_was_found(self):
+        self.old("python3")
+        self.home.stand_in("python3.9", "#!/bin/sh\necho 'no such version' >&2\nexit 127\n")
+        said = self.home.install(status=1)
+        for says in ("3.9 or newer", "stand-ins/python3: is Python 3.8", "python3.9: no such version", "PYTHON"):
+            self.assertIn(says, said)
+        self.assertEqual(self.home.tree(), {})
+
+    def test_variable_overrides(self):
+        self.old("python3")
+        self.assertIn("Python: %s\n" % light_python(), self.home.install("--dry-run", env={"PYTHON": light_python()}))
+        # PYTHON      says
+        for value, says in (("python3", "is Python 3.8"), ("/no/python", "not a program")):
+            self.assertIn(says, self.home.install(status=1, env={"PYTHON": value}))
+
+    def test_interpreter_with_a_space_in_its_path_runs_the_program(self):
+        spaced = self.home.root / "my pythons" / "python3"
+        spaced.parent.mkdir()
+        spaced.symlink_to(os.path.realpath(sys.executable))
+        self.home.note("deaf", "")
+        self.home.env["PATH"] += ":/usr/bin:/bin"
+        self.home.install(env={"PYTHON": str(spaced)})
+        self.assertIn(str(spaced), self.home.program.read_text().split("\n")[0])
+        self.assertEqual(self.home.rrouter("--version"), "rrouter 0.0.1\n")
+
+
+class InstalledLifeTest(InstallTest):
+    """From an empty HOME through an upgrade to the uninstallation, with the daemon really running."""
+
+    def test_without_a_manager_the_daemon_is_forked(self):
+        home = self.installation(deaf=True)
+        said = home.install()
+        self.assertIn("systemctl --user does not answer: Failed to connect to bus: No medium found", said)
+        self.assertIn('"ANTHROPIC_BASE_URL": "%s"' % home.url, said)
+        first = home.health()
+        self.assertEqual((first["startedBy"], first["mode"], first["problems"]), ("start", "auto", []))
+        self.assertEqual([stat.S_IMODE(path.stat().st_mode) for path in (
+            home.dir, home.dir / "mode", home.dir / "config.json", home.program)], [0o700, 0o600, 0o600, 0o755])
+        self.assertFalse(home.unit.exists() or home.agent.exists() or home.settings.exists())
+        # What the user decided since, and a new version.
+        home.write("mode", "mine\n")
+        home.write("config.json", '{"modes": {"mine": {"mappings": []}}, "defaultMode": "mine"}')
+        with open(str(home.clone / "rrouter.py"), "a") as file:
+            file.write("# a later version\n")
+        self.assertIn("upgrade ~/bin/rrouter", home.install())
+        self.assertTrue(home.program.read_text(encoding="utf-8").endswith("# a later version\n"))
+        self.assertNotEqual(home.health()["pid"], first["pid"])
+        self.assertEqual(home.health()["mode"], "mine")
+        home.install("--uninstall")
+        self.assertEqual(home.tree(data=False), {})
+        self.assertEqual((home.read("mode"), "mine" in home.read("config.json")), ("mine\n", True))
+        self.assert_free(home.port)
+
+    def test_systemd_takes_over_from_the_forked_daemon(self):
+        home = self.installation(deaf=True)
+        home.install()
+        (home.stand_ins / "deaf").unlink()
+        home.asked()
+        self.assertIn("stop the running rrouter (started by start)", home.install("--claude"))
+        self.assertEqual(home.asked(), ["--user daemon-reload", "--user enable rrouter.service",
+                                        "--user restart rrouter.service"])
+        self.assertEqual(home.unit.read_bytes(), (PROJECT / "rrouter.service").read_bytes())
+        self.assertEqual((home.health()["startedBy"], home.health()["mode"]), ("systemd", "auto"))
+        self.assertEqual(json.loads(home.settings.read_text()), {"env": {"ANTHROPIC_BASE_URL": home.url}})
+        before = home.health()["pid"]
+        home.rrouter("restart")
+        self.assertEqual([line for line in home.asked() if "reload" not in line],
+                         ["--user stop rrouter.service", "--user start rrouter.service"])
+        self.assertEqual((home.health()["startedBy"], home.health()["pid"] == before), ("systemd", False))
+        home.install("--uninstall", "--purge")
+        self.assertEqual(home.asked(), ["--user disable --now rrouter.service", "--user daemon-reload"])
+        self.assertEqual(home.tree(), {})
+        self.assert_free(home.port)
+
+    def test_launchd_runs_it(self):
+        home = self.installation(system="Darwin")
+        home.install()
+        self.assertEqual(home.health()["startedBy"], "launchd")
+        self.assertEqual(home.asked(), ["bootstrap gui/%d ~/Library/LaunchAgents/com.rrouter.plist" % os.getuid()])
+        home.rrouter("stop")
+        self.assertEqual(home.asked(), ["bootout gui/%d/com.rrouter" % os.getuid()])
+        self.assert_free(home.port)
+        home.rrouter("start")
+        self.assertEqual(home.health()["startedBy"], "launchd")
+        home.install("--uninstall", "--purge")
+        self.assertEqual(home.tree(), {})
+        self.assert_free(home.port)
+
+
+class ServiceManagerTest(InstallTest):
+    """What the managers are asked, with a daemon that is only made up."""
+
+    def installation(self, started_by, **options):
+        return super().installation(router=STUB.replace('"start"', '"%s"' % started_by) + SLEEPER, **options)
+
+    def test_systemd_restarts_the_new_version(self):
+        home = self.installation("systemd")
+        home.install()
+        for name in ("mode", "config.json", "state.json"):
+            home.write(name, "what was decided, and learned\n")
+        tree = home.tree()
+        home.asked()
+        home.install()
+        self.assertEqual(home.asked(), ["--user daemon-reload", "--user enable rrouter.service",
+                                        "--user restart rrouter.service"])
+        del tree[".rrouter/install.json"]
+        self.assertEqual(tree.items() - home.tree().items(), set())
+
+    def test_launchd_loads_the_plist_anew(self):
+        """`kickstart -k` would go on with the old one."""
+        home = self.installation("launchd", system="Darwin")
+        home.install()
+        home.asked()
+        home.install()
+        self.assertEqual(home.asked(), ["bootout gui/%d/com.rrouter" % os.getuid(),
+                                        "bootstrap gui/%d ~/Library/LaunchAgents/com.rrouter.plist" % os.getuid()])
+
+    def test_manager_that_cannot_start_it_is_left_for_the_fork(self):
+        home = self.installation("start")
+        home.note("fails", "enable")
+        said = home.install()
+        for says in ("scripted failure", "no service: systemd did not start it", "run rrouter start instead"):
+            self.assertIn(says, said)
+        self.assertFalse(home.unit.exists())
+
+    def test_manager_out_of_reach_at_the_uninstallation_finds_no_unit_later(self):
+        home = self.installation("systemd")
+        home.install()
+        wanted = home.unit.parent / "default.target.wants" / "rrouter.service"
+        wanted.parent.mkdir()
+        wanted.symlink_to(home.unit)
+        home.note("deaf", "")
+        home.install("--uninstall", "--purge")
+        self.assertEqual(home.tree(), {})
+
+    def test_unit_and_environment_of_the_user_stay_at_an_upgrade(self):
+        home = self.installation("systemd")
+        environment = home.home / ".config" / "rrouter.env"
+        home.put(environment, b"RROUTER_PORT=9000\n")
+        home.install()
+        home.unit.write_bytes(home.unit.read_bytes() + b"# mine\n")
+        self.assertIn("rrouter.service as it is: changed since", home.install())
+        self.assertTrue(home.unit.read_bytes().endswith(b"# mine\n"))
+        home.install("--uninstall")
+        self.assertEqual(environment.read_bytes(), b"RROUTER_PORT=9000\n")
+        self.assertEqual([path.name[:20] for path in home.unit.parent.iterdir()], ["rrouter.service.bak-"])
+
+
+class ForeignFilesTest(InstallTest):
+
+    def installation(self):
+        return super().installation(deaf=True, router=STUB)
+
+    def test_other_program_of_that_name_comes_back(self):
+        def check(label, make):
+            home = self.installation()
+            home.program.parent.mkdir()
+            make(home.program)
+            before = home.tree(data=False)
+            self.assertIn("keep the old ~/bin/rrouter", home.install())
+            self.assertEqual(home.rrouter("--version"), "rrouter 0.0.1\n")
+            home.install("--uninstall")
+            self.assertEqual(home.tree(data=False), before)
+
+        self.side_by_side(check, (
+            # what was there        how it got there
+            ("a binary",            lambda path: (path.write_bytes(b"\x7fELF\0\xff"), path.chmod(0o750))),
+            ("a link into nowhere", lambda path: path.symlink_to("/no/such/rrouter"))))
+
+    def test_what_was_changed_since_is_kept_beside(self):
+        home = self.installation()
+        home.install()
+        self.assertNotIn("keep", home.install())
+        for options in ((), ("--uninstall",)):
+            changed = home.program.read_bytes() + b"# mine\n"
+            home.program.write_bytes(changed)
+            home.install(*options)
+            self.assertIn(changed, [path.read_bytes() for path in home.program.parent.glob("rrouter.bak-*")])
+        self.assertFalse(home.program.exists())
+
+    def test_directory_in_the_way_is_refused(self):
+        home = self.installation()
+        home.program.mkdir(parents=True)
+        self.assertIn("~/bin/rrouter: is a directory", home.install(status=1))
+
+    def test_uninstallation_takes_only_what_was_installed(self):
+        home = self.installation()
+        home.put(home.program, b"#!/bin/sh\n", 0o755)
+        home.put(home.settings, b'{"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}')
+        before = home.tree(data=False)
+        said = home.install("--uninstall")
+        self.assertIn("not installed by install.sh", said)
+        self.assertIn("if it means rrouter, take it out", said)
+        self.assertEqual(home.tree(data=False), before)
+
+    def test_lost_record_still_lets_go_of_what_is_plainly_ours(self):
+        home = self.installation()
+        home.install()
+        (home.dir / "install.json").unlink()
+        home.install("--uninstall")
+        self.assertFalse(home.program.exists())
+
+
+class ClaudeSettingsTest(InstallTest):
+    """`--claude`, and the way back."""
+
+    def installation(self, before):
+        """Return one with these bytes, if any, as settings.json."""
+        home = super().installation(deaf=True, router=STUB)
+        if before is not None:
+            home.put(home.settings, before, 0o640)
+        return home
+
+    def install(self, home):
+        home.install("--claude")
+        return json.loads(home.settings.read_text(encoding="utf-8"))
+
+    def test_key_is_set_and_taken_back(self):
+        url = "http://localhost:8316"       # where the stub says it listens
+
+        def check(before, after):
+            home = self.installation(before)
+            tree = home.tree(data=False)
+            self.assertEqual(json.dumps(self.install(home)), json.dumps(after))
+            self.assertEqual([path.read_bytes() for path in home.settings.parent.glob("settings.json.bak-*")],
+                             [before] if before is not None else [])
+            home.install("--uninstall")
+            self.assertEqual(home.tree(data=False), tree)
+
+        self.side_by_side(check, (
+            # what there is                         what it becomes
+            (None,                                  {"env": {"ANTHROPIC_BASE_URL": url}}),
+            (b"{}",                                 {"env": {"ANTHROPIC_BASE_URL": url}}),
+            (b'{"env": {}, "model": "opus"}\n',     {"env": {"ANTHROPIC_BASE_URL": url}, "model": "opus"}),
+            (b'{"env":{"A":"1","ANTHROPIC_BASE_URL":"http://x","B":"2"},\n\t"z":[1.50,1e-7,"\\ud83d\xed\x95\x9c"]}',
+             {"env": {"A": "1", "ANTHROPIC_BASE_URL": url, "B": "2"}, "z": [1.5, 1e-7, "\ud83d\ud55c"]})))
+
+    def test_form_of_the_file_is_kept(self):
+        text = '{\n\t"한국어": "값",\n\t"env": {\n\t\t"A": "1"\n\t}\n}'
+        home = self.installation(text.encode())
+        home.settings.chmod(0o600)
+        self.install(home)
+        self.assertEqual(home.settings.read_text(encoding="utf-8"), text.replace(
+            '"1"', '"1",\n\t\t"ANTHROPIC_BASE_URL": "http://localhost:8316"'))
+        self.assertEqual(stat.S_IMODE(home.settings.stat().st_mode), 0o600)
+
+    def test_what_cannot_be_kept_is_refused_before_anything_is_done(self):
+        def check(content):
+            home = self.installation(content)
+            before = home.tree()
+            self.assertIn("~/.claude/settings.json", home.install("--claude", status=1))
+            self.assertEqual(home.tree(), before)
+
+        self.side_by_side(check, [[content] for content in (
+            b'{"a": 1, // why\n "env": {}}', b"", b"[]", b'{"env": null}', b'{"a": 1, "a": 2}', b'{"a": NaN}',
+            b'{"a": 1e999}', b'{"a": "\xff"}', b"[" * 100000)])
+
+    def test_link_stays_a_link(self):
+        home = self.installation(None)
+        real = home.home / "dot files" / "claude.json"
+        home.put(real, b'{"model": "opus"}', 0o600)
+        home.settings.parent.mkdir()
+        home.settings.symlink_to("../dot files/claude.json")
+        before = home.tree(data=False)
+        self.install(home)
+        self.assertTrue(home.settings.is_symlink())
+        self.assertEqual(list(json.loads(real.read_text())), ["model", "env"])
+        home.install("--uninstall")
+        self.assertEqual(home.tree(data=False), before)
+
+    def test_other_changes_made_since_are_kept(self):
+        def check(before, since, left):
+            home = self.installation(before and json.dumps(before).encode())
+            home.settings.write_text(json.dumps(dict(self.install(home), **since)))
+            home.install("--uninstall")
+            self.assertEqual(json.loads(home.settings.read_text()), left)
+
+        url = "ANTHROPIC_BASE_URL"
+        self.side_by_side(check, (
+            # before              added since          left in the end
+            (None,                {"model": "x"},      {"model": "x"}),
+            ({"env": {}},         {"model": "x"},      {"env": {}, "model": "x"}),
+            ({"env": {url: "y"}}, {"model": "x"},      {"env": {url: "y"}, "model": "x"}),
+            ({"a": 1},            {"env": {url: "z"}}, {"a": 1, "env": {url: "z"}})))
+
+    def test_new_port_is_written_and_the_first_value_comes_back(self):
+        home = self.installation(b'{"env": {"ANTHROPIC_BASE_URL": "http://x"}}')
+        before = home.tree(data=False)
+        self.install(home)
+        (home.clone / "rrouter.py").write_text(STUB.replace("8316", "9000"))
+        home.install()      # what an earlier --claude wrote follows without being asked again
+        self.assertEqual(json.loads(home.settings.read_text())["env"]["ANTHROPIC_BASE_URL"], "http://localhost:9000")
+        home.install("--uninstall")
+        self.assertEqual(home.tree(data=False), before)
+
+
+class InterruptedInstallTest(InstallTest):
+    """Killed at any point, an installation leaves all that was there in working order, and can go on or back."""
+
+    def installation(self):
+        home = super().installation(deaf=True, router=STUB)
+        home.put(home.program, b"#!/bin/sh\necho the old one\n", 0o755)
+        home.put(home.settings, b'{"env": {"ANTHROPIC_BASE_URL": "http://x"}}')
+        return home, home.tree()
+
+    def kill_at(self, home, point, *options):
+        home.install(*options, status=-signal.SIGKILL, env={"KILL_AT": point})
+        self.assertIn(home.rrouter("--version"), ("the old one\n", "rrouter 0.0.1\n"))
+        self.assertIn(json.loads(home.settings.read_text())["env"]["ANTHROPIC_BASE_URL"],
+                      ("http://x", "http://localhost:8316"))
+
+    def assert_goes_back(self, home, before):
+        """All becomes as it was, but for copies of what is there anyway."""
+        home.install("--uninstall", "--purge")
+        now = home.tree()
+        for name in set(now) - set(before):
+            self.assertEqual(now.pop(name), before[name.partition(".bak-")[0]])
+        self.assertEqual(now, before)
+
+    def test_installation_killed_goes_back(self):
+        def check(point):
+            home, before = self.installation()
+            self.kill_at(home, point, "--claude")
+            self.assert_goes_back(home, before)
+
+        self.side_by_side(check, [[point] for point in (
+            "rename .*install[.]json$", "rename .*bin/rrouter$", "rename .*settings[.]json[.]bak-",
+            "rename .*settings[.]json$")])
+
+    def test_installation_killed_goes_on(self):
+        def check(point):
+            home, before = self.installation()
+            self.kill_at(home, point, "--claude")
+            home.install("--claude")
+            self.assertEqual(home.rrouter("--version"), "rrouter 0.0.1\n")
+            self.assert_goes_back(home, before)
+
+        self.side_by_side(check, [["rename .*bin/rrouter[.]bak-"], ["rename .*bin/rrouter$"]])
+
+    def test_uninstallation_killed_goes_on(self):
+        def check(point):
+            home, before = self.installation()
+            home.install("--claude")
+            self.kill_at(home, point, "--uninstall")
+            self.assert_goes_back(home, before)
+
+        self.side_by_side(check, [[point] for point in (
+            "rename .*settings[.]json$", "rename .*bin/rrouter$")])
+
+
+# Claude Code ##################################################################
+
+def find_claude():
+    """Return the executable of Claude Code, or None: RROUTER_CLAUDE names it, and its value "none" skips the tests."""
+    named = os.environ.get("RROUTER_CLAUDE")
+    if named:
+        return None if named == "none" else named
+    return shutil.which("claude") or shutil.which("claude", path=str(HERE / "node_modules" / ".bin"))
+
+
+CLAUDE = find_claude()
+CLAUDE_ENV = {"ANTHROPIC_API_KEY": "sk-test", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_TELEMETRY": "1",
+              "DISABLE_AUTOUPDATER": "1"}
+CLAUDE_WAIT_S = 30      # the net under each turn: the client itself would go on trying for three minutes
+SHOW_TRANSCRIPT = os.environ.get("RROUTER_TRANSCRIPT") == "1" or "-v" in sys.argv
+
+CLIENT_MODEL = "claude-sonnet-5-5"
+MAPPED_MODEL = "gemini-claude-sonnet-4-5-thinking"
+CLIENT_MODES = {"antigravity": {"mappings": [{"match": "claude-sonnet-*", "rewrite": MAPPED_MODEL}]},
+         "claude": {"mappings": []},
+         "fast": {"mappings": [{"match": "claude-*", "rewrite": "gemini-3-flash"}]}}
+# Fields that belong to the connection, or that the new length of the body changes.
+HOP_FIELDS = ("host", "connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade",
+              "content-length")
+
+
+class RecordingRelay:
+    """A byte-transparent relay to a port of 127.0.0.1 that keeps what each client sent."""
+
+    def __init__(self, target):
+        self.target, self.sent = target, []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self.listener.accept()
+            except OSError:
+                return
+            self.sent.append(bytearray())
+            threading.Thread(target=self._carry, args=(client, self.sent[-1]), daemon=True).start()
+
+    def _carry(self, client, sent):
+        with contextlib.suppress(OSError), client, socket.create_connection(("127.0.0.1", self.target)) as server:
+            while True:
+                for source in select.select([client, server], [], [])[0]:
+                    data = source.recv(65536)
+                    if not data:
+                        return
+                    if source is client:
+                        sent += data
+                    (server if source is client else client).sendall(data)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def take(self):
+        """Return the requests that were sent since the last call as Received; call it while nothing is under way."""
+        requests = []
+        for number, sent in enumerate(self.sent):
+            data = bytes(sent)
+            del sent[:]
+            while data:
+                head, _, rest = data.partition(b"\r\n\r\n")
+                start, *lines = head.decode("latin-1").split("\r\n")
+                fields = [tuple(line.split(": ", 1)) for line in lines]
+                length = int({name.lower(): value for name, value in fields}.get("content-length", 0))
+                requests.append(Received(*start.split(" "), fields, rest[:length], head + b"\r\n\r\n", number))
+                data = rest[length:]
+        return requests
+
+
+class Conversation:
+    """One Claude Code process that is told one turn after the other; a context manager."""
+
+    def __init__(self, port, home):
+        self.errors = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(
+            claude_command("--input-format", "stream-json", "--output-format", "stream-json", "--verbose"),
+            env=claude_env(port, home), cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+
+    def say(self, text):
+        """Return the text of the reply; fail if the turn ends in an error."""
+        watchdog = threading.Timer(CLAUDE_WAIT_S, self.process.kill)
+        watchdog.start()
+        try:
+            turn = {"type": "user", "message": {"role": "user", "content": text}}
+            self.process.stdin.write(json.dumps(turn).encode() + b"\n")
+            self.process.stdin.flush()
+            for line in self.process.stdout:
+                message = json.loads(line)
+                if message["type"] == "result" and not message["is_error"]:
+                    return message["result"]
+                if message["type"] == "result":
+                    raise AssertionError("Claude Code: %s" % message)
+        finally:
+            watchdog.cancel()
+        self.errors.seek(0)
+        raise AssertionError("Claude Code ended in the middle of a turn: %s" % self.errors.read().decode())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        with self.process.stdin, self.process.stdout, self.errors:
+            self.process.stdin.close()
+            try:
+                self.process.wait(WAIT_S)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
+def claude_command(*arguments):
+    return [CLAUDE, "-p", "--model", CLIENT_MODEL, *arguments]
+
+
+def claude_env(port, home):
+    return dict(CLAUDE_ENV, PATH=os.environ["PATH"], HOME=home, ANTHROPIC_BASE_URL="http://127.0.0.1:%d" % port)
+
+
+def is_turn(request):
+    """Tell the model calls from what else the client sends (`HEAD /api/hello`, count_tokens)."""
+    return request.method == "POST" and request.target.partition("?")[0] == "/v1/messages"
+
+
+def streamed_reply(request, signature=None):
+    """Return a whole message, streamed, that says `<model> heard <text>`; a `signature` puts a thinking first."""
+    blocks = [({"type": "text", "text": ""},
+               {"type": "text_delta", "text": "%s heard %r" % (request.model, last_user_text(request))})]
+    if signature:
+        blocks.insert(0, ({"type": "thinking", "thinking": "", "signature": ""},
+                          {"type": "signature_delta", "signature": signature}))
+    events = [event("message_start", message={
+        "id": "msg_1", "type": "message", "role": "assistant", "model": request.model, "content": [],
+        "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 3, "output_tokens": 1}})]
+    for index, (block, delta) in enumerate(blocks):
+        events += [event("content_block_start", index=index, content_block=block), event("ping"),
+                   event("content_block_delta", index=index, delta=delta), event("content_block_stop", index=index)]
+    return stream(*events, event("message_delta", delta={"stop_reason": "end_turn", "stop_sequence": None},
+                                 usage={"output_tokens": 2}), event("message_stop"))
+
+
+def last_user_text(request):
+    """Return the last text of the user in the request's messages."""
+    content = [entry["content"] for entry in request.json()["messages"] if entry["role"] == "user"][-1]
+    return content if isinstance(content, str) else content[-1]["text"]
+
+
+def refuse_foreign_signatures(request):
+    """Answer as a backend does that accepts no thinking but its own."""
+    if not is_turn(request):
+        return error(404)
+    own = base64.b64encode(request.model.encode()).decode()
+    if without_thinking(request, keep=own) == request.json()["messages"]:
+        return streamed_reply(request, signature=own)
+    return error(400, "Corrupted thought signature." if request.model == MAPPED_MODEL else
+                 "messages.1.content.0: Invalid `signature` in `thinking` block", "invalid_request_error")
+
+
+def without_thinking(request, keep=None):
+    """Return the request's messages without their thinking blocks, save those with the signature `keep`."""
+    return [entry if isinstance(entry["content"], str) else dict(entry, content=[
+        block for block in entry["content"] if block["type"] != "thinking" or block["signature"] == keep])
+        for entry in request.json()["messages"]]
+
+
+def kept_fields(request):
+    return [(name, value) for name, value in request.fields if name.lower() not in HOP_FIELDS]
+
+
+@unittest.skipUnless(CLAUDE, "no Claude Code on this machine: RROUTER_CLAUDE may name its executable")
+class ClaudeCodeTest(RouterTest):
+    """The real Claude Code as the client: it speaks to rrouter through a relay that keeps what it sent."""
+
+    mode, config = "claude", {"modes": CLIENT_MODES, "defaultMode": "claude"}
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.relay = RecordingRelay(cls.rrouter.port)
+        cls.addClassCleanup(cls.relay.close)
+        cls.home = tempfile.mkdtemp(prefix="claude test ")
+        cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
+
+    def setUp(self):
+        super().setUp()
+        self.upstream.default = lambda request: streamed_reply(request) if is_turn(request) else error(404)
+        self.relay.take()
+
+    def switch(self, *command):
+        self.rrouter.home.run(*command, check=0)
+
+    def turn(self):
+        """Return what the client sent, and what the upstream got, for the turn that has just ended."""
+        got = list(filter(is_turn, self.upstream.received))
+        self.upstream.received.clear()
+        return list(filter(is_turn, self.relay.take())), got
+
+    def assert_passed_on(self, sent, got, model):
+        """The upstream got what the client sent but for the model's name."""
+        self.assertTrue(sent.body.startswith(b'{"model":"%b"' % CLIENT_MODEL.encode()), sent.body[:80])
+        self.assertEqual(got.body, sent.body.replace(CLIENT_MODEL.encode(), model.encode(), 1))
+        self.assertEqual((got.method, got.target, got.version), (sent.method, sent.target, sent.version))
+        self.assertEqual(kept_fields(got), kept_fields(sent))
+        self.assertEqual(got.header("host"), "127.0.0.1:%d" % self.upstream.port)
+        self.assertEqual(got.header("content-length"), str(len(got.body)))
+
+    def test_one_conversation_moves_between_models_without_a_restart(self):
+        # command             model the upstream gets
+        table = (
+            (("ag",),           MAPPED_MODEL),
+            (("claude",),       CLIENT_MODEL),
+            (("mode", "fast"),  "gemini-3-flash"),
+            (("auto",),         MAPPED_MODEL))
+        transcript = []
+        with Conversation(self.relay.port, self.home) as claude:
+            for number, (command, model) in enumerate(table, 1):
+                self.switch(*command)
+                text = claude.say("turn %d" % number)
+                (sent,), (got,) = self.turn()
+                transcript.append("turn %d  rrouter %-10s mode %-12s client sent %s, upstream got %s, reply: %s" % (
+                    number, " ".join(command), self.rrouter.health()["mode"], sent.model, got.model, text))
+                with self.subTest(turn=number, command=command):
+                    self.assertEqual(text, "%s heard 'turn %d'" % (model, number))
+                    self.assert_passed_on(sent, got, model)
+                    replies = [entry for entry in got.json()["messages"] if entry["role"] == "assistant"]
+                    self.assertEqual(len(replies), number - 1)      # it is one conversation
+            self.assertIsNone(claude.process.poll())
+        if SHOW_TRANSCRIPT:
+            print("", *transcript, sep="\n", file=sys.stderr)
+
+    def test_any_failure_of_antigravity_is_rescued_unseen(self):
+        never = threading.Event()
+        # way it fails          its answer
+        table = (
+            ("429",                 error(429, "Resource has been exhausted (e.g. check quota).", "rate_limit_error")),
+            ("529",                 error(529, "Overloaded", "overloaded_error")),
+            ("unknown model",       error(400, "unknown provider for model x", "invalid_request_error")),
+            ("error event first",   stream(event("error", error={"type": "api_error", "message": "scripted"}))),
+            ("error after a ping",  stream(event("ping"), event("error", error={"type": "overloaded_error",
+                                                                                "message": "Overloaded"}))),
+            ("empty stream",        Answer(200, (), fields=(("Content-Type", "text/event-stream"),))),
+            ("dropped connection",  Answer(hangup=True)),
+            ("silence",             Answer(before=never)))
+        self.addCleanup(self.rrouter.home.write, "config.json", json.dumps(self.config))
+        for way, failure in table:
+            with self.subTest(way):
+                limit = 0.5 if way == "silence" else 60
+                self.rrouter.home.write("config.json", json.dumps(
+                    {"modes": CLIENT_MODES, "auto": {"firstByteTimeoutSeconds": limit}}))
+                self.switch("auto")         # and so forgets the failures before
+                self.assert_rescued(failure, may_repeat=way == "dropped connection")
+
+    def assert_rescued(self, failure, may_repeat):
+        """`claude -p` ends well although antigravity answers by `failure`, after one call to each target."""
+        self.upstream.default = lambda request: (
+            error(404) if not is_turn(request) else
+            failure if request.model == MAPPED_MODEL else streamed_reply(request))
+        pooled = self.upstream.connections
+        done = subprocess.run(claude_command("say a word"), env=claude_env(self.relay.port, self.home), cwd=self.home,
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              universal_newlines=True, timeout=CLAUDE_WAIT_S)
+        sent, got = self.turn()
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, CLIENT_MODEL + " heard 'say a word'\n", ""))
+        self.assertEqual(len(sent), 1)
+        models = [request.model for request in got]
+        if may_repeat and len(models) == 3 and got[0].connection <= pooled:
+            del models[0]                   # an idle connection that drops may just have grown stale: sent once more
+        self.assertEqual(models, [MAPPED_MODEL, CLIENT_MODEL])
+
+    def test_foreign_signatures_are_healed_in_both_directions(self):
+        # command       model the upstream gets     calls
+        table = (
+            ("ag",      MAPPED_MODEL,          1),
+            ("claude",  CLIENT_MODEL,                      2),
+            ("ag",      MAPPED_MODEL,          2))
+        self.upstream.default = refuse_foreign_signatures
+        with Conversation(self.relay.port, self.home) as claude:
+            for command, model, calls in table:
+                self.switch(command)
+                with self.subTest(command, calls=calls):
+                    self.assertEqual(claude.say("now " + command), "%s heard 'now %s'" % (model, command))
+                    (sent,), got = self.turn()
+                    self.assertEqual(len(got), calls)
+                    self.assert_passed_on(sent, got[0], model)
+                    if calls == 2:
+                        self.assertEqual(got[1].json(), dict(got[0].json(), messages=without_thinking(got[0])))
+                        self.assertEqual(kept_fields(got[1]), kept_fields(sent))
+
+
+# Running them #################################################################
+
+WORKERS = 3             # the tests wait more than they compute
+
+
+def run_side_by_side():
+    """Run all test classes in WORKERS processes, each taking the next class when it is done; return the exit status."""
+    classes = list(unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]))
+    start = time.monotonic()
+    queue, results = os.pipe(), tempfile.TemporaryFile(mode="w+")
+    os.write(queue[1], bytes(range(len(classes))))      # each worker reads a byte, the number of its next class
+    os.close(queue[1])
+    workers = []
+    for _ in range(WORKERS):
+        sys.stdout.flush()
+        workers.append(os.fork())
+        if not workers[-1]:
+            with results:
+                run_classes(classes, queue[0], results.fileno())
+            sys.exit()
+    statuses = [os.waitpid(worker, 0)[1] for worker in workers]
+    os.close(queue[0])
+    with results:
+        results.seek(0)
+        rows = [json.loads(line) for line in results]
+    counts = {name: sum(row[name] for row in rows) for name in ("run", "failures", "errors", "skipped")}
+    bad = counts["failures"] + counts["errors"] or len(rows) != len(classes) or any(statuses)
+    details = ", ".join("%s=%d" % (name, counts[name]) for name in ("failures", "errors", "skipped") if counts[name])
+    print("%s\nRan %d tests in %.3fs\n\n%s%s" % ("-" * 70, counts["run"], time.monotonic() - start,
+                                               "FAILED" if bad else "OK", details and " (%s)" % details), file=sys.stderr)
+    return 1 if bad else 0
+
+
+def run_classes(classes, queue, results):
+    """Run classes, the numbers of which are read from `queue`, until there are none; write a row each to `results`."""
+    for number in iter(lambda: os.read(queue, 1), b""):
+        output = io.StringIO()
+        result = unittest.TextTestRunner(output, verbosity=0).run(classes[number[0]])
+        row = {"run": result.testsRun, "failures": len(result.failures) + len(result.unexpectedSuccesses),
+               "errors": len(result.errors), "skipped": len(result.skipped)}
+        os.write(results, (json.dumps(row) + "\n").encode())
+        os.write(2, (output.getvalue() if row["failures"] or row["errors"] else "." * row["run"]).encode())
+
+
 if __name__ == "__main__":
-    unittest.main()
+    if len(sys.argv) > 1:
+        unittest.main()
+    sys.exit(run_side_by_side())
