@@ -7632,8 +7632,9 @@ def run_side_by_side():
     counts = {name: sum(row[name] for row in rows) for name in ("run", "failures", "errors", "skipped")}
     bad = counts["failures"] + counts["errors"] or len(rows) != len(classes) or any(statuses)
     details = ", ".join("%s=%d" % (name, counts[name]) for name in ("failures", "errors", "skipped") if counts[name])
-    print("%s\nRan %d tests in %.3fs\n\n%s%s" % ("-" * 70, counts["run"], time.monotonic() - start,
-                                               "FAILED" if bad else "OK", details and " (%s)" % details), file=sys.stderr)
+    print("%s\nRan %d tests in %.3fs\n\n%s%s" % (
+        "-" * 70, counts["run"], time.monotonic() - start, "FAILED" if bad else "OK",
+        details and " (%s)" % details), file=sys.stderr)
     return 1 if bad else 0
 
 
