@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of rrouter: `python3 test_rrouter.py`, or `python3 -m unittest`.
+"""Tests of rrouter: `python3 test_rrouter.py`, or `python3 -m unittest`; `python3 test_rrouter.py --soak [SEED]`.
 
 What is real: rrouter runs as a process of its own (`rrouter.py serve` in an empty HOME), and every byte goes through
 sockets on the loopback addresses, on ports that were free.  What is scripted: the upstream, which records each request
@@ -4734,11 +4734,11 @@ class HealingTest(AutoTest):
 
 # Soak #########################################################################
 
-@unittest.skipUnless(os.environ.get("RROUTER_SOAK"), "set RROUTER_SOAK=1 for 10,000 requests over failing targets")
+@unittest.skipUnless(os.environ.get("RROUTER_SOAK"), "--soak sends 10,000 requests over failing targets")
 class SoakTest(AutoTest):
     """No client sees an error that one healthy target could have avoided."""
 
-    SEED, REQUESTS, THREADS = 20260129, 10000, 8
+    SEED, REQUESTS, THREADS = int(os.environ.get("RROUTER_SOAK") or 20260129), 10000, 8
     config = auto_config(cooldownMinutes=[0.002, 0.004, 0.008], firstByteTimeoutSeconds=1)
 
     @staticmethod
@@ -7650,6 +7650,9 @@ def run_classes(classes, queue, results):
 
 
 if __name__ == "__main__":
+    if "--soak" in sys.argv:
+        os.execve(sys.executable, [sys.executable, __file__, "SoakTest"],
+                  dict(os.environ, RROUTER_SOAK="".join(sys.argv[sys.argv.index("--soak") + 1:]) or "20260129"))
     if len(sys.argv) > 1:
         unittest.main()
     sys.exit(run_side_by_side())
