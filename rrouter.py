@@ -2543,10 +2543,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if len(wire.held) >= length:
             whole, wire.held = wire.held[:length], wire.held[length:]
             return whole
-        body: Any = bytearray(length)
+        body: Any
         if length >= MAPPED_BODY_BYTES:
             self.memory = self.router.bodies.take(length)
             body = memoryview(self.memory)[:length]
+        else:
+            body = bytearray(length)
         have = len(wire.held)
         body[:have] = wire.held
         wire.held = b""
@@ -3111,10 +3113,14 @@ def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
 
 
 def tell(ready: int, words: str) -> None:
-    """Tell `start` how it went, unless it was killed meanwhile."""
+    """Tell `start` how it went, unless it was killed meanwhile.
+
+    It reads to the end: where this process is about to end, `start` returns after it.
+    """
     with contextlib.suppress(OSError):
         os.write(ready, words.encode("utf-8", "replace"))
-        os.close(ready)
+        if words == "ready":
+            os.close(ready)
 
 
 def claim(paths: Paths, settings: Settings, router: Router) -> None:
