@@ -102,7 +102,9 @@ RECEIVE_BYTES = 64 * 1024
 MAPPED_BODY_BYTES = 256 * 1024  # request bodies from here on live in BodyMemory
 
 POLL_S = 0.2                    # how often the watcher looks at the files
-SETTLED_S = 2                   # a file younger than this may change again within its time stamp's grain (FAT: 2 s)
+# A file younger than this may change again without a new time stamp: the clock of the stamps ticks every 4 to 10 ms,
+# and where they are whole seconds (HFS+, FAT, some network file systems) the grain is up to 2 s.
+SETTLED_S, SETTLED_COARSE_S = 0.05, 2
 FILE_MAX_BYTES = 1024 * 1024
 LOG_MAX_BYTES, LOG_FILES = 10 * 1024 * 1024, 3
 DRAIN_S = 30                    # for running answers when told to stop
@@ -1560,8 +1562,10 @@ def _signature(path: str) -> Any:
 
 def _settled(signature: Any) -> Any:
     """Return `signature`, or what equals nothing if the file may change again without a new one."""
-    if isinstance(signature, tuple) and time.time() - signature[3] / 1e9 < SETTLED_S:
-        return object()
+    if isinstance(signature, tuple):
+        settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
+        if time.time() - signature[3] / 1e9 < settled_s:
+            return object()
     return signature
 
 
