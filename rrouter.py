@@ -1747,10 +1747,10 @@ class Store:
     def _compose(self) -> Snapshot:
         config, word = self._config, self._word
         mode = config.resolve(word if word is not None else config.default_mode)
-        problems = [self._config_error, *config.problems, self._mode_error]
+        problems = [self._config_error, *("config.json: " + problem for problem in config.problems), self._mode_error]
         if word is not None and word != mode:
             if word == MODE_AUTO:
-                problems += [p for p in [config.auto_error] if p not in problems]
+                problems += [p for p in ["config.json: " + config.auto_error] if p not in problems]
             else:
                 problems.append("mode: %r is not defined by config.json (defined: %s); %s is in force" % (
                     printable(word, 40), ", ".join([*config.modes, MODE_AUTO]), mode))
@@ -2994,22 +2994,25 @@ class Signals:
         return b""
 
 
+def addresses_of(settings: Settings) -> List[Tuple[int, Any]]:
+    """Return (family, address) of each address to listen on; raise UsageError."""
+    if settings.host == "localhost":
+        return [(socket.AF_INET, ("127.0.0.1", settings.port)), (socket.AF_INET6, ("::1", settings.port))]
+    try:
+        return [(info[0], info[4]) for info in socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
+    except OSError as error:
+        raise UsageError("RROUTER_HOST=%s: %s: expected localhost, an address of this machine or a name of one" % (
+            settings.host, reason_of(error))) from error
+
+
 def listen(settings: Settings, router: Router) -> List[ProxyServer]:
     """Return the servers, bound and listening; raise DaemonError if an address is taken or is none of ours."""
-    local = settings.host == "localhost"
-    try:
-        addresses: List[Tuple[int, Any]] = [(socket.AF_INET, ("127.0.0.1", settings.port)),
-                                            (socket.AF_INET6, ("::1", settings.port))]
-        if not local:
-            addresses = [(info[0], info[4]) for info in socket.getaddrinfo(
-                settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
-    except OSError as error:
-        raise UsageError("RROUTER_HOST=%s: no such address: %s" % (settings.host, reason_of(error))) from error
     servers: List[ProxyServer] = []
     problem: Optional[OSError] = None
-    for family, address in addresses:
+    for family, address in addresses_of(settings):
         try:
-            servers.append(ProxyServer(family, address, router, local))
+            servers.append(ProxyServer(family, address, router, settings.host == "localhost"))
         except OSError as error:
             problem = error
             if error.errno == errno.EADDRINUSE:
@@ -3387,6 +3390,7 @@ def start(paths: Paths, home: str) -> str:
         daemon, _ = wait_for_health(paths)
         return "rrouter is already running (pid %d, port %d)" % (daemon.pid, daemon.port)
     settings = read_environment(dict(os.environ))
+    addresses_of(settings)              # a name that does not exist is a wrong use, to be told here
     manager = find_manager(home)
     if manager:
         manager.start()
@@ -3395,7 +3399,11 @@ def start(paths: Paths, home: str) -> str:
     daemon, health = wait_for_health(paths)
     told = "rrouter runs (pid %d, port %d, by %s), mode %s" % (
         daemon.pid, daemon.port, health["startedBy"], health["mode"])
-    if manager and (settings.listen_addr, settings.upstream) != (health["listenAddr"], health["upstreamURL"]):
+    asked = {name: value for name, value in zip(("RROUTER_HOST", "RROUTER_PORT", "RROUTER_UPSTREAM"), settings)
+             if os.environ.get(name)}
+    runs = dict(zip(("RROUTER_HOST", "RROUTER_PORT", "RROUTER_UPSTREAM"), (
+        daemon.host, daemon.port, health["upstreamURL"])))
+    if manager and any(runs[name] != value for name, value in asked.items()):
         told += "\nnote: %s starts it on %s -> %s, and not as RROUTER_* of this shell say: put them into %s" % (
             manager.name, health["listenAddr"], health["upstreamURL"], os.path.join(home, ".config", "rrouter.env"))
     return told
@@ -3601,12 +3609,12 @@ def cmd_mode(context: Context) -> int:
 
 
 def cmd_antigravity(context: Context) -> int:
-    """send everything to Antigravity (Gemini)"""
+    """rewrite model names for Antigravity (Gemini)"""
     return set_mode(context.paths, "antigravity")
 
 
 def cmd_claude(context: Context) -> int:
-    """send everything to Claude"""
+    """leave model names as they are: Claude"""
     return set_mode(context.paths, "claude")
 
 
@@ -3629,7 +3637,7 @@ def set_mode(paths: Paths, mode: str) -> int:
             raise RouterError("config.json: " + config.auto_error)
         if mode != MODE_AUTO and mode not in config.modes:
             raise RouterError("mode %r is not defined by config.json; defined are %s" % (
-                printable(mode, 40), ", ".join([*config.modes, MODE_AUTO])))
+                printable(mode, 40), ", ".join([*config.modes] + [MODE_AUTO] * (not config.auto_error))))
     paths.create()
     write_file(paths.mode, mode + "\n")
     if daemon is None or daemon.stopping:
@@ -3744,17 +3752,10 @@ def cmd_check(context: Context) -> int:
 def run_checks(context: Context) -> Iterator[Tuple[str, str]]:
     """Yield (level, text) of each check."""
     daemon = find_daemon(context.paths)
-    settings = read_environment(dict(os.environ))
     health = ask_health(daemon.host, daemon.port) if daemon else None
-    if daemon and health:
-        settings = Settings(daemon.host, daemon.port, health["upstreamURL"])
-        yield OK, "daemon: pid %d on %s, started by %s" % (daemon.pid, settings.listen_addr, daemon.started_by)
-    elif daemon:
-        yield FAIL, "daemon: pid %d does not answer on port %d: rrouter restart" % (daemon.pid, daemon.port)
-    else:
-        yield FAIL, "daemon: not running: rrouter start"
-        if _listens(settings.host, settings.port):
-            yield FAIL, "port: " + describe_taken(settings)
+    settings = (Settings(daemon.host, daemon.port, health["upstreamURL"]) if daemon and health else
+                read_environment(dict(os.environ)))
+    yield from check_daemon(settings, daemon, health)
     config = None
     try:
         config = read_config(context.paths)
@@ -3763,20 +3764,38 @@ def run_checks(context: Context) -> Iterator[Tuple[str, str]]:
             yield WARN, "config: " + problem
     except RouterError as error:
         yield FAIL, "config: %s" % error
-    problems = [p for p in health["problems"] if not p.startswith("config.json")] if health else []
-    if config is not None and not health:
-        word = _offline_mode(context.paths)
-        yield WARN if "(" in word else OK, "mode: " + word
-    elif health:
+    if health:
+        problems = [problem for problem in health["problems"] if not problem.startswith("config.json")]
         yield (WARN if problems else OK), "mode: " + "; ".join([health["mode"]] + problems)
+    elif config is not None:
+        mode = _offline_mode(context.paths)
+        yield FAIL if mode.startswith("unknown:") else WARN if "(" in mode else OK, "mode: " + mode
     yield from check_service(context.home)
     yield from check_client(context.home, settings)
     yield from check_upstream(context.home, settings, config)
 
 
+def check_daemon(settings: Settings, daemon: Optional[Running],
+                 health: Optional[Dict[str, Any]]) -> Iterator[Tuple[str, str]]:
+    """Yield whether the daemon runs, and is this program; if none runs, who has its port."""
+    if daemon and health:
+        yield OK, "daemon: pid %d on %s, started by %s" % (daemon.pid, settings.listen_addr, daemon.started_by)
+        if health["version"] != __version__:
+            yield WARN, "version: the daemon is %s, this program %s: rrouter restart" % (
+                printable(str(health["version"])), __version__)
+    elif daemon:
+        yield FAIL, "daemon: pid %d does not answer on port %d: rrouter restart" % (daemon.pid, daemon.port)
+    else:
+        yield FAIL, "daemon: not running: rrouter start"
+        if _listens(settings.host, settings.port):
+            yield FAIL, "port: " + describe_taken(settings)
+
+
 def check_service(home: str) -> Iterator[Tuple[str, str]]:
     """Yield whether what the service manager starts is this program."""
     program = os.path.join(home, "bin", "rrouter")
+    if not os.path.isfile(unit_path(home)) and not os.path.isfile(agent_path(home)):
+        yield OK, "service: none is installed; rrouter start forks a daemon, and nothing starts it at the next login"
     for path, name in ((unit_path(home), "systemd unit"), (agent_path(home), "launchd agent")):
         if not os.path.isfile(path):
             continue
@@ -3803,19 +3822,25 @@ def is_as_installed(home: str, path: str) -> bool:
 def check_client(home: str, settings: Settings) -> Iterator[Tuple[str, str]]:
     """Yield whether Claude Code sends its requests here: by its settings, and by this shell."""
     wanted = "http://localhost:%d" % settings.port
-    url = claude_environment(home).get("ANTHROPIC_BASE_URL")
-    path = os.path.join(home, ".claude", "settings.json")
-    if url is None:
+    in_shell = os.environ.get("ANTHROPIC_BASE_URL")
+    path = claude_settings_path(home)
+    try:
+        url = claude_environment(home).get("ANTHROPIC_BASE_URL")
+    except ValueError as error:
+        yield WARN, "%s: %s: Claude Code cannot read it either" % (path, error)
+        return
+    if url is None and in_shell and _points_here(in_shell, settings):
+        yield OK, "shell: ANTHROPIC_BASE_URL is %s (%s says nothing)" % (printable(in_shell), path)
+    elif url is None:
         yield WARN, '%s: set {"env": {"ANTHROPIC_BASE_URL": "%s"}} to use rrouter' % (path, wanted)
     elif _points_here(url, settings):
         yield OK, "%s: ANTHROPIC_BASE_URL is %s" % (path, printable(_without_password(url)))
     else:
         yield WARN, "%s: ANTHROPIC_BASE_URL is %s: Claude Code goes elsewhere; set %s" % (
             path, printable(_without_password(url)), wanted)
-    url = os.environ.get("ANTHROPIC_BASE_URL")
-    if url and not _points_here(url, settings):
+    if in_shell and not _points_here(in_shell, settings):
         yield WARN, "shell: ANTHROPIC_BASE_URL=%s points elsewhere: unset it, also in your shell's start files" % (
-            printable(_without_password(url)))
+            printable(_without_password(in_shell)))
 
 
 def _points_here(url: str, settings: Settings) -> bool:
@@ -3827,19 +3852,31 @@ def _points_here(url: str, settings: Settings) -> bool:
         return False
 
 
+def claude_settings_path(home: str) -> str:
+    """Return where Claude Code keeps its settings."""
+    return os.path.join(os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude"), "settings.json")
+
+
 def claude_environment(home: str) -> Dict[str, str]:
-    """Return the `env` of Claude Code's settings.json; {} if there is none that can be read."""
+    """Return the `env` of Claude Code's settings.json, {} if there is none; raise ValueError if it is no JSON."""
     try:
-        value = json.loads(read_file(os.path.join(home, ".claude", "settings.json")) or b"{}")["env"]
-        return {str(key): str(item) for key, item in value.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        value = json.loads((read_file(claude_settings_path(home)) or b"{}").decode("utf-8"))
+        return {str(key): str(item) for key, item in value["env"].items()}
+    except (KeyError, TypeError, AttributeError):
         return {}
+    except OSError as error:
+        raise ValueError(reason_of(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON") from error
 
 
 def check_upstream(home: str, settings: Settings, config: Optional[Config]) -> Iterator[Tuple[str, str]]:
     """Yield whether the upstream answers, takes the client's key, and knows the names that the rules write."""
-    environment = dict(claude_environment(home), **os.environ)
-    key = environment.get("ANTHROPIC_AUTH_TOKEN") or environment.get("ANTHROPIC_API_KEY")
+    environment = dict(os.environ)
+    with contextlib.suppress(ValueError):
+        environment = dict(claude_environment(home), **environment)
+    name = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
+    key = environment.get(name)
     # Without Anthropic's headers: to those CLIProxyAPI shows disguised names.
     fields = {"Authorization": "Bearer " + key} if key and printable(key, 4096) == key else {}
     url = settings.upstream
@@ -3854,17 +3891,17 @@ def check_upstream(home: str, settings: Settings, config: Optional[Config]) -> I
     if status in (401, 403):
         yield WARN, "upstream: %s answers, but refuses %s (%d): compare api-keys in CLIProxyAPI's config with %s" % (
             url, "the key of Claude Code" if key else "a request without a key", status,
-            "ANTHROPIC_AUTH_TOKEN" if key else "the key that Claude Code is given")
+            name or "the key that Claude Code is given")
         return
     yield OK, "upstream: %s answers%s" % (url, " and takes the key" if key and status == 200 else "")
     try:
-        names = {str(entry["id"]) for entry in json.loads(body)["data"]} if status == 200 else None
+        models = {str(entry["id"]) for entry in json.loads(body)["data"]} if status == 200 else None
     except (ValueError, KeyError, TypeError, RecursionError):
-        names = None
-    if names is None:
+        models = None
+    if models is None:
         yield WARN, "models: %s/v1/models gives no list (%d): cannot compare the rules with it" % (url, status)
     elif config is not None:
-        yield from check_models(config, names)
+        yield from check_models(config, models)
 
 
 def get_models(upstream: Upstream, fields: Dict[str, str]) -> Tuple[int, bytes]:
@@ -3881,7 +3918,8 @@ def check_models(config: Config, names: "set[str]") -> Iterator[Tuple[str, str]]
     rewrites = sorted({rule.rewrite for rules in config.modes.values() for rule in rules})
     missing = [name for name in rewrites if name not in names]
     if not missing:
-        yield OK, "models: the upstream knows all %d names that the rules write" % len(rewrites)
+        yield OK, ("models: the upstream knows all %d names that the rules write" % len(rewrites) if rewrites else
+                   "models: no rule writes a name")
     for name in missing:
         yield WARN, ("models: the upstream does not know %s (400 unknown provider): use one of its names (%s) in a "
                      "rule, or add to CLIProxyAPI's config.yaml:\n"
@@ -3929,6 +3967,7 @@ files, all in ~/.rrouter
   config.json   rules and the settings of mode auto; without it the defaults hold (`rrouter config`)
   run.json, rrouter.pid, rrouter.lock, state.json     the daemon's own
   logs/rrouter.log            one line a request; rotated at %d MB
+  ~/.config/rrouter.env       RROUTER_* for the service, where install.sh has installed one
 
 environment
   RROUTER_PORT      port to listen on (8316)
