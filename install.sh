@@ -258,13 +258,17 @@ def save_record():
         write(RECORD, (json.dumps(record, indent=2) + "\n").encode(), 0o600)
 
 
+announced = set()       # the directories that a dry run would have made by now
+
+
 def make_directory(path, mode=0o755):
-    if os.path.isdir(path):
+    if os.path.isdir(path) or path in announced:
         return
     if os.path.lexists(path):
         refuse(path, "is not a directory: move it away")
     make_directory(os.path.dirname(path))
     say("create " + show(path))
+    announced.add(path)
     if not WOULD:
         if path != DATA:
             record["directories"].append(path)
@@ -304,7 +308,7 @@ def put(path, data, mode, changed, foreign="replace", try_out=None):
         refuse(path, "is a directory: move it away")
     entry = record["files"].get(path, {})
     old, new = digest(path), hashlib.sha256(data).hexdigest()
-    ours = old in entry.get("sha256", ()) or old and same_program(path, data)
+    ours = old in entry.get("sha256", ()) or old and foreign == "replace" and same_program(path, data)
     backup = entry.get("backup")
     replaced = old and not ours and (not backup or digest(backup) != old)     # equal: stopped before the rename
     if replaced and (changed if entry else foreign) == "leave":
@@ -344,14 +348,17 @@ def try_program(path):
 
 def put_environment():
     """A service has no shell: hand it what this shell sets for rrouter."""
-    values = [(name, os.environ[name]) for name in VARIABLES if os.environ.get(name)]
+    values = {name: os.environ[name] for name in VARIABLES if os.environ.get(name)}
     if not values:
         return
-    for name, value in values:
+    for name, value in values.items():
         if not value.isprintable() or set(value) & set("'\\"):
             sys.exit("install.sh: %s: %r cannot be passed on to a service" % (name, value))
+    if digest(ENVIRONMENT) in record["files"].get(ENVIRONMENT, {}).get("sha256", ()):
+        lines = read(ENVIRONMENT).decode().splitlines()[1:]         # as written below: what is not set now stays
+        values = dict([(name, value[1:-1]) for name, _, value in (line.partition("=") for line in lines)], **values)
     text = "# Environment of the rrouter service, in force from the next `rrouter restart` on.\n"
-    put(ENVIRONMENT, (text + "".join("%s='%s'\n" % pair for pair in values)).encode(), 0o600,
+    put(ENVIRONMENT, (text + "".join("%s='%s'\n" % pair for pair in values.items())).encode(), 0o600,
         changed="leave", foreign="leave")
 
 
@@ -479,18 +486,24 @@ def wrote_url():
     return bool(record["claude"]) and load_settings()[1].get("env", {}).get(URL) in record["claude"]["written"]
 
 
+def current_url():
+    """Return our key's value, or None; what is wrong with the file is nothing to those who only look."""
+    try:
+        return json.loads(read(SETTINGS))["env"][URL]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def restore_url():
     remove_temporary(SETTINGS)
     remove_temporary(os.path.realpath(SETTINGS))
-    old, settings = load_settings()
-    env, entry = settings.get("env", {}), record["claude"]
-    if not entry or env.get(URL) not in entry["written"]:
-        if isinstance(env.get(URL), str) and any(name in env[URL] for name in ("//localhost:", "//127.0.0.1:")):
-            say("leave %s: env.%s = %s is not what install.sh wrote; if it means rrouter, take it out" % (
-                show(SETTINGS), URL, env[URL]))
-    else:
+    url, entry = current_url(), record["claude"]
+    if entry and url in entry["written"]:
         say("put env.%s in %s back as it was" % (URL, show(SETTINGS)))
-        undo_url(old, settings, entry)
+        undo_url(*load_settings(), entry)
+    elif isinstance(url, str) and any(name in url for name in ("//localhost:", "//127.0.0.1:")):
+        say("leave %s: env.%s = %s is not what install.sh wrote; if it means rrouter, take it out" % (
+            show(SETTINGS), URL, url))
     record["claude"] = None
     save_record()
 
@@ -525,11 +538,7 @@ def hint(url):
         print("CLAUDE_CONFIG_DIR is set: Claude Code reads settings.json there, not in ~/.claude.")
     if WOULD and EXTRA:
         return
-    try:
-        done = json.loads(read(SETTINGS))["env"][URL] == url
-    except (OSError, ValueError, KeyError, TypeError):
-        done = False
-    if done:
+    if current_url() == url:
         print("Claude Code: %s has %s = %s." % (show(SETTINGS), URL, url))
     else:
         print("Claude Code: put this into %s (`./install.sh --claude` does it):\n%s" % (
@@ -569,6 +578,18 @@ def health():
         return json.loads(output)
     except ValueError:
         return {}
+
+
+def settings_to_keep(state):
+    """Return, as RROUTER_*, what the running daemon (`state`) was started with and this shell does not set."""
+    try:
+        run = json.loads(read(os.path.join(DATA, "run.json")))
+        if state is None or state.get("pid", run["pid"]) != run["pid"]:
+            return {}
+        return {name: str(run[key]) for name, key in zip(VARIABLES, ("port", "upstream", "host"))
+                if not os.environ.get(name)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}       # it did not write what it runs with
 
 
 def wait_for_url():
@@ -718,6 +739,7 @@ def install():
 
 def start(manager, problem, state):
     """Start the daemon, or the new version of the one that runs (`state`), by the manager if there is one."""
+    kept = settings_to_keep(state)
     if manager:
         put_environment()
         if state is not None and state.get("startedBy") != manager.name:
@@ -728,6 +750,7 @@ def start(manager, problem, state):
         remove_service(manager)
         state, problem = None, "%s did not start it" % manager.name
     print("  no service: " + problem)
+    os.environ.update(kept)
     command = "start" if state is None else "restart"
     if not step(PROGRAM, command, text="run rrouter %s instead; nothing starts it at the next login" % command):
         sys.exit(1)

@@ -94,9 +94,10 @@ IDLE_S = 300                    # client connection between two requests; the cl
 HEAD_S = 15                     # from the first byte of a request head to its last
 BODY_STALL_S = 60               # request body without progress
 WRITE_STALL_S = 300             # a client that does not read; Claude Code itself gives up after 300 s
-LINGER_S, LINGER_BYTES = 1, 1024 * 1024     # what is read and dropped after an early error, so that no RST destroys it
+LINGER_S = 1                    # how long a client may take to close first; what it still sends is dropped
 POOL_MAX, POOL_IDLE_S = 32, 60  # idle upstream connections; servers commonly close theirs after 60 s or more
 CONNECTIONS_MAX = 512           # clients at once; each costs a thread
+CONNECTIONS_RESERVE = 16        # beyond that, for /health and for saying 503
 BACKLOG = 128                   # VS Code opens up to 50 connections at once; the default of 5 makes them wait seconds
 RECEIVE_BYTES = 64 * 1024
 MAPPED_BODY_BYTES = 256 * 1024  # request bodies from here on live in BodyMemory
@@ -121,7 +122,7 @@ ERROR_TYPES = {403: "permission_error", 408: "timeout_error", 413: "request_too_
                503: "overloaded_error", 504: "timeout_error", 500: "api_error"}
 
 # Which of two failures helps the client more; lower is better.  Other 4xx: 0, other 5xx: 4.
-USEFULNESS = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}
+RANK = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}
 
 # Claude Code's own patterns (lower case, without backticks), then the wordings of Gemini, which it does not know.
 # All words of a row must be there, in any order.
@@ -251,11 +252,10 @@ class Snapshot(NamedTuple):
 
 
 class Route(NamedTuple):
-    """Where a request goes: the target's name, the model name to send there, and why."""
+    """Where a request goes: the target's name, and the model name to send there."""
 
     target: str
     model: Optional[str]
-    reason: str
 
 
 class RequestHead(NamedTuple):
@@ -362,6 +362,94 @@ def describe_defect(error: Optional[BaseException]) -> str:
 
 # Configuration ################################################################
 
+def _parse_json(text: str) -> Any:
+    # What Python's parser takes though it is no JSON, or refuses without telling where.
+    for odd in re.finditer(r'"(?:[^"\\]|\\.)*"|(NaN|-?Infinity|[0-9]{1000,})', text):
+        if odd.group(1):
+            before = text[:odd.start()]
+            raise ConfigError("%d:%d: expected a plain JSON number, found %s" % (
+                before.count("\n") + 1, len(before) - before.rfind("\n"), printable(odd.group(1), 20)))
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        rest = text[error.pos:error.pos + 20]
+        raise ConfigError("%d:%d: %s, found %s" % (
+            error.lineno, error.colno, error.msg[0].lower() + error.msg[1:].replace("Expecting", "expecting"),
+            repr(rest) if rest else "the end of the file")) from error
+    except RecursionError as error:     # 100,000 brackets
+        raise ConfigError("1:1: expected an object of modes, found nesting that is too deep") from error
+
+
+def _found(value: Any) -> str:
+    return printable(json.dumps(value), 60)
+
+
+def _members(value: Any, what: str, prefix: str, known: Tuple[str, ...], problems: List[str]) -> Dict[str, Any]:
+    """Return the object `value`; what it has beyond `known` is added to `problems`."""
+    if not isinstance(value, dict):
+        raise ConfigError("%s: expected an object, found %s" % (what, _found(value)))
+    problems.extend("%s%s: unknown key, ignored; known are %s" % (prefix, printable(key), ", ".join(known))
+                    for key in value if key not in known)
+    return value
+
+
+def _parse_rule(value: Any, path: str, problems: List[str]) -> Rule:
+    members = _members(value, path, path + ".", ("match", "rewrite"), problems)
+    for key in ("match", "rewrite"):
+        if key not in members:
+            raise ConfigError("%s.%s: missing, expected a string" % (path, key))
+        if not isinstance(members[key], str) or not members[key]:
+            raise ConfigError("%s.%s: expected a string, not empty, found %s" % (path, key, _found(members[key])))
+    try:
+        re.compile(fnmatch.translate(members["match"]))
+    except re.error as error:           # [z-a], before Python 3.10
+        raise ConfigError("%s.match: expected a glob, found %s" % (path, _found(members["match"]))) from error
+    return Rule(members["match"], members["rewrite"])
+
+
+def _parse_modes(value: Any, problems: List[str]) -> Dict[str, Tuple[Rule, ...]]:
+    if not isinstance(value, dict) or not value:
+        raise ConfigError("modes: expected an object with at least one mode, found %s" % _found(value))
+    modes = {}
+    for name, mode in value.items():
+        path = "modes." + printable(name)
+        if name == MODE_AUTO:
+            raise ConfigError("%s: expected another name, found auto, which is built in" % path)
+        if not name or name != name.lower() or not printable(name) == name or name.split() != [name]:
+            raise ConfigError("%s: expected a name in lower-case ASCII without spaces, found %s" % (path, _found(name)))
+        mappings = _members(mode, path, path + ".", ("mappings",), problems).get("mappings", [])
+        if not isinstance(mappings, list):
+            raise ConfigError("%s.mappings: expected a list, found %s" % (path, _found(mappings)))
+        modes[name] = tuple(_parse_rule(rule, "%s.mappings[%d]" % (path, index), problems)
+                            for index, rule in enumerate(mappings))
+    return modes
+
+
+def _number(value: Any, path: str, low: float, high: float, whole: bool = False) -> float:
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
+        raise ConfigError("%s: expected a %snumber from %s to %s, found %s" % (
+            path, "whole " if whole else "", low, high, _found(value)))
+    return value
+
+
+def _parse_auto(value: Any, problems: List[str]) -> AutoSettings:
+    members = dict(DEFAULT_CONFIG["auto"])
+    members.update(_members(value, "auto", "auto.", tuple(members), problems))
+    targets, minutes = members["targets"], members["cooldownMinutes"]
+    if not (isinstance(targets, list) and len(targets) == 2 and all(isinstance(t, str) for t in targets)
+            and targets[0] != targets[1]):
+        raise ConfigError("auto.targets: expected two different names of modes, found %s" % _found(targets))
+    if not isinstance(minutes, list) or not minutes:
+        raise ConfigError("auto.cooldownMinutes: expected a list of minutes, found %s" % _found(minutes))
+    return AutoSettings(
+        (targets[0], targets[1]),
+        int(_number(members["failureThreshold"], "auto.failureThreshold", 1, 1000, whole=True)),
+        int(_number(members["timeoutThreshold"], "auto.timeoutThreshold", 1, 1000, whole=True)),
+        tuple(60.0 * _number(m, "auto.cooldownMinutes[%d]" % i, 0.0001, 525600) for i, m in enumerate(minutes)),
+        _number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds", 0.001, 86400))
+
+
 def parse_config(text: str) -> Config:
     """Return the configuration that the JSON text `text` describes; raise ConfigError if any of it does not fit."""
     value = _parse_json(text)
@@ -387,92 +475,8 @@ def parse_config(text: str) -> Config:
     return Config(modes, default_mode, auto, auto_error, tuple(problems))
 
 
-def _parse_json(text: str) -> Any:
-    # What Python's parser takes though it is no JSON, or refuses without telling where.
-    for odd in re.finditer(r'"(?:[^"\\]|\\.)*"|(NaN|-?Infinity|[0-9]{1000,})', text):
-        if odd.group(1):
-            before = text[:odd.start()]
-            raise ConfigError("%d:%d: expected a plain JSON number, found %s" % (
-                before.count("\n") + 1, len(before) - before.rfind("\n"), printable(odd.group(1), 20)))
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        rest = text[error.pos:error.pos + 20]
-        raise ConfigError("%d:%d: %s, found %s" % (
-            error.lineno, error.colno, error.msg[0].lower() + error.msg[1:].replace("Expecting", "expecting"),
-            repr(rest) if rest else "the end of the file")) from error
-    except RecursionError as error:     # 100,000 brackets
-        raise ConfigError("1:1: expected an object of modes, found nesting that is too deep") from error
-
-
-def _parse_modes(value: Any, problems: List[str]) -> Dict[str, Tuple[Rule, ...]]:
-    if not isinstance(value, dict) or not value:
-        raise ConfigError("modes: expected an object with at least one mode, found %s" % _found(value))
-    modes = {}
-    for name, mode in value.items():
-        path = "modes." + printable(name)
-        if name == MODE_AUTO:
-            raise ConfigError("%s: expected another name, found auto, which is built in" % path)
-        if not name or name != name.lower() or not printable(name) == name or name.split() != [name]:
-            raise ConfigError("%s: expected a name in lower-case ASCII without spaces, found %s" % (path, _found(name)))
-        mappings = _members(mode, path, path + ".", ("mappings",), problems).get("mappings", [])
-        if not isinstance(mappings, list):
-            raise ConfigError("%s.mappings: expected a list, found %s" % (path, _found(mappings)))
-        modes[name] = tuple(_parse_rule(rule, "%s.mappings[%d]" % (path, index), problems)
-                            for index, rule in enumerate(mappings))
-    return modes
-
-
-def _parse_rule(value: Any, path: str, problems: List[str]) -> Rule:
-    members = _members(value, path, path + ".", ("match", "rewrite"), problems)
-    for key in ("match", "rewrite"):
-        if key not in members:
-            raise ConfigError("%s.%s: missing, expected a string" % (path, key))
-        if not isinstance(members[key], str) or not members[key]:
-            raise ConfigError("%s.%s: expected a string, not empty, found %s" % (path, key, _found(members[key])))
-    try:
-        re.compile(fnmatch.translate(members["match"]))
-    except re.error as error:           # [z-a], before Python 3.10
-        raise ConfigError("%s.match: expected a glob, found %s" % (path, _found(members["match"]))) from error
-    return Rule(members["match"], members["rewrite"])
-
-
-def _parse_auto(value: Any, problems: List[str]) -> AutoSettings:
-    members = dict(DEFAULT_CONFIG["auto"])
-    members.update(_members(value, "auto", "auto.", tuple(members), problems))
-    targets, minutes = members["targets"], members["cooldownMinutes"]
-    if not (isinstance(targets, list) and len(targets) == 2 and all(isinstance(t, str) for t in targets)
-            and targets[0] != targets[1]):
-        raise ConfigError("auto.targets: expected two different names of modes, found %s" % _found(targets))
-    if not isinstance(minutes, list) or not minutes:
-        raise ConfigError("auto.cooldownMinutes: expected a list of minutes, found %s" % _found(minutes))
-    return AutoSettings(
-        (targets[0], targets[1]),
-        int(_number(members["failureThreshold"], "auto.failureThreshold", 1, 1000, whole=True)),
-        int(_number(members["timeoutThreshold"], "auto.timeoutThreshold", 1, 1000, whole=True)),
-        tuple(60.0 * _number(m, "auto.cooldownMinutes[%d]" % i, 0.0001, 525600) for i, m in enumerate(minutes)),
-        _number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds", 0.001, 86400))
-
-
-def _members(value: Any, what: str, prefix: str, known: Tuple[str, ...], problems: List[str]) -> Dict[str, Any]:
-    """Return the object `value`; what it has beyond `known` is added to `problems`."""
-    if not isinstance(value, dict):
-        raise ConfigError("%s: expected an object, found %s" % (what, _found(value)))
-    problems.extend("%s%s: unknown key, ignored; known are %s" % (prefix, printable(key), ", ".join(known))
-                    for key in value if key not in known)
-    return value
-
-
-def _number(value: Any, path: str, low: float, high: float, whole: bool = False) -> float:
-    kinds = (int,) if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise ConfigError("%s: expected a %snumber from %s to %s, found %s" % (
-            path, "whole " if whole else "", low, high, _found(value)))
-    return value
-
-
-def _found(value: Any) -> str:
-    return printable(json.dumps(value), 60)
+def _tidy(number: float) -> float:
+    return int(number) if number == int(number) else number
 
 
 def config_text(config: Config) -> str:
@@ -488,8 +492,16 @@ def config_text(config: Config) -> str:
     }, indent=2, ensure_ascii=False)
 
 
-def _tidy(number: float) -> float:
-    return int(number) if number == int(number) else number
+def _is_host_name(host: str) -> bool:
+    """Return whether the name service can be asked for `host` at all: no label empty or over 63 characters."""
+    try:
+        return bool(host.encode("idna"))
+    except UnicodeError:
+        return False
+
+
+def _without_password(url: str) -> str:
+    return re.sub("//.*@", "//***@", url)
 
 
 def read_environment(environ: Dict[str, str]) -> Settings:
@@ -514,18 +526,6 @@ def read_environment(environ: Dict[str, str]) -> Settings:
     return Settings(host, int(port), upstream.rstrip("/"))
 
 
-def _is_host_name(host: str) -> bool:
-    """Return whether the name service can be asked for `host` at all: no label empty or over 63 characters."""
-    try:
-        return bool(host.encode("idna"))
-    except UnicodeError:
-        return False
-
-
-def _without_password(url: str) -> str:
-    return re.sub("//.*@", "//***@", url)
-
-
 # Routing ######################################################################
 
 def match_rule(rules: Tuple[Rule, ...], model: str) -> Optional[Rule]:
@@ -538,12 +538,8 @@ def match_rule(rules: Tuple[Rule, ...], model: str) -> Optional[Rule]:
 
 def decide_route(config: Config, target: str, model: Optional[str]) -> Route:
     """Return where a request for `model` goes when it is the turn of `target`."""
-    if model is None:
-        return Route(target, None, "no model")
-    rule = match_rule(config.modes[target], model)
-    if rule is None:
-        return Route(target, model, "no rule matches")
-    return Route(target, rule.rewrite, "rule " + rule.match)
+    rule = match_rule(config.modes[target], model) if model is not None else None
+    return Route(target, rule.rewrite if rule is not None else model)
 
 
 # Messages: heads ##############################################################
@@ -607,46 +603,6 @@ class Fields(List[Tuple[bytes, bytes]]):
         return [field for field in self if field[0] not in removed]
 
 
-def check_head_start(data: bytes) -> None:
-    """Raise RequestError as soon as the incomplete head `data` cannot become a valid one.
-
-    Else a client that speaks TLS, HTTP/0.9 or bare line feeds would wait for the end of a head that never comes.
-    """
-    end = data.find(b"\n")
-    if end >= 0 and not _REQUEST_LINE.match(data[:end + 1]):
-        parse_request_head(data[:end + 1])
-    if not re.match(_TOKEN, data) or _BARE_LF.search(data):
-        raise RequestError(400, "malformed request: expected HTTP/1.1, lines ending in CR LF")
-
-
-def parse_request_head(head: bytes) -> RequestHead:
-    """Return the request whose head is `head`, blank line included.
-
-    Raises RequestError for all that RFC 9112 forbids or that two parsers might read differently.
-    """
-    match = _REQUEST_HEAD.fullmatch(head)
-    if not match:
-        raise _refusal(head)
-    method, target, major, _, block = match.groups()
-    if major != b"1":
-        raise RequestError(505, "HTTP version not supported: use HTTP/1.1")
-    http11 = match.group(4) != b"0"
-    fields = Fields(block)
-    if len(fields) > FIELDS_MAX:
-        raise RequestError(431, "more than %d header fields" % FIELDS_MAX)
-    hosts = fields.all(b"host")
-    if len(hosts) > 1 or (http11 and not hosts):
-        raise RequestError(400, "malformed request: expected exactly one Host field, found %d" % len(hosts))
-    target, authority = _origin_form(method, target, hosts[0] if hosts else "")
-    length = _request_length(fields, http11)
-    expectation = [value.lower() for value in fields.all(b"expect")] if http11 else []
-    if expectation and expectation != ["100-continue"]:
-        raise RequestError(417, "unknown expectation: only 100-continue is met")
-    keep_alive = http11 and b"close" not in fields.connection
-    return RequestHead(method.decode("ascii"), target, authority, http11, fields, length, keep_alive, bool(expectation),
-                       (b"", b""))
-
-
 def _refusal(head: bytes) -> RequestError:
     """Return the error that says what is wrong with a head that does not match."""
     line, _, rest = head.partition(b"\r\n")
@@ -691,6 +647,46 @@ def _request_length(fields: Fields, http11: bool) -> Optional[int]:
     if int(lengths[0]) > BODY_MAX_BYTES:
         raise RequestError(413, "body of %s bytes is over the limit of %d MiB" % (lengths[0], BODY_MAX_BYTES >> 20))
     return int(lengths[0])
+
+
+def parse_request_head(head: bytes) -> RequestHead:
+    """Return the request whose head is `head`, blank line included.
+
+    Raises RequestError for all that RFC 9112 forbids or that two parsers might read differently.
+    """
+    match = _REQUEST_HEAD.fullmatch(head)
+    if not match:
+        raise _refusal(head)
+    method, target, major, minor, block = match.groups()
+    if major != b"1":
+        raise RequestError(505, "HTTP version not supported: use HTTP/1.1")
+    http11 = minor != b"0"
+    fields = Fields(block)
+    if len(fields) > FIELDS_MAX:
+        raise RequestError(431, "more than %d header fields" % FIELDS_MAX)
+    hosts = fields.all(b"host")
+    if len(hosts) > 1 or (http11 and not hosts):
+        raise RequestError(400, "malformed request: expected exactly one Host field, found %d" % len(hosts))
+    target, authority = _origin_form(method, target, hosts[0] if hosts else "")
+    length = _request_length(fields, http11)
+    expectation = [value.lower() for value in fields.all(b"expect")] if http11 else []
+    if expectation and expectation != ["100-continue"]:
+        raise RequestError(417, "unknown expectation: only 100-continue is met")
+    keep_alive = http11 and b"close" not in fields.connection
+    return RequestHead(method.decode("ascii"), target, authority, http11, fields, length, keep_alive, bool(expectation),
+                       (b"", b""))
+
+
+def check_head_start(data: bytes, seen: int) -> None:
+    """Raise RequestError as soon as the incomplete head `data`, looked at up to `seen`, cannot become a valid one.
+
+    Else a client that speaks TLS, HTTP/0.9 or bare line feeds would wait for the end of a head that never comes.
+    """
+    end = data.find(b"\n")
+    if end >= 0 and not _REQUEST_LINE.match(data[:end + 1]):
+        parse_request_head(data[:end + 1])
+    if not re.match(_TOKEN, data) or _BARE_LF.search(data, seen):
+        raise RequestError(400, "malformed request: expected HTTP/1.1, lines ending in CR LF")
 
 
 def check_origin(head: RequestHead, only_loopback: bool) -> None:
@@ -760,7 +756,7 @@ def response_head_bytes(head: ResponseHead, extra: List[bytes]) -> bytes:
     Of the upstream's CORS fields none goes on: they would open rrouter to every web page.
     """
     lines = [b"HTTP/1.1 %d %b" % (head.status, head.reason)]
-    drop = (b"content-length",) if head.status in (204, *range(100, 200)) else ()       # RFC 9110 §8.6
+    drop = (b"content-length",) if head.status < 200 or head.status == 204 else ()      # RFC 9110 §8.6
     lines += [line for name, line in head.fields.end_to_end(*drop) if not name.startswith(b"access-control-")]
     return b"\r\n".join(lines + extra) + b"\r\n\r\n"
 
@@ -769,6 +765,8 @@ def response_head_bytes(head: ResponseHead, extra: List[bytes]) -> bytes:
 
 class FixedBody:
     """A body of known length, fed with bytes as they come."""
+
+    delimited = True                    #: its end does not need the end of the connection
 
     def __init__(self, length: int):
         self._left = length
@@ -791,6 +789,7 @@ class FixedBody:
 class ClosingBody:
     """A body that ends with its connection (HTTP/1.0)."""
 
+    delimited = False
     done = False
     rest = b""
 
@@ -886,6 +885,49 @@ _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 _decode = json.JSONDecoder(parse_int=len, parse_float=len, object_pairs_hook=len).raw_decode
 
 
+def _expect(text: str, position: int, character: str) -> int:
+    """Return where the next value begins behind `character`, which must stand at `position`."""
+    if text[position] != character:
+        raise ValueError("expected %s" % character)
+    return _SPACE.match(text, position + 1).end()       # type: ignore[union-attr]
+
+
+def _walk_object(text: str, position: int):
+    """Yield (key, start, end) of each member of the object at `position`; raise ValueError if it is none.
+
+    After the last one the closing bracket is the next character but for white space; of an empty object nothing is
+    yielded.  `raw_decode` of the standard library does the scanning, in C.
+    """
+    position = _expect(text, position, "{")
+    if text[position] == "}":
+        return
+    while True:
+        key, colon = _decode(text, position)
+        if not isinstance(key, str) or text[position] != '"':
+            raise ValueError("a key that is no string")
+        start = _expect(text, _SPACE.match(text, colon).end(), ":")     # type: ignore[union-attr]
+        _, end = _decode(text, start)
+        yield key, start, end
+        position = _SPACE.match(text, end).end()        # type: ignore[union-attr]
+        if text[position] == "}":
+            return
+        position = _expect(text, position, ",")
+
+
+def _walk_to_model(text: str) -> Optional[Tuple[int, int]]:
+    try:
+        found, begin = None, _SPACE.match(text).end()   # type: ignore[union-attr]
+        end = begin
+        for key, start, end in _walk_object(text, begin):
+            if key == "model" and found is None:
+                found = (start, end) if text[start] == '"' else (0, 0)
+        end = _SPACE.match(text, end).end() + 1         # type: ignore[union-attr]
+        whole = _SPACE.match(text, end).end() == len(text)      # type: ignore[union-attr]
+    except (ValueError, IndexError, RecursionError):    # no JSON, cut short, or nested too deep
+        return None
+    return found if whole and found != (0, 0) else None
+
+
 def find_model(body: Any) -> Optional[Tuple[int, int, str]]:
     """Return (start, end, name) of the top-level `model` string of a JSON object, or None if it has none.
 
@@ -911,42 +953,6 @@ def find_model(body: Any) -> Optional[Tuple[int, int, str]]:
         return None
 
 
-def _walk_to_model(text: str) -> Optional[Tuple[int, int]]:
-    try:
-        found, begin = None, _SPACE.match(text).end()   # type: ignore[union-attr]
-        end = begin
-        for key, start, end in _walk_object(text, begin):
-            if key == "model" and found is None:
-                found = (start, end) if text[start] == '"' else (0, 0)
-        end = _SPACE.match(text, end).end() + 1         # type: ignore[union-attr]
-        whole = _SPACE.match(text, end).end() == len(text)      # type: ignore[union-attr]
-    except (ValueError, IndexError, RecursionError):    # no JSON, cut short, or nested too deep
-        return None
-    return found if whole and found != (0, 0) else None
-
-
-def _walk_object(text: str, position: int):
-    """Yield (key, start, end) of each member of the object at `position`; raise ValueError if it is none.
-
-    After the last one the closing bracket is the next character but for white space; of an empty object nothing is
-    yielded.  `raw_decode` of the standard library does the scanning, in C.
-    """
-    position = _expect(text, position, "{")
-    if text[position] == "}":
-        return
-    while True:
-        key, colon = _decode(text, position)
-        if not isinstance(key, str) or text[position] != '"':
-            raise ValueError("a key that is no string")
-        start = _expect(text, _SPACE.match(text, colon).end(), ":")     # type: ignore[union-attr]
-        _, end = _decode(text, start)
-        yield key, start, end
-        position = _SPACE.match(text, end).end()        # type: ignore[union-attr]
-        if text[position] == "}":
-            return
-        position = _expect(text, position, ",")
-
-
 def _walk_array(text: str, position: int):
     """Yield (start, end) of each element of the array at `position`."""
     position = _expect(text, position, "[")
@@ -961,13 +967,6 @@ def _walk_array(text: str, position: int):
         position = _expect(text, position, ",")
 
 
-def _expect(text: str, position: int, character: str) -> int:
-    """Return where the next value begins behind `character`, which must stand at `position`."""
-    if text[position] != character:
-        raise ValueError("expected %s" % character)
-    return _SPACE.match(text, position + 1).end()       # type: ignore[union-attr]
-
-
 def asks_for_stream(body: Any) -> bool:
     """Return whether `body` seems to ask for a stream.  A guess by its two ends, for it only moves a time limit."""
     return bool(_STREAM_MEMBER.search(body[-2048:]) or _STREAM_MEMBER.search(body[:2048]))
@@ -980,6 +979,32 @@ def splice(body: Any, start: int, end: int, model: str) -> List[Any]:
     """
     view = memoryview(body)
     return [view[:start], json.dumps(model).encode("ascii"), view[end:]]
+
+
+def _block_type(text: str, position: int) -> Optional[str]:
+    if text[position] != "{":
+        return None
+    for key, start, end in _walk_object(text, position):
+        if key == "type":
+            return json.loads(text[start:end]) if text[start] == '"' else None
+    return None
+
+
+def _thinking_cuts(text: str, message: int) -> List[Tuple[int, int, bytes]]:
+    """Return (start, end, replacement) of the thinking blocks of the message at `message`, with their commas."""
+    for key, start, _ in _walk_object(text, message):
+        if key != "content" or text[start] != "[":
+            continue
+        blocks = [(s, e, _block_type(text, s)) for s, e in _walk_array(text, start)]
+        thinking = [kind in ("thinking", "redacted_thinking") for _, _, kind in blocks]
+        if not any(thinking):
+            return []
+        if all(thinking):
+            return [(blocks[0][0], blocks[-1][1], EMPTY_CONTENT)]
+        first_kept = thinking.index(False)
+        cuts = [(blocks[0][0], blocks[first_kept][0], b"")] if first_kept else []
+        return cuts + [(blocks[i - 1][1], blocks[i][1], b"") for i in range(first_kept, len(blocks)) if thinking[i]]
+    return []
 
 
 def without_thinking(body: Any) -> Optional[bytes]:
@@ -1004,32 +1029,6 @@ def without_thinking(body: Any) -> Optional[bytes]:
         pieces += [bytes(body[position:start]), replacement]
         position = end
     return b"".join(pieces) + bytes(body[position:])
-
-
-def _thinking_cuts(text: str, message: int) -> List[Tuple[int, int, bytes]]:
-    """Return (start, end, replacement) of the thinking blocks of the message at `message`, with their commas."""
-    for key, start, _ in _walk_object(text, message):
-        if key != "content" or text[start] != "[":
-            continue
-        blocks = [(s, e, _block_type(text, s)) for s, e in _walk_array(text, start)]
-        thinking = [kind in ("thinking", "redacted_thinking") for _, _, kind in blocks]
-        if not any(thinking):
-            return []
-        if all(thinking):
-            return [(blocks[0][0], blocks[-1][1], EMPTY_CONTENT)]
-        first_kept = thinking.index(False)
-        cuts = [(blocks[0][0], blocks[first_kept][0], b"")] if first_kept else []
-        return cuts + [(blocks[i - 1][1], blocks[i][1], b"") for i in range(first_kept, len(blocks)) if thinking[i]]
-    return []
-
-
-def _block_type(text: str, position: int) -> Optional[str]:
-    if text[position] != "{":
-        return None
-    for key, start, end in _walk_object(text, position):
-        if key == "type":
-            return json.loads(text[start:end]) if text[start] == '"' else None
-    return None
 
 
 def names_foreign_signature(body: bytes) -> bool:
@@ -1100,9 +1099,9 @@ def blames_request(status: int) -> bool:
     return 400 <= status < 500 and status not in (408, 429)
 
 
-def usefulness(status: int) -> int:
+def rank(status: int) -> int:
     """Return how useful a failure is to the client; lower is better."""
-    return USEFULNESS.get(status, 0 if status < 500 else 4)
+    return RANK.get(status, 0 if status < 500 else 4)
 
 
 def retry_after_s(value: Optional[str], now: float) -> Optional[float]:
@@ -1145,6 +1144,7 @@ class Failure(NamedTuple):
 #
 # n is kept for HTTP failures and for timeouts apart.  N goes back to the first wait when twice the last wait has passed
 # since home was returned to, without a switch.
+
 
 class Breaker:
     """Which of two targets serves one scope: `home` while closed, `away` while open.
@@ -1238,7 +1238,7 @@ class Breaker:
 
     def _open(self, now: float, reason: str, failure: Failure, auto: AutoSettings) -> List[str]:
         """Leave home, or stay away from it, for the next wait."""
-        self.settle(now)
+        self.forget_level(now)
         self.returned_at = None
         wait_s = auto.cooldowns_s[min(self.level, len(auto.cooldowns_s) - 1)]
         if failure.retry_after_s is not None:
@@ -1258,14 +1258,14 @@ class Breaker:
             return ["PROBE of %s came to nothing%s: the next request tries" % (self.home, self.label)]
         return []
 
-    def settle(self, now: float) -> None:
+    def forget_level(self, now: float) -> None:
         """Set N back if home has held for long enough."""
         if self.returned_at is not None:
             self.returned_at = min(self.returned_at, now)
             if now - self.returned_at >= 2 * self.last_cooldown_s:
                 self.level, self.returned_at = 0, None
 
-    def snapshot(self, now: float) -> Dict[str, Any]:
+    def report(self, now: float) -> Dict[str, Any]:
         """Return what /health tells of it."""
         is_open, remaining_s = self.state != CLOSED, self.remaining_s(now)
         return {"currentTarget": self.current, "switched": is_open, "switchCount": self.switch_count,
@@ -1437,13 +1437,13 @@ class Failover:
         for model, own in list(self._models.items()):
             self._align(model, own)
 
-    def snapshot(self, active: bool) -> Dict[str, Any]:
+    def report(self, active: bool) -> Dict[str, Any]:
         """Return the `autoSwitch` object of /health."""
         with self._lock:
             now, common = self._clock(), {"active": active, "targets": list(self._auto.targets)}
-            models = {model: dict(common, **own.snapshot(now))
+            models = {model: dict(common, **own.report(now))
                       for model, own in self._models.items() if own.state != CLOSED}
-            return dict(common, **self._whole.snapshot(now), models=models)
+            return dict(common, **self._whole.report(now), models=models)
 
     def save(self) -> Dict[str, Any]:
         """Return what state.json keeps."""
@@ -1474,6 +1474,11 @@ class Failover:
 
 # Files ########################################################################
 
+def reason_of(error: OSError) -> str:
+    """Return the system's words for `error`, in lower case."""
+    return (error.strerror or str(error) or type(error).__name__).lower()
+
+
 class Paths:
     """Where rrouter keeps its files."""
 
@@ -1496,11 +1501,6 @@ class Paths:
         except OSError as error:
             raise DaemonError("%s: %s: rrouter keeps its files there; set HOME to a directory you can write" % (
                 error.filename or self.root, reason_of(error))) from error
-
-
-def reason_of(error: OSError) -> str:
-    """Return the system's words for `error`, in lower case."""
-    return (error.strerror or str(error) or type(error).__name__).lower()
 
 
 def write_atomically(path: str, text: str) -> None:
@@ -1560,13 +1560,23 @@ def _signature(path: str) -> Any:
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
-def _settled(signature: Any) -> Any:
+def _if_stable(signature: Any) -> Any:
     """Return `signature`, or what equals nothing if the file may change again without a new one."""
     if isinstance(signature, tuple):
         settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
         if time.time() - signature[3] / 1e9 < settled_s:
             return object()
     return signature
+
+
+def _write_all(descriptor: int, data: bytes) -> Optional[OSError]:
+    """Write `data`, in one piece if the system lets; return the error there was."""
+    try:
+        while data:
+            data = data[os.write(descriptor, data):]
+    except OSError as error:
+        return error
+    return None
 
 
 class Log:
@@ -1651,14 +1661,18 @@ class Log:
                 self._descriptor = None
 
 
-def _write_all(descriptor: int, data: bytes) -> Optional[OSError]:
-    """Write `data`, in one piece if the system lets; return the error there was."""
-    try:
-        while data:
-            data = data[os.write(descriptor, data):]
-    except OSError as error:
-        return error
-    return None
+def _jsonable(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def complain_about_config(error: Exception) -> str:
+    """Return one line that says what is wrong with config.json and where."""
+    if isinstance(error, UnicodeDecodeError):
+        return "config.json: expected UTF-8, found byte 0x%02x at offset %d" % (error.object[error.start], error.start)
+    if isinstance(error, OSError):
+        return "config.json: cannot be read: %s" % reason_of(error)
+    text = str(error)
+    return "config.json%s%s" % (":" if text[:1].isdigit() else ": ", text)
 
 
 class Store:
@@ -1705,7 +1719,7 @@ class Store:
             if not first and (written or new != old):
                 self._changed(old, new, written)
             self._current = new
-            self._seen = tuple(map(_settled, seen))     # last: who sees it may use _current without the lock
+            self._seen = tuple(map(_if_stable, seen))     # last: who sees it may use _current without the lock
             return new
 
     def _read_config(self) -> None:
@@ -1783,23 +1797,33 @@ class Store:
         return state
 
 
-def _jsonable(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def complain_about_config(error: Exception) -> str:
-    """Return one line that says what is wrong with config.json and where."""
-    if isinstance(error, UnicodeDecodeError):
-        return "config.json: expected UTF-8, found byte 0x%02x at offset %d" % (error.object[error.start], error.start)
-    if isinstance(error, OSError):
-        return "config.json: cannot be read: %s" % reason_of(error)
-    text = str(error)
-    return "config.json%s%s" % (":" if text[:1].isdigit() else ": ", text)
-
-
 # Upstream #####################################################################
 
-WAITED = (BlockingIOError, socket.timeout)      # nothing came within the socket's time limit
+NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's time limit
+SSL_ERROR_WANT_READ = 2         # that of `ssl`, which is not imported for a plain upstream
+
+
+def polled(sock: socket.socket, events: int) -> int:
+    """Return which of `events` (or POLLHUP, POLLERR) hold just now.  `select` fails with descriptors over 1023."""
+    poller = select.poll()
+    poller.register(sock, events)
+    return sum(found for _, found in poller.poll(0))
+
+
+def has_left(client: socket.socket) -> bool:
+    """Return whether the client has closed its connection.
+
+    A half-closed one counts as gone, as with Go and HAProxy (abortonclose).  A byte it sent before it left, the next
+    request perhaps, hides the end from `recv`, but not from `poll`.
+    """
+    try:
+        if not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+            return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return bool(polled(client, getattr(select, "POLLRDHUP", 0)))
 
 
 class Watch:
@@ -1831,29 +1855,6 @@ class Watch:
         if self.deadline is None:
             return TICK_S
         return min(TICK_S, max(0.001, self.deadline - time.monotonic()))
-
-
-def has_left(client: socket.socket) -> bool:
-    """Return whether the client has closed its connection.
-
-    A half-closed one counts as gone, as with Go and HAProxy (abortonclose).  A byte it sent before it left, the next
-    request perhaps, hides the end from `recv`, but not from `poll`.
-    """
-    try:
-        if not client.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-            return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return bool(polled(client, getattr(select, "POLLRDHUP", 0)))
-
-
-def polled(sock: socket.socket, events: int) -> int:
-    """Return which of `events` (or POLLHUP, POLLERR) hold just now.  `select` fails with descriptors over 1023."""
-    poller = select.poll()
-    poller.register(sock, events)
-    return sum(found for _, found in poller.poll(0))
 
 
 class BodyMemory:
@@ -1896,6 +1897,10 @@ class BodyMemory:
             self._free.clear()
 
 
+def _timeval(seconds: float) -> bytes:
+    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+
+
 class Wire:
     """One end of a connection: its socket, and the bytes received but not yet used.
 
@@ -1906,19 +1911,19 @@ class Wire:
     def __init__(self, sock: socket.socket, send_limit_s: float):
         self.sock = sock
         self.held = b""
-        self._kernel = type(sock) is socket.socket     # a TLS socket would take EAGAIN for a reason to try again
+        self._plain = type(sock) is socket.socket     # a TLS socket would take EAGAIN for a reason to try again
         self._limit_s = 0.0
-        if self._kernel:
+        if self._plain:
             sock.settimeout(None)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(send_limit_s))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # else each event waits 40 ms for an ACK
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def limit(self, seconds: float) -> None:
-        """Let `receive` raise one of WAITED after so many seconds without a byte."""
+        """Let `receive` raise one of NOTHING_CAME after so many seconds without a byte."""
         if seconds != self._limit_s:
             self._limit_s = seconds
-            if self._kernel:
+            if self._plain:
                 self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
             else:
                 self.sock.settimeout(seconds)
@@ -1936,10 +1941,6 @@ class Wire:
             self.sock.close()
 
 
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
-
-
 class UpstreamConnection(Wire):
     """A connection to the upstream, opened by `http.client`, whose answers are read by our own strict parser.
 
@@ -1953,9 +1954,9 @@ class UpstreamConnection(Wire):
         self.heard = False              #: has sent a byte of the answer due
         self.idle_since = 0.0
 
-    def has_sent(self) -> bool:
+    def has_input(self) -> bool:
         """Return whether something has come that is not yet read, be it the end of the connection."""
-        if self._kernel:
+        if self._plain:
             return bool(polled(self.sock, select.POLLIN))
         # TLS: session tickets come unasked, and only reading tells them from an answer.
         self.limit(0)
@@ -1963,17 +1964,17 @@ class UpstreamConnection(Wire):
             self.held += self.sock.recv(RECEIVE_BYTES)
             return True
         except OSError as error:
-            return error.errno != 2     # ssl.SSLWantReadError
+            return error.errno != SSL_ERROR_WANT_READ
 
     def send(self, views: List[memoryview], watch: Watch) -> List[memoryview]:
         """Send `views`; return what is left of them where the upstream answers, or closes, before it has read all."""
-        self.limit(watch.tick_s)            # for TLS: `has_sent` leaves it at 0
+        self.limit(watch.tick_s)            # for TLS: `has_input` leaves it at 0
         while views:
             try:
-                sent = self.sock.sendmsg(views) if self._kernel and len(views) > 1 else self.sock.send(views[0])
-            except WAITED as error:
+                sent = self.sock.sendmsg(views) if self._plain and len(views) > 1 else self.sock.send(views[0])
+            except NOTHING_CAME as error:
                 sent = 0
-                if error.errno == errno.ETIMEDOUT or self.has_sent():
+                if error.errno == errno.ETIMEDOUT or self.has_input():
                     return views
                 self.limit(watch.tick_s)
             except OSError:
@@ -1993,7 +1994,7 @@ class UpstreamConnection(Wire):
             try:
                 self.limit(watch.tick_s)
                 return self.receive()
-            except WAITED as error:
+            except NOTHING_CAME as error:
                 if error.errno == errno.ETIMEDOUT:      # the network's, not ours
                     raise UpstreamError("broke the connection: timed out") from error
             except OSError as error:
@@ -2056,6 +2057,8 @@ class Answer:
         """Return the next payload; b"" may come with `complete`.  Raises UpstreamError, ClientGone, UpstreamTimeout."""
         if self._error is not None:
             raise self._error
+        if self._body.done:
+            return b""
         payload = b""
         while not payload and not self._body.done:
             data = self._connection.wait(watch)
@@ -2095,7 +2098,7 @@ class Answer:
     def _give_back(self) -> None:
         # Where the request was not sent in full, the next one would be taken for the rest of it.
         reusable = self.head.keep_alive and self._asked_in_full and not self._body.rest and not self._connection.held
-        if reusable and isinstance(self._body, FixedBody):
+        if reusable and self._body.delimited:
             self._upstream.keep(self._connection)
         else:
             self._connection.close()
@@ -2195,7 +2198,7 @@ class Upstream:
                 connection = self._kept.pop()
             except IndexError:
                 return None
-            if time.monotonic() - connection.idle_since < POOL_IDLE_S and not connection.has_sent():
+            if time.monotonic() - connection.idle_since < POOL_IDLE_S and not connection.has_input():
                 return connection
             connection.close()
 
@@ -2225,7 +2228,7 @@ class Attempt:
         self.error: Optional[UpstreamError] = None
         self.scan: Optional[EventScan] = None       #: of an event stream in auto mode
         self.blames_history = False                 #: a 400 for foreign thinking signatures
-        self.settled = False                        #: a stream that has been charged
+        self.stream_charged = False                        #: a stream that has been charged
 
     @property
     def status(self) -> int:
@@ -2248,9 +2251,9 @@ class Attempt:
         return self.answer is not None and blames_request(self.status)
 
     @property
-    def usefulness(self) -> int:
+    def rank(self) -> int:
         """How useful this failure is to the client; lower is better."""
-        return usefulness(500 if self.stream_failed else self.status)
+        return rank(500 if self.stream_failed else self.status)
 
     @property
     def failure(self) -> Failure:
@@ -2314,6 +2317,7 @@ class Router:
 
     def __init__(self, settings: Settings, paths: Paths, log: Log, started_by: str):
         self.settings, self.log, self.started_by = settings, log, started_by
+        # Before the store, which calls `_changed` whenever a file is written.
         self.failover = Failover(time.time, parse_config(json.dumps(DEFAULT_CONFIG)).auto)
         self.store = Store(paths, log, self._changed)
         self.failover.reset(self.store.snapshot().config.auto, "")
@@ -2343,7 +2347,7 @@ class Router:
             self._active -= 1
         self.log.write("REQ", line)
 
-    def auto(self, lines: List[str], number: int = 0) -> None:
+    def log_decisions(self, lines: List[str], number: int = 0) -> None:
         """Log decisions of auto mode, and let the watcher save what has come of them."""
         for line in lines:
             self.log.write("AUTO", "#%d %s" % (number, line) if number and "SWITCH" not in line else line)
@@ -2358,7 +2362,7 @@ class Router:
             why = "the auto section of config.json changed"
         else:
             return
-        self.auto(self.failover.reset(new.config.auto, why))
+        self.log_decisions(self.failover.reset(new.config.auto, why))
 
     def _is_own_address(self, sock: socket.socket) -> bool:
         """Return whether `sock` is connected to rrouter itself."""
@@ -2373,7 +2377,7 @@ class Router:
             state = self.store.load_state()
             if state is not None and self.store.snapshot().mode == MODE_AUTO:
                 self.failover.restore(state)
-                self.log.write("AUTO", "state.json: on %s" % self.failover.snapshot(True)["currentTarget"])
+                self.log.write("AUTO", "state.json: on %s" % self.failover.report(True)["currentTarget"])
         except StateError as error:
             self.log.write("AUTO", "state.json set aside: %s" % error)
 
@@ -2406,7 +2410,7 @@ class Router:
         """Return what /health tells."""
         snapshot = self.store.snapshot()
         is_auto = snapshot.mode == MODE_AUTO
-        auto = self.failover.snapshot(is_auto)
+        auto = self.failover.report(is_auto)
         problems = list(snapshot.problems) + [p for p in (self.log.problem, self._state_problem) if p]
         return {"status": "ok", "version": __version__, "mode": snapshot.mode,
                 "currentTarget": auto["currentTarget"] if is_auto else snapshot.mode,
@@ -2428,8 +2432,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Take the connection."""
         self.router = self.server.router
-        self.wire = Wire(self.request, WRITE_STALL_S)
+        try:
+            self.wire = Wire(self.request, WRITE_STALL_S)
+        except OSError as error:        # macOS: reset already
+            raise ClientGone("the client left") from error
         self.busy = False               #: a request is under way
+        self.crowded = False            #: one connection too many: only /health is answered, and once
         self.last_head: Tuple[Any, Optional[RequestHead]] = None, None
         self.memory: Optional[mmap.mmap] = None     #: of a large body under way
         self.shut = False               #: told to read no more, by `drain`: an end of file says nothing of the client
@@ -2438,10 +2446,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Carry requests through until one side ends the connection."""
         self.router.connections.add(self)
         try:
-            if len(self.router.connections) > self.router.connections_max:
-                self._fail(None, RequestError(503, "too many connections (%d)" % self.router.connections_max))
+            beyond = len(self.router.connections) - self.router.connections_max
+            self.crowded = beyond > 0
+            if beyond > CONNECTIONS_RESERVE:
                 return
-            while self.handle_one_request():
+            while self.handle_one_request() and not self.crowded:
                 self.busy = False
         finally:
             self.router.connections.discard(self)
@@ -2457,22 +2466,27 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if head is None:
                 return False
             check_origin(head, self.server.only_loopback)
+            is_health = head.path == "/health" and head.method in ("GET", "HEAD")
+            if self.crowded and not is_health:
+                raise RequestError(503, "too many connections (%d)" % self.router.connections_max)
             body = self.read_body(head)
-            if head.path == "/health" and head.method in ("GET", "HEAD"):
+            if is_health:
                 self.report_health(head)
             else:
                 self.proxy(head, body)
+            if head.keep_alive and not self.router.draining and not self.crowded:
+                return True
         except RequestError as error:
             self._fail(head, error)
-            return False
         except ClientGone:
             return False
+        except Exception:               # a defect of ours: told in the log, and to the client
+            self.server.handle_error(self.request, self.client_address)
+            self._fail(head, RouterError("internal error; see ~/.rrouter/logs/rrouter.log"))
         finally:
             if self.memory is not None:
                 self.router.bodies.give_back(self.memory)
                 self.memory = None
-        if head.keep_alive and not self.router.draining:
-            return True
         self._linger()
         return False
 
@@ -2483,11 +2497,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         wire = self.wire
         data = wire.held
         wire.held = b""
-        wire.limit(IDLE_S)
-        deadline = None
+        wire.limit(LINGER_S if self.crowded else IDLE_S)
+        deadline, seen = None, 0
         while True:
             data = data[2:] if data.startswith(b"\r\n") else data       # RFC 9112 §2.2: ignored before a request
-            end = data.find(b"\r\n\r\n") + 4
+            end = data.find(b"\r\n\r\n", max(0, seen - 5)) + 4
             if end >= 4:
                 self.busy = True
                 if end > HEAD_MAX_BYTES:
@@ -2499,14 +2513,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 if len(data) > HEAD_MAX_BYTES:
                     raise RequestError(431 if b"\r\n" in data else 414,
                                        "request head over %d KiB" % (HEAD_MAX_BYTES // 1024))
-                check_head_start(data)
+                check_head_start(data, max(0, seen - 3))
                 deadline = deadline or time.monotonic() + HEAD_S
                 wire.limit(max(0.001, deadline - time.monotonic()))
             try:
                 more = wire.receive()
                 if deadline is not None and time.monotonic() > deadline:
                     raise socket.timeout()
-            except WAITED:
+            except NOTHING_CAME:
                 if deadline is None:
                     return None
                 raise RequestError(408, "request head not complete within %d s" % HEAD_S) from None
@@ -2514,6 +2528,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 raise ClientGone("the client left") from error
             if not more:
                 return None
+            seen = len(data)
             data += more
 
     def _parse_head(self, data: bytes) -> RequestHead:
@@ -2549,7 +2564,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return whole
         body: Any
         if length >= MAPPED_BODY_BYTES:
-            self.memory = self.router.bodies.take(length)
+            try:
+                self.memory = self.router.bodies.take(length)
+            except (OSError, MemoryError) as error:
+                raise RequestError(503, "no memory for a body of %d bytes" % length) from error
             body = memoryview(self.memory)[:length]
         else:
             body = bytearray(length)
@@ -2577,7 +2595,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.wire.limit(BODY_STALL_S)
         try:
             received = receive()
-        except WAITED:
+        except NOTHING_CAME:
             raise RequestError(408, "request body without progress for %d s" % BODY_STALL_S) from None
         except OSError as error:
             raise ClientGone("the client left") from error
@@ -2608,12 +2626,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except ClientGone:
             self._record(exchange, 499, "the client left")
             raise
-        except Exception:               # a defect of ours: told in the log, and to the client if it can be
+        except Exception:               # a defect of ours
             self._record(exchange, 500, "internal error")
-            self.server.handle_error(self.request, self.client_address)
             if exchange.answering:
+                self.server.handle_error(self.request, self.client_address)
                 self._abort(exchange)
-            self._fail(head, RouterError("internal error; see ~/.rrouter/logs/rrouter.log"))
+            raise
         finally:
             for attempt in exchange.attempts:
                 attempt.close()
@@ -2622,7 +2640,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Let the request end, for the counters and the log; what has counted for nobody frees the probe's place."""
         for attempt in exchange.attempts:
             if attempt.ticket is not None:          # does nothing where it was credited or charged
-                self.router.auto(self.router.failover.release(attempt.ticket), exchange.number)
+                self.router.log_decisions(self.router.failover.release(attempt.ticket), exchange.number)
         exchange.record(status, note)
 
     def forward(self, exchange: Exchange) -> Attempt:
@@ -2637,7 +2655,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return self.attempt(exchange, target, None)
         ticket = failover.admit(exchange.model or "", targets)
         if ticket.probe:
-            self.router.auto(["PROBE of %s" % ticket.target], exchange.number)
+            self.router.log_decisions(["PROBE of %s" % ticket.target], exchange.number)
         first = self.attempt(exchange, ticket.target, ticket)
         if not first.failed or isinstance(first.error, UpstreamUnreachable):
             return first
@@ -2655,11 +2673,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             return second
         if not isinstance(second.error, UpstreamUnreachable) and not (first.blames_request and second.blames_request):
             self._charge(exchange, second)
-        return min(first, second, key=lambda attempt: attempt.usefulness)
+        return min(first, second, key=lambda attempt: attempt.rank)
 
     def _charge(self, exchange: Exchange, attempt: Attempt) -> None:
         if attempt.ticket is not None and not attempt.blames_history:
-            self.router.auto(self.router.failover.charge(attempt.ticket, attempt.failure), exchange.number)
+            self.router.log_decisions(self.router.failover.charge(attempt.ticket, attempt.failure), exchange.number)
 
     def attempt(self, exchange: Exchange, target: str, ticket: Optional[Ticket]) -> Attempt:
         """Try a request on `target`, healed if its history needs that; with a ticket, by the rules of auto mode.
@@ -2738,6 +2756,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 answer.ahead += payload
                 scan.feed(payload)
                 scan.committed = scan.committed or len(answer.ahead) > READ_AHEAD_MAX_BYTES
+        elif is_auto:
+            answer.ahead += answer.at_hand()        # broken coding right behind the head can still be rescued
 
     # ---- answering
 
@@ -2775,27 +2795,27 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._inspect(exchange, attempt, payload)
         except UpstreamError:
             if not attempt.failed:
-                self._settle(exchange, attempt, Failure("stream broke off"))
+                self._charge_stream(exchange, attempt, Failure("stream broke off"))
             raise
 
     def _inspect(self, exchange: Exchange, attempt: Attempt, payload: bytes) -> None:
         """Look for an error event in a stream under way; it is charged at once, for the client may leave upon it."""
         scan = attempt.scan
-        if scan is not None and scan.committed and not attempt.settled:
+        if scan is not None and scan.committed and not attempt.stream_charged:
             scan.feed(payload)
             if scan.broken:
-                self._settle(exchange, attempt, Failure("error event"))
+                self._charge_stream(exchange, attempt, Failure("error event"))
 
     def _credit(self, exchange: Exchange, attempt: Attempt) -> None:
         if (attempt.ticket is not None and 200 <= attempt.status < 300 and not attempt.stream_failed
-                and not attempt.settled):
-            self.router.auto(self.router.failover.credit(attempt.ticket), exchange.number)
+                and not attempt.stream_charged):
+            self.router.log_decisions(self.router.failover.credit(attempt.ticket), exchange.number)
 
-    def _settle(self, exchange: Exchange, attempt: Attempt, failure: Failure) -> None:
+    def _charge_stream(self, exchange: Exchange, attempt: Attempt, failure: Failure) -> None:
         """Charge a stream that fails after its first event, once."""
-        if attempt.ticket is not None and not attempt.settled:
-            attempt.settled = True
-            self.router.auto(self.router.failover.charge(attempt.ticket, failure), exchange.number)
+        if attempt.ticket is not None and not attempt.stream_charged:
+            attempt.stream_charged = True
+            self.router.log_decisions(self.router.failover.charge(attempt.ticket, failure), exchange.number)
 
     def _reply_fields(self, exchange: Exchange) -> List[bytes]:
         """Return the fields that tell where a request with a model went."""
@@ -2812,11 +2832,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self._send_json(200, body, head, [b"Cache-Control: no-store"], head.keep_alive)
 
     def _fail(self, head: Optional[RequestHead], error: RouterError, fields: Optional[List[bytes]] = None) -> None:
-        """Answer with an error of our own.  After a RequestError the connection ends, for what follows is unknown."""
-        keep_alive = head is not None and head.keep_alive and not isinstance(error, RequestError)
+        """Answer with an error of our own.  Only after one of the upstream's can the connection go on."""
+        keep_alive = head is not None and head.keep_alive and isinstance(error, UpstreamError)
         self._send_json(error.http_status, error_body(error.http_status, str(error)), head, fields or [], keep_alive)
-        if not keep_alive:
-            self._linger()
 
     def _send_json(self, status: int, body: bytes, head: Optional[RequestHead], fields: List[bytes],
                    keep_alive: bool) -> None:
@@ -2841,15 +2859,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         To a byte that comes after a close the system answers with a reset, which can destroy what the client has not
         read yet.
         """
-        deadline, left = time.monotonic() + LINGER_S, LINGER_BYTES
+        deadline = time.monotonic() + LINGER_S
         with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_WR)
-            while left > 0 and time.monotonic() < deadline:
+            while time.monotonic() < deadline:
                 self.wire.limit(max(0.001, deadline - time.monotonic()))
-                received = len(self.request.recv(RECEIVE_BYTES))
-                if not received:
+                if not self.request.recv(RECEIVE_BYTES):
                     break
-                left -= received
 
     def _abort(self, exchange: Exchange) -> None:
         """Break the connection off, so that nobody takes what came for the whole; raises ClientGone.
@@ -2870,7 +2886,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     request_queue_size = BACKLOG
     daemon_threads = True
-    allow_reuse_address = True          # TIME_WAIT would keep a restart off the port; SO_REUSEPORT would share it
+    allow_reuse_address = True          # TIME_WAIT would keep a restart off the port
+    allow_reuse_port = False            # else two could share it, each with half of the requests
 
     def __init__(self, family: int, address: Any, router: Router, only_loopback: bool):
         self.address_family = family
@@ -2923,7 +2940,14 @@ class Lock:
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         for _ in range(25):             # `holder` of another command may have it for a moment
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno in (errno.EWOULDBLOCK, errno.EINTR):
+                        raise
+                    os.close(descriptor)
+                    raise DaemonError("%s: cannot be locked: %s: put HOME on a file system with locks" % (
+                        self._path, reason_of(error))) from error
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, b"%d\n" % os.getpid(), 0)
                 self._descriptor = descriptor
@@ -3006,6 +3030,62 @@ def addresses_of(settings: Settings) -> List[Tuple[int, Any]]:
             settings.host, reason_of(error))) from error
 
 
+def _port_owner_from_proc(port: int) -> str:
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
+            rows = [line.split() for line in file][1:]
+            inodes |= {"socket:[%s]" % row[9] for row in rows
+                       if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
+        with contextlib.suppress(OSError):
+            for descriptor in os.listdir("/proc/%s/fd" % pid):
+                if os.readlink("/proc/%s/fd/%s" % (pid, descriptor)) in inodes:
+                    with open("/proc/%s/comm" % pid, encoding="utf-8", errors="replace") as file:
+                        return "%s (pid %s)" % (printable(file.read().strip()), pid)
+    return ""
+
+
+def port_owner(port: int) -> str:
+    """Return the name and pid of the program that listens on `port`, as far as the system tells us; else ""."""
+    import subprocess
+    for command in (["lsof", "-nP", "-iTCP:%d" % port, "-sTCP:LISTEN", "-Fpc"], ["ss", "-Hltnp", "sport = :%d" % port]):
+        try:
+            output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=3,
+                                    stdin=subprocess.DEVNULL).stdout.decode("utf-8", "replace")
+        except (OSError, subprocess.SubprocessError):
+            continue
+        found = (re.search(r"p(?P<pid>\d+)\nc(?P<name>[^\n]+)", output)
+                 or re.search(r'\("(?P<name>[^"]+)",pid=(?P<pid>\d+)', output))
+        if found:
+            return "%s (pid %s)" % (printable(found.group("name")), found.group("pid"))
+    return _port_owner_from_proc(port)
+
+
+def ask_health(host: str, port: int, timeout_s: float = 3) -> Optional[Dict[str, Any]]:
+    """Return what /health of an rrouter tells, or None if no rrouter answers there."""
+    for address in {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}.get(host, (host,)):
+        connection = http.client.HTTPConnection(address, port, timeout=timeout_s)
+        try:
+            connection.request("GET", "/health", headers={"Host": "localhost"})
+            health = json.loads(connection.getresponse().read(FILE_MAX_BYTES))
+            if isinstance(health, dict) and "autoSwitch" in health and isinstance(health.get("pid"), int):
+                return health
+        except (OSError, http.client.HTTPException, ValueError):
+            continue
+        finally:
+            connection.close()
+    return None
+
+
+def describe_taken(settings: Settings) -> str:
+    """Return what to tell when the port is taken."""
+    health = ask_health(settings.host, settings.port, timeout_s=1)
+    owner = "rrouter (pid %s)" % health["pid"] if health else port_owner(settings.port)
+    return ("port %d is taken%s: stop that program or set RROUTER_PORT (CLIProxyAPI's pprof uses 8316 by default: "
+            "see pprof.addr in its config)" % (settings.port, " by " + owner if owner else ""))
+
+
 def listen(settings: Settings, router: Router) -> List[ProxyServer]:
     """Return the servers, bound and listening; raise DaemonError if an address is taken or is none of ours."""
     servers: List[ProxyServer] = []
@@ -3027,44 +3107,7 @@ def listen(settings: Settings, router: Router) -> List[ProxyServer]:
     return servers
 
 
-def describe_taken(settings: Settings) -> str:
-    """Return what to tell when the port is taken."""
-    health = ask_health(settings.host, settings.port, timeout_s=1)
-    owner = "rrouter (pid %s)" % health["pid"] if health else port_owner(settings.port)
-    return ("port %d is taken%s: stop that program or set RROUTER_PORT (CLIProxyAPI's pprof uses 8316 by default: "
-            "see pprof.addr in its config)" % (settings.port, " by " + owner if owner else ""))
-
-
-def port_owner(port: int) -> str:
-    """Return the name and pid of the program that listens on `port`, as far as the system tells us; else ""."""
-    import subprocess
-    for command in (["lsof", "-nP", "-iTCP:%d" % port, "-sTCP:LISTEN", "-Fpc"], ["ss", "-Hltnp", "sport = :%d" % port]):
-        try:
-            output = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=3,
-                                    stdin=subprocess.DEVNULL).stdout.decode("utf-8", "replace")
-        except (OSError, subprocess.SubprocessError):
-            continue
-        found = (re.search(r"p(?P<pid>\d+)\nc(?P<name>[^\n]+)", output)
-                 or re.search(r'\("(?P<name>[^"]+)",pid=(?P<pid>\d+)', output))
-        if found:
-            return "%s (pid %s)" % (printable(found.group("name")), found.group("pid"))
-    return _port_owner_from_proc(port)
-
-
-def _port_owner_from_proc(port: int) -> str:
-    inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
-            rows = [line.split() for line in file][1:]
-            inodes |= {"socket:[%s]" % row[9] for row in rows
-                       if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
-    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
-        with contextlib.suppress(OSError):
-            for descriptor in os.listdir("/proc/%s/fd" % pid):
-                if os.readlink("/proc/%s/fd/%s" % (pid, descriptor)) in inodes:
-                    with open("/proc/%s/comm" % pid, encoding="utf-8", errors="replace") as file:
-                        return "%s (pid %s)" % (printable(file.read().strip()), pid)
-    return ""
+LAUNCHD_LABEL = "com.rrouter"
 
 
 def who_starts() -> str:
@@ -3074,49 +3117,6 @@ def who_starts() -> str:
     if os.environ.get("XPC_SERVICE_NAME", "0") == LAUNCHD_LABEL:
         return "launchd"
     return "serve"
-
-
-def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
-    """Run the router until a signal ends it; return the exit status.
-
-    `ready` is the descriptor on which `start` waits for one word: `ready`, `running`, or what is wrong.
-    """
-    signals = Signals()
-    paths.create()
-    lock = Lock(paths.lock)
-    owns_files = lock.acquire()
-    if ready is not None and not owns_files:
-        tell(ready, "running")
-        return 0
-    log = Log(paths.log, echo=ready is None)
-    raise_descriptor_limit()
-    router = Router(settings, paths, log, who_starts() if ready is None else "start")
-    router.connections_max = min(CONNECTIONS_MAX, max(1, (descriptor_limit() - 24) // 2))
-    servers = listen(settings, router)
-    if owns_files:
-        router.load_state()
-        claim(paths, settings, router)
-    else:
-        log.write("START", "a daemon (pid %s) runs already: this one shares its mode and config, and leaves its pid, "
-                           "run and state files alone" % lock.holder())
-    if settings.host != "localhost":
-        log.write("START", "RROUTER_HOST=%s: whoever reaches that address can spend your quota" % settings.host)
-    log.write("START", "rrouter %s on %s -> %s, pid %d, by %s" % (
-        __version__, settings.listen_addr, settings.upstream, os.getpid(), router.started_by))
-    for loop in [server.serve_forever for server in servers] + [lambda: _watch_for_ever(router)]:
-        threading.Thread(target=loop, daemon=True).start()
-    if ready is not None:
-        tell(ready, "ready")
-    wait_for_the_end(signals, router)
-    lock.mark_stopping()
-    drain(signals, router, servers)
-    router.save_state()
-    if owns_files:
-        remove_files(paths.pid, paths.run)
-    log.write("STOP", "rrouter ends, pid %d" % os.getpid())
-    lock.release()
-    sys.stderr.flush()
-    os._exit(0)                         # threads of streams past the drain time would hold the interpreter up
 
 
 def tell(ready: int, words: str) -> None:
@@ -3209,6 +3209,49 @@ def remove_files(*paths: str) -> None:
             os.unlink(path)
 
 
+def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
+    """Run the router until a signal ends it, and the process with it; return 0 where another one runs already.
+
+    `ready` is the descriptor on which `start` waits for one word: `ready`, `running`, or what is wrong.
+    """
+    signals = Signals()
+    paths.create()
+    lock = Lock(paths.lock)
+    owns_files = lock.acquire()
+    if ready is not None and not owns_files:
+        tell(ready, "running")
+        return 0
+    log = Log(paths.log, echo=ready is None)
+    raise_descriptor_limit()
+    router = Router(settings, paths, log, who_starts() if ready is None else "start")
+    router.connections_max = min(CONNECTIONS_MAX, max(1, (descriptor_limit() - CONNECTIONS_RESERVE - 24) // 2))
+    servers = listen(settings, router)
+    if owns_files:
+        router.load_state()
+        claim(paths, settings, router)
+    else:
+        log.write("START", "a daemon (pid %s) runs already: this one shares its mode and config, and leaves its pid, "
+                           "run and state files alone" % lock.holder())
+    if settings.host != "localhost":
+        log.write("START", "RROUTER_HOST=%s: whoever reaches that address can spend your quota" % settings.host)
+    log.write("START", "rrouter %s on %s -> %s, pid %d, by %s" % (
+        __version__, settings.listen_addr, settings.upstream, os.getpid(), router.started_by))
+    for loop in [server.serve_forever for server in servers] + [lambda: _watch_for_ever(router)]:
+        threading.Thread(target=loop, daemon=True).start()
+    if ready is not None:
+        tell(ready, "ready")
+    wait_for_the_end(signals, router)
+    lock.mark_stopping()
+    drain(signals, router, servers)
+    router.save_state()
+    if owns_files:
+        remove_files(paths.pid, paths.run)
+    log.write("STOP", "rrouter ends, pid %d" % os.getpid())
+    lock.release()
+    sys.stderr.flush()
+    os._exit(0)                         # threads of streams past the drain time would hold the interpreter up
+
+
 class Running(NamedTuple):
     """A live daemon, as its files tell."""
 
@@ -3235,20 +3278,15 @@ def find_daemon(paths: Paths, settings: Optional[Settings] = None) -> Optional[R
     return Running(pid, settings.host, settings.port, "unknown", stopping)
 
 
-def ask_health(host: str, port: int, timeout_s: float = 3) -> Optional[Dict[str, Any]]:
-    """Return what /health of an rrouter tells, or None if no rrouter answers there."""
-    for address in {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}.get(host, (host,)):
-        connection = http.client.HTTPConnection(address, port, timeout=timeout_s)
-        try:
-            connection.request("GET", "/health", headers={"Host": "localhost"})
-            health = json.loads(connection.getresponse().read(FILE_MAX_BYTES))
-            if isinstance(health, dict) and "autoSwitch" in health and isinstance(health.get("pid"), int):
-                return health
-        except (OSError, http.client.HTTPException, ValueError):
-            continue
-        finally:
-            connection.close()
-    return None
+def last_lines(path: str, count: int = 5) -> str:
+    """Return the last lines of a file, for people."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            lines = file.read().decode("utf-8", "replace").splitlines()[-count:]
+    except OSError as error:
+        lines = ["%s: %s" % (path, reason_of(error))]
+    return "\n".join("  " + printable(line) for line in lines)
 
 
 def wait_for_health(paths: Paths) -> Tuple[Running, Dict[str, Any]]:
@@ -3261,17 +3299,6 @@ def wait_for_health(paths: Paths) -> Tuple[Running, Dict[str, Any]]:
             return daemon, health
         time.sleep(0.02)
     raise DaemonError("the daemon does not answer; the log ends with\n" + last_lines(paths.log))
-
-
-def last_lines(path: str, count: int = 5) -> str:
-    """Return the last lines of a file, for people."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            lines = file.read().decode("utf-8", "replace").splitlines()[-count:]
-    except OSError as error:
-        lines = ["%s: %s" % (path, reason_of(error))]
-    return "\n".join("  " + printable(line) for line in lines)
 
 
 def spawn_daemon(paths: Paths) -> None:
@@ -3314,8 +3341,18 @@ def spawn_daemon(paths: Paths) -> None:
         raise DaemonError(words or "the daemon did not start; the log ends with\n" + last_lines(paths.log))
 
 
-LAUNCHD_LABEL = "com.rrouter"
 SYSTEMD_UNIT = "rrouter.service"
+
+
+def _run(command: Tuple[str, ...]) -> Tuple[int, str]:
+    """Run a manager's command; return its status and what it printed."""
+    import subprocess
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              timeout=DRAIN_S + 15)
+        return done.returncode, done.stdout.decode("utf-8", "replace")
+    except (OSError, subprocess.SubprocessError) as error:
+        return 127, str(error)
 
 
 class Manager(NamedTuple):
@@ -3339,17 +3376,6 @@ class Manager(NamedTuple):
         status, output = _run(command)
         if status:
             raise DaemonError("%s failed: %s" % (" ".join(command), printable(output.strip()) or "status %d" % status))
-
-
-def _run(command: Tuple[str, ...]) -> Tuple[int, str]:
-    """Run a manager's command; return its status and what it printed."""
-    import subprocess
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                              timeout=DRAIN_S + 15)
-        return done.returncode, done.stdout.decode("utf-8", "replace")
-    except (OSError, subprocess.SubprocessError) as error:
-        return 127, str(error)
 
 
 def unit_path(home: str) -> str:
@@ -3379,6 +3405,16 @@ def find_manager(home: str) -> Optional[Manager]:
     return None
 
 
+def until(condition, limit_s: float) -> bool:
+    """Wait until `condition()` holds, at most `limit_s`; return whether it does."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 def start(paths: Paths, home: str) -> str:
     """Start the daemon unless one runs; return what to tell.  Raises DaemonError, UsageError."""
     daemon = find_daemon(paths)
@@ -3395,7 +3431,10 @@ def start(paths: Paths, home: str) -> str:
     if manager:
         manager.start()
     else:
-        spawn_daemon(paths)
+        try:
+            spawn_daemon(paths)
+        except OSError as error:
+            raise DaemonError("cannot start a process: %s" % reason_of(error)) from error
     daemon, health = wait_for_health(paths)
     told = "rrouter runs (pid %d, port %d, by %s), mode %s" % (
         daemon.pid, daemon.port, health["startedBy"], health["mode"])
@@ -3407,6 +3446,26 @@ def start(paths: Paths, home: str) -> str:
         told += "\nnote: %s starts it on %s -> %s, and not as RROUTER_* of this shell say: put them into %s" % (
             manager.name, health["listenAddr"], health["upstreamURL"], os.path.join(home, ".config", "rrouter.env"))
     return told
+
+
+def _signal(paths: Paths, pid: int, number: int) -> None:
+    """Signal the daemon `pid`, if it still is the one that holds the lock."""
+    if Lock(paths.lock).holder() != pid:
+        return
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError as error:
+        raise DaemonError("pid %d is not yours to stop" % pid) from error
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=1).close()
+        return True
+    except OSError:
+        return False
 
 
 def stop(paths: Paths, home: str) -> str:
@@ -3432,36 +3491,6 @@ def stop(paths: Paths, home: str) -> str:
     return told
 
 
-def _signal(paths: Paths, pid: int, number: int) -> None:
-    """Signal the daemon `pid`, if it still is the one that holds the lock."""
-    if Lock(paths.lock).holder() != pid:
-        return
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
-    except PermissionError as error:
-        raise DaemonError("pid %d is not yours to stop" % pid) from error
-
-
-def until(condition, limit_s: float) -> bool:
-    """Wait until `condition()` holds, at most `limit_s`; return whether it does."""
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def _listens(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=1).close()
-        return True
-    except OSError:
-        return False
-
-
 # Command line #################################################################
 
 class Context(NamedTuple):
@@ -3470,6 +3499,7 @@ class Context(NamedTuple):
     home: str
     paths: Paths
     arguments: argparse.Namespace
+    commands: Tuple[Any, ...]   #: the table COMMANDS, for `help`
 
 
 def read_config(paths: Paths) -> Config:
@@ -3522,41 +3552,6 @@ def cmd_restart(context: Context) -> int:
     return 0
 
 
-def cmd_status(context: Context) -> int:
-    """show mode, target, daemon, upstream and problems"""
-    daemon = find_daemon(context.paths)
-    health = ask_health(daemon.host, daemon.port) if daemon else None
-    if daemon and daemon.stopping:
-        print("daemon:   pid %d is stopping: running answers finish first" % daemon.pid)
-        return 3
-    if daemon and not health:
-        raise DaemonError("pid %d runs but does not answer on port %d: see %s, or `rrouter restart`" % (
-            daemon.pid, daemon.port, context.paths.log))
-    if context.arguments.json:
-        if health is None:
-            print("rrouter: not running; start it with `rrouter start`", file=sys.stderr)
-            return 3
-        print(json.dumps(health, indent=2))
-        return 0
-    if daemon is None or health is None:
-        _print_rows(("mode", _offline_mode(context.paths)), ("daemon", "not running; start it with `rrouter start`"))
-        return 3
-    url = urllib.parse.urlsplit(health["upstreamURL"])
-    reachable = _listens(url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
-    auto = health["autoSwitch"]
-    rows = [("mode", health["mode"]), ("target", describe_target(auto, time.time()) if auto["active"]
-                                       else health["currentTarget"])]
-    rows += [("", "%s: %s" % (printable(model), describe_target(own, time.time())))
-             for model, own in auto["models"].items()]
-    rows += [("daemon", "pid %d, %s, up %s, started by %s" % (
-                  health["pid"], health["listenAddr"], _uptime(health["uptimeSeconds"]), health["startedBy"])),
-             ("requests", "%d, %d running" % (health["requestCount"], health["activeRequests"])),
-             ("upstream", "%s, %s" % (health["upstreamURL"], "reachable" if reachable else "not reachable"))]
-    rows += [("problem", printable(problem, 500)) for problem in health["problems"]]
-    _print_rows(*rows)
-    return 0
-
-
 def _offline_mode(paths: Paths) -> str:
     try:
         content = read_file(paths.mode)
@@ -3598,29 +3593,40 @@ def describe_target(auto: Dict[str, Any], now: float) -> str:
                                                            "%Y-%m-%d %H:%M"), failed, reason, failed, tries)
 
 
-def cmd_mode(context: Context) -> int:
-    """print the mode, or set any mode of config.json"""
-    if context.arguments.name is None:
-        daemon = find_daemon(context.paths)
-        health = ask_health(daemon.host, daemon.port) if daemon else None
-        print(health["mode"] if health else _offline_mode(context.paths))
+def cmd_status(context: Context) -> int:
+    """show mode, target, daemon, upstream and problems"""
+    daemon = find_daemon(context.paths)
+    health = ask_health(daemon.host, daemon.port) if daemon else None
+    if daemon and daemon.stopping:
+        print("daemon:   pid %d is stopping: running answers finish first" % daemon.pid,
+              file=sys.stderr if context.arguments.json else sys.stdout)
+        return 3
+    if daemon and not health:
+        raise DaemonError("pid %d runs but does not answer on port %d: see %s, or `rrouter restart`" % (
+            daemon.pid, daemon.port, context.paths.log))
+    if context.arguments.json:
+        if health is None:
+            print("rrouter: not running; start it with `rrouter start`", file=sys.stderr)
+            return 3
+        print(json.dumps(health, indent=2))
         return 0
-    return set_mode(context.paths, context.arguments.name.strip().lower())
-
-
-def cmd_antigravity(context: Context) -> int:
-    """rewrite model names for Antigravity (Gemini)"""
-    return set_mode(context.paths, "antigravity")
-
-
-def cmd_claude(context: Context) -> int:
-    """leave model names as they are: Claude"""
-    return set_mode(context.paths, "claude")
-
-
-def cmd_auto(context: Context) -> int:
-    """let failures decide; while in auto: forget the waits, retry at once"""
-    return set_mode(context.paths, MODE_AUTO)
+    if daemon is None or health is None:
+        _print_rows(("mode", _offline_mode(context.paths)), ("daemon", "not running; start it with `rrouter start`"))
+        return 3
+    url = urllib.parse.urlsplit(health["upstreamURL"])
+    reachable = _listens(url.hostname or "", url.port or (443 if url.scheme == "https" else 80))
+    auto = health["autoSwitch"]
+    rows = [("mode", health["mode"]), ("target", describe_target(auto, time.time()) if auto["active"]
+                                       else health["currentTarget"])]
+    rows += [("", "%s: %s" % (printable(model), describe_target(own, time.time())))
+             for model, own in auto["models"].items()]
+    rows += [("daemon", "pid %d, %s, up %s, started by %s" % (
+                  health["pid"], health["listenAddr"], _uptime(health["uptimeSeconds"]), health["startedBy"])),
+             ("requests", "%d, %d running" % (health["requestCount"], health["activeRequests"])),
+             ("upstream", "%s, %s" % (health["upstreamURL"], "reachable" if reachable else "not reachable"))]
+    rows += [("problem", printable(problem, 500)) for problem in health["problems"]]
+    _print_rows(*rows)
+    return 0
 
 
 def set_mode(paths: Paths, mode: str) -> int:
@@ -3652,10 +3658,29 @@ def set_mode(paths: Paths, mode: str) -> int:
     return 0
 
 
-def cmd_config(context: Context) -> int:
-    """print the effective config, edit or reset it, or print its path"""
-    return {None: config_show, "edit": config_edit, "reset": config_reset,
-            "path": config_path}[context.arguments.action](context.paths)
+def cmd_mode(context: Context) -> int:
+    """print the mode, or set any mode of config.json"""
+    if context.arguments.name is None:
+        daemon = find_daemon(context.paths)
+        health = ask_health(daemon.host, daemon.port) if daemon else None
+        print(health["mode"] if health else _offline_mode(context.paths))
+        return 0
+    return set_mode(context.paths, context.arguments.name.strip().lower())
+
+
+def cmd_antigravity(context: Context) -> int:
+    """rewrite model names for Antigravity (Gemini)"""
+    return set_mode(context.paths, "antigravity")
+
+
+def cmd_claude(context: Context) -> int:
+    """leave model names as they are: Claude"""
+    return set_mode(context.paths, "claude")
+
+
+def cmd_auto(context: Context) -> int:
+    """let failures decide; while in auto: forget the waits, retry at once"""
+    return set_mode(context.paths, MODE_AUTO)
 
 
 def config_show(paths: Paths) -> int:
@@ -3690,6 +3715,19 @@ def config_edit(paths: Paths) -> int:
     return 0
 
 
+def keep_beside(path: str, content: bytes) -> str:
+    """Write `content` to a new file PATH.bak-YYYYmmdd-HHMMSS and return its path; raise OSError."""
+    name = "%s.bak-%s" % (path, time.strftime("%Y%m%d-%H%M%S"))
+    for suffix in [""] + ["-%d" % number for number in range(2, 1000)]:
+        with contextlib.suppress(FileExistsError), open(name + suffix, "xb") as file:
+            os.chmod(name + suffix, 0o600)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            return name + suffix
+    raise FileExistsError(errno.EEXIST, "too many backups of this second", name)
+
+
 def config_reset(paths: Paths) -> int:
     """Write the defaults; what was there is kept beside it."""
     paths.create()
@@ -3704,28 +3742,56 @@ def config_reset(paths: Paths) -> int:
     return 0
 
 
-def keep_beside(path: str, content: bytes) -> str:
-    """Write `content` to a new file PATH.bak-YYYYmmdd-HHMMSS and return its path; raise OSError."""
-    name = "%s.bak-%s" % (path, time.strftime("%Y%m%d-%H%M%S"))
-    for suffix in [""] + ["-%d" % number for number in range(2, 1000)]:
-        with contextlib.suppress(FileExistsError), open(name + suffix, "xb") as file:
-            os.chmod(name + suffix, 0o600)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            return name + suffix
-    raise FileExistsError(errno.EEXIST, "too many backups of this second", name)
-
-
 def config_path(paths: Paths) -> int:
     """Print where the config is."""
     print(paths.config)
     return 0
 
 
-def cmd_help(_: Context) -> int:
+def cmd_config(context: Context) -> int:
+    """print the effective config, edit or reset it, or print its path"""
+    return {None: config_show, "edit": config_edit, "reset": config_reset,
+            "path": config_path}[context.arguments.action](context.paths)
+
+
+def help_text(commands: Tuple[Any, ...]) -> str:
+    """Return what `rrouter help` shows of `commands`, the rows of COMMANDS."""
+    usage = {"status": "status [--json]", "mode": "mode [NAME]", "config": "config [edit|reset|path]"}
+    rows = ["  %-26s %s" % (", ".join((usage.get(name, name),) + aliases), function.__doc__)
+            for name, aliases, function, _ in commands]
+    return """rrouter %s - local router between the Claude Code CLI and CLIProxyAPI
+
+usage: rrouter COMMAND
+
+%s
+
+files, all in ~/.rrouter
+  mode          antigravity, claude, auto, or another mode of config.json
+  config.json   rules and the settings of mode auto; without it the defaults hold (`rrouter config`)
+  run.json, rrouter.pid, rrouter.lock, state.json     the daemon's own
+  logs/rrouter.log            one line a request; rotated at %d MB
+  ~/.config/rrouter.env       RROUTER_* for the service, where install.sh has installed one
+
+environment
+  RROUTER_PORT      port to listen on (8316)
+  RROUTER_UPSTREAM  where CLIProxyAPI is (http://localhost:8317); http or https, may have a path
+  RROUTER_HOST      address to listen on (localhost: 127.0.0.1 and ::1); others can spend your quota if they reach it
+
+examples
+  rrouter start                                       then, in ~/.claude/settings.json:
+                                                      {"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}
+  rrouter ag                                          the next request goes to Antigravity
+  rrouter auto                                        failures decide; typed again: retry the failed side at once
+  curl http://localhost:8316/health
+  tail -f ~/.rrouter/logs/*.log | grep AUTO
+
+exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs""" % (
+        __version__, "\n".join(rows), LOG_MAX_BYTES >> 20)
+
+
+def cmd_help(context: Context) -> int:
     """show this text"""
-    print(help_text())
+    print(help_text(context.commands))
     return 0
 
 
@@ -3738,41 +3804,6 @@ def cmd_version(_: Context) -> int:
 # Command line: check ##########################################################
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-
-
-def cmd_check(context: Context) -> int:
-    """examine everything: one line a check, with the remedy"""
-    failed = False
-    for level, text in run_checks(context):
-        print("%-5s %s" % (level, text))
-        failed = failed or level == FAIL
-    return 1 if failed else 0
-
-
-def run_checks(context: Context) -> Iterator[Tuple[str, str]]:
-    """Yield (level, text) of each check."""
-    daemon = find_daemon(context.paths)
-    health = ask_health(daemon.host, daemon.port) if daemon else None
-    settings = (Settings(daemon.host, daemon.port, health["upstreamURL"]) if daemon and health else
-                read_environment(dict(os.environ)))
-    yield from check_daemon(settings, daemon, health)
-    config = None
-    try:
-        config = read_config(context.paths)
-        yield OK, "config: %s" % (context.paths.config if os.path.exists(context.paths.config) else "the defaults")
-        for problem in config.problems:
-            yield WARN, "config: " + problem
-    except RouterError as error:
-        yield FAIL, "config: %s" % error
-    if health:
-        problems = [problem for problem in health["problems"] if not problem.startswith("config.json")]
-        yield (WARN if problems else OK), "mode: " + "; ".join([health["mode"]] + problems)
-    elif config is not None:
-        mode = _offline_mode(context.paths)
-        yield FAIL if mode.startswith("unknown:") else WARN if "(" in mode else OK, "mode: " + mode
-    yield from check_service(context.home)
-    yield from check_client(context.home, settings)
-    yield from check_upstream(context.home, settings, config)
 
 
 def check_daemon(settings: Settings, daemon: Optional[Running],
@@ -3791,6 +3822,16 @@ def check_daemon(settings: Settings, daemon: Optional[Running],
             yield FAIL, "port: " + describe_taken(settings)
 
 
+def is_as_installed(home: str, path: str) -> bool:
+    """Return whether a file is as install.sh left it, or was not installed by it."""
+    import hashlib
+    try:
+        record = json.loads(read_file(os.path.join(home, ".rrouter", "install.json")) or b"{}")["files"][path]
+        return hashlib.sha256(read_file(path) or b"").hexdigest() == record["sha256"][-1]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return True
+
+
 def check_service(home: str) -> Iterator[Tuple[str, str]]:
     """Yield whether what the service manager starts is this program."""
     program = os.path.join(home, "bin", "rrouter")
@@ -3807,40 +3848,6 @@ def check_service(home: str) -> Iterator[Tuple[str, str]]:
             yield WARN, "service: %s is installed, but its manager does not answer here: rrouter start forks" % name
         else:
             yield OK, "service: %s %s" % (name, path)
-
-
-def is_as_installed(home: str, path: str) -> bool:
-    """Return whether a file is as install.sh left it, or was not installed by it."""
-    import hashlib
-    try:
-        record = json.loads(read_file(os.path.join(home, ".rrouter", "install.json")) or b"{}")["files"][path]
-        return hashlib.sha256(read_file(path) or b"").hexdigest() == record["sha256"][-1]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return True
-
-
-def check_client(home: str, settings: Settings) -> Iterator[Tuple[str, str]]:
-    """Yield whether Claude Code sends its requests here: by its settings, and by this shell."""
-    wanted = "http://localhost:%d" % settings.port
-    in_shell = os.environ.get("ANTHROPIC_BASE_URL")
-    path = claude_settings_path(home)
-    try:
-        url = claude_environment(home).get("ANTHROPIC_BASE_URL")
-    except ValueError as error:
-        yield WARN, "%s: %s: Claude Code cannot read it either" % (path, error)
-        return
-    if url is None and in_shell and _points_here(in_shell, settings):
-        yield OK, "shell: ANTHROPIC_BASE_URL is %s (%s says nothing)" % (printable(in_shell), path)
-    elif url is None:
-        yield WARN, '%s: set {"env": {"ANTHROPIC_BASE_URL": "%s"}} to use rrouter' % (path, wanted)
-    elif _points_here(url, settings):
-        yield OK, "%s: ANTHROPIC_BASE_URL is %s" % (path, printable(_without_password(url)))
-    else:
-        yield WARN, "%s: ANTHROPIC_BASE_URL is %s: Claude Code goes elsewhere; set %s" % (
-            path, printable(_without_password(url)), wanted)
-    if in_shell and not _points_here(in_shell, settings):
-        yield WARN, "shell: ANTHROPIC_BASE_URL=%s points elsewhere: unset it, also in your shell's start files" % (
-            printable(_without_password(in_shell)))
 
 
 def _points_here(url: str, settings: Settings) -> bool:
@@ -3868,6 +3875,55 @@ def claude_environment(home: str) -> Dict[str, str]:
         raise ValueError(reason_of(error)) from error
     except (ValueError, RecursionError) as error:
         raise ValueError("not JSON") from error
+
+
+def check_client(home: str, settings: Settings) -> Iterator[Tuple[str, str]]:
+    """Yield whether Claude Code sends its requests here: by its settings, and by this shell."""
+    wanted = "http://localhost:%d" % settings.port
+    in_shell = os.environ.get("ANTHROPIC_BASE_URL")
+    path = claude_settings_path(home)
+    try:
+        url = claude_environment(home).get("ANTHROPIC_BASE_URL")
+    except ValueError as error:
+        yield WARN, "%s: %s: Claude Code cannot read it either" % (path, error)
+        return
+    if url is None and in_shell and _points_here(in_shell, settings):
+        yield OK, "shell: ANTHROPIC_BASE_URL is %s (%s says nothing)" % (printable(in_shell), path)
+    elif url is None:
+        yield WARN, '%s: set {"env": {"ANTHROPIC_BASE_URL": "%s"}} to use rrouter' % (path, wanted)
+    elif _points_here(url, settings):
+        yield OK, "%s: ANTHROPIC_BASE_URL is %s" % (path, printable(_without_password(url)))
+    else:
+        yield WARN, "%s: ANTHROPIC_BASE_URL is %s: Claude Code goes elsewhere; set %s" % (
+            path, printable(_without_password(url)), wanted)
+    if in_shell and not _points_here(in_shell, settings):
+        yield WARN, "shell: ANTHROPIC_BASE_URL=%s points elsewhere: unset it, also in your shell's start files" % (
+            printable(_without_password(in_shell)))
+
+
+def get_models(upstream: Upstream, fields: Dict[str, str]) -> Tuple[int, bytes]:
+    """Return (status, body) of the upstream's /v1/models; raise UpstreamUnreachable, OSError, HTTPException."""
+    connection = upstream.open()
+    with contextlib.closing(connection):
+        connection.request("GET", upstream.base_path.decode("ascii") + "/v1/models", headers=fields)
+        response = connection.getresponse()
+        return response.status, response.read(READ_AHEAD_MAX_BYTES)
+
+
+def check_models(config: Config, names: "set[str]") -> Iterator[Tuple[str, str]]:
+    """Yield which names written by the rules the upstream does not know, with the lines that make it know them."""
+    rewrites = sorted({rule.rewrite for rules in config.modes.values() for rule in rules})
+    missing = [name for name in rewrites if name not in names]
+    if not missing:
+        yield OK, ("models: the upstream knows all %d names that the rules write" % len(rewrites) if rewrites else
+                   "models: no rule writes a name")
+    for name in missing:
+        yield WARN, ("models: the upstream does not know %s (400 unknown provider): use one of its names (%s) in a "
+                     "rule, or add to CLIProxyAPI's config.yaml:\n"
+                     "        oauth-model-alias:\n          antigravity:\n"
+                     "            - name: \"AN-ID-FROM-THAT-LIST\"\n              alias: \"%s\"\n"
+                     "              fork: true" % (printable(name), ", ".join(
+                         printable(n, 60) for n in sorted(names)[:6]) or "none listed", printable(name)))
 
 
 def check_upstream(home: str, settings: Settings, config: Optional[Config]) -> Iterator[Tuple[str, str]]:
@@ -3904,29 +3960,39 @@ def check_upstream(home: str, settings: Settings, config: Optional[Config]) -> I
         yield from check_models(config, models)
 
 
-def get_models(upstream: Upstream, fields: Dict[str, str]) -> Tuple[int, bytes]:
-    """Return (status, body) of the upstream's /v1/models; raise UpstreamUnreachable, OSError, HTTPException."""
-    connection = upstream.open()
-    with contextlib.closing(connection):
-        connection.request("GET", upstream.base_path.decode("ascii") + "/v1/models", headers=fields)
-        response = connection.getresponse()
-        return response.status, response.read(READ_AHEAD_MAX_BYTES)
+def run_checks(context: Context) -> Iterator[Tuple[str, str]]:
+    """Yield (level, text) of each check."""
+    daemon = find_daemon(context.paths)
+    health = ask_health(daemon.host, daemon.port) if daemon else None
+    settings = (Settings(daemon.host, daemon.port, health["upstreamURL"]) if daemon and health else
+                read_environment(dict(os.environ)))
+    yield from check_daemon(settings, daemon, health)
+    config = None
+    try:
+        config = read_config(context.paths)
+        yield OK, "config: %s" % (context.paths.config if os.path.exists(context.paths.config) else "the defaults")
+        for problem in config.problems:
+            yield WARN, "config: " + problem
+    except RouterError as error:
+        yield FAIL, "config: %s" % error
+    if health:
+        problems = [problem for problem in health["problems"] if not problem.startswith("config.json")]
+        yield (WARN if problems else OK), "mode: " + "; ".join([health["mode"]] + problems)
+    elif config is not None:
+        mode = _offline_mode(context.paths)
+        yield FAIL if mode.startswith("unknown:") else WARN if "(" in mode else OK, "mode: " + mode
+    yield from check_service(context.home)
+    yield from check_client(context.home, settings)
+    yield from check_upstream(context.home, settings, config)
 
 
-def check_models(config: Config, names: "set[str]") -> Iterator[Tuple[str, str]]:
-    """Yield which names written by the rules the upstream does not know, with the lines that make it know them."""
-    rewrites = sorted({rule.rewrite for rules in config.modes.values() for rule in rules})
-    missing = [name for name in rewrites if name not in names]
-    if not missing:
-        yield OK, ("models: the upstream knows all %d names that the rules write" % len(rewrites) if rewrites else
-                   "models: no rule writes a name")
-    for name in missing:
-        yield WARN, ("models: the upstream does not know %s (400 unknown provider): use one of its names (%s) in a "
-                     "rule, or add to CLIProxyAPI's config.yaml:\n"
-                     "        oauth-model-alias:\n          antigravity:\n"
-                     "            - name: \"AN-ID-FROM-THAT-LIST\"\n              alias: \"%s\"\n"
-                     "              fork: true" % (printable(name), ", ".join(
-                         printable(n, 60) for n in sorted(names)[:6]) or "none listed", printable(name)))
+def cmd_check(context: Context) -> int:
+    """examine everything: one line a check, with the remedy"""
+    failed = False
+    for level, text in run_checks(context):
+        print("%-5s %s" % (level, text))
+        failed = failed or level == FAIL
+    return 1 if failed else 0
 
 
 COMMANDS = (
@@ -3949,41 +4015,6 @@ COMMANDS = (
     ("help",        ("-h", "--help"),    cmd_help,        ()),
     ("version",     ("-V", "--version"), cmd_version,     ()),
 )
-
-
-def help_text() -> str:
-    """Return what `rrouter help` shows."""
-    usage = {"status": "status [--json]", "mode": "mode [NAME]", "config": "config [edit|reset|path]"}
-    rows = ["  %-26s %s" % (", ".join((usage.get(name, name),) + aliases), function.__doc__)
-            for name, aliases, function, _ in COMMANDS]
-    return """rrouter %s - local router between the Claude Code CLI and CLIProxyAPI
-
-usage: rrouter COMMAND
-
-%s
-
-files, all in ~/.rrouter
-  mode          antigravity, claude, auto, or another mode of config.json
-  config.json   rules and the settings of mode auto; without it the defaults hold (`rrouter config`)
-  run.json, rrouter.pid, rrouter.lock, state.json     the daemon's own
-  logs/rrouter.log            one line a request; rotated at %d MB
-  ~/.config/rrouter.env       RROUTER_* for the service, where install.sh has installed one
-
-environment
-  RROUTER_PORT      port to listen on (8316)
-  RROUTER_UPSTREAM  where CLIProxyAPI is (http://localhost:8317); http or https, may have a path
-  RROUTER_HOST      address to listen on (localhost: 127.0.0.1 and ::1); others can spend your quota if they reach it
-
-examples
-  rrouter start                                       then, in ~/.claude/settings.json:
-                                                      {"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}
-  rrouter ag                                          the next request goes to Antigravity
-  rrouter auto                                        failures decide; typed again: retry the failed side at once
-  curl http://localhost:8316/health
-  tail -f ~/.rrouter/logs/*.log | grep AUTO
-
-exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs""" % (
-        __version__, "\n".join(rows), LOG_MAX_BYTES >> 20)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -4011,14 +4042,6 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(descriptor, mode, closefd=False))
 
 
-def main(argv: Optional[List[str]] = None) -> int:
-    """Run one command; return its exit status, or exit with it if the command is that of the process."""
-    status = run_command(argv)
-    if argv is None:                    # zipapp's own caller of `main` drops what it returns
-        sys.exit(status)
-    return status
-
-
 def run_command(argv: Optional[List[str]]) -> int:
     """Run one command; return its exit status."""
     open_standard_streams()
@@ -4032,7 +4055,7 @@ def run_command(argv: Optional[List[str]]) -> int:
         home = os.path.expanduser("~")
         if not os.path.isabs(home):
             raise UsageError("HOME=%s: expected the absolute path of your home directory" % printable(home))
-        status = arguments.function(Context(home, Paths(home), arguments))
+        status = arguments.function(Context(home, Paths(home), arguments, COMMANDS))
         sys.stdout.flush()
         return status
     except RouterError as error:
@@ -4050,6 +4073,14 @@ def run_command(argv: Optional[List[str]]) -> int:
     except Exception as error:          # once, for all commands: no traceback reaches a user
         print("rrouter: " + describe_defect(error), file=sys.stderr)
         return 1
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run one command; return its exit status, or exit with it if the command is that of the process."""
+    status = run_command(argv)
+    if argv is None:                    # zipapp's own caller of `main` drops what it returns
+        sys.exit(status)
+    return status
 
 
 if __name__ == "__main__":

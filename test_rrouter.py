@@ -935,7 +935,7 @@ class FailoverWalk(unittest.TestCase):
 
     def state(self, model=None):
         """Return (target, switches, failures, timeouts, minutes left) of the whole or of a model switched alone."""
-        seen = self.failover.snapshot(True)
+        seen = self.failover.report(True)
         if model is not None:
             seen = seen["models"].get(model)
             if seen is None:
@@ -962,7 +962,7 @@ class WholeTargetWalk(FailoverWalk):
         self.assertEqual(self.state(), ("ag", 0, 2, 1, 0))
         self.requests(1, "ag", timed_out=True)
         self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
-        self.assertEqual(self.failover.snapshot(True)["reason"], "2 consecutive timeouts")
+        self.assertEqual(self.failover.report(True)["reason"], "2 consecutive timeouts")
 
     def test_a_success_of_the_target_itself_sets_its_counts_back(self):
         self.requests(2, "ag")
@@ -1003,7 +1003,7 @@ class WholeTargetWalk(FailoverWalk):
     def test_going_back_and_forth_while_all_is_dead_never_lengthens_the_wait(self):
         for _ in range(20):
             self.requests(1, "ag", "cl")
-        seen = self.failover.snapshot(True)
+        seen = self.failover.report(True)
         self.assertGreater(seen["switchCount"], 4)
         self.assertIn(seen["cooldownSeconds"], (0, 1800))
 
@@ -1168,7 +1168,7 @@ class SavedStateTest(FailoverWalk):
         self.wait_minutes(10)
         revived = rrouter.Failover(self.clock, self.auto)
         revived.restore(saved)
-        self.assertEqual(revived.snapshot(True), self.failover.snapshot(True))
+        self.assertEqual(revived.report(True), self.failover.report(True))
         self.failover = revived
         self.wait_minutes(20)
         self.request(("ag",), model="haiku")        # a failed probe: the second wait
@@ -1179,12 +1179,12 @@ class SavedStateTest(FailoverWalk):
         saved = self.failover.save()
         saved["whole"]["reason"] = "\x1b[2J"
         self.failover.restore(saved)
-        self.assertEqual(self.failover.snapshot(True)["reason"], "\\x1b[2J")
+        self.assertEqual(self.failover.report(True)["reason"], "\\x1b[2J")
 
     def test_foreign_content_is_refused_and_changes_nothing(self):
         self.requests(3, "ag")
         good = self.failover.save()
-        before = self.failover.snapshot(True)
+        before = self.failover.report(True)
         for label, change in (
                 ("no object", 7), ("empty", {}), ("no models", {"whole": good["whole"]}),
                 ("models a list", dict(good, models=[])),
@@ -1203,16 +1203,16 @@ class SavedStateTest(FailoverWalk):
             with self.subTest(label):
                 with self.assertRaises(rrouter.StateError):
                     self.failover.restore(change)
-                self.assertEqual(self.failover.snapshot(True), before)
+                self.assertEqual(self.failover.report(True), before)
 
 
 class UsefulnessTest(unittest.TestCase):
 
     def test_the_order_of_two_failures(self):
         order = [400, 429, 401, 404, 503, 504]
-        self.assertEqual(sorted([504, 503, 404, 401, 429, 400], key=rrouter.usefulness), order)
+        self.assertEqual(sorted([504, 503, 404, 401, 429, 400], key=rrouter.rank), order)
         for alike in ((400, 413, 422, 402), (401, 403), (500, 503, 529, 408)):
-            self.assertEqual(len(set(map(rrouter.usefulness, alike))), 1, alike)
+            self.assertEqual(len(set(map(rrouter.rank, alike))), 1, alike)
 
     def test_which_refusals_blame_the_request(self):
         self.assertEqual([s for s in (200, 301, 400, 401, 403, 404, 408, 413, 422, 429, 500, 529)
@@ -1259,7 +1259,7 @@ class ReviewedWalk(FailoverWalk):
                 self.request(("ag",), model="m%d" % number)
                 self.request((), model="haiku")
         self.assertEqual(self.state("m257")[0], "cl")
-        self.assertLessEqual(len(self.failover.snapshot(True)["models"]), 256)
+        self.assertLessEqual(len(self.failover.report(True)["models"]), 256)
 
 
 PROC = os.path.isdir("/proc/self/task")
@@ -6881,6 +6881,9 @@ class InstallScriptTest(InstallTest):
         for says in ("would install ~/bin/rrouter", "would run systemctl --user enable", "would set the mode to auto",
                      "would set env.ANTHROPIC_BASE_URL"):
             self.assertIn(says, plan)
+        created = re.findall("would create (.*)", plan)
+        self.assertIn("~/.config", created)
+        self.assertEqual(len(created), len(set(created)), created)
         self.assertEqual(installation.tree(), {})
         installation.put(installation.program, b"another program\n", 0o755)
         installation.put(installation.settings, b'{"model": "opus"}')
@@ -7012,6 +7015,22 @@ class InstalledLifeTest(InstallTest):
         self.assertEqual((home.read("mode"), "mine" in home.read("config.json")), ("mine\n", True))
         self.assert_free(home.port)
 
+    def test_forked_daemon_is_upgraded_with_the_settings_it_runs_with(self):
+        """In another shell, that is; what this one sets holds."""
+        home = self.installation(deaf=True)
+        home.install(env={"RROUTER_HOST": "127.0.0.1", "RROUTER_UPSTREAM": "http://127.0.0.1:9/a"})
+        first = home.health()["pid"]
+        for name in ("RROUTER_PORT", "RROUTER_UPSTREAM"):
+            del home.env[name]
+        # what the shell sets                               where the daemon sends
+        for env, upstream in (({},                           "http://127.0.0.1:9/a"),
+                              ({"RROUTER_UPSTREAM": "http://127.0.0.1:9/b"}, "http://127.0.0.1:9/b")):
+            with self.subTest(env=env):
+                self.assertIn("answers at " + home.url.replace("localhost", "127.0.0.1"), home.install(env=env))
+                self.assertEqual((home.health()["listenAddr"], home.health()["upstreamURL"]),
+                                 ("127.0.0.1:%d" % home.port, upstream))
+        self.assertNotEqual(home.health()["pid"], first)
+
     def test_systemd_takes_over_from_the_forked_daemon(self):
         home = self.installation(deaf=True)
         home.install()
@@ -7094,6 +7113,31 @@ class ServiceManagerTest(InstallTest):
         home.install("--uninstall", "--purge")
         self.assertEqual(home.tree(), {})
 
+    def test_environment_of_the_service_keeps_what_is_not_set_now(self):
+        home = self.installation("systemd")
+        environment = home.home / ".config" / "rrouter.env"
+        # what the shell sets                            what the file holds then
+        for values, lines in (
+                (("", "http://127.0.0.1:8400", ""),      ["UPSTREAM='http://127.0.0.1:8400'"]),
+                (("9005", "", ""),                       ["PORT='9005'", "UPSTREAM='http://127.0.0.1:8400'"]),
+                (("9006", "http://h/a=b", "127.0.0.1"),  ["HOST='127.0.0.1'", "PORT='9006'", "UPSTREAM='http://h/a=b'"]),
+                (("", "", ""),                           ["HOST='127.0.0.1'", "PORT='9006'", "UPSTREAM='http://h/a=b'"])):
+            with self.subTest(values=values):
+                home.install(env=zip(("RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST"), values))
+                self.assertEqual(sorted(environment.read_text().splitlines()[1:]),
+                                 ["RROUTER_" + line for line in lines])
+        home.install("--uninstall")
+        self.assertFalse(environment.exists())
+
+    def test_environment_of_the_user_stays_though_it_reads_like_ours(self):
+        home = self.installation("systemd")
+        environment = home.home / ".config" / "rrouter.env"
+        content = "RROUTER_HOST='127.0.0.1'\nRROUTER_PORT='9000'\n"
+        home.put(environment, content.encode())
+        self.assertIn("rrouter.env as it is: it is yours", home.install(
+            env={"RROUTER_PORT": "9000", "RROUTER_UPSTREAM": ""}))
+        self.assertEqual(environment.read_text(), content)
+
     def test_unit_and_environment_of_the_user_stay_at_an_upgrade(self):
         home = self.installation("systemd")
         environment = home.home / ".config" / "rrouter.env"
@@ -7153,6 +7197,15 @@ class ForeignFilesTest(InstallTest):
         self.assertIn("not installed by install.sh", said)
         self.assertIn("if it means rrouter, take it out", said)
         self.assertEqual(home.tree(data=False), before)
+
+    def test_settings_that_were_never_written_to_need_not_be_json_for_the_uninstallation(self):
+        home = self.installation()
+        home.put(home.settings, b'{"env": {}, // mine\n}')
+        before = home.tree(data=False)
+        home.install()
+        home.install("--uninstall", "--purge")
+        self.assertEqual(home.tree(data=False), before)
+        self.assertFalse(home.dir.exists())
 
     def test_lost_record_still_lets_go_of_what_is_plainly_ours(self):
         home = self.installation()
