@@ -3002,6 +3002,73 @@ class OddStartTest(unittest.TestCase):
         self.assertIn("does not know gemini-3-flash-preview", self.home.run("check", check=1).stdout)
 
 
+class CrowdTest(RouterTest):
+
+    def test_health_is_answered_beyond_the_cap_and_other_requests_are_told(self):
+        with contextlib.ExitStack() as stack:
+            for number in range(rrouter.CONNECTIONS_MAX):
+                stack.enter_context(self.rrouter.connect())
+                if not number % 100:
+                    self.rrouter.health()           # they have left the queue in front of it
+            Running.wait_until(lambda: self.rrouter.request("GET", "/x").status == 503)
+            self.assertEqual(self.rrouter.health()["status"], "ok")
+            self.assertEqual(self.rrouter.home.run("ag").returncode, 0)
+
+    def test_413_reaches_a_client_that_sends_all_in_one_piece(self):
+        connection = http.client.HTTPConnection("127.0.0.1", self.rrouter.port, timeout=WAIT_S)
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/messages", bytes(rrouter.BODY_MAX_BYTES + 1))
+            self.assertEqual(connection.getresponse().status, 413)
+
+
+class RescueOfBrokenCodingTest(RouterTest):
+    mode = "auto"
+
+    def test_a_malformed_chunk_right_behind_the_head_is_rescued(self):
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        self.upstream.play(Answer(raw=head + b"zz\r\n"), Answer(200, b"{}"))
+        reply = self.rrouter.post()
+        self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (200, "2"))
+
+
+class CheckFindsTest(unittest.TestCase):
+    """What `check` says of surroundings that are not in order."""
+
+    def setUp(self):
+        self.upstream = Upstream(error(401))
+        self.addCleanup(self.upstream.close)
+        self.home = Home(self.upstream)
+        self.addCleanup(self.home.remove)
+        self.settings = self.home.root / ".claude" / "settings.json"
+        self.settings.parent.mkdir()
+
+    def check(self, **env):
+        return self.home.run("check", check=1, env=env).stdout
+
+    def test_settings_that_are_no_json_are_named(self):
+        self.settings.write_text("{")
+        self.assertRegex(self.check(), "(?m)^warn .*settings.json: not JSON")
+
+    def test_a_setting_of_the_shell_alone_will_do(self):
+        self.assertRegex(self.check(ANTHROPIC_BASE_URL="http://localhost:%d" % self.home.port), "(?m)^ok    shell: ")
+
+    def test_a_refused_key_is_told_with_its_variable(self):
+        self.settings.write_text('{"env": {"ANTHROPIC_API_KEY": "sk-secret"}}')
+        printed = self.check()
+        self.assertRegex(printed, r"(?m)^warn  upstream: .* refuses .*401.*ANTHROPIC_API_KEY")
+        self.assertNotIn("sk-secret", printed)
+
+    def test_a_daemon_of_another_version_is_told(self):
+        with Running(self.upstream, home=self.home) as running:
+            health = running.health()
+            other = pathlib.Path(RROUTER).read_text().replace('__version__ = "%s"' % health["version"],
+                                                              '__version__ = "9.9.9"')
+            program = self.home.root / "other.py"
+            program.write_text(other)
+            done = subprocess.run([sys.executable, str(program), "check"], env=self.home.env, stdout=subprocess.PIPE)
+            self.assertIn(b"this program 9.9.9: rrouter restart", done.stdout)
+
+
 # Auto mode ####################################################################
 # The upstream tells the two targets apart as CLIProxyAPI does, by the model: gemini-* is antigravity, claude-* claude.
 
@@ -7022,9 +7089,10 @@ class InstalledLifeTest(InstallTest):
         first = home.health()["pid"]
         for name in ("RROUTER_PORT", "RROUTER_UPSTREAM"):
             del home.env[name]
-        # what the shell sets                               where the daemon sends
-        for env, upstream in (({},                           "http://127.0.0.1:9/a"),
-                              ({"RROUTER_UPSTREAM": "http://127.0.0.1:9/b"}, "http://127.0.0.1:9/b")):
+        # what the shell sets                                   where the daemon sends
+        for env, upstream in (
+                ({},                                            "http://127.0.0.1:9/a"),
+                ({"RROUTER_UPSTREAM": "http://127.0.0.1:9/b"},  "http://127.0.0.1:9/b")):
             with self.subTest(env=env):
                 self.assertIn("answers at " + home.url.replace("localhost", "127.0.0.1"), home.install(env=env))
                 self.assertEqual((home.health()["listenAddr"], home.health()["upstreamURL"]),
@@ -7116,12 +7184,12 @@ class ServiceManagerTest(InstallTest):
     def test_environment_of_the_service_keeps_what_is_not_set_now(self):
         home = self.installation("systemd")
         environment = home.home / ".config" / "rrouter.env"
-        # what the shell sets                            what the file holds then
+        # port, upstream, host of the shell     what the file holds then
         for values, lines in (
-                (("", "http://127.0.0.1:8400", ""),      ["UPSTREAM='http://127.0.0.1:8400'"]),
-                (("9005", "", ""),                       ["PORT='9005'", "UPSTREAM='http://127.0.0.1:8400'"]),
-                (("9006", "http://h/a=b", "127.0.0.1"),  ["HOST='127.0.0.1'", "PORT='9006'", "UPSTREAM='http://h/a=b'"]),
-                (("", "", ""),                           ["HOST='127.0.0.1'", "PORT='9006'", "UPSTREAM='http://h/a=b'"])):
+                (("", "http://h:1", ""),            ["UPSTREAM='http://h:1'"]),
+                (("9005", "", ""),                  ["PORT='9005'", "UPSTREAM='http://h:1'"]),
+                (("9006", "http://h/a=b", "::1"),   ["HOST='::1'", "PORT='9006'", "UPSTREAM='http://h/a=b'"]),
+                (("", "", ""),                      ["HOST='::1'", "PORT='9006'", "UPSTREAM='http://h/a=b'"])):
             with self.subTest(values=values):
                 home.install(env=zip(("RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST"), values))
                 self.assertEqual(sorted(environment.read_text().splitlines()[1:]),
