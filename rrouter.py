@@ -2829,7 +2829,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def report_health(self, head: RequestHead) -> None:
         """Answer /health."""
         body = json.dumps(self.router.health(), indent=2).encode("utf-8") + b"\n"
-        self._send_json(200, body, head, [b"Cache-Control: no-store"], head.keep_alive)
+        self._send_json(200, body, head, [b"Cache-Control: no-store"], head.keep_alive and not self.crowded)
 
     def _fail(self, head: Optional[RequestHead], error: RouterError, fields: Optional[List[bytes]] = None) -> None:
         """Answer with an error of our own.  Only after one of the upstream's can the connection go on."""

@@ -5682,7 +5682,8 @@ class CommandLineTest(CommandTest):
     def test_closed_standard_output_gives_no_traceback(self):
         for closed in (">&-", ">&- 2>&-", "<&-"):
             done = subprocess.run(["/bin/sh", "-c", 'exec "$0" "$1" claude ' + closed, sys.executable, RROUTER],
-                                  env=self.home.env, stderr=subprocess.PIPE, timeout=WAIT_S * 2)
+                                  env=self.home.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                                  timeout=WAIT_S * 2)
             self.assertNotIn(b"Traceback", done.stderr)
             self.assertEqual((done.returncode, self.home.read("mode")), (0, "claude\n"))
 
