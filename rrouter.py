@@ -3415,7 +3415,7 @@ def until(condition, limit_s: float) -> bool:
     return True
 
 
-def start(paths: Paths, home: str) -> str:
+def start_daemon(paths: Paths, home: str) -> str:
     """Start the daemon unless one runs; return what to tell.  Raises DaemonError, UsageError."""
     daemon = find_daemon(paths)
     if daemon:                          # it may be about to end, or still to answer
@@ -3468,7 +3468,7 @@ def _listens(host: str, port: int) -> bool:
         return False
 
 
-def stop(paths: Paths, home: str) -> str:
+def stop_daemon(paths: Paths, home: str) -> str:
     """Stop the daemon, and return what to tell when its port is free.  Raises DaemonError."""
     daemon = find_daemon(paths)
     if not daemon:
@@ -3534,21 +3534,21 @@ def cmd_serve(context: Context) -> int:
 
 def cmd_start(context: Context) -> int:
     """start the daemon (through systemd or launchd where installed)"""
-    print(start(context.paths, context.home))
+    print(start_daemon(context.paths, context.home))
     return 0
 
 
 def cmd_stop(context: Context) -> int:
     """stop it: running requests finish first"""
-    print(stop(context.paths, context.home))
+    print(stop_daemon(context.paths, context.home))
     return 0
 
 
 def cmd_restart(context: Context) -> int:
     """stop and start"""
     read_environment(dict(os.environ))      # before the stop: a bad value must not end a running daemon
-    print(stop(context.paths, context.home))
-    print(start(context.paths, context.home))
+    print(stop_daemon(context.paths, context.home))
+    print(start_daemon(context.paths, context.home))
     return 0
 
 
