@@ -2204,9 +2204,9 @@ class Unread(Upstream):
                 return False
             if line.lower().startswith(b"content-length:"):
                 length = int(line.split()[1])
-        answer = error(413, "too long")
+        answer, gate = error(413, "too long"), self.gate        # the gate before the answer, upon which it is replaced
         connection.sendall(answer.head() + answer.chunks[0])
-        return bool(self.gate and self.gate.wait(WAIT_S)) and len(reader.read(length)) == length
+        return bool(gate and gate.wait(WAIT_S)) and len(reader.read(length)) == length
 
 
 class LateReader(Upstream):
