@@ -2437,6 +2437,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except OSError as error:        # macOS: reset already
             raise ClientGone("the client left") from error
         self.busy = False               #: a request is under way
+        self.asks_head = False          #: HEAD: no answer has a body, be the request otherwise refused
         self.crowded = False            #: one connection too many: only /health is answered, and once
         self.last_head: Tuple[Any, Optional[RequestHead]] = None, None
         self.memory: Optional[mmap.mmap] = None     #: of a large body under way
@@ -2501,6 +2502,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         deadline, seen = None, 0
         while True:
             data = data[2:] if data.startswith(b"\r\n") else data       # RFC 9112 §2.2: ignored before a request
+            self.asks_head = data.startswith(b"HEAD ")
             end = data.find(b"\r\n\r\n", max(0, seen - 5)) + 4
             if end >= 4:
                 self.busy = True
@@ -2829,22 +2831,20 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def report_health(self, head: RequestHead) -> None:
         """Answer /health."""
         body = json.dumps(self.router.health(), indent=2).encode("utf-8") + b"\n"
-        self._send_json(200, body, head, [b"Cache-Control: no-store"], head.keep_alive and not self.crowded)
+        self._send_json(200, body, [b"Cache-Control: no-store"], head.keep_alive and not self.crowded)
 
     def _fail(self, head: Optional[RequestHead], error: RouterError, fields: Optional[List[bytes]] = None) -> None:
         """Answer with an error of our own.  Only after one of the upstream's can the connection go on."""
         keep_alive = head is not None and head.keep_alive and isinstance(error, UpstreamError)
-        self._send_json(error.http_status, error_body(error.http_status, str(error)), head, fields or [], keep_alive)
+        self._send_json(error.http_status, error_body(error.http_status, str(error)), fields or [], keep_alive)
 
-    def _send_json(self, status: int, body: bytes, head: Optional[RequestHead], fields: List[bytes],
-                   keep_alive: bool) -> None:
+    def _send_json(self, status: int, body: bytes, fields: List[bytes], keep_alive: bool) -> None:
         lines = [b"HTTP/1.1 %d %b" % (status, http.client.responses.get(status, "Error").encode("ascii")),
                  b"Date: " + self.date_time_string().encode("ascii"),
                  b"Content-Type: application/json", b"Content-Length: %d" % len(body), *fields]
         if not keep_alive or self.router.draining:
             lines.append(b"Connection: close")
-        is_head = head is not None and head.method == "HEAD"
-        self.send(b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if is_head else body))
+        self.send(b"\r\n".join(lines) + b"\r\n\r\n" + (b"" if self.asks_head else body))
 
     def send(self, data: bytes) -> None:
         """Send to the client; raise ClientGone if it has left or does not read."""

@@ -2677,6 +2677,567 @@ class LimitsTest(ProxyTest):
             self.assertEqual(response.read(), b"two")
 
 
+# Framing fuzz #################################################################
+
+class Malformed(Exception):
+    """Bytes that are no HTTP/1.1 message, or one that two readers could take differently."""
+
+    def __init__(self, what="", payload=b""):
+        super().__init__(what)
+        self.payload = payload
+
+
+class Unfinished(Malformed):
+    """Bytes that may yet become a message."""
+
+
+Message = collections.namedtuple("Message", "start fields body end close framing")
+Message.__doc__ = """A message by the plain reader: start line in three parts, fields, body, offset of its end."""
+
+TOKEN = re.compile(rb"tok[Q-Z]{6}x[Q-Z]{2}kot")
+LETTERS = bytes.maketrans(b"0123456789", b"QRSTUVWXYZ")     # for digits: a spoilt token is never another one
+TCHAR = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+ONE_HOP = {b"connection", b"proxy-connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te",
+           b"trailer", b"transfer-encoding", b"upgrade"}
+
+
+def is_text(value):
+    return not re.search(rb"[\0-\x08\x0a-\x1f\x7f]", value)
+
+
+def plain_lines(data, at):
+    """Return (lines, offset behind the blank line that ends them)."""
+    lines = []
+    while True:
+        end = data.find(b"\r\n", at)
+        if end < 0:
+            raise Unfinished("head")
+        line, at = data[at:end], end + 2
+        if not line:
+            return lines, at
+        if not is_text(line):
+            raise Malformed("control character")
+        lines.append(line)
+
+
+def plain_fields(lines):
+    fields = []
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon or not name or not TCHAR.issuperset(name):
+            raise Malformed("field name")
+        fields.append((name, value.strip(b" \t")))
+    return fields
+
+
+def values(fields, name):
+    return [value for key, value in fields if key.lower() == name]
+
+
+def nominated(fields):
+    return {token.strip(b" \t").lower() for value in values(fields, b"connection") for token in value.split(b",")}
+
+
+def plain_chunks(data, at):
+    """Return (payload, offset of the end)."""
+    payload = b""
+    while True:
+        end = data.find(b"\r\n", at)
+        if end < 0:
+            raise Unfinished("chunks", payload)
+        size, semicolon, extension = data[at:end].partition(b";")
+        size = size.rstrip(b" \t") if semicolon else size
+        if not size or len(size) > 15 or not set(size) <= set(b"0123456789abcdefABCDEF") or not is_text(extension):
+            raise Malformed("chunk size", payload)
+        at = end + 2
+        if not int(size, 16):
+            try:
+                lines, at = plain_lines(data, at)
+                plain_fields(lines)
+            except Malformed as problem:
+                raise type(problem)("trailers", payload) from None
+            return payload, at
+        piece = data[at:at + int(size, 16)]
+        payload, at = payload + piece, at + int(size, 16)
+        if len(data) < at + 2:
+            raise Unfinished("chunks", payload)
+        if data[at:at + 2] != b"\r\n":
+            raise Malformed("chunk end", payload)
+        at += 2
+
+
+def plain_message(data, at, start, fields, version, bodiless, default):
+    """Return the Message whose body begins at `at`; `default`: how long it is where no field tells ("close" or 0)."""
+    lengths, codings = values(fields, b"content-length"), values(fields, b"transfer-encoding")
+    close = version == b"HTTP/1.0" or b"close" in nominated(fields)
+    if codings and (lengths or version == b"HTTP/1.0" or [coding.lower() for coding in codings] != [b"chunked"]):
+        raise Malformed("transfer coding")
+    if len(lengths) > 1 or (lengths and not (set(lengths[0]) <= set(b"0123456789") and 0 < len(lengths[0]) < 16)):
+        raise Malformed("length")
+    if bodiless:
+        return Message(start, fields, b"", at, close, "none")
+    if codings:
+        body, end = plain_chunks(data, at)
+        return Message(start, fields, body, end, close, "chunked")
+    if not lengths and default == "close":
+        return Message(start, fields, data[at:], len(data), True, "close")
+    length = int(lengths[0]) if lengths else 0
+    if len(data) < at + length:
+        raise Unfinished("body", data[at:])
+    return Message(start, fields, data[at:at + length], at + length, close, "length" if lengths else "none")
+
+
+def plain_request(data, at=0):
+    """Return the request that begins at `at`, by the letter of RFC 9112, or raise Malformed or Unfinished."""
+    while data[at:at + 2] == b"\r\n":
+        at += 2
+    lines, at = plain_lines(data, at)
+    start = tuple(lines[0].split(b" "))
+    if len(start) != 3 or not start[0] or not TCHAR.issuperset(start[0]) or not re.fullmatch(rb"HTTP/1\.\d", start[2]):
+        raise Malformed("request line")
+    if not start[1] or not all(32 < byte < 127 for byte in start[1]):
+        raise Malformed("target")
+    fields = plain_fields(lines[1:])
+    if len(values(fields, b"host")) > 1 or (start[2] != b"HTTP/1.0" and not values(fields, b"host")):
+        raise Malformed("host")
+    return plain_message(data, at, start, fields, start[2], False, 0)
+
+
+def plain_answer(data, method, at=0):
+    """Return the answer to `method` that begins at `at`, interim ones left out; the data ends with its connection."""
+    while True:
+        lines, at = plain_lines(data, at)
+        version, _, rest = (lines[0] if lines else b"").partition(b" ")
+        status, _, reason = rest.partition(b" ")
+        if (version not in (b"HTTP/1.1", b"HTTP/1.0") or not re.fullmatch(rb"[1-9][0-9][0-9]", status)
+                or rest[3:4] not in (b"", b" ") or status == b"101"):
+            raise Malformed("status line")
+        fields = plain_fields(lines[1:])
+        bodiless = method == b"HEAD" or status in (b"204", b"304") or status < b"200"
+        message = plain_message(data, at, (version, status, reason), fields, version, bodiless, "close")
+        if status >= b"200":
+            return message
+
+
+def sent_upstream(meant):
+    """Return what of a request must arrive: method, path, fields but for Host and length, whether it has a length."""
+    target = re.sub(rb"(?i)^https?://[^/?#]*", b"", meant.start[1])
+    target = target if target.startswith((b"/", b"*")) else b"/" + target
+    drop = (ONE_HOP | nominated(meant.fields) | {b"host"}) - {b"content-length"}
+    fields = [field for field in meant.fields if field[0].lower() not in drop | {b"content-length"}]
+    return meant.start[0], target, fields, meant.framing != "none"
+
+
+MODEL = re.compile(rb'("model"\s*:\s*)"claude-sonnet-(?:[^"\\]|\\.)*"')
+
+
+class Case:
+    """One request and the answer to it, as bytes, well-formed at first; the token is in both heads and both bodies."""
+
+    def __init__(self, dice, token, last):
+        self.token, self.dice = token, dice
+        self.request, self.answer = self.make_request(), None
+        self.method = self.request.split(b" ", 1)[0].strip()
+        self.answer = self.make_answer()
+        self.vanish = dice.random() < 0.03      # the upstream closes without saying so
+        # What goes wrong ends the connection as a rule: mostly the last case does.
+        self.clean_request, self.clean_answer = dice.random() < (0.4 if last else 0.98), dice.random() < (
+            0.5 if last else 0.9)
+        if not self.clean_request:
+            self.request = self.spoil(self.request)
+        if not self.clean_answer:
+            self.answer = self.spoil(self.answer)
+        elif dice.random() < 0.2 and plain_answer(self.answer, self.method).framing != "close":
+            # Bytes nobody asked for, which must not answer another request.
+            self.answer += b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n" + b"tokZZZZZZxZZkot unasked"[:20]
+        try:
+            self.meant_answer = plain_answer(self.answer, self.method)
+            self.payload, self.end = self.meant_answer.body, self.meant_answer.end
+        except Malformed as problem:
+            self.meant_answer, self.end = None, len(self.answer)
+            self.payload = problem.payload
+
+    def body(self):
+        hidden = b"GET /hidden/%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % self.token
+        return self.dice.choice((
+            b"", hidden, b"0\r\n\r\n" + hidden, self.token + b"\r\n0\r\n\r\n\0\xff\r\r\n\n" + bytes(9),
+            b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n" + self.token,
+            self.token * self.dice.choice((1, 1, 1, 9, 9, 9, 99, 20000)),
+            self.dice.getrandbits(800).to_bytes(100, "big") + self.token))
+
+    def chunks(self, body):
+        """Return `body` in chunks of any sizes, with extensions and trailers now and then."""
+        out, at, dice = b"", 0, self.dice
+        while at < len(body):
+            size = dice.choice((1, 2, 9, 99, 9999, 99999)) if len(body) < 9999 else 20000
+            piece, at = body[at:at + size], at + size
+            out += dice.choice((b"%x", b"%X", b"%04x")) % len(piece)
+            out += dice.choice((b"", b"", b"", b";x", b' ; a="b c"')) + b"\r\n" + piece + b"\r\n"
+        return out + dice.choice((b"0", b"000", b"0;last")) + b"\r\n" + dice.choice((
+            b"", b"", b"X-Trailer: %b\r\n" % self.token, b"Content-Length: 3\r\nHost: evil.example\r\n")) + b"\r\n"
+
+    def framed(self, body, fields, framing):
+        """Return (fields with those of the framing, in any order, as bytes, body as it goes over the wire)."""
+        if framing == "length":
+            fields.append(self.dice.choice((b"Content-Length: %d", b"content-length:%d", b"CONTENT-LENGTH: \t00%d ")) %
+                          len(body))
+        elif framing == "chunked":
+            fields.append(self.dice.choice((b"Transfer-Encoding: chunked", b"transfer-encoding:\tChunked ")))
+            body = self.chunks(body)
+        self.dice.shuffle(fields)
+        return b"".join(field + b"\r\n" for field in fields) + b"\r\n", body
+
+    def make_request(self):
+        dice, token = self.dice, self.token
+        method = dice.choice((b"POST",) * 4 + (b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"pOsT"))
+        target = dice.choice((b"/", b"/v1/messages?beta=true&", b"//", b"/%2e%2E/../", b"http://localhost/",
+                              b"HTTP://127.0.0.1:1?", b"/v1/messages/count_tokens?")) + token
+        old = dice.random() < 0.04
+        body = self.body() if method not in (b"GET", b"HEAD") else b""
+        if method == b"POST" and dice.random() < 0.6:
+            body = json.dumps({"model": "claude-sonnet-" + token.decode(), "stream": dice.random() < 0.8,
+                               "messages": [{"role": "user", "content": body.decode("latin-1")}]}).encode()
+        framing = dice.choice(("length", "chunked")) if body and not old else "length" if body else "none"
+        fields = dice.sample((
+            b"Accept: */*", b"X-Empty:", b"x-tab: a\tb  c", b"X-Latin: caf\xe9\x80", b"Cookie: a=1", b"cookie: b=2",
+            b"TE: trailers", b"Keep-Alive: timeout=5", b"Expect: 100-continue", b"X-Quoted: \"a\\\"b\", ,;",
+            b"Connection: keep-alive", b"connection: X-Gone, content-length", b"X-Gone: 1", b"Upgrade: h2c"),
+            dice.randrange(6))
+        fields += [dice.choice((b"Host: localhost", b"hOST:127.0.0.1:8316", b"Host: [::1]:1 ")), b"X-Token: " + token]
+        head, body = self.framed(body, fields, framing)
+        blank = dice.choice((b"", b"", b"", b"\r\n"))
+        return blank + b"%b %b HTTP/1.%d\r\n" % (method, target, not old) + head + body
+
+    def make_answer(self):
+        dice, token = self.dice, self.token
+        status = dice.choice((b"200 OK", b"200 OK", b"200 OK", b"201 ", b"204 No Content", b"304 Not Modified",
+                              b"400 Bad", b"404 N\xe9", b"429 Many", b"500", b"529 Overloaded", b"299 Odd"))
+        fields = dice.sample((b"X-Empty:", b"Set-Cookie: a=1", b"set-cookie: b", b"X-Latin: \xe9", b"Keep-Alive: 5",
+                              b"Connection: close", b"connection: X-Gone", b"X-Gone: 1", b"Date: now",
+                              b"Access-Control-Allow-Origin: *"), dice.randrange(5))
+        body, kind = self.body(), b"application/octet-stream"
+        if dice.random() < 0.4:
+            kind, body = b"text/event-stream", b"".join(dice.choices((
+                event("ping"), b": comment\n\n", event("message_start", text=token.decode()), b"\n",
+                event("error", error={"type": "overloaded_error"}), event("message_stop")), k=dice.randrange(5)))
+        fields += [b"Content-Type: " + kind, b"X-Answer: " + token]
+        bodiless = self.method == b"HEAD" or status[:3] in (b"204", b"304")
+        framing = "none" if bodiless else dice.choice(("length", "chunked", "chunked", "close"))
+        head, body = self.framed(b"" if bodiless else body, fields, framing)
+        interim = dice.choice((b"",) * 6 + (b"HTTP/1.1 100 Continue\r\n\r\n",
+            b"HTTP/1.1 103 Hints\r\nLink: <a>\r\n\r\n"))
+        version = b"HTTP/1.0 " if framing == "close" and dice.random() < 0.5 else b"HTTP/1.1 "
+        return interim + version + status + b"\r\n" + head + body
+
+    SPOILS = tuple((re.compile(pattern), replacements) for pattern, replacements in (
+        (rb"(?i)(content-length):[ \t]*(\d+)", (
+            rb"\1: \2\r\n\1: 0", rb"\1: \2\r\n\1: \2", rb"\1 : \2", rb"\1: +\2", rb"\1: -\2", rb"\1: 0x\2",
+            rb"\1: \2, \2",
+            rb"\1: \2\r\nTransfer-Encoding: chunked", rb"\1:\r\n \2", rb"\1: \2\nX: y", rb"\1: 1_\2", rb"\1:",
+            rb"\1: 1",
+            b"\\1: \\2\x0b", b"\\1: \xb2", rb"X:\r\1: \2", rb"\1: 1\2", rb"\1\x00: \2".replace(rb"\x00", b"\0"))),
+        (rb"(?i)(transfer-encoding):[ \t]*(chunked)", (
+            rb"\1: \2\r\nContent-Length: 3", rb"Content-Length: 0\r\n\1: \2", b"\\1: \x0b\\2", rb"\1 : \2", rb"\1: x\2",
+            rb"\1: identity, \2", rb"\1: \2, identity", rb"\1: \2\r\n\1: identity", rb"\1:\r\n \2", rb"\1: \2;q=1",
+            rb"\1: \2, \2", rb"\1: ,\2", rb" \1: \2", rb"X: y\n\1: \2", rb"\1: 'chunked'", rb"X\1: \2")),
+        (rb"\r\n([0-9A-Fa-f]+)((?:[ \t]*;[^\r\n]*)?)\r\n", (
+            b"\r\n0x\\1\r\n", b"\r\n+\\1\r\n", b"\r\n-\\1\r\n", b"\r\n \\1\r\n", b"\r\n\\1 \r\n", b"\r\n\\1\n",
+            b"\n\\1\r\n",
+            b"\r\n\\1;a\nb\r\n", b"\r\n\\1;\rb\r\n", b"\r\n1\\1\r\n", b"\r\n\r\n", b"\r\n\\1_0\r\n", b"\r\n0\r\n",
+            b"\r\nf0000000000000000\\1\r\n", b"\\1\r\n", b"\r\n\\1\r\n\r\n", b"\r\n\\1;" + b"x" * 300 + b"\r\n")),
+        (rb"\r\n", (b"\n", b"\r", b"\r\r\n", b"\r\n ", b"\r\n\t", b" \r\n", b"\0\r\n", b"\r\n\r\n", b"\r\n: x\r\n",
+         b"")),
+        (rb"HTTP/1\.[01]", (b"HTTP/1.1 ", b"HTTP/2.0", b"http/1.1", b"HTTP/1.2", b"HTTP/1.01", b"", b"HTTP/1.0",
+         b"ICY")),
+        (rb"(?i)Host:([^\r\n]*)", (rb"Host:\1\r\nHost:\1", b"Host: evil.example", b"Host :x", b"X: y", b"Host: ")),
+        (rb"(?m)^([\w-]+): ", (rb"\1 : ", rb"\1", b"\\1\xe9: ", rb"(\1): ", rb" \1: ", b"\\1:\0", b"\\1: \x7f")),
+    ))
+
+    def spoil(self, data):
+        """Return `data` with one or two places changed, outside of the tokens, or cut off."""
+        for _ in range(self.dice.choice((1, 1, 1, 2))):
+            if not data:
+                break
+            places = [(list(pattern.finditer(data[:2000]))[:12], replacements) for pattern, replacements in self.SPOILS]
+            places = [row for row in places if row[0]]
+            if self.dice.random() < 0.7 and places:
+                found, replacements = self.dice.choice(places[:2] * 2 + places)     # the framing most of all
+                match = self.dice.choice(found)
+                data = data[:match.start()] + match.expand(self.dice.choice(replacements)) + data[match.end():]
+                continue
+            tokens = [match.span() for match in TOKEN.finditer(data[:2000])]
+            at = self.dice.randrange(min(len(data), 900))
+            if any(start < at < end for start, end in tokens):
+                continue
+            way, odd = self.dice.randrange(8), self.dice.choice(b"\r\n\0 \t:,;0159af\x7f\xff/\"\\{}")
+            if way == 0:
+                data = data[:at]
+            elif way < 3:
+                data = data[:at] + bytes((odd,)) + data[at:]
+            elif not any(start <= at < end for start, end in tokens):
+                data = data[:at] + (b"" if way < 5 else bytes((odd,))) + data[at + 1:]
+        return data
+
+
+class FuzzedTalk:
+    """One client connection: its cases, what the bytes of all their requests mean, and what the upstream got of it."""
+
+    def __init__(self, seed, mode, number):
+        dice = self.dice = random.Random("%s/%s/%d" % (seed, mode, number))
+        self.mode, self.number, self.received, self.lock = mode, number, [], threading.Lock()
+        count, self.key = dice.choice((1, 1, 2, 3, 5)), (b"%06d" % number).translate(LETTERS)
+        self.cases = [Case(dice, b"tok%bx%bkot" % (self.key, (b"%02d" % place).translate(LETTERS)), place == count - 1)
+                      for place in range(count)]
+        self.data, self.meant, at = b"".join(case.request for case in self.cases), [], 0
+        self.whole = False                      # nothing is left behind the last request that means something
+        self.clean = [case.clean_request for case in self.cases]
+        with contextlib.suppress(Malformed):
+            while not (self.meant and self.meant[-1].close):
+                if at == len(self.data):
+                    break
+                self.meant.append(plain_request(self.data, at))
+                at = self.meant[-1].end
+        self.whole = at == len(self.data) or bool(self.meant and self.meant[-1].close)
+        self.pipelined = dice.random() < 0.4
+
+    def case_of(self, place):
+        """Return the case whose answer the request `place` gets, made for its method; None if there is none."""
+        case = self.cases[place] if place < len(self.cases) else None
+        return case if case and case.method == self.meant[place].start[0] else None
+
+    def pieces(self, data):
+        """Return `data` cut at random places."""
+        cuts = sorted(self.dice.randrange(len(data) + 1) for _ in range(self.dice.choice((0, 0, 1, 2, 5))))
+        return [data[start:end] for start, end in zip([0] + cuts, cuts + [len(data)]) if end > start]
+
+
+class FuzzUpstream(Upstream):
+    """Reads requests with the plain reader, each on its own, and answers with the bytes of the case it belongs to."""
+
+    def __init__(self):
+        super().__init__()
+        self.talks, self.faults = {}, []
+
+    def _fault(self, talk, text, data):
+        self.faults.append((talk, "%s: the upstream got %r" % (text, data[:3000])))
+        return False
+
+    def _exchange(self, connection, reader, number):
+        data, message = b"", None
+        while message is None:
+            block = connection.recv(1 << 20)
+            data += block
+            tokens = {token[3:9] for token in TOKEN.findall(data)}
+            talk = self.talks.get(min(tokens, default=None))
+            if not block:
+                return self._fault(talk, "a part of a request", data) if data else False
+            try:
+                message = plain_request(data)
+            except Unfinished:
+                continue
+            except Malformed as problem:
+                return self._fault(talk, "malformed (%s)" % problem, data)
+        if talk is None or len(tokens) != 1:
+            return self._fault(talk, "bytes of %s connections" % len(tokens), data)
+        if message.end != len(data):
+            return self._fault(talk, "bytes behind the request", data)
+        place = self._place(talk, message)
+        if place is None:
+            return self._fault(talk, "a request that nobody meant", data)
+        with talk.lock:
+            talk.received.append(place)
+        case = talk.case_of(place)
+        if case is None:
+            connection.sendall(b"HTTP/1.1 500 No Case\r\nContent-Length: 0\r\n\r\n")
+            return True
+        dice = random.Random("%d/%d" % (talk.number, place))
+        cuts = sorted(dice.randrange(max(1, case.end)) for _ in range(dice.choice((0, 0, 1, 2, 5))))
+        for start, end in zip([0] + cuts, cuts + [len(case.answer)]):
+            connection.sendall(case.answer[start:end])
+        return bool(case.meant_answer and not case.meant_answer.close and not case.vanish)
+
+    def _place(self, talk, got):
+        """Return which of the requests meant on its connection this one is; None if none."""
+        if (got.start[2] != b"HTTP/1.1" or values(got.fields, b"host") != [self.url[7:].encode()]
+                or got.framing == "chunked"):
+            return None
+        for place, meant in enumerate(talk.meant):
+            if sent_upstream(got) != sent_upstream(meant):
+                continue
+            rewritten = MODEL.sub(lambda match: match.group(1) + b'"gemini-claude-sonnet-4-5-thinking"', meant.body, 1)
+            if got.body == rewritten or (got.body == meant.body and (talk.mode == "auto" or not all(talk.clean))):
+                return place
+        return None
+
+
+class FuzzTest(RouterTest):
+    """Random messages, well-formed and not, on both sides, cut into segments at random places.
+
+    What reaches the upstream is exactly one well-formed request equal to what the client meant, or nothing.  What
+    reaches the client is the upstream's answer, or an error of rrouter's own, or a broken connection: never a byte
+    that belongs to another request, and never a broken answer that seems whole.  Where neither side did anything
+    wrong it is the answer.  What bytes mean is decided by a reader of the whole message, in this file, after RFC 9112.
+
+    RROUTER_FUZZ_SEED gives the seed again, RROUTER_FUZZ_CASES the number of cases.
+    """
+
+    SEED = os.environ.get("RROUTER_FUZZ_SEED") or "20260129"
+    CASES = int(os.environ.get("RROUTER_FUZZ_CASES") or 2000)
+    THREADS = 4
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = FuzzUpstream()
+        cls.addClassCleanup(cls.upstream.close)
+        cls.rrouter = Running(cls.upstream, cls.mode, cls.config, cls.env)
+        cls.addClassCleanup(cls.rrouter.__exit__)
+
+    def converse(self, talk):
+        """Carry a conversation through; raise AssertionError where the invariant does not hold."""
+        with self.rrouter.connect() as connection:
+            data, replies, at, ended = b"", [], 0, False        # ended: "closed" or "reset"
+            def read(count):
+                nonlocal data, at, ended
+                while len(replies) < count:
+                    method = talk.meant[len(replies)].start[0] if len(replies) < len(talk.meant) else b"GET"
+                    with contextlib.suppress(Unfinished):
+                        reply = plain_answer(data, method, at)
+                        if reply.framing != "close" or ended == "closed":
+                            replies.append(reply)
+                            at = reply.end
+                            continue
+                    if ended:
+                        return
+                    try:
+                        block = connection.recv(1 << 20)
+                        data, ended = data + block, not block and "closed"
+                    except ConnectionError:
+                        ended = "reset"
+
+            def send(block):
+                with contextlib.suppress(ConnectionError):
+                    for piece in talk.pieces(block):
+                        connection.sendall(piece)
+
+            ends = [0] + [meant.end for meant in talk.meant]
+            if talk.pipelined:
+                send(talk.data)
+            else:
+                for place, (start, end) in enumerate(zip(ends, ends[1:])):
+                    send(talk.data[start:end])
+                    read(place + 1)
+                    if ended:
+                        break
+                else:
+                    send(talk.data[ends[-1]:])
+            read(len(talk.meant))
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+            read(len(talk.meant) + 1)
+        self.judge(talk, replies, data, data[at:], ended)
+
+    def judge(self, talk, replies, data, rest, ended):
+        self.assertEqual({token[3:9] for token in TOKEN.findall(data)} - {talk.key}, set(), "cross-talk")
+        sound = True            # as far as nothing has gone wrong, answers are due
+        for place, meant in enumerate(talk.meant):
+            case, count = talk.case_of(place), talk.received.count(place)
+            clean = sound and case is not None and all(talk.clean[:place + 1])
+            silent = case is not None and not case.answer
+            self.assertLessEqual(count, (2 if talk.mode == "auto" else 1) * (2 if silent else 1), "sent too often")
+            self.assertTrue(count or not clean, "request %d never arrived" % place)
+            must = clean and case.clean_answer
+            if place >= len(replies):
+                self.assertFalse(must, "answer %d is missing" % place)
+                if place == len(replies) and rest:
+                    self.judge_broken(case, rest, meant.start[0])
+                sound = False
+                continue
+            reply = replies[place]
+            if self.is_own_error(reply):
+                self.assertFalse(must, "answer %d is an error of ours: %r" % (place, reply))
+                sound = sound and reply.start[1] == b"502"
+                continue
+            self.assertTrue(count, "answer %d without a request" % place)
+            if case is None:
+                self.assertEqual(reply.start[1:], (b"500", b"No Case"))
+                continue
+            self.assertIsNotNone(case.meant_answer, "a broken answer seems whole: %r" % (reply,))
+            wanted = case.meant_answer
+            drop = ONE_HOP | nominated(wanted.fields) | {b"content-length"}
+            self.assertEqual((reply.start[1:], reply.body), (wanted.start[1:], wanted.body))
+            self.assertEqual([field for field in reply.fields if field[0].lower() not in ONE_HOP | {b"content-length"}
+                              and not field[0].lower().startswith(b"x-rrouter-")],
+                             [field for field in wanted.fields if field[0].lower() not in drop
+                              and not field[0].lower().startswith(b"access-control-")])
+            sound = sound and not reply.close
+        for reply in replies[len(talk.meant):]:
+            self.assertTrue(self.is_own_error(reply) and not talk.whole, "an answer to nothing: %r" % (reply,))
+        if len(replies) > len(talk.meant):
+            self.assertEqual(rest, b"")
+
+    def judge_broken(self, case, rest, method):
+        """What came of an answer that broke off is the beginning of the upstream's."""
+        try:
+            broken = plain_answer(rest, method)      # without length and chunks: only a reset tells that it is broken
+            payload = broken.body
+        except Unfinished as problem:
+            payload = problem.payload
+        self.assertIsNotNone(case)
+        wanted = case.payload if case.meant_answer is None else case.meant_answer.body
+        self.assertTrue(wanted.startswith(payload), "%r is not the beginning of %r" % (payload, wanted))
+
+    @staticmethod
+    def is_own_error(reply):
+        return (reply.start[1] >= b"400" and values(reply.fields, b"content-type") == [b"application/json"]
+                and (b'"message": "rrouter: ' in reply.body or reply.framing == "none"))
+
+    def fuzz(self, mode):
+        self.rrouter.home.write("mode", mode + "\n")
+        numbers, lock, faults, done = iter(range(self.CASES)), threading.Lock(), self.upstream.faults, [0]
+        talks = self.upstream.talks
+
+        def client():
+            while len(faults) < 3:
+                with lock:
+                    if done[0] >= self.CASES // 2:
+                        return
+                    number = next(numbers)
+                talk = None
+                try:
+                    talk = FuzzedTalk(self.SEED, mode, number)
+                    talks[talk.key] = talk
+                    with lock:
+                        done[0] += len(talk.cases)
+                    self.converse(talk)
+                except Exception as problem:
+                    faults.append((talk, "%s: %s" % (type(problem).__name__, problem)))
+                talks.pop(talk and talk.key, None)
+
+        threads = [threading.Thread(target=client) for _ in range(self.THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if faults:
+            talk, text = faults[0]
+            self.fail("RROUTER_FUZZ_SEED=%s RROUTER_FUZZ_CASES=%d, mode %s, connection %s\n%s\nthe client sent %s%s" % (
+                self.SEED, self.CASES, mode, talk and talk.number, text[:3000],
+                "" if talk is None else "at once " if talk.pipelined else "one by one ",
+                "" if talk is None else "".join(
+                    "\n%r\n  answered by %r" % (case.request[:2000], case.answer[:2000]) for case in talk.cases)))
+        self.assertNotIn("internal error", self.rrouter.printed())
+
+    def setUp(self):
+        self.upstream.faults.clear()
+        self.upstream.talks.clear()
+
+    def test_nothing_but_what_was_meant_passes(self):
+        self.fuzz("antigravity")
+
+    def test_nothing_but_what_was_meant_passes_in_auto_mode(self):
+        self.fuzz("auto")
+
+
 # Faults on both sides #########################################################
 
 class HalfSentTest(RouterTest):
@@ -3067,6 +3628,13 @@ class CheckFindsTest(unittest.TestCase):
             program.write_text(other)
             done = subprocess.run([sys.executable, str(program), "check"], env=self.home.env, stdout=subprocess.PIPE)
             self.assertIn(b"this program 9.9.9: rrouter restart", done.stdout)
+
+
+class RefusedHeadTest(RouterTest):
+
+    def test_a_head_request_refused_by_the_parser_gets_no_body(self):
+        answer = self.rrouter.exchange(b"HEAD / HTTP/1.1\r\nHost: localhost\r\nExpect: foo\r\n\r\n")
+        self.assertTrue(answer.startswith(b"HTTP/1.1 417 ") and answer.endswith(b"\r\n\r\n"), answer)
 
 
 # Auto mode ####################################################################
