@@ -1219,8 +1219,8 @@ class UsefulnessTest(unittest.TestCase):
                           if rrouter.blames_request(s)], [400, 401, 403, 404, 413, 422])
 
 
-class ReviewedWalk(FailoverWalk):
-    """Paths through the machines on which review found them wrong."""
+class CrossingWalk(FailoverWalk):
+    """Paths on which waits, probes and the two scopes cross."""
 
     def test_a_switch_ends_the_quiet_time_of_an_earlier_return(self):
         for minutes in (30, 60, 120):
@@ -2467,7 +2467,7 @@ class GuardTest(ProxyTest):
 # /health and the log ##########################################################
 
 class HealthTest(ProxyTest):
-    def test_fields_are_those_of_the_contract(self):
+    def test_fields_are_those_promised(self):
         health = self.rrouter.health()
         expected = {
             "status": "ok", "mode": "antigravity", "currentTarget": "antigravity", "defaultMode": "claude",
@@ -3387,7 +3387,7 @@ class OddAnswerTest(RouterTest):
 
 
 class SmallDefectsTest(unittest.TestCase):
-    """One test for each defect that review found in the pure parts and the commands."""
+    """Small parts, each on the input that once broke it."""
 
     def test_a_refusal_that_repeats_its_wording_is_searched_in_linear_time(self):
         start = time.perf_counter()
