@@ -479,6 +479,11 @@ def _tidy(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
+def config_of(content: Optional[bytes]) -> Config:
+    """Return the configuration in a file of this content, None being no file; raise ConfigError, UnicodeDecodeError."""
+    return parse_config(json.dumps(DEFAULT_CONFIG) if content is None else content.decode("utf-8-sig"))
+
+
 def config_text(config: Config) -> str:
     """Return `config` as the JSON text that would give it."""
     auto = config.auto
@@ -1685,7 +1690,7 @@ class Store:
         self.paths, self._log, self._changed = paths, log, changed
         self._lock = threading.Lock()
         self.condition = threading.Condition()      #: notified when the watcher should look at once
-        self._config = parse_config(json.dumps(DEFAULT_CONFIG))
+        self._config = config_of(None)
         self._config_bytes: Any = None
         self._config_error: Optional[str] = None
         self._word: Optional[str] = None
@@ -1728,8 +1733,7 @@ class Store:
             if content == self._config_bytes and not isinstance(self._config_bytes, OSError):
                 return
             self._config_bytes = content
-            self._config = (parse_config(json.dumps(DEFAULT_CONFIG)) if content is None else
-                            parse_config(content.decode("utf-8-sig")))
+            self._config = config_of(content)
             self._config_error = None
             for problem in self._config.problems:
                 self._log.write("CONFIG", "config.json: " + problem)
@@ -2318,7 +2322,7 @@ class Router:
     def __init__(self, settings: Settings, paths: Paths, log: Log, started_by: str):
         self.settings, self.log, self.started_by = settings, log, started_by
         # Before the store, which calls `_changed` whenever a file is written.
-        self.failover = Failover(time.time, parse_config(json.dumps(DEFAULT_CONFIG)).auto)
+        self.failover = Failover(time.time, config_of(None).auto)
         self.store = Store(paths, log, self._changed)
         self.failover.reset(self.store.snapshot().config.auto, "")
         self.upstream = Upstream(settings.upstream, self._is_own_address)
@@ -3438,11 +3442,9 @@ def start_daemon(paths: Paths, home: str) -> str:
     daemon, health = wait_for_health(paths)
     told = "rrouter runs (pid %d, port %d, by %s), mode %s" % (
         daemon.pid, daemon.port, health["startedBy"], health["mode"])
-    asked = {name: value for name, value in zip(("RROUTER_HOST", "RROUTER_PORT", "RROUTER_UPSTREAM"), settings)
-             if os.environ.get(name)}
-    runs = dict(zip(("RROUTER_HOST", "RROUTER_PORT", "RROUTER_UPSTREAM"), (
-        daemon.host, daemon.port, health["upstreamURL"])))
-    if manager and any(runs[name] != value for name, value in asked.items()):
+    runs = Settings(daemon.host, daemon.port, health["upstreamURL"])
+    if manager and any(os.environ.get("RROUTER_" + name.upper()) and getattr(settings, name) != getattr(runs, name)
+                       for name in Settings._fields):
         told += "\nnote: %s starts it on %s -> %s, and not as RROUTER_* of this shell say: put them into %s" % (
             manager.name, health["listenAddr"], health["upstreamURL"], os.path.join(home, ".config", "rrouter.env"))
     return told
@@ -3505,8 +3507,7 @@ class Context(NamedTuple):
 def read_config(paths: Paths) -> Config:
     """Return what config.json says, or the defaults if there is none; raise RouterError."""
     try:
-        content = read_file(paths.config)
-        return parse_config(json.dumps(DEFAULT_CONFIG) if content is None else content.decode("utf-8-sig"))
+        return config_of(read_file(paths.config))
     except (ConfigError, UnicodeDecodeError, OSError) as error:
         raise RouterError("%s (%s): mend it with `rrouter config edit` or start over with `rrouter config reset`" % (
             complain_about_config(error), paths.config)) from error
@@ -3700,7 +3701,7 @@ def config_edit(paths: Paths) -> int:
     import subprocess
     paths.create()
     if not os.path.lexists(paths.config):
-        write_file(paths.config, config_text(parse_config(json.dumps(DEFAULT_CONFIG))) + "\n")
+        write_file(paths.config, config_text(config_of(None)) + "\n")
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
         status = subprocess.call(shlex.split(editor) + [paths.config])
@@ -3737,7 +3738,7 @@ def config_reset(paths: Paths) -> int:
             print("kept: %s" % keep_beside(paths.config, content))
     except OSError as error:
         raise RouterError("%s: %s: move it away first" % (paths.config, reason_of(error))) from error
-    write_file(paths.config, config_text(parse_config(json.dumps(DEFAULT_CONFIG))) + "\n")
+    write_file(paths.config, config_text(config_of(None)) + "\n")
     print("%s holds the defaults" % paths.config)
     return 0
 
@@ -3765,11 +3766,12 @@ usage: rrouter COMMAND
 
 %s
 
-files, all in ~/.rrouter
+files in ~/.rrouter
   mode          antigravity, claude, auto, or another mode of config.json
   config.json   rules and the settings of mode auto; without it the defaults hold (`rrouter config`)
   run.json, rrouter.pid, rrouter.lock, state.json     the daemon's own
   logs/rrouter.log            one line a request; rotated at %d MB
+elsewhere
   ~/.config/rrouter.env       RROUTER_* for the service, where install.sh has installed one
 
 environment
