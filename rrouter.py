@@ -1508,10 +1508,11 @@ class Paths:
                 error.filename or self.root, reason_of(error))) from error
 
 
-def write_atomically(path: str, text: str) -> None:
+def write_atomically(path: str, text: str, durable: bool = True) -> None:
     """Write `text` to `path` so that a reader sees all of it or what was there before; mode 0600.
 
-    A symbolic link stays, its target is replaced.  Raises OSError.
+    A symbolic link stays, its target is replaced.  Unless `durable`, that need not hold if the machine crashes.
+    Raises OSError.
     """
     path = os.path.realpath(path)
     temporary = "%s.%d.%d.tmp" % (path, os.getpid(), threading.get_ident())
@@ -1520,7 +1521,8 @@ def write_atomically(path: str, text: str) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(text.encode("utf-8"))
             file.flush()
-            os.fsync(file.fileno())     # else a crash of the machine may leave the new name with no content
+            if durable:                 # else a crash of the machine may leave the new name with no content
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -1861,6 +1863,13 @@ class Watch:
         return min(TICK_S, max(0.001, self.deadline - time.monotonic()))
 
 
+def return_free_memory() -> None:
+    """Give back to the system what Python has freed and the C library keeps; glibc alone has to be asked."""
+    with contextlib.suppress(ImportError, OSError, AttributeError):
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class BodyMemory:
     """Memory for large request bodies, kept for the next ones while they come.
 
@@ -1870,11 +1879,11 @@ class BodyMemory:
     """
 
     STEP = 2 << 20                      # bytes; a huge page
-    KEPT_MAX = 2
+    KEPT_MAX, KEPT_S = 2, 0.5
 
     def __init__(self):
         self._free: List[mmap.mmap] = []
-        self._used_at = 0.0
+        self._used_at: Optional[float] = time.monotonic()       # None: nothing to prune
 
     def take(self, length: int) -> mmap.mmap:
         """Return a map of at least `length` bytes."""
@@ -1896,9 +1905,14 @@ class BodyMemory:
             self._free.append(memory)
 
     def prune(self) -> None:
-        """Give what was not used lately back to the system."""
-        if self._free and time.monotonic() - self._used_at > 1:
+        """Give back to the system what was not used lately, and with it what else is free.
+
+        For the first time soon after the start: there is as much to give back as then remains (29 -> 21 MB).
+        """
+        if self._used_at is not None and time.monotonic() - self._used_at > self.KEPT_S:
+            self._used_at = None
             self._free.clear()
+            return_free_memory()
 
 
 def _timeval(seconds: float) -> bytes:
@@ -3137,10 +3151,10 @@ def tell(ready: int, words: str) -> None:
 def claim(paths: Paths, settings: Settings, router: Router) -> None:
     """Write pid and run.json: where the daemon is, for whoever asks.  Without them it works as well."""
     try:
-        write_atomically(paths.pid, "%d\n" % os.getpid())
+        write_atomically(paths.pid, "%d\n" % os.getpid(), durable=False)
         write_atomically(paths.run, json.dumps({
             "host": settings.host, "port": settings.port, "upstream": settings.upstream, "pid": os.getpid(),
-            "startedBy": router.started_by, "version": __version__}, indent=2) + "\n")
+            "startedBy": router.started_by, "version": __version__}, indent=2) + "\n", durable=False)
     except OSError as error:
         router.log.write("ERROR", "%s: %s: other commands may not find this daemon" % (paths.run, reason_of(error)))
 
@@ -3213,10 +3227,31 @@ def remove_files(*paths: str) -> None:
             os.unlink(path)
 
 
+def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: List[ProxyServer]) -> None:
+    """Wait for a signal, drain, and end the process."""
+    try:
+        wait_for_the_end(signals, router)
+        lock.mark_stopping()
+        drain(signals, router, servers)
+        router.save_state()
+        if router.keeps_state:
+            remove_files(router.store.paths.pid, router.store.paths.run)
+        router.log.write("STOP", "rrouter ends, pid %d" % os.getpid())
+        lock.release()
+        os._exit(0)                     # threads of streams past the drain time would hold the interpreter up
+    except Exception as error:          # a defect of ours
+        router.log.write("ERROR", describe_defect(error))
+        os._exit(1)
+
+
 def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
-    """Run the router until a signal ends it, and the process with it; return 0 where another one runs already.
+    """Set the router going; return 0, also where another one runs already.
 
     `ready` is the descriptor on which `start` waits for one word: `ready`, `running`, or what is wrong.
+
+    Python keeps the syntax tree of its main script, 8 MB, until the script has ended.  So the main thread goes back
+    and ends it; the interpreter then waits for `run_to_the_end`, whose thread is no daemon, before it takes anything
+    down.
     """
     signals = Signals()
     paths.create()
@@ -3244,16 +3279,10 @@ def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
         threading.Thread(target=loop, daemon=True).start()
     if ready is not None:
         tell(ready, "ready")
-    wait_for_the_end(signals, router)
-    lock.mark_stopping()
-    drain(signals, router, servers)
-    router.save_state()
-    if owns_files:
-        remove_files(paths.pid, paths.run)
-    log.write("STOP", "rrouter ends, pid %d" % os.getpid())
-    lock.release()
-    sys.stderr.flush()
-    os._exit(0)                         # threads of streams past the drain time would hold the interpreter up
+    if (3, 12) <= sys.version_info < (3, 12, 2):    # there no thread starts once the script has ended (gh-113964)
+        run_to_the_end(signals, lock, router, servers)
+    threading.Thread(target=run_to_the_end, args=(signals, lock, router, servers)).start()
+    return 0
 
 
 class Running(NamedTuple):
