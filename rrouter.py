@@ -382,7 +382,10 @@ def _parse_json(text: str) -> Any:
 
 
 def _found(value: Any) -> str:
-    return printable(json.dumps(value), 60)
+    try:
+        return printable(json.dumps(value), 60)
+    except RecursionError:              # just shallow enough to be read
+        return "nesting that is too deep"
 
 
 def _members(value: Any, what: str, prefix: str, known: Tuple[str, ...], problems: List[str]) -> Dict[str, Any]:
