@@ -890,8 +890,14 @@ _LEADING_MODEL = re.compile(rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]
 _OPENS_OBJECT = re.compile(rb"[ \t\n\r]*\{")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 
-# The hooks spare building numbers and objects that nobody reads, and the refusal of long integers.
-_decode = json.JSONDecoder(parse_int=len, parse_float=len, object_pairs_hook=len).raw_decode
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError("%s is no JSON" % name)
+
+
+# The hooks spare building numbers and objects that nobody reads, and the refusal of long integers; NaN is refused.
+_decode = json.JSONDecoder(
+    parse_int=len, parse_float=len, parse_constant=_refuse_constant, object_pairs_hook=len).raw_decode
 
 
 def _expect(text: str, position: int, character: str) -> int:
