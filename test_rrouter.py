@@ -2679,6 +2679,19 @@ class LimitsTest(ProxyTest):
 
 # Framing fuzz #################################################################
 
+FUZZ_SEED = os.environ.get("RROUTER_FUZZ_SEED") or os.environ.get("RROUTER_SOAK") or "20260129"
+
+
+def fuzz_cases(suite, soak):
+    """Return how many cases to run: in the suite, or with --soak; RROUTER_FUZZ_CASES overrides both."""
+    return int(os.environ.get("RROUTER_FUZZ_CASES") or (soak if os.environ.get("RROUTER_SOAK") else suite))
+
+
+def announce(cases, what):
+    if os.environ.get("RROUTER_SOAK"):
+        print("soak: seed %s, %d %s" % (FUZZ_SEED, cases, what), file=sys.stderr)
+
+
 class Malformed(Exception):
     """Bytes that are no HTTP/1.1 message, or one that two readers could take differently."""
 
@@ -2831,31 +2844,41 @@ def sent_upstream(meant):
 MODEL = re.compile(rb'("model"\s*:\s*)"claude-sonnet-(?:[^"\\]|\\.)*"')
 
 
+class FuzzedAnswer:
+    """What the upstream answers to one attempt: its bytes, how it lets the connection end, and what that means."""
+
+    def __init__(self, dice, data, method, clean, spoil):
+        self.data, self.clean = data, clean
+        self.vanish = dice.random() < 0.03      # the upstream closes without saying so
+        self.early = dice.random() < 0.3        # it answers as soon as it has the head
+        self.reset = not clean and dice.random() < 0.1
+        if self.reset:
+            self.data = data[:dice.randrange(len(data))]
+        elif not clean:
+            self.data = spoil(data)
+        elif dice.random() < 0.2 and plain_answer(data, method).framing != "close":
+            # Bytes nobody asked for, which must not answer another request.
+            self.data += b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n" + b"tokZZZZZZxZZkot unasked"[:20]
+        try:
+            self.meant = plain_answer(self.data, method)
+            self.payload, self.end = self.meant.body, self.meant.end
+        except Malformed as problem:
+            self.meant, self.payload, self.end = None, problem.payload, len(self.data)
+
+
 class Case:
-    """One request and the answer to it, as bytes, well-formed at first; the token is in both heads and both bodies."""
+    """One request and two answers, for as many attempts, as bytes; the token is in all heads and bodies."""
 
     def __init__(self, dice, token, last):
         self.token, self.dice = token, dice
-        self.request, self.answer = self.make_request(), None
+        self.request = self.make_request()
         self.method = self.request.split(b" ", 1)[0].strip()
-        self.answer = self.make_answer()
-        self.vanish = dice.random() < 0.03      # the upstream closes without saying so
         # What goes wrong ends the connection as a rule: mostly the last case does.
-        self.clean_request, self.clean_answer = dice.random() < (0.4 if last else 0.98), dice.random() < (
-            0.5 if last else 0.9)
+        self.clean_request = dice.random() < (0.4 if last else 0.98)
+        self.answers = [FuzzedAnswer(dice, self.make_answer(), self.method, dice.random() < (0.5 if last else 0.9),
+                                     self.spoil) for _ in range(2)]
         if not self.clean_request:
             self.request = self.spoil(self.request)
-        if not self.clean_answer:
-            self.answer = self.spoil(self.answer)
-        elif dice.random() < 0.2 and plain_answer(self.answer, self.method).framing != "close":
-            # Bytes nobody asked for, which must not answer another request.
-            self.answer += b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\n" + b"tokZZZZZZxZZkot unasked"[:20]
-        try:
-            self.meant_answer = plain_answer(self.answer, self.method)
-            self.payload, self.end = self.meant_answer.body, self.meant_answer.end
-        except Malformed as problem:
-            self.meant_answer, self.end = None, len(self.answer)
-            self.payload = problem.payload
 
     def body(self):
         hidden = b"GET /hidden/%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % self.token
@@ -2893,7 +2916,7 @@ class Case:
         target = dice.choice((b"/", b"/v1/messages?beta=true&", b"//", b"/%2e%2E/../", b"http://localhost/",
                               b"HTTP://127.0.0.1:1?", b"/v1/messages/count_tokens?")) + token
         old = dice.random() < 0.04
-        body = self.body() if method not in (b"GET", b"HEAD") else b""
+        body = self.body() if method not in (b"GET", b"HEAD") or dice.random() < 0.1 else b""
         if method == b"POST" and dice.random() < 0.6:
             body = json.dumps({"model": "claude-sonnet-" + token.decode(), "stream": dice.random() < 0.8,
                                "messages": [{"role": "user", "content": body.decode("latin-1")}]}).encode()
@@ -2924,7 +2947,7 @@ class Case:
         bodiless = self.method == b"HEAD" or status[:3] in (b"204", b"304")
         framing = "none" if bodiless else dice.choice(("length", "chunked", "chunked", "close"))
         head, body = self.framed(b"" if bodiless else body, fields, framing)
-        interim = dice.choice((b"",) * 6 + (b"HTTP/1.1 100 Continue\r\n\r\n",
+        interim = dice.choice((b"",) * 8 + (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 102 Wait\r\n\r\n" * 3,
             b"HTTP/1.1 103 Hints\r\nLink: <a>\r\n\r\n"))
         version = b"HTTP/1.0 " if framing == "close" and dice.random() < 0.5 else b"HTTP/1.1 "
         return interim + version + status + b"\r\n" + head + body
@@ -2999,6 +3022,9 @@ class FuzzedTalk:
                 at = self.meant[-1].end
         self.whole = at == len(self.data) or bool(self.meant and self.meant[-1].close)
         self.pipelined = dice.random() < 0.4
+        # The client breaks off after so many bytes, in one of two ways.
+        self.leaves_after = dice.randrange(len(self.data) + 1) if self.data and dice.random() < 0.05 else None
+        self.leaves_by_reset = dice.random() < 0.5
 
     def case_of(self, place):
         """Return the case whose answer the request `place` gets, made for its method; None if there is none."""
@@ -3007,7 +3033,7 @@ class FuzzedTalk:
 
     def pieces(self, data):
         """Return `data` cut at random places."""
-        cuts = sorted(self.dice.randrange(len(data) + 1) for _ in range(self.dice.choice((0, 0, 1, 2, 5))))
+        cuts = sorted(self.dice.randrange(len(data) + 1) for _ in range(self.dice.choice((0, 0, 0, 1, 1, 2, 2, 5, 40))))
         return [data[start:end] for start, end in zip([0] + cuts, cuts + [len(data)]) if end > start]
 
 
@@ -3016,45 +3042,74 @@ class FuzzUpstream(Upstream):
 
     def __init__(self):
         super().__init__()
-        self.talks, self.faults = {}, []
+        self.talks, self.faults, self.held = {}, [], {}
+
+    @staticmethod
+    def _keys(data):
+        """Return the keys of the conversations that have a token in `data`."""
+        return {token[3:9] for token in TOKEN.findall(data)}
 
     def _fault(self, talk, text, data):
         self.faults.append((talk, "%s: the upstream got %r" % (text, data[:3000])))
         return False
 
     def _exchange(self, connection, reader, number):
-        data, message = b"", None
-        while message is None:
-            block = connection.recv(1 << 20)
-            data += block
-            tokens = {token[3:9] for token in TOKEN.findall(data)}
-            talk = self.talks.get(min(tokens, default=None))
-            if not block:
-                return self._fault(talk, "a part of a request", data) if data else False
+        data, early, talk = self.held.pop(number, b""), None, None
+        while True:
+            talk = talk or self.talks.get(min(self._keys(data), default=None))
             try:
                 message = plain_request(data)
+                break
             except Unfinished:
-                continue
+                early = early or (talk and self._answer_early(talk, connection, data))
             except Malformed as problem:
                 return self._fault(talk, "malformed (%s)" % problem, data)
-        if talk is None or len(tokens) != 1:
-            return self._fault(talk, "bytes of %s connections" % len(tokens), data)
+            block = connection.recv(1 << 20)
+            data += block
+            if not block:
+                if not data or early or (talk and talk.leaves_after is not None):
+                    return False
+                return self._fault(talk, "a part of a request", data)
+        if early:               # so that the next request may be here already
+            self.held[number], data = data[message.end:], data[:message.end]
+        if talk is None or self._keys(data) != {talk.key}:
+            return self._fault(talk, "bytes of another connection", data)
         if message.end != len(data):
             return self._fault(talk, "bytes behind the request", data)
         place = self._place(talk, message)
-        if place is None:
+        if place is None or early and place != early[0]:
             return self._fault(talk, "a request that nobody meant", data)
+        return (early or self._reply(talk, place, connection))[1]
+
+    def _answer_early(self, talk, connection, data):
+        """Answer to the head alone if the case wants it; return what `_reply` does, or None."""
+        head, blank, _ = data.partition(b"\r\n\r\n")
+        token = TOKEN.search(head)
+        if not blank or not token or not re.search(rb"(?i)\r\nx-token: *" + TOKEN.pattern, head):
+            return None
+        for place in range(len(talk.meant)):
+            case = talk.case_of(place)
+            if case and token.group() == case.token and any(answer.early for answer in case.answers):
+                return self._reply(talk, place, connection)
+        return None
+
+    def _reply(self, talk, place, connection):
+        """Send the answer that is next for this request; return (place, whether the connection can go on)."""
         with talk.lock:
+            attempt = talk.received.count(place)
             talk.received.append(place)
         case = talk.case_of(place)
         if case is None:
             connection.sendall(b"HTTP/1.1 500 No Case\r\nContent-Length: 0\r\n\r\n")
-            return True
+            return place, True
+        answer = case.answers[min(attempt, 1)]
         dice = random.Random("%d/%d" % (talk.number, place))
-        cuts = sorted(dice.randrange(max(1, case.end)) for _ in range(dice.choice((0, 0, 1, 2, 5))))
-        for start, end in zip([0] + cuts, cuts + [len(case.answer)]):
-            connection.sendall(case.answer[start:end])
-        return bool(case.meant_answer and not case.meant_answer.close and not case.vanish)
+        cuts = sorted(dice.randrange(max(1, answer.end)) for _ in range(dice.choice((0, 0, 0, 1, 1, 2, 2, 5, 40))))
+        for start, end in zip([0] + cuts, cuts + [len(answer.data)]):
+            connection.sendall(answer.data[start:end])
+        if answer.reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return place, bool(answer.meant and not answer.meant.close and not answer.vanish and not answer.reset)
 
     def _place(self, talk, got):
         """Return which of the requests meant on its connection this one is; None if none."""
@@ -3073,20 +3128,22 @@ class FuzzUpstream(Upstream):
 class FuzzTest(RouterTest):
     """Random messages, well-formed and not, on both sides, cut into segments at random places.
 
-    What reaches the upstream is exactly one well-formed request equal to what the client meant, or nothing.  What
-    reaches the client is the upstream's answer, or an error of rrouter's own, or a broken connection: never a byte
-    that belongs to another request, and never a broken answer that seems whole.  Where neither side did anything
-    wrong it is the answer.  What bytes mean is decided by a reader of the whole message, in this file, after RFC 9112.
+    What reaches the upstream is exactly one well-formed request equal to what the client meant, or nothing; in auto
+    mode one for each of at most two attempts.  What reaches the client is the answer to one of the attempts, or an
+    error of rrouter's own, or a broken connection: never a byte that belongs to another request, never parts of two
+    answers, and never a broken answer that seems whole.  Where neither side did anything wrong it is an answer.  That
+    holds also where the upstream answers before it has the body, resets or closes unasked, and where the client
+    leaves: then a request may be cut short, for no other reason.  What bytes mean is decided by a reader of the whole
+    message, in this file, after RFC 9112.
 
     RROUTER_FUZZ_SEED gives the seed again, RROUTER_FUZZ_CASES the number of cases.
     """
 
-    SEED = os.environ.get("RROUTER_FUZZ_SEED") or "20260129"
-    CASES = int(os.environ.get("RROUTER_FUZZ_CASES") or 2000)
-    THREADS = 4
+    SEED, CASES, THREADS = FUZZ_SEED, fuzz_cases(2000, soak=20_000), 4
 
     @classmethod
     def setUpClass(cls):
+        announce(cls.CASES, "random messages")
         cls.upstream = FuzzUpstream()
         cls.addClassCleanup(cls.upstream.close)
         cls.rrouter = Running(cls.upstream, cls.mode, cls.config, cls.env)
@@ -3120,6 +3177,14 @@ class FuzzTest(RouterTest):
                         connection.sendall(piece)
 
             ends = [0] + [meant.end for meant in talk.meant]
+            if talk.leaves_after is not None:
+                send(talk.data[:talk.leaves_after])
+                if talk.leaves_after > min(ends[1:], default=len(talk.data)):
+                    read(1)
+                if talk.leaves_by_reset:
+                    reset(connection)
+                self.assertEqual({token[3:9] for token in TOKEN.findall(data)} - {talk.key}, set(), "cross-talk")
+                return
             if talk.pipelined:
                 send(talk.data)
             else:
@@ -3142,14 +3207,15 @@ class FuzzTest(RouterTest):
         for place, meant in enumerate(talk.meant):
             case, count = talk.case_of(place), talk.received.count(place)
             clean = sound and case is not None and all(talk.clean[:place + 1])
-            silent = case is not None and not case.answer
+            given = case.answers[:max(1, count)] if case else []
+            silent = any(not answer.data or answer.reset for answer in given)   # on a connection used before: re-sent
             self.assertLessEqual(count, (2 if talk.mode == "auto" else 1) * (2 if silent else 1), "sent too often")
             self.assertTrue(count or not clean, "request %d never arrived" % place)
-            must = clean and case.clean_answer
+            must = clean and all(answer.clean for answer in given)
             if place >= len(replies):
                 self.assertFalse(must, "answer %d is missing" % place)
                 if place == len(replies) and rest:
-                    self.judge_broken(case, rest, meant.start[0])
+                    self.judge_broken(given, rest, meant.start[0])
                 sound = False
                 continue
             reply = replies[place]
@@ -3161,30 +3227,31 @@ class FuzzTest(RouterTest):
             if case is None:
                 self.assertEqual(reply.start[1:], (b"500", b"No Case"))
                 continue
-            self.assertIsNotNone(case.meant_answer, "a broken answer seems whole: %r" % (reply,))
-            wanted = case.meant_answer
-            drop = ONE_HOP | nominated(wanted.fields) | {b"content-length"}
-            self.assertEqual((reply.start[1:], reply.body), (wanted.start[1:], wanted.body))
-            self.assertEqual([field for field in reply.fields if field[0].lower() not in ONE_HOP | {b"content-length"}
-                              and not field[0].lower().startswith(b"x-rrouter-")],
-                             [field for field in wanted.fields if field[0].lower() not in drop
-                              and not field[0].lower().startswith(b"access-control-")])
+            self.assertIn(self.seen_by_client(reply.start, reply.fields, reply.body), [
+                self.seen_by_client(answer.meant.start, answer.meant.fields, answer.meant.body)
+                for answer in given if answer.meant], "no whole answer of the upstream")
             sound = sound and not reply.close
         for reply in replies[len(talk.meant):]:
             self.assertTrue(self.is_own_error(reply) and not talk.whole, "an answer to nothing: %r" % (reply,))
         if len(replies) > len(talk.meant):
             self.assertEqual(rest, b"")
 
-    def judge_broken(self, case, rest, method):
-        """What came of an answer that broke off is the beginning of the upstream's."""
+    @staticmethod
+    def seen_by_client(start, fields, body):
+        """Return what of an answer concerns the client, from either side of rrouter."""
+        drop = ONE_HOP | nominated(fields) | {b"content-length"}
+        return start[1:], body, [field for field in fields if field[0].lower() not in drop
+                                 and not field[0].lower().startswith((b"access-control-", b"x-rrouter-"))]
+
+    def judge_broken(self, given, rest, method):
+        """What came of an answer that broke off is the beginning of one of the upstream's."""
         try:
             broken = plain_answer(rest, method)      # without length and chunks: only a reset tells that it is broken
             payload = broken.body
         except Unfinished as problem:
             payload = problem.payload
-        self.assertIsNotNone(case)
-        wanted = case.payload if case.meant_answer is None else case.meant_answer.body
-        self.assertTrue(wanted.startswith(payload), "%r is not the beginning of %r" % (payload, wanted))
+        wanted = [answer.payload for answer in given]
+        self.assertTrue(any(body.startswith(payload) for body in wanted), "%r begins none of %r" % (payload, wanted))
 
     @staticmethod
     def is_own_error(reply):
@@ -3211,7 +3278,8 @@ class FuzzTest(RouterTest):
                     self.converse(talk)
                 except Exception as problem:
                     faults.append((talk, "%s: %s" % (type(problem).__name__, problem)))
-                talks.pop(talk and talk.key, None)
+                if not talk or talk.leaves_after is None:       # what was sent by then may still arrive
+                    talks.pop(talk and talk.key, None)
 
         threads = [threading.Thread(target=client) for _ in range(self.THREADS)]
         for thread in threads:
@@ -3224,7 +3292,8 @@ class FuzzTest(RouterTest):
                 self.SEED, self.CASES, mode, talk and talk.number, text[:3000],
                 "" if talk is None else "at once " if talk.pipelined else "one by one ",
                 "" if talk is None else "".join(
-                    "\n%r\n  answered by %r" % (case.request[:2000], case.answer[:2000]) for case in talk.cases)))
+                    "\n%r\n  answered by %s" % (case.request[:2000], ", then ".join(
+                        repr(answer.data[:2000]) for answer in case.answers)) for case in talk.cases)))
         self.assertNotIn("internal error", self.rrouter.printed())
 
     def setUp(self):
