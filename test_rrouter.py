@@ -3307,6 +3307,382 @@ class FuzzTest(RouterTest):
         self.fuzz("auto")
 
 
+# Body fuzz ####################################################################
+
+class Pairs(list):
+    """A JSON object as its members in order, repeated ones too; never equal to a JSON array."""
+
+    def __eq__(self, other):
+        return isinstance(other, Pairs) and list.__eq__(self, other)
+
+    def __ne__(self, other):
+        return not self == other
+
+    __hash__ = None
+
+    def first(self, name):
+        """Return the place of the first member `name`, or None."""
+        return next((place for place, (key, _) in enumerate(self) if key == name), None)
+
+
+class Number(str):
+    """A JSON number as it was written."""
+
+
+def refuse(word):
+    raise ValueError(word)
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=Pairs, parse_int=Number, parse_float=Number, parse_constant=refuse)
+NO_UTF_8 = "\ufffd"         # no generator writes it
+
+
+def strict_json(body):
+    """Return the JSON value in `body`; raise ValueError if there is none.
+
+    A byte that is no UTF-8 is a character like others, in a string: the upstream reads bytes too.
+    """
+    text = body.decode("utf-8", "replace")
+    if text[:1] == "\ufeff":
+        raise ValueError("byte order mark")
+    return STRICT.decode(text)
+
+
+def skip_space(body, at):
+    while body[at:at + 1] in (b" ", b"\t", b"\r", b"\n"):
+        at += 1
+    return at
+
+
+def leading_model(body):
+    """Return (start, end) of the value if the first member is a plain string `model` and goes on soundly, else None."""
+    at = skip_space(body, 0)
+    for mark in (b"{", b'"model"', b":"):
+        if not body.startswith(mark, at):
+            return None
+        at = skip_space(body, at + len(mark))
+    end = body.find(b'"', at + 1) + 1
+    if body[at:at + 1] != b'"' or not end or any(byte < 32 or byte == 92 for byte in body[at:end]):
+        return None
+    return (at, end) if body[skip_space(body, end):][:1] in (b",", b"}") else None
+
+
+def meant_model(body):
+    """Return (name, whether the rest of `body` counts), name None where it is to pass untouched."""
+    plain = leading_model(body)
+    if plain:
+        try:
+            return body[plain[0] + 1:plain[1] - 1].decode(), False
+        except UnicodeDecodeError:
+            return None, False
+    try:
+        members = strict_json(body)
+    except (ValueError, RecursionError):
+        return None, True
+    place = members.first("model") if isinstance(members, Pairs) else None
+    name = None if place is None else members[place][1]
+    return (name if type(name) is str and NO_UTF_8 not in name else None), True
+
+
+class BodyDice(random.Random):
+    """A source of random JSON texts and of damage to them."""
+
+    WORDS = ("model", "model", "Model", "mode", "", "stream", "messages", "type", "thinking", "content", "a" * 300,
+             "claude-opus-5", "claude-sonnet-4", '"model":"x"', "\\", '"', "/", "\b\f\n\r\t", "\x7f\x80\u2028", "é",
+             "한글", "😀", "\ud83d", "\udc7f", "\0", "{}")
+    NAMES = ("claude-sonnet-4-5", "claude-opus-5", "claude-haiku-4-5", "gpt-5", "", "클로드", "\\u0063laude-\\")
+    NUMBERS = ("0", "-0", "1", "-1.50", "1E+5", "1e-400", "1e400", "9007199254740993", "9" * 400, "0." + "3" * 500,
+               "9" * 5000)
+
+    def space(self):
+        return self.choice(("", "", "", "", " ", "\n  ", "\t", "\r\n", " " * 50))
+
+    def string(self, text):
+        """Return `text` as a JSON string, some of its characters escaped."""
+        if self.random() < 0.7:
+            return json.dumps(text, ensure_ascii=self.random() < 0.5 or not text.isprintable())
+        out = []
+        for character in text:
+            if self.random() < 0.2 or not character.isprintable() or character in '"\\':
+                coded = character.encode("utf-16-be", "surrogatepass")
+                coded = ["%02x%02x" % (coded[at], coded[at + 1]) for at in range(0, len(coded), 2)]
+                out += ["\\u" + (digits.upper() if self.random() < 0.5 else digits) for digits in coded]
+            else:
+                out.append("\\/" if character == "/" else character)
+        return '"%s"' % "".join(out)
+
+    def items(self, opening, closing, items):
+        """Return `items` between brackets, with commas, and white space wherever it may be."""
+        inside = ",".join(self.space() + item + self.space() for item in items)
+        return opening + (inside or self.space()) + closing
+
+    def member(self, key, value):
+        return self.string(key) + self.space() + ":" + self.space() + value
+
+    def value(self, depth=3):
+        kind = self.randrange(9 if depth else 6)
+        if kind < 3:
+            return self.string(self.choice(self.WORDS))
+        if kind < 5:
+            return self.choice(self.NUMBERS)
+        if kind == 5:
+            return self.choice(("null", "true", "false"))
+        if kind == 6:
+            return self.items("[", "]", [self.value(depth - 1) for _ in range(self.randrange(4))])
+        return self.object(depth - 1)
+
+    def object(self, depth):
+        return self.items("{", "}", [self.member(self.choice(self.WORDS), self.value(depth))
+                                     for _ in range(self.randrange(5))])
+
+    def body(self):
+        """Return a body: most often an object with a model somewhere, and then damaged or not."""
+        kind = self.random()
+        if kind < 0.06:
+            text = self.value()
+        elif kind < 0.08:
+            depth = self.choice((50, 150, 100_000))
+            nest = self.choice(("[%s]", '{"model":%s}', '{"a": %s}')).split("%s")
+            text = '{"x":%s%s,"model":"claude-opus-5"}' % (nest[0] * depth + self.choice(("", "1")), nest[1] * depth)
+        else:
+            members = [self.member(self.choice(self.WORDS), self.value()) for _ in range(self.randrange(6))]
+            for _ in range(self.choice((1, 1, 1, 2))):
+                value = self.value(1) if self.random() < 0.15 else self.string(self.choice(self.NAMES + self.WORDS))
+                key = self.string("model") if self.random() < 0.2 else '"model"'
+                members.insert(self.choice((0, 0, self.randrange(len(members) + 1))),
+                               key + self.space() + ":" + self.space() + value)
+            text = self.space() + self.items("{", "}", members) + self.space()
+        return self.damage(text.encode()) if self.random() < 0.35 else text.encode()
+
+    def damage(self, body):
+        at, kind = self.randrange(len(body) + 1), self.randrange(9)
+        if kind == 0:
+            return body[:at]
+        if kind == 1:
+            return b"\xef\xbb\xbf" + body
+        if kind == 2:
+            return body + self.choice((b"x", b"{}", b",", b"\0", b"}", b"\x0c", b"\xc2\xa0"))
+        if kind == 3:
+            return re.sub(rb"\b(null|true|1)\b", self.choice((b"NaN", b"Infinity", b"-Infinity", b"nul", b"01", b"+1",
+                                                              b".5", b"1.", b"0x1", b"'a'", b"1 1")), body, count=1)
+        if kind == 4:
+            return body[:at] + self.choice((b"\xff", b"\xc3", b"\xed\xa0\xbd", b"\x80", b"\xf5")) + body[at:]
+        if kind == 5:
+            return body[:at] + body[at + self.randrange(1, 9):]
+        if kind == 6:
+            return body[:at] + self.choice((b",", b'"', b"\\", b"{", b"}", b"[", b"]", b":", b"\x1f", b"\x0b", b"//",
+                                            b"\n")) + body[at:]
+        if kind == 7:
+            return body.decode().encode(self.choice(("utf-16", "utf-16-le", "utf-32")))
+        return body[:at] + body[at:at + 9] + body[at:]
+
+
+class Conversations(BodyDice):
+    """A source of bodies with thinking blocks, and of the very bytes that may be left of each."""
+
+    def block(self):
+        """Return (JSON text of a content block, whether it is to go)."""
+        if self.random() < 0.1:
+            return self.choice(("7", "null", '"thinking"', '["thinking"]', "[]", "{}", '{"type":7}')), False
+        kind = self.choice(("thinking", "thinking", "redacted_thinking", "text", "text", "tool_use", "tool_result",
+                            "Thinking", "thinking ", "redacted"))
+        members = [self.member(self.choice(("text", "thinking", "signature", "data", "input", "x")), self.value(2))
+                   for _ in range(self.randrange(3))]
+        if kind == "tool_result":
+            members.append(self.member("content", '[{"type":"thinking","thinking":"nested"}]'))
+        members.insert(self.randrange(len(members) + 1), self.member("type", self.string(kind)))
+        if self.random() < 0.1:
+            members.append(self.member("type", '"text"' if kind.endswith("thinking") else '"thinking"'))
+        return self.items("{", "}", members), kind in ("thinking", "redacted_thinking")
+
+    def conversation(self):
+        """Return (body, what must be left of it in pieces, None being any white space; None: nothing to take out)."""
+        whole, left, found = [], [], False
+
+        def add(text, pieces=None):
+            whole.append(text)
+            left.extend(pieces or [text])
+
+        def add_members(members):
+            add("{")
+            for number, (key, write) in enumerate(members):
+                add((self.space() + "," if number else "") + self.space() + self.string(key) + self.space() + ":"
+                    + self.space())
+                write()
+            add(self.space() + "}")
+
+        def add_content():
+            nonlocal found
+            if self.random() < 0.2:
+                add(self.choice(('"thinking"', "null", "7", '{"type":"thinking"}', "[]")))
+                return
+            blocks = [self.block() for _ in range(self.choice((1, 1, 2, 3, 5)))]
+            text = self.items("[", "]", [text for text, _ in blocks])
+            if not any(goes for _, goes in blocks):
+                add(text)
+                return
+            found = True
+            kept = [text for text, goes in blocks if not goes] or ['{"type":"text","text":"(no content)"}']
+            pieces = [piece for block in kept for piece in (",", None, block, None)]
+            add(text, ["[", *pieces[1:], "]"])
+
+        def add_message():
+            others = [(key, lambda: add(self.value(2))) for key in ("role", "id", "thinking")[:self.randrange(4)]]
+            others.insert(self.randrange(len(others) + 1), ("content", add_content))
+            add_members(others)
+
+        def add_messages():
+            add("[" + self.space())
+            for number in range(self.randrange(4)):
+                add("," + self.space() if number else "")
+                add_message()
+                add(self.space())
+            add("]")
+
+        members = [(key, lambda: add(self.value(2))) for key in ("model", "max_tokens", "stream", "tools")]
+        members.append(("system", lambda: add('[{"type":"thinking","thinking":"no message"}]')))
+        self.shuffle(members)
+        members = members[:self.randrange(6)]
+        members.insert(self.randrange(len(members) + 1), ("messages", add_messages))
+        if self.random() < 0.1:
+            members.append(("messages", lambda: add('[{"content":[{"type":"thinking"}]}]')))
+        add(self.space())
+        add_members(members)
+        add(self.space())
+        left = [piece if piece is None else piece.encode() for piece in left]
+        return "".join(whole).encode(), left if found else None
+
+
+def consists_of(pieces, data):
+    """Return whether `data` is these pieces one after the other; a piece None is any white space."""
+    at = 0
+    for piece in pieces:
+        if piece is not None and not data.startswith(piece, at):
+            return False
+        at = skip_space(data, at) if piece is None else at + len(piece)
+    return at == len(data)
+
+
+def healed(members):
+    """Return the JSON object `members` without the thinking blocks of its messages; None if there are none."""
+    place = members.first("messages")
+    messages, found = list(members[place][1]), False
+    for number, message in enumerate(messages):
+        at = message.first("content")
+        content = message[at][1]
+        if isinstance(content, Pairs) or not isinstance(content, list):
+            continue
+        kept = [block for block in content if not (
+            isinstance(block, Pairs) and block.first("type") is not None
+            and block[block.first("type")][1] in ("thinking", "redacted_thinking"))]
+        if len(kept) < len(content):
+            found = True
+            kept = kept or [Pairs([("type", "text"), ("text", "(no content)")])]
+            messages[number] = Pairs(message[:at] + [("content", kept)] + message[at + 1:])
+    return Pairs(members[:place] + [("messages", messages)] + members[place + 1:]) if found else None
+
+
+def run_cases(what, cases, share, dice_class, case):
+    """Call `case` with the dice of each of `cases` / `share` cases; a failure tells how to have it again."""
+    announce(cases // share, "random %s" % what)
+    for number in range(cases // share):
+        try:
+            case(dice_class("%s/%s/%d" % (FUZZ_SEED, what, number)))
+        except Exception as problem:
+            raise AssertionError("RROUTER_FUZZ_SEED=%s RROUTER_FUZZ_CASES=%d, number %d of the %s: %s: %s" % (
+                FUZZ_SEED, cases, number, what, type(problem).__name__, problem)) from problem
+
+
+class SpliceFuzzTest(ProxyTest):
+    """Random bodies, sound and damaged, against `json` as the oracle.
+
+    Of a body only the value of the first top-level `model` changes, if that is a string; every other byte stays.  What
+    is no JSON as a whole (NaN is none) passes untouched; behind a plain leading `model` nothing is examined.  Healing
+    takes thinking blocks out of the messages, with the comma that is then too much, and changes nothing else.
+
+    RROUTER_FUZZ_SEED gives the seed again, RROUTER_FUZZ_CASES the number of cases.
+    """
+
+    CASES = fuzz_cases(3000, soak=100_000)
+    LIVE_CASES = 200
+
+
+    def expected(self, body, new):
+        """Return `body` with the model `new`, or as it is; `new` is a function of the name."""
+        name, whole = meant_model(body)
+        if name is None or new(name) == name:
+            return body
+        start, end = leading_model(body) if not whole else self.place_of(body, name)
+        spliced = body[:start] + json.dumps(new(name)).encode() + body[end:]
+        if whole:
+            before, after = strict_json(body), strict_json(spliced)
+            before[before.first("model")] = ("model", new(name))
+            self.assertEqual(after, before)
+        return spliced
+
+    def place_of(self, body, name):
+        """Return (start, end) of the value that rrouter names, which must be the string `name` in full."""
+        start, end, _ = rrouter.find_model(body)
+        self.assertEqual(strict_json(body[start:end]), name)
+        return start, end
+
+    def test_one_value_changes_and_no_other_byte(self):
+        def case(dice):
+            body = dice.body()
+            name, _ = meant_model(body)
+            given = dice.choice((bytes, bytearray, memoryview))(body)
+            found = rrouter.find_model(given)
+            self.assertEqual(found and found[2], name, body[:3000])
+            new = dice.choice(dice.WORDS)
+            if found and new != name:
+                spliced = b"".join(rrouter.splice(given, found[0], found[1], new))
+                self.assertEqual(spliced, self.expected(body, lambda _: new))
+
+        run_cases("bodies", self.CASES, 1, BodyDice, case)
+
+    def test_the_upstream_gets_it_so(self):
+        rules = [(rule["match"][:-1], rule["rewrite"]) for rule in
+                 rrouter.DEFAULT_CONFIG["modes"]["antigravity"]["mappings"]]
+
+        def rewritten(name):
+            return next((new for prefix, new in rules if name.startswith(prefix)), name)
+
+        def case(dice):
+            body = dice.body()
+            connection.sendall(request_bytes(body=body, port=self.rrouter.port))
+            reply = read_reply_from(reader, "POST")
+            self.assertEqual(reply.status, 200)
+            self.assertEqual(self.upstream.received.pop().body, self.expected(body, rewritten))
+            self.assertEqual(reply.header("x-rrouter-target"), None if meant_model(body)[0] is None else "antigravity")
+
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            run_cases("bodies over the wire", self.CASES, 15, BodyDice, case)
+
+    def test_healing_takes_thinking_blocks_and_no_other_byte(self):
+        def case(dice):
+            body, pieces = dice.conversation()
+            result = rrouter.without_thinking(body)
+            self.assertEqual(result is None, pieces is None, body)
+            if result is not None:
+                self.assertTrue(consists_of(pieces, result), "%r became %r" % (body, result))
+                self.assertEqual(strict_json(result), healed(strict_json(body)))
+
+        run_cases("conversations", self.CASES, 3, Conversations, case)
+
+    def test_healing_of_damaged_bodies_fits_what_is_left_of_them(self):
+        def case(dice):
+            body = dice.damage(dice.conversation()[0])
+            result = rrouter.without_thinking(body)
+            try:
+                wanted = healed(strict_json(body))
+            except (ValueError, TypeError, AttributeError):     # no JSON, or messages that are none
+                self.assertTrue(result is None or len(result) < len(body) + 40, body)
+            else:
+                self.assertEqual(result and strict_json(result), wanted, body)
+
+        run_cases("damaged conversations", self.CASES, 3, Conversations, case)
+
+
 # Faults on both sides #########################################################
 
 class HalfSentTest(RouterTest):
