@@ -3683,6 +3683,218 @@ class SpliceFuzzTest(ProxyTest):
         run_cases("damaged conversations", self.CASES, 3, Conversations, case)
 
 
+# File fuzz ####################################################################
+
+def nested_text(depth):
+    return Number("[" * depth + "]" * depth)
+
+
+class ConfigDice(BodyDice):
+    """A source of contents of config.json and of the mode file, most of them wrong in some way."""
+
+    ODD = (None, True, False, "", "x", "auto", "one", "Loud", "a b", "é", "\ud83d", "a\nb\x1b[31m", "x" * 5000,
+           "*", "[", "[z-a]", "[!a", "[[a--b&&c]*", "*a" * 50,
+           [], ["one"], ["one", "one"], ["two", "one"], ["one", 2], [[]], nested_text(50), nested_text(100_000),
+           Pairs(), Pairs([("match", "*"), ("rewrite", "odd")]), Pairs([("one", Pairs())]),
+           *map(Number, ("0", "1", "2", "-1", "0.5", "1.0", "150", "1e3", "1e18", "1e999", "-0", "NaN", "Infinity",
+                         "-Infinity", "9" * 30, "9" * 5000, "01", "0x1", "nan")))
+    KEYS = ("modes", "defaultMode", "auto", "mappings", "match", "rewrite", "targets", "failureThreshold",
+            "timeoutThreshold", "cooldownMinutes", "firstByteTimeoutSeconds", "one", "two", "spare", "colour", "", "\0")
+
+    def write(self, value):
+        """Return `value` as JSON text."""
+        if isinstance(value, Pairs):
+            return self.items("{", "}", [self.member(key, self.write(member)) for key, member in value])
+        if isinstance(value, list):
+            return self.items("[", "]", list(map(self.write, value)))
+        if isinstance(value, Number):
+            return value
+        return self.string(value) if isinstance(value, str) else json.dumps(value)
+
+    def places(self, value):
+        """Yield (container, index) of every member and element in `value`."""
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                yield value, index
+                yield from self.places(item[1] if isinstance(value, Pairs) else item)
+
+    def change(self, config):
+        """Change one place of the tree `config`."""
+        container, index = self.choice(list(self.places(config)) or [(Pairs(), 0)])
+        if not container:
+            return
+        has_keys, way = isinstance(container, Pairs), self.randrange(8)
+        if way == 0:
+            del container[index]
+        elif way == 1:
+            container.insert(index, container[index])
+        elif way == 2 and has_keys:
+            container[index] = (self.choice(self.KEYS), container[index][1])
+        elif way == 3 and has_keys:
+            container.insert(index, (self.choice(self.KEYS), self.choice(self.ODD)))
+        else:
+            odd = self.choice(self.ODD)
+            container[index] = (container[index][0], odd) if has_keys else odd
+
+    def config(self, number):
+        """Return the content of a config.json of this edition, none to three places of it changed, or spoilt whole."""
+        auto = {"targets": ["one", "two"], "failureThreshold": 3, "timeoutThreshold": 2, "cooldownMinutes": [30, 0.5],
+                "firstByteTimeoutSeconds": 150}
+        config = STRICT.decode(json.dumps(switchboard(number, auto=auto)))
+        for _ in range(self.choice((0, 1, 1, 1, 2, 3))):
+            self.change(config)
+        content = (self.space() + self.write(config) + self.space()).encode()
+        kind = self.random()
+        if kind < 0.2:
+            return self.damage(content)
+        if kind < 0.26:
+            return self.choice((
+                b"", b" \n", b"\0" * 64, content + content, b"\0" + content, b"\\\"" * 50_000, b"{" * 100_000,
+                b" " * 2_000_000 + content, b" " * 700_000 + content, self.body()))
+        return content
+
+    def mode(self):
+        """Return the content of a mode file."""
+        word = self.choice((
+            b"one", b"two", b"spare", b"auto", b"ONE", b"Auto", b"three", b"", b"one two", b"\xef\xbb\xbfone", b"\0",
+            b"on\xffe", b"\x1b[31mone", "\u00e9in".encode(), b"x" * 5000, b"one\ntwo", b"a" * 2_000_000))
+        return self.choice((b"", b" ", b"\n", b"\t\r\n")) + word + self.choice((b"", b"\n", b"\r\n", b" \n\n"))
+
+
+class FileFuzzTest(RouterTest):
+    """Random contents of config.json and of the mode file, and what is no file at all in their places.
+
+    A content is taken as a whole or refused as a whole with one line that says why, and the last good one stays in
+    force: for requests, and in /health.  What is to be taken is decided by `config_of` alone, without any file.
+
+    RROUTER_FUZZ_SEED gives the seed again, RROUTER_FUZZ_CASES the number of cases.
+    """
+
+    CASES = fuzz_cases(2000, soak=20_000)
+
+    @classmethod
+    def setUpClass(cls):
+        cls.config, cls.mode = switchboard(0), "one"
+        super().setUpClass()
+
+    def judged(self, content):
+        """Return (config in this content or None, the complaint in one line or None)."""
+        try:
+            return rrouter.config_of(content), None
+        except (rrouter.ConfigError, UnicodeDecodeError) as problem:
+            complaint = rrouter.complain_about_config(problem)
+            self.assertRegex(complaint, r"\Aconfig\.json: ?[^\0-\x1f\x7f]+\Z")
+            return None, complaint
+
+    def test_a_config_is_taken_or_refused_as_a_whole(self):
+        taken = []
+
+        def case(dice):
+            content = dice.config(1)
+            config, _ = self.judged(content)
+            if config is None:
+                return
+            taken.append(config)
+            STRICT.decode(content.decode("utf-8-sig"))          # raises where Python alone would take it for JSON
+            again = rrouter.parse_config(rrouter.config_text(config))
+            for seconds, others in zip(config.auto.cooldowns_s, again.auto.cooldowns_s):
+                self.assertAlmostEqual(seconds, others)
+            auto = again.auto._replace(cooldowns_s=config.auto.cooldowns_s)
+            self.assertEqual(again._replace(auto=auto, problems=config.problems), config)
+            for word in ("one", "auto", "nosuch", config.default_mode):
+                mode = config.resolve(word)
+                self.assertTrue(mode in config.modes or (mode == "auto" and not config.auto_error), mode)
+                for target in config.auto.targets if mode == "auto" else [mode]:
+                    self.assertIsInstance(rrouter.decide_route(config, target, "claude-sonnet-5-5").model, str)
+
+        run_cases("contents", self.CASES, 1, ConfigDice, case)
+        self.assertTrue(self.CASES // 10 < len(taken) < self.CASES * 9 // 10, "%d taken" % len(taken))
+
+    def test_depth_at_the_edge_of_what_python_reads_is_refused_like_any_other(self):
+        for depth in range(900, 1020):
+            for opening, closing in (("[", "]"), ('{"modes":', "}"), ('{"modes":{"a":{"mappings":[', "]}}}")):
+                self.judged(("%s1%s" % (opening * depth, closing * depth)).encode())
+
+    def test_a_megabyte_of_quotes_is_refused_at_once(self):
+        for content in (b'\\"' * 500_000, b'"\\\n' * 300_000, b'"' + b"\\" * 900_001, b"9" * 999_999, b"-" * 999_999):
+            self.assertIsNone(self.judged(content)[0])          # where it takes hours, the suite is ended
+
+    def test_live_files_of_any_kind_stop_no_request(self):
+        home, state = self.rrouter.home, {"edition": 0}
+        state.update(config=rrouter.config_of((home.dir / "config.json").read_bytes()), complaint=None, word="one",
+                     mode_complaint=None)
+        directory = home.root / "a directory"
+        directory.mkdir()
+
+        def odd_thing(dice, name):
+            """Put what is no file in the place of the file, or nothing; return how it is told, None for nothing."""
+            path, fresh, way = str(home.dir / name), str(home.dir / "odd.new"), dice.randrange(4)
+            if way == 0:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                return None
+            make = (os.mkfifo, lambda fresh: os.symlink(path, fresh), lambda fresh: os.symlink(str(directory), fresh))
+            make[way - 1](fresh)
+            os.replace(fresh, path)
+            return "config.json: cannot be read: " if name == "config.json" else "mode: "
+
+        def write_config(dice):
+            if dice.random() < 0.1:
+                state["complaint"] = odd_thing(dice, "config.json")
+                if state["complaint"] is None:
+                    state["config"] = rrouter.config_of(None)
+                return
+            state["edition"] += 1
+            content = dice.config(state["edition"] % 1000)
+            put(home, "config.json", content)
+            if len(content) > 1 << 20:
+                state["complaint"] = "config.json: cannot be read: larger than 1048576 bytes"
+            else:
+                config, state["complaint"] = self.judged(content)
+                state["config"] = config or state["config"]
+
+        def write_mode(dice):
+            if dice.random() < 0.1:
+                state["mode_complaint"] = odd_thing(dice, "mode")
+                if state["mode_complaint"] is None:
+                    state["word"] = None
+                return
+            content = dice.mode()
+            put(home, "mode", content)
+            state["mode_complaint"] = "mode: larger than 1048576 bytes" if len(content) > 1 << 20 else None
+            if state["mode_complaint"] is None:
+                state["word"] = content.decode("utf-8", "replace").strip().lower() or state["word"]
+
+        def case(dice):
+            (write_mode if dice.random() < 0.3 else write_config)(dice)
+            config, word = state["config"], state["word"]
+            mode = config.resolve(config.default_mode if word is None else word)
+            targets = [mode]
+            if mode == "auto":      # a limit too short for a loaded machine sends the request to the other target
+                targets = config.auto.targets[:1 if config.auto.first_byte_s > 5 else 2]
+            self.assertEqual(self.rrouter.post().status, 200)
+            self.assertIn(self.upstream.models()[-1], [
+                rrouter.decide_route(config, target, "claude-sonnet-5-5").model for target in targets])
+            self.upstream.clear()
+            health = self.rrouter.health()
+            self.assertEqual([health[name] for name in ("status", "mode", "defaultMode")],
+                             ["ok", mode, config.default_mode])
+            problems = health["problems"]
+            self.assertNotIn("Traceback", "".join(problems))
+            expected = [complaint for complaint in (state["complaint"], state["mode_complaint"]) if complaint]
+            expected += ["config.json: " + problem for problem in config.problems]
+            if word not in (None, mode, "auto"):
+                expected.append("mode: ")
+            for complaint in expected:
+                self.assertTrue(any(problem.startswith(complaint) for problem in problems), (complaint, problems))
+            if not expected and word != "auto":
+                self.assertEqual(problems, [])
+
+        run_cases("files", self.CASES, 13, ConfigDice, case)
+        self.assertNotIn("internal error", self.rrouter.printed())
+        self.assertIsNone(self.rrouter.process.poll())
+
+
 # Faults on both sides #########################################################
 
 class HalfSentTest(RouterTest):
@@ -8742,6 +8954,7 @@ class ClaudeCodeTest(RouterTest):
 # Running them #################################################################
 
 WORKERS = 3             # the tests wait more than they compute
+SOAKED = "SoakTest", "FuzzTest", "SpliceFuzzTest", "FileFuzzTest"   # what --soak runs, at length
 
 
 def run_side_by_side():
@@ -8786,7 +8999,7 @@ def run_classes(classes, queue, results):
 
 if __name__ == "__main__":
     if "--soak" in sys.argv:
-        os.execve(sys.executable, [sys.executable, __file__, "SoakTest"],
+        os.execve(sys.executable, [sys.executable, __file__, *SOAKED],
                   dict(os.environ, RROUTER_SOAK="".join(sys.argv[sys.argv.index("--soak") + 1:]) or "20260129"))
     if len(sys.argv) > 1:
         unittest.main()
