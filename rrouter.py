@@ -510,7 +510,7 @@ def _is_host_name(host: str) -> bool:
 
 
 def _without_password(url: str) -> str:
-    return re.sub("//.*@", "//***@", url)
+    return re.sub(r"(?s)\A([A-Za-z]+:/+)?.*@", r"\1***@", url)
 
 
 def read_environment(environ: Dict[str, str]) -> Settings:

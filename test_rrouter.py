@@ -4065,6 +4065,9 @@ class SmallDefectsTest(unittest.TestCase):
         ("RROUTER_HOST",   "a" * 70),
         ("RROUTER_UPSTREAM", "http://a..b:80"),
         ("RROUTER_UPSTREAM", "http://user:pa@ss/word@host"),
+        ("RROUTER_UPSTREAM", "user:word@host:8317"),
+        ("RROUTER_UPSTREAM", "http:user:word@host"),
+        ("RROUTER_UPSTREAM", "http:/user:pass\nword@host"),
     )
 
     def test_host_names_that_are_none_are_refused_and_passwords_not_shown(self):
