@@ -1626,9 +1626,9 @@ class Log:
 
     def _note(self, error: Optional[OSError]) -> None:
         """Keep the problem for /health; say it once on stderr, which is all that is left."""
-        problem = "%s: %s: log lines are lost" % (self._path, reason_of(error)) if error is not None else None
-        if problem and not self.problem:
-            _write_all(2, ("rrouter: %s\n" % problem).encode("utf-8", "replace"))
+        problem = "rrouter.log: %s: log lines are lost" % reason_of(error) if error is not None else None
+        if problem and not self.problem:        # the path, which /health does not tell, names the user
+            _write_all(2, ("rrouter: %s (%s)\n" % (problem, self._path)).encode("utf-8", "replace"))
         self.problem = problem
 
     def reopen(self) -> None:
