@@ -2538,6 +2538,302 @@ class HealthTest(ProxyTest):
         self.assertIn("[REQ]", self.rrouter.log())
 
 
+# What a web page can send besides, on a page of its own or under a name that it lets point to 127.0.0.1.
+PREFLIGHT = ("Access-Control-Request-Method: POST\r\nAccess-Control-Request-Headers: content-type, x-api-key\r\n"
+             "Access-Control-Request-Private-Network: true\r\n")
+PAGES = (
+    # what, request line, fields, body
+    ("a preflight", "OPTIONS /v1/messages", "Origin: https://evil.com\r\n" + PREFLIGHT, ""),
+    ("a preflight of a sandboxed frame", "OPTIONS /v1/messages", "Origin: null\r\n" + PREFLIGHT, ""),
+    ("a post that needs no preflight", "POST /v1/messages", "Origin: https://evil.com\r\nContent-Type: text/plain\r\n",
+     '{"model":"claude-opus-5"}'),
+    ("a form", "POST /v1/messages", "Origin: null\r\nContent-Type: application/x-www-form-urlencoded\r\n", "model=x"),
+    ("a beacon", "POST /v1/messages",
+     "Origin: http://evil.com\r\nContent-Type: text/plain\r\nSec-Fetch-Mode: no-cors\r\n",
+     "GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+    ("an image", "GET /v1/models", "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: no-cors\r\n", ""),
+    ("a link", "GET /v1/models",
+     "Sec-Fetch-Site: cross-site\r\nSec-Fetch-Mode: navigate\r\nSec-Fetch-User: ?1\r\n", ""),
+    ("a web socket", "GET /", "Origin: https://evil.com\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+     "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n", ""),
+    ("a browser that says it may", "POST /v1/messages",
+     "Origin: https://evil.com\r\nanthropic-dangerous-direct-browser-access: true\r\n", "{}"),
+    ("a chunked post", "POST /v1/messages", "Origin: https://evil.com\r\nTransfer-Encoding: chunked\r\n",
+     "2\r\n{}\r\n0\r\n\r\n"),
+    ("a large post that waits", "POST /v1/messages", "Origin: https://evil.com\r\nExpect: 100-continue\r\n",
+     "x" * 9999),
+)
+FOREIGN_NAMES = ("evil.com", "7f000001.c0a80001.rbndr.us", "localtest.me", "lvh.me", "localhost.localdomain",
+                 "ip6-localhost", "127.0.0.2", "127.000.000.001", "0177.0.0.1", "[::ffff:127.0.0.1]",
+                 "[0:0:0:0:0:0:0:1]", "[::1%25lo]", "localhost..", "localhost%00.evil.com",
+                 "localhost%2eevil.com", "localhost:8316.evil.com", "localhost:8316@evil.com",
+                 "localhost\\.evil.com", "localhost;evil.com", "*", "%6cocalhost", "localhost:99999999")
+OPENING_FIELDS = ("Access-Control-Allow-Origin: *", "access-control-allow-credentials: true",
+                  "ACCESS-CONTROL-ALLOW-METHODS: POST", "Access-Control-Allow-Headers: *", "Access-Control-Max-Age: 9",
+                  "Access-Control-Expose-Headers: *", "Access-Control-Allow-Private-Network: true",
+                  "Access-Control-Allow-Origin: https://evil.com")
+
+
+class WebPageTest(ProxyTest):
+    """What a web page may try to spend the user's quota, or to learn who the user is."""
+
+    def test_requests_of_pages_are_refused_whatever_their_kind(self):
+        for what, line, fields, body in PAGES:
+            with self.subTest(what):
+                length = "" if "Transfer-Encoding" in fields or not body else "Content-Length: %d\r\n" % len(body)
+                data = "%s HTTP/1.1\r\nHost: localhost\r\n%s%s\r\n%s" % (line, fields, length, body)
+                reply = self.assert_refused(data.encode(), 403)
+                self.assertFalse([name for name, _ in reply.fields if name.lower().startswith("access-control")])
+
+    def test_names_that_lead_here_are_not_enough(self):
+        """A name of the page's own can be rebound to 127.0.0.1; then its requests are not even cross-site."""
+        for name in FOREIGN_NAMES:
+            for head in ("GET /health HTTP/1.1\r\nHost: %s\r\n", "GET http://%s/health HTTP/1.1\r\nHost: localhost\r\n",
+                         "GET /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://%s\r\n",
+                         "POST /v1/messages HTTP/1.0\r\nHost: %s\r\nSec-Fetch-Site: same-origin\r\n"):
+                with self.subTest(head % name):
+                    self.assert_refused((head % name + "\r\n").encode(), 400, 403)
+
+    def test_odd_spellings_of_this_machine_are_served(self):
+        for head in ("Host: localhost.", "Host: localhost:", "Host: \tLocalHost:8316 ", "Host: 127.0.0.1.:8316",
+                     "Host: localhost\r\nOrigin: HTTP://LOCALHOST:3000", "Host: localhost\r\nOrigin: https://[::1]",
+                     "Host: localhost\r\nSec-Fetch-Site: same-site",
+                     "Host: localhost\r\nSec-Fetch-Site: none\r\nSec-Fetch-Mode: navigate"):
+            with self.subTest(head):
+                data = "GET / HTTP/1.1\r\n%s\r\n\r\n" % head
+                self.assertEqual(self.converse(data.encode(), "GET")[0].status, 200)
+
+    def test_words_of_browsers_are_read_in_any_case_and_on_any_line(self):
+        for fields in ("Sec-Fetch-Site: CROSS-SITE", "sec-fetch-site:cross-site",
+                       "Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site", "Origin:",
+                       "Origin: http://localhost https://evil.com", "Origin: http://localhost,https://evil.com",
+                       "Origin: //localhost", "Origin: localhost", "Origin: ws://localhost",
+                       "Origin: http://localhost/", "Origin: moz-extension://0f6c", "ORIGIN:\thttps://evil.com"):
+            with self.subTest(fields):
+                self.assert_refused(("GET / HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n" % fields).encode(), 403)
+
+    def test_no_answer_opens_rrouter_to_a_page(self):
+        """Not even one to a page of this machine, nor one without a body, an error or an interim one."""
+        opening = "\r\n".join(OPENING_FIELDS)
+        answers = (
+            ("GET", "HTTP/1.1 200 OK\r\n%s\r\nContent-Length: 2\r\n\r\n{}"),
+            ("OPTIONS", "HTTP/1.1 204 No Content\r\n%s\r\n\r\n"),
+            ("HEAD", "HTTP/1.1 200 OK\r\n%s\r\nContent-Length: 2\r\n\r\n"),
+            ("POST", "HTTP/1.1 403 No\r\nX: y\r\n%s\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"),
+            ("POST", "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n%s\r\n\r\ndata: x\n\n"),
+            ("GET", "HTTP/1.1 103 Early Hints\r\n%s\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
+            ("GET", "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n%s\r\n\r\n"))
+        for method, answer in answers:
+            with self.subTest(answer):
+                self.upstream.play(Answer(raw=(answer % opening).encode()))
+                data = self.rrouter.exchange(("%s / HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost:3000\r\n"
+                                              "Connection: close\r\n\r\n" % method).encode())
+                self.assertRegex(data, b"(?s)\\AHTTP/1\\.1 .*\r\n\r\n")
+                self.assertNotIn(b"access-control", data.lower())
+
+    def test_health_tells_neither_user_nor_requests(self):
+        """Problems of every file included."""
+        home, canary = self.rrouter.home, "cAnArY"
+        self.upstream.play(error(500, canary), Answer())
+        self.rrouter.post(target="/v1/%s?%s" % (canary, canary), system=canary, fields=(("X-Api-Key", canary),))
+        home.write("config.json", "{")
+        home.write("mode", "nosuch\n")
+        logs = home.dir / "logs"
+        logs.rename(home.dir / "kept")
+        logs.write_text("")                 # a file in the place of the directory
+        try:
+            self.rrouter.wait_until(lambda: len(self.rrouter.health()["problems"]) == 3)
+            text = json.dumps(self.rrouter.health())
+        finally:
+            logs.unlink()
+            (home.dir / "kept").rename(logs)
+            (home.dir / "config.json").unlink()
+            home.write("mode", self.mode + "\n")
+        for secret in (canary, str(home.root), os.path.expanduser("~"), ".rrouter", "sk-test"):
+            self.assertNotIn(secret, text)
+        self.rrouter.wait_until(lambda: not self.rrouter.health()["problems"])
+
+
+SECRET_FIELDS = ("Authorization", "X-Api-Key", "Cookie", "Proxy-Authorization", "anthropic-beta", "User-Agent",
+                 "Referer", "X-Claude-Code-Session-Id", "X-Anything")
+
+
+class SecretsTest(unittest.TestCase):
+    """No header value, query or body is written anywhere, whatever becomes of the request.
+
+    Each kind of place has a word of its own, so that a failure tells where it came from.
+    """
+
+    def setUp(self):
+        self.upstream = Upstream()
+        self.addCleanup(self.upstream.close)
+        self.words = {place: "sk-%s-%08x" % (place, random.getrandbits(32)) for place in (
+            "header", "query", "body", "answerfield", "answerbody", "reason", "chunk", "userinfo", "environment")}
+
+    def fields(self):
+        return [(name, "Bearer " + self.words["header"]) for name in SECRET_FIELDS]
+
+    def request(self, router, *answers, **members):
+        """Make one request full of secrets, answered with `answers`; return the reply."""
+        self.upstream.clear()
+        self.upstream.play(*answers)
+        body = json.dumps(dict({"model": "claude-sonnet-5-5", "stream": True, "system": self.words["body"]}, **members))
+        return router.request("POST", "/v1/messages?key=" + self.words["query"], body.encode(), self.fields())
+
+    def assert_silent(self, *texts, files=None):
+        """None of the words is in these texts, nor in any file under the directory `files`."""
+        texts = [("output", text) for text in texts] + [
+            (str(path), path.read_text(errors="replace")) for path in files.rglob("*") if path.is_file()]
+        for where, text in texts:
+            for place, word in self.words.items():
+                self.assertNotIn(word, text, "%s: %s" % (where, place))
+
+    def answers(self):
+        """Return scripts of answers full of secrets, for one request each."""
+        words, field = self.words, ("Set-Cookie", self.words["answerfield"])
+        told = [("Retry-After", words["answerfield"]), ("Content-Type", words["answerfield"]), field]
+        chunk = event("content_block_delta", delta={"text": words["chunk"]})
+        broken = [("HTTP/1.1 %s\r\n\r\n" % words["reason"]), "%s\r\n\r\n" % words["reason"],
+                  "HTTP/1.1 200 %s\r\n%s\r\n\r\n" % (words["reason"], words["answerfield"]),
+                  "HTTP/1.1 200 OK\r\nX: a\rb %s\r\n\r\n" % words["answerfield"],
+                  "HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n" % words["answerfield"],
+                  "HTTP/1.1 200 OK\r\nTransfer-Encoding: %s\r\n\r\n" % words["answerfield"],
+                  "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n" % words["chunk"],
+                  "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n%s" % words["chunk"]]
+        return [
+            (Answer(200, words["answerbody"].encode(), fields=told, reason=words["reason"]),),
+            (error(500, words["answerbody"], fields=told), error(429, words["answerbody"], words["answerbody"], told)),
+            (error(401, words["answerbody"], fields=told), stream(chunk)),
+            (error(502, "unknown provider for model " + words["answerbody"]),) * 2,
+            (error(400, "Corrupted thought signature. " + words["answerbody"]), stream(chunk)),
+            (error(400, "Corrupted thought signature. " + words["answerbody"]),) * 3,
+            (stream(event("error", error={"type": words["chunk"], "message": words["chunk"]})), stream(chunk)),
+            (stream(chunk, event("error", error={"type": words["chunk"]})),),
+            (stream(chunk, cut=True),), (stream(cut=True, framing="length"),), (Answer(hangup=True),) * 2,
+            *((Answer(raw=text.encode()),) * 2 for text in broken)]
+
+    def malformed(self):
+        """Return requests that are refused, full of secrets."""
+        words = self.words
+        start = "POST /v1/messages?key=%s HTTP/1.1\r\nHost: localhost\r\n" % words["query"]
+        lines = ("Authorization %s" % words["header"], words["header"], "X-Api-Key : %s" % words["header"],
+                 "Authorization: Bearer\r\n %s" % words["header"], "Cookie: %s\0" % words["header"],
+                 "Content-Length: %s" % words["header"], "Content-Length: 1\r\nContent-Length: %s" % words["header"],
+                 "Transfer-Encoding: %s" % words["header"], "Expect: %s" % words["header"],
+                 "Host: %s" % words["header"], "Origin: http://%s" % words["header"],
+                 "Sec-Fetch-Site: cross-site\r\nReferer: %s" % words["header"], "Cookie: %s" % (words["header"] * 4000),
+                 "Transfer-Encoding: chunked\r\n\r\n%s" % words["body"],
+                 "Transfer-Encoding: chunked\r\n\r\n3\r\n%s\r\n0\r\n\r\n" % words["body"],
+                 "Content-Length: 9999\r\n\r\n%s" % words["body"],
+                 "Content-Length: 999999999\r\n\r\n%s" % words["body"])
+        return [start + line + "\r\n\r\n" for line in lines] + [
+            "GET /x?key=%s HTTP/9.9\r\nHost: localhost\r\n\r\n" % words["query"],
+            "GET /x?key=%s\r\n\r\n" % words["query"], "%s\r\n\r\n" % words["query"],
+            "TRACE /x?%s HTTP/1.1\r\nHost: localhost\r\nCookie: %s\r\n\r\n" % (words["query"], words["header"]),
+            "GET http://user:%s@localhost/ HTTP/1.1\r\nHost: localhost\r\n\r\n" % words["userinfo"],
+            "CONNECT user:%s@localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n" % words["userinfo"],
+            "GET /x?%s" % words["query"]]
+
+    def test_nothing_is_written_however_a_request_ends(self):
+        """Python's development mode tells more on stderr; the log is about to be rotated."""
+        config = auto_config(failureThreshold=2)
+        home = Home(self.upstream, "auto", config, env={"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "always"})
+        self.addCleanup(home.remove)
+        home.dir.joinpath("logs").mkdir()
+        with open(home.dir / "logs" / "rrouter.log", "wb") as log:
+            log.truncate(rrouter.LOG_MAX_BYTES - 2000)
+        thinking = [{"role": "assistant", "content": [{"type": "thinking", "thinking": self.words["body"]}]}]
+        with Running(self.upstream, home=home) as router:
+            for mode in ("auto", "antigravity"):
+                home.write("mode", mode + "\n")
+                for answers in self.answers():
+                    self.request(router, *answers, messages=thinking)
+                for data in self.malformed():
+                    router.exchange(data.encode("latin-1"), half_close=True)
+                self.request_and_leave(router)
+            self.upstream.close()
+            self.assertEqual(self.request(router).status, 502)
+            text = router.log() + home.read("logs/rrouter.log.1")
+            for wanted in ("[AUTO]", "[HEAL]", " 502 ", " 499 ", "stream broke off", "SWITCH"):
+                self.assertIn(wanted, text)
+            outputs = [home.run(*command) for command in (("status",), ("status", "--json"), ("check",))]
+            self.assert_silent(router.printed(), *(done.stdout + done.stderr for done in outputs), files=home.dir)
+            self.assertTrue({"run.json", "rrouter.pid", "state.json"} <= {path.name for path in home.dir.iterdir()})
+        self.assert_silent(files=home.dir)
+
+    def request_and_leave(self, router):
+        """Break off a request in its body, and another one in its stream."""
+        self.upstream.clear()
+        chunk = event("content_block_delta", delta={"text": self.words["chunk"]})
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.play(stream(chunk, chunk, gate=gate))
+        body = chat(system=self.words["body"])
+        data = request_bytes("POST", "/v1/messages?" + self.words["query"], body, self.fields())
+        with router.connect() as connection:
+            connection.sendall(data[:-5])
+            reset(connection)
+        with router.connect() as connection:
+            connection.sendall(data)
+            receive_until(connection, self.words["chunk"].encode())
+            reset(connection)
+        router.wait_until(lambda: router.health()["activeRequests"] == 0)
+
+    def test_a_defect_tells_where_and_never_what(self):
+        """Functions of the standard library fail on the way, with the secret in the exception."""
+        for what, code in (
+                ("before the request is sent", "import json\nreal = json.loads\ndef loads(text, **options):\n"
+                 "    if 'crash' in str(text): raise RuntimeError(sys._getframe(1).f_locals)\n"
+                 "    return real(text, **options)\njson.loads = loads"),
+                ("while the answer is passed on", "import socket\nreal = socket.socket.sendall\n"
+                 "def sendall(sock, data, *flags):\n    if b'crash' in bytes(data): raise RuntimeError(bytes(data))\n"
+                 "    return real(sock, data, *flags)\nsocket.socket.sendall = sendall")):
+            with self.subTest(what), Altered(self.upstream, code, env={"PYTHONDEVMODE": "1"}) as router:
+                self.upstream.clear()
+                self.upstream.play(Answer(200, b'"crash %s"' % self.words["answerbody"].encode()))
+                body = chat(model="crash", system=self.words["body"])
+                data = request_bytes("POST", "/v1/messages?" + self.words["query"], body, self.fields())
+                with router.connect() as connection:
+                    connection.sendall(data)
+                    reply = read_reply(connection, "POST")          # an error of ours, or nothing
+                self.assertNotIn("RuntimeError", repr(reply))
+                self.assert_silent(repr(reply), files=router.home.dir)
+                router.wait_until(lambda router=router: "internal error: RuntimeError at " in router.log())
+                self.assertNotIn("Traceback", router.printed())
+                self.assertEqual(router.health()["status"], "ok")
+                self.assert_silent(router.printed(), json.dumps(router.health()), files=router.home.dir)
+
+    def test_a_password_in_the_environment_is_not_shown(self):
+        home = Home()
+        self.addCleanup(home.remove)
+        password = self.words["environment"]
+        for url in ("http://user:%s@127.0.0.1:8317", "https://%s@host/x", "user:%s@host:8317", "http:/user:%s@host"):
+            env = {"RROUTER_UPSTREAM": url % password, "ANTHROPIC_API_KEY": password,
+                   "HTTP_PROXY": "http://x:%s@127.0.0.1:9" % password}
+            for command in ("serve", "start", "check"):
+                with self.subTest(url, command=command):
+                    done = home.run(command, env=env)
+                    self.assertNotEqual(done.returncode, 0)
+                    self.assertIn("RROUTER_UPSTREAM", done.stdout + done.stderr)
+                    self.assert_silent(done.stdout, done.stderr, files=home.root)
+
+
+class Altered(Running):
+    """rrouter in a process whose standard library was altered by `code` first."""
+
+    def __init__(self, upstream, code, env=()):
+        self.code = code
+        super().__init__(upstream, env=env)
+
+    def start(self):
+        self.output = tempfile.TemporaryFile()
+        code = "import runpy, sys\n%s\nsys.argv = [%r, 'serve']\nrunpy.run_path(%r, run_name='__main__')" % (
+            self.code, RROUTER, RROUTER)
+        self.process = subprocess.Popen([sys.executable, "-c", code], env=self.home.env, stdin=subprocess.DEVNULL,
+                                        stdout=self.output, stderr=self.output)
+        self.wait_until(self._answers)
+
+
 # Many and slow connections ####################################################
 
 def processor_seconds(pid):
