@@ -4191,6 +4191,109 @@ class FileFuzzTest(RouterTest):
         self.assertIsNone(self.rrouter.process.poll())
 
 
+# Edges ########################################################################
+
+class EdgeTest(ProxyTest):
+
+    def test_the_largest_head_passes_and_the_next_larger_does_not(self):
+        host = b"GET /edge HTTP/1.1\r\nHost: localhost\r\n"
+        filler = rrouter.HEAD_MAX_BYTES - len(host) - len(b"X: \r\n\r\n")
+        for label, count, data in (
+                ("fields", rrouter.FIELDS_MAX, lambda more: host + b"X: y\r\n" * (rrouter.FIELDS_MAX - 1 + more)),
+                ("bytes", rrouter.HEAD_MAX_BYTES, lambda more: host + b"X: %b\r\n" % (b"y" * (filler + more)))):
+            with self.subTest(label, count=count):
+                self.upstream.clear()
+                self.assertEqual(self.converse(data(0) + b"\r\n", "GET")[0].status, 200)
+                self.assertEqual(self.upstream.received.pop().target, "/edge")
+                self.assert_refused(data(1) + b"\r\n", 431)
+
+    def test_a_large_body_with_its_model_last_leaves_streams_running(self):
+        """30 MB are walked through to the end; an event of another client's stream waits for that no second."""
+        gate, events = threading.Event(), [event("ping")] * 100
+        self.addCleanup(gate.set)
+
+        def ticking():
+            for number, data in enumerate(events):
+                if not gate.is_set() or number == 0:
+                    time.sleep(0.01)                    # the beat of the stream
+                yield data
+
+        answer = stream()
+        answer.chunks = ticking()
+        self.upstream.play(answer)
+        body = b'{"messages":[' + b'{"role":"user","content":"line\\n \\"model\\""},' * 680_000 + b'1],"model":"%b"}'
+        gaps = []
+
+        def read_events():
+            last = time.monotonic()
+            while receive(response, len(events[0])):
+                gaps.append(time.monotonic() - last)
+                last = time.monotonic()
+
+        with self.opened() as response:
+            reader = threading.Thread(target=read_events)
+            reader.start()
+            reply = self.rrouter.request("POST", "/v1/messages", body.replace(b"%b", b"claude-sonnet-5"))
+            gate.set()
+            reader.join()
+        self.assertEqual((reply.status, reply.header("x-rrouter-model")), (200, GEMINI_SONNET))
+        received = self.upstream.received[-1].body
+        self.assertTrue(received == body.replace(b"%b", GEMINI_SONNET.encode()))        # no diff of 30 MB
+        self.assertEqual(len(gaps), len(events))
+        self.assertLess(max(gaps), 1)
+
+    def test_a_connection_that_was_stale_counts_for_nobody(self):
+        self.rrouter.home.write("mode", "auto\n")
+        seen = set()
+
+        def once(received):
+            fresh = received.connection not in seen
+            seen.add(received.connection)
+            return stream() if fresh else Answer(hangup=True)
+
+        self.upstream.default = once
+        for _ in range(20):
+            reply = self.rrouter.post()
+            self.assertEqual((reply.status, reply.complete, reply.header("x-rrouter-attempts")), (200, True, "1"))
+        auto = self.rrouter.health()["autoSwitch"]
+        self.assertEqual((auto["failureCount"], auto["timeoutCount"], auto["switchCount"]), (0, 0, 0))
+        self.assertGreater(len(self.upstream.received), 20)             # they were stale, and sent again
+        self.assertLessEqual(len(self.upstream.received), 40)
+
+    def test_a_name_service_that_is_dead_does_not_hold_the_start_up(self):
+        """`http.server` asks it for the name of the host when it binds; that can take 35 s."""
+        code = ("import socket, threading\ndef ask(*_):\n    threading.Event().wait()\n"
+                "socket.getfqdn = socket.gethostbyaddr = socket.gethostbyname = socket.getnameinfo = ask\n"
+                "real = socket.getaddrinfo\ndef getaddrinfo(host, *others, **options):\n"
+                "    return real(host, *others, **options) if host in ('127.0.0.1', '::1', 'localhost') else ask()\n"
+                "socket.getaddrinfo = getaddrinfo")
+        with Altered(self.upstream, code) as router:
+            self.assertEqual(router.post().status, 200)
+
+
+@unittest.skipUnless(os.environ.get("RROUTER_SOAK"), "--soak starts two daemons at once, 50 times")
+class StartSoakTest(unittest.TestCase):
+
+    ROUNDS = 50
+
+    def test_two_starts_at_once_leave_one_daemon(self):
+        announce(self.ROUNDS, "rounds of two starts at once")
+        home = Home()
+        self.addCleanup(home.remove)
+        self.addCleanup(home.run, "stop")
+        for number in range(self.ROUNDS):
+            with self.subTest(round=number):
+                both = run_all(home, ("start",), ("start",), check=0)
+                pid = get_health(home.port)["pid"]
+                for done in both:
+                    self.assertRegex(done.stdout, r"\b%d\b" % pid)
+                    self.assertRegex(done.stdout, r"\b%d\b" % home.port)
+                if LINUX:
+                    self.assertEqual(processes(home), [pid])
+                home.run("stop", check=0)
+                self.assertIsNone(get_health(home.port))
+
+
 # Faults on both sides #########################################################
 
 class HalfSentTest(RouterTest):
@@ -9253,7 +9356,7 @@ class ClaudeCodeTest(RouterTest):
 # Running them #################################################################
 
 WORKERS = 3             # the tests wait more than they compute
-SOAKED = "SoakTest", "FuzzTest", "SpliceFuzzTest", "FileFuzzTest"   # what --soak runs, at length
+SOAKED = "SoakTest", "FuzzTest", "SpliceFuzzTest", "FileFuzzTest", "StartSoakTest"      # what --soak runs, at length
 
 
 def run_side_by_side():
