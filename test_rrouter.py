@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import configparser
 import contextlib
+import copy
 import email.utils
 import errno
 import functools
@@ -4020,16 +4021,16 @@ class ConfigDice(BodyDice):
         if not container:
             return
         has_keys, way = isinstance(container, Pairs), self.randrange(8)
+        odd = copy.deepcopy(self.choice(self.ODD))      # for it may be changed in turn
         if way == 0:
             del container[index]
         elif way == 1:
-            container.insert(index, container[index])
+            container.insert(index, copy.deepcopy(container[index]))
         elif way == 2 and has_keys:
             container[index] = (self.choice(self.KEYS), container[index][1])
         elif way == 3 and has_keys:
-            container.insert(index, (self.choice(self.KEYS), self.choice(self.ODD)))
+            container.insert(index, (self.choice(self.KEYS), odd))
         else:
-            odd = self.choice(self.ODD)
             container[index] = (container[index][0], odd) if has_keys else odd
 
     def config(self, number):
