@@ -364,7 +364,8 @@ def describe_defect(error: Optional[BaseException]) -> str:
 
 def _parse_json(text: str) -> Any:
     # What Python's parser takes though it is no JSON, or refuses without telling where.
-    for odd in re.finditer(r'"(?:[^"\\]|\\.)*"|(NaN|-?Infinity|[0-9]{1000,})', text):
+    # A string may lack its end: looking for one from every quote would take hours for 1 MB of \".
+    for odd in re.finditer(r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|(NaN|-?Infinity|[0-9]{1000,})', text):
         if odd.group(1):
             before = text[:odd.start()]
             raise ConfigError("%d:%d: expected a plain JSON number, found %s" % (
@@ -381,7 +382,10 @@ def _parse_json(text: str) -> Any:
 
 
 def _found(value: Any) -> str:
-    return printable(json.dumps(value), 60)
+    try:
+        return printable(json.dumps(value), 60)
+    except RecursionError:              # just shallow enough to be read
+        return "nesting that is too deep"
 
 
 def _members(value: Any, what: str, prefix: str, known: Tuple[str, ...], problems: List[str]) -> Dict[str, Any]:
@@ -506,7 +510,7 @@ def _is_host_name(host: str) -> bool:
 
 
 def _without_password(url: str) -> str:
-    return re.sub("//.*@", "//***@", url)
+    return re.sub(r"(?s)\A([A-Za-z]+:/+)?.*@", r"\1***@", url)
 
 
 def read_environment(environ: Dict[str, str]) -> Settings:
@@ -886,8 +890,14 @@ _LEADING_MODEL = re.compile(rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]
 _OPENS_OBJECT = re.compile(rb"[ \t\n\r]*\{")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 
-# The hooks spare building numbers and objects that nobody reads, and the refusal of long integers.
-_decode = json.JSONDecoder(parse_int=len, parse_float=len, object_pairs_hook=len).raw_decode
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError("%s is no JSON" % name)
+
+
+# The hooks spare building numbers and objects that nobody reads, and the refusal of long integers; NaN is refused.
+_decode = json.JSONDecoder(
+    parse_int=len, parse_float=len, parse_constant=_refuse_constant, object_pairs_hook=len).raw_decode
 
 
 def _expect(text: str, position: int, character: str) -> int:
@@ -1618,9 +1628,9 @@ class Log:
 
     def _note(self, error: Optional[OSError]) -> None:
         """Keep the problem for /health; say it once on stderr, which is all that is left."""
-        problem = "%s: %s: log lines are lost" % (self._path, reason_of(error)) if error is not None else None
-        if problem and not self.problem:
-            _write_all(2, ("rrouter: %s\n" % problem).encode("utf-8", "replace"))
+        problem = "rrouter.log: %s: log lines are lost" % reason_of(error) if error is not None else None
+        if problem and not self.problem:        # the path, which /health does not tell, names the user
+            _write_all(2, ("rrouter: %s (%s)\n" % (problem, self._path)).encode("utf-8", "replace"))
         self.problem = problem
 
     def reopen(self) -> None:
