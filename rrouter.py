@@ -1597,11 +1597,18 @@ def _write_all(descriptor: int, data: bytes) -> Optional[OSError]:
 
 
 class Log:
-    """The log file: one line a call, rotated by size.  No failure of it ever reaches a request."""
+    """The log file: one line a call, rotated by size.  No failure of it ever reaches a request.
+
+    Whoever finds nobody writing writes, and takes along the lines that others leave meanwhile: under load that saves
+    half of the system calls, each of which hands the interpreter over to another thread.
+    """
+
+    HELD_MAX = 10_000                   # lines; only a stderr that blocks could have more wait
 
     def __init__(self, path: str, echo: bool):
         self._path, self._echo = path, echo
-        self._lock = threading.Lock()
+        self._turn = threading.Lock()   # held by whoever writes
+        self._lines: "deque[bytes]" = deque(maxlen=self.HELD_MAX)
         self._descriptor: Optional[int] = None
         self._size = 0
         self._stamp = (0, "")           # a second and how it is written
@@ -1614,15 +1621,27 @@ class Log:
         second, stamp = self._stamp
         if second != int(now):
             second, stamp = self._stamp = int(now), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-        line = ("%s.%03d [%s] %s\n" % (stamp, int(now % 1 * 1000), tag, text)).encode("utf-8", "replace")
+        self._lines.append(("%s.%03d [%s] %s\n" % (stamp, int(now % 1 * 1000), tag, text)).encode("utf-8", "replace"))
+        self._write_held()
+
+    def _write_held(self) -> None:
+        # Asked again after each turn: a line that came at its very end would wait for the next one.
+        while self._lines and self._turn.acquire(blocking=False):
+            try:
+                lines = [self._lines.popleft() for _ in range(len(self._lines))]    # only who has the turn takes any
+                self._write_out(b"".join(lines))
+            finally:
+                self._turn.release()
+
+    def _write_out(self, data: bytes) -> None:
         if self._echo:
-            _write_all(2, line)
+            _write_all(2, data)
         if self._descriptor is None:
             return
-        problem = _write_all(self._descriptor, line)
+        problem = _write_all(self._descriptor, data)
         if problem is not None or self.problem is not None:
             self._note(problem)
-        self._size += len(line)
+        self._size += len(data)
         if self._size > LOG_MAX_BYTES:
             self._rotate()
 
@@ -1635,47 +1654,47 @@ class Log:
 
     def reopen(self) -> None:
         """Open the file at the path again if it is no longer the one in use (rotated or removed by others)."""
-        with self._lock:
+        if self._turn.acquire(timeout=1):
             try:
-                try:
-                    there = os.stat(self._path)
-                    here = os.fstat(self._descriptor) if self._descriptor is not None else None
-                    if here is not None and (there.st_ino, there.st_dev) == (here.st_ino, here.st_dev):
-                        return
-                except FileNotFoundError:
-                    os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
-                descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                self._open()
             except OSError as error:
                 self._note(error)
+            finally:
+                self._turn.release()
+            self._write_held()
+
+    def _open(self) -> None:
+        try:
+            there = os.stat(self._path)
+            here = os.fstat(self._descriptor) if self._descriptor is not None else None
+            if here is not None and (there.st_ino, there.st_dev) == (here.st_ino, here.st_dev):
                 return
-            if self._descriptor is None:
-                self._descriptor = descriptor
-            else:                       # other threads may be writing: the number must stay open
-                os.dup2(descriptor, self._descriptor, inheritable=False)
-                os.close(descriptor)
-            if not self._echo:          # the daemon's stderr, for what Python itself may have to say
-                os.dup2(self._descriptor, 2)
-            self._size = os.fstat(self._descriptor).st_size
-            self._note(None)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = descriptor
+        if not self._echo:              # the daemon's stderr, for what Python itself may have to say
+            os.dup2(descriptor, 2)
+        self._size = os.fstat(descriptor).st_size
+        self._note(None)
 
     def _rotate(self) -> None:
-        with self._lock:
-            with contextlib.suppress(OSError):
-                if os.stat(self._path).st_size <= LOG_MAX_BYTES:    # another thread or process has done it
-                    self._size = os.fstat(self._descriptor).st_size if self._descriptor is not None else 0
-                else:
-                    for number in range(LOG_FILES - 1, 0, -1):
-                        with contextlib.suppress(FileNotFoundError):
-                            os.replace("%s.%d" % (self._path, number), "%s.%d" % (self._path, number + 1))
-                    os.replace(self._path, self._path + ".1")
-        self.reopen()
+        self._size = 0                  # if it fails, it is tried again after as much more
+        with contextlib.suppress(OSError):
+            if os.stat(self._path).st_size > LOG_MAX_BYTES:     # else another process has done it
+                for number in range(LOG_FILES - 1, 0, -1):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.replace("%s.%d" % (self._path, number), "%s.%d" % (self._path, number + 1))
+                os.replace(self._path, self._path + ".1")
+            self._open()
 
     def close(self) -> None:
-        """Close the file."""
-        with self._lock:
-            if self._descriptor is not None:
-                os.close(self._descriptor)
-                self._descriptor = None
+        """Let whoever writes come to the end of what is held."""
+        if self._turn.acquire(timeout=1):
+            self._turn.release()
+        self._write_held()
 
 
 def _jsonable(value: Any) -> Any:
@@ -2314,7 +2333,8 @@ class Exchange:
         self.attempts: List[Attempt] = []
         self.chosen: Optional[Attempt] = None       #: the one whose answer the client gets
         self.answering = False          #: a byte of the final answer has gone to the client
-        self._router, self._recorded = router, False
+        self.line = ""                  #: what the log tells of it, once it has ended
+        self._router = router
         self.number = router.begin()
 
     @property
@@ -2324,10 +2344,9 @@ class Exchange:
                 and not self.head.path.endswith("/count_tokens"))
 
     def record(self, status: int, note: str = "") -> None:
-        """Write the log line and count the request as ended, once, before the client can know that it is."""
-        if self._recorded:
+        """Count the request as ended and make its log line, once, before the client can know that it is."""
+        if self.line:
             return
-        self._recorded = True
         words = ["#%d" % self.number, self.head.method, printable(self.head.path)]
         if self.model is not None and self.attempts:
             route = (self.chosen or self.attempts[-1]).route
@@ -2337,7 +2356,8 @@ class Exchange:
                   for attempt in self.attempts if self.chosen not in (None, attempt)]
         if note:
             words.append("(%s)" % note)
-        self._router.end(" ".join(words))
+        self.line = " ".join(words)
+        self._router.end()
 
 
 class Router:
@@ -2369,11 +2389,10 @@ class Router:
             self._active += 1
             return self._requests
 
-    def end(self, line: str) -> None:
-        """Count the end of a request and log its line."""
+    def end(self) -> None:
+        """Count the end of a request."""
         with self._lock:
             self._active -= 1
-        self.log.write("REQ", line)
 
     def log_decisions(self, lines: List[str], number: int = 0) -> None:
         """Log decisions of auto mode, and let the watcher save what has come of them."""
@@ -2636,7 +2655,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     # ---- forwarding
 
     def proxy(self, head: RequestHead, body: Any) -> None:
-        """Carry one request through: forward, relay, record."""
+        """Carry one request through: forward, relay, record.
+
+        Its line goes to the log behind the last byte of the answer, which no slow disk shall hold up.
+        """
         exchange = Exchange(self.router, head, body)
         try:
             attempt = exchange.chosen = self.forward(exchange)
@@ -2665,6 +2687,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         finally:
             for attempt in exchange.attempts:
                 attempt.close()
+            self.router.log.write("REQ", exchange.line)
 
     def _record(self, exchange: Exchange, status: int, note: str = "") -> None:
         """Let the request end, for the counters and the log; what has counted for nobody frees the probe's place."""
@@ -3247,6 +3270,7 @@ def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: List[P
         if router.keeps_state:
             remove_files(router.store.paths.pid, router.store.paths.run)
         router.log.write("STOP", "rrouter ends, pid %d" % os.getpid())
+        router.log.close()
         lock.release()
         os._exit(0)                     # threads of streams past the drain time would hold the interpreter up
     except Exception as error:          # a defect of ours

@@ -7009,9 +7009,15 @@ def request_lines(text):
 
 class LogTest(RouterTest):
 
+    def settled_log(self):
+        """Return the log once the lines of all requests are in it; they are written behind the answers."""
+        requests = self.rrouter.health()["requestCount"]
+        self.rrouter.wait_until(lambda: len(request_lines(self.rrouter.log())) == requests)
+        return self.rrouter.log()
+
     def logged(self, act):
         """Do it and return the one line about a request that it brought."""
-        before = len(self.rrouter.log())
+        before = len(self.settled_log())
         act()
         self.rrouter.wait_until(lambda: request_lines(self.rrouter.log()[before:]))
         lines = request_lines(self.rrouter.log()[before:])
@@ -7073,7 +7079,7 @@ class LogTest(RouterTest):
                 self.assertIsNone(self.rrouter.post(model).header("x-forged"))
         for target in (b"/\x1b[2J", b"/\x9b", "/한".encode(), b"/%1b%0a"):
             self.rrouter.exchange(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        text = self.rrouter.log()[before:]
+        text = self.settled_log()[before:]
         odd = {c for c in text if c != "\n" and unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
         self.assertEqual(odd, set())
         self.assertFalse([line for line in text.split("\n") if line.startswith(("b 2026", "X-Forged"))])
@@ -7141,9 +7147,9 @@ class LogFileTest(unittest.TestCase):
             with concurrent.futures.ThreadPoolExecutor(8) as pool:
                 replies = list(pool.map(lambda _: router.post("claude-sonnet-5-5").status, range(100)))
             self.assertEqual(replies, [200] * 100)
-            old = self.home.read("logs/rrouter.log.1")
-            lines = request_lines(old) + request_lines(router.log())
-            self.assertTrue(request_lines(router.log()))
+        old = self.home.read("logs/rrouter.log.1")
+        lines = request_lines(old) + request_lines(router.log())
+        self.assertTrue(request_lines(router.log()))
         self.assertEqual(sorted(int(REQUEST_LINE.search(line)["number"]) for line in lines), list(range(1, 101)))
         self.assertEqual({stat.S_IMODE(path.stat().st_mode) for path in (self.home.dir / "logs").iterdir()
                           if path.name != "rrouter.log.1"}, {0o600})
