@@ -99,7 +99,8 @@ POOL_MAX, POOL_IDLE_S = 32, 60  # idle upstream connections; servers commonly cl
 CONNECTIONS_MAX = 512           # clients at once; each costs a thread
 CONNECTIONS_RESERVE = 16        # beyond that, for /health and for saying 503
 BACKLOG = 128                   # VS Code opens up to 50 connections at once; the default of 5 makes them wait seconds
-RECEIVE_BYTES = 64 * 1024
+RECEIVE_BYTES = 64 * 1024       # from the upstream: more makes each event of a stream dearer, by 10 %
+REQUEST_BYTES = 256 * 1024      # from a client: a request in one piece, 8 % faster at 77 KB
 MAPPED_BODY_BYTES = 256 * 1024  # request bodies from here on live in BodyMemory
 
 POLL_S = 0.2                    # how often the watcher looks at the files
@@ -269,12 +270,8 @@ class RequestHead(NamedTuple):
     length: Optional[int]
     keep_alive: bool
     expects_continue: bool
-    outbound: Tuple[bytes, bytes]   #: what goes upstream before and behind the number of the length
-
-    @property
-    def path(self) -> str:
-        """The target without its query, which may hold secrets."""
-        return self.target.partition(b"?")[0].decode("latin-1")
+    path: str                   #: the target without its query, which may hold secrets
+    outbound: Tuple[bytes, bytes] = (b"", b"")      #: what goes upstream before and behind the number of the length
 
 
 class ResponseHead(NamedTuple):
@@ -588,11 +585,9 @@ class Fields(List[Tuple[bytes, bytes]]):
                       b"sec-fetch-site", b"content-type", b"content-encoding", b"retry-after"))
 
     def __init__(self, block: bytes):
-        super().__init__()
+        super().__init__([(line.partition(b":")[0].lower(), line) for line in block.split(b"\r\n")[:-1]])
         self.values: Dict[bytes, List[str]] = {}
-        for line in block.split(b"\r\n")[:-1]:
-            name = line[:line.index(b":")].lower()
-            self.append((name, line))
+        for name, line in self:
             if name in self.READ:
                 self.values.setdefault(name, []).append(field_value(line))
         #: what Connection names, in lower case
@@ -683,7 +678,7 @@ def parse_request_head(head: bytes) -> RequestHead:
         raise RequestError(417, "unknown expectation: only 100-continue is met")
     keep_alive = http11 and b"close" not in fields.connection
     return RequestHead(method.decode("ascii"), target, authority, http11, fields, length, keep_alive, bool(expectation),
-                       (b"", b""))
+                       target.partition(b"?")[0].decode("latin-1"))
 
 
 def check_head_start(data: bytes, seen: int) -> None:
@@ -1955,9 +1950,10 @@ class Wire:
     call, a second system call where there should be one.
     """
 
-    def __init__(self, sock: socket.socket, send_limit_s: float):
+    def __init__(self, sock: socket.socket, send_limit_s: float, receive_bytes: int):
         self.sock = sock
         self.held = b""
+        self._receive_bytes = receive_bytes
         self._plain = type(sock) is socket.socket     # a TLS socket would take EAGAIN for a reason to try again
         self._limit_s = 0.0
         if self._plain:
@@ -1980,7 +1976,7 @@ class Wire:
         if self.held:
             data, self.held = self.held, b""
             return data
-        return self.sock.recv(RECEIVE_BYTES)
+        return self.sock.recv(self._receive_bytes)
 
     def close(self) -> None:
         """Close the connection."""
@@ -1996,7 +1992,7 @@ class UpstreamConnection(Wire):
     """
 
     def __init__(self, connection: http.client.HTTPConnection):
-        super().__init__(connection.sock, TICK_S)
+        super().__init__(connection.sock, TICK_S, RECEIVE_BYTES)
         self._connection = connection
         self.heard = False              #: has sent a byte of the answer due
         self.idle_since = 0.0
@@ -2106,14 +2102,14 @@ class Answer:
             raise self._error
         if self._body.done:
             return b""
-        payload = b""
-        while not payload and not self._body.done:
+        payload, body = b"", self._body
+        while not payload and not body.done:
             data = self._connection.wait(watch)
             if data:
-                payload = self._body.feed(data)
+                payload = body.feed(data)
             else:
-                self._body.finish()
-        if self._body.done:
+                body.finish()
+        if body.done:
             self._give_back()
         return payload
 
@@ -2480,7 +2476,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         """Take the connection."""
         self.router = self.server.router
         try:
-            self.wire = Wire(self.request, WRITE_STALL_S)
+            self.wire = Wire(self.request, WRITE_STALL_S, REQUEST_BYTES)
         except OSError as error:        # macOS: reset already
             raise ClientGone("the client left") from error
         self.busy = False               #: a request is under way
@@ -2513,7 +2509,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             head = self.read_head()
             if head is None:
                 return False
-            check_origin(head, self.server.only_loopback)
             is_health = head.path == "/health" and head.method in ("GET", "HEAD")
             if self.crowded and not is_health:
                 raise RequestError(503, "too many connections (%d)" % self.router.connections_max)
@@ -2581,7 +2576,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             data += more
 
     def _parse_head(self, data: bytes) -> RequestHead:
-        """Return the head, and what of it goes upstream.
+        """Return the head, its origin checked, and what of it goes upstream.
 
         The heads of one connection differ by their Content-Length alone, so that the last one, but for that number,
         is remembered: a third less time for a small request.
@@ -2593,6 +2588,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             assert head is not None
             return head._replace(length=int(match.group(1))) if match else head
         head = parse_request_head(data)
+        check_origin(head, self.server.only_loopback)
         upstream = self.router.upstream
         head = head._replace(outbound=outbound_head(head, upstream.authority, upstream.base_path))
         self.last_head = key, head
