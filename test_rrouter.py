@@ -53,6 +53,7 @@ import rrouter
 
 HERE = pathlib.Path(__file__).resolve().parent
 RROUTER = str(HERE / "rrouter.py")
+SOAKING = bool(os.environ.get("RROUTER_SOAK"))      # set by --soak to its seed: what is short otherwise runs at length
 WAIT_S = 10             # the net under every wait across threads or processes; never waited out when the code is right
 
 # What Claude Code sends, header for header (the values are made up).
@@ -2820,11 +2821,11 @@ class SecretsTest(unittest.TestCase):
 
 
 class Altered(Running):
-    """rrouter in a process whose standard library was altered by `code` first."""
+    """rrouter in a process whose limits or standard library were altered by `code` first."""
 
-    def __init__(self, upstream, code, env=()):
+    def __init__(self, upstream, code, **options):
         self.code = code
-        super().__init__(upstream, env=env)
+        super().__init__(upstream, **options)
 
     def start(self):
         self.output = tempfile.TemporaryFile()
@@ -2974,6 +2975,581 @@ class LimitsTest(ProxyTest):
             self.assertEqual(response.read(), b"two")
 
 
+# Load and long life ###########################################################
+
+Usage = collections.namedtuple("Usage", "threads descriptors resident_kb")
+Usage.__doc__ = """What a process holds; all 0 where there is no /proc."""
+
+
+def usage_of(process):
+    """Return the least that a process held while nothing was asked of it for a moment."""
+    if not PROC:
+        return Usage(0, 0, 0)
+    root, seen = "/proc/%d/" % process.pid, []
+    for _ in range(5):
+        status = pathlib.Path(root + "status").read_text()      # a list of task/ can lack one while another one ends
+        threads, resident = (int(re.search(name + r":\s+(\d+)", status).group(1)) for name in ("Threads", "VmRSS"))
+        seen.append((threads, len(os.listdir(root + "fd")), resident))
+        time.sleep(0.01)
+    return Usage(*map(min, zip(*seen)))
+
+
+class RestTest(ProxyTest):
+    """Base of the tests after which rrouter has to hold no more than before."""
+
+    @classmethod
+    def setUpClass(cls):
+        if resource:                                # 500 sockets are more than macOS allows unasked
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            rrouter.raise_descriptor_limit()
+            cls.addClassCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        super().setUpClass()
+
+    def at_rest(self):
+        """Return what rrouter holds when nothing is under way and one connection is kept to the upstream."""
+        self.upstream.break_connections()
+        self.rrouter.wait_until(lambda: not self.upstream.open)
+        self.assertEqual(self.get().status, 200)    # finds the kept ones dead and closes them
+        return usage_of(self.rrouter.process)
+
+    def assert_nothing_gathered(self, before, resident_kb=4096):
+        """Threads and descriptors are what they were `before`, and hardly more memory is in use."""
+        end = time.monotonic() + WAIT_S
+        while True:
+            after = self.at_rest()
+            if after[:2] == before[:2] and after.resident_kb <= before.resident_kb + resident_kb:
+                return
+            self.assertLess(time.monotonic(), end, "%s have become %s" % (before, after))
+
+    def assert_prompt(self, seconds):
+        """The times that requests took are short, all in all."""
+        self.assertLess(statistics.median(seconds), 0.25, seconds)
+
+    def timed(self, count=5):
+        """Return the seconds that `count` requests took, each on a connection of its own."""
+        seconds = []
+        for _ in range(count):
+            start = time.monotonic()
+            self.assertEqual(self.rrouter.post().status, 200)
+            seconds.append(time.monotonic() - start)
+        return seconds
+
+
+class CrowdOfClientsTest(RestTest):
+
+    def test_idle_connections_slow_nobody_and_stay_usable(self):
+        before = self.at_rest()
+        with contextlib.ExitStack() as stack:
+            idle = []
+            while len(idle) < 500:
+                idle.append(stack.enter_context(self.rrouter.connect()))
+                if len(idle) % 100 == 0:
+                    self.rrouter.health()           # they have left the queue in front of it
+            for client in idle[::2]:                # every other one has had an answer before
+                client.sendall(request_bytes("GET", "/first"))
+                self.assertEqual(read_reply(client).status, 200)
+            self.assert_prompt(self.timed(15))
+            for client in idle:
+                client.sendall(request_bytes("GET", "/again"))
+            self.assertEqual([read_reply(client).status for client in idle], [200] * len(idle))
+        self.assert_nothing_gathered(before, 24 * 1024)     # of 500 threads something sticks to the allocator
+
+    def test_dripping_clients_slow_nobody(self):
+        """In the head and in the body; they are served when they have come to an end."""
+        before, seconds, body = self.at_rest(), [], chat("drip", padding="x" * 50)
+        whole = request_bytes("POST", "/v1/messages", body)
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(self.rrouter.connect()) for _ in range(200)]
+            begun = [number % 4 * (len(whole) - len(body)) // 3 + 20 for number in range(len(clients))]
+            for client, at in zip(clients, begun):
+                client.sendall(whole[:at])
+            for step in range(6):
+                for client, at in zip(clients, begun):
+                    client.sendall(whole[at + step:at + step + 1])
+                seconds += self.timed()
+            self.assert_prompt(seconds)
+            self.assertFalse([r for r in self.upstream.received if b"drip" in r.body])
+            for client, at in zip(clients, begun):
+                client.sendall(whole[at + 6:])
+            self.assertEqual([read_reply(client).status for client in clients], [200] * len(clients))
+            self.assertEqual([r.body for r in self.upstream.received if b"drip" in r.body], [body] * len(clients))
+        self.assert_nothing_gathered(before, 16 * 1024)
+
+    @unittest.skipUnless(SOAKING, "--soak waits until the time for a head is over")
+    def test_head_that_drips_for_ever_is_ended(self):
+        print("soak: 200 clients that send a byte of a head each second", file=sys.stderr)
+        before, start = self.at_rest(), time.monotonic()
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(self.rrouter.connect()) for _ in range(200)]
+            dripping = set(clients)
+            for client in clients:
+                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Drip: ")
+            while dripping:
+                self.assert_prompt(self.timed())
+                self.assertLess(time.monotonic() - start, rrouter.HEAD_S + WAIT_S)
+                for client in list(dripping):
+                    if select.select([client], [], [], 0)[0]:
+                        self.assertEqual(read_reply(client).status, 408)
+                        dripping.remove(client)
+                    else:
+                        with contextlib.suppress(ConnectionError):
+                            client.sendall(b"x")
+                time.sleep(1)                   # the pace of the clients
+            self.assertGreater(time.monotonic() - start, rrouter.HEAD_S - 1)
+        self.assert_nothing_gathered(before, 16 * 1024)
+
+    def test_hundred_connections_wait_in_the_queue_and_are_all_served(self):
+        """rrouter stands still meanwhile, so that they are there at once."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.rrouter.process.send_signal, signal.SIGCONT)
+            self.rrouter.process.send_signal(signal.SIGSTOP)
+            clients = [stack.enter_context(self.rrouter.connect()) for _ in range(100)]
+            for number, client in enumerate(clients):
+                client.sendall(request_bytes("POST", "/v1/messages", chat("m%d" % number)))
+            self.rrouter.process.send_signal(signal.SIGCONT)
+            self.assertEqual([read_reply(client).header("x-rrouter-model") for client in clients],
+                             ["m%d" % number for number in range(100)])
+
+
+class Megabytes:
+    """As many numbered chunks of a megabyte; `sent` of them have been asked for."""
+
+    PAD = random.Random(1).getrandbits(8 * ((1 << 20) - 8)).to_bytes((1 << 20) - 8, "big")
+
+    def __init__(self, count):
+        self.count, self.sent = count, 0
+
+    def __iter__(self):
+        for self.sent in range(1, self.count + 1):
+            yield b"%08d" % self.sent + self.PAD
+
+    def wait_until_blocked(self):
+        """Return when no more has been asked for for a while."""
+        quiet = -1
+        while quiet != self.sent:
+            quiet = self.sent
+            time.sleep(0.3)
+
+
+class BackPressureTest(RestTest):
+
+    def answered_by(self, *bodies):
+        """Let the upstream answer the next requests with a stream of each of these bodies."""
+        for body in bodies:
+            answer = stream(b"")
+            answer.chunks = body
+            self.upstream.play(answer)
+
+    def resident_kb(self):
+        return usage_of(self.rrouter.process).resident_kb
+
+    def warm_up(self):
+        """Pass a little of the same, for what is allocated once and kept."""
+        self.answered_by(Megabytes(8))
+        with self.opened() as response:
+            self.assertEqual(len(response.read()), 8 << 20)
+        return self.resident_kb()
+
+    def test_client_that_stops_reading_holds_back_its_own_upstream_alone(self):
+        before, stays, leaves = self.warm_up(), Megabytes(100), Megabytes(100)
+        self.answered_by(stays, leaves)
+        with self.opened() as response:
+            with self.opened():
+                stays.wait_until_blocked()
+                leaves.wait_until_blocked()
+                for _ in range(5):
+                    self.assertEqual(self.rrouter.post().body, b"{}")
+                self.assertLess(stays.sent, 60)
+                self.assertLess(leaves.sent, 60)
+                self.assertLess(self.resident_kb() - before, 8 * 1024)
+            start = time.monotonic()
+            self.upstream.wait(lambda upstream: upstream.closed)
+            self.assertLess(time.monotonic() - start, 2)        # a second, and one for a busy machine
+            for block in Megabytes(100):
+                self.assertTrue(response.read(1 << 20) == block, "another block than %r" % block[:8])
+            self.assertEqual(response.read(), b"")
+        self.assertEqual(self.upstream.closed, 1)
+        self.assertLess(self.resident_kb() - before, 8 * 1024)
+
+    def test_slow_reader_takes_no_memory(self):
+        before, ten = self.warm_up(), Megabytes(10)
+        self.answered_by(ten)
+        with self.opened() as response:
+            data = b""
+            for _ in range(15):                     # 10 KB a second
+                data += response.read(1024)
+                time.sleep(0.1)
+            self.assertLess(self.resident_kb() - before, 4 * 1024)
+            data += response.read()
+        self.assertTrue(data == b"".join(Megabytes(10)))
+
+
+class ParallelStreamsTest(RestTest):
+    """50 streams at once, half of them begun in another mode; each client gets its own events and all of them."""
+
+    STREAMS, SECONDS, PAUSE_S, SEED = 50, 60 if SOAKING else 2, 0.05, os.environ.get("RROUTER_SOAK") or 20260129
+
+    def events(self, mark):
+        """Return the events of the stream `mark`, of all sizes."""
+        dice = random.Random("%s %s" % (self.SEED, mark))
+        events = [event("message_start", message={"id": mark})]
+        for number in range(int(self.SECONDS / self.PAUSE_S)):
+            text = chr(dice.randrange(0x20, 0xd7ff)) * (20_000 if dice.random() < 0.02 else dice.randrange(200))
+            events.append(event("content_block_delta", index=number, delta={"text": text}, mark=mark))
+        return events + [event("message_stop", mark=mark)]
+
+    def test_no_stream_gets_events_of_another(self):
+        ended = threading.Event()
+        self.addCleanup(ended.set)
+
+        def answer(received):
+            if received.method == "GET":
+                return Answer()
+            answer = stream(b"")
+            answer.chunks = (data for data in self.events(received.model) if not ended.wait(self.PAUSE_S))
+            return answer
+
+        def client(mark):
+            with self.rrouter.connect() as connection:
+                connection.sendall(request_bytes("POST", "/v1/messages", chat(mark)))
+                return read_reply(connection)
+
+        if SOAKING:
+            print("soak: %d streams for %d s" % (self.STREAMS, self.SECONDS), file=sys.stderr)
+        self.upstream.default = answer
+        before, marks = self.at_rest(), ["mark-%d" % number for number in range(self.STREAMS)]
+        self.upstream.clear()
+        with concurrent.futures.ThreadPoolExecutor(self.STREAMS) as pool:
+            replies = []
+            for mode, some in (("claude", marks[::2]), ("auto", marks[1::2])):
+                self.rrouter.home.write("mode", mode)
+                replies += [(mark, pool.submit(client, mark)) for mark in some]
+                self.upstream.wait(lambda upstream: len(upstream.received) == len(replies))
+            self.assertEqual(self.rrouter.health()["activeRequests"], self.STREAMS)
+            for mark, reply in replies:
+                reply = reply.result(self.SECONDS * 4 + WAIT_S)
+                self.assertEqual((reply.status, reply.complete), (200, True))
+                self.assertTrue(reply.body == b"".join(self.events(mark)), mark)
+        self.assert_nothing_gathered(before, 16 * 1024)
+
+
+class WearTest(RestTest):
+    """Requests of all kinds and what goes wrong with them leave nothing behind."""
+
+    WARM_UP, REQUESTS, CLIENTS = 300, 15000 if SOAKING else 1500, 6
+    SEED = os.environ.get("RROUTER_SOAK") or 20260129
+    config = {"modes": {"antigravity": {"mappings": DEFAULT_MAPPINGS}, "claude": {"mappings": []}},
+              "auto": {"cooldownMinutes": [0.001]}}
+    # What the upstream does, and the status that the client gets in every mode and whether all of the answer.
+    ANSWERED = {
+        "plain": (Answer(), 200, True), "stream": (stream(), 200, True), "close": (Answer(close=True), 200, True),
+        "long": (Answer(200, (bytes(100_000),) * 5), 200, True), "busy": (error(429), 429, True),
+        "down": (error(503), 503, True), "refused": (error(400), 400, True), "hangup": (Answer(hangup=True), 502, True),
+        "garbage": (Answer(raw=b"garbage\r\n"), 502, True),
+        "cut": (stream(event("message_start"), cut=True), 200, False)}
+    OTHERS = ("kept", "upload", "chunked", "leaves early", "leaves late", "leaves uploading", "malformed")
+
+    def answer(self, received):
+        kind = received.target.rpartition("/")[2]
+        if kind in self.ANSWERED:
+            return self.ANSWERED[kind][0]
+        if kind == "upload":
+            return Answer(200, b"%d" % len(received.body), framing="length")
+        if kind == "silent":
+            return Answer(before=self.never)
+        return stream(event("message_start"), event("message_stop"), gate=self.never) if kind == "pausing" else Answer()
+
+    def act(self, number):
+        """Make one request, of a kind that the seed and its number tell; raise AssertionError if it goes wrong."""
+        dice = random.Random("%s %d" % (self.SEED, number))
+        kind = dice.choice((*self.ANSWERED, *self.OTHERS))
+        if number % 40 == 0:
+            self.set_mode(dice.choice(("antigravity", "claude", "auto")), number)
+        if kind in self.ANSWERED:
+            reply = self.rrouter.post(target="/v1/" + kind, padding="x" * dice.randrange(2000))
+            self.assertEqual((reply.status, reply.complete), self.ANSWERED[kind][1:], kind)
+            return
+        size = dice.randrange(200_000, 1_500_000)
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            if kind == "kept":
+                for _ in range(3):
+                    connection.sendall(request_bytes("POST", "/v1/plain", chat()))
+                    self.assertEqual(read_reply_from(reader).status, 200)
+            elif kind in ("upload", "leaves uploading"):
+                body = chat("other", padding="x" * size)
+                data = request_bytes("POST", "/v1/upload", body)
+                connection.sendall(data if kind == "upload" else data[:len(data) // 2])
+                if kind == "upload":
+                    self.assertEqual(read_reply_from(reader).body, b"%d" % len(body))
+            elif kind == "chunked":
+                connection.sendall(request_bytes("POST", "/v1/upload", None, (("Transfer-Encoding", "chunked"),)))
+                connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (size, bytes(size)))
+                self.assertEqual(read_reply_from(reader).body, b"%d" % size)
+            elif kind == "leaves early":
+                connection.sendall(request_bytes("POST", "/v1/silent", chat()))
+            elif kind == "leaves late":
+                connection.sendall(request_bytes("POST", "/v1/pausing", chat()))
+                self.assertEqual(read_head(reader)[0], 200)
+            else:
+                connection.sendall(b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n")
+                self.assertEqual(read_reply_from(reader).status, 400)
+
+    def set_mode(self, mode, number):
+        home = self.rrouter.home
+        home.write("mode.%d" % number, mode)
+        os.replace(str(home.dir / ("mode.%d" % number)), str(home.dir / "mode"))
+
+    def test_nothing_is_left_behind(self):
+        if SOAKING:
+            print("soak: seed %s, %d requests and what goes wrong with them" % (self.SEED, self.REQUESTS),
+                  file=sys.stderr)
+        self.never = threading.Event()
+        self.addCleanup(self.never.set)
+        self.upstream.default = self.answer
+        with concurrent.futures.ThreadPoolExecutor(self.CLIENTS) as pool:
+            list(pool.map(self.act, range(self.WARM_UP)))
+            before = self.at_rest()
+            list(pool.map(self.act, range(self.WARM_UP, self.WARM_UP + self.REQUESTS)))
+        self.assert_nothing_gathered(before)
+        self.assertEqual(self.rrouter.health()["activeRequests"], 0)
+
+
+class DescriptorsTest(unittest.TestCase):
+    """What happens to the others when there are too few descriptors."""
+
+    def setUp(self):
+        self.upstream = Upstream()
+        self.addCleanup(self.upstream.close)
+
+    @unittest.skipUnless(PROC and hasattr(resource, "prlimit"), "needs Linux")
+    def test_mode_written_while_there_are_none_is_in_force_when_there_are(self):
+        """The file cannot be read then; whoever has a connection is served as before."""
+        with Running(self.upstream) as poor, contextlib.ExitStack() as stack:
+            kept = stack.enter_context(poor.connect())
+            reader = stack.enter_context(kept.makefile("rb"))
+
+            def ask(method, target, body=None):
+                kept.sendall(request_bytes(method, target, body))
+                return read_reply_from(reader)
+
+            self.assertEqual(ask("POST", "/v1/messages", chat()).header("x-rrouter-target"), "antigravity")
+            resource.prlimit(poor.process.pid, resource.RLIMIT_NOFILE, (64, 64))
+            crowd = stack.enter_context(contextlib.ExitStack())
+            for _ in range(100):
+                client = crowd.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(("127.0.0.1", poor.port))
+            poor.wait_until(lambda: len(os.listdir("/proc/%d/fd" % poor.process.pid)) >= 64)
+            poor.home.write("mode", "claude")
+            poor.wait_until(lambda: "too many open files" in str(ask("GET", "/health").json()["problems"]))
+            used = processor_seconds(poor.process.pid)
+            time.sleep(0.5)                         # the span that is measured; the file is no longer fresh after it
+            self.assertLess(processor_seconds(poor.process.pid) - used, 0.25)
+            self.assertEqual(ask("POST", "/v1/messages", chat()).header("x-rrouter-target"), "antigravity")
+            crowd.close()
+            poor.wait_until(lambda: len(os.listdir("/proc/%d/fd" % poor.process.pid)) < 40)
+            self.assertEqual(ask("POST", "/v1/messages", chat()).header("x-rrouter-target"), "claude")
+            poor.wait_until(lambda: ask("GET", "/health").json()["problems"] == [])
+
+    @unittest.skipUnless(resource, "needs limits")
+    def test_few_from_the_start_are_shared_out(self):
+        """The cap fits the limit: some of 200 are served, the others told or closed, and nothing breaks."""
+        code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
+        with Altered(self.upstream, code) as poor:
+            with contextlib.ExitStack() as stack:
+                clients = []
+                for _ in range(200):
+                    clients.append(stack.enter_context(poor.connect()))
+                    with contextlib.suppress(ConnectionError):
+                        clients[-1].sendall(request_bytes("POST", "/v1/messages", chat()))
+                replies = []
+                for client in clients:
+                    with contextlib.suppress(ConnectionError):
+                        replies.append(read_reply(client))
+                statuses = collections.Counter(reply.status if reply else None for reply in replies)
+                self.assertLessEqual(set(statuses), {200, 503, None}, statuses)
+                self.assertGreaterEqual(statuses[200], 10, statuses)
+                for client in clients[:10]:         # who was served goes on being served
+                    client.sendall(request_bytes("POST", "/v1/messages", chat()))
+                    self.assertEqual(read_reply(client).status, 200)
+            poor.wait_until(lambda: poor.post().status == 200)
+            self.assertNotIn("cannot accept", poor.log())
+
+
+class Pace:
+    """A gate that opens after each of these gaps in turn, and after the last one no more."""
+
+    def __init__(self, *gaps_s):
+        self.gaps_s, self.due = iter(gaps_s), None
+
+    def wait(self, timeout_s):
+        now = time.monotonic()
+        if self.due is None:
+            self.due = now + next(self.gaps_s, float("inf"))
+        if now < self.due:
+            time.sleep(min(timeout_s, self.due - now))
+            return False
+        self.due = None
+        return True
+
+
+class LongStreamTest(ProxyTest):
+    """Gaps longer than what rrouter's own waits take end no answer, and do not hide that the client leaves."""
+
+    # With --soak two minutes, or as long as RROUTER_SOAK_STREAM_S says: an hour is 3600.
+    GAPS_S = (15,) * (int(os.environ.get("RROUTER_SOAK_STREAM_S") or 120) // 15) if SOAKING else (0.7, 1.1, 0.6)
+    PING = event("ping")
+    config = {"modes": {"antigravity": {"mappings": []}, "claude": {"mappings": []}}, "defaultMode": "claude",
+              "auto": {"firstByteTimeoutSeconds": 0.5}}
+
+    def begin(self, mode, answer):
+        """Begin a request in this mode; return the http.client response's future connection."""
+        self.upstream.play(answer)
+        self.rrouter.home.write("mode", mode)
+        before = len(self.upstream.received)
+        connection = http.client.HTTPConnection("127.0.0.1", self.rrouter.port, timeout=sum(self.GAPS_S) + WAIT_S)
+        self.addCleanup(connection.close)
+        connection.request("POST", "/v1/messages", chat())
+        self.upstream.wait(lambda upstream: len(upstream.received) > before)
+        return connection
+
+    def test_gaps_end_nothing(self):
+        if SOAKING:
+            print("soak: pings alone for %d s" % sum(self.GAPS_S), file=sys.stderr)
+        pings, start = [self.PING] * len(self.GAPS_S), event("message_start")
+        silent = self.begin("claude", stream(before=Pace(sum(self.GAPS_S))))
+        ended = self.begin("auto", stream(start, *pings, gate=Pace(*self.GAPS_S)))
+        endless = self.begin("claude", stream(start, *pings, self.PING, gate=Pace(*self.GAPS_S)))
+        for connection, expected in ((ended, start), (endless, start)):
+            connection.response = response = connection.getresponse()
+            self.addCleanup(response.close)
+            self.assertEqual((response.status, receive(response, len(expected))), (200, expected))
+        for ping in pings:
+            for connection in (ended, endless):
+                self.assertEqual(receive(connection.response, len(ping)), ping)
+        self.assertEqual(ended.response.read(), b"")
+        with contextlib.closing(silent.getresponse()) as response:
+            self.assertEqual((response.status, response.read()), (200, b"".join(stream().chunks)))
+        self.assertEqual(self.upstream.closed, 0)
+        endless.response.close()
+        endless.close()
+        left = time.monotonic()
+        self.upstream.wait(lambda upstream: upstream.closed)
+        self.assertLess(time.monotonic() - left, 2)         # a second, and one for a busy machine
+        self.rrouter.wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
+
+
+LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}) \[[A-Z]+\] \S.*")
+
+
+class SharedLogTest(unittest.TestCase):
+    """Two processes of one HOME write the same log, and it is rotated under load."""
+
+    REQUESTS, CLIENTS = 400, 8
+    # Rotation takes a while on a slow disk: both processes are in it at once.
+    SLOW_DISK = ("import os, time\nreplace = os.replace\n"
+                 "def slow(old, new):\n    time.sleep(0.05 if '.log' in new else 0)\n    replace(old, new)\n"
+                 "os.replace = slow")
+
+    def setUp(self):
+        self.upstream = Upstream()
+        self.addCleanup(self.upstream.close)
+        self.home = Home(self.upstream, "claude")
+        self.addCleanup(self.home.remove)
+        self.beside = Home(self.upstream)
+        self.beside.remove()
+        self.beside.root, self.beside.dir = self.home.root, self.home.dir
+        self.beside.env["HOME"] = self.home.env["HOME"]
+        self.logs = self.home.dir / "logs"
+
+    def fill(self):
+        """Leave an almost full log, and older ones, behind; return the content of each."""
+        shutil.rmtree(str(self.logs), ignore_errors=True)
+        self.logs.mkdir(mode=0o700)
+        old = {"rrouter.log": b"newest".ljust(79) + b"\n", "rrouter.log.1": b"older\n", "rrouter.log.2": b"oldest\n"}
+        old["rrouter.log"] *= (rrouter.LOG_MAX_BYTES - 5000) // 80
+        for name, content in old.items():
+            (self.logs / name).write_bytes(content)
+        return old
+
+    def assert_rotated(self, old, routers):
+        """Requests to both at once all succeed, and each has its line, whole, in one of the files."""
+        def ask(number):
+            return routers[number % 2].request("GET", "/numbered/%d" % number, None, ()).status
+
+        with concurrent.futures.ThreadPoolExecutor(self.CLIENTS) as pool:
+            self.assertEqual(set(pool.map(ask, range(self.REQUESTS))), {200})
+        for router in routers:
+            router.wait_until(lambda: b"".join(path.read_bytes()[-200_000:] for path in self.logs.iterdir()).count(
+                b"GET /numbered/") == self.REQUESTS)
+        files = {path.name: path.read_bytes() for path in self.logs.iterdir()}
+        self.assertEqual(set(files), {"rrouter.log", "rrouter.log.1", "rrouter.log.2", "rrouter.log.3"})
+        self.assertEqual((files["rrouter.log.2"], files["rrouter.log.3"]),
+                         (old["rrouter.log.1"], old["rrouter.log.2"]))
+        self.assertTrue(files["rrouter.log.1"].startswith(old["rrouter.log"]))
+        files["rrouter.log.1"] = files["rrouter.log.1"][len(old["rrouter.log"]):]
+        text = (files["rrouter.log.1"] + files["rrouter.log"]).decode()
+        self.assertTrue(text.endswith("\n"))
+        self.assertEqual([line for line in text.splitlines() if not LOG_LINE.fullmatch(line)], [])
+        numbers = [int(number) for number in re.findall(r"\[REQ\] #\d+ GET /numbered/(\d+) 200 ", text)]
+        self.assertEqual(sorted(numbers), list(range(self.REQUESTS)))
+        self.assertIn(b"/numbered/", files["rrouter.log"])
+
+    def test_daemon_and_serve_lose_no_line(self):
+        old = self.fill()
+        self.addCleanup(self.home.run, "stop")
+        self.home.run("start", check=0)
+        with Running(self.upstream, home=self.beside) as beside:
+            daemon = Running.__new__(Running)       # only to ask it
+            daemon.port = self.home.port
+            self.assert_rotated(old, (daemon, beside))
+
+    def test_two_that_rotate_at_once_do_it_once(self):
+        old = self.fill()
+        with Altered(self.upstream, self.SLOW_DISK, home=self.home) as one:
+            with Altered(self.upstream, self.SLOW_DISK, home=self.beside) as other:
+                self.assert_rotated(old, (one, other))
+
+
+class MidnightTest(unittest.TestCase):
+
+    # Half a second before the local midnight of New Year until a file says that time goes on.
+    CLOCK = ("import os, time\nreal, flag, begin = time.time, %r, %r\n"
+             "def now():\n    return begin + (max(0, real() - os.stat(flag).st_mtime) if os.path.exists(flag) else 0)\n"
+             "time.time = now")
+
+    def test_log_goes_on_under_the_new_date(self):
+        upstream = Upstream()
+        self.addCleanup(upstream.close)
+        home = Home(upstream, "claude", env={"TZ": "KST-9"})
+        self.addCleanup(home.remove)
+        midnight = calendar.timegm((2031, 12, 31, 15, 0, 0))
+        flag = home.root / "time goes on"
+        with Altered(upstream, self.CLOCK % (str(flag), midnight - 0.5), home=home) as router:
+            for _ in range(20):
+                self.assertEqual(router.post().status, 200)
+            flag.touch()
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                def ask(_):
+                    while "2032-01-01" not in router.log():
+                        self.assertEqual(router.post().status, 200)
+
+                list(pool.map(ask, range(4)))
+            for _ in range(20):
+                self.assertEqual(router.post().status, 200)
+            count = router.health()["requestCount"]
+        lines = request_lines(router.log())
+        stamps = [LOG_LINE.fullmatch(line).group(1) for line in lines]
+        self.assertEqual(len(stamps), count)
+        self.assertEqual({stamp[:10] for stamp in stamps}, {"2031-12-31", "2032-01-01"})
+        self.assertEqual(stamps[:19], ["2031-12-31 23:59:59.500"] * 19)     # the 20th is written behind its answer
+        self.assertEqual(stamps[-20:], sorted(stamps[-20:]))
+        dates = [stamp[:10] for stamp in stamps]
+        turn = dates.index("2032-01-01")
+        self.assertRegex(stamps[turn], r" 00:00:0\d\.")
+        self.assertEqual(dates[turn + 4:].count("2031-12-31"), 0)       # four write at a time
+
+
 # Framing fuzz #################################################################
 
 FUZZ_SEED = os.environ.get("RROUTER_FUZZ_SEED") or os.environ.get("RROUTER_SOAK") or "20260129"
@@ -2981,11 +3557,11 @@ FUZZ_SEED = os.environ.get("RROUTER_FUZZ_SEED") or os.environ.get("RROUTER_SOAK"
 
 def fuzz_cases(suite, soak):
     """Return how many cases to run: in the suite, or with --soak; RROUTER_FUZZ_CASES overrides both."""
-    return int(os.environ.get("RROUTER_FUZZ_CASES") or (soak if os.environ.get("RROUTER_SOAK") else suite))
+    return int(os.environ.get("RROUTER_FUZZ_CASES") or (soak if SOAKING else suite))
 
 
 def announce(cases, what):
-    if os.environ.get("RROUTER_SOAK"):
+    if SOAKING:
         print("soak: seed %s, %d %s" % (FUZZ_SEED, cases, what), file=sys.stderr)
 
 
@@ -4272,7 +4848,7 @@ class EdgeTest(ProxyTest):
             self.assertEqual(router.post().status, 200)
 
 
-@unittest.skipUnless(os.environ.get("RROUTER_SOAK"), "--soak starts two daemons at once, 50 times")
+@unittest.skipUnless(SOAKING, "--soak starts two daemons at once, 50 times")
 class StartSoakTest(unittest.TestCase):
 
     ROUNDS = 50
@@ -6429,7 +7005,7 @@ class HealingTest(AutoTest):
 
 # Soak #########################################################################
 
-@unittest.skipUnless(os.environ.get("RROUTER_SOAK"), "--soak sends 10,000 requests over failing targets")
+@unittest.skipUnless(SOAKING, "--soak sends 10,000 requests over failing targets")
 class SoakTest(AutoTest):
     """No client sees an error that one healthy target could have avoided."""
 
@@ -9363,7 +9939,9 @@ class ClaudeCodeTest(RouterTest):
 # Running them #################################################################
 
 WORKERS = 3             # the tests wait more than they compute
-SOAKED = "SoakTest", "FuzzTest", "SpliceFuzzTest", "FileFuzzTest", "StartSoakTest"      # what --soak runs, at length
+# What --soak runs, at length.
+SOAKED = ("SoakTest", "FuzzTest", "SpliceFuzzTest", "FileFuzzTest", "StartSoakTest", "CrowdOfClientsTest", "WearTest",
+          "ParallelStreamsTest", "LongStreamTest")
 
 
 def run_side_by_side():
