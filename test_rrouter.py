@@ -545,14 +545,14 @@ def read_chunks(reader):
 class RouterTest(unittest.TestCase):
     """Base of the tests through real sockets: one scripted upstream and one rrouter for each class.
 
-    `mode`, `config` and `env` are class attributes; `setUp` gives each test a fresh script and resets the mode.
+    `mode`, `config`, `env` and `upstream_class` are class attributes; `setUp` gives each test a fresh script and resets the mode.
     """
 
-    mode, config, env = "antigravity", None, ()
+    mode, config, env, upstream_class = "antigravity", None, (), Upstream
 
     @classmethod
     def setUpClass(cls):
-        cls.upstream = Upstream()
+        cls.upstream = cls.upstream_class()
         cls.addClassCleanup(cls.upstream.close)
         cls.rrouter = Running(cls.upstream, cls.mode, cls.config, cls.env)
         cls.addClassCleanup(cls.rrouter.__exit__)
@@ -6627,6 +6627,151 @@ class UpstreamGoneTest(AutoTest):
         self.assert_state("antigravity", switchCount=1)
 
 
+class Cutting(Upstream):
+    """An upstream that closes each connection after a raw answer, by a reset if `resets` says so."""
+
+    resets = False
+
+    def _play(self, connection, answer, method):
+        going_on = super()._play(connection, answer, method)
+        if self.resets and not going_on:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return going_on
+
+
+class CutAnywhereTest(AutoTest):
+    """The upstream ends after each byte of an answer in turn.
+
+    The client gets the whole answer only if all of it came; else an error, the other target's answer, or the payload
+    that came and then a broken connection, which no client takes for a whole answer.
+    """
+
+    BODY = b'{"type":"message","content":[{"text":"antigravity"}]}'
+    FIRST, SECOND = event("message_start", message={"id": "antigravity"}), event("message_stop")
+    JSON = ("Content-Type", "application/json")
+    # What is cut, and how much of the payload has to have come for the answer to be the client's in auto mode.
+    KINDS = {
+        "length": (b"", Answer(200, BODY, fields=(JSON,), framing="length"), 0),
+        "chunked": (b"", Answer(200, (BODY[:20], BODY[20:]), fields=(JSON,)), 0),
+        "stream": (b"", stream(event("ping"), FIRST, SECOND), len(event("ping") + FIRST)),
+        "interim": (b"HTTP/1.1 103 Early Hints\r\nLink: </>\r\n\r\n", Answer(200, BODY, framing="length"), 0)}
+    upstream_class = Cutting
+    config = auto_config(failureThreshold=1000, timeoutThreshold=1000)
+
+    @staticmethod
+    def wire_of(before, answer):
+        """Return the bytes of head and of body."""
+        chunks = [b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in answer.chunks] + [b"0\r\n\r\n"]
+        return before + answer.head(), b"".join(chunks if answer.framing == "chunked" else answer.chunks)
+
+    @staticmethod
+    def payload_of(answer, body):
+        """Return the payload in the first bytes of a body."""
+        return read_chunks(io.BytesIO(body))[0] if answer.framing == "chunked" else body
+
+    def cut(self, received):
+        if target_of(received) != "antigravity":
+            return whole("claude")
+        _, kind, end = received.target.rsplit("/", 2)
+        return Answer(raw=b"".join(self.wire_of(*self.KINDS[kind][:2]))[:int(end)])
+
+    def check(self, mode, kind, end):
+        before, answer, committed = self.KINDS[kind]
+        head, body = self.wire_of(before, answer)
+        reply = self.rrouter.post(SONNET, "/v1/%s/%d" % (kind, end))
+        got = self.payload_of(answer, body[:max(0, end - len(head))])
+        what = (mode, kind, end, reply)
+        if end == len(head + body):
+            self.assertEqual((reply.status, reply.body, reply.complete), (200, b"".join(answer.chunks), True), what)
+        elif end >= len(head) and (mode != "auto" or len(got) >= committed):
+            self.assertEqual((reply.status, reply.complete), (200, False), what)
+            self.assertEqual(reply.body, got, what)
+        elif mode == "auto":
+            self.assert_served(reply, "claude", 2)
+        else:
+            self.assert_error(reply, 502)
+
+    def test_closed_after_each_byte(self):
+        self.upstream.default = self.cut
+        for mode in ("antigravity", "auto"):
+            self.set_mode(mode)
+            cases = [(mode, kind, end) for kind, (before, answer, _) in self.KINDS.items()
+                     for end in range(sum(map(len, self.wire_of(before, answer))) + 1)]
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                list(pool.map(lambda case: self.check(*case), cases))
+        self.assertEqual(self.rrouter.health()["activeRequests"], 0)
+
+    def test_reset_after_every_seventh_byte(self):
+        """A reset can overtake what was sent before it."""
+        self.upstream.default, self.upstream.resets = self.cut, True
+        self.addCleanup(setattr, self.upstream, "resets", False)
+        self.set_mode("antigravity")
+        for kind, (before, answer, _) in self.KINDS.items():
+            head, body = self.wire_of(before, answer)
+            for end in range(0, len(head + body), 7):
+                reply = self.rrouter.post(SONNET, "/v1/%s/%d" % (kind, end))
+                with self.subTest(kind=kind, end=end):
+                    self.assertIn((reply.status, reply.complete), ((502, True), (200, False)))
+                    if reply.status == 200:
+                        got = self.payload_of(answer, body[:max(0, end - len(head))])
+                        self.assertTrue(got.startswith(reply.body))
+
+
+class MortalUpstreamTest(AutoTest):
+    """The upstream, a process, is killed and started again on its port while requests come."""
+
+    LIVES, CLIENTS = 6, 6
+    CODE = ("import sys, threading\nsys.path.insert(0, %r)\nimport test_rrouter as tests\n"
+            "upstream = tests.Upstream(lambda request: tests.whole(tests.target_of(request)), %d)\n"
+            "print('listening', flush=True)\nthreading.Event().wait()\n")
+
+    @contextlib.contextmanager
+    def life(self, port):
+        with subprocess.Popen([sys.executable, "-c", self.CODE % (str(HERE), port)], stdout=subprocess.PIPE,
+                              env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1")) as process:
+            try:
+                self.assertEqual(process.stdout.readline(), b"listening\n")
+                yield
+            finally:
+                process.kill()
+
+    def ask_on(self, ended):
+        """Ask until told to end; return how the requests went."""
+        outcomes = collections.Counter()
+        while not ended.is_set():
+            reply = self.rrouter.post()
+            if reply.status == 502:
+                self.assertEqual(reply.json()["type"], "error")
+                self.assertIn("rrouter: ", reply.json()["error"]["message"])
+            else:
+                self.assertEqual(reply.status, 200)
+                whole = [bytes_of(target) for target in ("antigravity", "claude")]
+                self.assertIn(reply.body, whole if reply.complete else [w[:len(reply.body)] for w in whole])
+            outcomes[reply.status, reply.complete] += 1
+        return outcomes
+
+    def test_killed_and_started_again_under_load(self):
+        self.upstream.close()
+        self.addCleanup(setattr, type(self), "upstream", self.upstream)
+        for mode in ("claude", "auto"):
+            self.set_mode(mode)
+            ended = threading.Event()
+            with concurrent.futures.ThreadPoolExecutor(self.CLIENTS) as pool:
+                clients = [pool.submit(self.ask_on, ended) for _ in range(self.CLIENTS)]
+                try:
+                    for _ in range(self.LIVES):
+                        with self.life(self.upstream.port):
+                            served = self.rrouter.health()["requestCount"] + 30
+                            self.rrouter.wait_until(lambda: self.rrouter.health()["requestCount"] > served)
+                finally:
+                    ended.set()
+                outcomes = sum((client.result() for client in clients), collections.Counter())
+            self.assertGreater(outcomes[200, True], self.LIVES * 5)
+            with self.life(self.upstream.port):
+                self.assertEqual({self.rrouter.post().status for _ in range(10)}, {200})
+        self.rrouter.wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
+
+
 class StateFileTest(AutoTest):
     """state.json carries a switch over a restart."""
 
@@ -7850,12 +7995,15 @@ class CommandLineTest(CommandTest):
     def test_fresh_files_are_private(self):
         mask = os.umask(0)
         try:
-            run_all(self.home, ("claude",), ("config", "reset"), check=0)
+            run_all(self.home, ("claude",), ("config", "reset"), ("config", "reset"), check=0)
         finally:
             os.umask(mask)
         self.assertEqual(stat.S_IMODE(self.home.dir.stat().st_mode), 0o700)
-        for name in ("mode", "config.json"):
-            self.assertEqual(stat.S_IMODE((self.home.dir / name).stat().st_mode), 0o600)
+        files = {path.name.partition(".bak-")[0] for path in self.home.dir.iterdir()}
+        self.assertLessEqual({"mode", "config.json"}, files)
+        self.assertEqual(len(list(self.home.dir.glob("config.json.bak-*"))), 1)
+        for path in self.home.dir.iterdir():
+            self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o700 if path.is_dir() else 0o600, path.name)
 
     def test_nothing_runs(self):
         status, as_json, stop, *checks = run_all(
