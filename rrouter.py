@@ -681,6 +681,12 @@ def parse_request_head(head: bytes) -> RequestHead:
                        target.partition(b"?")[0].decode("latin-1"))
 
 
+def head_too_large(data: bytes) -> RequestError:
+    """Return the error for a head over the limit: 414 if its first line is, else 431."""
+    return RequestError(431 if b"\r\n" in data[:HEAD_MAX_BYTES] else 414,
+                        "request head over %d KiB" % (HEAD_MAX_BYTES // 1024))
+
+
 def check_head_start(data: bytes, seen: int) -> None:
     """Raise RequestError as soon as the incomplete head `data`, looked at up to `seen`, cannot become a valid one.
 
@@ -813,7 +819,8 @@ class ChunkedBody(FixedBody):
     them all alike.
     """
 
-    _SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+    # The lengths keep a size line within CHUNK_LINE_MAX_BYTES where it comes in one piece.
+    _SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]{0,20};[\t\x20-\x7e\x80-\xff]{0,200})?\r\n")
     _UNFINISHED = re.compile(rb"\r?|\r\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?\r?)?")
 
     def __init__(self):
@@ -864,7 +871,7 @@ class ChunkedBody(FixedBody):
                 raise UpstreamError("sent malformed trailers")
             self._held = data
             return
-        if not _TRAILERS.fullmatch(data[:end + 2]):
+        if end > TRAILERS_MAX_BYTES or not _TRAILERS.fullmatch(data[:end + 2]):
             raise UpstreamError("sent malformed trailers")
         self.done, self.rest = True, data[end + 2:]
 
@@ -1652,7 +1659,8 @@ class Log:
         if self._turn.acquire(timeout=1):
             try:
                 self._open()
-            except OSError as error:
+            except OSError as error:    # what is written to a file that is no longer there is lost as well
+                self._drop()
                 self._note(error)
             finally:
                 self._turn.release()
@@ -1667,13 +1675,17 @@ class Log:
         except FileNotFoundError:
             os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
         descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        self._drop()
         self._descriptor = descriptor
         if not self._echo:              # the daemon's stderr, for what Python itself may have to say
             os.dup2(descriptor, 2)
         self._size = os.fstat(descriptor).st_size
         self._note(None)
+
+    def _drop(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def _rotate(self, descriptor: int) -> None:
         self._size = 0                  # if it fails, it is tried again after as much more
@@ -2568,14 +2580,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if end >= 4:
                 self.busy = True
                 if end > HEAD_MAX_BYTES:
-                    raise RequestError(431, "request head over %d KiB" % (HEAD_MAX_BYTES // 1024))
+                    raise head_too_large(data)
                 wire.held = data[end:]
                 return self._parse_head(data[:end])
             if data not in (b"", b"\r"):
                 self.busy = True
                 if len(data) > HEAD_MAX_BYTES:
-                    raise RequestError(431 if b"\r\n" in data else 414,
-                                       "request head over %d KiB" % (HEAD_MAX_BYTES // 1024))
+                    raise head_too_large(data)
                 check_head_start(data, max(0, seen - 3))
                 deadline = deadline or time.monotonic() + HEAD_S
                 wire.limit(max(0.001, deadline - time.monotonic()))
@@ -3799,11 +3810,16 @@ def keep_beside(path: str, content: bytes) -> str:
     """Write `content` to a new file PATH.bak-YYYYmmdd-HHMMSS and return its path; raise OSError."""
     name = "%s.bak-%s" % (path, time.strftime("%Y%m%d-%H%M%S"))
     for suffix in [""] + ["-%d" % number for number in range(2, 1000)]:
-        with contextlib.suppress(FileExistsError), open(name + suffix, "xb") as file:
-            os.chmod(name + suffix, 0o600)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError), open(name + suffix, "xb", buffering=0) as file:
+            try:
+                os.chmod(name + suffix, 0o600)
+                problem = _write_all(file.fileno(), content)
+                if problem is not None:
+                    raise problem
+                os.fsync(file.fileno())
+            except OSError:             # a full disk: half a backup is none
+                os.unlink(name + suffix)
+                raise
             return name + suffix
     raise FileExistsError(errno.EEXIST, "too many backups of this second", name)
 
@@ -3813,10 +3829,14 @@ def config_reset(paths: Paths) -> int:
     paths.create()
     try:
         content = read_file(paths.config)
+    except OSError as error:
+        raise RouterError("%s: %s: move it away first" % (paths.config, reason_of(error))) from error
+    try:
         if content is not None:
             print("kept: %s" % keep_beside(paths.config, content))
     except OSError as error:
-        raise RouterError("%s: %s: move it away first" % (paths.config, reason_of(error))) from error
+        raise RouterError("%s: cannot be kept beside itself: %s: nothing was changed" % (
+            paths.config, reason_of(error))) from error
     write_file(paths.config, config_text(config_of(None)) + "\n")
     print("%s holds the defaults" % paths.config)
     return 0

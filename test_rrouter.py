@@ -1406,6 +1406,8 @@ BAD_CHUNKS = tuple((repr(size), chunked(size + b"\r\nabc\r\n0\r\n\r\n")) for siz
     ("no line end after the data", chunked(b"3\r\nabc0\r\n\r\n")),
     ("LF alone after the data", chunked(b"3\r\nabc\n0\r\n\r\n")),
     ("64 KB of extension", chunked(b"3;" + b"x" * 65536 + b"\r\nabc\r\n0\r\n\r\n")),
+    ("300 bytes of extension", chunked(b"3;" + b"x" * 300 + b"\r\nabc\r\n0\r\n\r\n")),
+    ("9 KB of trailers", chunked(b"3\r\nabc\r\n0\r\nX: " + b"x" * 9000 + b"\r\n\r\n")),
 )
 
 BAD_LINES = (
@@ -6772,6 +6774,110 @@ class MortalUpstreamTest(AutoTest):
         self.rrouter.wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
 
 
+class MovedClockTest(AutoTest):
+    """The wall clock is set, or the machine slept, which is the same: time limits go by a clock of their own."""
+
+    WAIT_MINUTES = 30
+    config = auto_config(cooldownMinutes=[WAIT_MINUTES])
+    CODE = ("import time\nreal, path = time.time, %r\n"
+            "def now():\n    with open(path) as file:\n        return real() + float(file.read())\n"
+            "time.time = now")
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = Upstream()
+        cls.addClassCleanup(cls.upstream.close)
+        home = Home(cls.upstream, "auto", cls.config)
+        cls.addClassCleanup(home.remove)
+        cls.offset = home.root / "offset"
+        cls.offset.write_text("0")
+        cls.rrouter = Altered(cls.upstream, cls.CODE % str(cls.offset), home=home)
+        cls.addClassCleanup(cls.rrouter.__exit__)
+
+    def move_clock(self, seconds):
+        fresh = self.offset.with_name("offset.new")
+        fresh.write_text(str(seconds))
+        os.replace(str(fresh), str(self.offset))
+
+    def tearDown(self):
+        self.move_clock(0)
+
+    def remaining_s(self):
+        return self.rrouter.health()["autoSwitch"]["cooldownRemainingSeconds"]
+
+    def test_forward_ends_the_wait(self):
+        self.trip()
+        self.script()
+        self.assertEqual(self.ask()[1], "c")
+        self.move_clock(8 * 3600)
+        self.assertEqual(self.ask()[1], "a")
+        self.assert_state("antigravity", switchCount=1)
+
+    def test_back_makes_no_wait_longer(self):
+        for back_s in (3600, 366 * 86400, 56 * 365 * 86400):
+            with self.subTest(back_s=back_s):
+                self.move_clock(0)
+                self.set_mode("auto")
+                self.trip()
+                self.script()
+                self.move_clock(-back_s)
+                self.assertEqual(self.ask()[1], "c")
+                self.assertTrue(0 < self.remaining_s() <= self.WAIT_MINUTES * 60, self.remaining_s())
+                self.move_clock(-back_s + self.WAIT_MINUTES * 60 + 1)
+                self.assertEqual(self.remaining_s(), 0)
+                self.assertEqual(self.ask()[1], "a")
+
+    def test_limits_of_a_request_do_not_move(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.script(antigravity=stream(*events_of("antigravity"), gate=gate))
+        with self.begin() as connection:
+            self.upstream.wait(lambda upstream: upstream.received)
+            for seconds in (86400, -86400):
+                self.move_clock(seconds)
+                self.assertEqual(self.rrouter.health()["activeRequests"], 1)
+                self.assertGreaterEqual(self.rrouter.health()["uptimeSeconds"], 0)
+            gate.set()
+            self.assertTrue(read_reply(connection).complete)
+
+    def test_files_written_in_the_future_are_noticed(self):
+        for number, mode in enumerate(("claude", "antigravity", "claude")):
+            self.rrouter.home.write("mode", mode + "\n")
+            os.utime(str(self.rrouter.home.dir / "mode"), (4e9 - number, 4e9 - number))
+            self.assertEqual(self.rrouter.post().header("x-rrouter-target"), mode)
+
+
+class UnwritableTest(AutoTest):
+    """Nothing can be written, as on a full disk or a read-only one: requests go on, and it is said once."""
+
+    def test_requests_and_switches_go_on(self):
+        home = self.rrouter.home
+        logs, log, state = home.dir / "logs", home.dir / "logs" / "rrouter.log", home.dir / "state.json"
+        self.rrouter.wait_until(state.exists)
+        said = self.rrouter.printed().count("log lines are lost")
+        shutil.rmtree(str(logs))
+        logs.write_text("in the way")           # holds for root as well, whom no file mode stops
+        state.unlink()
+        (state / "in the way").mkdir(parents=True)
+
+        def problems():
+            return " ".join(self.rrouter.health()["problems"])
+
+        self.rrouter.wait_until(lambda: "rrouter.log: " in problems())
+        self.trip()
+        self.rrouter.wait_until(lambda: "state.json: cannot be written" in problems())
+        for _ in range(20):
+            self.assert_served(self.ask()[0], "claude", 1)
+        self.assertEqual(self.rrouter.printed().count("log lines are lost"), said + 1)
+        self.assertEqual(self.rrouter.printed().count("state.json: cannot be written"), 1)
+        self.assertEqual(sorted(path.name for path in home.dir.glob("*.tmp")), [])
+        logs.unlink()
+        shutil.rmtree(str(state))
+        self.rrouter.wait_until(lambda: not problems())
+        self.assertTrue(json.loads(state.read_text())["whole"]["open"])
+        self.rrouter.wait_until(lambda: self.rrouter.post().status == 200 and "[REQ]" in log.read_text())
+
+
 class StateFileTest(AutoTest):
     """state.json carries a switch over a restart."""
 
@@ -7373,6 +7479,32 @@ class FreshnessTest(SwitchboardTest):
                 done.set()
             switching.result()
         self.assertLessEqual(served, {"one-000", "two-000"})
+
+    def test_thousand_configs_under_load_are_each_taken_whole_or_not_at_all(self):
+        """Good and bad ones, by rename and in place, where a reader can meet an empty or a half-written file."""
+        done = threading.Event()
+
+        def ask():
+            while not done.is_set():
+                self.assertEqual(self.rrouter.post().status, 200)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            clients = [pool.submit(ask) for _ in range(4)]
+            try:
+                for number in range(1000):
+                    content = json.dumps(switchboard(number))
+                    bad = content[:-5] if number % 3 == 0 else content.replace('"*"', "7") if number % 3 == 1 else None
+                    (put if number % 2 else Home.write)(self.home, "config.json", bad or content)
+            finally:
+                done.set()
+            for client in clients:
+                client.result()
+        models = set(self.upstream.models())
+        self.assertLessEqual(models, {"one-%03d" % number for number in (0, *range(2, 1000, 3))})
+        self.assertGreater(len(models), 3)
+        put(self.home, "config.json", json.dumps(switchboard(999)))
+        self.assertEqual(self.served(), "one-999")
+        self.assertEqual(self.problems(), "")
 
 
 MODE_FILES = (
@@ -8781,6 +8913,69 @@ class DaemonTest(DaemonTestBase):
         self.assert_nothing_left(home)
 
 
+@unittest.skipUnless(hasattr(resource, "RLIMIT_FSIZE"), "needs limits")
+class FullDiskCommandTest(unittest.TestCase):
+    """Commands that can write nothing lose nothing and say so."""
+
+    def test_what_was_there_stays(self):
+        home = Home(mode="antigravity", config=switchboard(7, defaultMode="one"))
+        self.addCleanup(home.remove)
+        home.write("mode", "one\n")
+        before = {path.name: path.read_bytes() for path in home.dir.iterdir()}
+        code = ("import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
+                "sys.argv[0] = %r\nrunpy.run_path(%r, run_name='__main__')" % (RROUTER, RROUTER))
+        for words in (("claude",), ("mode", "two"), ("config", "reset"), ("auto",)):
+            with self.subTest(words):
+                done = subprocess.run([sys.executable, "-c", code, *words], env=home.env, stdin=subprocess.DEVNULL,
+                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+                if words == ("claude",):            # not defined by this config
+                    self.assertNotEqual(done.returncode, 0)
+                else:
+                    self.assertEqual(done.returncode, 1, done)
+                    self.assertRegex(done.stderr, r"\Arrouter: [^\n]*(large|space)[^\n]*\n\Z")
+                left = {path.name: path.read_bytes() for path in home.dir.iterdir() if path.is_file()}
+                self.assertEqual(left, before)
+
+
+class InterruptedStartTest(unittest.TestCase):
+    """A signal at any moment of a start, a restart or a stop leaves nothing in the way of the next start."""
+
+    ROUNDS, SEED = 100 if SOAKING else 10, os.environ.get("RROUTER_SOAK") or "20260129"
+    SIGNALS = "SIGTERM", "SIGHUP", "SIGINT", "SIGPIPE", "SIGKILL"
+
+    def test_next_start_works(self):
+        if SOAKING:
+            print("soak: seed %s, %d interrupted starts" % (self.SEED, self.ROUNDS), file=sys.stderr)
+        home, dice = Home(), random.Random(self.SEED)
+        self.addCleanup(home.remove)
+        self.addCleanup(home.run, "stop")
+        for number in range(self.ROUNDS):
+            command = ("start", "serve", "restart", "stop")[number % 4]
+            name, delay_s = dice.choice(self.SIGNALS), dice.random() * 0.3
+            with self.subTest(round=number, command=command, signal=name, delay_s=delay_s):
+                with tempfile.TemporaryFile() as output:
+                    with subprocess.Popen([sys.executable, RROUTER, command], env=home.env, stdin=subprocess.DEVNULL,
+                                          stdout=output, stderr=output, start_new_session=True) as process:
+                        time.sleep(delay_s)         # the moment is what the dice say
+                        victims = [process.pid, *(processes(home) if LINUX else ())]
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(dice.choice(victims), getattr(signal, name))
+                        if command == "serve" and process.poll() is None:
+                            process.terminate()
+                    output.seek(0)
+                    printed = output.read().decode()
+                if name != "SIGINT":                # Python's own start cannot be interrupted quietly
+                    self.assertNotIn("Traceback", printed)
+                home.run("start", check=0)
+                pid = get_health(home.port)["pid"]
+                if LINUX:
+                    self.assertEqual(processes(home), [pid])
+                self.assertNotIn("Traceback", home.read("logs/rrouter.log"))
+                if number % 2:
+                    home.run("stop", check=0)
+                    self.assertIsNone(get_health(home.port))
+
+
 class StateTest(DaemonTestBase):
     """The cooldown outlives the process."""
 
@@ -10089,7 +10284,7 @@ class ClaudeCodeTest(RouterTest):
 WORKERS = 3             # the tests wait more than they compute
 # What --soak runs, at length.
 SOAKED = ("SoakTest", "FuzzTest", "SpliceFuzzTest", "FileFuzzTest", "StartSoakTest", "CrowdOfClientsTest", "WearTest",
-          "ParallelStreamsTest", "LongStreamTest")
+          "ParallelStreamsTest", "LongStreamTest", "InterruptedStartTest")
 
 
 def run_side_by_side():
