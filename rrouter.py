@@ -3013,7 +3013,14 @@ class Lock:
         self._descriptor: Optional[int] = None
 
     def acquire(self) -> bool:
-        """Take the lock for the life of this process; return False if another has it."""
+        """Take the lock for the life of this process; return False if another has it.  Raises DaemonError."""
+        try:
+            return self._acquire()
+        except OSError as error:
+            raise DaemonError("%s: cannot be written: %s: see to its rights and to free space" % (
+                self._path, reason_of(error))) from error
+
+    def _acquire(self) -> bool:
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         for _ in range(25):             # `holder` of another command may have it for a moment
             with contextlib.suppress(BlockingIOError):
@@ -3528,7 +3535,7 @@ def start_daemon(paths: Paths, home: str) -> str:
         try:
             spawn_daemon(paths)
         except OSError as error:
-            raise DaemonError("cannot start a process: %s" % reason_of(error)) from error
+            raise DaemonError("%s: %s" % (error.filename or "cannot start a process", reason_of(error))) from error
     daemon, health = wait_for_health(paths)
     told = "rrouter runs (pid %d, port %d, by %s), mode %s" % (
         daemon.pid, daemon.port, health["startedBy"], health["mode"])
@@ -3835,8 +3842,8 @@ def config_reset(paths: Paths) -> int:
         if content is not None:
             print("kept: %s" % keep_beside(paths.config, content))
     except OSError as error:
-        raise RouterError("%s: cannot be kept beside itself: %s: nothing was changed" % (
-            paths.config, reason_of(error))) from error
+        raise RouterError("%s: cannot be kept beside itself: %s: see to the rights of its directory and to free space"
+                          % (paths.config, reason_of(error))) from error
     write_file(paths.config, config_text(config_of(None)) + "\n")
     print("%s holds the defaults" % paths.config)
     return 0

@@ -13,6 +13,7 @@ import collections
 import concurrent.futures
 import configparser
 import contextlib
+import ctypes
 import copy
 import email.utils
 import errno
@@ -5275,6 +5276,278 @@ class RefusedHeadTest(RouterTest):
         self.assertTrue(answer.startswith(b"HTTP/1.1 417 ") and answer.endswith(b"\r\n\r\n"), answer)
 
 
+# Faults of the machine ########################################################
+
+def all_files(home):
+    """Return {path: content} of all files under ~/.rrouter, but for the log and the lock."""
+    return {path.name: path.read_bytes() for path in home.dir.rglob("*")
+            if path.is_file() and path.name not in ("rrouter.log", "rrouter.lock", "fill")}
+
+
+class FullDiskTest(unittest.TestCase):
+    """No room for any byte: requests go on, nothing is lost, and it is told once."""
+
+    def setUp(self):
+        self.upstream = Upstream()
+        self.addCleanup(self.upstream.close)
+        self.home = Home(self.upstream, "auto", dict(rrouter.DEFAULT_CONFIG, auto={"failureThreshold": 1}))
+        self.addCleanup(self.home.remove)
+        self.old = all_files(self.home)
+
+    def run_without_room(self, *arguments):
+        """Run a command that can write to no file; a pipe takes what it says."""
+        limits = 0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        return subprocess.run([sys.executable, RROUTER, *arguments], env=self.home.env, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                              timeout=WAIT_S * 4, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+
+    def assert_told(self, done, *patterns):
+        """It failed with one readable line."""
+        self.assertEqual((done.returncode, done.stdout), (1, ""), done)
+        self.assertRegex(done.stderr, r"^rrouter: [^\n]+\n\Z")
+        self.assertNotRegex(done.stderr, "internal error|Traceback|output:")
+        for pattern in patterns:
+            self.assertRegex(done.stderr, pattern)
+
+    def check_commands(self, run):
+        """Each command tells of it, and what was there is there, unchanged and alone."""
+        for command in (("claude",), ("auto",), ("mode", "antigravity"), ("config", "reset")):
+            with self.subTest(command):
+                self.assert_told(run(*command), r"\.rrouter/(mode|config\.json): .*(large|space).*free space")
+                self.assertEqual(all_files(self.home), self.old)
+
+    def test_commands_lose_nothing(self):
+        self.check_commands(self.run_without_room)
+        (self.home.dir / "config.json").unlink()
+        del self.old["config.json"]
+        self.assert_told(self.run_without_room("config", "edit"), r"config\.json: ")
+        self.assertEqual(all_files(self.home), self.old)
+
+    def test_start_and_serve_tell_the_reason(self):
+        for command in ("start", "serve"):
+            with self.subTest(command):
+                self.assert_told(self.run_without_room(command), r"rrouter\.lock: cannot be written: .*free space")
+                self.assertEqual(all_files(self.home), self.old)
+        self.home.run("start", check=0)                     # nothing of that hinders a later one
+        self.assertIsNotNone(get_health(self.home.port))
+        self.home.run("stop", check=0)
+
+    def assert_goes_on(self, router, *problems):
+        """Requests are served, and auto mode switches; the problems stand in /health, each once."""
+        self.upstream.play(error(503))
+        self.assertEqual([router.post().status for _ in range(20)], [200] * 20)
+        self.assertTrue(router.health()["autoSwitch"]["switched"])
+        for problem in problems:
+            router.wait_until(lambda: len([p for p in router.health()["problems"] if p.startswith(problem)]) == 1)
+        self.assertEqual(router.printed().count("log lines are lost"), 1)
+
+    def assert_recovers(self, router):
+        """Without a restart: the problems go, lines are written again."""
+        router.wait_until(lambda: router.post().status == 200 and router.health()["problems"] == [])
+        router.wait_until(lambda: router.post().status == 200 and "[REQ]" in router.log())
+
+    @unittest.skipUnless(os.path.exists("/dev/full"), "no /dev/full")
+    def test_log_on_a_full_device_is_told_once_and_recovers(self):
+        (self.home.dir / "logs").mkdir(mode=0o700)
+        file = self.home.dir / "logs" / "rrouter.log"
+        file.symlink_to("/dev/full")
+        with Running(self.upstream, home=self.home) as router:
+            self.assert_goes_on(router, "rrouter.log: ")
+            file.unlink()
+            self.assert_recovers(router)
+
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "the limit of another process cannot be set here")
+    def test_state_that_cannot_be_written_is_told_once_and_recovers(self):
+        with Running(self.upstream, home=self.home) as router:
+            soft, hard = resource.prlimit(router.process.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(router.process.pid, resource.RLIMIT_FSIZE, (0, hard))
+            self.upstream.play(error(503))
+            self.assertEqual([router.post().status for _ in range(20)], [200] * 20)
+            for problem in ("state.json: ", "rrouter.log: "):
+                router.wait_until(lambda: [p for p in router.health()["problems"] if p.startswith(problem)])
+            self.assertTrue(router.health()["autoSwitch"]["switched"])
+            allowed = {"mode", "config.json", "rrouter.pid", "run.json", "state.json"}
+            router.wait_until(lambda: set(all_files(self.home)) <= allowed)     # tried again four times a second
+            resource.prlimit(router.process.pid, resource.RLIMIT_FSIZE, (soft, hard))
+            self.assert_recovers(router)
+            router.wait_until(lambda: "503" in self.home.read("state.json"))
+
+    def test_small_disk_that_fills_up_while_running(self):
+        def mount(*command):
+            return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+
+        if not shutil.which("mount") or not mount("mount", "-t", "tmpfs", "-o", "size=128k,mode=0700", "rrouter",
+                                                  str(self.home.dir)):
+            self.skipTest("no right to mount a small file system")
+        self.addCleanup(mount, "umount", "-l", str(self.home.dir))
+        for name, content in self.old.items():
+            (self.home.dir / name).write_bytes(content)
+        with Running(self.upstream, home=self.home) as router:
+            router.post()
+            self.old = {name: content for name, content in self.old.items() if name in ("mode", "config.json")}
+            fill = self.home.dir / "fill"
+            with contextlib.suppress(OSError), open(str(fill), "wb", buffering=0) as file:
+                while True:
+                    file.write(b"x" * 4096)
+            # The last page of the log has some room left.
+            router.wait_until(lambda: router.post().status == 200 and "log" in str(router.health()["problems"]))
+            self.assert_goes_on(router, "rrouter.log: ", "state.json: ")
+            for command in ("claude",), ("config", "reset"):
+                self.assert_told(self.home.run(*command), "no space left")
+                self.assertEqual({name: content for name, content in all_files(self.home).items()
+                                  if name.startswith(("mode", "config"))}, self.old)
+            fill.unlink()
+            self.assert_recovers(router)
+            self.home.run("claude", check=0)
+            self.assertEqual(router.health()["mode"], "claude")
+
+
+def without_privileges():
+    """In a child before its program runs: let root be a user like any other, for whom rights to files count."""
+    if os.geteuid() == 0:
+        for capability in range(64):                        # PR_CAPBSET_DROP
+            LIBC.prctl(24, capability, 0, 0, 0)
+
+
+LIBC = ctypes.CDLL(None)
+
+
+class Powerless(Running):
+    """rrouter for whom rights to files count."""
+
+    def start(self):
+        self.output = tempfile.TemporaryFile()
+        self.process = subprocess.Popen([sys.executable, RROUTER, "serve"], env=self.home.env, stdin=subprocess.DEVNULL,
+                                        stdout=self.output, stderr=self.output, preexec_fn=without_privileges)
+        self.wait_until(self._answers)
+
+
+@unittest.skipIf(os.geteuid() == 0 and not hasattr(LIBC, "prctl"), "rights mean nothing to root")
+class RightsTest(unittest.TestCase):
+    """Directories that cannot be written, and files that cannot be read."""
+
+    def setUp(self):
+        self.upstream = Upstream()
+        self.addCleanup(self.upstream.close)
+        self.home = Home(self.upstream, "auto", dict(rrouter.DEFAULT_CONFIG, auto={"failureThreshold": 1}))
+        self.addCleanup(self.home.remove)
+
+    def run_powerless(self, *arguments):
+        return subprocess.run([sys.executable, RROUTER, *arguments], env=self.home.env, stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                              timeout=WAIT_S * 4, preexec_fn=without_privileges)
+
+    def assert_told(self, *commands):
+        """Each fails with one readable line that names the directory."""
+        for command in commands:
+            with self.subTest(command):
+                done = self.run_powerless(*command)
+                self.assertEqual((done.returncode, done.stdout), (1, ""), done)
+                self.assertRegex(done.stderr, r"^rrouter: [^\n]*\.rrouter[^\n]*\n\Z")
+                self.assertNotRegex(done.stderr, "internal error|Traceback")
+
+    def test_home_that_becomes_read_only_while_running(self):
+        with Powerless(self.upstream, home=self.home) as router:
+            for directory in (self.home.dir / "logs", self.home.dir, self.home.root):
+                directory.chmod(0o500)
+                self.addCleanup(directory.chmod, 0o700)
+            self.upstream.play(error(503))
+            self.assertEqual([router.post().status for _ in range(5)], [200] * 5)
+            self.assertTrue(router.health()["autoSwitch"]["switched"])
+            told = router.wait_until(lambda: router.health()["problems"])
+            self.assertEqual([problem.split(":")[0] for problem in told], ["state.json"])
+            for _ in range(3):                              # something new to save each time, and a look at the files
+                self.upstream.play(error(503), error(503))
+                self.assertEqual(router.post().status, 503)
+                router.process.send_signal(signal.SIGHUP)
+            router.wait_until(lambda: router.log().count("SIGHUP") >= 1)
+            self.assertEqual(router.health()["problems"], told)
+            self.assertEqual(router.log().count("state.json: cannot be written"), 1)
+            for directory in (self.home.root, self.home.dir):
+                directory.chmod(0o700)
+            router.wait_until(lambda: router.health()["problems"] == [] and (self.home.dir / "state.json").exists())
+            self.assertIn("503", self.home.read("state.json"))
+
+    def test_files_that_become_unreadable_while_running(self):
+        with Powerless(self.upstream, home=self.home) as router:
+            before = router.health()
+            for name in ("mode", "config.json"):
+                (self.home.dir / name).chmod(0)
+                self.assertEqual([router.post().status for _ in range(3)], [200] * 3)
+                health = router.health()
+                self.assertEqual((health["mode"], health["defaultMode"]), (before["mode"], before["defaultMode"]))
+                self.assertRegex(" ".join(health["problems"]), r"^%s: .*permission denied" % name)
+                (self.home.dir / name).chmod(0o600)
+                self.assertEqual(router.health()["problems"], [])
+            self.assertEqual(router.log().count("permission denied"), 1)        # config.json's line
+
+    def test_home_that_is_read_only_from_the_start(self):
+        shutil.rmtree(str(self.home.dir))
+        self.home.root.chmod(0o500)
+        self.addCleanup(self.home.root.chmod, 0o700)
+        self.assert_told(("serve",), ("start",), ("claude",), ("config", "reset"))
+        for command in ("status",), ("stop",), ("mode",), ("config",), ("check",):
+            done = self.run_powerless(*command)
+            self.assertNotRegex(done.stderr, "internal error|Traceback")
+            self.assertIn(done.returncode, (0, 1, 3))
+
+    def test_log_that_cannot_be_opened_is_named(self):
+        (self.home.dir / "logs" / "rrouter.log").mkdir(parents=True)
+        done = self.run_powerless("start")
+        self.assertEqual((done.returncode, done.stdout), (1, ""), done)
+        self.assertRegex(done.stderr, r"^rrouter: .*rrouter\.log: is a directory\n\Z")
+
+    @unittest.skipUnless(os.geteuid() == 0, "only root can give files away")
+    def test_home_of_another_user_is_told(self):
+        for rights in (0o700, 0o755, 0o777):
+            with self.subTest(oct(rights)):
+                for path in [self.home.dir, *self.home.dir.rglob("*")]:
+                    os.chown(str(path), 65534, 65534)
+                self.home.dir.chmod(rights)
+                self.assert_told(("serve",), ("start",), ("claude",))
+
+
+class LogGoneTest(unittest.TestCase):
+    """Whatever becomes of the log while rrouter runs: requests go on, it is told once, and lines are written again."""
+
+    def test_log_that_is_removed_or_replaced(self):
+        upstream = Upstream()
+        self.addCleanup(upstream.close)
+        with Running(upstream) as router:
+            logs = router.home.dir / "logs"
+            file = logs / "rrouter.log"
+
+            def a_directory():
+                file.unlink()
+                file.mkdir()
+
+            def a_file():
+                shutil.rmtree(str(logs))
+                logs.write_text("")
+
+            ways = (
+                # how                                   whether it lasts until somebody mends it, and how
+                (file.unlink,                           None),
+                (lambda: shutil.rmtree(str(logs)),      None),
+                (a_directory,                           file.rmdir),
+                (a_file,                                logs.unlink))
+            for number, (way, mend) in enumerate(ways):
+                with self.subTest(number):
+                    before = router.printed().count("log lines are lost")
+                    way()
+                    if mend:
+                        router.wait_until(lambda: router.health()["problems"])
+                        looks = time.monotonic() + 1        # several looks of the watcher, with requests between
+                        while time.monotonic() < looks:
+                            self.assertEqual(router.post().status, 200)
+                            time.sleep(0.02)
+                        self.assertRegex(" ".join(router.health()["problems"]), "^rrouter.log: ")
+                        self.assertEqual(router.printed().count("log lines are lost"), before + 1)
+                        mend()
+                    router.wait_until(lambda: router.post().status == 200 and file.is_file() and "[REQ]" in router.log())
+                    self.assertEqual(router.health()["problems"], [])
+
+
 # Auto mode ####################################################################
 # The upstream tells the two targets apart as CLIProxyAPI does, by the model: gemini-* is antigravity, claude-* claude.
 
@@ -6847,37 +7120,6 @@ class MovedClockTest(AutoTest):
             self.assertEqual(self.rrouter.post().header("x-rrouter-target"), mode)
 
 
-class UnwritableTest(AutoTest):
-    """Nothing can be written, as on a full disk or a read-only one: requests go on, and it is said once."""
-
-    def test_requests_and_switches_go_on(self):
-        home = self.rrouter.home
-        logs, log, state = home.dir / "logs", home.dir / "logs" / "rrouter.log", home.dir / "state.json"
-        self.rrouter.wait_until(state.exists)
-        said = self.rrouter.printed().count("log lines are lost")
-        shutil.rmtree(str(logs))
-        logs.write_text("in the way")           # holds for root as well, whom no file mode stops
-        state.unlink()
-        (state / "in the way").mkdir(parents=True)
-
-        def problems():
-            return " ".join(self.rrouter.health()["problems"])
-
-        self.rrouter.wait_until(lambda: "rrouter.log: " in problems())
-        self.trip()
-        self.rrouter.wait_until(lambda: "state.json: cannot be written" in problems())
-        for _ in range(20):
-            self.assert_served(self.ask()[0], "claude", 1)
-        self.assertEqual(self.rrouter.printed().count("log lines are lost"), said + 1)
-        self.assertEqual(self.rrouter.printed().count("state.json: cannot be written"), 1)
-        self.assertEqual(sorted(path.name for path in home.dir.glob("*.tmp")), [])
-        logs.unlink()
-        shutil.rmtree(str(state))
-        self.rrouter.wait_until(lambda: not problems())
-        self.assertTrue(json.loads(state.read_text())["whole"]["open"])
-        self.rrouter.wait_until(lambda: self.rrouter.post().status == 200 and "[REQ]" in log.read_text())
-
-
 class StateFileTest(AutoTest):
     """state.json carries a switch over a restart."""
 
@@ -8127,7 +8369,8 @@ class CommandLineTest(CommandTest):
     def test_fresh_files_are_private(self):
         mask = os.umask(0)
         try:
-            run_all(self.home, ("claude",), ("config", "reset"), ("config", "reset"), check=0)
+            for words in (("claude",), ("config", "reset"), ("config", "reset")):
+                self.home.run(*words, check=0)
         finally:
             os.umask(mask)
         self.assertEqual(stat.S_IMODE(self.home.dir.stat().st_mode), 0o700)
@@ -8911,30 +9154,6 @@ class DaemonTest(DaemonTestBase):
         self.assert_alone(home)
         self.assertEqual(run("stop"), 0)
         self.assert_nothing_left(home)
-
-
-@unittest.skipUnless(hasattr(resource, "RLIMIT_FSIZE"), "needs limits")
-class FullDiskCommandTest(unittest.TestCase):
-    """Commands that can write nothing lose nothing and say so."""
-
-    def test_what_was_there_stays(self):
-        home = Home(mode="antigravity", config=switchboard(7, defaultMode="one"))
-        self.addCleanup(home.remove)
-        home.write("mode", "one\n")
-        before = {path.name: path.read_bytes() for path in home.dir.iterdir()}
-        code = ("import resource, runpy, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"
-                "sys.argv[0] = %r\nrunpy.run_path(%r, run_name='__main__')" % (RROUTER, RROUTER))
-        for words in (("claude",), ("mode", "two"), ("config", "reset"), ("auto",)):
-            with self.subTest(words):
-                done = subprocess.run([sys.executable, "-c", code, *words], env=home.env, stdin=subprocess.DEVNULL,
-                                      stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
-                if words == ("claude",):            # not defined by this config
-                    self.assertNotEqual(done.returncode, 0)
-                else:
-                    self.assertEqual(done.returncode, 1, done)
-                    self.assertRegex(done.stderr, r"\Arrouter: [^\n]*(large|space)[^\n]*\n\Z")
-                left = {path.name: path.read_bytes() for path in home.dir.iterdir() if path.is_file()}
-                self.assertEqual(left, before)
 
 
 class InterruptedStartTest(unittest.TestCase):
