@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
 """Tests of rrouter: `python3 test_rrouter.py`, or `python3 -m unittest`; `python3 test_rrouter.py --soak [SEED]`.
 
+With --soak the streams of pings last RROUTER_SOAK_STREAM_S seconds, 120 unless it is set; RROUTER_FUZZ_CASES and
+RROUTER_FUZZ_SEED say how many random cases there are and which.
+
 What is real: rrouter runs as a process of its own (`rrouter.py serve` in an empty HOME), and every byte goes through
 sockets on the loopback addresses, on ports that were free.  What is scripted: the upstream, which records each request
 as it came and plays the answers it was given.  Pure parts are tested by tables, with a clock that moves when told to.
@@ -546,7 +549,8 @@ def read_chunks(reader):
 class RouterTest(unittest.TestCase):
     """Base of the tests through real sockets: one scripted upstream and one rrouter for each class.
 
-    `mode`, `config`, `env` and `upstream_class` are class attributes; `setUp` gives each test a fresh script and resets the mode.
+    `mode`, `config`, `env` and `upstream_class` are class attributes; `setUp` gives each test a fresh script and
+    resets the mode.
     """
 
     mode, config, env, upstream_class = "antigravity", None, (), Upstream
@@ -5544,7 +5548,8 @@ class LogGoneTest(unittest.TestCase):
                         self.assertRegex(" ".join(router.health()["problems"]), "^rrouter.log: ")
                         self.assertEqual(router.printed().count("log lines are lost"), before + 1)
                         mend()
-                    router.wait_until(lambda: router.post().status == 200 and file.is_file() and "[REQ]" in router.log())
+                    router.wait_until(lambda: router.post().status == 200 and file.is_file()
+                                      and "[REQ]" in router.log())
                     self.assertEqual(router.health()["problems"], [])
 
 
