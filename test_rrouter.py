@@ -3070,14 +3070,14 @@ class CrowdOfClientsTest(RestTest):
             begun = [number % 4 * (len(whole) - len(body)) // 3 + 20 for number in range(len(clients))]
             for client, at in zip(clients, begun):
                 client.sendall(whole[:at])
-            for step in range(6):
+            for step in range(3):
                 for client, at in zip(clients, begun):
                     client.sendall(whole[at + step:at + step + 1])
                 seconds += self.timed()
             self.assert_prompt(seconds)
             self.assertFalse([r for r in self.upstream.received if b"drip" in r.body])
             for client, at in zip(clients, begun):
-                client.sendall(whole[at + 6:])
+                client.sendall(whole[at + 3:])
             self.assertEqual([read_reply(client).status for client in clients], [200] * len(clients))
             self.assertEqual([r.body for r in self.upstream.received if b"drip" in r.body], [body] * len(clients))
         self.assert_nothing_gathered(before, 16 * 1024)
@@ -3127,8 +3127,9 @@ class Megabytes:
         self.count, self.sent = count, 0
 
     def __iter__(self):
-        for self.sent in range(1, self.count + 1):
-            yield b"%08d" % self.sent + self.PAD
+        for number in range(1, self.count + 1):
+            self.sent = number
+            yield b"%08d" % number + self.PAD
 
     def wait_until_blocked(self):
         """Return when no more has been asked for for a while."""
@@ -3243,7 +3244,7 @@ class ParallelStreamsTest(RestTest):
 class WearTest(RestTest):
     """Requests of all kinds and what goes wrong with them leave nothing behind."""
 
-    WARM_UP, REQUESTS, CLIENTS = 300, 15000 if SOAKING else 1500, 6
+    WARM_UP, REQUESTS, CLIENTS = 300, 15000 if SOAKING else 600, 6
     SEED = os.environ.get("RROUTER_SOAK") or 20260129
     config = {"modes": {"antigravity": {"mappings": DEFAULT_MAPPINGS}, "claude": {"mappings": []}},
               "auto": {"cooldownMinutes": [0.001]}}
@@ -4019,7 +4020,7 @@ class FuzzTest(RouterTest):
     RROUTER_FUZZ_SEED gives the seed again, RROUTER_FUZZ_CASES the number of cases.
     """
 
-    SEED, CASES, THREADS = FUZZ_SEED, fuzz_cases(2000, soak=20_000), 4
+    SEED, CASES, THREADS = FUZZ_SEED, fuzz_cases(1000, soak=20_000), 4
 
     @classmethod
     def setUpClass(cls):
@@ -4483,7 +4484,7 @@ class SpliceFuzzTest(ProxyTest):
     RROUTER_FUZZ_SEED gives the seed again, RROUTER_FUZZ_CASES the number of cases.
     """
 
-    CASES = fuzz_cases(3000, soak=100_000)
+    CASES = fuzz_cases(1500, soak=100_000)
     LIVE_CASES = 200
 
 
@@ -4650,7 +4651,7 @@ class FileFuzzTest(RouterTest):
     RROUTER_FUZZ_SEED gives the seed again, RROUTER_FUZZ_CASES the number of cases.
     """
 
-    CASES = fuzz_cases(2000, soak=20_000)
+    CASES = fuzz_cases(1000, soak=20_000)
 
     @classmethod
     def setUpClass(cls):
@@ -7000,7 +7001,7 @@ class CutAnywhereTest(AutoTest):
 class MortalUpstreamTest(AutoTest):
     """The upstream, a process, is killed and started again on its port while requests come."""
 
-    LIVES, CLIENTS = 6, 6
+    LIVES, CLIENTS = 3, 6
     CODE = ("import sys, threading\nsys.path.insert(0, %r)\nimport test_rrouter as tests\n"
             "upstream = tests.Upstream(lambda request: tests.whole(tests.target_of(request)), %d)\n"
             "print('listening', flush=True)\nthreading.Event().wait()\n")
@@ -9164,7 +9165,7 @@ class DaemonTest(DaemonTestBase):
 class InterruptedStartTest(unittest.TestCase):
     """A signal at any moment of a start, a restart or a stop leaves nothing in the way of the next start."""
 
-    ROUNDS, SEED = 100 if SOAKING else 10, os.environ.get("RROUTER_SOAK") or "20260129"
+    ROUNDS, SEED = 100 if SOAKING else 5, os.environ.get("RROUTER_SOAK") or "20260129"
     SIGNALS = "SIGTERM", "SIGHUP", "SIGINT", "SIGPIPE", "SIGKILL"
 
     def test_next_start_works(self):
