@@ -1416,6 +1416,13 @@ class Failover:
             breaker = self._models.get(ticket.model) if ticket.alone else self._whole
             return breaker.release(ticket) if breaker is not None else []
 
+    def look_at_clock(self) -> None:
+        """Bound the waits by a clock that was set back: else they would begin anew only when somebody asks."""
+        with self._lock:
+            now = self._clock()
+            for breaker in (self._whole, *self._models.values()):
+                breaker.remaining_s(now)
+
     def _charge_model(self, now: float, ticket: Ticket, failure: Failure) -> List[str]:
         """Count a failure of the whole target for its model too; its line is told only if the model switches."""
         if len(ticket.model) > MODEL_NAME_MAX:
@@ -2473,8 +2480,9 @@ class Router:
             self._state_problem = problem
 
     def watch(self) -> None:
-        """Look at the files; one step of the watcher."""
+        """Look at the files and at the clock; one step of the watcher."""
         self.store.snapshot()
+        self.failover.look_at_clock()
         self.save_state()
         self.log.reopen()
         self.upstream.prune()
@@ -3053,9 +3061,10 @@ class Lock:
 
     def look(self) -> Optional[Tuple[int, bool]]:
         """Return (pid, whether it is stopping) of the process that holds the lock, or None.  Raises DaemonError."""
+        words: List[bytes] = []
         for _ in range(25):
             try:
-                descriptor = os.open(self._path, os.O_RDONLY)
+                descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)   # a FIFO would block for ever
             except (FileNotFoundError, NotADirectoryError):
                 return None
             except OSError as error:
@@ -3065,8 +3074,9 @@ class Lock:
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return None
             except BlockingIOError:
-                words = os.pread(descriptor, 32, 0).split()
-                if words and words[0].isdigit():
+                with contextlib.suppress(OSError):      # a FIFO, which another command has opened
+                    words = os.pread(descriptor, 32, 0).split()
+                if words and words[0].isdigit() and 0 < int(words[0]) < 1 << 31:    # 0 would be our own process group
                     return int(words[0]), words[1:] == [b"stopping"]
             finally:
                 os.close(descriptor)
@@ -4176,8 +4186,6 @@ def run_command(argv: Optional[List[str]]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # what is left in the buffer would fail again at exit
         print("rrouter: %s: %s" % (error.filename or "output", reason_of(error)), file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
     except Exception as error:          # once, for all commands: no traceback reaches a user
         print("rrouter: " + describe_defect(error), file=sys.stderr)
         return 1
@@ -4185,7 +4193,10 @@ def run_command(argv: Optional[List[str]]) -> int:
 
 def main(argv: Optional[List[str]] = None) -> int:
     """Run one command; return its exit status, or exit with it if the command is that of the process."""
-    status = run_command(argv)
+    try:
+        status = run_command(argv)
+    except KeyboardInterrupt:
+        status = 130
     if argv is None:                    # zipapp's own caller of `main` drops what it returns
         sys.exit(status)
     return status
