@@ -293,7 +293,8 @@ class ResponseHead(NamedTuple):
     @property
     def is_event_stream(self) -> bool:
         """True if the body is server-sent events that can be read: an encoded one cannot."""
-        return (self.value(b"content-type").lower().startswith("text/event-stream")
+        return (b"content-type" in self.values
+                and self.values[b"content-type"][0].lower().startswith(b"text/event-stream")
                 and self.value(b"content-encoding").lower() in ("", "identity"))
 
 
@@ -854,6 +855,7 @@ class ChunkedBody(FixedBody):
 
     # The lengths keep a size line within CHUNK_LINE_MAX_BYTES where it comes in one piece.
     _SIZE = re.compile(rb"\r\n([0-9A-Fa-f]{1,15})(?:[ \t]{0,20};[\t\x20-\x7e\x80-\xff]{0,200})?\r\n")
+    _PLAIN_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})\r\n")
     _UNFINISHED = re.compile(rb"\r?|\r\n(?:[0-9A-Fa-f]{1,15}(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?\r?)?")
 
     def __init__(self):
@@ -867,6 +869,12 @@ class ChunkedBody(FixedBody):
         if self._left >= len(data):     # the middle of a large chunk
             self._left -= len(data)
             return data
+        if self._held == b"\r\n":        # one whole chunk, as events come: a third of the time of what follows
+            size_line = self._PLAIN_SIZE.match(data)
+            if size_line and data.endswith(b"\r\n"):
+                start = size_line.end()
+                if start < len(data) - 2 == start + int(size_line.group(1), 16):
+                    return data[start:-2]
         pieces = []
         position = self._left
         if position:
@@ -1410,7 +1418,7 @@ class Failover:
         """Take a success: the upstream's answer of 2xx is complete."""
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
-            unprobing = ticket._replace(probe=0)        # a probe is that of one machine alone
+            unprobing = ticket._replace(probe=0) if ticket.probe else ticket    # a probe is that of one machine alone
             generation = whole.generation
             lines = whole.succeed(now, unprobing if ticket.alone else ticket)
             self._follow(generation)
@@ -1671,7 +1679,7 @@ class Log:
         if second != int(now):
             second, stamp = self._stamp = int(now), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
         self._lines.append(("%s.%03d [%s] %s\n" % (stamp, int(now % 1 * 1000), tag, text)).encode("utf-8", "replace"))
-        if not self._left.is_set():
+        if len(self._lines) == 1:       # else whoever left the first of them has set it
             self._left.set()
 
     def write_for_ever(self) -> None:
@@ -2979,7 +2987,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         out = response_head_bytes(head, fields)
         try:
             payload = answer.at_hand()
-            self._inspect(exchange, attempt, payload)
+            if attempt.scan is not None:
+                self._inspect(exchange, attempt, attempt.scan, payload)
             payload = answer.ahead + payload
             while True:
                 complete = answer.complete
@@ -2996,16 +3005,16 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 if complete:
                     return
                 out, payload = b"", answer.receive(watch)
-                self._inspect(exchange, attempt, payload)
+                if attempt.scan is not None:
+                    self._inspect(exchange, attempt, attempt.scan, payload)
         except UpstreamError:
             if not attempt.failed:
                 self._charge_stream(exchange, attempt, Failure("stream broke off"))
             raise
 
-    def _inspect(self, exchange: Exchange, attempt: Attempt, payload: bytes) -> None:
+    def _inspect(self, exchange: Exchange, attempt: Attempt, scan: EventScan, payload: bytes) -> None:
         """Look for an error event in a stream under way; it is charged at once, for the client may leave upon it."""
-        scan = attempt.scan
-        if scan is not None and scan.committed and not attempt.stream_charged:
+        if scan.committed and not attempt.stream_charged:
             scan.feed(payload)
             if scan.broken:
                 self._charge_stream(exchange, attempt, Failure("error event"))

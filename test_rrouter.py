@@ -1619,6 +1619,42 @@ class RequestFramingTest(ProxyTest):
                 while connection.recv(65536):
                     pass
 
+    def test_head_like_the_last_one_is_read_like_any_other(self):
+        """A connection's last head is recognised by its bytes; what only begins like it must not be."""
+        def post(length, body, behind=b"\r\n"):
+            return b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b%b\r\n%b" % (length, behind, body)
+
+        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+            for length, body, behind in (
+                    (b"3", b"abc", b"\r\n"), (b"12", b"abcdefghijkl", b"\r\n"), (b"0", b"", b"\r\n"),
+                    (b"0003", b"abc", b"\r\n"), (b"3", b"GET", b"\r\nX-More: 1\r\n"), (b"3", b"xyz", b"\r\n"),
+                    (b"3", b"xyz", b" \r\n"), (b"300000", b"x" * 300000, b"\r\n"), (b"3", b"\r\n\r", b"\r\n")):
+                for whole in (True, False):
+                    data = post(length, body, behind)
+                    for part in (data,) if whole else [data[n:n + 1] for n in range(len(data))][:200] + [data[200:]]:
+                        connection.sendall(part)
+                    self.assertEqual(read_reply_from(reader).status, 200)
+                    self.assertEqual(self.upstream.received[-1].body, body)
+                    self.assertEqual(self.upstream.received[-1].header("x-more"), "1" if b"More" in behind else None)
+            count = len(self.upstream.received)
+            connection.sendall(b"\r\n" + post(b"3", b"abc") + b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
+            self.assertEqual([read_reply_from(reader).status for _ in range(3)], [200] * 3)
+            self.assertEqual([(r.method, r.body) for r in self.upstream.received[count:]],
+                             [("POST", b"abc"), ("GET", b""), ("GET", b"")])
+        for status, length, behind in (
+                (400, b"3x", b"\r\n"), (400, b"", b"\r\n"), (400, b"+3", b"\r\n"), (400, b"3", b"\r\nContent-Length: 0\r\n"),
+                (400, b"9" * 16, b"\r\n"), (413, b"9" * 15, b"\r\n"), (400, b"3", b"\r\nTransfer-Encoding: chunked\r\n"),
+                (400, b"3", b"\n"), (403, b"3", b"\r\nOrigin: https://evil.example\r\n")):
+            with self.subTest(length, behind=behind):
+                before = len(self.upstream.received)
+                with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+                    connection.sendall(post(b"3", b"abc"))
+                    self.assertEqual(read_reply_from(reader).status, 200)
+                    connection.sendall(post(length, b"abc", behind))
+                    self.assert_own_error(read_reply_from(reader), status)
+                    self.assertEqual(reader.read(), b"")
+                self.assertEqual(len(self.upstream.received), before + 1)
+
 
 # What the upstream gets #######################################################
 
@@ -2312,6 +2348,29 @@ class UpstreamTest(unittest.TestCase):
                             gate.set()
 
 
+class WithoutCtypesTest(StreamTest):
+    """A Python without ctypes does everything with the sockets' own methods."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = Upstream()
+        cls.addClassCleanup(cls.upstream.close)
+        cls.rrouter = Altered(cls.upstream, "sys.modules['ctypes'] = None", mode=cls.mode)
+        cls.addClassCleanup(cls.rrouter.__exit__)
+
+    def test_kept_connection_that_died_is_noticed(self):
+        self.upstream.default = Answer(framing="length")
+        for _ in range(20):
+            self.assertEqual(self.rrouter.post().status, 200)
+            self.upstream.break_connections()
+        self.assertEqual(len(self.upstream.received), 20)
+
+    def test_large_answer_is_whole(self):
+        content = random.Random(8316).randbytes(5 << 20) if hasattr(random.Random, "randbytes") else os.urandom(5 << 20)
+        self.upstream.default = Answer(200, content, framing="length")
+        self.assertEqual(self.rrouter.post().body, content)
+
+
 CERTIFICATE = """
 [req]
 distinguished_name = name
@@ -2791,10 +2850,11 @@ class SecretsTest(unittest.TestCase):
     def test_a_defect_tells_where_and_never_what(self):
         """Functions of the standard library fail on the way, with the secret in the exception."""
         for what, code in (
-                ("before the request is sent", "import json\nreal = json.loads\ndef loads(text, **options):\n"
-                 "    if 'crash' in str(text): raise RuntimeError(sys._getframe(1).f_locals)\n"
-                 "    return real(text, **options)\njson.loads = loads"),
-                ("while the answer is passed on", "import socket\nreal = socket.socket.sendall\n"
+                ("before the request is sent", "import fnmatch\nreal = fnmatch.fnmatchcase\n"
+                 "def match(name, glob):\n    if name == 'crash': raise RuntimeError(sys._getframe(3).f_locals)\n"
+                 "    return real(name, glob)\nfnmatch.fnmatchcase = match"),
+                # Without ctypes it is the sockets' own method that sends.
+                ("while the answer is passed on", "import socket\nsys.modules['ctypes'] = None\nreal = socket.socket.sendall\n"
                  "def sendall(sock, data, *flags):\n    if b'crash' in bytes(data): raise RuntimeError(bytes(data))\n"
                  "    return real(sock, data, *flags)\nsocket.socket.sendall = sendall")):
             with self.subTest(what), Altered(self.upstream, code, env={"PYTHONDEVMODE": "1"}) as router:
@@ -3017,7 +3077,11 @@ class RestTest(ProxyTest):
         self.upstream.break_connections()
         self.rrouter.wait_until(lambda: not self.upstream.open)
         self.assertEqual(self.get().status, 200)    # finds the kept ones dead and closes them
-        return usage_of(self.rrouter.process)
+        samples = []
+        for _ in range(10):                         # its thread has not ended yet, perhaps
+            samples.append(usage_of(self.rrouter.process))
+            time.sleep(0.005)
+        return min(samples)
 
     def assert_nothing_gathered(self, before, resident_kb=4096):
         """Threads and descriptors are what they were `before`, and hardly more memory is in use."""
@@ -3370,14 +3434,14 @@ class DescriptorsTest(unittest.TestCase):
                     clients.append(stack.enter_context(poor.connect()))
                     with contextlib.suppress(ConnectionError):
                         clients[-1].sendall(request_bytes("POST", "/v1/messages", chat()))
-                replies = []
+                clients_of = collections.defaultdict(list)
                 for client in clients:
                     with contextlib.suppress(ConnectionError):
-                        replies.append(read_reply(client))
-                statuses = collections.Counter(reply.status if reply else None for reply in replies)
-                self.assertLessEqual(set(statuses), {200, 503, None}, statuses)
-                self.assertGreaterEqual(statuses[200], 10, statuses)
-                for client in clients[:10]:         # who was served goes on being served
+                        reply = read_reply(client)
+                        clients_of[reply.status if reply else None].append(client)
+                self.assertLessEqual(set(clients_of), {200, 503, None})
+                self.assertGreaterEqual(len(clients_of[200]), 10)
+                for client in clients_of[200]:      # who was served goes on being served
                     client.sendall(request_bytes("POST", "/v1/messages", chat()))
                     self.assertEqual(read_reply(client).status, 200)
             poor.wait_until(lambda: poor.post().status == 200)
