@@ -953,6 +953,19 @@ class FailoverWalk(unittest.TestCase):
     def wait_minutes(self, minutes):
         self.clock.advance(60 * minutes)
 
+    def assert_over_though_nobody_asked(self, model=None):
+        """A clock set back, for good or for a while, that only the watcher looks at, lengthens no wait."""
+        saved, now = self.failover.save(), self.clock.now
+        for label, moves in (("back and right again", (-86400, 86400)), ("back for good", (-86400, 60 * 30)),
+                             ("back twice", (-86400, -86400, 60 * 30))):
+            with self.subTest(label):
+                for seconds in moves:
+                    self.clock.advance(seconds)
+                    self.failover.look_at_clock()
+                self.assertEqual(self.state(model)[4], 0)
+            self.failover.restore(saved)
+            self.clock.now = now
+
 
 class WholeTargetWalk(FailoverWalk):
 
@@ -1078,6 +1091,20 @@ class WholeTargetWalk(FailoverWalk):
         self.wait_minutes(31)
         self.assertEqual(self.requests(1), ["ag"])
 
+    def test_a_clock_set_back_is_noticed_though_nobody_asks(self):
+        self.requests(3, "ag")
+        self.assert_over_though_nobody_asked()
+
+    def test_a_look_at_the_clock_ends_no_wait_and_moves_none(self):
+        self.failover.look_at_clock()
+        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+        self.requests(3, "ag")
+        saved = self.failover.save()
+        for minutes, left in ((0, 30), (10, 20), (20, 0)):
+            self.wait_minutes(minutes)
+            self.failover.look_at_clock()
+            self.assertEqual((self.state()[4], self.failover.save()), (left, saved))
+
     def test_reset_forgets_everything_and_outcomes_of_before(self):
         early = [self.failover.admit("opus", TARGETS) for _ in range(3)]
         self.requests(3, "ag")
@@ -1154,6 +1181,11 @@ class SingleModelWalk(FailoverWalk):
         self.wait_minutes(30)
         self.request((), model="haiku")     # the probe of the whole succeeds: opus has nothing left to be alone for
         self.assertIsNone(self.state("opus"))
+
+    def test_a_clock_set_back_is_noticed_for_a_model_alone_too(self):
+        self.opus_fails_alone()
+        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+        self.assert_over_though_nobody_asked("opus")
 
     def test_at_most_256_models_are_remembered_and_switched_ones_longest(self):
         self.opus_fails_alone()
@@ -7105,6 +7137,21 @@ class MovedClockTest(AutoTest):
                 self.move_clock(-back_s + self.WAIT_MINUTES * 60 + 1)
                 self.assertEqual(self.remaining_s(), 0)
                 self.assertEqual(self.ask()[1], "a")
+
+    def test_back_makes_no_wait_longer_though_nobody_asks(self):
+        """The watcher alone notices it, as state.json shows; between the moves there is no request, nor /health."""
+        def retry_at():
+            with contextlib.suppress(FileNotFoundError):
+                return json.loads(self.rrouter.home.read("state.json"))["whole"]["retry_at"]
+
+        self.trip()
+        self.script()
+        self.rrouter.wait_until(lambda: (retry_at() or 0) > time.time())
+        self.move_clock(-86400)
+        self.rrouter.wait_until(lambda: retry_at() < time.time())
+        self.move_clock(-86400 + self.WAIT_MINUTES * 60 + 1)
+        self.assertEqual(self.ask()[1], "a")
+        self.assert_state("antigravity", switchCount=1)
 
     def test_limits_of_a_request_do_not_move(self):
         gate = threading.Event()
