@@ -20,6 +20,7 @@ import ctypes
 import copy
 import email.utils
 import errno
+import fcntl
 import functools
 import gzip
 import http.client
@@ -8498,6 +8499,74 @@ class CommandLineTest(CommandTest):
             self.assertTrue(done.returncode == 1 or os.path.isabs(done.stdout.strip()), done)
 
 
+# Runs a command of the program argv[1] many times, each time in a child that gets SIGINT at another moment, the n-th
+# call of a function since `main` was called, and prints what became of each.  What stands above the last statement of
+# the program, the call of `main`, is run once.
+INTERRUPTER = """
+import ast, json, os, signal, sys, tempfile
+program, some, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[1:2] + sys.argv[3:]
+signal.signal(signal.SIGINT, signal.default_int_handler)    # whatever the tests were started with
+with open(program, encoding="utf-8") as file:
+    tree = ast.parse(file.read())
+names, last = {"__name__": "__main__", "__file__": program}, compile(ast.Module([tree.body.pop()], []), program, "exec")
+exec(compile(tree, program, "exec"), names)
+
+def run(moment):
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if not child:
+            play(moment, output)
+            sys.exit()
+        status = os.waitpid(child, 0)[1]
+        output.seek(0)
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status), output.read().decode()
+
+def play(moment, output):
+    calls = None
+
+    def count(frame, event, _):
+        nonlocal calls
+        if calls is None and frame.f_code.co_name == "main":
+            calls = 0
+        if calls is not None and "call" in event:
+            calls += 1
+            if calls == moment:
+                sys.setprofile(None)
+                os.kill(os.getpid(), signal.SIGINT)
+            elif moment is None:
+                os.pwrite(output.fileno(), b"%d" % calls, 0)
+
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null if moment is None else output.fileno(), 2)
+    sys.setprofile(count)
+    exec(last, names)
+
+total = int(run(None)[1])
+moments = sorted({1, 2, *range(3, total, total // some), *range(total - 4, total + 3)})
+print(json.dumps([total, [(moment, *run(moment)) for moment in moments]]))
+"""
+
+
+class InterruptTest(CommandTest):
+    """Ctrl-C at any moment of a command, also of its last: it ends, and says nothing."""
+
+    MOMENTS = 300 if SOAKING else 5
+
+    def test_no_moment_shows_a_traceback(self):
+        # command, its own status
+        for arguments, own in ((("nosuch",), 2), (("claude",), 0), (("status",), 3)):
+            with self.subTest(arguments):
+                done = subprocess.run([sys.executable, "-c", INTERRUPTER, RROUTER, str(self.MOMENTS), *arguments],
+                                      env=self.home.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                      timeout=WAIT_S * (30 if SOAKING else 3), check=True)
+                total, moments = json.loads(done.stdout)
+                for moment, status, printed in moments:
+                    with self.subTest(moment=moment):
+                        self.assertNotRegex(printed, "Traceback|Exception ignored|KeyboardInterrupt")
+                        self.assertIn(status, (130, -signal.SIGINT) + (own,) * (moment > total - 5))
+
+
 class ConfigCommandTest(CommandTest):
     """`config` and what stands under it."""
 
@@ -9146,6 +9215,58 @@ class DaemonTest(DaemonTestBase):
         home.run("stop", check=0)
         self.assertEqual(processes(home), [])
         self.assertIsNone(sleeper.poll())
+
+    def test_lock_that_is_no_file_hangs_no_command(self):
+        """Opened as a file is, a FIFO without a writer would block for ever."""
+        for kind, make in (("fifo", os.mkfifo), ("directory", os.mkdir)):
+            with self.subTest(kind):
+                home = self.home("claude")
+                make(str(home.dir / "rrouter.lock"))
+                status, stop, mode, claude, start, restart, serve = run_all(
+                    home, ("status",), ("stop",), ("mode",), ("claude",), ("start",), ("restart",), ("serve",),
+                    timeout=WAIT_S * 2)
+                self.assertEqual((status.returncode, stop.returncode, mode.returncode, claude.returncode), (3, 0, 0, 0))
+                self.assertRegex(stop.stdout, "not running")
+                for done in (start, restart, serve):
+                    self.assertEqual(done.returncode, 1, done)
+                    self.assertRegex(done.stderr, r"(?m)^rrouter: .*rrouter\.lock: .*no regular file: remove it$")
+                self.assertEqual(processes(home), [])
+
+    # Words in a lock file that somebody holds; as the pid in os.kill, 0 is the caller's own process group.
+    NO_PIDS = "0", "-1", "99999999999", "abc"
+
+    def test_number_in_a_held_lock_that_is_no_pid_is_not_believed(self):
+        """The shell leads the process group of the commands: were the group signalled, it would not come to its end."""
+        script = 'for command in status stop claude; do "$0" "$1" $command || echo "status $?"; done; echo whole'
+
+        def commands(words):
+            home = self.home("claude")
+            put(home, "rrouter.lock", words)
+            with open(str(home.dir / "rrouter.lock")) as holder:
+                fcntl.flock(holder, fcntl.LOCK_EX)
+                return subprocess.run(
+                    ["/bin/sh", "-c", script, sys.executable, RROUTER], env=home.env, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, start_new_session=True,
+                    timeout=WAIT_S * 4)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for words, done in zip(self.NO_PIDS, pool.map(commands, self.NO_PIDS)):
+                with self.subTest(words):
+                    self.assertEqual(done.returncode, 0, done)
+                    self.assertRegex(done.stdout, r"(?s)\Amode: +claude\ndaemon: +not running.*\nstatus 3\n"
+                                                  r"rrouter is not running\nmode claude \(written; .*\)\nwhole\n\Z")
+
+    def test_start_beside_a_lock_that_names_nobody_tells_that_nothing_answers(self):
+        home = self.home("claude")
+        put(home, "rrouter.lock", "0\n")
+        code = "import sys; sys.path.insert(0, %r); import rrouter; rrouter.START_S = 1; rrouter.main()" % str(HERE)
+        with open(str(home.dir / "rrouter.lock")) as holder:
+            fcntl.flock(holder, fcntl.LOCK_EX)
+            done = subprocess.run([sys.executable, "-c", code, "start"], env=home.env, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                                  start_new_session=True, timeout=WAIT_S * 4)
+        self.assertEqual((done.returncode, done.stdout), (1, ""), done)
+        self.assertRegex(done.stderr, r"\Arrouter: the daemon (does not answer|did not start); the log ends with\n")
 
     def test_start_on_a_taken_port_tells_the_reason_and_leaves_nothing(self):
         home = self.home()
