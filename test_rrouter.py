@@ -20,6 +20,7 @@ import ctypes
 import copy
 import email.utils
 import errno
+import faulthandler
 import fcntl
 import functools
 import gzip
@@ -345,10 +346,24 @@ class Running:
         self.start()
 
     def start(self):
+        self.launch(RROUTER, "serve")
+
+    def launch(self, *arguments, **options):
+        """Start Python with these arguments, and wait until it answers as rrouter; else it is ended."""
         self.output = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, RROUTER, "serve"], env=self.home.env, stdin=subprocess.DEVNULL,
-                                        stdout=self.output, stderr=self.output)
-        self.wait_until(self._answers)
+        self.process = subprocess.Popen([sys.executable, *arguments], env=self.home.env, stdin=subprocess.DEVNULL,
+                                        stdout=self.output, stderr=self.output, **options)
+        try:
+            self.wait_until(self._answers)
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self):
+        """End it at once, as the machine does that runs out of memory."""
+        self.process.kill()
+        self.process.wait(WAIT_S)
+        self.output.close()
 
     def _answers(self):
         if self.process.poll() is not None:
@@ -382,7 +397,7 @@ class Running:
         finally:
             if self.process.poll() is None:
                 self.process.kill()
-                self.process.wait()
+                self.process.wait(WAIT_S)
             if self.own_home:
                 self.home.remove()
 
@@ -2271,11 +2286,8 @@ class Limited(Running):
         super().__init__(upstream, env=env)
 
     def start(self):
-        self.output = tempfile.TemporaryFile()
         code = "import sys, rrouter; vars(rrouter).update(%r); sys.exit(rrouter.main(['serve']))" % self.limits
-        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=str(HERE), env=self.home.env,
-                                        stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output)
-        self.wait_until(self._answers)
+        self.launch("-c", code, cwd=str(HERE))
 
 
 class UpstreamTest(unittest.TestCase):
@@ -2374,7 +2386,8 @@ class TlsUpstreamTest(StreamTest):
         config, key, cls.certificate = (os.path.join(folder, name) for name in ("config", "key", "certificate"))
         pathlib.Path(config).write_text(CERTIFICATE)
         subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-config", config,
-                        "-keyout", key, "-out", cls.certificate], check=True, stderr=subprocess.DEVNULL)
+                        "-keyout", key, "-out", cls.certificate], check=True, stderr=subprocess.DEVNULL,
+                       timeout=WAIT_S * 3)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(cls.certificate, key)
         cls.upstream = Upstream(tls=context)
@@ -2869,12 +2882,8 @@ class Altered(Running):
         super().__init__(upstream, **options)
 
     def start(self):
-        self.output = tempfile.TemporaryFile()
-        code = "import runpy, sys\n%s\nsys.argv = [%r, 'serve']\nrunpy.run_path(%r, run_name='__main__')" % (
-            self.code, RROUTER, RROUTER)
-        self.process = subprocess.Popen([sys.executable, "-c", code], env=self.home.env, stdin=subprocess.DEVNULL,
-                                        stdout=self.output, stderr=self.output)
-        self.wait_until(self._answers)
+        self.launch("-c", "import runpy, sys\n%s\nsys.argv = [%r, 'serve']\nrunpy.run_path(%r, run_name='__main__')" % (
+            self.code, RROUTER, RROUTER))
 
 
 # Many and slow connections ####################################################
@@ -3553,6 +3562,13 @@ class SharedLogTest(unittest.TestCase):
                 self.assert_rotated(old, (one, other))
 
 
+def last_bytes(path, count=2000):
+    """Return the end of a file."""
+    with open(str(path), "rb") as file:
+        file.seek(-min(count, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return file.read()
+
+
 class MidnightTest(unittest.TestCase):
 
     # Half a second before the local midnight of New Year until a file says that time goes on.
@@ -3571,12 +3587,20 @@ class MidnightTest(unittest.TestCase):
             for _ in range(20):
                 self.assertEqual(router.post().status, 200)
             flag.touch()
-            with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                def ask(_):
-                    while "2032-01-01" not in router.log():
-                        self.assertEqual(router.post().status, 200)
+            turned = threading.Event()
 
-                list(pool.map(ask, range(4)))
+            def ask(_):
+                end = time.monotonic() + WAIT_S
+                while not turned.is_set() and time.monotonic() < end:
+                    self.assertEqual(router.post().status, 200)
+
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                asking = pool.map(ask, range(4))
+                try:
+                    router.wait_until(lambda: b"2032-01-01" in last_bytes(home.dir / "logs" / "rrouter.log"))
+                finally:
+                    turned.set()
+                list(asking)
             for _ in range(20):
                 self.assertEqual(router.post().status, 200)
             count = router.health()["requestCount"]
@@ -4854,7 +4878,7 @@ class EdgeTest(ProxyTest):
             reader.start()
             reply = self.rrouter.request("POST", "/v1/messages", body.replace(b"%b", b"claude-sonnet-5"))
             gate.set()
-            reader.join()
+            reader.join(WAIT_S * 3)
         self.assertEqual((reply.status, reply.header("x-rrouter-model")), (200, GEMINI_SONNET))
         received = self.upstream.received[-1].body
         self.assertTrue(received == body.replace(b"%b", GEMINI_SONNET.encode()))        # no diff of 30 MB
@@ -5169,7 +5193,7 @@ class OddStartTest(unittest.TestCase):
                 self.assertEqual(process.wait(WAIT_S), 0)
             finally:
                 process.kill()
-                process.wait()
+                process.wait(WAIT_S)
 
     def test_a_port_held_by_something_that_resembles_rrouter_is_named(self):
         upstream = Upstream(Answer(200, b'{"status":"ok","autoSwitch":{}}', framing="length"), port=self.home.port)
@@ -5304,7 +5328,8 @@ class CheckFindsTest(unittest.TestCase):
                                                               '__version__ = "9.9.9"')
             program = self.home.root / "other.py"
             program.write_text(other)
-            done = subprocess.run([sys.executable, str(program), "check"], env=self.home.env, stdout=subprocess.PIPE)
+            done = subprocess.run([sys.executable, str(program), "check"], env=self.home.env, stdout=subprocess.PIPE,
+                                  timeout=WAIT_S * 2)
             self.assertIn(b"this program 9.9.9: rrouter restart", done.stdout)
 
 
@@ -5413,7 +5438,8 @@ class FullDiskTest(unittest.TestCase):
 
     def test_small_disk_that_fills_up_while_running(self):
         def mount(*command):
-            return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+            return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                  timeout=WAIT_S * 2).returncode == 0
 
         if not shutil.which("mount") or not mount("mount", "-t", "tmpfs", "-o", "size=128k,mode=0700", "rrouter",
                                                   str(self.home.dir)):
@@ -5455,10 +5481,7 @@ class Powerless(Running):
     """rrouter for whom rights to files count."""
 
     def start(self):
-        self.output = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, RROUTER, "serve"], env=self.home.env, stdin=subprocess.DEVNULL,
-                                        stdout=self.output, stderr=self.output, preexec_fn=without_privileges)
-        self.wait_until(self._answers)
+        self.launch(RROUTER, "serve", preexec_fn=without_privileges)
 
 
 @unittest.skipIf(os.geteuid() == 0 and not hasattr(LIBC, "prctl"), "rights mean nothing to root")
@@ -7220,9 +7243,7 @@ class StateFileTest(AutoTest):
         self.trip(model=HAIKU)
         before = self.auto()
         self.rrouter.wait_until(lambda: self.state_file().read_text().count(before["reason"]) == 2)
-        self.rrouter.process.kill()
-        self.rrouter.process.wait()
-        self.rrouter.output.close()
+        self.rrouter.kill()
         self.rrouter.start()
         after = self.auto()
         for name in ("currentTarget", "switchCount", "retryAt"):
@@ -8495,7 +8516,8 @@ class CommandLineTest(CommandTest):
         for value in ({}, {"HOME": ""}):
             env = dict({k: v for k, v in self.home.env.items() if k != "HOME"}, **value)
             done = subprocess.run([sys.executable, RROUTER, "config", "path"], env=env, cwd=str(self.home.root),
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  timeout=WAIT_S * 2)
             self.assertNotIn(b"Traceback", done.stderr)
             self.assertTrue(done.returncode == 1 or os.path.isabs(done.stdout.strip()), done)
 
@@ -9011,7 +9033,8 @@ class RunningDaemonTest(DaemonTestBase):
         try:
             cls.started = subprocess.run(
                 [sys.executable, os.path.relpath(RROUTER), "start"], env=cls.home.env, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, pass_fds=(writer,))
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, pass_fds=(writer,),
+                timeout=WAIT_S * 3)
         finally:
             os.umask(mask)
             os.close(writer)
@@ -9323,7 +9346,7 @@ class DaemonTest(DaemonTestBase):
 
         def run(*arguments):
             return subprocess.run([sys.executable, "rrouter.pyz", *arguments], env=home.env, cwd=str(home.root),
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=WAIT_S * 6).returncode
 
         self.assertEqual((run("status"), run("start"), run("status")), (3, 0, 0))
         self.assert_alone(home)
@@ -9601,12 +9624,12 @@ def pid():
         return None
 
 def stop():
-    while pid():
-        os.kill(pid() or os.getpid(), signal.SIGTERM if not stop.sent else 0)
-        stop.sent = True
+    for turn in range(6000):        # a minute
+        if not pid():
+            return
+        os.kill(pid() or os.getpid(), 0 if turn else signal.SIGTERM)
         time.sleep(0.01)
-
-stop.sent = False
+    sys.exit("it does not end")
 
 def start(command, **marks):
     stop()
@@ -9620,7 +9643,9 @@ def start(command, **marks):
             file.write(str(daemon))
         os.waitpid(daemon, 0)
         os._exit(0)
-    while not pid():
+    for _ in range(6000):
+        if pid():
+            break
         time.sleep(0.01)
 
 unit = home + "/.config/systemd/user/rrouter.service"
@@ -9846,7 +9871,8 @@ class ServiceFilesTest(unittest.TestCase):
         self.assertEqual((done.returncode, done.stdout), (0, ""))
 
     @unittest.skipUnless(subprocess.run(["sh", "-c", "systemctl --user show-environment"], stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL).returncode == 0, "no systemd user manager runs here")
+                                        stderr=subprocess.DEVNULL, timeout=WAIT_S).returncode == 0,
+                         "no systemd user manager runs here")
     def test_real_user_manager_runs_the_unit(self):
         """A copy of the unit under another name, for this HOME: the manager's own rrouter is left alone."""
         home = Home(mode="claude")
@@ -10516,7 +10542,7 @@ class Conversation:
                 self.process.wait(WAIT_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait()
+                self.process.wait(WAIT_S)
 
 
 def claude_command(*arguments):
@@ -10700,6 +10726,11 @@ class ClaudeCodeTest(RouterTest):
 # Running them #################################################################
 
 WORKERS = 3             # the tests wait more than they compute
+RUN_S = 600             # after which the suite ends though a test hangs; it takes about one
+# These take longest, and are begun first, so that the workers end together.
+SLOW = ("DaemonTest", "ParallelStreamsTest", "InstalledLifeTest", "CommandLineTest", "OddStartTest", "DrainTest",
+        "ProbeTest", "ServiceManagerTest", "ConfigCommandTest", "FreshnessTest", "TlsUpstreamTest", "SecretsTest",
+        "CutAnywhereTest", "FullDiskTest", "MortalUpstreamTest", "SilenceTest", "FileFuzzTest", "InstallScriptTest")
 # What --soak runs, at length.
 SOAKED = ("SoakTest", "FuzzTest", "SpliceFuzzTest", "FileFuzzTest", "StartSoakTest", "CrowdOfClientsTest", "WearTest",
           "ParallelStreamsTest", "LongStreamTest", "InterruptedStartTest")
@@ -10707,40 +10738,50 @@ SOAKED = ("SoakTest", "FuzzTest", "SpliceFuzzTest", "FileFuzzTest", "StartSoakTe
 
 def run_side_by_side():
     """Run all test classes in WORKERS processes, each taking the next class when it is done; return the exit status."""
-    classes = list(unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]))
+    loader, module = unittest.defaultTestLoader, sys.modules[__name__]
+    names = [name for name, value in vars(module).items() if isinstance(value, type)
+             and issubclass(value, unittest.TestCase) and loader.getTestCaseNames(value)]
+    names.sort(key=lambda name: SLOW.index(name) if name in SLOW else len(SLOW))
     start = time.monotonic()
     queue, results = os.pipe(), tempfile.TemporaryFile(mode="w+")
-    os.write(queue[1], bytes(range(len(classes))))      # each worker reads a byte, the number of its next class
+    os.write(queue[1], bytes(range(len(names))))        # each worker reads a byte, the number of its next class
     os.close(queue[1])
     workers = []
     for _ in range(WORKERS):
         sys.stdout.flush()
         workers.append(os.fork())
         if not workers[-1]:
+            faulthandler.dump_traceback_later(RUN_S, exit=True)     # shows where it hangs
             with results:
-                run_classes(classes, queue[0], results.fileno())
+                run_classes(names, queue[0], results.fileno())
             sys.exit()
     statuses = [os.waitpid(worker, 0)[1] for worker in workers]
     os.close(queue[0])
     with results:
         results.seek(0)
         rows = [json.loads(line) for line in results]
-    counts = {name: sum(row[name] for row in rows) for name in ("run", "failures", "errors", "skipped")}
-    bad = counts["failures"] + counts["errors"] or len(rows) != len(classes) or any(statuses)
-    details = ", ".join("%s=%d" % (name, counts[name]) for name in ("failures", "errors", "skipped") if counts[name])
+    begun, ended = {row["name"] for row in rows}, {row["name"] for row in rows if "run" in row}
+    for what, some in (("did not come to an end", begun - ended), ("never begun", set(names) - begun)):
+        if some:
+            print("\n%s: %s" % (what, ", ".join(sorted(some))), file=sys.stderr)
+    counts = {kind: sum(row.get(kind, 0) for row in rows) for kind in ("run", "failures", "errors", "skipped")}
+    bad = counts["failures"] or counts["errors"] or set(names) - ended or any(statuses)
+    details = ", ".join("%s=%d" % (kind, counts[kind]) for kind in ("failures", "errors", "skipped") if counts[kind])
     print("%s\nRan %d tests in %.3fs\n\n%s%s" % (
         "-" * 70, counts["run"], time.monotonic() - start, "FAILED" if bad else "OK",
         details and " (%s)" % details), file=sys.stderr)
     return 1 if bad else 0
 
 
-def run_classes(classes, queue, results):
-    """Run classes, the numbers of which are read from `queue`, until there are none; write a row each to `results`."""
+def run_classes(names, queue, results):
+    """Run the classes whose numbers are read from `queue`, until there are none; tell `results` of begin and end."""
     for number in iter(lambda: os.read(queue, 1), b""):
-        output = io.StringIO()
-        result = unittest.TextTestRunner(output, verbosity=0).run(classes[number[0]])
-        row = {"run": result.testsRun, "failures": len(result.failures) + len(result.unexpectedSuccesses),
-               "errors": len(result.errors), "skipped": len(result.skipped)}
+        name, output = names[number[0]], io.StringIO()
+        os.write(results, (json.dumps({"name": name}) + "\n").encode())
+        suite = unittest.defaultTestLoader.loadTestsFromTestCase(vars(sys.modules[__name__])[name])
+        result = unittest.TextTestRunner(output, verbosity=0).run(suite)
+        row = {"name": name, "run": result.testsRun, "errors": len(result.errors), "skipped": len(result.skipped),
+               "failures": len(result.failures) + len(result.unexpectedSuccesses)}
         os.write(results, (json.dumps(row) + "\n").encode())
         os.write(2, (output.getvalue() if row["failures"] or row["errors"] else "." * row["run"]).encode())
 
