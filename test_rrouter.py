@@ -3054,6 +3054,8 @@ class RestTest(ProxyTest):
             rrouter.raise_descriptor_limit()
             cls.addClassCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         super().setUpClass()
+        cls.rrouter.process.send_signal(signal.SIGHUP)      # answered by the last thread of the start: now all are there
+        cls.rrouter.wait_until(lambda: "SIGHUP: files read again" in cls.rrouter.log())
 
     def at_rest(self):
         """Return what rrouter holds when nothing is under way and one connection is kept to the upstream."""
@@ -4851,7 +4853,10 @@ class EdgeTest(ProxyTest):
                 self.assert_refused(data(1) + b"\r\n", 431)
 
     def test_a_large_body_with_its_model_last_leaves_streams_running(self):
-        """30 MB are walked through to the end; an event of another client's stream waits for that no second."""
+        """30 MB are walked through to the end; an event of another client's stream waits for that no second.
+
+        On a slow machine it may wait for longer, but not for as long as some walks take here.
+        """
         gate, events = threading.Event(), [event("ping")] * 100
         self.addCleanup(gate.set)
 
@@ -4865,7 +4870,9 @@ class EdgeTest(ProxyTest):
         answer.chunks = ticking()
         self.upstream.play(answer)
         body = b'{"messages":[' + b'{"role":"user","content":"line\\n \\"model\\""},' * 680_000 + b'1],"model":"%b"}'
-        gaps = []
+        start = time.monotonic()
+        self.assertIsNotNone(rrouter.find_model(body))
+        walk_s, gaps = time.monotonic() - start, []
 
         def read_events():
             last = time.monotonic()
@@ -4883,7 +4890,7 @@ class EdgeTest(ProxyTest):
         received = self.upstream.received[-1].body
         self.assertTrue(received == body.replace(b"%b", GEMINI_SONNET.encode()))        # no diff of 30 MB
         self.assertEqual(len(gaps), len(events))
-        self.assertLess(max(gaps), 1)
+        self.assertLess(max(gaps), max(1, 4 * walk_s))
 
     def test_a_connection_that_was_stale_counts_for_nobody(self):
         self.rrouter.home.write("mode", "auto\n")
@@ -4982,7 +4989,7 @@ class HalfSentTest(RouterTest):
                 Running.wait_until(lambda: rrouter_.health()["activeRequests"] == 1)
             start = time.monotonic()
             Running.wait_until(lambda: rrouter_.health()["activeRequests"] == 0)
-            self.assertLess(time.monotonic() - start, 1.5)
+            self.assertLess(time.monotonic() - start, 2)        # a second, and one for a busy machine
 
 
 class HalfReadingUpstream:
@@ -5033,7 +5040,7 @@ class LeavingTest(RouterTest):
             client.sendall(b"\r\n")
         start = time.monotonic()
         self.upstream.wait(lambda u: u.closed)
-        self.assertLess(time.monotonic() - start, 1.5)
+        self.assertLess(time.monotonic() - start, 2)        # a second, and one for a busy machine
 
     def test_a_dripping_refusal_does_not_hide_the_leaving(self):
         """A 400 is read ahead for healing: each of its bytes put the look after the client off."""
@@ -5049,7 +5056,7 @@ class LeavingTest(RouterTest):
             self.upstream.wait(lambda u: u.received)
         start = time.monotonic()
         Running.wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
-        self.assertLess(time.monotonic() - start, 1.5)
+        self.assertLess(time.monotonic() - start, 2)        # a second, and one for a busy machine
 
     def test_bytes_behind_the_last_request_do_not_destroy_the_end_of_its_answer(self):
         body = b"x" * 3_000_000
