@@ -278,21 +278,36 @@ class Upstream:
 
 # rrouter as a process #########################################################
 
+PORT_MARKS = collections.deque()    # UDP sockets on the ports given out last: other workers and suites see them taken
+
+
 def free_port():
-    """Return a port that is free on both loopback addresses just now.
+    """Return a port that is free on both loopback addresses just now, and that no other test is about to use.
 
     Below the range that outgoing connections are given theirs from: one of them could take it before it is used.
     """
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
+        mark = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         with socket.socket() as four, socket.socket(socket.AF_INET6) as six:
             try:
+                mark.bind(("127.0.0.1", port))
                 four.bind(("127.0.0.1", port))
                 six.bind(("::1", port))
             except OSError as problem:
                 if problem.errno in (errno.EADDRINUSE, errno.EACCES):
+                    mark.close()
                     continue                        # without IPv6 at all the port will do
-            return port
+        PORT_MARKS.append(mark)
+        while len(PORT_MARKS) > 16:
+            PORT_MARKS.popleft().close()
+        return port
+
+
+@atexit.register
+def drop_port_marks():
+    while PORT_MARKS:
+        PORT_MARKS.pop().close()
 
 
 class Home:
@@ -369,9 +384,10 @@ class Running:
         if self.process.poll() is not None:
             raise AssertionError("rrouter serve ended with status %s:\n%s" % (self.process.returncode, self.printed()))
         try:
-            return self.health()
+            health = self.health()
         except OSError:
             return None
+        return health if health["pid"] == self.process.pid else None
 
     def stop(self, expect=0):
         """End it by SIGTERM, and see that it ends with status `expect` (None: any) and left no traceback.
