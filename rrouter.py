@@ -3149,8 +3149,9 @@ class Lock:
         try:
             return self._acquire()
         except OSError as error:
-            raise DaemonError("%s: cannot be written: %s: see to its rights and to free space" % (
-                self._path, reason_of(error))) from error
+            is_other = os.path.lexists(self._path) and not os.path.isfile(self._path)
+            raise DaemonError("%s: cannot be written: %s: %s" % (self._path, reason_of(error), (
+                "it is no regular file: remove it" if is_other else "see to its rights and to free space"))) from error
 
     def _acquire(self) -> bool:
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -4319,7 +4320,11 @@ def run_command(argv: Optional[List[str]]) -> int:
 def main(argv: Optional[List[str]] = None) -> int:
     """Run one command; return its exit status, or exit with it if the command is that of the process."""
     try:
-        status = run_command(argv)
+        try:
+            status = run_command(argv)
+        finally:                        # from here on Ctrl-C ends it at once: Python's own end would show a traceback
+            if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
     except KeyboardInterrupt:
         status = 130
     if argv is None:                    # zipapp's own caller of `main` drops what it returns
@@ -4328,4 +4333,7 @@ def main(argv: Optional[List[str]] = None) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:           # before `main` could catch it
+        sys.exit(130)

@@ -20,6 +20,8 @@ import ctypes
 import copy
 import email.utils
 import errno
+import faulthandler
+import fcntl
 import functools
 import gzip
 import http.client
@@ -57,6 +59,7 @@ import rrouter
 
 HERE = pathlib.Path(__file__).resolve().parent
 RROUTER = str(HERE / "rrouter.py")
+RROUTER_TEXT = (HERE / "rrouter.py").read_text(encoding="utf-8")
 SOAKING = bool(os.environ.get("RROUTER_SOAK"))      # set by --soak to its seed: what is short otherwise runs at length
 WAIT_S = 10             # the net under every wait across threads or processes; never waited out when the code is right
 
@@ -275,21 +278,36 @@ class Upstream:
 
 # rrouter as a process #########################################################
 
+PORT_MARKS = collections.deque()    # UDP sockets on the ports given out last: other workers and suites see them taken
+
+
 def free_port():
-    """Return a port that is free on both loopback addresses just now.
+    """Return a port that is free on both loopback addresses just now, and that no other test is about to use.
 
     Below the range that outgoing connections are given theirs from: one of them could take it before it is used.
     """
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
+        mark = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         with socket.socket() as four, socket.socket(socket.AF_INET6) as six:
             try:
+                mark.bind(("127.0.0.1", port))
                 four.bind(("127.0.0.1", port))
                 six.bind(("::1", port))
             except OSError as problem:
                 if problem.errno in (errno.EADDRINUSE, errno.EACCES):
+                    mark.close()
                     continue                        # without IPv6 at all the port will do
-            return port
+        PORT_MARKS.append(mark)
+        while len(PORT_MARKS) > 16:
+            PORT_MARKS.popleft().close()
+        return port
+
+
+@atexit.register
+def drop_port_marks():
+    while PORT_MARKS:
+        PORT_MARKS.pop().close()
 
 
 class Home:
@@ -343,18 +361,33 @@ class Running:
         self.start()
 
     def start(self):
+        self.launch(RROUTER, "serve")
+
+    def launch(self, *arguments, **options):
+        """Start Python with these arguments, and wait until it answers as rrouter; else it is ended."""
         self.output = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, RROUTER, "serve"], env=self.home.env, stdin=subprocess.DEVNULL,
-                                        stdout=self.output, stderr=self.output)
-        self.wait_until(self._answers)
+        self.process = subprocess.Popen([sys.executable, *arguments], env=self.home.env, stdin=subprocess.DEVNULL,
+                                        stdout=self.output, stderr=self.output, **options)
+        try:
+            self.wait_until(self._answers)
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self):
+        """End it at once, as the machine does that runs out of memory."""
+        self.process.kill()
+        self.process.wait(WAIT_S)
+        self.output.close()
 
     def _answers(self):
         if self.process.poll() is not None:
             raise AssertionError("rrouter serve ended with status %s:\n%s" % (self.process.returncode, self.printed()))
         try:
-            return self.health()
+            health = self.health()
         except OSError:
             return None
+        return health if health["pid"] == self.process.pid else None
 
     def stop(self, expect=0):
         """End it by SIGTERM, and see that it ends with status `expect` (None: any) and left no traceback.
@@ -380,7 +413,7 @@ class Running:
         finally:
             if self.process.poll() is None:
                 self.process.kill()
-                self.process.wait()
+                self.process.wait(WAIT_S)
             if self.own_home:
                 self.home.remove()
 
@@ -953,6 +986,19 @@ class FailoverWalk(unittest.TestCase):
     def wait_minutes(self, minutes):
         self.clock.advance(60 * minutes)
 
+    def assert_over_though_nobody_asked(self, model=None):
+        """A clock set back, for good or for a while, that only the watcher looks at, lengthens no wait."""
+        saved, now = self.failover.save(), self.clock.now
+        for label, moves in (("back and right again", (-86400, 86400)), ("back for good", (-86400, 60 * 30)),
+                             ("back twice", (-86400, -86400, 60 * 30))):
+            with self.subTest(label):
+                for seconds in moves:
+                    self.clock.advance(seconds)
+                    self.failover.look_at_clock()
+                self.assertEqual(self.state(model)[4], 0)
+            self.failover.restore(saved)
+            self.clock.now = now
+
 
 class WholeTargetWalk(FailoverWalk):
 
@@ -1078,6 +1124,20 @@ class WholeTargetWalk(FailoverWalk):
         self.wait_minutes(31)
         self.assertEqual(self.requests(1), ["ag"])
 
+    def test_a_clock_set_back_is_noticed_though_nobody_asks(self):
+        self.requests(3, "ag")
+        self.assert_over_though_nobody_asked()
+
+    def test_a_look_at_the_clock_ends_no_wait_and_moves_none(self):
+        self.failover.look_at_clock()
+        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+        self.requests(3, "ag")
+        saved = self.failover.save()
+        for minutes, left in ((0, 30), (10, 20), (20, 0)):
+            self.wait_minutes(minutes)
+            self.failover.look_at_clock()
+            self.assertEqual((self.state()[4], self.failover.save()), (left, saved))
+
     def test_reset_forgets_everything_and_outcomes_of_before(self):
         early = [self.failover.admit("opus", TARGETS) for _ in range(3)]
         self.requests(3, "ag")
@@ -1154,6 +1214,11 @@ class SingleModelWalk(FailoverWalk):
         self.wait_minutes(30)
         self.request((), model="haiku")     # the probe of the whole succeeds: opus has nothing left to be alone for
         self.assertIsNone(self.state("opus"))
+
+    def test_a_clock_set_back_is_noticed_for_a_model_alone_too(self):
+        self.opus_fails_alone()
+        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+        self.assert_over_though_nobody_asked("opus")
 
     def test_at_most_256_models_are_remembered_and_switched_ones_longest(self):
         self.opus_fails_alone()
@@ -2273,11 +2338,8 @@ class Limited(Running):
         super().__init__(upstream, env=env)
 
     def start(self):
-        self.output = tempfile.TemporaryFile()
         code = "import sys, rrouter; vars(rrouter).update(%r); sys.exit(rrouter.main(['serve']))" % self.limits
-        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=str(HERE), env=self.home.env,
-                                        stdin=subprocess.DEVNULL, stdout=self.output, stderr=self.output)
-        self.wait_until(self._answers)
+        self.launch("-c", code, cwd=str(HERE))
 
 
 class UpstreamTest(unittest.TestCase):
@@ -2399,7 +2461,8 @@ class TlsUpstreamTest(StreamTest):
         config, key, cls.certificate = (os.path.join(folder, name) for name in ("config", "key", "certificate"))
         pathlib.Path(config).write_text(CERTIFICATE)
         subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-config", config,
-                        "-keyout", key, "-out", cls.certificate], check=True, stderr=subprocess.DEVNULL)
+                        "-keyout", key, "-out", cls.certificate], check=True, stderr=subprocess.DEVNULL,
+                       timeout=WAIT_S * 3)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(cls.certificate, key)
         cls.upstream = Upstream(tls=context)
@@ -2895,12 +2958,8 @@ class Altered(Running):
         super().__init__(upstream, **options)
 
     def start(self):
-        self.output = tempfile.TemporaryFile()
-        code = "import runpy, sys\n%s\nsys.argv = [%r, 'serve']\nrunpy.run_path(%r, run_name='__main__')" % (
-            self.code, RROUTER, RROUTER)
-        self.process = subprocess.Popen([sys.executable, "-c", code], env=self.home.env, stdin=subprocess.DEVNULL,
-                                        stdout=self.output, stderr=self.output)
-        self.wait_until(self._answers)
+        self.launch("-c", "import runpy, sys\n%s\nsys.argv = [%r, 'serve']\nrunpy.run_path(%r, run_name='__main__')" % (
+            self.code, RROUTER, RROUTER))
 
 
 # Many and slow connections ####################################################
@@ -3071,6 +3130,8 @@ class RestTest(ProxyTest):
             rrouter.raise_descriptor_limit()
             cls.addClassCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
         super().setUpClass()
+        cls.rrouter.process.send_signal(signal.SIGHUP)      # answered by the last thread of the start
+        cls.rrouter.wait_until(lambda: "SIGHUP: files read again" in cls.rrouter.log())
 
     def at_rest(self):
         """Return what rrouter holds when nothing is under way and one connection is kept to the upstream."""
@@ -3583,6 +3644,13 @@ class SharedLogTest(unittest.TestCase):
                 self.assert_rotated(old, (one, other))
 
 
+def last_bytes(path, count=2000):
+    """Return the end of a file."""
+    with open(str(path), "rb") as file:
+        file.seek(-min(count, file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return file.read()
+
+
 class MidnightTest(unittest.TestCase):
 
     # Half a second before the local midnight of New Year until a file says that time goes on.
@@ -3601,12 +3669,20 @@ class MidnightTest(unittest.TestCase):
             for _ in range(20):
                 self.assertEqual(router.post().status, 200)
             flag.touch()
-            with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                def ask(_):
-                    while "2032-01-01" not in router.log():
-                        self.assertEqual(router.post().status, 200)
+            turned = threading.Event()
 
-                list(pool.map(ask, range(4)))
+            def ask(_):
+                end = time.monotonic() + WAIT_S
+                while not turned.is_set() and time.monotonic() < end:
+                    self.assertEqual(router.post().status, 200)
+
+            with concurrent.futures.ThreadPoolExecutor(4) as pool:
+                asking = pool.map(ask, range(4))
+                try:
+                    router.wait_until(lambda: b"2032-01-01" in last_bytes(home.dir / "logs" / "rrouter.log"))
+                finally:
+                    turned.set()
+                list(asking)
             for _ in range(20):
                 self.assertEqual(router.post().status, 200)
             count = router.health()["requestCount"]
@@ -4857,7 +4933,10 @@ class EdgeTest(ProxyTest):
                 self.assert_refused(data(1) + b"\r\n", 431)
 
     def test_a_large_body_with_its_model_last_leaves_streams_running(self):
-        """30 MB are walked through to the end; an event of another client's stream waits for that no second."""
+        """30 MB are walked through to the end; an event of another client's stream waits for that no second.
+
+        On a slow machine it may wait for longer, but not for as long as some walks take here.
+        """
         gate, events = threading.Event(), [event("ping")] * 100
         self.addCleanup(gate.set)
 
@@ -4871,7 +4950,9 @@ class EdgeTest(ProxyTest):
         answer.chunks = ticking()
         self.upstream.play(answer)
         body = b'{"messages":[' + b'{"role":"user","content":"line\\n \\"model\\""},' * 680_000 + b'1],"model":"%b"}'
-        gaps = []
+        start = time.monotonic()
+        self.assertIsNotNone(rrouter.find_model(body))
+        walk_s, gaps = time.monotonic() - start, []
 
         def read_events():
             last = time.monotonic()
@@ -4884,12 +4965,12 @@ class EdgeTest(ProxyTest):
             reader.start()
             reply = self.rrouter.request("POST", "/v1/messages", body.replace(b"%b", b"claude-sonnet-5"))
             gate.set()
-            reader.join()
+            reader.join(WAIT_S * 3)
         self.assertEqual((reply.status, reply.header("x-rrouter-model")), (200, GEMINI_SONNET))
         received = self.upstream.received[-1].body
         self.assertTrue(received == body.replace(b"%b", GEMINI_SONNET.encode()))        # no diff of 30 MB
         self.assertEqual(len(gaps), len(events))
-        self.assertLess(max(gaps), 1)
+        self.assertLess(max(gaps), max(1, 4 * walk_s))
 
     def test_a_connection_that_was_stale_counts_for_nobody(self):
         self.rrouter.home.write("mode", "auto\n")
@@ -4988,7 +5069,7 @@ class HalfSentTest(RouterTest):
                 Running.wait_until(lambda: rrouter_.health()["activeRequests"] == 1)
             start = time.monotonic()
             Running.wait_until(lambda: rrouter_.health()["activeRequests"] == 0)
-            self.assertLess(time.monotonic() - start, 1.5)
+            self.assertLess(time.monotonic() - start, 2)        # a second, and one for a busy machine
 
 
 class HalfReadingUpstream:
@@ -5039,7 +5120,7 @@ class LeavingTest(RouterTest):
             client.sendall(b"\r\n")
         start = time.monotonic()
         self.upstream.wait(lambda u: u.closed)
-        self.assertLess(time.monotonic() - start, 1.5)
+        self.assertLess(time.monotonic() - start, 2)        # a second, and one for a busy machine
 
     def test_a_dripping_refusal_does_not_hide_the_leaving(self):
         """A 400 is read ahead for healing: each of its bytes put the look after the client off."""
@@ -5055,7 +5136,7 @@ class LeavingTest(RouterTest):
             self.upstream.wait(lambda u: u.received)
         start = time.monotonic()
         Running.wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
-        self.assertLess(time.monotonic() - start, 1.5)
+        self.assertLess(time.monotonic() - start, 2)        # a second, and one for a busy machine
 
     def test_bytes_behind_the_last_request_do_not_destroy_the_end_of_its_answer(self):
         body = b"x" * 3_000_000
@@ -5199,7 +5280,7 @@ class OddStartTest(unittest.TestCase):
                 self.assertEqual(process.wait(WAIT_S), 0)
             finally:
                 process.kill()
-                process.wait()
+                process.wait(WAIT_S)
 
     def test_a_port_held_by_something_that_resembles_rrouter_is_named(self):
         upstream = Upstream(Answer(200, b'{"status":"ok","autoSwitch":{}}', framing="length"), port=self.home.port)
@@ -5334,7 +5415,8 @@ class CheckFindsTest(unittest.TestCase):
                                                               '__version__ = "9.9.9"')
             program = self.home.root / "other.py"
             program.write_text(other)
-            done = subprocess.run([sys.executable, str(program), "check"], env=self.home.env, stdout=subprocess.PIPE)
+            done = subprocess.run([sys.executable, str(program), "check"], env=self.home.env, stdout=subprocess.PIPE,
+                                  timeout=WAIT_S * 2)
             self.assertIn(b"this program 9.9.9: rrouter restart", done.stdout)
 
 
@@ -5443,7 +5525,8 @@ class FullDiskTest(unittest.TestCase):
 
     def test_small_disk_that_fills_up_while_running(self):
         def mount(*command):
-            return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+            return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                  timeout=WAIT_S * 2).returncode == 0
 
         if not shutil.which("mount") or not mount("mount", "-t", "tmpfs", "-o", "size=128k,mode=0700", "rrouter",
                                                   str(self.home.dir)):
@@ -5485,10 +5568,7 @@ class Powerless(Running):
     """rrouter for whom rights to files count."""
 
     def start(self):
-        self.output = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, RROUTER, "serve"], env=self.home.env, stdin=subprocess.DEVNULL,
-                                        stdout=self.output, stderr=self.output, preexec_fn=without_privileges)
-        self.wait_until(self._answers)
+        self.launch(RROUTER, "serve", preexec_fn=without_privileges)
 
 
 @unittest.skipIf(os.geteuid() == 0 and not hasattr(LIBC, "prctl"), "rights mean nothing to root")
@@ -7066,14 +7146,35 @@ class MortalUpstreamTest(AutoTest):
     """The upstream, a process, is killed and started again on its port while requests come."""
 
     LIVES, CLIENTS = 3, 6
-    CODE = ("import sys, threading\nsys.path.insert(0, %r)\nimport test_rrouter as tests\n"
-            "upstream = tests.Upstream(lambda request: tests.whole(tests.target_of(request)), %d)\n"
-            "print('listening', flush=True)\nthreading.Event().wait()\n")
+    # Answers with the pieces for antigravity or for claude; of its own, for this file takes a second to import.
+    CODE = """
+import socket, threading
+answers, port = %r, %d
+
+def serve(connection):
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with connection, connection.makefile("rb") as reader:
+        while True:
+            length = 0
+            for line in iter(reader.readline, b"\\r\\n"):
+                if not line:
+                    return
+                if line.lower().startswith(b"content-length:"):
+                    length = int(line[15:])
+            for piece in answers[b'"model":"gemini-' in reader.read(length)]:
+                connection.sendall(piece)
+
+listener = socket.create_server(("127.0.0.1", port), backlog=256)
+print("listening", flush=True)
+while True:
+    threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+"""
 
     @contextlib.contextmanager
     def life(self, port):
-        with subprocess.Popen([sys.executable, "-c", self.CODE % (str(HERE), port)], stdout=subprocess.PIPE,
-                              env=dict(os.environ, PYTHONDONTWRITEBYTECODE="1")) as process:
+        answers = [[whole(target).head(), *(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in
+                                            [*whole(target).chunks, b""])] for target in ("claude", "antigravity")]
+        with subprocess.Popen([sys.executable, "-c", self.CODE % (answers, port)], stdout=subprocess.PIPE) as process:
             try:
                 self.assertEqual(process.stdout.readline(), b"listening\n")
                 yield
@@ -7170,6 +7271,21 @@ class MovedClockTest(AutoTest):
                 self.assertEqual(self.remaining_s(), 0)
                 self.assertEqual(self.ask()[1], "a")
 
+    def test_back_makes_no_wait_longer_though_nobody_asks(self):
+        """The watcher alone notices it, as state.json shows; between the moves there is no request, nor /health."""
+        def retry_at():
+            with contextlib.suppress(FileNotFoundError):
+                return json.loads(self.rrouter.home.read("state.json"))["whole"]["retry_at"]
+
+        self.trip()
+        self.script()
+        self.rrouter.wait_until(lambda: (retry_at() or 0) > time.time())
+        self.move_clock(-86400)
+        self.rrouter.wait_until(lambda: retry_at() < time.time())
+        self.move_clock(-86400 + self.WAIT_MINUTES * 60 + 1)
+        self.assertEqual(self.ask()[1], "a")
+        self.assert_state("antigravity", switchCount=1)
+
     def test_limits_of_a_request_do_not_move(self):
         gate = threading.Event()
         self.addCleanup(gate.set)
@@ -7235,9 +7351,7 @@ class StateFileTest(AutoTest):
         self.trip(model=HAIKU)
         before = self.auto()
         self.rrouter.wait_until(lambda: self.state_file().read_text().count(before["reason"]) == 2)
-        self.rrouter.process.kill()
-        self.rrouter.process.wait()
-        self.rrouter.output.close()
+        self.rrouter.kill()
         self.rrouter.start()
         after = self.auto()
         for name in ("currentTarget", "switchCount", "retryAt"):
@@ -8510,9 +8624,82 @@ class CommandLineTest(CommandTest):
         for value in ({}, {"HOME": ""}):
             env = dict({k: v for k, v in self.home.env.items() if k != "HOME"}, **value)
             done = subprocess.run([sys.executable, RROUTER, "config", "path"], env=env, cwd=str(self.home.root),
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                  timeout=WAIT_S * 2)
             self.assertNotIn(b"Traceback", done.stderr)
             self.assertTrue(done.returncode == 1 or os.path.isabs(done.stdout.strip()), done)
+
+
+# Runs a command of the program argv[1] many times, each time in a child that gets SIGINT at another moment, the n-th
+# call of a function since `main` was called, and prints what became of each.  What stands above the last statement of
+# the program, the call of `main`, is run once.
+INTERRUPTER = """
+import ast, json, os, signal, sys, tempfile
+program, some, sys.argv = sys.argv[1], int(sys.argv[2]), sys.argv[1:2] + sys.argv[3:]
+signal.signal(signal.SIGINT, signal.default_int_handler)    # whatever the tests were started with
+with open(program, encoding="utf-8") as file:
+    tree = ast.parse(file.read())
+names, last = {"__name__": "__main__", "__file__": program}, compile(ast.Module([tree.body.pop()], []), program, "exec")
+exec(compile(tree, program, "exec"), names)
+
+def run(moment):
+    with tempfile.TemporaryFile() as output:
+        child = os.fork()
+        if not child:
+            play(moment, output)
+            sys.exit()
+        status = os.waitpid(child, 0)[1]
+        output.seek(0)
+        return os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status), output.read().decode()
+
+def play(moment, output):
+    calls = None
+
+    def count(frame, event, _):
+        nonlocal calls
+        if calls is None and frame.f_code.co_name == "main":
+            calls = 0
+        if calls is not None and "call" in event:
+            calls += 1
+            if calls == moment:
+                sys.setprofile(None)
+                os.kill(os.getpid(), signal.SIGINT)
+            elif moment is None:
+                os.pwrite(output.fileno(), b"%d" % calls, 0)
+
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null if moment is None else output.fileno(), 2)
+    sys.setprofile(count)
+    exec(last, names)
+
+total = int(run(None)[1])
+moments = sorted({1, 2, *range(3, total, total // some), *range(total - 4, total + 3)})
+print(json.dumps([total, [(moment, *run(moment)) for moment in moments]]))
+"""
+
+
+class InterruptTest(CommandTest):
+    """Ctrl-C at any moment of a command, also of its last: it ends, and says nothing."""
+
+    MOMENTS = 300 if SOAKING else 5
+
+    def test_no_moment_shows_a_traceback(self):
+        if SOAKING:
+            print("soak: Ctrl-C at some %d moments of two commands" % self.MOMENTS, file=sys.stderr)
+        # command, its own status
+        for arguments, own in ((("nosuch",), 2), (("claude",), 0)):
+            with self.subTest(arguments):
+                done = subprocess.run([sys.executable, "-c", INTERRUPTER, RROUTER, str(self.MOMENTS), *arguments],
+                                      env=self.home.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                      timeout=WAIT_S * (30 if SOAKING else 3), check=True)
+                total, moments = json.loads(done.stdout)
+                for moment, status, printed in moments:
+                    if re.match("Exception ignored in: <function _get_module_lock", printed):
+                        continue        # Python's import loses what comes in a callback of its own
+                    with self.subTest(moment=moment):
+                        self.assertNotRegex(printed, "Traceback|Exception ignored|KeyboardInterrupt")
+                        self.assertIn(status, (130, -signal.SIGINT) + (own,) * (moment > total - 5))
 
 
 class ConfigCommandTest(CommandTest):
@@ -8958,7 +9145,8 @@ class RunningDaemonTest(DaemonTestBase):
         try:
             cls.started = subprocess.run(
                 [sys.executable, os.path.relpath(RROUTER), "start"], env=cls.home.env, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, pass_fds=(writer,))
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, pass_fds=(writer,),
+                timeout=WAIT_S * 3)
         finally:
             os.umask(mask)
             os.close(writer)
@@ -9164,6 +9352,57 @@ class DaemonTest(DaemonTestBase):
         self.assertEqual(processes(home), [])
         self.assertIsNone(sleeper.poll())
 
+    def test_lock_that_is_no_file_hangs_no_command(self):
+        """Opened as a file is, a FIFO without a writer would block for ever."""
+        home, kept = self.home("claude"), [("status",), ("stop",), ("mode",), ("claude",)]
+        lock = home.dir / "rrouter.lock"
+        os.mkfifo(str(lock))
+        *done, start, serve = run_all(home, *kept, ("start",), ("serve",), timeout=WAIT_S * 2)
+        self.assertEqual([command.returncode for command in done], [3, 0, 0, 0])
+        self.assertRegex(done[1].stdout, "not running")
+        lock.unlink()
+        lock.mkdir()
+        for refused in (start, serve, home.run("restart", timeout=WAIT_S * 2)):
+            self.assertEqual(refused.returncode, 1, refused)
+            self.assertRegex(refused.stderr, r"(?m)^rrouter: .*rrouter\.lock: .*no regular file: remove it$")
+        self.assertEqual(processes(home), [])
+
+    # Words in a lock file that somebody holds; as the pid in os.kill, 0 is the caller's own process group.
+    NO_PIDS = "0", "99999999999", "abc"
+
+    def test_number_in_a_held_lock_that_is_no_pid_is_not_believed(self):
+        """The shell leads the process group of the commands: were the group signalled, it would not come to its end."""
+        script = 'for command in status stop claude; do "$0" "$1" $command || echo "status $?"; done; echo whole'
+
+        def commands(words):
+            home = self.home("claude")
+            put(home, "rrouter.lock", words)
+            with open(str(home.dir / "rrouter.lock")) as holder:
+                fcntl.flock(holder, fcntl.LOCK_EX)
+                return subprocess.run(
+                    ["/bin/sh", "-c", script, sys.executable, RROUTER], env=home.env, stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, start_new_session=True,
+                    timeout=WAIT_S * 4)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            for words, done in zip(self.NO_PIDS, pool.map(commands, self.NO_PIDS)):
+                with self.subTest(words):
+                    self.assertEqual(done.returncode, 0, done)
+                    self.assertRegex(done.stdout, r"(?s)\Amode: +claude\ndaemon: +not running.*\nstatus 3\n"
+                                                  r"rrouter is not running\nmode claude \(written; .*\)\nwhole\n\Z")
+
+    def test_start_beside_a_lock_that_names_nobody_tells_that_nothing_answers(self):
+        home = self.home("claude")
+        put(home, "rrouter.lock", "0\n")
+        code = "import sys; sys.path.insert(0, %r); import rrouter; rrouter.START_S = 1; rrouter.main()" % str(HERE)
+        with open(str(home.dir / "rrouter.lock")) as holder:
+            fcntl.flock(holder, fcntl.LOCK_EX)
+            done = subprocess.run([sys.executable, "-c", code, "start"], env=home.env, stdin=subprocess.DEVNULL,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True,
+                                  start_new_session=True, timeout=WAIT_S * 4)
+        self.assertEqual((done.returncode, done.stdout), (1, ""), done)
+        self.assertRegex(done.stderr, r"\Arrouter: the daemon (does not answer|did not start); the log ends with\n")
+
     def test_start_on_a_taken_port_tells_the_reason_and_leaves_nothing(self):
         home = self.home()
         with contextlib.closing(Upstream(port=home.port)):
@@ -9218,7 +9457,7 @@ class DaemonTest(DaemonTestBase):
 
         def run(*arguments):
             return subprocess.run([sys.executable, "rrouter.pyz", *arguments], env=home.env, cwd=str(home.root),
-                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=WAIT_S * 6).returncode
 
         self.assertEqual((run("status"), run("start"), run("status")), (3, 0, 0))
         self.assert_alone(home)
@@ -9227,10 +9466,24 @@ class DaemonTest(DaemonTestBase):
 
 
 class InterruptedStartTest(unittest.TestCase):
-    """A signal at any moment of a start, a restart or a stop leaves nothing in the way of the next start."""
+    """A signal at any moment of a start, a restart or a stop leaves nothing in the way of the next start.
 
-    ROUNDS, SEED = 100 if SOAKING else 5, os.environ.get("RROUTER_SOAK") or "20260129"
+    It comes to one process, or to the whole process group of the command, as that of Ctrl-C or of a closed terminal
+    does.
+    """
+
+    ROUNDS, SEED = 100 if SOAKING else 6, os.environ.get("RROUTER_SOAK") or "20260129"
     SIGNALS = "SIGTERM", "SIGHUP", "SIGINT", "SIGPIPE", "SIGKILL"
+    GROUP_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP"
+
+    def assert_no_traceback(self, printed):
+        """There is none but of a SIGINT while Python starts: until the last statement of the program calls main."""
+        call = RROUTER_TEXT.index('\nif __name__ == "__main__":')
+        last = RROUTER_TEXT.count("\n", 0, call) + 2
+        for block in printed.split("Traceback (most recent call last)")[1:]:
+            frames = re.findall(r'File "[^"]*rrouter\.py", line (\d+), in (\S+)', block)
+            starts = not frames or (int(frames[0][0]) < last and frames[0][1] == "<module>")
+            self.assertTrue(starts and "KeyboardInterrupt" in block and "_shutdown" not in block, printed)
 
     def test_next_start_works(self):
         if SOAKING:
@@ -9240,26 +9493,36 @@ class InterruptedStartTest(unittest.TestCase):
         self.addCleanup(home.run, "stop")
         for number in range(self.ROUNDS):
             command = ("start", "serve", "restart", "stop")[number % 4]
-            name, delay_s = dice.choice(self.SIGNALS), dice.random() * 0.3
-            with self.subTest(round=number, command=command, signal=name, delay_s=delay_s):
+            group = number % 3 != 1
+            name, delay_s = dice.choice(self.GROUP_SIGNALS if group else self.SIGNALS), dice.random() * 0.3
+            with self.subTest(round=number, command=command, signal=name, group=group, delay_s=delay_s):
                 with tempfile.TemporaryFile() as output:
                     with subprocess.Popen([sys.executable, RROUTER, command], env=home.env, stdin=subprocess.DEVNULL,
                                           stdout=output, stderr=output, start_new_session=True) as process:
                         time.sleep(delay_s)         # the moment is what the dice say
                         victims = [process.pid, *(processes(home) if LINUX else ())]
                         with contextlib.suppress(ProcessLookupError):
-                            os.kill(dice.choice(victims), getattr(signal, name))
+                            if group:
+                                os.killpg(process.pid, getattr(signal, name))
+                            else:
+                                os.kill(dice.choice(victims), getattr(signal, name))
                         if command == "serve" and process.poll() is None:
                             process.terminate()
+                        try:
+                            process.wait(WAIT_S * 5)
+                        finally:
+                            process.kill()
                     output.seek(0)
                     printed = output.read().decode()
-                if name != "SIGINT":                # Python's own start cannot be interrupted quietly
+                if name == "SIGINT":
+                    self.assert_no_traceback(printed)
+                else:
                     self.assertNotIn("Traceback", printed)
                 home.run("start", check=0)
                 pid = get_health(home.port)["pid"]
                 if LINUX:
                     self.assertEqual(processes(home), [pid])
-                self.assertNotIn("Traceback", home.read("logs/rrouter.log"))
+                self.assert_no_traceback(home.read("logs/rrouter.log"))
                 if number % 2:
                     home.run("stop", check=0)
                     self.assertIsNone(get_health(home.port))
@@ -9472,12 +9735,12 @@ def pid():
         return None
 
 def stop():
-    while pid():
-        os.kill(pid() or os.getpid(), signal.SIGTERM if not stop.sent else 0)
-        stop.sent = True
+    for turn in range(6000):        # a minute
+        if not pid():
+            return
+        os.kill(pid() or os.getpid(), 0 if turn else signal.SIGTERM)
         time.sleep(0.01)
-
-stop.sent = False
+    sys.exit("it does not end")
 
 def start(command, **marks):
     stop()
@@ -9491,7 +9754,9 @@ def start(command, **marks):
             file.write(str(daemon))
         os.waitpid(daemon, 0)
         os._exit(0)
-    while not pid():
+    for _ in range(6000):
+        if pid():
+            break
         time.sleep(0.01)
 
 unit = home + "/.config/systemd/user/rrouter.service"
@@ -9717,7 +9982,8 @@ class ServiceFilesTest(unittest.TestCase):
         self.assertEqual((done.returncode, done.stdout), (0, ""))
 
     @unittest.skipUnless(subprocess.run(["sh", "-c", "systemctl --user show-environment"], stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL).returncode == 0, "no systemd user manager runs here")
+                                        stderr=subprocess.DEVNULL, timeout=WAIT_S).returncode == 0,
+                         "no systemd user manager runs here")
     def test_real_user_manager_runs_the_unit(self):
         """A copy of the unit under another name, for this HOME: the manager's own rrouter is left alone."""
         home = Home(mode="claude")
@@ -10387,7 +10653,7 @@ class Conversation:
                 self.process.wait(WAIT_S)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait()
+                self.process.wait(WAIT_S)
 
 
 def claude_command(*arguments):
@@ -10571,47 +10837,66 @@ class ClaudeCodeTest(RouterTest):
 # Running them #################################################################
 
 WORKERS = 3             # the tests wait more than they compute
+RUN_S = 600             # after which the suite ends though a test hangs; it takes about one
+# These take longest, and are begun first, so that the workers end together; those that compute beside those that wait.
+SLOW = ("DaemonTest", "ProbeTest", "InstalledLifeTest", "TlsUpstreamTest", "CommandLineTest", "DrainTest",
+        "OddStartTest", "ParallelStreamsTest", "ServiceManagerTest", "SilenceTest", "ServeTest", "StreamTest",
+        "SecretsTest", "LeaveTest", "FullDiskTest", "LongStreamTest", "LogGoneTest",
+        "ConfigCommandTest", "LimitsTest", "ClaudeSettingsTest", "BackPressureTest", "InterruptTest", "StateTest",
+        "RunningDaemonTest", "FreshnessTest", "CutAnywhereTest", "ForeignFilesTest", "CheckTest",
+        "InterruptedInstallTest")
 # What --soak runs, at length.
 SOAKED = ("SoakTest", "FuzzTest", "SpliceFuzzTest", "FileFuzzTest", "StartSoakTest", "CrowdOfClientsTest", "WearTest",
-          "ParallelStreamsTest", "LongStreamTest", "InterruptedStartTest")
+          "ParallelStreamsTest", "LongStreamTest", "InterruptTest", "InterruptedStartTest")
 
 
 def run_side_by_side():
     """Run all test classes in WORKERS processes, each taking the next class when it is done; return the exit status."""
-    classes = list(unittest.defaultTestLoader.loadTestsFromModule(sys.modules[__name__]))
+    assert set(SLOW) <= set(globals())
+    loader, module = unittest.defaultTestLoader, sys.modules[__name__]
+    names = [name for name, value in vars(module).items() if isinstance(value, type)
+             and issubclass(value, unittest.TestCase) and loader.getTestCaseNames(value)]
+    names.sort(key=lambda name: SLOW.index(name) if name in SLOW else len(SLOW))
     start = time.monotonic()
     queue, results = os.pipe(), tempfile.TemporaryFile(mode="w+")
-    os.write(queue[1], bytes(range(len(classes))))      # each worker reads a byte, the number of its next class
+    os.write(queue[1], bytes(range(len(names))))        # each worker reads a byte, the number of its next class
     os.close(queue[1])
     workers = []
     for _ in range(WORKERS):
         sys.stdout.flush()
         workers.append(os.fork())
         if not workers[-1]:
+            faulthandler.dump_traceback_later(RUN_S, exit=True)     # shows where it hangs
             with results:
-                run_classes(classes, queue[0], results.fileno())
+                run_classes(names, queue[0], results.fileno())
             sys.exit()
     statuses = [os.waitpid(worker, 0)[1] for worker in workers]
     os.close(queue[0])
     with results:
         results.seek(0)
         rows = [json.loads(line) for line in results]
-    counts = {name: sum(row[name] for row in rows) for name in ("run", "failures", "errors", "skipped")}
-    bad = counts["failures"] + counts["errors"] or len(rows) != len(classes) or any(statuses)
-    details = ", ".join("%s=%d" % (name, counts[name]) for name in ("failures", "errors", "skipped") if counts[name])
+    begun, ended = {row["name"] for row in rows}, {row["name"] for row in rows if "run" in row}
+    for what, some in (("did not come to an end", begun - ended), ("never begun", set(names) - begun)):
+        if some:
+            print("\n%s: %s" % (what, ", ".join(sorted(some))), file=sys.stderr)
+    counts = {kind: sum(row.get(kind, 0) for row in rows) for kind in ("run", "failures", "errors", "skipped")}
+    bad = counts["failures"] or counts["errors"] or set(names) - ended or any(statuses)
+    details = ", ".join("%s=%d" % (kind, counts[kind]) for kind in ("failures", "errors", "skipped") if counts[kind])
     print("%s\nRan %d tests in %.3fs\n\n%s%s" % (
         "-" * 70, counts["run"], time.monotonic() - start, "FAILED" if bad else "OK",
         details and " (%s)" % details), file=sys.stderr)
     return 1 if bad else 0
 
 
-def run_classes(classes, queue, results):
-    """Run classes, the numbers of which are read from `queue`, until there are none; write a row each to `results`."""
+def run_classes(names, queue, results):
+    """Run the classes whose numbers are read from `queue`, until there are none; tell `results` of begin and end."""
     for number in iter(lambda: os.read(queue, 1), b""):
-        output = io.StringIO()
-        result = unittest.TextTestRunner(output, verbosity=0).run(classes[number[0]])
-        row = {"run": result.testsRun, "failures": len(result.failures) + len(result.unexpectedSuccesses),
-               "errors": len(result.errors), "skipped": len(result.skipped)}
+        name, output = names[number[0]], io.StringIO()
+        os.write(results, (json.dumps({"name": name}) + "\n").encode())
+        suite = unittest.defaultTestLoader.loadTestsFromTestCase(vars(sys.modules[__name__])[name])
+        result = unittest.TextTestRunner(output, verbosity=0).run(suite)
+        row = {"name": name, "run": result.testsRun, "errors": len(result.errors), "skipped": len(result.skipped),
+               "failures": len(result.failures) + len(result.unexpectedSuccesses)}
         os.write(results, (json.dumps(row) + "\n").encode())
         os.write(2, (output.getvalue() if row["failures"] or row["errors"] else "." * row["run"]).encode())
 
@@ -10620,6 +10905,8 @@ if __name__ == "__main__":
     if "--soak" in sys.argv:
         os.execve(sys.executable, [sys.executable, __file__, *SOAKED],
                   dict(os.environ, RROUTER_SOAK="".join(sys.argv[sys.argv.index("--soak") + 1:]) or "20260129"))
+    if SOAKING:
+        faulthandler.dump_traceback_later(6 * RUN_S + sum(LongStreamTest.GAPS_S), exit=True)
     if len(sys.argv) > 1:
         unittest.main()
     sys.exit(run_side_by_side())
