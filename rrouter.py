@@ -757,14 +757,14 @@ def _tell_apart(head: bytes) -> Tuple[Dict[bytes, List[bytes]], bytes]:
     One expression goes through the head; a list of its lines would cost three times as much, at each answer.
     """
     values: Dict[bytes, List[bytes]] = {}
-    kept, position = b"", head.index(b"\n") + 1
+    kept, position = [], head.index(b"\n") + 1
     for found in _NOTED.finditer(head.lower(), position - 1):
         read, stays_here = found.group(1, 2)
         values.setdefault(read or stays_here, []).append(head[found.start(3):found.end()].strip(b" \t"))
         if stays_here:
-            kept += head[position:found.start() + 1]
+            kept.append(head[position:found.start() + 1])
             position = found.end() + 2
-    return values, kept + head[position:-2]
+    return values, b"".join([*kept, head[position:-2]])
 
 
 def _without(lines: bytes, names: Any) -> bytes:
