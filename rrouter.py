@@ -101,7 +101,7 @@ CONNECTIONS_RESERVE = 16        # beyond that, for /health and for saying 503
 BACKLOG = 128                   # VS Code opens up to 50 connections at once; the default of 5 makes them wait seconds
 RECEIVE_BYTES = 64 * 1024       # from the upstream: more makes each event of a stream dearer, by 10 %
 REQUEST_BYTES = 256 * 1024      # from a client: a request in one piece, 8 % faster at 77 KB
-JOINED_BYTES = 128 * 1024       # smaller requests go upstream in one piece
+JOINED_BYTES = 64 * 1024        # smaller requests go upstream in one piece
 MAPPED_BODY_BYTES = 256 * 1024  # request bodies from here on live in BodyMemory
 
 POLL_S = 0.2                    # how often the watcher looks at the files
@@ -569,7 +569,7 @@ _TRAILERS = re.compile(_FIELDS + rb"\r\n")
 _NOTED = re.compile(rb"\n(?:(content-(?:length|type|encoding)|retry-after)|(%b|access-control-[^:]*)):([^\r]*)"
                     % b"|".join(sorted(HOP_BY_HOP)))
 # What Connection may name that is no field, or not to be named away: the body would lose its end.
-_NO_FIELDS_TO_DROP = frozenset((b"", b"close", b"keep-alive", b"content-length"))
+_NO_FIELDS_TO_DROP = frozenset((b"", b"keep-alive", b"content-length"))
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
 _LOOPBACK = r"(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?"
 _LOOPBACK_HOST = re.compile("(?i)" + _LOOPBACK)
@@ -655,7 +655,7 @@ def _request_length(fields: Fields, http11: bool) -> Optional[int]:
         return None
     if not lengths:
         return 0
-    if len(lengths) > 1 or not _NUMBER.fullmatch(lengths[0].encode("latin-1")):
+    if len(lengths) > 1 or not re.fullmatch("[0-9]{1,15}", lengths[0]):
         raise RequestError(400, "malformed request: expected one Content-Length of digits alone")
     if int(lengths[0]) > BODY_MAX_BYTES:
         raise RequestError(413, "body of %s bytes is over the limit of %d MiB" % (lengths[0], BODY_MAX_BYTES >> 20))
@@ -1646,21 +1646,33 @@ def _write_all(descriptor: int, data: bytes) -> Optional[OSError]:
     return None
 
 
+def until(condition, limit_s: float) -> bool:
+    """Wait until `condition()` holds, at most `limit_s`; return whether it does."""
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
 class Log:
-    """The log file: one line a call, rotated by size.  No failure or slowness of it ever reaches a request.
+    """The log file: one line a call, rotated by size.  No failure of it ever reaches a request.
 
     The lines of requests are left to a thread of the log's own, which gathers them under load: for each of 32 busy
-    connections to write its own cost a sixth of the requests/s.
+    connections to write its own line cost a sixth of the requests/s.  So `kill -9` can lose those of the last GATHER_S.
     """
 
-    HELD_MAX = 10_000                   # lines; only a disk or a stderr that blocks could have more wait
+    HELD_MAX = 10_000                   # lines; only a disk that blocks could have more wait
     GATHER_S = 0.02                     # the least time between two writes of that thread
+    ECHO_S = 0.2                        # how long a stderr that takes nothing is waited for, once
 
     def __init__(self, path: str, echo: bool):
         self._path, self._echo = path, echo
         self._turn = threading.Lock()   # held by whoever writes
-        self._left = threading.Event()  # set when `leave` was called
+        self._left = threading.Event()  # `leave` was called
         self._lines: "deque[bytes]" = deque(maxlen=self.HELD_MAX)
+        self._echo_stuck = False
         self._descriptor: Optional[int] = None
         self._size = 0
         self._stamp = (0, "")           # a second and how it is written
@@ -1669,53 +1681,73 @@ class Log:
 
     def write(self, tag: str, text: str) -> None:
         """Write one line; `text` is made printable by those who take parts of it from outside."""
-        self.leave(tag, text)
+        self._hold(tag, text)
         self._write_held()
 
     def leave(self, tag: str, text: str) -> None:
-        """Leave one line to `write_for_ever`, or to whoever writes first."""
+        """Leave one line to `write_for_ever`."""
+        self._hold(tag, text)
+        if not self._left.is_set():
+            self._left.set()
+
+    def _hold(self, tag: str, text: str) -> None:
         now = time.time()
         second, stamp = self._stamp
         if second != int(now):
             second, stamp = self._stamp = int(now), time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        if len(self._lines) == self.HELD_MAX:
+            self.problem = "rrouter.log: takes nothing: log lines are lost"
         self._lines.append(("%s.%03d [%s] %s\n" % (stamp, int(now % 1 * 1000), tag, text)).encode("utf-8", "replace"))
-        if len(self._lines) == 1:       # else whoever left the first of them has set it
-            self._left.set()
 
     def write_for_ever(self) -> None:
         """Write what is left; for a thread of its own."""
         while True:
             self._left.wait()
             self._left.clear()          # first: a line that comes from here on sets it again
-            self._write_held()
+            try:
+                self._write_held()
+            except Exception as error:  # of whatever kind: without this thread there would be no log
+                self.problem = "rrouter.log: internal error: %s: log lines are lost" % type(error).__name__
             time.sleep(self.GATHER_S)
 
     def _write_held(self) -> None:
-        # Asked again after each turn: a line that came at its very end would wait for the next one.
-        while self._lines and self._turn.acquire(blocking=False):
-            try:
-                lines = [self._lines.popleft() for _ in range(len(self._lines))]    # only who has the turn takes any
+        if not self._turn.acquire(timeout=1):       # a disk that hangs
+            self._left.set()
+            return
+        try:
+            lines = [self._lines.popleft() for _ in range(len(self._lines))]    # only who has the turn takes any
+            if lines:
                 self._write_out(b"".join(lines))
-            finally:
-                self._turn.release()
+        finally:
+            self._turn.release()
 
     def _write_out(self, data: bytes) -> None:
+        if self._descriptor is not None:
+            problem = _write_all(self._descriptor, data)
+            if problem is not None or self.problem is not None:
+                self._note(problem)
+            self._size += len(data)
+            if self._size > LOG_MAX_BYTES:
+                self._rotate(self._descriptor)
         if self._echo:
-            _write_all(2, data)
-        if self._descriptor is None:
-            return
-        problem = _write_all(self._descriptor, data)
-        if problem is not None or self.problem is not None:
-            self._note(problem)
-        self._size += len(data)
-        if self._size > LOG_MAX_BYTES:
-            self._rotate(self._descriptor)
+            self._write_stderr(data)
+
+    def _write_stderr(self, data: bytes) -> None:
+        """Write to stderr what it takes: a terminal may have been stopped, a pipe may be full."""
+        poller = select.poll()
+        poller.register(2, select.POLLOUT)
+        for start in range(0, len(data), select.PIPE_BUF):      # as much goes into a pipe that takes anything
+            if not poller.poll(0 if self._echo_stuck else int(self.ECHO_S * 1000)):
+                self._echo_stuck = True
+                return
+            self._echo_stuck = False
+            _write_all(2, data[start:start + select.PIPE_BUF])
 
     def _note(self, error: Optional[OSError]) -> None:
         """Keep the problem for /health; say it once on stderr, which is all that is left."""
         problem = "rrouter.log: %s: log lines are lost" % reason_of(error) if error is not None else None
         if problem and not self.problem:        # the path, which /health does not tell, names the user
-            _write_all(2, ("rrouter: %s (%s)\n" % (problem, self._path)).encode("utf-8", "replace"))
+            self._write_stderr(("rrouter: %s (%s)\n" % (problem, self._path)).encode("utf-8", "replace"))
         self.problem = problem
 
     def reopen(self) -> None:
@@ -1728,7 +1760,6 @@ class Log:
                 self._note(error)
             finally:
                 self._turn.release()
-            self._write_held()
 
     def _open(self) -> None:
         try:
@@ -1738,7 +1769,7 @@ class Log:
                 return
         except FileNotFoundError:
             os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)    # for a FIFO
         self._drop()
         self._descriptor = descriptor
         if not self._echo:              # the daemon's stderr, for what Python itself may have to say
@@ -1765,10 +1796,8 @@ class Log:
             self._open()
 
     def close(self) -> None:
-        """Let whoever writes come to the end of what is held."""
-        if self._turn.acquire(timeout=1):
-            self._turn.release()
-        self._write_held()
+        """Give what is left, a second at the most, until it is written."""
+        until(lambda: not self._lines and not self._turn.locked(), 1)
 
 
 def _jsonable(value: Any) -> Any:
@@ -1975,19 +2004,21 @@ class Watch:
 
 def ask_libc(function: str, *arguments: int) -> None:
     """Call a function of the C library if it has it; the two below are glibc's."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
+    with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
         import ctypes
         getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 class HeldCalls:
-    """`send` and `recv` of the C library: (descriptor, memory, length, flags) -> length, or -1.
+    """`send` and `recv` of Linux: (descriptor, memory, length, flags) -> length, or -1.
 
     They keep the interpreter lock, which Python's own methods let go of for each call.  With MSG_DONTWAIT nothing can
     block, so that is a waste: to get the lock back from one of many threads takes longer than the call, two switches
     of threads, often to the other core.  At 32 connections this serves a third more requests/s with a quarter less
     CPU.  Documented of ctypes.PyDLL: "the Python GIL is not released during the function call".
     """
+
+    SEND_MAX = 16 * 1024                # bytes; to copy more takes so long that other threads had better run
 
     def __init__(self):
         import ctypes
@@ -2001,10 +2032,12 @@ class HeldCalls:
 
 @lru_cache(maxsize=None)
 def held_calls() -> Optional[HeldCalls]:
-    """Return the HeldCalls, or None for a Python or a system without: sockets' own methods do it there."""
+    """Return the HeldCalls, or None where the sockets' own methods do it: elsewhere `send` may wait all the same."""
+    if not sys.platform.startswith("linux"):
+        return None
     try:
         return HeldCalls()
-    except (ImportError, OSError, AttributeError):
+    except (ImportError, OSError, AttributeError, MemoryError):     # a Python without ctypes, or one kept from using it
         return None
 
 
@@ -2108,8 +2141,8 @@ class Wire:
         return self.sock.recv(self._receive_bytes)
 
     def send_at_once(self, data: bytes) -> int:
-        """Return how much of `data` the system has taken without waiting: all of it, as a rule."""
-        if self._held_calls is None:
+        """Return how much of `data` the system has taken without waiting: all of it, if it is small, as a rule."""
+        if self._held_calls is None or len(data) > HeldCalls.SEND_MAX:
             return 0
         # -1: it would block, or the connection is broken, as who sends the rest will see.
         return max(0, self._held_calls.send(self.sock.fileno(), data, len(data), SEND_NOW))
@@ -3443,6 +3476,7 @@ def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: List[P
         os._exit(0)                     # threads of streams past the drain time would hold the interpreter up
     except Exception as error:          # a defect of ours
         router.log.write("ERROR", describe_defect(error))
+        router.log.close()
         os._exit(1)
 
 
@@ -3518,7 +3552,7 @@ def find_daemon(paths: Paths, settings: Optional[Settings] = None) -> Optional[R
 def last_lines(path: str, count: int = 5) -> str:
     """Return the last lines of a file, for people."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
             lines = file.read().decode("utf-8", "replace").splitlines()[-count:]
     except OSError as error:
@@ -3547,7 +3581,7 @@ def spawn_daemon(paths: Paths) -> None:
     paths.create()
     program = os.path.abspath(__file__ if os.path.isfile(__file__) else sys.argv[0])
     read_end, write_end = os.pipe()
-    log = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    log = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)     # for a FIFO
     null = os.open(os.devnull, os.O_RDWR)
     arguments = [sys.executable, program, "serve", "--ready-descriptor", "3"]
     highest = min(descriptor_limit(), 1 << 16)
@@ -3640,16 +3674,6 @@ def find_manager(home: str) -> Optional[Manager]:
                                    ("launchctl", "kickstart", "%s/%s" % (domain, LAUNCHD_LABEL))),
                        ("launchctl", "bootout", "%s/%s" % (domain, LAUNCHD_LABEL)))
     return None
-
-
-def until(condition, limit_s: float) -> bool:
-    """Wait until `condition()` holds, at most `limit_s`; return whether it does."""
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def start_daemon(paths: Paths, home: str) -> str:

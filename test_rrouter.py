@@ -8447,6 +8447,46 @@ class LogFileTest(unittest.TestCase):
         with Running(self.upstream, home=self.home) as router:
             self.assertEqual([router.post().status for _ in range(3)], [200] * 3)
 
+    def test_stderr_that_takes_nothing_stops_nothing(self):
+        """A terminal after Ctrl-S, a pager: once a pipe full of lines was unread, requests and SIGTERM hung."""
+        config = dict(DEFAULT_CONFIG, auto={"failureThreshold": 1000})
+        self.home.write("config.json", json.dumps(config))
+        unread, stderr = os.pipe()
+        with open(unread, "rb"), open(stderr, "wb") as writer:
+            os.set_blocking(stderr, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(stderr, b"x" * 4096)
+            os.set_blocking(stderr, True)
+            process = subprocess.Popen([sys.executable, RROUTER, "serve"], env=self.home.env, stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.DEVNULL, stderr=writer)
+            with process:
+                self.addCleanup(process.kill)
+                router = Running.__new__(Running)           # only to ask it
+                router.port = self.home.port
+                Running.wait_until(lambda: get_health(self.home.port))
+                for mode in ("claude", "auto", "antigravity"):
+                    self.home.write("mode", mode + "\n")
+                    self.upstream.play(error(500), error(500)) if mode == "auto" else None
+                    self.assertEqual(router.post().status, 500 if mode == "auto" else 200)
+                for _ in range(200):
+                    self.assertEqual(router.post().status, 200)
+                process.send_signal(signal.SIGTERM)
+                self.assertEqual(process.wait(WAIT_S), 0)
+        text = self.file.read_text()
+        self.assertEqual([int(line["number"]) for line in map(REQUEST_LINE.search, request_lines(text))],
+                         list(range(1, 204)))
+        self.assertEqual((text.count("[AUTO] "), text.count("rrouter ends")), (3, 1))  # failures, reset
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFO")
+    def test_fifo_in_its_place_hangs_nothing(self):
+        os.mkfifo(str(self.file))
+        with Running(self.upstream, home=self.home) as router:
+            self.assertEqual([router.post().status for _ in range(3)], [200] * 3)
+            self.assertIn("log lines are lost", str(router.health()["problems"]))
+        done = self.home.run("start", check=1)
+        self.assertIn("rrouter.log", done.stderr)
+
     def test_whole_directory_removed_while_running_does_not_stop_requests(self):
         with Running(self.upstream, home=self.home) as router:
             self.home.write("mode", "antigravity\n")
