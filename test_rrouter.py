@@ -1687,7 +1687,8 @@ class RequestFramingTest(ProxyTest):
     def test_head_like_the_last_one_is_read_like_any_other(self):
         """A connection's last head is recognised by its bytes; what only begins like it must not be."""
         def post(length, body, behind=b"\r\n"):
-            return b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b%b\r\n%b" % (length, behind, body)
+            return b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b%b\r\n%b" % (
+                length, behind, body)
 
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
             for length, body, behind in (
@@ -1707,8 +1708,9 @@ class RequestFramingTest(ProxyTest):
             self.assertEqual([(r.method, r.body) for r in self.upstream.received[count:]],
                              [("POST", b"abc"), ("GET", b""), ("GET", b"")])
         for status, length, behind in (
-                (400, b"3x", b"\r\n"), (400, b"", b"\r\n"), (400, b"+3", b"\r\n"), (400, b"3", b"\r\nContent-Length: 0\r\n"),
-                (400, b"9" * 16, b"\r\n"), (413, b"9" * 15, b"\r\n"), (400, b"3", b"\r\nTransfer-Encoding: chunked\r\n"),
+                (400, b"3x", b"\r\n"), (400, b"", b"\r\n"), (400, b"+3", b"\r\n"),
+                (400, b"3", b"\r\nContent-Length: 0\r\n"), (400, b"3", b"\r\nTransfer-Encoding: chunked\r\n"),
+                (400, b"9" * 16, b"\r\n"), (413, b"9" * 15, b"\r\n"),
                 (400, b"3", b"\n"), (403, b"3", b"\r\nOrigin: https://evil.example\r\n")):
             with self.subTest(length, behind=behind):
                 before = len(self.upstream.received)
@@ -2917,7 +2919,8 @@ class SecretsTest(unittest.TestCase):
                  "def match(name, glob):\n    if name == 'crash': raise RuntimeError(sys._getframe(3).f_locals)\n"
                  "    return real(name, glob)\nfnmatch.fnmatchcase = match"),
                 # Without ctypes it is the sockets' own method that sends.
-                ("while the answer is passed on", "import socket\nsys.modules['ctypes'] = None\nreal = socket.socket.sendall\n"
+                ("while the answer is passed on", "import socket\nsys.modules['ctypes'] = None\n"
+                 "real = socket.socket.sendall\n"
                  "def sendall(sock, data, *flags):\n    if b'crash' in bytes(data): raise RuntimeError(bytes(data))\n"
                  "    return real(sock, data, *flags)\nsocket.socket.sendall = sendall")):
             with self.subTest(what), Altered(self.upstream, code, env={"PYTHONDEVMODE": "1"}) as router:
