@@ -59,6 +59,7 @@ import rrouter
 
 HERE = pathlib.Path(__file__).resolve().parent
 RROUTER = str(HERE / "rrouter.py")
+PYTHON = sys.executable, "-S"       # without what a machine's site-packages import at each of some hundred starts
 RROUTER_TEXT = (HERE / "rrouter.py").read_text(encoding="utf-8")
 SOAKING = bool(os.environ.get("RROUTER_SOAK"))      # set by --soak to its seed: what is short otherwise runs at length
 WAIT_S = 10             # the net under every wait across threads or processes; never waited out when the code is right
@@ -339,7 +340,7 @@ class Home:
 
     def run(self, *arguments, check=None, env=(), timeout=60, stdin=subprocess.DEVNULL):
         """Run one command to its end; return it with text `stdout` and `stderr`.  `check` asserts the exit status."""
-        done = subprocess.run([sys.executable, RROUTER, *arguments], env=dict(self.env, **dict(env)), stdin=stdin,
+        done = subprocess.run([*PYTHON, RROUTER, *arguments], env=dict(self.env, **dict(env)), stdin=stdin,
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=timeout)
         if "Traceback" in done.stderr or (check is not None and done.returncode != check):
             raise AssertionError("rrouter %s: status %d\n%s%s" % (
@@ -366,7 +367,7 @@ class Running:
     def launch(self, *arguments, **options):
         """Start Python with these arguments, and wait until it answers as rrouter; else it is ended."""
         self.output = tempfile.TemporaryFile()
-        self.process = subprocess.Popen([sys.executable, *arguments], env=self.home.env, stdin=subprocess.DEVNULL,
+        self.process = subprocess.Popen([*PYTHON, *arguments], env=self.home.env, stdin=subprocess.DEVNULL,
                                         stdout=self.output, stderr=self.output, **options)
         try:
             self.wait_until(self._answers)
