@@ -3007,7 +3007,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def relay(self, exchange: Exchange, attempt: Attempt) -> None:
         """Pass the answer on as it comes; its outcome is kept before its end goes out."""
-        answer, watch = attempt.answer, attempt.watch
+        answer, watch, scan = attempt.answer, attempt.watch, attempt.scan
         assert answer is not None
         watch.lift()
         head, fields = answer.head, self._reply_fields(exchange)
@@ -3020,8 +3020,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         out = response_head_bytes(head, fields)
         try:
             payload = answer.at_hand()
-            if attempt.scan is not None:
-                self._inspect(exchange, attempt, attempt.scan, payload)
+            if scan is not None:
+                self._inspect(exchange, attempt, scan, payload)
             payload = answer.ahead + payload
             while True:
                 complete = answer.complete
@@ -3038,8 +3038,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 if complete:
                     return
                 out, payload = b"", answer.receive(watch)
-                if attempt.scan is not None:
-                    self._inspect(exchange, attempt, attempt.scan, payload)
+                if scan is not None:
+                    self._inspect(exchange, attempt, scan, payload)
         except UpstreamError:
             if not attempt.failed:
                 self._charge_stream(exchange, attempt, Failure("stream broke off"))

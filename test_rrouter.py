@@ -8471,7 +8471,8 @@ class LogFileTest(unittest.TestCase):
                 Running.wait_until(lambda: get_health(self.home.port))
                 for mode in ("claude", "auto", "antigravity"):
                     self.home.write("mode", mode + "\n")
-                    self.upstream.play(error(500), error(500)) if mode == "auto" else None
+                    if mode == "auto":
+                        self.upstream.play(error(500), error(500))
                     self.assertEqual(router.post().status, 500 if mode == "auto" else 200)
                 for _ in range(200):
                     self.assertEqual(router.post().status, 200)
