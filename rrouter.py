@@ -281,21 +281,20 @@ class ResponseHead(NamedTuple):
     status: int
     reason: bytes
     end_to_end: bytes           #: the field lines that go on to the client, bytes untouched
-    values: Dict[bytes, List[bytes]]    #: of the fields that the router itself reads, by lower-case name
+    values: Dict[bytes, bytes]  #: of the fields that the router itself reads, by name; both in lower case
     length: Optional[int]
     chunked: bool
     keep_alive: bool
 
     def value(self, name: bytes) -> str:
-        """Return the first value of the field `name`, one of those in `values`; "" if there is none."""
-        return self.values[name][0].decode("latin-1") if name in self.values else ""
+        """Return the value of the field `name`, one of those in `values`; "" if there is none."""
+        return self.values.get(name, b"").decode("latin-1")
 
     @property
     def is_event_stream(self) -> bool:
         """True if the body is server-sent events that can be read: an encoded one cannot."""
-        return (b"content-type" in self.values
-                and self.values[b"content-type"][0].lower().startswith(b"text/event-stream")
-                and self.value(b"content-encoding").lower() in ("", "identity"))
+        return (self.values.get(b"content-type", b"").startswith(b"text/event-stream")
+                and self.values.get(b"content-encoding", b"identity") == b"identity")
 
 
 class Ticket(NamedTuple):
@@ -751,16 +750,18 @@ def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> Tupl
     return b"\r\n".join(lines), b"\r\n".join([b"", *after, b"", b""])
 
 
-def _tell_apart(head: bytes) -> Tuple[Dict[bytes, List[bytes]], bytes]:
-    """Return what of an answer's fields is read, by lower-case name, and the lines that go on to the client.
+def _tell_apart(head: bytes) -> Tuple[Dict[bytes, bytes], bytes]:
+    """Return what of an answer's fields is read, by name, and the lines that go on to the client.
 
-    One expression goes through the head; a list of its lines would cost three times as much, at each answer.
+    Names and values are in lower case, those of several lines joined by commas (RFC 9110 §5.3).  One expression goes
+    through the head; a list of its lines would cost three times as much, at each answer.
     """
-    values: Dict[bytes, List[bytes]] = {}
+    values: Dict[bytes, bytes] = {}
     kept, position = [], head.index(b"\n") + 1
     for found in _NOTED.finditer(head.lower(), position - 1):
-        read, stays_here = found.group(1, 2)
-        values.setdefault(read or stays_here, []).append(head[found.start(3):found.end()].strip(b" \t"))
+        read, stays_here, value = found.groups()
+        name = read or stays_here
+        values[name] = b"%b,%b" % (values[name], value) if name in values else value.strip(b" \t")
         if stays_here:
             kept.append(head[position:found.start() + 1])
             position = found.end() + 2
@@ -780,21 +781,21 @@ def parse_response_head(head: bytes) -> ResponseHead:
         raise UpstreamError("sent a malformed answer head")
     minor, status, reason = match.group(1, 2, 3)
     values, end_to_end = _tell_apart(head)
-    lengths, codings = values.get(b"content-length", ()), values.get(b"transfer-encoding")
-    if codings and (lengths or minor == b"0" or [coding.lower() for coding in codings] != [b"chunked"]):
+    length, coding = values.get(b"content-length"), values.get(b"transfer-encoding")
+    if coding is not None and (length is not None or minor == b"0" or coding != b"chunked"):
         raise UpstreamError("sent an answer with ambiguous Transfer-Encoding")
-    if len(lengths) > 1 or (lengths and not _NUMBER.fullmatch(lengths[0])):
+    if length is not None and not _NUMBER.fullmatch(length):
         raise UpstreamError("sent an answer with a malformed Content-Length")
     if status == b"101":
         raise UpstreamError("switched protocols unasked")
     keep_alive = minor == b"1"
     if b"connection" in values:
-        named = {token.strip(b" \t") for token in b",".join(values[b"connection"]).lower().split(b",")}
+        named = {token.strip(b" \t") for token in values[b"connection"].split(b",")}
         keep_alive = keep_alive and b"close" not in named
         if not named <= _NO_FIELDS_TO_DROP:
             end_to_end = _without(end_to_end, named - _NO_FIELDS_TO_DROP)
-    return ResponseHead(int(status), reason or b"", end_to_end, values, int(lengths[0]) if lengths else None,
-                        bool(codings), keep_alive)
+    return ResponseHead(int(status), reason or b"", end_to_end, values, int(length) if length is not None else None,
+                        coding is not None, keep_alive)
 
 
 def response_head_bytes(head: ResponseHead, extra: bytes) -> bytes:
@@ -1253,7 +1254,7 @@ class Breaker:
         if self.state == OPEN and not self.remaining_s(now):
             self.state, self.probe = HALF_OPEN, next(self._serial)
             return self.home, self.probe
-        return self.current, 0
+        return self.home if self.state == CLOSED else self.away, 0     # `current`, at each request
 
     def succeed(self, now: float, ticket: Ticket) -> List[str]:
         """Take a success of `ticket.target`."""
@@ -1261,7 +1262,7 @@ class Breaker:
             self.close((self.home, self.away))
             self.returned_at = now
             return ["RECOVERED: %s answers again%s" % (self.home, self.label)]
-        if ticket.target == self.current:
+        if ticket.target == (self.home if self.state == CLOSED else self.away):
             self.failures = self.timeouts = 0
             self.level += not self.answered
             self.answered = True
@@ -1421,7 +1422,8 @@ class Failover:
             unprobing = ticket._replace(probe=0) if ticket.probe else ticket    # a probe is that of one machine alone
             generation = whole.generation
             lines = whole.succeed(now, unprobing if ticket.alone else ticket)
-            self._follow(generation)
+            if whole.generation != generation:
+                self._follow()
             if own is not None:
                 lines += own.succeed(now, ticket if ticket.alone else unprobing)
                 self._align(ticket.model, own)
@@ -1444,15 +1446,14 @@ class Failover:
             generation = whole.generation
             fresh = ticket.generation == generation and ticket.target == whole.current
             lines = whole.fail(now, ticket, failure, self._auto, whole.home)
-            self._follow(generation)
-            if fresh and whole.generation == generation:
+            if whole.generation != generation:
+                self._follow()
+            elif fresh:
                 lines += self._charge_model(now, ticket, failure)
             return lines
 
     def release(self, ticket: Ticket) -> List[str]:
         """Take an outcome that counts for nobody; after `credit` or `charge` it does nothing."""
-        if not ticket.probe:
-            return []
         with self._lock:
             breaker = self._models.get(ticket.model) if ticket.alone else self._whole
             return breaker.release(ticket) if breaker is not None else []
@@ -1495,10 +1496,8 @@ class Failover:
         if own.idle:
             self._models.pop(model, None)
 
-    def _follow(self, generation: int) -> None:
-        """If the whole has moved since `generation`, start the counts of its models anew."""
-        if self._whole.generation == generation:
-            return
+    def _follow(self) -> None:
+        """Start the counts of the models anew, for the whole has moved."""
         for model, own in list(self._models.items()):
             self._align(model, own)
 
@@ -1535,6 +1534,81 @@ class Failover:
 
 
 # ---- Everything above is pure; everything below does I/O. ----
+
+
+# The C library ################################################################
+
+def ask_libc(function: str, *arguments: int) -> None:
+    """Call a function of the C library if it has it; the two below are glibc's."""
+    with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
+        import ctypes
+        getattr(ctypes.CDLL(None), function)(*arguments)
+
+
+def use_one_heap() -> None:
+    """Keep glibc from giving threads heaps of their own, to be called before there are any.
+
+    It never returns the free end of those: 55 MB after some thousand requests in place of 21.  The interpreter lock
+    lets one thread allocate at a time anyway.
+    """
+    ask_libc("mallopt", -8, 1)          # M_ARENA_MAX in <malloc.h>
+
+
+def return_free_memory() -> None:
+    """Give back to the system what Python has freed and the C library keeps."""
+    ask_libc("malloc_trim", 0)
+
+
+class HeldCalls:
+    """Calls of Linux's C library that keep the interpreter lock, which Python's own let go of for each call.
+
+    To get it back from one of many threads takes longer than these calls, which do not block: two switches of threads,
+    often to the other core.  At 32 connections they serve half more requests/s with a third less CPU.  Documented of
+    ctypes.PyDLL: "the Python GIL is not released during the function call".
+    """
+
+    SEND_MAX = 16 * 1024                # bytes; to copy more takes so long that other threads had better run
+    # From <linux/magic.h>: ext2 to 4, XFS, Btrfs, F2FS, ZFS, tmpfs, overlayfs.  What they know of a file just looked at
+    # is in memory; one on the network may let every thread wait.
+    _LOCAL = frozenset((0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0x01021994, 0x794C7630))
+    _AT_FDCWD, _STATX_WANTED = -100, 0x3C0      # times of change, inode, size
+
+    def __init__(self):
+        import ctypes
+        library = ctypes.PyDLL(None, use_errno=True)
+        # Without `argtypes`, which would double the time of a call; so what is no int or bytes is given as what it is.
+        #: (descriptor, memory, size(length), flags) -> length, or -1; with MSG_DONTWAIT they cannot block
+        self.send, self.recv, self.size = library.send, library.recv, ctypes.c_size_t
+        self.send.restype = self.recv.restype = ctypes.c_ssize_t
+        self.byte, self.one = ctypes.create_string_buffer(1), ctypes.c_size_t(1)    #: to peek into; nobody reads it
+        self._statx, self._errno, self._memory = library.statx, ctypes.get_errno, ctypes.c_char * 256
+        self._statfs, self._long = ctypes.CDLL(None).statfs, ctypes.c_long
+        if not isinstance(self.look(b"/"), bytes):
+            raise OSError("no statx")
+
+    def look(self, path: bytes) -> Any:
+        """Return what changes with each write of the file, or the number of the error (statx(2))."""
+        status = self._memory()         # each call its own, for there may be one in another thread
+        if self._statx(self._AT_FDCWD, path, 0, self._STATX_WANTED, status):
+            return self._errno()
+        return status[32:48] + status[96:128]       # inode and size, time of change and of writing
+
+    def is_local(self, path: bytes) -> bool:
+        """Return whether `path` is on a disk or in the memory of this machine (statfs(2))."""
+        status = self._memory()
+        return (self._statfs(path, status) == 0
+                and self._long.from_buffer(status).value & 0xFFFFFFFF in self._LOCAL)
+
+
+@lru_cache(maxsize=None)
+def held_calls() -> Optional[HeldCalls]:
+    """Return the HeldCalls, or None where Python's own calls do it: outside Linux `send` may wait all the same."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return HeldCalls()
+    except (ImportError, OSError, AttributeError, MemoryError):     # a Python without ctypes, or one kept from using it
+        return None
 
 
 # Files ########################################################################
@@ -1627,13 +1701,25 @@ def _signature(path: str) -> Any:
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
-def _if_stable(signature: Any) -> Any:
-    """Return `signature`, or what equals nothing if the file may change again without a new one."""
-    if isinstance(signature, tuple):
-        settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
-        if time.time() - signature[3] / 1e9 < settled_s:
-            return object()
-    return signature
+def looker(path: str) -> Any:
+    """Return a function without arguments whose result changes with each write of the file at `path`.
+
+    It is called for each request.  To let go of the interpreter lock in it cost 32 busy connections an eighth of the
+    requests/s, so that is left to file systems that may block.
+    """
+    calls, name = held_calls(), os.fsencode(path)
+    # Of a file that is not there: where it would be.
+    if calls is not None and calls.is_local(name if os.path.exists(path) else os.path.dirname(name)):
+        return partial(calls.look, name)
+    return partial(_signature, path)
+
+
+def _is_settled(signature: Any) -> bool:
+    """Return whether the file cannot change again without a new signature."""
+    if not isinstance(signature, tuple):
+        return True
+    settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
+    return time.time() - signature[3] / 1e9 >= settled_s
 
 
 def _write_all(descriptor: int, data: bytes) -> Optional[OSError]:
@@ -1831,12 +1917,14 @@ class Store:
         self._mode_error: Optional[str] = None
         self.mode_signature: Any = None
         self._current: Snapshot = Snapshot(self._config, "", ())
-        self._seen: Any = None
+        self._lookers: Tuple[Any, Any] = looker(paths.mode), looker(paths.config)
+        self._seen: Any = None          # what they returned
         self._reload(first=True)
 
     def snapshot(self) -> Snapshot:
         """Return config and mode as they are now: whoever wrote a file before this call is heard."""
-        if (_signature(self.paths.mode), _signature(self.paths.config)) == self._seen:
+        look_at_mode, look_at_config = self._lookers
+        if (look_at_mode(), look_at_config()) == self._seen:
             return self._current
         return self._reload()
 
@@ -1847,9 +1935,12 @@ class Store:
 
     def _reload(self, first: bool = False) -> Snapshot:
         with self._lock:
-            seen: Any = _signature(self.paths.mode), _signature(self.paths.config)
+            # First what they look like, then what is in them: a write in between is seen as one to come.
+            lookers = looker(self.paths.mode), looker(self.paths.config)
+            seen: Any = tuple(look() for look in lookers)
+            signatures = _signature(self.paths.mode), _signature(self.paths.config)
             self._read_config()
-            written = self._read_mode(seen[0]) and not first
+            written = self._read_mode(signatures[0]) and not first
             old, new = self._current, self._compose()
             if first:
                 self._log.write("MODE", new.mode)
@@ -1857,10 +1948,10 @@ class Store:
                 self._log.write("MODE", "%s -> %s" % (old.mode, new.mode))
             if not first and (written or new != old):
                 self._changed(old, new, written)
-            self._current = new
+            self._current, self._lookers = new, lookers
             readable = self._mode_error is None and not isinstance(self._config_bytes, OSError)
             # Last: who sees it may use _current without the lock.  What could not be read is tried again at once.
-            self._seen = tuple(map(_if_stable, seen)) if readable else None
+            self._seen = seen if readable and all(map(_is_settled, signatures)) else None
             return new
 
     def _read_config(self) -> None:
@@ -1969,10 +2060,14 @@ def has_left(client: socket.socket) -> bool:
 
 
 class Watch:
-    """What ends a wait for the upstream: the client (None: nobody to watch) leaving, or the deadline of an attempt."""
+    """What ends a wait for the upstream: the client (None: nobody to watch) leaving, or the deadline of an attempt.
 
-    def __init__(self, client: Optional[socket.socket], limit_s: Optional[float] = None):
-        self._client, self._limit_s = client, limit_s
+    `find_limit_s()`, if there is one, returns the time limit in seconds, which is not below `limit_s`.  It is called
+    only when those have passed, for it takes longer than all the rest that auto mode does.
+    """
+
+    def __init__(self, client: Optional[socket.socket], limit_s: Optional[float] = None, find_limit_s=None):
+        self._client, self._limit_s, self._find_limit_s = client, limit_s, find_limit_s
         self._looked_at = time.monotonic()
         self.deadline: Optional[float] = None
 
@@ -1998,61 +2093,18 @@ class Watch:
         if self.deadline is None:
             return TICK_S
         if now >= self.deadline:
-            raise UpstreamTimeout("sent no first byte within %g s" % (self._limit_s or 0))
+            self._pass_deadline(now)
         return min(TICK_S, max(0.001, self.deadline - now))
 
-
-def ask_libc(function: str, *arguments: int) -> None:
-    """Call a function of the C library if it has it; the two below are glibc's."""
-    with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
-        import ctypes
-        getattr(ctypes.CDLL(None), function)(*arguments)
-
-
-class HeldCalls:
-    """`send` and `recv` of Linux: (descriptor, memory, length, flags) -> length, or -1.
-
-    They keep the interpreter lock, which Python's own methods let go of for each call.  With MSG_DONTWAIT nothing can
-    block, so that is a waste: to get the lock back from one of many threads takes longer than the call, two switches
-    of threads, often to the other core.  At 32 connections this serves a third more requests/s with a quarter less
-    CPU.  Documented of ctypes.PyDLL: "the Python GIL is not released during the function call".
-    """
-
-    SEND_MAX = 16 * 1024                # bytes; to copy more takes so long that other threads had better run
-
-    def __init__(self):
-        import ctypes
-        library = ctypes.PyDLL(None)
-        self.send, self.recv = library.send, library.recv
-        for call in (self.send, self.recv):
-            call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
-            call.restype = ctypes.c_ssize_t
-        self.byte = ctypes.create_string_buffer(1)      #: for `recv` to peek into; nobody reads it
-
-
-@lru_cache(maxsize=None)
-def held_calls() -> Optional[HeldCalls]:
-    """Return the HeldCalls, or None where the sockets' own methods do it: elsewhere `send` may wait all the same."""
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        return HeldCalls()
-    except (ImportError, OSError, AttributeError, MemoryError):     # a Python without ctypes, or one kept from using it
-        return None
-
-
-def use_one_heap() -> None:
-    """Keep glibc from giving threads heaps of their own, to be called before there are any.
-
-    It never returns the free end of those: 55 MB after some thousand requests in place of 21.  The interpreter lock
-    lets one thread allocate at a time anyway.
-    """
-    ask_libc("mallopt", -8, 1)          # M_ARENA_MAX in <malloc.h>
-
-
-def return_free_memory() -> None:
-    """Give back to the system what Python has freed and the C library keeps."""
-    ask_libc("malloc_trim", 0)
+    def _pass_deadline(self, now: float) -> None:
+        """Move the deadline to where the limit says, or raise UpstreamTimeout."""
+        assert self.deadline is not None and self._limit_s is not None
+        if self._find_limit_s is not None:
+            limit_s, self._find_limit_s = self._find_limit_s(), None
+            self.deadline += limit_s - self._limit_s
+            self._limit_s = limit_s
+        if now >= self.deadline:
+            raise UpstreamTimeout("sent no first byte within %g s" % self._limit_s)
 
 
 class BodyMemory:
@@ -2113,7 +2165,7 @@ class Wire:
 
     def __init__(self, sock: socket.socket, send_limit_s: float, receive_bytes: int):
         self.sock = sock
-        self.held = b""
+        self.held: Any = b""            #: bytes, or a view of what a large request came with
         self._receive_bytes = receive_bytes
         self._plain = type(sock) is socket.socket     # a TLS socket would take EAGAIN for a reason to try again
         self._limit_s = 0.0
@@ -2137,15 +2189,16 @@ class Wire:
         """Return the next bytes, b"" at the end of the connection."""
         if self.held:
             data, self.held = self.held, b""
-            return data
+            return bytes(data)
         return self.sock.recv(self._receive_bytes)
 
     def send_at_once(self, data: bytes) -> int:
         """Return how much of `data` the system has taken without waiting: all of it, if it is small, as a rule."""
-        if self._held_calls is None or len(data) > HeldCalls.SEND_MAX:
+        calls = self._held_calls
+        if calls is None or len(data) > calls.SEND_MAX:
             return 0
         # -1: it would block, or the connection is broken, as who sends the rest will see.
-        return max(0, self._held_calls.send(self.sock.fileno(), data, len(data), SEND_NOW))
+        return max(0, calls.send(self.sock.fileno(), data, calls.size(len(data)), SEND_NOW))
 
     def send_all(self, data: bytes) -> None:
         """Send `data`; raise OSError."""
@@ -2176,7 +2229,7 @@ class UpstreamConnection(Wire):
         """Return whether something has come that is not yet read, be it the end of the connection."""
         calls = self._held_calls
         if calls is not None:           # -1: nothing, or the connection is broken, as who sends will see
-            return calls.recv(self.sock.fileno(), calls.byte, 1, PEEK_NOW) >= 0
+            return calls.recv(self.sock.fileno(), calls.byte, calls.one, PEEK_NOW) >= 0
         if self._plain:
             return bool(polled(self.sock, select.POLLIN))
         # TLS: session tickets come unasked, and only reading tells them from an answer.
@@ -2299,7 +2352,7 @@ class Answer:
 
     def text(self) -> bytes:
         """Return what is in `ahead`, unzipped if it is zipped: Claude Code accepts gzip."""
-        if self.head.value(b"content-encoding").lower() not in ("gzip", "deflate"):
+        if self.head.value(b"content-encoding") not in ("gzip", "deflate"):
             return self.ahead
         import zlib
         with contextlib.suppress(zlib.error):
@@ -2453,24 +2506,15 @@ class Attempt:
         self.route, self.ticket, self.watch = route, ticket, watch
         self.answer: Optional[Answer] = None
         self.error: Optional[UpstreamError] = None
+        self.status = 0                 #: that of the answer; of our own error where none came
         self.scan: Optional[EventScan] = None       #: of an event stream in auto mode
         self.blames_history = False                 #: a 400 for foreign thinking signatures
         self.stream_charged = False                        #: a stream that has been charged
 
     @property
-    def status(self) -> int:
-        """The status; that of our own error where no answer came."""
-        return self.answer.head.status if self.answer else self.error.http_status if self.error else 0
-
-    @property
     def failed(self) -> bool:
         """True if the answer should not go to the client while another target is left."""
-        return self.answer is None or self.status >= 400 or self.stream_failed
-
-    @property
-    def stream_failed(self) -> bool:
-        """True if an event stream brought no event, or an error."""
-        return self.scan is not None and not self.scan.committed
+        return self.answer is None or self.status >= 400 or (self.scan is not None and not self.scan.committed)
 
     @property
     def blames_request(self) -> bool:
@@ -2480,7 +2524,7 @@ class Attempt:
     @property
     def rank(self) -> int:
         """How useful this failure is to the client; lower is better."""
-        return rank(500 if self.stream_failed else self.status)
+        return rank(500 if self.scan is not None and self.failed else self.status)
 
     @property
     def failure(self) -> Failure:
@@ -2513,7 +2557,7 @@ class Exchange:
         self.attempts: List[Attempt] = []
         self.chosen: Optional[Attempt] = None       #: the one whose answer the client gets
         self.answering = False          #: a byte of the final answer has gone to the client
-        self.line = ""                  #: what the log tells of it, once it has ended
+        self._outcome = 0, "", 0.0      # status, note, duration in seconds
         self._router = router
         self.number = router.begin()
 
@@ -2524,20 +2568,24 @@ class Exchange:
                 and not self.head.path.endswith("/count_tokens"))
 
     def record(self, status: int, note: str = "") -> None:
-        """Count the request as ended and make its log line, once, before the client can know that it is."""
-        if self.line:
-            return
+        """Count the request as ended, once, before the client can know that it is."""
+        if not self._outcome[0]:
+            self._outcome = status, note, time.monotonic() - self.started
+            self._router.end()
+
+    def line(self) -> str:
+        """Return what the log tells of it, once it has ended."""
+        status, note, duration_s = self._outcome
         routed = ""
         if self.model is not None and self.attempts:
             route = (self.chosen or self.attempts[-1]).route
             routed = "%s -> %s %s " % (printable(self.model), route.target, printable(route.model or ""))
-        line = "#%d %s %s %s%d %.2fs" % (self.number, self.head.method, printable(self.head.path), routed, status,
-                                         time.monotonic() - self.started)
+        line = "#%d %s %s %s%d %.2fs" % (
+            self.number, self.head.method, printable(self.head.path), routed, status, duration_s)
         for attempt in self.attempts:
             if self.chosen not in (None, attempt):
                 line += " (%s failed: %s)" % (attempt.route.target, attempt.failure.what)
-        self.line = "%s (%s)" % (line, note) if note else line
-        self._router.end()
+        return "%s (%s)" % (line, note) if note else line
 
 
 class Router:
@@ -2724,7 +2772,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def read_head(self) -> Optional[RequestHead]:
         """Return the next request's head; None if the client closes, or is silent for too long, before it begins."""
         wire = self.wire
-        data = wire.held
+        data = bytes(wire.held)
         wire.held = b""
         wire.limit(LINGER_S if self.crowded else IDLE_S)
         deadline, seen = None, 0
@@ -2779,7 +2827,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             length, end = int(number.group()), number.end() + len(after)
             if length > BODY_MAX_BYTES:
                 return None
-        self.busy, self.asks_head, self.wire.held = True, head.method == "HEAD", data[end:]
+        self.busy, self.asks_head, self.wire.held = True, head.method == "HEAD", memoryview(data)[end:]
         return head if length == head.length else head._replace(length=length)
 
     def _parse_head(self, data: bytes) -> RequestHead:
@@ -2803,7 +2851,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _read_fixed(self, length: int) -> Any:
         wire = self.wire
         if len(wire.held) >= length:
-            whole, wire.held = wire.held[:length], wire.held[length:]
+            whole, wire.held = wire.held[:length], bytes(wire.held[length:])
             return whole
         body: Any
         if length >= MAPPED_BODY_BYTES:
@@ -2881,12 +2929,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         finally:
             for attempt in exchange.attempts:
                 attempt.close()
-            self.router.log.leave("REQ", exchange.line)
+            self.router.log.leave("REQ", exchange.line())
 
     def _record(self, exchange: Exchange, status: int, note: str = "") -> None:
         """Let the request end, for the counters and the log; what has counted for nobody frees the probe's place."""
         for attempt in exchange.attempts:
-            if attempt.ticket is not None:          # does nothing where it was credited or charged
+            if attempt.ticket is not None and attempt.ticket.probe:     # does nothing where it was credited or charged
                 self.router.log_decisions(self.router.failover.release(attempt.ticket), exchange.number)
         exchange.record(status, note)
 
@@ -2932,10 +2980,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         Raises ClientGone.
         """
         route = decide_route(exchange.snapshot.config, target, exchange.model)
-        limit_s = None
-        if ticket is not None:
-            limit_s = exchange.snapshot.config.auto.first_byte_limit_s(asks_for_stream(exchange.body))
-        attempt = Attempt(route, ticket, self._watch(limit_s))
+        attempt = Attempt(route, ticket, self._watch_first_byte(exchange, ticket))
         exchange.attempts.append(attempt)
         self._try(exchange, exchange.body, attempt)
         if attempt.status == 400 and attempt.answer is not None and names_foreign_signature(attempt.answer.text()):
@@ -2944,7 +2989,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if body is not None:
                 self.router.log.write("HEAL", "#%d %s refused thinking blocks of another backend: sent again without"
                                       % (exchange.number, target))
-                healed = Attempt(route, ticket, self._watch(limit_s))
+                healed = Attempt(route, ticket, self._watch_first_byte(exchange, ticket))
                 self._try(exchange, body, healed)
                 if healed.failed:
                     healed.close()
@@ -2965,16 +3010,22 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         try:
             attempt.answer = upstream.exchange(head.method, pieces, attempt.watch,
                                                self._pass_interim if head.http11 else None)
+            attempt.status = attempt.answer.head.status
             self._hold_back(exchange, attempt)
         except UpstreamError as error:
             attempt.close()
-            attempt.answer, attempt.error = None, error
+            attempt.answer, attempt.error, attempt.status = None, error, error.http_status
         except BaseException:
             attempt.close()
             raise
 
-    def _watch(self, limit_s: Optional[float] = None) -> Watch:
-        return Watch(None if self.shut else self.request, limit_s)
+    def _watch_first_byte(self, exchange: Exchange, ticket: Optional[Ticket]) -> Watch:
+        client, auto = None if self.shut else self.request, exchange.snapshot.config.auto
+        if ticket is None:
+            return Watch(client)
+        body = exchange.body            # not `exchange` itself, which holds the attempts, which hold the watch
+        return Watch(client, min(auto.first_byte_s, UNSTREAMED_MAX_S),
+                     lambda: auto.first_byte_limit_s(asks_for_stream(body)))
 
     def _pass_interim(self, interim: ResponseHead) -> None:
         self.send(response_head_bytes(interim, b""))
@@ -2989,7 +3040,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         assert answer is not None
         is_auto = attempt.ticket is not None
         if (is_auto and attempt.status >= 400) or (attempt.status == 400 and exchange.model is not None):
-            watch = self._watch(READ_AHEAD_S)
+            watch = Watch(None if self.shut else self.request, READ_AHEAD_S)
             watch.start()
             while answer.read_ahead(watch):
                 pass
@@ -3000,8 +3051,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 answer.ahead += payload
                 scan.feed(payload)
                 scan.committed = scan.committed or len(answer.ahead) > READ_AHEAD_MAX_BYTES
-        elif is_auto:
-            answer.ahead += answer.at_hand()        # broken coding right behind the head can still be rescued
+        else:
+            answer.ahead = answer.at_hand()         # broken coding right behind the head can still be rescued
 
     # ---- answering
 
@@ -3019,10 +3070,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             fields += b"Connection: close\r\n"
         out = response_head_bytes(head, fields)
         try:
-            payload = answer.at_hand()
-            if scan is not None:
-                self._inspect(exchange, attempt, scan, payload)
-            payload = answer.ahead + payload
+            payload = answer.ahead
             while True:
                 complete = answer.complete
                 if complete:
@@ -3053,9 +3101,10 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._charge_stream(exchange, attempt, Failure("error event"))
 
     def _credit(self, exchange: Exchange, attempt: Attempt) -> None:
-        if (attempt.ticket is not None and 200 <= attempt.status < 300 and not attempt.stream_failed
-                and not attempt.stream_charged):
-            self.router.log_decisions(self.router.failover.credit(attempt.ticket), exchange.number)
+        if attempt.ticket is not None and 200 <= attempt.status < 300 and not (attempt.stream_charged or attempt.failed):
+            lines = self.router.failover.credit(attempt.ticket)
+            if lines:
+                self.router.log_decisions(lines, exchange.number)
 
     def _charge_stream(self, exchange: Exchange, attempt: Attempt, failure: Failure) -> None:
         """Charge a stream that fails after its first event, once."""
