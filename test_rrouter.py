@@ -925,6 +925,32 @@ class EventScanTest(unittest.TestCase):
                                      (bool(committed), failed, committed == "broken"))
 
 
+class WatchTest(unittest.TestCase):
+    """The time limit of an attempt; `find_limit_s` reads the body, which takes long."""
+
+    def test_limit_is_looked_for_once_and_only_when_the_least_has_passed(self):
+        for least_s, found_s, looked_for in ((1000, 1000, 0), (0, 1000, 1), (0, 0, 1)):
+            with self.subTest(least=least_s, found=found_s):
+                asked = []
+                watch = rrouter.Watch(None, least_s, lambda: asked.append(1) or found_s)
+                watch.start()
+                for _ in range(3):
+                    if found_s:
+                        self.assertEqual(watch.check(), rrouter.TICK_S)
+                    else:
+                        with self.assertRaisesRegex(rrouter.UpstreamTimeout, "within 0 s"):
+                            watch.check()
+                self.assertEqual(len(asked), looked_for)
+
+    def test_there_is_none_unless_asked_for_and_none_once_lifted(self):
+        unlimited, lifted = rrouter.Watch(None), rrouter.Watch(None, 0, lambda: 0)
+        lifted.start()
+        lifted.lift()
+        for watch in unlimited, lifted:
+            watch.start()
+            self.assertEqual(watch.check(), rrouter.TICK_S)
+
+
 class TextTest(unittest.TestCase):
 
     def test_printable_escapes_what_could_break_a_line_or_a_terminal(self):
@@ -2018,6 +2044,18 @@ class AnswerTest(ProxyTest):
             with self.subTest(fields):
                 self.upstream.play(Answer(fields=fields + (("X-Kept", "1"),)))
                 self.assertEqual(end_to_end(self.rrouter.post().fields), [("X-Kept", "1")])
+
+    def test_field_in_several_lines_is_read_as_one(self):
+        """RFC 9110 §5.3.  All lines of it go on, but for what Connection names in any of them."""
+        self.upstream.play(
+            Answer(fields=(("Connection", "X-One"), ("X-One", "1"), ("Connection", "x-two ,close"), ("X-Two", "2"),
+                           ("Retry-After", "7"), ("X-Kept", "1"), ("Retry-After", "9"))),
+            *(Answer(raw=b"HTTP/1.1 200 OK\r\n%b\r\n{}" % (lines * 2)) for lines in (
+                b"Content-Length: 2\r\n", b"Transfer-Encoding: chunked\r\n")))
+        self.assertEqual(end_to_end(self.rrouter.post().fields),
+                         [("Retry-After", "7"), ("X-Kept", "1"), ("Retry-After", "9")])
+        for _ in range(2):
+            self.assert_error(self.rrouter.post(), 502)
 
     def test_chunks_in_odd_pieces_arrive_whole(self):
         text = b"hello0123456789"
@@ -3169,6 +3207,37 @@ class RestTest(ProxyTest):
             self.assertEqual(self.rrouter.post().status, 200)
             seconds.append(time.monotonic() - start)
         return seconds
+
+
+@unittest.skipUnless(PROC, "memory is read from /proc")
+class MemoryWithoutCollectorTest(RestTest):
+    """A request that has ended holds nothing: its body goes without the help of the garbage collector."""
+
+    ANSWERS = (("whole", Answer(framing="length")), ("a stream", stream()), ("500", error(500)),
+               ("cut short", Answer(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{")),
+               ("a 400 cut short", Answer(raw=b"HTTP/1.1 400 Bad\r\nContent-Length: 9\r\n\r\n{")),
+               ("no HTTP", Answer(raw=b"HTP\r\n\r\n")), ("none", Answer(raw=b"")))
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = Upstream()
+        cls.addClassCleanup(cls.upstream.close)
+        cls.rrouter = Altered(cls.upstream, "import gc\ngc.disable()", mode=cls.mode)
+        cls.addClassCleanup(cls.rrouter.__exit__)
+
+    def test_bodies_do_not_gather_whatever_the_answer(self):
+        text = "x" * (200 << 10)
+        for mode in ("claude", "auto"):
+            for label, answer in self.ANSWERS:
+                with self.subTest(label, mode=mode):
+                    self.rrouter.home.write("mode", mode + "\n")
+                    self.upstream.default = answer
+                    resident_kb = []
+                    for count in (10, 25):
+                        for _ in range(count):
+                            self.rrouter.post(messages=[{"role": "user", "content": text}])
+                        resident_kb.append(usage_of(self.rrouter.process).resident_kb)
+                    self.assertLess(resident_kb[1] - resident_kb[0], 25 * 200 / 2)
 
 
 class CrowdOfClientsTest(RestTest):
@@ -7810,6 +7879,82 @@ def altered(path, value):
         place = place[step]
     place[steps[-1]] = value
     return json.dumps(config)
+
+
+@unittest.skipUnless(sys.platform.startswith("linux"), "statx is Linux's")
+class LookerTest(unittest.TestCase):
+    """The two ways to see that a file has changed: by statx with the interpreter lock kept, and by os.stat."""
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.directory = pathlib.Path(directory.name)
+        self.path = self.directory / "mode"
+
+    def test_each_change_is_seen_both_ways_and_nothing_else(self):
+        def swap(content):
+            (self.directory / "new").write_text(content)
+            os.replace(str(self.directory / "new"), str(self.path))
+
+        other = self.directory / "other"
+        other.write_text("one")
+        os.utime(str(other), ns=(0, 0))
+        steps = (("appear", lambda: self.path.write_text("one")), ("grow", lambda: self.path.write_text("three")),
+                 ("older", lambda: os.utime(str(self.path), ns=(1, 1))), ("be moved over", lambda: swap("three")),
+                 ("go", self.path.unlink), ("be a link", lambda: self.path.symlink_to(other)),
+                 ("change behind the link", lambda: other.write_text("more")),
+                 ("lose what the link names", other.unlink), ("be a link to itself", lambda: (
+                     self.path.unlink(), self.path.symlink_to(self.path))))
+        calls = rrouter.held_calls()
+        ways = [functools.partial(rrouter._signature, str(self.path)),
+                functools.partial(calls.look, os.fsencode(str(self.path)))]
+        before = [way() for way in ways]
+        for label, change in steps:
+            with self.subTest(label):
+                change()
+                after = [way() for way in ways]
+                self.assertEqual([a == b for a, b in zip(after, before)], [False] * 2)
+                with contextlib.suppress(OSError):
+                    self.path.read_text()
+                    os.stat(str(self.path))
+                self.assertEqual([way() for way in ways], after)
+                before = after
+
+    def test_lock_is_kept_for_nothing_that_may_block(self):
+        calls = rrouter.held_calls()
+        self.assertFalse(calls.may_look("/proc/self/status"))
+        self.assertFalse(calls.may_look("/proc/self/root" + str(self.path)), "on the way there is /proc")
+        self.assertFalse(calls.may_look(str(self.directory / "gone" / "mode")), "what is not there is nowhere")
+        self.path.symlink_to("/proc/self/status")
+        self.assertIs(rrouter.looker(str(self.path)).func, rrouter._signature)
+        self.path.unlink()
+        may_look = calls.may_look(str(self.directory))
+        for content in (None, "one"):
+            if content:
+                self.path.write_text(content)
+            self.assertIs(rrouter.looker(str(self.path)).func == calls.look, may_look)
+
+    def test_disks_and_memory_of_this_machine_do_not_block(self):
+        with open("/proc/self/mounts") as mounts:
+            kinds = {line.split()[1]: line.split()[2] for line in mounts}
+        for place in ("/dev/shm", "/"):
+            if kinds.get(place) in ("ext4", "xfs", "btrfs", "tmpfs", "overlay") and kinds.get("/") != "rootfs":
+                self.assertTrue(rrouter.held_calls()._is_local(place), (place, kinds[place]))
+
+    def test_threads_do_not_see_what_others_look_at(self):
+        files = [self.directory / str(number) for number in range(4)]
+        for number, path in enumerate(files):
+            path.write_text("x" * number)
+        looks = [functools.partial(rrouter.held_calls().look, os.fsencode(str(path))) for path in files]
+
+        def look(number):
+            return {looks[number]() for _ in range(2000)}
+
+        interval = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, interval)
+        sys.setswitchinterval(1e-6)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            self.assertEqual(list(pool.map(look, range(4))), [{once()} for once in looks])
 
 
 class SwitchboardTest(RouterTest):
