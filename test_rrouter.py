@@ -31,6 +31,7 @@ import json
 import os
 import pathlib
 import plistlib
+import queue
 import random
 import re
 import select
@@ -3207,6 +3208,73 @@ class RestTest(ProxyTest):
             self.assertEqual(self.rrouter.post().status, 200)
             seconds.append(time.monotonic() - start)
         return seconds
+
+
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+
+
+@unittest.skipUnless(PROC and len(CORES) > 1, "threads are kept to one core on Linux, where there are more")
+class OneCoreTest(ProxyTest):
+    """While there is much to do, the threads of the connections, and they alone, keep to one core."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.upstream = Upstream()
+        cls.addClassCleanup(cls.upstream.close)
+        # A process that has used a thousandth of a second has used a whole one.
+        cls.rrouter = Altered(cls.upstream, "import time\nused = time.process_time\n"
+                                            "time.process_time = lambda: 1000 * used()", mode=cls.mode)
+        cls.addClassCleanup(cls.rrouter.__exit__)
+
+    def test_rules(self):
+        end, ids = threading.Event(), queue.SimpleQueue()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for _ in range(8):
+                pool.submit(lambda: (ids.put(threading.get_native_id()), end.wait(WAIT_S)))
+            try:
+                threads = [ids.get(timeout=WAIT_S) for _ in range(8)]
+                here, core, now, used_s = os.sched_getaffinity(0), rrouter.OneCore(), 1000.0, 50.0
+                core.look(8, threads, now, used_s)      # what was before is not known: it has used 5 % of its time
+                for label, active, known, seconds, share, shared in (
+                        ("too little to do", 8, 8, 0.2, 0.39, False), ("too few requests", 7, 8, 0.2, 1.0, False),
+                        ("too few threads", 8, 7, 0.2, 1.0, False), ("enough", 8, 8, 0.2, 0.41, True),
+                        ("less", 8, 8, 0.2, 0.21, True), ("too short a look", 8, 8, 0.1, 0.0, True),
+                        ("more", 50, 8, 0.2, 1.1, True), ("little", 50, 8, 0.2, 0.19, False),
+                        ("again", 8, 8, 0.2, 0.9, True), ("fewer requests", 7, 8, 0.2, 1.0, False)):
+                    with self.subTest(label):
+                        now, used_s = now + seconds, used_s + share * seconds
+                        core.look(active, threads[:known], now, used_s)
+                        places = {frozenset(os.sched_getaffinity(thread)) for thread in threads}
+                        self.assertEqual(len(places), 1, "some here, some there")
+                        self.assertEqual(len(places.pop()), 1 if shared else len(here))
+                        self.assertEqual(os.sched_getaffinity(0), here)
+                core.look(8, [2 ** 22 + 1] * 8, now + 1, used_s + 1)    # threads that have ended
+            finally:
+                end.set()
+
+    def alone(self):
+        """Return how many of the process's threads keep to one core, and how many there are."""
+        tasks = pathlib.Path("/proc/%d/task" % self.rrouter.process.pid)
+        places = []
+        for task in tasks.iterdir():
+            with contextlib.suppress(OSError):
+                places.append(os.sched_getaffinity(int(task.name)))
+        return sum(len(place) == 1 for place in places), len(places)
+
+    def test_threads_come_together_and_part_again(self):
+        gate = threading.Event()
+        self.addCleanup(gate.set)
+        self.upstream.default = stream(START, event("message_stop"), gate=gate)
+        with contextlib.ExitStack() as stack:
+            streams = [stack.enter_context(self.rrouter.connect()) for _ in range(9)]
+            for connection in streams:
+                connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
+            self.rrouter.wait_until(lambda: self.alone()[0] == 9)
+            self.assertGreater(self.alone()[1], 9)
+            gate.set()
+            for connection in streams:
+                self.assertTrue(read_reply(connection).complete)
+            self.rrouter.wait_until(lambda: self.alone()[0] == 0)
 
 
 @unittest.skipUnless(PROC, "memory is read from /proc")
