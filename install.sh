@@ -809,7 +809,14 @@ os.umask(0o022)
 try:
     record = load_record()
     {"install": install, "uninstall": uninstall}[ACTION]()
+    sys.stdout.flush()
 except OSError as problem:
+    try:
+        sys.stdout.flush()
+    except OSError:                     # it would fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if isinstance(problem, BrokenPipeError):
+        sys.exit(1 if WOULD else "install.sh: stopped, for nobody reads its output; run it again to go on")
     sys.exit("install.sh: %s" % problem)
 except KeyboardInterrupt:
     sys.exit("install.sh: stopped; run it again to go on")

@@ -10295,6 +10295,29 @@ class InstallScriptTest(InstallTest):
                  if shutil.which(shell.split()[0])}
         self.assertEqual(len(set(plans.values())), 1, plans)
 
+    def test_output_that_nobody_takes(self):
+        installation = self.installation(router=STUB)
+        cases = [("nobody reads", ["--dry-run"], 1, ""),
+                 ("nobody reads", [], 1, "install.sh: stopped, for nobody reads its output; run it again to go on\n")]
+        if os.path.exists("/dev/full"):
+            cases.append(("full", ["--dry-run"], 1, "install.sh: [Errno 28] No space left on device\n"))
+        for label, options, status, says in cases:
+            with self.subTest(label, options=options):
+                if label == "full":
+                    output = os.open("/dev/full", os.O_WRONLY)
+                else:
+                    reader, output = os.pipe()
+                    os.close(reader)
+                try:
+                    done = subprocess.run(["sh", str(installation.clone / "install.sh"), *options],
+                                          env=installation.env, stdin=subprocess.DEVNULL, stdout=output,
+                                          stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+                finally:
+                    os.close(output)
+                self.assertEqual((done.returncode, done.stderr), (status, says))
+        installation.install()
+        installation.install("--uninstall", "--purge")
+
     def test_options(self):
         installation = self.installation(router=STUB)
         # options                       status  says
