@@ -104,8 +104,6 @@ REQUEST_BYTES = 256 * 1024      # from a client: a request in one piece, 8 % fas
 JOINED_BYTES = 64 * 1024        # smaller requests go upstream in one piece
 MAPPED_BODY_BYTES = 256 * 1024  # request bodies from here on live in BodyMemory
 
-SWITCH_S = 0.02                 # how long a thread may compute while others wait: with Python's 5 ms they keep losing
-                                # their places in the queue for the interpreter lock; 7 % more requests/s under load
 POLL_S = 0.2                    # how often the watcher looks at the files
 # A file younger than this may change again without a new time stamp: the clock of the stamps ticks every 4 to 10 ms,
 # and where they are whole seconds (HFS+, FAT, some network file systems) the grain is up to 2 s.
@@ -307,7 +305,7 @@ class ResponseHead(NamedTuple):
     def is_event_stream(self) -> bool:
         """True if the body is server-sent events that can be read: an encoded one cannot."""
         return (self.values.get(b"content-type", b"").startswith(b"text/event-stream")
-                and self.values.get(b"content-encoding", b"identity") == b"identity")
+                and self.values.get(b"content-encoding", b"") in (b"", b"identity"))
 
 
 class Ticket(NamedTuple):
@@ -580,6 +578,7 @@ _TRAILERS = re.compile(_FIELDS + rb"\r\n")
 # the connection, and the upstream's CORS fields: they would open rrouter to every web page.
 _NOTED = re.compile(rb"\n(?:(content-(?:length|type|encoding)|retry-after)|(%b|access-control-[^:]*)):([^\r]*)"
                     % b"|".join(sorted(HOP_BY_HOP)))
+_JOINED = frozenset((b"connection", b"transfer-encoding", b"content-length"))
 # What Connection may name that is no field, or not to be named away: the body would lose its end.
 _NO_FIELDS_TO_DROP = frozenset((b"", b"keep-alive", b"content-length"))
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
@@ -766,15 +765,19 @@ def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> Tupl
 def _tell_apart(head: bytes) -> Tuple[Dict[bytes, bytes], bytes]:
     """Return what of an answer's fields is read, by name, and the lines that go on to the client.
 
-    Names and values are in lower case, those of several lines joined by commas (RFC 9110 §5.3).  One expression goes
-    through the head; a list of its lines would cost three times as much, at each answer.
+    Names and values are in lower case.  Of a field in several lines the first one counts; those that say where the
+    body ends are joined by commas (RFC 9110 §5.3), so that none of them is overlooked.  One expression goes through
+    the head; a list of its lines would cost three times as much, at each answer.
     """
     values: Dict[bytes, bytes] = {}
     kept, position = [], head.index(b"\n") + 1
     for found in _NOTED.finditer(head.lower(), position - 1):
         read, stays_here, value = found.groups()
         name = read or stays_here
-        values[name] = b"%b,%b" % (values[name], value) if name in values else value.strip(b" \t")
+        if name not in values:
+            values[name] = value.strip(b" \t")
+        elif name in _JOINED:
+            values[name] += b"," + value
         if stays_here:
             kept.append(head[position:found.start() + 1])
             position = found.end() + 2
@@ -1267,7 +1270,7 @@ class Breaker:
         if self.state == OPEN and not self.remaining_s(now):
             self.state, self.probe = HALF_OPEN, next(self._serial)
             return self.home, self.probe
-        return self.home if self.state == CLOSED else self.away, 0     # `current`, at each request
+        return self.current, 0
 
     def succeed(self, now: float, ticket: Ticket) -> List[str]:
         """Take a success of `ticket.target`."""
@@ -1275,7 +1278,7 @@ class Breaker:
             self.close((self.home, self.away))
             self.returned_at = now
             return ["RECOVERED: %s answers again%s" % (self.home, self.label)]
-        if ticket.target == (self.home if self.state == CLOSED else self.away):
+        if ticket.target == self.current:
             self.failures = self.timeouts = 0
             self.level += not self.answered
             self.answered = True
@@ -1549,95 +1552,6 @@ class Failover:
 # ---- Everything above is pure; everything below does I/O. ----
 
 
-# The C library ################################################################
-
-def ask_libc(function: str, *arguments: int) -> None:
-    """Call a function of the C library if it has it; the two below are glibc's."""
-    with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
-        import ctypes
-        getattr(ctypes.CDLL(None), function)(*arguments)
-
-
-def use_one_heap() -> None:
-    """Keep glibc from giving threads heaps of their own, to be called before there are any.
-
-    It never returns the free end of those: 55 MB after some thousand requests in place of 21.  The interpreter lock
-    lets one thread allocate at a time anyway.
-    """
-    ask_libc("mallopt", -8, 1)          # M_ARENA_MAX in <malloc.h>
-
-
-def return_free_memory() -> None:
-    """Give back to the system what Python has freed and the C library keeps."""
-    ask_libc("malloc_trim", 0)
-
-
-class HeldCalls:
-    """Calls of Linux's C library that keep the interpreter lock, which Python's own let go of for each call.
-
-    To get it back from one of many threads takes longer than these calls, which do not block: two switches of threads,
-    often to the other core.  At 32 connections they serve half more requests/s for 40 % less CPU.  Documented of
-    ctypes.PyDLL: "the Python GIL is not released during the function call".
-    """
-
-    SEND_MAX = 16 * 1024                # bytes; to copy more takes so long that other threads had better run
-    # From <linux/magic.h>: ext2 to 4, XFS, Btrfs, F2FS, ZFS, tmpfs, overlayfs.  What they know of a file just looked at
-    # is in memory; one on the network may let every thread wait.
-    _LOCAL = frozenset((0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x2FC12FC1, 0x01021994, 0x794C7630))
-    _AT_FDCWD, _STATX_WANTED = -100, 0x3C0      # times of change, inode, size
-
-    def __init__(self):
-        import ctypes
-        library = ctypes.PyDLL(None, use_errno=True)
-        # Without `argtypes`, which would double the time of a call; so what is no int or bytes is given as what it is.
-        #: (descriptor, memory, size(length), flags) -> length, or -1; with MSG_DONTWAIT they cannot block
-        self.send, self.recv, self.size = library.send, library.recv, ctypes.c_size_t
-        self.send.restype = self.recv.restype = ctypes.c_ssize_t
-        self.byte, self.one = ctypes.create_string_buffer(1), ctypes.c_size_t(1)    #: to peek into; nobody reads it
-        self._errno, self._memory, self._long = ctypes.get_errno, ctypes.c_char * 256, ctypes.c_long
-        self._statx, self._statfs = getattr(library, "statx", None), ctypes.CDLL(None).statfs
-        self._can_look = self._statx is not None and isinstance(self.look(b"/"), bytes)     # musl has it since 1.2.5
-
-    def look(self, path: bytes) -> Any:
-        """Return what changes with each write of the file, or the number of the error (statx(2))."""
-        status = self._memory()         # each call its own, for there may be one in another thread
-        if self._statx(self._AT_FDCWD, path, 0, self._STATX_WANTED, status):
-            return self._errno()
-        return status[32:48] + status[96:128]       # inode and size, time of change and of writing
-
-    def may_look(self, path: str) -> bool:
-        """Return whether `look` cannot block: `path` and all that leads there is on this machine (statfs(2)).
-
-        Of a file that is not there: where it would be.
-        """
-        if not self._can_look:
-            return False
-        places = {os.path.abspath(path), os.path.realpath(path)}
-        if not os.path.exists(path):
-            places = set(map(os.path.dirname, places))
-        while True:
-            more = places.union(map(os.path.dirname, places))
-            if more == places:
-                return all(map(self._is_local, places))
-            places = more
-
-    def _is_local(self, place: str) -> bool:
-        status = self._memory()
-        return (self._statfs(os.fsencode(place), status) == 0
-                and self._long.from_buffer(status).value & 0xFFFFFFFF in self._LOCAL)
-
-
-@lru_cache(maxsize=None)
-def held_calls() -> Optional[HeldCalls]:
-    """Return the HeldCalls, or None where Python's own calls do it: outside Linux `send` may wait all the same."""
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        return HeldCalls()
-    except (ImportError, OSError, AttributeError, MemoryError):     # a Python without ctypes, or one kept from using it
-        return None
-
-
 # Files ########################################################################
 
 def reason_of(error: OSError) -> str:
@@ -1728,24 +1642,13 @@ def _signature(path: str) -> Any:
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
-def looker(path: str) -> Any:
-    """Return a function without arguments whose result changes with each write of the file at `path`.
-
-    It is called for each request.  To let go of the interpreter lock in it cost 32 busy connections an eighth of the
-    requests/s, so that is left to file systems that may block.
-    """
-    calls = held_calls()
-    if calls is not None and calls.may_look(path):
-        return partial(calls.look, os.fsencode(path))
-    return partial(_signature, path)
-
-
-def _is_settled(signature: Any) -> bool:
-    """Return whether the file cannot change again without a new signature."""
-    if not isinstance(signature, tuple):
-        return True
-    settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
-    return time.time() - signature[3] / 1e9 >= settled_s
+def _if_stable(signature: Any) -> Any:
+    """Return `signature`, or what equals nothing if the file may change again without a new one."""
+    if isinstance(signature, tuple):
+        settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
+        if time.time() - signature[3] / 1e9 < settled_s:
+            return object()
+    return signature
 
 
 def _write_all(descriptor: int, data: bytes) -> Optional[OSError]:
@@ -1946,14 +1849,12 @@ class Store:
         self._mode_error: Optional[str] = None
         self.mode_signature: Any = None
         self._current: Snapshot = Snapshot(self._config, "", ())
-        self._lookers: Tuple[Any, Any] = looker(paths.mode), looker(paths.config)
-        self._seen: Any = None          # what they returned
+        self._seen: Any = None
         self._reload(first=True)
 
     def snapshot(self) -> Snapshot:
         """Return config and mode as they are now: whoever wrote a file before this call is heard."""
-        look_at_mode, look_at_config = self._lookers
-        if (look_at_mode(), look_at_config()) == self._seen:
+        if (_signature(self.paths.mode), _signature(self.paths.config)) == self._seen:
             return self._current
         return self._reload()
 
@@ -1964,12 +1865,9 @@ class Store:
 
     def _reload(self, first: bool = False) -> Snapshot:
         with self._lock:
-            # First what they look like, then what is in them: a write in between is seen as one to come.
-            lookers = looker(self.paths.mode), looker(self.paths.config)
-            seen: Any = tuple(look() for look in lookers)
-            signatures = _signature(self.paths.mode), _signature(self.paths.config)
+            seen: Any = _signature(self.paths.mode), _signature(self.paths.config)
             self._read_config()
-            written = self._read_mode(signatures[0]) and not first
+            written = self._read_mode(seen[0]) and not first
             old, new = self._current, self._compose()
             if first:
                 self._log.write("MODE", new.mode)
@@ -1977,10 +1875,10 @@ class Store:
                 self._log.write("MODE", "%s -> %s" % (old.mode, new.mode))
             if not first and (written or new != old):
                 self._changed(old, new, written)
-            self._current, self._lookers = new, lookers
+            self._current = new
             readable = self._mode_error is None and not isinstance(self._config_bytes, OSError)
             # Last: who sees it may use _current without the lock.  What could not be read is tried again at once.
-            self._seen = seen if readable and all(map(_is_settled, signatures)) else None
+            self._seen = tuple(map(_if_stable, seen)) if readable else None
             return new
 
     def _read_config(self) -> None:
@@ -2135,6 +2033,59 @@ class Watch:
             self._limit_s = limit_s
         if now >= self.deadline:
             raise UpstreamTimeout("sent no first byte within %g s" % self._limit_s)
+
+
+def ask_libc(function: str, *arguments: int) -> None:
+    """Call a function of the C library if it has it; the two below are glibc's."""
+    with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
+        import ctypes
+        getattr(ctypes.CDLL(None), function)(*arguments)
+
+
+class HeldCalls:
+    """`send` and `recv` of Linux: (descriptor, memory, length, flags) -> length, or -1.
+
+    They keep the interpreter lock, which Python's own methods let go of for each call.  With MSG_DONTWAIT nothing can
+    block, so that is a waste: to get the lock back from one of many threads takes longer than the call, two switches
+    of threads, often to the other core.  At 32 connections this serves a third more requests/s with a quarter less
+    CPU.  Documented of ctypes.PyDLL: "the Python GIL is not released during the function call".
+
+    Without `argtypes`, which would double the time of a call; so a length is given as `size(length)`.
+    """
+
+    SEND_MAX = 16 * 1024                # bytes; to copy more takes so long that other threads had better run
+
+    def __init__(self):
+        import ctypes
+        library = ctypes.PyDLL(None)
+        self.send, self.recv, self.size = library.send, library.recv, ctypes.c_size_t
+        self.send.restype = self.recv.restype = ctypes.c_ssize_t
+        self.byte, self.one = ctypes.create_string_buffer(1), ctypes.c_size_t(1)    #: to peek into; nobody reads it
+
+
+@lru_cache(maxsize=None)
+def held_calls() -> Optional[HeldCalls]:
+    """Return the HeldCalls, or None where the sockets' own methods do it: elsewhere `send` may wait all the same."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return HeldCalls()
+    except (ImportError, OSError, AttributeError, MemoryError):     # a Python without ctypes, or one kept from using it
+        return None
+
+
+def use_one_heap() -> None:
+    """Keep glibc from giving threads heaps of their own, to be called before there are any.
+
+    It never returns the free end of those: 55 MB after some thousand requests in place of 21.  The interpreter lock
+    lets one thread allocate at a time anyway.
+    """
+    ask_libc("mallopt", -8, 1)          # M_ARENA_MAX in <malloc.h>
+
+
+def return_free_memory() -> None:
+    """Give back to the system what Python has freed and the C library keeps."""
+    ask_libc("malloc_trim", 0)
 
 
 class BodyMemory:
@@ -2544,7 +2495,12 @@ class Attempt:
     @property
     def failed(self) -> bool:
         """True if the answer should not go to the client while another target is left."""
-        return self.answer is None or self.status >= 400 or (self.scan is not None and not self.scan.committed)
+        return self.answer is None or self.status >= 400 or self.stream_failed
+
+    @property
+    def stream_failed(self) -> bool:
+        """True if an event stream brought no event, or an error."""
+        return self.scan is not None and not self.scan.committed
 
     @property
     def blames_request(self) -> bool:
@@ -2554,7 +2510,7 @@ class Attempt:
     @property
     def rank(self) -> int:
         """How useful this failure is to the client; lower is better."""
-        return rank(500 if self.scan is not None and self.failed else self.status)
+        return rank(500 if self.stream_failed else self.status)
 
     @property
     def failure(self) -> Failure:
@@ -2627,33 +2583,34 @@ class OneCore:
     """
 
     ACTIVE_MIN = 8                      # requests under way
-    BUSY, CALM = 0.4, 0.2               # of the time of one core: where this begins, and where it ends
+    BUSY, CALM = 0.3, 0.15              # of the time of one core: where this begins, and where it ends
     PERIOD_S = POLL_S * 0.9             # a shorter time says nothing
 
     def __init__(self):
-        self._cores: Any = ()           # that the threads may use
         self._core: Optional[int] = None        # the one they keep to
         self._seen = 0.0, 0.0
 
     def look(self, active: int, threads: List[int], now: float, used_s: float) -> None:
         """Decide anew, called from none of `threads`, which are the native ids of the connections' threads.
 
-        `active` is the number of requests under way; `now` (time.monotonic) and `used_s` (time.process_time) tell how
-        busy the process was since the last call.
+        `active` is the number of requests under way; `now` (time.monotonic) and `used_s` (of the processor, outside
+        the kernel, which does not ask for the interpreter lock) tell how busy the process was since the last call.
         """
         if now - self._seen[0] < self.PERIOD_S or not hasattr(os, "sched_setaffinity"):
             return
         busy = (used_s - self._seen[1]) / (now - self._seen[0])
         self._seen = now, used_s
-        if min(active, len(threads)) < self.ACTIVE_MIN or busy < (self.BUSY if self._core is None else self.CALM):
-            if self._core is not None:
-                self._core = None
-                self._place(threads, self._cores)
-            return
-        if self._core is None:
-            self._cores, self._core = os.sched_getaffinity(0), self._core_of(threads[0])
-        if self._core is not None:
-            self._place(threads, {self._core})
+        with contextlib.suppress(OSError):              # a sandbox may forbid it
+            allowed = os.sched_getaffinity(0)           # each time, for the user may change it
+            if min(active, len(threads)) < self.ACTIVE_MIN or busy < (self.BUSY if self._core is None else self.CALM):
+                if self._core is not None:
+                    self._core = None
+                    self._place(threads, allowed)
+                return
+            if self._core not in allowed:
+                self._core = self._core_of(threads[0])
+            if self._core in allowed:
+                self._place(threads, {self._core})
 
     @staticmethod
     def _core_of(thread: int) -> Optional[int]:
@@ -2767,7 +2724,7 @@ class Router:
         self.bodies.prune()
         self._trim(time.monotonic())
         self._one_core.look(self._active, [connection.thread for connection in list(self.connections)],
-                            time.monotonic(), time.process_time())
+                            time.monotonic(), os.times().user)
 
     def _trim(self, now: float) -> None:
         """Give back to the system what requests have left free: 50 streams of a minute leave up to 45 MB."""
@@ -3035,7 +2992,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def _record(self, exchange: Exchange, status: int, note: str = "") -> None:
         """Let the request end, for the counters and the log; what has counted for nobody frees the probe's place."""
         for attempt in exchange.attempts:
-            if attempt.ticket is not None and attempt.ticket.probe:     # does nothing where it was credited or charged
+            if attempt.ticket is not None and attempt.ticket.probe:     # for one credited or charged it does nothing
                 self.router.log_decisions(self.router.failover.release(attempt.ticket), exchange.number)
         exchange.record(status, note)
 
@@ -3171,7 +3128,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             fields += b"Connection: close\r\n"
         out = response_head_bytes(head, fields)
         try:
-            payload = answer.ahead
+            payload, answer.ahead = answer.ahead, b""
             if scan is not None:
                 self._inspect(exchange, attempt, scan, b"")     # an error right behind the first event
             while True:
@@ -3653,7 +3610,6 @@ def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
     log = Log(paths.log, echo=ready is None)
     raise_descriptor_limit()
     use_one_heap()
-    sys.setswitchinterval(SWITCH_S)
     router = Router(settings, paths, log, who_starts() if ready is None else "start")
     router.connections_max = min(CONNECTIONS_MAX, max(1, (descriptor_limit() - CONNECTIONS_RESERVE - 24) // 2))
     servers = listen(settings, router)
