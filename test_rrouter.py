@@ -6101,7 +6101,8 @@ class RescueTest(AutoTest):
             ("only pings",                      sse(PING, PING)),
             ("only comments",                   sse(COMMENT, COMMENT)),
             ("only pings, cut",                 sse(PING, PING, cut=True)),
-            ("an empty Content-Encoding",       Answer(200, OVERLOADED, fields=SSE_FIELDS + (("Content-Encoding", ""),))),
+            ("an empty Content-Encoding",       Answer(200, OVERLOADED,
+                                                       fields=SSE_FIELDS + (("Content-Encoding", ""),))),
         )
         for name, failure in cases:
             with self.subTest(name):
