@@ -2583,7 +2583,7 @@ class OneCore:
     """
 
     ACTIVE_MIN = 8                      # requests under way
-    BUSY, CALM = 0.3, 0.15              # of the time of one core: where this begins, and where it ends
+    BUSY, CALM = 0.2, 0.1               # of the time of one core: where this begins, and where it ends
     PERIOD_S = POLL_S * 0.9             # a shorter time says nothing
 
     def __init__(self):
@@ -2616,8 +2616,11 @@ class OneCore:
     def _core_of(thread: int) -> Optional[int]:
         """Return the core that a busy thread ran on last: the kernel knows the fast ones from the slow ones."""
         with contextlib.suppress(OSError, ValueError, IndexError):      # it has ended, or there is no /proc
-            with open("/proc/self/task/%d/stat" % thread, "rb") as file:
-                return int(file.read().rpartition(b")")[2].split()[36])
+            descriptor = os.open("/proc/self/task/%d/stat" % thread, os.O_RDONLY)
+            try:
+                return int(os.read(descriptor, 4096).rpartition(b")")[2].split()[36])
+            finally:
+                os.close(descriptor)
         return None
 
     @staticmethod
@@ -2716,6 +2719,9 @@ class Router:
 
     def watch(self) -> None:
         """Look at the files and at the clock; one step of the watcher."""
+        # First, for the rest takes long as long as threads contend for the interpreter lock.
+        self._one_core.look(self._active, [connection.thread for connection in list(self.connections)],
+                            time.monotonic(), os.times().user)
         self.store.snapshot()
         self.failover.look_at_clock()
         self.save_state()
@@ -2723,8 +2729,6 @@ class Router:
         self.upstream.prune()
         self.bodies.prune()
         self._trim(time.monotonic())
-        self._one_core.look(self._active, [connection.thread for connection in list(self.connections)],
-                            time.monotonic(), os.times().user)
 
     def _trim(self, now: float) -> None:
         """Give back to the system what requests have left free: 50 streams of a minute leave up to 45 MB."""
