@@ -765,9 +765,9 @@ def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> Tupl
 def _tell_apart(head: bytes) -> Tuple[Dict[bytes, bytes], bytes]:
     """Return what of an answer's fields is read, by name, and the lines that go on to the client.
 
-    Names and values are in lower case.  Of a field in several lines the first one counts; those that say where the
-    body ends are joined by commas (RFC 9110 §5.3), so that none of them is overlooked.  One expression goes through
-    the head; a list of its lines would cost three times as much, at each answer.
+    Names and values are in lower case.  Of a field in several lines the first one counts; Connection and those that say
+    where the body ends are joined by commas (RFC 9110 §5.3), so that nothing is overlooked.  One expression goes
+    through the head; a list of its lines would cost three times as much, at each answer.
     """
     values: Dict[bytes, bytes] = {}
     kept, position = [], head.index(b"\n") + 1
