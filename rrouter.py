@@ -2490,7 +2490,7 @@ class Attempt:
         self.status = 0                 #: that of the answer; of our own error where none came
         self.scan: Optional[EventScan] = None       #: of an event stream in auto mode
         self.blames_history = False                 #: a 400 for foreign thinking signatures
-        self.stream_charged = False                        #: a stream that has been charged
+        self.stream_charged = False     #: a stream that has been charged
 
     @property
     def failed(self) -> bool:
@@ -3165,12 +3165,9 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
                 self._charge_stream(exchange, attempt, Failure("error event"))
 
     def _credit(self, exchange: Exchange, attempt: Attempt) -> None:
-        if attempt.ticket is None or attempt.stream_charged or attempt.failed:
-            return
-        if 200 <= attempt.status < 300:
-            lines = self.router.failover.credit(attempt.ticket)
-            if lines:
-                self.router.log_decisions(lines, exchange.number)
+        if (attempt.ticket is not None and 200 <= attempt.status < 300 and not attempt.stream_failed
+                and not attempt.stream_charged):
+            self.router.log_decisions(self.router.failover.credit(attempt.ticket), exchange.number)
 
     def _charge_stream(self, exchange: Exchange, attempt: Attempt, failure: Failure) -> None:
         """Charge a stream that fails after its first event, once."""

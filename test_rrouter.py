@@ -584,17 +584,18 @@ def read_chunks(reader):
 class RouterTest(unittest.TestCase):
     """Base of the tests through real sockets: one scripted upstream and one rrouter for each class.
 
-    `mode`, `config`, `env` and `upstream_class` are class attributes; `setUp` gives each test a fresh script and
-    resets the mode.
+    `mode`, `config`, `env` and `upstream_class` are class attributes, and `altered`, the code of an Altered one;
+    `setUp` gives each test a fresh script and resets the mode.
     """
 
-    mode, config, env, upstream_class = "antigravity", None, (), Upstream
+    mode, config, env, upstream_class, altered = "antigravity", None, (), Upstream, ""
 
     @classmethod
     def setUpClass(cls):
         cls.upstream = cls.upstream_class()
         cls.addClassCleanup(cls.upstream.close)
-        cls.rrouter = Running(cls.upstream, cls.mode, cls.config, cls.env)
+        start = functools.partial(Altered, code=cls.altered) if cls.altered else Running
+        cls.rrouter = start(cls.upstream, mode=cls.mode, config=cls.config, env=cls.env)
         cls.addClassCleanup(cls.rrouter.__exit__)
 
     def setUp(self):
@@ -2455,12 +2456,7 @@ class UpstreamTest(unittest.TestCase):
 class WithoutCtypesTest(StreamTest):
     """A Python without ctypes does everything with the sockets' own methods."""
 
-    @classmethod
-    def setUpClass(cls):
-        cls.upstream = Upstream()
-        cls.addClassCleanup(cls.upstream.close)
-        cls.rrouter = Altered(cls.upstream, "sys.modules['ctypes'] = None", mode=cls.mode)
-        cls.addClassCleanup(cls.rrouter.__exit__)
+    altered = "sys.modules['ctypes'] = None"
 
     def test_kept_connection_that_died_is_noticed(self):
         self.upstream.default = Answer(framing="length")
@@ -3217,15 +3213,8 @@ CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 class OneCoreTest(ProxyTest):
     """While there is much to do, the threads of the connections, and they alone, keep to one core."""
 
-    @classmethod
-    def setUpClass(cls):
-        cls.upstream = Upstream()
-        cls.addClassCleanup(cls.upstream.close)
-        # It takes every second for a busy one.
-        cls.rrouter = Altered(cls.upstream, "import os, time, types\n"
-                                            "os.times = lambda: types.SimpleNamespace(user=time.monotonic())",
-                              mode=cls.mode)
-        cls.addClassCleanup(cls.rrouter.__exit__)
+    # It takes every second for a busy one.
+    altered = "import os, time, types\nos.times = lambda: types.SimpleNamespace(user=time.monotonic())"
 
     def test_rules(self):
         end, ids = threading.Event(), queue.SimpleQueue()
@@ -3306,20 +3295,14 @@ class OneCoreTest(ProxyTest):
 
 
 @unittest.skipUnless(PROC, "memory is read from /proc")
-class MemoryWithoutCollectorTest(RestTest):
+class MemoryWithoutCollectorTest(ProxyTest):
     """A request that has ended holds nothing: its body goes without the help of the garbage collector."""
 
+    altered = "import gc\ngc.disable()"
     ANSWERS = (("whole", Answer(framing="length")), ("a stream", stream()), ("500", error(500)),
                ("cut short", Answer(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{")),
                ("a 400 cut short", Answer(raw=b"HTTP/1.1 400 Bad\r\nContent-Length: 9\r\n\r\n{")),
                ("no HTTP", Answer(raw=b"HTP\r\n\r\n")), ("none", Answer(raw=b"")))
-
-    @classmethod
-    def setUpClass(cls):
-        cls.upstream = Upstream()
-        cls.addClassCleanup(cls.upstream.close)
-        cls.rrouter = Altered(cls.upstream, "import gc\ngc.disable()", mode=cls.mode)
-        cls.addClassCleanup(cls.rrouter.__exit__)
 
     def test_bodies_do_not_gather_whatever_the_answer(self):
         text = "x" * (200 << 10)
