@@ -7,9 +7,10 @@ What is measured, in turn and interleaved over rounds:
     nginx     one location with proxy_buffering off, HTTP/1.1, connections to the upstream kept; its access log on
     relay     a threaded byte relay of 30 lines that reads nothing of what it passes: the floor of threaded Python
     rrouter   `rrouter.py serve` in antigravity mode, with its log, checks and all
-    auto      the same in auto mode
+    auto      the same process, moved to auto mode
 
-Load generator (this process) and upstream (a child) use raw sockets and canned bytes and are as fast as wrk, so that
+Two processes of one program differ by up to a tenth (the addresses they get, the order of their dictionaries), so each
+round has new ones.  Load generator (this process) and upstream (a child) use raw sockets and canned bytes and are as fast as wrk, so that
 little of what is measured is their own.  Each figure is the median of the rounds, each ratio the median of the ratios
 within a round, so that a slow spell of the machine hits both sides.  Ratios are costs: above 1, the first named is
 slower or larger, also where the unit is MB/s.
@@ -45,12 +46,13 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROUNDS, QUICK_ROUNDS = 5, 1
 QUICK = 0.35            # a quick run measures this part of each duration below
 POST_S = 0.4            # sequential requests of one size
-LOAD_S = 1.2            # concurrent requests
+LOAD_S = 3.0            # concurrent requests
 STREAM_S = 1.6          # paced event streams
 QUIET_S = 0.3           # from a stream's first event to the second: by then every stream is open
 GAP_S = 0.8             # one stream without, then with large bodies beside it
 FLOOD_BYTES = 16 << 20  # one stream at full speed, an event in each write; ten times as much in large writes
 SETTLE_S = 1.0          # before memory is read
+SETTLED_S = 0.1         # behind a change of rrouter's mode
 WARM_UP = 10            # requests before those that count; 2 of a large body
 WAIT_S = 20             # the net under every wait
 
@@ -356,6 +358,9 @@ class Subject:
     def check(self):
         """Refuse to go on if it does not do what it is there for."""
 
+    def take_turn(self):
+        """Get ready to be measured."""
+
     def pids(self):
         pid = self.process.pid
         children = pathlib.Path("/proc/%d/task/%d/children" % (pid, pid)).read_text().split()
@@ -446,11 +451,16 @@ class Rrouter(Subject):
                 "RROUTER_UPSTREAM": "http://127.0.0.1:%d" % self.upstream_port}
 
     def command(self):
-        (self.directory / ".rrouter").mkdir(mode=0o700)
-        mode = self.directory / ".rrouter" / "mode"
-        mode.write_text(self.mode + "\n")
-        os.utime(str(mode), (0, 0))     # as if chosen long ago: a file just written is looked at more closely
+        self.take_turn()
         return [sys.executable, self.program, "serve"], self.environment()
+
+    def take_turn(self):
+        """Let this mode be in force, and its file no longer be read at each request, as one just written is."""
+        mode = self.directory / ".rrouter" / "mode"
+        mode.parent.mkdir(mode=0o700, exist_ok=True)
+        if not mode.exists() or mode.read_text() != self.mode + "\n":
+            mode.write_text(self.mode + "\n")
+            time.sleep(SETTLED_S)
 
     def check(self):
         with connect(self.port) as connection:
@@ -460,6 +470,22 @@ class Rrouter(Subject):
 
 class Auto(Rrouter):
     name, mode = "auto", "auto"
+    beside = None           # whose process it uses
+
+    def share(self, other):
+        """Use the process of `other`, not yet started."""
+        shutil.rmtree(str(self.directory))
+        self.beside, self.port, self.directory = other, other.port, other.directory
+
+    def __enter__(self):
+        if self.beside is None:
+            return super().__enter__()
+        self.process = self.beside.process
+        return self
+
+    def __exit__(self, *error):
+        if self.beside is None:
+            super().__exit__(*error)
 
 
 class Other(Rrouter):
@@ -948,20 +974,25 @@ def show_progress(text):
         print("\r\033[K" + text, end="", file=sys.stderr, flush=True)
 
 
-def measure_all(subjects, measures, rounds, factor):
+def measure_all(make_subjects, measures, rounds, factor):
     """Measure everything, each subject in turn, the order turned by one each round; return the Results."""
-    results = Results([subject.name for subject in subjects])
-    for subject in subjects:
-        subject.check()
+    results = Results([])
     for number in range(rounds):
-        for name in measures:
-            if number >= FEW_ROUNDS.get(name, rounds):
-                continue
-            turn = number % len(subjects)
-            for subject in subjects[turn:] + subjects[:turn]:
-                show_progress("round %d of %d: %s, %s" % (number + 1, rounds, name, subject.name))
-                gc.collect()
-                results.add(subject.name, MEASURES[name](subject, factor))
+        with contextlib.ExitStack() as stack:
+            subjects = [stack.enter_context(subject) for subject in make_subjects()]
+            results.subjects = [subject.name for subject in subjects]
+            for subject in subjects:
+                subject.take_turn()
+                subject.check()
+            for name in measures:
+                if number >= FEW_ROUNDS.get(name, rounds):
+                    continue
+                turn = number % len(subjects)
+                for subject in subjects[turn:] + subjects[:turn]:
+                    show_progress("round %d of %d: %s, %s" % (number + 1, rounds, name, subject.name))
+                    gc.collect()
+                    subject.take_turn()
+                    results.add(subject.name, MEASURES[name](subject, factor))
     show_progress("")
     add_delays(results)
     return results
@@ -976,6 +1007,16 @@ def choose_subjects(against):
         Other.program = os.path.abspath(against)
         kinds.append(Other)
     return kinds
+
+
+def make_subjects(kinds, upstream_port, upstream_pid):
+    """Return one of each kind, not yet started."""
+    subjects = [kind(upstream_port, upstream_pid) for kind in kinds]
+    rrouter = next(subject for subject in subjects if type(subject) is Rrouter)
+    for subject in subjects:
+        if isinstance(subject, Auto):
+            subject.share(rrouter)
+    return subjects
 
 
 def build_parser():
@@ -1003,11 +1044,9 @@ def main():
     gc.disable()
     port, upstream = start_upstream()
     try:
-        with contextlib.ExitStack() as stack:
-            kinds = choose_subjects(options.against)
-            subjects = [stack.enter_context(kind(port, upstream.pid)) for kind in kinds]
-            results = measure_all(subjects, [name for name in MEASURES if name in options.only.split(",")], rounds,
-                                  QUICK if options.quick else 1)
+        results = measure_all(
+            functools.partial(make_subjects, choose_subjects(options.against), port, upstream.pid),
+            [name for name in MEASURES if name in options.only.split(",")], rounds, QUICK if options.quick else 1)
     except BenchError as error:
         print("bench_rrouter: %s" % error, file=sys.stderr)
         return 1
