@@ -10,10 +10,10 @@ What is measured, in turn and interleaved over rounds:
     auto      the same process, moved to auto mode
 
 Two processes of one program differ by up to a tenth (the addresses they get, the order of their dictionaries), so each
-round has new ones.  Load generator (this process) and upstream (a child) use raw sockets and canned bytes and are as fast as wrk, so that
-little of what is measured is their own.  Each figure is the median of the rounds, each ratio the median of the ratios
-within a round, so that a slow spell of the machine hits both sides.  Ratios are costs: above 1, the first named is
-slower or larger, also where the unit is MB/s.
+round has new ones.  Load generator (this process) and upstream (a child) use raw sockets and canned bytes and are as
+fast as wrk, so that little of what is measured is their own.  Each figure is the median of the rounds, each ratio the
+median of the ratios within a round, so that a slow spell of the machine hits both sides.  Ratios are costs: above 1,
+the first named is slower or larger, also where the unit is MB/s.
 """
 
 import argparse

@@ -28,6 +28,7 @@ import http.client
 import io
 import itertools
 import json
+import mmap
 import os
 import pathlib
 import plistlib
@@ -3211,20 +3212,20 @@ CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 @unittest.skipUnless(PROC and len(CORES) > 1, "threads are kept to one core on Linux, where there are more")
 class OneCoreTest(ProxyTest):
-    """While there is much to do, the threads of the connections, and they alone, keep to one core."""
+    """While there is much to do, the threads of connections and log, and they alone, keep to one core."""
 
     # It takes every second for a busy one.
     altered = "import os, time, types\nos.times = lambda: types.SimpleNamespace(user=time.monotonic())"
 
     def test_rules(self):
         end, ids = threading.Event(), queue.SimpleQueue()
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            for _ in range(8):
+        with concurrent.futures.ThreadPoolExecutor(9) as pool:
+            for _ in range(9):
                 pool.submit(lambda: (ids.put(threading.get_native_id()), end.wait(WAIT_S)))
             try:
-                threads = [ids.get(timeout=WAIT_S) for _ in range(8)]
+                *threads, log = [ids.get(timeout=WAIT_S) for _ in range(9)]
                 here, core, now, used_s = os.sched_getaffinity(0), rrouter.OneCore(), 1000.0, 50.0
-                core.look(8, threads, now, used_s)      # what was before is not known: it has used 5 % of its time
+                core.look(8, threads, log, now, used_s)     # what was before is not known: it has used 5 % of its time
                 for label, active, known, seconds, share, shared in (
                         ("too little to do", 8, 8, 0.2, 0.19, False), ("too few requests", 7, 8, 0.2, 1.0, False),
                         ("too few threads", 8, 7, 0.2, 1.0, False), ("enough", 8, 8, 0.2, 0.21, True),
@@ -3233,12 +3234,12 @@ class OneCoreTest(ProxyTest):
                         ("again", 8, 8, 0.2, 0.9, True), ("fewer requests", 7, 8, 0.2, 1.0, False)):
                     with self.subTest(label):
                         now, used_s = now + seconds, used_s + share * seconds
-                        core.look(active, threads[:known], now, used_s)
-                        places = {frozenset(os.sched_getaffinity(thread)) for thread in threads}
+                        core.look(active, threads[:known], log, now, used_s)
+                        places = {frozenset(os.sched_getaffinity(thread)) for thread in [*threads, log]}
                         self.assertEqual(len(places), 1, "some here, some there")
                         self.assertEqual(len(places.pop()), 1 if shared else len(here))
                         self.assertEqual(os.sched_getaffinity(0), here)
-                core.look(8, [2 ** 22 + 1] * 8, now + 1, used_s + 1)    # threads that have ended
+                core.look(8, [2 ** 22 + 1] * 8, None, now + 1, used_s + 1)      # threads that have ended; no log yet
             finally:
                 end.set()
 
@@ -3250,12 +3251,12 @@ class OneCoreTest(ProxyTest):
             first, last = min(CORES), max(CORES)
             threads = [ids.get(timeout=WAIT_S) for _ in range(8)]
             core, places = rrouter.OneCore(), []
-            core.look(8, threads, 1000.0, 50.0)
+            core.look(8, threads, None, 1000.0, 50.0)
             # cores allowed        busy
             for number, (allowed, share) in enumerate((({first}, 1), ({last}, 1), ({first}, 0), (CORES, 0)), 1):
                 for thread in [threading.get_native_id(), *threads]:
                     os.sched_setaffinity(thread, allowed)
-                core.look(8, threads, 1000.0 + number, 50.0 + share)
+                core.look(8, threads, None, 1000.0 + number, 50.0 + share)
                 places.append({frozenset(os.sched_getaffinity(thread)) for thread in threads})
                 time.sleep(0.01)        # for the threads to have run where they may
             return places, [{frozenset(cores)} for cores in ({first}, {last}, {first}, CORES)]
@@ -3286,8 +3287,8 @@ class OneCoreTest(ProxyTest):
             streams = [stack.enter_context(self.rrouter.connect()) for _ in range(9)]
             for connection in streams:
                 connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
-            self.rrouter.wait_until(lambda: self.alone()[0] == 9)
-            self.assertGreater(self.alone()[1], 9)
+            self.rrouter.wait_until(lambda: self.alone()[0] == 9 + 1)      # and the log's
+            self.assertGreater(self.alone()[1], 9 + 1)
             gate.set()
             for connection in streams:
                 self.assertTrue(read_reply(connection).complete)
@@ -7986,6 +7987,62 @@ class SwitchboardTest(RouterTest):
         return " | ".join(self.rrouter.health()["problems"])
 
 
+@unittest.skipUnless(rrouter.held_calls(), "inotify is Linux's")
+class FileEventsTest(unittest.TestCase):
+    """Where events tell of each change of a file, and where they do not."""
+
+    def setUp(self):
+        home = tempfile.TemporaryDirectory()
+        self.addCleanup(home.cleanup)
+        self.root = pathlib.Path(os.path.realpath(home.name))
+        self.directory, self.files = self.root / "d", [self.root / "d" / name for name in ("a", "b")]
+        self.directory.mkdir()
+        self.files[0].write_text("1")
+        self.events = rrouter.FileEvents()
+        self.addCleanup(lambda: os.close(self.events._queue))
+
+    def listen(self):
+        return self.events.listen(str(self.directory), tuple(map(str, self.files)))
+
+    def test_a_change_is_pending_until_it_is_listened_to_anew(self):
+        a, b = self.files
+        if not self.listen():
+            self.skipTest("the file system of %s is not one of those known to tell" % self.root)
+        for label, change in (
+                ("written", lambda: a.write_text("2")), ("touched", lambda: os.utime(str(a))),
+                ("made", lambda: b.write_text("1")), ("its rights", lambda: b.chmod(0o600)),
+                ("moved over", lambda: b.rename(str(a))), ("removed", a.unlink),
+                ("made again", lambda: a.write_text("3")),
+                ("linked", lambda: os.link(str(a), str(self.root / "c"))),
+                ("written by its other name", lambda: (self.root / "c").write_text("4")),
+                ("the directory moved", lambda: self.directory.rename(str(self.root / "e")))):
+            with self.subTest(label):
+                self.assertFalse(self.events.pending())
+                change()
+                self.assertTrue(self.events.pending())
+                self.assertTrue(self.events.pending(), "to ask takes nothing away")
+                self.assertIs(self.listen(), label != "the directory moved")
+        self.assertFalse(self.events.pending())
+
+    def test_what_leads_elsewhere_is_not_relied_on(self):
+        a, b = self.files
+        usual = self.listen()
+        other = self.root / "other"
+        other.write_text("1")
+        for label, make, undo in (
+                ("a link", lambda: b.symlink_to(other), b.unlink),
+                ("a link to nothing", lambda: b.symlink_to(self.root / "none"), b.unlink),
+                ("a file of /proc", lambda: self.files.append(pathlib.Path("/proc/uptime")), self.files.pop),
+                ("the directory a link", lambda: (self.directory.rename(str(self.root / "e")),
+                                                  self.directory.symlink_to(self.root / "e")), self.directory.unlink)):
+            with self.subTest(label):
+                self.assertIs(self.listen(), usual)
+                make()
+                self.assertFalse(self.listen())
+                undo()
+        self.assertFalse(self.listen(), "no directory")
+
+
 class FreshnessTest(SwitchboardTest):
     """Every request that begins after a write has returned is served by what was written."""
 
@@ -8042,6 +8099,103 @@ class FreshnessTest(SwitchboardTest):
         self.home.write("mode", "antigravity\n")
         self.home.run("config", "reset", check=0)
         self.assertEqual(self.served(), "gemini-claude-sonnet-4-5-thinking")
+
+    def test_each_way_to_write_is_heard(self):
+        mode, config = self.home.dir / "mode", self.home.dir / "config.json"
+        aside, linked = self.home.dir / "aside", self.home.root / "linked"
+
+        def in_place(file, text):
+            with open(str(file), "r+b") as opened:
+                opened.write(text.encode())
+
+        def by_second_name(text):
+            os.link(str(mode), str(linked))
+            self.served()
+            in_place(linked, text)
+
+        def by_kept_descriptor(text):
+            with open(str(mode), "r+b", buffering=0) as opened:
+                self.served()
+                os.pwrite(opened.fileno(), text.encode(), 0)
+
+        def by_link(text):
+            (self.home.root / text.strip()).write_text(text)
+            mode.unlink()
+            mode.symlink_to(self.home.root / text.strip())
+
+        def by_other_directory(text):
+            os.rename(str(self.home.dir), str(self.home.root / "old"))
+            shutil.copytree(str(self.home.root / "old"), str(self.home.dir))
+            mode.write_text(text)
+
+        for label, write, served in (
+                ("written anew", lambda: mode.write_text("two\n"), "two-000"),
+                ("over what is there", lambda: in_place(mode, "one\n"), "one-000"),
+                ("cut", lambda: os.truncate(str(mode), 0) or mode.write_text("two"), "two-000"),
+                ("moved over", lambda: put(self.home, "mode", "one\n"), "one-000"),
+                ("moved away", lambda: mode.rename(str(aside)), "spare-000"),
+                ("moved back", lambda: aside.rename(str(mode)), "one-000"),
+                ("removed", mode.unlink, "spare-000"),
+                ("made", lambda: mode.write_text("two\n"), "two-000"),
+                ("by a second name", lambda: by_second_name("one\n"), "one-000"),
+                ("by a descriptor from before", lambda: by_kept_descriptor("two\n"), "two-000"),
+                ("the config", lambda: config.write_text(json.dumps(switchboard(1))), "two-001"),
+                ("config moved over", lambda: put(self.home, "config.json", json.dumps(switchboard(2))), "two-002"),
+                ("a link", lambda: by_link("one\n"), "one-002"),
+                ("behind the link", lambda: (self.home.root / "one").write_text("two\n"), "two-002"),
+                ("another link", lambda: by_link("one\n"), "one-002"),
+                ("a file again", lambda: put(self.home, "mode", "two\n"), "two-002"),
+                ("a link over the file", lambda: os.replace(self.home.root / "link", str(mode)), "one-002"),
+                ("another directory", lambda: by_other_directory("two\n"), "two-002"),
+                ("in that directory", lambda: mode.write_text("one\n"), "one-002")):
+            with self.subTest(label):
+                if label == "a link over the file":
+                    (self.home.root / "link").symlink_to(self.home.root / "one")
+                self.served()           # so that both files have been read
+                write()
+                self.assertEqual(self.served(), served)
+
+    def test_a_write_is_heard_while_others_have_its_event(self):
+        """The request that finds the files changed may not be overtaken by the next one before it has read them."""
+        done = threading.Event()
+
+        def ask():
+            with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+                while not done.is_set():
+                    connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
+                    self.assertEqual(read_reply_from(reader).status, 200)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            asking = [pool.submit(ask) for _ in range(4)]
+            try:
+                with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
+                    for turn in range(150):
+                        mode = ("two", "one")[turn % 2]
+                        put(self.home, "mode", mode + "\n")
+                        connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
+                        self.assertEqual(read_reply_from(reader).header("x-rrouter-model"), mode + "-000")
+            finally:
+                done.set()
+            for one in asking:
+                one.result()
+
+    def test_what_is_no_event_is_seen_by_the_watcher(self):
+        """Writes through a map of the file, and another directory above, which systems do not tell of."""
+        self.served()
+        with open(str(self.home.dir / "mode"), "r+b") as opened, mmap.mmap(opened.fileno(), 4) as memory:
+            self.served()
+            memory[:3] = b"two"
+            memory.flush()
+            self.rrouter.wait_until(lambda: self.served() == "two-000")
+        self.served()
+        home, away = str(self.home.root), str(self.home.root) + ".away"
+        self.addCleanup(shutil.rmtree, away)
+        shutil.copytree(home, away)
+        pathlib.Path(away, ".rrouter", "mode").write_text("one\n")
+        os.rename(home, away + "2")
+        os.rename(away, home)
+        os.rename(away + "2", away)
+        self.rrouter.wait_until(lambda: self.served() == "one-000")
 
     def test_switches_under_load_never_show_a_torn_file(self):
         """A mode file that is just being written in place is empty for a moment; that keeps the mode."""
