@@ -1552,62 +1552,6 @@ class Failover:
 # ---- Everything above is pure; everything below does I/O. ----
 
 
-# The C library ################################################################
-
-def ask_libc(function: str, *arguments: int) -> None:
-    """Call a function of the C library if it has it; the two below are glibc's."""
-    with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
-        import ctypes
-        getattr(ctypes.CDLL(None), function)(*arguments)
-
-
-class HeldCalls:
-    """`send`, `recv` and `poll` of Linux: (descriptor, memory, length, flags) -> length, or -1; poll(2) as it is.
-
-    They keep the interpreter lock, which Python's own methods let go of for each call.  With MSG_DONTWAIT or no time
-    to wait nothing can block, so that is a waste: to get the lock back from one of many threads takes longer than the
-    call, two switches of threads, often to the other core.  At 32 connections the first two serve a third more
-    requests/s with a quarter less CPU.  Documented of ctypes.PyDLL: "the Python GIL is not released during the
-    function call".
-
-    Without `argtypes`, which would double the time of a call; so a length is given as `size(length)`.
-    """
-
-    SEND_MAX = 16 * 1024                # bytes; to copy more takes so long that other threads had better run
-
-    def __init__(self):
-        import ctypes
-        library = ctypes.PyDLL(None)
-        self.send, self.recv, self.poll, self.size = library.send, library.recv, library.poll, ctypes.c_size_t
-        self.send.restype = self.recv.restype = ctypes.c_ssize_t
-        self.byte, self.one = ctypes.create_string_buffer(1), ctypes.c_size_t(1)    #: to peek into; nobody reads it
-
-
-@lru_cache(maxsize=None)
-def held_calls() -> Optional[HeldCalls]:
-    """Return the HeldCalls, or None where the sockets' own methods do it: elsewhere `send` may wait all the same."""
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        return HeldCalls()
-    except (ImportError, OSError, AttributeError, MemoryError):     # a Python without ctypes, or one kept from using it
-        return None
-
-
-def use_one_heap() -> None:
-    """Keep glibc from giving threads heaps of their own, to be called before there are any.
-
-    It never returns the free end of those: 55 MB after some thousand requests in place of 21.  The interpreter lock
-    lets one thread allocate at a time anyway.
-    """
-    ask_libc("mallopt", -8, 1)          # M_ARENA_MAX in <malloc.h>
-
-
-def return_free_memory() -> None:
-    """Give back to the system what Python has freed and the C library keeps."""
-    ask_libc("malloc_trim", 0)
-
-
 # Files ########################################################################
 
 def reason_of(error: OSError) -> str:
@@ -1890,56 +1834,6 @@ def complain_about_config(error: Exception) -> str:
     return "config.json%s%s" % (":" if text[:1].isdigit() else ": ", text)
 
 
-class FileEvents:
-    """Events of the user's files by inotify(7): whether there are any is asked of the kernel's memory, not of a disk.
-
-    To look at two files instead costs 8 us more, and lets go of the interpreter lock twice: at 32 connections this
-    serves a seventh more requests/s, and the p99 is three quarters.
-    """
-
-    #: <linux/inotify.h>: MODIFY, ATTRIB, MOVED_FROM, MOVED_TO, CREATE, DELETE, DELETE_SELF, MOVE_SELF
-    MASK = 0x2 | 0x4 | 0x40 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800
-    #: <linux/magic.h>: ext, xfs, btrfs, tmpfs, f2fs.  Of others a change may be no event, for it is made by another
-    #: machine (nfs, 9p), below the file system (overlayfs) or by taking it back (zfs).
-    LOCAL = (0xEF53, 0x58465342, 0x9123683E, 0x01021994, 0xF2F52010)
-
-    def __init__(self):
-        self._queue = -1
-        self._calls = held_calls()
-        if self._calls is not None:
-            import ctypes
-            self._libc = ctypes.CDLL(None)
-            self._queue = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-            self._polled = ctypes.create_string_buffer(struct.pack("@ihh", self._queue, select.POLLIN, 0))
-            self._kind = ctypes.create_string_buffer(1024)      # struct statfs
-
-    def pending(self) -> bool:
-        """Return whether there was an event since `listen` returned True."""
-        return self._queue >= 0 and self._calls.poll(self._polled, self._calls.one, 0) != 0
-
-    def listen(self, directory: str, names: Tuple[str, ...]) -> bool:
-        """Drop all events; return whether every change of these files of `directory` will be one.
-
-        But for two: who writes through a map of the file in memory, and who renames a directory above or mounts
-        something there, is not told of.
-        """
-        if self._queue < 0:
-            return False
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._queue, 65536):
-                pass
-        return os.path.isdir(directory) and all(map(self._listen_to, (directory, *names)))
-
-    def _listen_to(self, path: str) -> bool:
-        if os.path.realpath(path) != path:      # by a link, which may come to lead elsewhere
-            return False
-        name = os.fsencode(path)
-        if self._libc.inotify_add_watch(self._queue, name, self.MASK) < 0:
-            return not os.path.lexists(path)    # that it is made is an event of the directory
-        self._libc.statfs(name, self._kind)
-        return struct.unpack_from("@L", self._kind)[0] & 0xFFFFFFFF in self.LOCAL
-
-
 class Store:
     """What the user last asked for: config and mode, always read together, and never stale.
 
@@ -1958,24 +1852,13 @@ class Store:
         self.mode_signature: Any = None
         self._current: Snapshot = Snapshot(self._config, "", ())
         self._seen: Any = None
-        self._events = FileEvents()
-        self._told = False              #: whether each change since the files were read is an event
         self._reload(first=True)
 
     def snapshot(self) -> Snapshot:
         """Return config and mode as they are now: whoever wrote a file before this call is heard."""
-        # In this order, for `_told` is unset before the events are dropped.
-        if not self._events.pending() and (self._told or self._signatures() == self._seen):
+        if (_signature(self.paths.mode), _signature(self.paths.config)) == self._seen:
             return self._current
         return self._reload()
-
-    def look(self) -> None:
-        """Look at the files themselves, for what is no event."""
-        if self._signatures() != self._seen:
-            self._reload()
-
-    def _signatures(self) -> Tuple[Any, Any]:
-        return _signature(self.paths.mode), _signature(self.paths.config)
 
     def wake(self) -> None:
         """Let the watcher look at once."""
@@ -1984,9 +1867,7 @@ class Store:
 
     def _reload(self, first: bool = False) -> Snapshot:
         with self._lock:
-            self._told = False
-            told = self._events.listen(self.paths.root, (self.paths.mode, self.paths.config))
-            seen = self._signatures()
+            seen: Any = _signature(self.paths.mode), _signature(self.paths.config)
             self._read_config()
             written = self._read_mode(seen[0]) and not first
             old, new = self._current, self._compose()
@@ -1998,9 +1879,8 @@ class Store:
                 self._changed(old, new, written)
             self._current = new
             readable = self._mode_error is None and not isinstance(self._config_bytes, OSError)
-            # Last: who sees these may use _current without the lock.  What could not be read is tried again at once.
+            # Last: who sees it may use _current without the lock.  What could not be read is tried again at once.
             self._seen = tuple(map(_if_stable, seen)) if readable else None
-            self._told = told and readable
             return new
 
     def _read_config(self) -> None:
@@ -2155,6 +2035,59 @@ class Watch:
             self._limit_s = limit_s
         if now >= self.deadline:
             raise UpstreamTimeout("sent no first byte within %g s" % self._limit_s)
+
+
+def ask_libc(function: str, *arguments: int) -> None:
+    """Call a function of the C library if it has it; the two below are glibc's."""
+    with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
+        import ctypes
+        getattr(ctypes.CDLL(None), function)(*arguments)
+
+
+class HeldCalls:
+    """`send` and `recv` of Linux: (descriptor, memory, length, flags) -> length, or -1.
+
+    They keep the interpreter lock, which Python's own methods let go of for each call.  With MSG_DONTWAIT nothing can
+    block, so that is a waste: to get the lock back from one of many threads takes longer than the call, two switches
+    of threads, often to the other core.  At 32 connections this serves a third more requests/s with a quarter less
+    CPU.  Documented of ctypes.PyDLL: "the Python GIL is not released during the function call".
+
+    Without `argtypes`, which would double the time of a call; so a length is given as `size(length)`.
+    """
+
+    SEND_MAX = 16 * 1024                # bytes; to copy more takes so long that other threads had better run
+
+    def __init__(self):
+        import ctypes
+        library = ctypes.PyDLL(None)
+        self.send, self.recv, self.size = library.send, library.recv, ctypes.c_size_t
+        self.send.restype = self.recv.restype = ctypes.c_ssize_t
+        self.byte, self.one = ctypes.create_string_buffer(1), ctypes.c_size_t(1)    #: to peek into; nobody reads it
+
+
+@lru_cache(maxsize=None)
+def held_calls() -> Optional[HeldCalls]:
+    """Return the HeldCalls, or None where the sockets' own methods do it: elsewhere `send` may wait all the same."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return HeldCalls()
+    except (ImportError, OSError, AttributeError, MemoryError):     # a Python without ctypes, or one kept from using it
+        return None
+
+
+def use_one_heap() -> None:
+    """Keep glibc from giving threads heaps of their own, to be called before there are any.
+
+    It never returns the free end of those: 55 MB after some thousand requests in place of 21.  The interpreter lock
+    lets one thread allocate at a time anyway.
+    """
+    ask_libc("mallopt", -8, 1)          # M_ARENA_MAX in <malloc.h>
+
+
+def return_free_memory() -> None:
+    """Give back to the system what Python has freed and the C library keeps."""
+    ask_libc("malloc_trim", 0)
 
 
 class BodyMemory:
@@ -2793,7 +2726,7 @@ class Router:
         # First, for the rest takes long as long as threads contend for the interpreter lock.
         threads = [connection.thread for connection in list(self.connections)]
         self._one_core.look(self._active, threads, self.log.thread, time.monotonic(), os.times().user)
-        self.store.look()
+        self.store.snapshot()
         self.failover.look_at_clock()
         self.save_state()
         self.log.reopen()
