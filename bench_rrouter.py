@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Benchmark of rrouter: `python3 bench_rrouter.py`, on Linux; about six minutes, with --quick one.
+"""Benchmark of rrouter: `python3 bench_rrouter.py`, on Linux; about seven minutes, with --quick one.
 
 What is measured, in turn and interleaved over rounds:
 
@@ -460,7 +460,8 @@ class Rrouter(Subject):
         mode.parent.mkdir(mode=0o700, exist_ok=True)
         if not mode.exists() or mode.read_text() != self.mode + "\n":
             mode.write_text(self.mode + "\n")
-            time.sleep(SETTLED_S)
+            if self.process is not None:
+                time.sleep(SETTLED_S)
 
     def check(self):
         with connect(self.port) as connection:
@@ -1021,7 +1022,7 @@ def make_subjects(kinds, upstream_port, upstream_pid):
 
 def build_parser():
     parser = argparse.ArgumentParser(description="Measure rrouter against nginx and a plain relay.")
-    parser.add_argument("--quick", action="store_true", help="one short round, under a minute")
+    parser.add_argument("--quick", action="store_true", help="one short round, about a minute")
     parser.add_argument("--only", metavar="NAME,...", default=",".join(MEASURES), help="of %(default)s")
     parser.add_argument("--rounds", type=int, help="instead of %d" % ROUNDS)
     parser.add_argument("--rrouter", metavar="FILE", default=Rrouter.program, help="the rrouter.py to measure")
