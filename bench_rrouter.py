@@ -9,7 +9,7 @@ What is measured, in turn and interleaved over rounds:
     rrouter   `rrouter.py serve` in antigravity mode, with its log, checks and all
     auto      the same process, moved to auto mode
 
-Two processes of one program differ by up to a tenth (the addresses they get, the order of their dictionaries), so each
+Two processes of one program differ by up to a fifth (the addresses they get, the order of their dictionaries), so each
 round has new ones.  Load generator (this process) and upstream (a child) use raw sockets and canned bytes and are as
 fast as wrk, so that little of what is measured is their own.  Each figure is the median of the rounds, each ratio the
 median of the ratios within a round, so that a slow spell of the machine hits both sides.  Ratios are costs: above 1,
@@ -975,30 +975,6 @@ def show_progress(text):
         print("\r\033[K" + text, end="", file=sys.stderr, flush=True)
 
 
-def measure_all(make_subjects, measures, rounds, factor):
-    """Measure everything, each subject in turn, the order turned by one each round; return the Results."""
-    results = Results([])
-    for number in range(rounds):
-        with contextlib.ExitStack() as stack:
-            subjects = [stack.enter_context(subject) for subject in make_subjects()]
-            results.subjects = [subject.name for subject in subjects]
-            for subject in subjects:
-                subject.take_turn()
-                subject.check()
-            for name in measures:
-                if number >= FEW_ROUNDS.get(name, rounds):
-                    continue
-                turn = number % len(subjects)
-                for subject in subjects[turn:] + subjects[:turn]:
-                    show_progress("round %d of %d: %s, %s" % (number + 1, rounds, name, subject.name))
-                    gc.collect()
-                    subject.take_turn()
-                    results.add(subject.name, MEASURES[name](subject, factor))
-    show_progress("")
-    add_delays(results)
-    return results
-
-
 def choose_subjects(against):
     kinds = [Direct, Nginx, Relay, Rrouter, Auto]
     if not Nginx.program():
@@ -1018,6 +994,29 @@ def make_subjects(kinds, upstream_port, upstream_pid):
         if isinstance(subject, Auto):
             subject.share(rrouter)
     return subjects
+
+
+def measure_all(kinds, upstream, measures, rounds, factor):
+    """Measure everything, each subject in turn, the order turned by one each round; return the Results."""
+    results = Results([kind.name for kind in kinds])
+    for number in range(rounds):
+        with contextlib.ExitStack() as stack:
+            subjects = [stack.enter_context(subject) for subject in make_subjects(kinds, *upstream)]
+            for subject in subjects:
+                subject.take_turn()
+                subject.check()
+            for name in measures:
+                if number >= FEW_ROUNDS.get(name, rounds):
+                    continue
+                turn = number % len(subjects)
+                for subject in subjects[turn:] + subjects[:turn]:
+                    show_progress("round %d of %d: %s, %s" % (number + 1, rounds, name, subject.name))
+                    gc.collect()
+                    subject.take_turn()
+                    results.add(subject.name, MEASURES[name](subject, factor))
+    show_progress("")
+    add_delays(results)
+    return results
 
 
 def build_parser():
@@ -1045,9 +1044,9 @@ def main():
     gc.disable()
     port, upstream = start_upstream()
     try:
-        results = measure_all(
-            functools.partial(make_subjects, choose_subjects(options.against), port, upstream.pid),
-            [name for name in MEASURES if name in options.only.split(",")], rounds, QUICK if options.quick else 1)
+        results = measure_all(choose_subjects(options.against), (port, upstream.pid),
+                              [name for name in MEASURES if name in options.only.split(",")], rounds,
+                              QUICK if options.quick else 1)
     except BenchError as error:
         print("bench_rrouter: %s" % error, file=sys.stderr)
         return 1

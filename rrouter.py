@@ -2724,8 +2724,8 @@ class Router:
     def watch(self) -> None:
         """Look at the files and at the clock; one step of the watcher."""
         # First, for the rest takes long as long as threads contend for the interpreter lock.
-        threads = [connection.thread for connection in list(self.connections)]
-        self._one_core.look(self._active, threads, self.log.thread, time.monotonic(), os.times().user)
+        connections = [connection.thread for connection in list(self.connections)]
+        self._one_core.look(self._active, connections, self.log.thread, time.monotonic(), os.times().user)
         self.store.snapshot()
         self.failover.look_at_clock()
         self.save_state()

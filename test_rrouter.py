@@ -7990,6 +7990,13 @@ class SwitchboardTest(RouterTest):
 class FreshnessTest(SwitchboardTest):
     """Every request that begins after a write has returned is served by what was written."""
 
+    def ask(self, connection, reader):
+        """Post on a connection kept open; return the reply."""
+        connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
+        reply = read_reply_from(reader)
+        self.assertEqual(reply.status, 200)
+        return reply
+
     def test_two_hundred_writes_serve_the_requests_right_behind_them(self):
         mode, number = "one", 0
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
@@ -8005,8 +8012,7 @@ class FreshnessTest(SwitchboardTest):
                 else:
                     mode = other
                     write("mode", mode + "\n")
-                connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
-                self.assertEqual(read_reply_from(reader).status, 200)
+                self.ask(connection, reader)
                 self.assertEqual(self.upstream.models()[-1], "%s-%03d" % (mode, number), "kept connection, %d" % turn)
                 self.assertEqual(self.served(), "%s-%03d" % (mode, number), "new connection, %d" % turn)
 
@@ -8078,6 +8084,10 @@ class FreshnessTest(SwitchboardTest):
             mode.unlink()
             mode.symlink_to(self.home.root / text.strip())
 
+        def by_link_moved_over(text):
+            (self.home.root / "link").symlink_to(self.home.root / text.strip())
+            os.replace(str(self.home.root / "link"), str(mode))
+
         def by_other_directory(text):
             os.rename(str(self.home.dir), str(self.home.root / "old"))
             shutil.copytree(str(self.home.root / "old"), str(self.home.dir))
@@ -8110,14 +8120,12 @@ class FreshnessTest(SwitchboardTest):
                 ("behind the link", lambda: (self.home.root / "one").write_text("two\n"), "two-002"),
                 ("another link", lambda: by_link("one\n"), "one-002"),
                 ("a file again", lambda: put(self.home, "mode", "two\n"), "two-002"),
-                ("a link over the file", lambda: os.replace(self.home.root / "link", str(mode)), "one-002"),
+                ("a link over the file", lambda: by_link_moved_over("one\n"), "one-002"),
                 ("another directory", lambda: by_other_directory("two\n"), "two-002"),
                 ("in that directory", lambda: mode.write_text("one\n"), "one-002"),
                 ("another home", lambda: by_other_home("two\n"), "two-002"),
                 ("in that home", lambda: mode.write_text("one\n"), "one-002")):
             with self.subTest(label):
-                if label == "a link over the file":
-                    (self.home.root / "link").symlink_to(self.home.root / "one")
                 self.settled()
                 write()
                 self.assertEqual(self.served(), served)
@@ -8126,21 +8134,19 @@ class FreshnessTest(SwitchboardTest):
         """The request that finds the files changed may not be overtaken by the next one before it has read them."""
         done = threading.Event()
 
-        def ask():
+        def ask_on():
             with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
                 while not done.is_set():
-                    connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
-                    self.assertEqual(read_reply_from(reader).status, 200)
+                    self.ask(connection, reader)
 
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            asking = [pool.submit(ask) for _ in range(4)]
+            asking = [pool.submit(ask_on) for _ in range(4)]
             try:
                 with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
                     for turn in range(150):
                         mode = ("two", "one")[turn % 2]
                         put(self.home, "mode", mode + "\n")
-                        connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
-                        self.assertEqual(read_reply_from(reader).header("x-rrouter-model"), mode + "-000")
+                        self.assertEqual(self.ask(connection, reader).header("x-rrouter-model"), mode + "-000")
             finally:
                 done.set()
             for one in asking:
