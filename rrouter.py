@@ -574,10 +574,9 @@ _REQUEST_HEAD = re.compile(_REQUEST_LINE.pattern + _FIELDS + rb"\r\n")
 _STATUS_LINE = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
 _RESPONSE_HEAD = re.compile(_STATUS_LINE + _FIELDS + rb"\r\n")
 _TRAILERS = re.compile(_FIELDS + rb"\r\n")
-# In the lower-cased head of an answer: what the router reads, or else keeps from the client.  That is what belongs to
-# the connection, and the upstream's CORS fields: they would open rrouter to every web page.
-_NOTED = re.compile(rb"\n(?:(content-(?:length|type|encoding)|retry-after)|(%b|access-control-[^:]*)):([^\r]*)"
-                    % b"|".join(sorted(HOP_BY_HOP)))
+# Of an answer, what the router reads; and what it reads or else keeps from the client: the hop-by-hop fields.
+_READ = frozenset((b"content-length", b"content-type", b"content-encoding", b"retry-after"))
+_NOTED = _READ | HOP_BY_HOP
 _JOINED = frozenset((b"connection", b"transfer-encoding", b"content-length"))
 # What Connection may name that is no field, or not to be named away: the body would lose its end.
 _NO_FIELDS_TO_DROP = frozenset((b"", b"keep-alive", b"content-length"))
@@ -766,22 +765,26 @@ def _tell_apart(head: bytes) -> Tuple[Dict[bytes, bytes], bytes]:
     """Return what of an answer's fields is read, by name, and the lines that go on to the client.
 
     Names and values are in lower case.  Of a field in several lines the first one counts; Connection and those that say
-    where the body ends are joined by commas (RFC 9110 §5.3), so that nothing is overlooked.  One expression goes
-    through the head; a list of its lines would cost three times as much, at each answer.
+    where the body ends are joined by commas (RFC 9110 §5.3), so that nothing is overlooked.  The upstream's CORS fields
+    stay here as well: they would open rrouter to every web page.
     """
     values: Dict[bytes, bytes] = {}
-    kept, position = [], head.index(b"\n") + 1
-    for found in _NOTED.finditer(head.lower(), position - 1):
-        read, stays_here, value = found.groups()
-        name = read or stays_here
-        if name not in values:
-            values[name] = value.strip(b" \t")
-        elif name in _JOINED:
-            values[name] += b"," + value
-        if stays_here:
-            kept.append(head[position:found.start() + 1])
-            position = found.end() + 2
-    return values, b"".join([*kept, head[position:-2]])
+    kept = []
+    for line in head[head.index(b"\n") + 1:-2].split(b"\r\n")[:-1]:
+        name, _, value = line.partition(b":")
+        name = name.lower()
+        if name in _NOTED:
+            value = value.strip(b" \t").lower()
+            if name not in values:
+                values[name] = value
+            elif name in _JOINED:
+                values[name] += b"," + value
+            if name not in _READ:
+                continue
+        elif name.startswith(b"access-control-"):
+            continue
+        kept.append(line)
+    return values, b"\r\n".join([*kept, b""])
 
 
 def _without(lines: bytes, names: Any) -> bytes:
