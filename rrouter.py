@@ -1962,17 +1962,10 @@ class Store:
 
 # Upstream #####################################################################
 
-# As numbers: `|` of the standard library's flags is Python code of 5 us.
-PEEK_NOW, SEND_NOW = int(socket.MSG_PEEK | socket.MSG_DONTWAIT), int(socket.MSG_DONTWAIT)
+# As a number: `|` of the standard library's flags is Python code of 5 us.
+PEEK_NOW = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's time limit
 SSL_ERROR_WANT_READ = 2         # that of `ssl`, which is not imported for a plain upstream
-
-
-def polled(sock: socket.socket, events: int) -> int:
-    """Return which of `events` (or POLLHUP, POLLERR) hold just now.  `select` fails with descriptors over 1023."""
-    poller = select.poll()
-    poller.register(sock, events)
-    return sum(found for _, found in poller.poll(0))
 
 
 def has_left(client: socket.socket) -> bool:
@@ -1988,7 +1981,9 @@ def has_left(client: socket.socket) -> bool:
         return False
     except OSError:
         return True
-    return bool(polled(client, getattr(select, "POLLRDHUP", 0)))
+    poller = select.poll()              # `select` fails with descriptors over 1023
+    poller.register(client, getattr(select, "POLLRDHUP", 0))
+    return bool(poller.poll(0))
 
 
 class Watch:
@@ -2045,38 +2040,6 @@ def ask_libc(function: str, *arguments: int) -> None:
     with contextlib.suppress(ImportError, OSError, AttributeError, MemoryError):
         import ctypes
         getattr(ctypes.CDLL(None), function)(*arguments)
-
-
-class HeldCalls:
-    """`send` and `recv` of Linux: (descriptor, memory, length, flags) -> length, or -1.
-
-    They keep the interpreter lock, which Python's own methods let go of for each call.  With MSG_DONTWAIT nothing can
-    block, so that is a waste: to get the lock back from one of many threads takes longer than the call, two switches
-    of threads, often to the other core.  At 32 connections this serves a third more requests/s with a quarter less
-    CPU.  Documented of ctypes.PyDLL: "the Python GIL is not released during the function call".
-
-    Without `argtypes`, which would double the time of a call; so a length is given as `size(length)`.
-    """
-
-    SEND_MAX = 16 * 1024                # bytes; to copy more takes so long that other threads had better run
-
-    def __init__(self):
-        import ctypes
-        library = ctypes.PyDLL(None)
-        self.send, self.recv, self.size = library.send, library.recv, ctypes.c_size_t
-        self.send.restype = self.recv.restype = ctypes.c_ssize_t
-        self.byte, self.one = ctypes.create_string_buffer(1), ctypes.c_size_t(1)    #: to peek into; nobody reads it
-
-
-@lru_cache(maxsize=None)
-def held_calls() -> Optional[HeldCalls]:
-    """Return the HeldCalls, or None where the sockets' own methods do it: elsewhere `send` may wait all the same."""
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        return HeldCalls()
-    except (ImportError, OSError, AttributeError, MemoryError):     # a Python without ctypes, or one kept from using it
-        return None
 
 
 def use_one_heap() -> None:
@@ -2155,7 +2118,6 @@ class Wire:
         self._receive_bytes = receive_bytes
         self._plain = type(sock) is socket.socket     # a TLS socket would take EAGAIN for a reason to try again
         self._limit_s = 0.0
-        self._held_calls = held_calls() if self._plain else None
         if self._plain:
             sock.settimeout(None)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(send_limit_s))
@@ -2178,20 +2140,6 @@ class Wire:
             return bytes(data)
         return self.sock.recv(self._receive_bytes)
 
-    def send_at_once(self, data: bytes) -> int:
-        """Return how much of `data` the system has taken without waiting: all of it, if it is small, as a rule."""
-        calls = self._held_calls
-        if calls is None or len(data) > calls.SEND_MAX:
-            return 0
-        # -1: it would block, or the connection is broken, as who sends the rest will see.
-        return max(0, calls.send(self.sock.fileno(), data, calls.size(len(data)), SEND_NOW))
-
-    def send_all(self, data: bytes) -> None:
-        """Send `data`; raise OSError."""
-        sent = self.send_at_once(data)
-        if sent < len(data):
-            self.sock.sendall(memoryview(data)[sent:])
-
     def close(self) -> None:
         """Close the connection."""
         with contextlib.suppress(OSError):
@@ -2208,16 +2156,15 @@ class UpstreamConnection(Wire):
     def __init__(self, connection: http.client.HTTPConnection):
         super().__init__(connection.sock, TICK_S, RECEIVE_BYTES)
         self._connection = connection
+        self._poller = select.poll()
+        self._poller.register(connection.sock, select.POLLIN)
         self.heard = False              #: has sent a byte of the answer due
         self.idle_since = 0.0
 
     def has_input(self) -> bool:
         """Return whether something has come that is not yet read, be it the end of the connection."""
-        calls = self._held_calls
-        if calls is not None:           # -1: nothing, or the connection is broken, as who sends will see
-            return calls.recv(self.sock.fileno(), calls.byte, calls.one, PEEK_NOW) >= 0
         if self._plain:
-            return bool(polled(self.sock, select.POLLIN))
+            return bool(self._poller.poll(0))
         # TLS: session tickets come unasked, and only reading tells them from an answer.
         self.limit(0)
         try:
@@ -2229,13 +2176,10 @@ class UpstreamConnection(Wire):
     def send(self, pieces: List[Any], watch: Watch) -> List[memoryview]:
         """Send `pieces`; return what is left of them where the upstream answers, or closes, before it has read all."""
         if sum(map(len, pieces)) < JOINED_BYTES:
-            whole = b"".join(pieces)
-            sent = self.send_at_once(whole)
-            if sent == len(whole):
-                return []
-            pieces = [memoryview(whole)[sent:]]
+            pieces = [b"".join(pieces)]
         views = [memoryview(piece) for piece in pieces if len(piece)]
-        self.limit(watch.check())           # for TLS: `has_input` leaves it at 0
+        if not self._plain:
+            self.limit(watch.check())       # `has_input` leaves it at 0
         while views:
             try:
                 sent = self.sock.sendmsg(views) if self._plain and len(views) > 1 else self.sock.send(views[0])
@@ -3210,7 +3154,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def send(self, data: bytes) -> None:
         """Send to the client; raise ClientGone if it has left or does not read."""
         try:
-            self.wire.send_all(data)
+            self.request.sendall(data)
         except OSError as error:
             raise ClientGone("the client left") from error
 

@@ -2466,8 +2466,8 @@ class UpstreamTest(unittest.TestCase):
                             gate.set()
 
 
-class WithoutCtypesTest(StreamTest):
-    """A Python without ctypes does everything with the sockets' own methods."""
+class WithoutCtypesTest(ProxyTest):
+    """A Python without ctypes cannot ask the C library to save memory, and does all the rest."""
 
     altered = "sys.modules['ctypes'] = None"
 
@@ -2967,8 +2967,7 @@ class SecretsTest(unittest.TestCase):
                 ("before the request is sent", "import fnmatch\nreal = fnmatch.fnmatchcase\n"
                  "def match(name, glob):\n    if name == 'crash': raise RuntimeError(sys._getframe(3).f_locals)\n"
                  "    return real(name, glob)\nfnmatch.fnmatchcase = match"),
-                # Without ctypes it is the sockets' own method that sends.
-                ("while the answer is passed on", "import socket\nsys.modules['ctypes'] = None\n"
+                ("while the answer is passed on", "import socket\n"
                  "real = socket.socket.sendall\n"
                  "def sendall(sock, data, *flags):\n    if b'crash' in bytes(data): raise RuntimeError(bytes(data))\n"
                  "    return real(sock, data, *flags)\nsocket.socket.sendall = sendall")):
@@ -3011,7 +3010,7 @@ class Altered(Running):
 
     def start(self):
         self.launch("-c", "import runpy, sys\n%s\nsys.argv = [%r, 'serve']\nrunpy.run_path(%r, run_name='__main__')" % (
-            self.code, RROUTER, RROUTER))
+            self.code, RROUTER, compiled()))
 
 
 # Many and slow connections ####################################################
@@ -8752,7 +8751,7 @@ class LogFileTest(unittest.TestCase):
                 process.send_signal(signal.SIGTERM)
                 self.assertEqual(process.wait(WAIT_S), 0)
         text = self.file.read_text()
-        self.assertEqual([int(line["number"]) for line in map(REQUEST_LINE.search, request_lines(text))],
+        self.assertEqual(sorted(int(line["number"]) for line in map(REQUEST_LINE.search, request_lines(text))),
                          list(range(1, 204)))
         self.assertEqual((text.count("[AUTO] "), text.count("rrouter ends")), (3, 1))  # failures, reset
 
