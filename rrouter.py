@@ -574,7 +574,7 @@ _REQUEST_HEAD = re.compile(_REQUEST_LINE.pattern + _FIELDS + rb"\r\n")
 _STATUS_LINE = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: ([\t\x20-\x7e\x80-\xff]*))?\r\n"
 _RESPONSE_HEAD = re.compile(_STATUS_LINE + _FIELDS + rb"\r\n")
 _TRAILERS = re.compile(_FIELDS + rb"\r\n")
-# Of an answer, what the router reads; and what it reads or else keeps from the client: the hop-by-hop fields.
+# Of an answer's fields: those that are read and passed on, and with them those that are not passed on, read or not.
 _READ = frozenset((b"content-length", b"content-type", b"content-encoding", b"retry-after"))
 _NOTED = _READ | HOP_BY_HOP
 _JOINED = frozenset((b"connection", b"transfer-encoding", b"content-length"))
@@ -2162,7 +2162,10 @@ class UpstreamConnection(Wire):
         self.idle_since = 0.0
 
     def has_input(self) -> bool:
-        """Return whether something has come that is not yet read, be it the end of the connection."""
+        """Return whether something has come that is not yet read, be it the end of the connection.
+
+        To be asked by one thread at a time, and not of a closed one: another may have its number by then.
+        """
         if self._plain:
             return bool(self._poller.poll(0))
         # TLS: session tickets come unasked, and only reading tells them from an answer.

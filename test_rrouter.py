@@ -178,9 +178,11 @@ class Upstream:
         self.listener.close()
         self.break_connections()
 
-    def break_connections(self):
+    def break_connections(self, reset=False):
         for connection in list(self.open):
             with contextlib.suppress(OSError):
+                if reset:               # when its thread closes it
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 connection.shutdown(socket.SHUT_RDWR)
 
     def models(self):
@@ -2465,18 +2467,20 @@ class UpstreamTest(unittest.TestCase):
                         if gate:
                             gate.set()
 
+    def test_kept_connection_that_died_is_noticed(self):
+        upstream = self.upstream(Upstream)
+        upstream.default = Answer(framing="length")
+        running = self.serve(upstream)
+        for turn in range(20):
+            self.assertEqual(running.post().status, 200)
+            upstream.break_connections(reset=turn % 2 == 1)
+        self.assertEqual(len(upstream.received), 20)
+
 
 class WithoutCtypesTest(ProxyTest):
     """A Python without ctypes cannot ask the C library to save memory, and does all the rest."""
 
     altered = "sys.modules['ctypes'] = None"
-
-    def test_kept_connection_that_died_is_noticed(self):
-        self.upstream.default = Answer(framing="length")
-        for _ in range(20):
-            self.assertEqual(self.rrouter.post().status, 200)
-            self.upstream.break_connections()
-        self.assertEqual(len(self.upstream.received), 20)
 
     def test_large_answer_is_whole(self):
         content = random.Random(8316).randbytes(5 << 20) if hasattr(random.Random, "randbytes") else os.urandom(5 << 20)
