@@ -8106,8 +8106,8 @@ class FreshnessTest(SwitchboardTest):
         def by_other_directory(directory, text):
             """Put a copy with another mode in its place; the log may bring the old name to life in between."""
             copy, old = str(directory) + ".copy", str(directory) + ".old"
-            self.addCleanup(shutil.rmtree, old)
-            shutil.copytree(str(directory), copy)
+            self.addCleanup(shutil.rmtree, old, ignore_errors=True)
+            shutil.copytree(str(directory), copy, ignore=shutil.ignore_patterns("*.tmp"))   # these come and go
             pathlib.Path(copy, mode.relative_to(directory)).write_text(text)
             os.rename(str(directory), old)
             for _ in range(1000):
