@@ -2530,8 +2530,8 @@ class OneCore:
     """Keeps the threads of the connections, and the log's, on one core of Linux while they have much to do.
 
     One of them at a time runs Python code anyway, and to pass the interpreter lock from core to core takes longer than
-    most of what it is needed for: 32 busy connections get a third more requests/s (half of that for the log's thread)
-    and half the p99.  With little to do a thread is better off on whichever core is free.
+    most of what it is needed for: 32 busy connections get half as many requests/s again, for half the CPU, and two
+    thirds of the p99.  With little to do a thread is better off on whichever core is free.
     """
 
     ACTIVE_MIN = 8                      # requests under way
