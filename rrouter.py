@@ -16,6 +16,8 @@ Files: ~/.rrouter/{mode,config.json,rrouter.pid,rrouter.lock,run.json,state.json
 Environment: RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST.  Exit status: 0 done, 1 failed, 2 usage, 3 not running.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import datetime
@@ -38,15 +40,17 @@ import threading
 import time
 import urllib.parse
 from collections import OrderedDict, deque
+from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 # `http.client` takes `ssl` along if it can: 4 MB and 15 ms that a plain upstream never needs.  Upstream fetches it.
 if "ssl" not in sys.modules:
     sys.modules["ssl"] = None           # type: ignore[assignment]
 import http.client
 import http.server
+
 if sys.modules["ssl"] is None:
     del sys.modules["ssl"]
 
@@ -55,7 +59,7 @@ __version__ = "5.0.0"
 
 # Constants ####################################################################
 
-DEFAULT_CONFIG: Dict[str, Any] = {
+DEFAULT_CONFIG: dict[str, Any] = {
     "modes": {
         "antigravity": {"mappings": [
             {"match": "claude-sonnet-*", "rewrite": "gemini-claude-sonnet-4-5-thinking"},
@@ -227,10 +231,10 @@ class Rule(NamedTuple):
 class AutoSettings(NamedTuple):
     """The `auto` section of config.json."""
 
-    targets: Tuple[str, str]
+    targets: tuple[str, str]
     failure_threshold: int
     timeout_threshold: int
-    cooldowns_s: Tuple[float, ...]
+    cooldowns_s: tuple[float, ...]
     first_byte_s: float
 
     def first_byte_limit_s(self, streamed: bool) -> float:
@@ -241,11 +245,11 @@ class AutoSettings(NamedTuple):
 class Config(NamedTuple):
     """What config.json says, checked.  `problems` are complaints that do no harm."""
 
-    modes: Dict[str, Tuple[Rule, ...]]
+    modes: dict[str, tuple[Rule, ...]]
     default_mode: str
     auto: AutoSettings
     auto_error: str             #: why mode auto cannot be used; "" if it can
-    problems: Tuple[str, ...]
+    problems: tuple[str, ...]
 
     def resolve(self, mode: str) -> str:
         """Return the mode in force for `mode`, one of the modes or a usable `auto`."""
@@ -261,14 +265,14 @@ class Snapshot(NamedTuple):
 
     config: Config
     mode: str                   #: the mode in force
-    problems: Tuple[str, ...]
+    problems: tuple[str, ...]
 
 
 class Route(NamedTuple):
     """Where a request goes: the target's name, and the model name to send there."""
 
     target: str
-    model: Optional[str]
+    model: str | None
 
 
 class RequestHead(NamedTuple):
@@ -278,12 +282,12 @@ class RequestHead(NamedTuple):
     target: bytes               #: in origin form (or `*`), bytes untouched
     authority: str              #: what the request says it is for; "" in HTTP/1.0 without Host
     http11: bool
-    fields: "Fields"
-    length: Optional[int]
+    fields: Fields
+    length: int | None
     keep_alive: bool
     expects_continue: bool
     path: str                   #: the target without its query, which may hold secrets
-    outbound: Tuple[bytes, bytes] = (b"", b"")      #: what goes upstream before and behind the number of the length
+    outbound: tuple[bytes, bytes] = (b"", b"")      #: what goes upstream before and behind the number of the length
 
 
 class ResponseHead(NamedTuple):
@@ -292,8 +296,8 @@ class ResponseHead(NamedTuple):
     status: int
     reason: bytes
     end_to_end: bytes           #: the field lines that go on to the client, bytes untouched
-    values: Dict[bytes, bytes]  #: of the fields that the router itself reads, by name; both in lower case
-    length: Optional[int]
+    values: dict[bytes, bytes]  #: of the fields that the router itself reads, by name; both in lower case
+    length: int | None
     chunked: bool
     keep_alive: bool
 
@@ -348,7 +352,7 @@ def span(seconds: float) -> str:
     return "%dm" % (whole // 60) if whole >= 60 and whole % 60 == 0 else "%ds" % whole
 
 
-def utc(when: Optional[float]) -> Optional[str]:
+def utc(when: float | None) -> str | None:
     """Return a time (Unix seconds) as 2026-01-29T15:00:00Z, or None for None."""
     if when is None:
         return None
@@ -361,7 +365,7 @@ def error_body(status: int, message: str) -> bytes:
     return json.dumps({"type": "error", "error": {"type": kind, "message": "rrouter: " + message}}).encode()
 
 
-def describe_defect(error: Optional[BaseException]) -> str:
+def describe_defect(error: BaseException | None) -> str:
     """Return a defect of ours in one line: where and what kind, never values, which may be the user's."""
     where, trace = [], error.__traceback__ if error is not None else None
     while trace is not None:
@@ -398,7 +402,7 @@ def _found(value: Any) -> str:
         return "nesting that is too deep"
 
 
-def _members(value: Any, what: str, prefix: str, known: Tuple[str, ...], problems: List[str]) -> Dict[str, Any]:
+def _members(value: Any, what: str, prefix: str, known: tuple[str, ...], problems: list[str]) -> dict[str, Any]:
     """Return the object `value`; what it has beyond `known` is added to `problems`."""
     if not isinstance(value, dict):
         raise ConfigError("%s: expected an object, found %s" % (what, _found(value)))
@@ -407,7 +411,7 @@ def _members(value: Any, what: str, prefix: str, known: Tuple[str, ...], problem
     return value
 
 
-def _parse_rule(value: Any, path: str, problems: List[str]) -> Rule:
+def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
     members = _members(value, path, path + ".", ("match", "rewrite"), problems)
     for key in ("match", "rewrite"):
         if key not in members:
@@ -421,7 +425,7 @@ def _parse_rule(value: Any, path: str, problems: List[str]) -> Rule:
     return Rule(members["match"], members["rewrite"])
 
 
-def _parse_modes(value: Any, problems: List[str]) -> Dict[str, Tuple[Rule, ...]]:
+def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]:
     if not isinstance(value, dict) or not value:
         raise ConfigError("modes: expected an object with at least one mode, found %s" % _found(value))
     modes = {}
@@ -447,7 +451,7 @@ def _number(value: Any, path: str, low: float, high: float, whole: bool = False)
     return value
 
 
-def _parse_auto(value: Any, problems: List[str]) -> AutoSettings:
+def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
     members = dict(DEFAULT_CONFIG["auto"])
     members.update(_members(value, "auto", "auto.", tuple(members), problems))
     targets, minutes = members["targets"], members["cooldownMinutes"]
@@ -467,7 +471,7 @@ def _parse_auto(value: Any, problems: List[str]) -> AutoSettings:
 def parse_config(text: str) -> Config:
     """Return the configuration that the JSON text `text` describes; raise ConfigError if any of it does not fit."""
     value = _parse_json(text)
-    problems: List[str] = []
+    problems: list[str] = []
     top = _members(value, "the top level", "", ("modes", "defaultMode", "auto"), problems)
     if "modes" not in top:
         raise ConfigError("modes: missing, expected an object of modes")
@@ -493,7 +497,7 @@ def _tidy(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def config_of(content: Optional[bytes]) -> Config:
+def config_of(content: bytes | None) -> Config:
     """Return the configuration in a file of this content, None being no file; raise ConfigError, UnicodeDecodeError."""
     return parse_config(json.dumps(DEFAULT_CONFIG) if content is None else content.decode("utf-8-sig"))
 
@@ -523,7 +527,7 @@ def _without_password(url: str) -> str:
     return re.sub(r"(?s)\A([A-Za-z]+:/+)?.*@", r"\1***@", url)
 
 
-def read_environment(environ: Dict[str, str]) -> Settings:
+def read_environment(environ: dict[str, str]) -> Settings:
     """Return the settings; raise UsageError naming the variable, its value and what is allowed."""
     port = environ.get("RROUTER_PORT") or "8316"
     if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
@@ -547,7 +551,7 @@ def read_environment(environ: Dict[str, str]) -> Settings:
 
 # Routing ######################################################################
 
-def match_rule(rules: Tuple[Rule, ...], model: str) -> Optional[Rule]:
+def match_rule(rules: tuple[Rule, ...], model: str) -> Rule | None:
     """Return the first rule whose glob matches `model`, case-sensitively, or None."""
     for rule in rules:
         if fnmatch.fnmatchcase(model, rule.match):
@@ -555,7 +559,7 @@ def match_rule(rules: Tuple[Rule, ...], model: str) -> Optional[Rule]:
     return None
 
 
-def decide_route(config: Config, target: str, model: Optional[str]) -> Route:
+def decide_route(config: Config, target: str, model: str | None) -> Route:
     """Return where a request for `model` goes when it is the turn of `target`."""
     rule = match_rule(config.modes[target], model) if model is not None else None
     return Route(target, rule.rewrite if rule is not None else model)
@@ -594,7 +598,7 @@ def field_value(line: bytes) -> str:
     return line.partition(b":")[2].strip(b" \t").decode("latin-1")
 
 
-class Fields(List[Tuple[bytes, bytes]]):
+class Fields(list[tuple[bytes, bytes]]):
     """The fields of a request in order, as (lower-case name, line as received).
 
     `values` holds those that the router itself reads, by name; a head is gone through once.
@@ -605,7 +609,7 @@ class Fields(List[Tuple[bytes, bytes]]):
 
     def __init__(self, block: bytes):
         super().__init__([(line.partition(b":")[0].lower(), line) for line in block.split(b"\r\n")[:-1]])
-        self.values: Dict[bytes, List[str]] = {}
+        self.values: dict[bytes, list[str]] = {}
         for name, line in self:
             if name in self.READ:
                 self.values.setdefault(name, []).append(field_value(line))
@@ -613,11 +617,11 @@ class Fields(List[Tuple[bytes, bytes]]):
         self.connection = [token.strip(" \t").lower().encode("latin-1")
                            for value in self.all(b"connection") for token in value.split(",")]
 
-    def all(self, name: bytes) -> List[str]:
+    def all(self, name: bytes) -> list[str]:
         """Return the values of the field `name`, one of READ, line by line."""
         return self.values.get(name, [])
 
-    def end_to_end(self, *drop: bytes) -> List[Tuple[bytes, bytes]]:
+    def end_to_end(self, *drop: bytes) -> list[tuple[bytes, bytes]]:
         """Return the fields that go on: all but the hop-by-hop ones, those named by Connection, and `drop`.
 
         Connection cannot name Content-Length away: the body would lose its end.
@@ -639,7 +643,7 @@ def _refusal(head: bytes) -> RequestError:
     return RequestError(400, "malformed request head")
 
 
-def _origin_form(method: bytes, target: bytes, host: str) -> Tuple[bytes, str]:
+def _origin_form(method: bytes, target: bytes, host: str) -> tuple[bytes, str]:
     """Return (target in origin form, authority); the one in an absolute target replaces Host (RFC 9112 §3.2.2)."""
     if method in (b"CONNECT", b"TRACE"):    # a tunnel would leave the upstream; an echo would show credentials
         raise RequestError(405, "%s is not supported" % method.decode("ascii"))
@@ -652,7 +656,7 @@ def _origin_form(method: bytes, target: bytes, host: str) -> Tuple[bytes, str]:
     return path if path.startswith(b"/") else b"/" + path, absolute.group(1).decode("ascii")
 
 
-def _request_length(fields: Fields, http11: bool) -> Optional[int]:
+def _request_length(fields: Fields, http11: bool) -> int | None:
     """Return the length of the body in bytes, or None if it is chunked (RFC 9112 §6)."""
     lengths, codings = fields.all(b"content-length"), fields.all(b"transfer-encoding")
     if codings:
@@ -734,14 +738,14 @@ def check_origin(head: RequestHead, only_loopback: bool) -> None:
         raise RequestError(403, "requests of web pages from elsewhere are refused (Sec-Fetch-Site)")
 
 
-def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> Tuple[bytes, bytes]:
+def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tuple[bytes, bytes]:
     """Return the head that goes upstream: the client's, Host and framing made the upstream's, in their places.
 
     In two parts, the number of the length to go between them; the second is empty where there is no length.
     """
     target = base_path + head.target if head.target != b"*" else head.target
     lines = [b"%b %b HTTP/1.1" % (head.method.encode("ascii"), target)]
-    after: List[bytes] = []
+    after: list[bytes] = []
     here, named = lines, False
     for name, line in head.fields.end_to_end():
         if name == b"host":
@@ -761,14 +765,14 @@ def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> Tupl
     return b"\r\n".join(lines), b"\r\n".join([b"", *after, b"", b""])
 
 
-def _tell_apart(head: bytes) -> Tuple[Dict[bytes, bytes], bytes]:
+def _tell_apart(head: bytes) -> tuple[dict[bytes, bytes], bytes]:
     """Return what of an answer's fields is read, by name, and the lines that go on to the client.
 
     Names and values are in lower case.  Of a field in several lines the first one counts; Connection and those that say
     where the body ends are joined by commas (RFC 9110 §5.3), so that nothing is overlooked.  The upstream's CORS fields
     stay here as well: they would open rrouter to every web page.
     """
-    values: Dict[bytes, bytes] = {}
+    values: dict[bytes, bytes] = {}
     kept = []
     for line in head[head.index(b"\n") + 1:-2].split(b"\r\n")[:-1]:
         name, _, value = line.partition(b":")
@@ -992,7 +996,7 @@ def _walk_object(text: str, position: int):
         position = _expect(text, position, ",")
 
 
-def _walk_to_model(text: str) -> Optional[Tuple[int, int]]:
+def _walk_to_model(text: str) -> tuple[int, int] | None:
     try:
         found, begin = None, _SPACE.match(text).end()   # type: ignore[union-attr]
         end = begin
@@ -1006,7 +1010,7 @@ def _walk_to_model(text: str) -> Optional[Tuple[int, int]]:
     return found if whole and found != (0, 0) else None
 
 
-def find_model(body: Any) -> Optional[Tuple[int, int, str]]:
+def find_model(body: Any) -> tuple[int, int, str] | None:
     """Return (start, end, name) of the top-level `model` string of a JSON object, or None if it has none.
 
     `start` and `end` are byte offsets, quotes included.  If `model` is the first member and plain, as Claude Code
@@ -1050,7 +1054,7 @@ def _json_string(text: str) -> bytes:
     return json.dumps(text).encode("ascii")
 
 
-def splice(body: Any, start: int, end: int, model: str) -> List[Any]:
+def splice(body: Any, start: int, end: int, model: str) -> list[Any]:
     """Return `body` in pieces, the bytes from `start` to `end` replaced by the JSON string `model`.
 
     Views, for joining 10 MB would cost more than sending them.
@@ -1059,7 +1063,7 @@ def splice(body: Any, start: int, end: int, model: str) -> List[Any]:
     return [view[:start], _json_string(model), view[end:]]
 
 
-def _block_type(text: str, position: int) -> Optional[str]:
+def _block_type(text: str, position: int) -> str | None:
     if text[position] != "{":
         return None
     for key, start, end in _walk_object(text, position):
@@ -1068,7 +1072,7 @@ def _block_type(text: str, position: int) -> Optional[str]:
     return None
 
 
-def _thinking_cuts(text: str, message: int) -> List[Tuple[int, int, bytes]]:
+def _thinking_cuts(text: str, message: int) -> list[tuple[int, int, bytes]]:
     """Return (start, end, replacement) of the thinking blocks of the message at `message`, with their commas."""
     for key, start, _ in _walk_object(text, message):
         if key != "content" or text[start] != "[":
@@ -1085,13 +1089,13 @@ def _thinking_cuts(text: str, message: int) -> List[Tuple[int, int, bytes]]:
     return []
 
 
-def without_thinking(body: Any) -> Optional[bytes]:
+def without_thinking(body: Any) -> bytes | None:
     """Return `body` with the thinking blocks taken out of its messages, or None if there are none.
 
     All other bytes stay as they are.  A content that would be left empty gets a short text block.
     """
     text = str(body, "latin-1")
-    cuts: List[Tuple[int, int, bytes]] = []
+    cuts: list[tuple[int, int, bytes]] = []
     try:
         for key, start, _ in _walk_object(text, _SPACE.match(text).end()):      # type: ignore[union-attr]
             if key == "messages":
@@ -1182,7 +1186,7 @@ def rank(status: int) -> int:
     return RANK.get(status, 0 if status < 500 else 4)
 
 
-def retry_after_s(value: Optional[str], now: float) -> Optional[float]:
+def retry_after_s(value: str | None, now: float) -> float | None:
     """Return the seconds that a Retry-After field asks for, as a number or a date (RFC 9110 §10.2.3), else None."""
     if not value:
         return None
@@ -1200,7 +1204,7 @@ class Failure(NamedTuple):
 
     what: str                           #: 429, timeout, error event ...
     timed_out: bool = False
-    retry_after_s: Optional[float] = None
+    retry_after_s: float | None = None
 
 
 # One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
@@ -1230,25 +1234,25 @@ class Breaker:
     Methods take the time (Unix seconds, for it outlives the process) and return lines for the log.  Not locked.
     """
 
-    def __init__(self, targets: Tuple[str, str], serial: Iterator[int], label: str = ""):
+    def __init__(self, targets: tuple[str, str], serial: Iterator[int], label: str = ""):
         self._serial = serial           # numbers that no other breaker gives out: a ticket fits one machine alone
         self.label = label              #: " for MODEL", or ""
         self.level = 0                  # index of the next wait
         self.switch_count = 0
         self.last_cooldown_s = 0.0
-        self.returned_at: Optional[float] = None
+        self.returned_at: float | None = None
         self.close(targets)
 
-    def close(self, targets: Tuple[str, str]) -> None:
+    def close(self, targets: tuple[str, str]) -> None:
         """Start anew on the first of `targets`; N and the number of switches stay."""
         self.home, self.away = targets
         self.state = CLOSED
         self.generation = next(self._serial)    # a new one with each change of `current`
         self.probe = 0
         self.answered = True            # whether the target last switched to has answered since
-        self.reason: Optional[str] = None
-        self.switched_at: Optional[float] = None
-        self.retry_at: Optional[float] = None
+        self.reason: str | None = None
+        self.switched_at: float | None = None
+        self.retry_at: float | None = None
         self.failures = self.timeouts = 0       # in a row, of `current`
 
     @property
@@ -1268,14 +1272,14 @@ class Breaker:
         self.retry_at = min(self.retry_at, now + self.last_cooldown_s)
         return max(0.0, self.retry_at - now)
 
-    def admit(self, now: float) -> Tuple[str, int]:
+    def admit(self, now: float) -> tuple[str, int]:
         """Return (target, number of the probe or 0) for one request."""
         if self.state == OPEN and not self.remaining_s(now):
             self.state, self.probe = HALF_OPEN, next(self._serial)
             return self.home, self.probe
         return self.current, 0
 
-    def succeed(self, now: float, ticket: Ticket) -> List[str]:
+    def succeed(self, now: float, ticket: Ticket) -> list[str]:
         """Take a success of `ticket.target`."""
         if self.state == HALF_OPEN and ticket.probe == self.probe:
             self.close((self.home, self.away))
@@ -1287,7 +1291,7 @@ class Breaker:
             self.answered = True
         return []
 
-    def fail(self, now: float, ticket: Ticket, failure: Failure, auto: AutoSettings, followed: str) -> List[str]:
+    def fail(self, now: float, ticket: Ticket, failure: Failure, auto: AutoSettings, followed: str) -> list[str]:
         """Take a failure of `ticket.target`; `followed` is the target that the scope gets once it is closed."""
         if self.state == HALF_OPEN and ticket.probe == self.probe:
             lines = ["PROBE of %s failed%s: %s" % (self.home, self.label, failure.what)]
@@ -1314,7 +1318,7 @@ class Breaker:
         self.switch_count += 1
         return lines + ["SWITCH %s -> %s%s: %s" % (self.away, self.home, self.label, reason)]
 
-    def _open(self, now: float, reason: str, failure: Failure, auto: AutoSettings) -> List[str]:
+    def _open(self, now: float, reason: str, failure: Failure, auto: AutoSettings) -> list[str]:
         """Leave home, or stay away from it, for the next wait."""
         self.forget_level(now)
         self.returned_at = None
@@ -1329,7 +1333,7 @@ class Breaker:
         self.reason, self.switched_at, self.retry_at, self.last_cooldown_s = reason, now, now + wait_s, wait_s
         return ["SWITCH %s -> %s%s: %s; retry in %s" % (self.home, self.away, self.label, reason, span(wait_s))]
 
-    def release(self, ticket: Ticket) -> List[str]:
+    def release(self, ticket: Ticket) -> list[str]:
         """Take an outcome that counts for nobody: the probe's place is free again."""
         if self.state == HALF_OPEN and ticket.probe == self.probe:
             self.state, self.probe = OPEN, 0
@@ -1343,7 +1347,7 @@ class Breaker:
             if now - self.returned_at >= 2 * self.last_cooldown_s:
                 self.level, self.returned_at = 0, None
 
-    def report(self, now: float) -> Dict[str, Any]:
+    def report(self, now: float) -> dict[str, Any]:
         """Return what /health tells of it."""
         is_open, remaining_s = self.state != CLOSED, self.remaining_s(now)
         return {"currentTarget": self.current, "switched": is_open, "switchCount": self.switch_count,
@@ -1352,12 +1356,12 @@ class Breaker:
                 "cooldownSeconds": _tidy(round(self.last_cooldown_s, 3)) if is_open else 0,
                 "cooldownRemainingSeconds": int(-(-remaining_s // 1))}
 
-    SAVED: Dict[str, Any] = {
+    SAVED: dict[str, Any] = {
         "home": (str,), "away": (str,), "level": (int,), "switch_count": (int,), "answered": (bool,), "reason": (str,),
         "switched_at": (float, int), "retry_at": (float, int), "returned_at": (float, int),
         "last_cooldown_s": (float, int)}
 
-    def save(self) -> Dict[str, Any]:
+    def save(self) -> dict[str, Any]:
         """Return what a restart must keep: all but the counts and a probe under way."""
         return dict({name: getattr(self, name) for name in self.SAVED}, open=self.state != CLOSED)
 
@@ -1365,7 +1369,7 @@ class Breaker:
         """Take what `save` returned, from a file anybody may have written; raise StateError if it does not fit."""
         if not isinstance(saved, dict):
             raise StateError("expected an object")
-        values: Dict[str, Any] = {name: saved.get(name) for name in self.SAVED}
+        values: dict[str, Any] = {name: saved.get(name) for name in self.SAVED}
         for name, kinds in self.SAVED.items():
             value = values[name]
             if value is None and name.endswith(("_at", "reason")) and not (saved.get("open") and name != "returned_at"):
@@ -1395,9 +1399,9 @@ class Failover:
 
     def _clear(self) -> None:
         self._whole = Breaker(self._auto.targets, self._serial)
-        self._models: "OrderedDict[str, Breaker]" = OrderedDict()
+        self._models: OrderedDict[str, Breaker] = OrderedDict()
 
-    def reset(self, auto: AutoSettings, why: str) -> List[str]:
+    def reset(self, auto: AutoSettings, why: str) -> list[str]:
         """Forget everything, and go on with the settings `auto`."""
         with self._lock:
             used = not self._whole.idle or self._whole.switch_count or self._models
@@ -1405,7 +1409,7 @@ class Failover:
             self._clear()
         return ["RESET: %s; on %s" % (why, auto.targets[0])] if used else []
 
-    def admit(self, model: str, targets: Tuple[str, str]) -> Ticket:
+    def admit(self, model: str, targets: tuple[str, str]) -> Ticket:
         """Return the ticket for the first attempt of a request; `targets` are those of the request's snapshot."""
         with self._lock:
             if targets != self._auto.targets:           # the config changed since the snapshot was taken
@@ -1414,7 +1418,7 @@ class Failover:
             target, probe = breaker.admit(self._clock())
             return Ticket(target, model, alone, breaker.generation, probe)
 
-    def rescue(self, ticket: Ticket, targets: Tuple[str, str]) -> Ticket:
+    def rescue(self, ticket: Ticket, targets: tuple[str, str]) -> Ticket:
         """Return the ticket for the second attempt, on the other of `targets`."""
         other = targets[1] if ticket.target == targets[0] else targets[0]
         with self._lock:
@@ -1423,18 +1427,18 @@ class Failover:
             breaker, alone = self._breaker(ticket.model)
             return Ticket(other, ticket.model, alone, breaker.generation, 0)
 
-    def current(self, model: Optional[str], targets: Tuple[str, str]) -> str:
+    def current(self, model: str | None, targets: tuple[str, str]) -> str:
         """Return the target, one of `targets`, for a request that counts for nobody."""
         with self._lock:
             current = self._breaker(model)[0].current
             return current if current in targets else targets[0]
 
-    def _breaker(self, model: Optional[str]) -> Tuple[Breaker, bool]:
+    def _breaker(self, model: str | None) -> tuple[Breaker, bool]:
         """Return (the breaker that serves `model`, whether it is the model's own)."""
         own = self._models.get(model) if model is not None else None
         return (own, True) if own is not None and own.state != CLOSED else (self._whole, False)
 
-    def credit(self, ticket: Ticket) -> List[str]:
+    def credit(self, ticket: Ticket) -> list[str]:
         """Take a success: the upstream's answer of 2xx is complete."""
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
@@ -1448,7 +1452,7 @@ class Failover:
                 self._align(ticket.model, own)
             return lines
 
-    def charge(self, ticket: Ticket, failure: Failure) -> List[str]:
+    def charge(self, ticket: Ticket, failure: Failure) -> list[str]:
         """Take a failure.
 
         A model switched alone is charged in its own machine only: an exhausted model must not drag the others along,
@@ -1471,7 +1475,7 @@ class Failover:
                 lines += self._charge_model(now, ticket, failure)
             return lines
 
-    def release(self, ticket: Ticket) -> List[str]:
+    def release(self, ticket: Ticket) -> list[str]:
         """Take an outcome that counts for nobody; after `credit` or `charge` it does nothing."""
         with self._lock:
             breaker = self._models.get(ticket.model) if ticket.alone else self._whole
@@ -1484,7 +1488,7 @@ class Failover:
             for breaker in (self._whole, *self._models.values()):
                 breaker.remaining_s(now)
 
-    def _charge_model(self, now: float, ticket: Ticket, failure: Failure) -> List[str]:
+    def _charge_model(self, now: float, ticket: Ticket, failure: Failure) -> list[str]:
         """Count a failure of the whole target for its model too; its line is told only if the model switches."""
         if len(ticket.model) > MODEL_NAME_MAX:
             return []
@@ -1499,7 +1503,7 @@ class Failover:
         lines = own.fail(now, ticket._replace(generation=own.generation), failure, self._auto, own.home)
         return lines[1:]
 
-    def _ordered(self) -> Tuple[str, str]:
+    def _ordered(self) -> tuple[str, str]:
         """Return the targets, the one that serves the whole first."""
         whole = self._whole
         return (whole.home, whole.away) if whole.state == CLOSED else (whole.away, whole.home)
@@ -1520,7 +1524,7 @@ class Failover:
         for model, own in list(self._models.items()):
             self._align(model, own)
 
-    def report(self, active: bool) -> Dict[str, Any]:
+    def report(self, active: bool) -> dict[str, Any]:
         """Return the `autoSwitch` object of /health."""
         with self._lock:
             now, common = self._clock(), {"active": active, "targets": list(self._auto.targets)}
@@ -1528,7 +1532,7 @@ class Failover:
                       for model, own in self._models.items() if own.state != CLOSED}
             return dict(common, **self._whole.report(now), models=models)
 
-    def save(self) -> Dict[str, Any]:
+    def save(self) -> dict[str, Any]:
         """Return what state.json keeps."""
         with self._lock:
             return {"whole": self._whole.save(),
@@ -1544,7 +1548,7 @@ class Failover:
         whole.restore(saved.get("whole"), longest_s)
         if whole.home != self._auto.targets[0]:
             raise StateError("whole.home: expected %s" % self._auto.targets[0])
-        models: "OrderedDict[str, Breaker]" = OrderedDict()
+        models: OrderedDict[str, Breaker] = OrderedDict()
         for model, own in list(saved["models"].items())[:MODELS_REMEMBERED]:
             models[model] = Breaker(self._auto.targets, self._serial, " for " + printable(model))
             models[model].restore(own, longest_s)
@@ -1608,7 +1612,7 @@ def write_atomically(path: str, text: str, durable: bool = True) -> None:
         raise
 
 
-def read_file(path: str) -> Optional[bytes]:
+def read_file(path: str) -> bytes | None:
     """Return the bytes of a regular file, or None if there is none; raise OSError for anything else at `path`."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # a FIFO would block for ever
@@ -1654,7 +1658,7 @@ def _if_stable(signature: Any) -> Any:
     return signature
 
 
-def _write_all(descriptor: int, data: bytes) -> Optional[OSError]:
+def _write_all(descriptor: int, data: bytes) -> OSError | None:
     """Write `data`, in one piece if the system lets; return the error there was."""
     try:
         while data:
@@ -1690,13 +1694,13 @@ class Log:
         self._turn = threading.Lock()   # held by whoever writes
         self._order = threading.Lock()  # of the lines: that of their times
         self._left = threading.Event()  # `leave` was called
-        self._lines: "deque[bytes]" = deque(maxlen=self.HELD_MAX)
+        self._lines: deque[bytes] = deque(maxlen=self.HELD_MAX)
         self._echo_stuck = False
-        self._descriptor: Optional[int] = None
+        self._descriptor: int | None = None
         self._size = 0
         self._stamp = (0, "")           # a second and how it is written
-        self.thread: Optional[int] = None       #: the native id of the one in `write_for_ever`
-        self.problem: Optional[str] = None
+        self.thread: int | None = None       #: the native id of the one in `write_for_ever`
+        self.problem: str | None = None
         self.reopen()
 
     def write(self, tag: str, text: str) -> None:
@@ -1766,7 +1770,7 @@ class Log:
             self._echo_stuck = False
             _write_all(2, data[start:start + select.PIPE_BUF])
 
-    def _note(self, error: Optional[OSError]) -> None:
+    def _note(self, error: OSError | None) -> None:
         """Keep the problem for /health; say it once on stderr, which is all that is left."""
         problem = "rrouter.log: %s: log lines are lost" % reason_of(error) if error is not None else None
         if problem and not self.problem:        # the path, which /health does not tell, names the user
@@ -1849,9 +1853,9 @@ class Store:
         self.condition = threading.Condition()      #: notified when the watcher should look at once
         self._config = config_of(None)
         self._config_bytes: Any = None
-        self._config_error: Optional[str] = None
-        self._word: Optional[str] = None
-        self._mode_error: Optional[str] = None
+        self._config_error: str | None = None
+        self._word: str | None = None
+        self._mode_error: str | None = None
         self.mode_signature: Any = None
         self._current: Snapshot = Snapshot(self._config, "", ())
         self._seen: Any = None
@@ -1933,13 +1937,13 @@ class Store:
                     printable(word, 40), ", ".join([*config.modes, MODE_AUTO]), mode))
         return Snapshot(config, mode, tuple(problem for problem in problems if problem))
 
-    def save_state(self, mode_signature: Any, failover: Dict[str, Any]) -> None:
+    def save_state(self, mode_signature: Any, failover: dict[str, Any]) -> None:
         """Write the state of auto mode to state.json; raise OSError."""
         auto = list(map(_jsonable, self._current.config.auto))
         write_atomically(self.paths.state, json.dumps({
             "version": 1, "modeFile": _jsonable(mode_signature), "auto": auto, **failover}, indent=1) + "\n")
 
-    def load_state(self) -> Optional[Dict[str, Any]]:
+    def load_state(self) -> dict[str, Any] | None:
         """Return what `save_state` wrote, or None if there is nothing to go on with; raise StateError."""
         try:
             content = read_file(self.paths.state)
@@ -1993,10 +1997,10 @@ class Watch:
     only when those have passed, for it would be a third of what auto mode adds to a request.
     """
 
-    def __init__(self, client: Optional[socket.socket], limit_s: Optional[float] = None, find_limit_s=None):
+    def __init__(self, client: socket.socket | None, limit_s: float | None = None, find_limit_s=None):
         self._client, self._limit_s, self._find_limit_s = client, limit_s, find_limit_s
         self._looked_at = time.monotonic()
-        self.deadline: Optional[float] = None
+        self.deadline: float | None = None
 
     def start(self) -> None:
         """Let the time limit begin, if it has not."""
@@ -2068,8 +2072,8 @@ class BodyMemory:
     KEPT_MAX, KEPT_S = 2, 0.5
 
     def __init__(self):
-        self._free: List[mmap.mmap] = []
-        self._used_at: Optional[float] = time.monotonic()       # None: nothing to prune
+        self._free: list[mmap.mmap] = []
+        self._used_at: float | None = time.monotonic()       # None: nothing to prune
 
     def take(self, length: int) -> mmap.mmap:
         """Return a map of at least `length` bytes."""
@@ -2176,7 +2180,7 @@ class UpstreamConnection(Wire):
         except OSError as error:
             return error.errno != SSL_ERROR_WANT_READ
 
-    def send(self, pieces: List[Any], watch: Watch) -> List[memoryview]:
+    def send(self, pieces: list[Any], watch: Watch) -> list[memoryview]:
         """Send `pieces`; return what is left of them where the upstream answers, or closes, before it has read all."""
         if sum(map(len, pieces)) < JOINED_BYTES:
             pieces = [b"".join(pieces)]
@@ -2242,13 +2246,13 @@ class Answer:
     `ahead` is payload that was read before it was known whether this answer goes to the client.
     """
 
-    def __init__(self, upstream: "Upstream", connection: UpstreamConnection, head: ResponseHead, method: str,
+    def __init__(self, upstream: Upstream, connection: UpstreamConnection, head: ResponseHead, method: str,
                  asked_in_full: bool):
         self.head, self._asked_in_full = head, asked_in_full
         self.ahead = b""
         self._upstream, self._connection = upstream, connection
         self._body = response_body(head, method)
-        self._error: Optional[UpstreamError] = None
+        self._error: UpstreamError | None = None
         if self._body.done:
             self._give_back()
 
@@ -2332,7 +2336,7 @@ class Upstream:
         self.base_path = parts.path.encode("ascii")
         self._host, self._port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
         self._is_own_address = is_own_address
-        self._kept: "deque[UpstreamConnection]" = deque()   # last in, first out: the busiest stay alive
+        self._kept: deque[UpstreamConnection] = deque()   # last in, first out: the busiest stay alive
         self._tls: Any = None
         if parts.scheme == "https":
             import importlib
@@ -2341,7 +2345,7 @@ class Upstream:
                 importlib.reload(http.client)
             self._tls = ssl.create_default_context()
 
-    def exchange(self, method: str, pieces: List[Any], watch: Watch, interim) -> Answer:
+    def exchange(self, method: str, pieces: list[Any], watch: Watch, interim) -> Answer:
         """Send a request and return the answer, its head read; `interim` is called with each 1xx head before it.
 
         None: they are dropped, for a client of HTTP/1.0 (RFC 9110 §15.2).
@@ -2361,7 +2365,7 @@ class Upstream:
                     raise
         return self._exchange_on(self.connect(), method, pieces, watch, interim)
 
-    def _exchange_on(self, connection: UpstreamConnection, method: str, pieces: List[Any], watch: Watch,
+    def _exchange_on(self, connection: UpstreamConnection, method: str, pieces: list[Any], watch: Watch,
                      interim) -> Answer:
         connection.heard = False
         watch.start()
@@ -2404,7 +2408,7 @@ class Upstream:
             raise UpstreamUnreachable("cannot be reached: no such host name") from error
         return connection
 
-    def _take(self) -> Optional[UpstreamConnection]:
+    def _take(self) -> UpstreamConnection | None:
         """Return a kept connection that seems alive, or None."""
         while True:
             try:
@@ -2435,12 +2439,12 @@ class Upstream:
 class Attempt:
     """One try of a request on one target: an answer, or the error there was in its place."""
 
-    def __init__(self, route: Route, ticket: Optional[Ticket], watch: Watch):
+    def __init__(self, route: Route, ticket: Ticket | None, watch: Watch):
         self.route, self.ticket, self.watch = route, ticket, watch
-        self.answer: Optional[Answer] = None
-        self.error: Optional[UpstreamError] = None
+        self.answer: Answer | None = None
+        self.error: UpstreamError | None = None
         self.status = 0                 #: that of the answer; of our own error where none came
-        self.scan: Optional[EventScan] = None       #: of an event stream in auto mode
+        self.scan: EventScan | None = None       #: of an event stream in auto mode
         self.blames_history = False                 #: a 400 for foreign thinking signatures
         self.stream_charged = False     #: a stream that has been charged
 
@@ -2486,14 +2490,14 @@ class Attempt:
 class Exchange:
     """One proxied request, from its arrival to its line in the log."""
 
-    def __init__(self, router: "Router", head: RequestHead, body: Any):
+    def __init__(self, router: Router, head: RequestHead, body: Any):
         self.head, self.body = head, body
         self.started = time.monotonic()
         self.snapshot = router.store.snapshot()
         self.found = find_model(body)
         self.model = self.found[2] if self.found else None
-        self.attempts: List[Attempt] = []
-        self.chosen: Optional[Attempt] = None       #: the one whose answer the client gets
+        self.attempts: list[Attempt] = []
+        self.chosen: Attempt | None = None       #: the one whose answer the client gets
         self.answering = False          #: a byte of the final answer has gone to the client
         self._outcome = 0, "", 0.0      # status, note, duration in seconds
         self._router = router
@@ -2539,10 +2543,10 @@ class OneCore:
     PERIOD_S = POLL_S * 0.9             # a shorter time says nothing
 
     def __init__(self):
-        self._core: Optional[int] = None        # the one they keep to
+        self._core: int | None = None        # the one they keep to
         self._seen = 0.0, 0.0
 
-    def look(self, active: int, connections: List[int], log: Optional[int], now: float, used_s: float) -> None:
+    def look(self, active: int, connections: list[int], log: int | None, now: float, used_s: float) -> None:
         """Decide anew, called from none of these threads, which are given by their native ids.
 
         `active` is the number of requests under way; `now` (time.monotonic) and `used_s` (of the processor, outside
@@ -2567,7 +2571,7 @@ class OneCore:
                 self._place(threads, {self._core})
 
     @staticmethod
-    def _core_of(thread: int) -> Optional[int]:
+    def _core_of(thread: int) -> int | None:
         """Return the core that a busy thread ran on last: the kernel knows the fast ones from the slow ones."""
         with contextlib.suppress(OSError, ValueError, IndexError):      # it has ended, or there is no /proc
             descriptor = os.open("/proc/self/task/%d/stat" % thread, os.O_RDONLY)
@@ -2578,7 +2582,7 @@ class OneCore:
         return None
 
     @staticmethod
-    def _place(threads: List[int], cores: Any) -> None:
+    def _place(threads: list[int], cores: Any) -> None:
         for thread in threads:
             with contextlib.suppress(OSError):      # it has ended
                 os.sched_setaffinity(thread, cores)
@@ -2595,14 +2599,14 @@ class Router:
         self.failover.reset(self.store.snapshot().config.auto, "")
         self.upstream = Upstream(settings.upstream, self._is_own_address)
         self.bodies = BodyMemory()
-        self.connections: "set[ProxyHandler]" = set()
+        self.connections: set[ProxyHandler] = set()
         self.connections_max = CONNECTIONS_MAX
         self._one_core = OneCore()
         self.draining = False
-        self.addresses: List[Tuple[str, int]] = []      #: what the servers are bound to
+        self.addresses: list[tuple[str, int]] = []      #: what the servers are bound to
         self.keeps_state = False        #: whether state.json is ours to write
         self._saved_state: Any = None
-        self._state_problem: Optional[str] = None
+        self._state_problem: str | None = None
         self._lock = threading.Lock()
         self._requests = self._active = 0
         self._trimmed = 0, 0.0          # after how many requests free memory was last given back, and when
@@ -2620,7 +2624,7 @@ class Router:
         with self._lock:
             self._active -= 1
 
-    def log_decisions(self, lines: List[str], number: int = 0) -> None:
+    def log_decisions(self, lines: list[str], number: int = 0) -> None:
         """Log decisions of auto mode, and let the watcher save what has come of them."""
         for line in lines:
             self.log.write("AUTO", "#%d %s" % (number, line) if number and "SWITCH" not in line else line)
@@ -2691,7 +2695,7 @@ class Router:
             self._trimmed = self._requests, now
             return_free_memory()
 
-    def health(self) -> Dict[str, Any]:
+    def health(self) -> dict[str, Any]:
         """Return what /health tells."""
         snapshot = self.store.snapshot()
         is_auto = snapshot.mode == MODE_AUTO
@@ -2712,7 +2716,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     for what it does to heads is told above, and its buffered reader hides bytes from the watch for the client.
     """
 
-    server: "ProxyServer"
+    server: ProxyServer
 
     def setup(self) -> None:
         """Take the connection."""
@@ -2726,8 +2730,8 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.asks_head = False          #: HEAD: no answer has a body, be the request otherwise refused
         self.crowded = False            #: one connection too many: only /health is answered, and once
         #: what was before and behind the number of the length, and what it meant
-        self.last_head: Tuple[bytes, bytes, Optional[RequestHead]] = b"", b"", None
-        self.memory: Optional[mmap.mmap] = None     #: of a large body under way
+        self.last_head: tuple[bytes, bytes, RequestHead | None] = b"", b"", None
+        self.memory: mmap.mmap | None = None     #: of a large body under way
         self.shut = False               #: told to read no more, by `drain`: an end of file says nothing of the client
 
     def handle(self) -> None:
@@ -2779,7 +2783,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     # ---- reading
 
-    def read_head(self) -> Optional[RequestHead]:
+    def read_head(self) -> RequestHead | None:
         """Return the next request's head; None if the client closes, or is silent for too long, before it begins."""
         wire = self.wire
         data = bytes(wire.held)
@@ -2821,7 +2825,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             seen = len(data)
             data += more
 
-    def _take_known_head(self, data: bytes) -> Optional[RequestHead]:
+    def _take_known_head(self, data: bytes) -> RequestHead | None:
         """Return the head of the connection's last request if `data` begins with it, but for its Content-Length.
 
         The requests of one connection differ there by nothing else: a quarter less time for a small one.
@@ -2990,7 +2994,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if attempt.ticket is not None and not attempt.blames_history:
             self.router.log_decisions(self.router.failover.charge(attempt.ticket, attempt.failure), exchange.number)
 
-    def attempt(self, exchange: Exchange, target: str, ticket: Optional[Ticket]) -> Attempt:
+    def attempt(self, exchange: Exchange, target: str, ticket: Ticket | None) -> Attempt:
         """Try a request on `target`, healed if its history needs that; with a ticket, by the rules of auto mode.
 
         Raises ClientGone.
@@ -3035,7 +3039,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             attempt.close()
             raise
 
-    def _watch_first_byte(self, exchange: Exchange, ticket: Optional[Ticket]) -> Watch:
+    def _watch_first_byte(self, exchange: Exchange, ticket: Ticket | None) -> Watch:
         client, auto = None if self.shut else self.request, exchange.snapshot.config.auto
         if ticket is None:
             return Watch(client)
@@ -3142,7 +3146,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         body = json.dumps(self.router.health(), indent=2).encode("utf-8") + b"\n"
         self._send_json(200, body, b"Cache-Control: no-store\r\n", head.keep_alive and not self.crowded)
 
-    def _fail(self, head: Optional[RequestHead], error: RouterError, fields: bytes = b"") -> None:
+    def _fail(self, head: RequestHead | None, error: RouterError, fields: bytes = b"") -> None:
         """Answer with an error of our own.  Only after one of the upstream's can the connection go on."""
         keep_alive = head is not None and head.keep_alive and isinstance(error, UpstreamError)
         self._send_json(error.http_status, error_body(error.http_status, str(error)), fields, keep_alive)
@@ -3210,7 +3214,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]    # type: ignore[assignment]
 
-    def get_request(self) -> Tuple[Any, Any]:
+    def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; out of descriptors, wait a little: the loop above would spin."""
         try:
             return super().get_request()
@@ -3241,7 +3245,7 @@ class Lock:
 
     def __init__(self, path: str):
         self._path = path
-        self._descriptor: Optional[int] = None
+        self._descriptor: int | None = None
 
     def acquire(self) -> bool:
         """Take the lock for the life of this process; return False if another has it.  Raises DaemonError."""
@@ -3278,14 +3282,14 @@ class Lock:
             with contextlib.suppress(OSError):
                 os.pwrite(self._descriptor, b"%d stopping\n" % os.getpid(), 0)
 
-    def holder(self) -> Optional[int]:
+    def holder(self) -> int | None:
         """Return the pid of the process that holds the lock, or None.  Raises DaemonError."""
         found = self.look()
         return found[0] if found else None
 
-    def look(self) -> Optional[Tuple[int, bool]]:
+    def look(self) -> tuple[int, bool] | None:
         """Return (pid, whether it is stopping) of the process that holds the lock, or None.  Raises DaemonError."""
-        words: List[bytes] = []
+        words: list[bytes] = []
         for _ in range(25):
             try:
                 descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)   # a FIFO would block for ever
@@ -3325,7 +3329,7 @@ class Signals:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
 
-    def wait(self, timeout_s: Optional[float] = None) -> bytes:
+    def wait(self, timeout_s: float | None = None) -> bytes:
         """Return the numbers of the signals that came, at the latest after `timeout_s`."""
         poller = select.poll()
         poller.register(self._read, select.POLLIN)
@@ -3336,7 +3340,7 @@ class Signals:
         return b""
 
 
-def addresses_of(settings: Settings) -> List[Tuple[int, Any]]:
+def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
     """Return (family, address) of each address to listen on; raise UsageError."""
     if settings.host == "localhost":
         return [(socket.AF_INET, ("127.0.0.1", settings.port)), (socket.AF_INET6, ("::1", settings.port))]
@@ -3380,7 +3384,7 @@ def port_owner(port: int) -> str:
     return _port_owner_from_proc(port)
 
 
-def ask_health(host: str, port: int, timeout_s: float = 3) -> Optional[Dict[str, Any]]:
+def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | None:
     """Return what /health of an rrouter tells, or None if no rrouter answers there."""
     for address in {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}.get(host, (host,)):
         connection = http.client.HTTPConnection(address, port, timeout=timeout_s)
@@ -3404,10 +3408,10 @@ def describe_taken(settings: Settings) -> str:
             "see pprof.addr in its config)" % (settings.port, " by " + owner if owner else ""))
 
 
-def listen(settings: Settings, router: Router) -> List[ProxyServer]:
+def listen(settings: Settings, router: Router) -> list[ProxyServer]:
     """Return the servers, bound and listening; raise DaemonError if an address is taken or is none of ours."""
-    servers: List[ProxyServer] = []
-    problem: Optional[OSError] = None
+    servers: list[ProxyServer] = []
+    problem: OSError | None = None
     for family, address in addresses_of(settings):
         try:
             servers.append(ProxyServer(family, address, router, settings.host == "localhost"))
@@ -3500,7 +3504,7 @@ def wait_for_the_end(signals: Signals, router: Router) -> None:
             router.log.write("START", "SIGHUP: files read again")
 
 
-def drain(signals: Signals, router: Router, servers: List[ProxyServer]) -> None:
+def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
     """Take no more connections, and wait for the requests under way; a second signal ends the wait."""
     router.draining = True
     for server in servers:
@@ -3527,7 +3531,7 @@ def remove_files(*paths: str) -> None:
             os.unlink(path)
 
 
-def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: List[ProxyServer]) -> None:
+def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[ProxyServer]) -> None:
     """Wait for a signal, drain, and end the process."""
     try:
         wait_for_the_end(signals, router)
@@ -3546,7 +3550,7 @@ def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: List[P
         os._exit(1)
 
 
-def serve(settings: Settings, paths: Paths, ready: Optional[int] = None) -> int:
+def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     """Set the router going; return 0, also where another one runs already.
 
     `ready` is the descriptor on which `start` waits for one word: `ready`, `running`, or what is wrong.
@@ -3599,7 +3603,7 @@ class Running(NamedTuple):
     stopping: bool              #: takes no more requests, those under way finish
 
 
-def find_daemon(paths: Paths, settings: Optional[Settings] = None) -> Optional[Running]:
+def find_daemon(paths: Paths, settings: Settings | None = None) -> Running | None:
     """Return the daemon that lives now, or None.  Where run.json is no help, the environment says where it listens."""
     found = Lock(paths.lock).look()
     if found is None:
@@ -3626,7 +3630,7 @@ def last_lines(path: str, count: int = 5) -> str:
     return "\n".join("  " + printable(line) for line in lines)
 
 
-def wait_for_health(paths: Paths) -> Tuple[Running, Dict[str, Any]]:
+def wait_for_health(paths: Paths) -> tuple[Running, dict[str, Any]]:
     """Return the daemon and its /health once it answers; raise DaemonError with the log's last lines if it does not."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
@@ -3681,7 +3685,7 @@ def spawn_daemon(paths: Paths) -> None:
 SYSTEMD_UNIT = "rrouter.service"
 
 
-def _run(command: Tuple[str, ...]) -> Tuple[int, str]:
+def _run(command: tuple[str, ...]) -> tuple[int, str]:
     """Run a manager's command; return its status and what it printed."""
     import subprocess
     try:
@@ -3696,8 +3700,8 @@ class Manager(NamedTuple):
     """A service manager that has rrouter installed: its name and its commands."""
 
     name: str
-    start_commands: Tuple[Tuple[str, ...], ...]
-    stop_command: Tuple[str, ...]
+    start_commands: tuple[tuple[str, ...], ...]
+    stop_command: tuple[str, ...]
 
     def start(self) -> None:
         """Ask for the start; raise DaemonError if the manager refuses."""
@@ -3709,7 +3713,7 @@ class Manager(NamedTuple):
         """Ask for the stop; raise DaemonError if the manager refuses."""
         self._demand(self.stop_command)
 
-    def _demand(self, command: Tuple[str, ...]) -> None:
+    def _demand(self, command: tuple[str, ...]) -> None:
         status, output = _run(command)
         if status:
             raise DaemonError("%s failed: %s" % (" ".join(command), printable(output.strip()) or "status %d" % status))
@@ -3726,7 +3730,7 @@ def agent_path(home: str) -> str:
     return os.path.join(home, "Library", "LaunchAgents", LAUNCHD_LABEL + ".plist")
 
 
-def find_manager(home: str) -> Optional[Manager]:
+def find_manager(home: str) -> Manager | None:
     """Return the service manager in which rrouter is installed and which answers, or None."""
     if os.path.isfile(unit_path(home)) and _run(("systemctl", "--user", "show-environment"))[0] == 0:
         return Manager("systemd", (("systemctl", "--user", "daemon-reload"),
@@ -3824,7 +3828,7 @@ class Context(NamedTuple):
     home: str
     paths: Paths
     arguments: argparse.Namespace
-    commands: Tuple[Any, ...]   #: the table COMMANDS, for `help`
+    commands: tuple[Any, ...]   #: the table COMMANDS, for `help`
 
 
 def read_config(paths: Paths) -> Config:
@@ -3889,7 +3893,7 @@ def _offline_mode(paths: Paths) -> str:
     return mode if not word or word == mode else "%s (the mode file says %r)" % (mode, printable(word, 40))
 
 
-def _print_rows(*rows: Tuple[str, str]) -> None:
+def _print_rows(*rows: tuple[str, str]) -> None:
     for name, text in rows:
         print("%-10s%s" % (name and name + ":", text))
 
@@ -3900,7 +3904,7 @@ def _uptime(seconds: int) -> str:
         minutes, seconds % 60)
 
 
-def describe_target(auto: Dict[str, Any], now: float) -> str:
+def describe_target(auto: dict[str, Any], now: float) -> str:
     """Return in words which target serves, since when, why, and when the other is tried again."""
     if not auto["switched"]:
         failing = ["%d %s" % (auto[key], name) for key, name in (
@@ -4087,7 +4091,7 @@ def cmd_config(context: Context) -> int:
             "path": config_path}[context.arguments.action](context.paths)
 
 
-def help_text(commands: Tuple[Any, ...]) -> str:
+def help_text(commands: tuple[Any, ...]) -> str:
     """Return what `rrouter help` shows of `commands`, the rows of COMMANDS."""
     usage = {"status": "status [--json]", "mode": "mode [NAME]", "config": "config [edit|reset|path]"}
     rows = ["  %-26s %s" % (", ".join((usage.get(name, name),) + aliases), function.__doc__)
@@ -4140,8 +4144,8 @@ def cmd_version(_: Context) -> int:
 OK, WARN, FAIL = "ok", "warn", "fail"
 
 
-def check_daemon(settings: Settings, daemon: Optional[Running],
-                 health: Optional[Dict[str, Any]]) -> Iterator[Tuple[str, str]]:
+def check_daemon(settings: Settings, daemon: Running | None,
+                 health: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     """Yield whether the daemon runs, and is this program; if none runs, who has its port."""
     if daemon and health:
         yield OK, "daemon: pid %d on %s, started by %s" % (daemon.pid, settings.listen_addr, daemon.started_by)
@@ -4166,7 +4170,7 @@ def is_as_installed(home: str, path: str) -> bool:
         return True
 
 
-def check_service(home: str) -> Iterator[Tuple[str, str]]:
+def check_service(home: str) -> Iterator[tuple[str, str]]:
     """Yield whether what the service manager starts is this program."""
     program = os.path.join(home, "bin", "rrouter")
     if not os.path.isfile(unit_path(home)) and not os.path.isfile(agent_path(home)):
@@ -4198,7 +4202,7 @@ def claude_settings_path(home: str) -> str:
     return os.path.join(os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude"), "settings.json")
 
 
-def claude_environment(home: str) -> Dict[str, str]:
+def claude_environment(home: str) -> dict[str, str]:
     """Return the `env` of Claude Code's settings.json, {} if there is none; raise ValueError if it is no JSON."""
     try:
         value = json.loads((read_file(claude_settings_path(home)) or b"{}").decode("utf-8"))
@@ -4211,7 +4215,7 @@ def claude_environment(home: str) -> Dict[str, str]:
         raise ValueError("not JSON") from error
 
 
-def check_client(home: str, settings: Settings) -> Iterator[Tuple[str, str]]:
+def check_client(home: str, settings: Settings) -> Iterator[tuple[str, str]]:
     """Yield whether Claude Code sends its requests here: by its settings, and by this shell."""
     wanted = "http://localhost:%d" % settings.port
     in_shell = os.environ.get("ANTHROPIC_BASE_URL")
@@ -4235,7 +4239,7 @@ def check_client(home: str, settings: Settings) -> Iterator[Tuple[str, str]]:
             printable(_without_password(in_shell)))
 
 
-def get_models(upstream: Upstream, fields: Dict[str, str]) -> Tuple[int, bytes]:
+def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
     """Return (status, body) of the upstream's /v1/models; raise UpstreamUnreachable, OSError, HTTPException."""
     connection = upstream.open()
     with contextlib.closing(connection):
@@ -4244,7 +4248,7 @@ def get_models(upstream: Upstream, fields: Dict[str, str]) -> Tuple[int, bytes]:
         return response.status, response.read(READ_AHEAD_MAX_BYTES)
 
 
-def check_models(config: Config, names: "set[str]") -> Iterator[Tuple[str, str]]:
+def check_models(config: Config, names: set[str]) -> Iterator[tuple[str, str]]:
     """Yield which names written by the rules the upstream does not know, with the lines that make it know them."""
     rewrites = sorted({rule.rewrite for rules in config.modes.values() for rule in rules})
     missing = [name for name in rewrites if name not in names]
@@ -4260,7 +4264,7 @@ def check_models(config: Config, names: "set[str]") -> Iterator[Tuple[str, str]]
                          printable(n, 60) for n in sorted(names)[:6]) or "none listed", printable(name)))
 
 
-def check_upstream(home: str, settings: Settings, config: Optional[Config]) -> Iterator[Tuple[str, str]]:
+def check_upstream(home: str, settings: Settings, config: Config | None) -> Iterator[tuple[str, str]]:
     """Yield whether the upstream answers, takes the client's key, and knows the names that the rules write."""
     environment = dict(os.environ)
     with contextlib.suppress(ValueError):
@@ -4294,7 +4298,7 @@ def check_upstream(home: str, settings: Settings, config: Optional[Config]) -> I
         yield from check_models(config, models)
 
 
-def run_checks(context: Context) -> Iterator[Tuple[str, str]]:
+def run_checks(context: Context) -> Iterator[tuple[str, str]]:
     """Yield (level, text) of each check."""
     daemon = find_daemon(context.paths)
     health = ask_health(daemon.host, daemon.port) if daemon else None
@@ -4376,7 +4380,7 @@ def open_standard_streams() -> None:
             setattr(sys, name, open(descriptor, mode, closefd=False))
 
 
-def run_command(argv: Optional[List[str]]) -> int:
+def run_command(argv: list[str] | None) -> int:
     """Run one command; return its exit status."""
     open_standard_streams()
     words = list(sys.argv[1:] if argv is None else argv) or ["help"]
@@ -4407,7 +4411,7 @@ def run_command(argv: Optional[List[str]]) -> int:
         return 1
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit status, or exit with it if the command is that of the process."""
     try:
         try:
