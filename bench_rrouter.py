@@ -1,19 +1,24 @@
 #!/usr/bin/env python3
-"""Benchmark of rrouter: `python3 bench_rrouter.py`, on Linux; about seven minutes, with --quick one.
+"""Benchmark of rrouter: `python3 bench_rrouter.py`, on Linux.
 
-What is measured, in turn and interleaved over rounds:
+It takes about seven minutes, with --quick about one.  It measures these subjects in turn and
+interleaves them over rounds:
 
-    direct    no proxy at all: what the load generator and the upstream cost by themselves
-    nginx     one location with proxy_buffering off, HTTP/1.1, connections to the upstream kept; its access log on
-    relay     a threaded byte relay of 30 lines that reads nothing of what it passes: the floor of threaded Python
-    rrouter   `rrouter.py serve` in antigravity mode, with its log, checks and all
-    auto      the same process, moved to auto mode
+    direct    no proxy: the cost of the load generator and the upstream alone
+    nginx     one location with proxy_buffering off, HTTP/1.1, kept upstream connections and an
+              access log
+    relay     a threaded byte relay of 30 lines that reads nothing of what it passes: the floor of
+              threaded Python
+    rrouter   `rrouter.py serve` in antigravity mode, with its log and all its checks
+    auto      the same process, switched to auto mode
+    other     with --against, a second rrouter.py in antigravity mode
 
-Two processes of one program differ by up to a fifth (the addresses they get, the order of their dictionaries), so each
-round has new ones.  Load generator (this process) and upstream (a child) use raw sockets and canned bytes and are as
-fast as wrk, so that little of what is measured is their own.  Each figure is the median of the rounds, each ratio the
-median of the ratios within a round, so that a slow spell of the machine hits both sides.  Ratios are costs: above 1,
-the first named is slower or larger, also where the unit is MB/s.
+Two processes of one program differ by up to a fifth, because their addresses and hash seeds differ;
+therefore each round starts new ones.  The load generator (this process) and the upstream (a child)
+use raw sockets and canned bytes and are as fast as wrk, so they add little to the figures.  Each
+figure is the median of the rounds, each ratio the median of the ratios within a round, so a slow
+spell of the machine hits both sides.  Ratios are costs: above 1, the first subject is slower or
+larger, also where the unit is MB/s.
 """
 
 import argparse
@@ -49,41 +54,42 @@ POST_S = 0.4            # sequential requests of one size
 LOAD_S = 3.0            # concurrent requests
 STREAM_S = 1.6          # paced event streams
 QUIET_S = 0.3           # from a stream's first event to the second: by then every stream is open
-GAP_S = 0.8             # one stream without, then with large bodies beside it
-FLOOD_BYTES = 16 << 20  # one stream at full speed, an event in each write; ten times as much in large writes
+GAP_S = 0.8             # one stream without large bodies beside it, then with them
+FLOOD_BYTES = 16 << 20  # one stream at full speed, an event a write; ten times that in large writes
 SETTLE_S = 1.0          # before memory is read
-SETTLED_S = 0.1         # behind a change of rrouter's mode
+SETTLED_S = 0.1         # after a change of rrouter's mode
 WARM_UP = 10            # requests before those that count; 2 of a large body
-WAIT_S = 20             # the net under every wait
+WAIT_S = 20             # the limit of every wait
 
 SIZES = (("1 KB", 1 << 10), ("77 KB", 77 << 10), ("1 MB", 1 << 20), ("10 MB", 10 << 20))
 CONNECTIONS = 32
 STREAMS = (1, 50, 100)
 EVENTS_PER_S = 50
-GAP_EVENTS_PER_S = 200  # of the stream beside the large bodies: every 5 ms, so that each body meets some
+GAP_EVENTS_PER_S = 200  # of the stream beside large bodies, because each body must meet some
 
-# What Claude Code sends, header for header (the values are made up).
-CLAUDE_HEADERS = """\
-Accept: application/json
-Authorization: Bearer sk-0123456789abcdef0123456789abcdef
-Content-Type: application/json
-User-Agent: claude-cli/2.1.330 (external, cli)
-X-Claude-Code-Session-Id: 0f6c1d1e-4a8f-4f0e-9d0c-3f1f4f7c8a11
-X-Stainless-Arch: x64
-X-Stainless-Lang: js
-X-Stainless-OS: Linux
-X-Stainless-Package-Version: 0.94.0
-X-Stainless-Retry-Count: 0
-X-Stainless-Runtime: node
-X-Stainless-Runtime-Version: v24.3.0
-X-Stainless-Timeout: 600
-anthropic-beta: claude-code-20250219,interleaved-thinking-2025-05-14,context-management-2025-06-27,effort-2025-11-24
-anthropic-dangerous-direct-browser-access: true
-anthropic-version: 2023-06-01
-x-app: cli
-Connection: keep-alive
-Accept-Encoding: gzip, deflate, br, zstd
-"""
+# The headers of Claude Code in their order; the values are made up.
+CLAUDE_HEADERS = "\n".join((
+    "Accept: application/json",
+    "Authorization: Bearer sk-0123456789abcdef0123456789abcdef",
+    "Content-Type: application/json",
+    "User-Agent: claude-cli/2.1.330 (external, cli)",
+    "X-Claude-Code-Session-Id: 0f6c1d1e-4a8f-4f0e-9d0c-3f1f4f7c8a11",
+    "X-Stainless-Arch: x64",
+    "X-Stainless-Lang: js",
+    "X-Stainless-OS: Linux",
+    "X-Stainless-Package-Version: 0.94.0",
+    "X-Stainless-Retry-Count: 0",
+    "X-Stainless-Runtime: node",
+    "X-Stainless-Runtime-Version: v24.3.0",
+    "X-Stainless-Timeout: 600",
+    "anthropic-beta: claude-code-20250219,interleaved-thinking-2025-05-14,"
+    "context-management-2025-06-27,effort-2025-11-24",
+    "anthropic-dangerous-direct-browser-access: true",
+    "anthropic-version: 2023-06-01",
+    "x-app: cli",
+    "Connection: keep-alive",
+    "Accept-Encoding: gzip, deflate, br, zstd",
+    ""))
 
 
 class BenchError(Exception):
@@ -95,58 +101,75 @@ class BenchError(Exception):
 def request_body(size):
     """Return the JSON of a Claude Code turn of about `size` bytes: `model` first, `stream` last."""
     line = 'def answer(question):\\n    return \\"forty-two\\"  # of \u00bb%06d\u00ab\\n'
-    head = ('{"model":"claude-sonnet-5-5","messages":[{"role":"user","content":[{"type":"text","text":"').encode()
-    tail = (b'"}]}],"system":[{"type":"text","text":"You are Claude Code."}],"tools":[{"name":"Read","input_schema":'
-            b'{"type":"object","properties":{"model":{"type":"string"}}}}],"max_tokens":128000,"stream":true}')
+    head = (b'{"model":"claude-sonnet-5-5","messages":[{"role":"user",'
+            b'"content":[{"type":"text","text":"')
+    tail = (b'"}]}],"system":[{"type":"text","text":"You are Claude Code."}],'
+            b'"tools":[{"name":"Read","input_schema":'
+            b'{"type":"object","properties":{"model":{"type":"string"}}}}],'
+            b'"max_tokens":128000,"stream":true}')
     text = "".join(line % n for n in range(size // len((line % 0).encode()) + 1)).encode()
     cut = max(0, size - len(head) - len(tail))
+    # Cut neither between an escape and its letter nor inside a character.
     while text[:cut].endswith(b"\\") or (cut < len(text) and text[cut] & 0xC0 == 0x80):
-        cut -= 1                        # neither between an escape and its letter nor inside a character
+        cut -= 1
     return head + text[:cut] + tail
 
 
 def request_bytes(body, query=""):
-    """Return one POST as bytes, as Claude Code writes it."""
-    head = "POST /v1/messages?beta=true%s HTTP/1.1\n%sHost: localhost:8316\nContent-Length: %d\n\n" % (
-        query, CLAUDE_HEADERS, len(body))
+    """Return one POST as Claude Code writes it."""
+    head = (f"POST /v1/messages?beta=true{query} HTTP/1.1\n{CLAUDE_HEADERS}"
+            f"Host: localhost:8316\nContent-Length: {len(body)}\n\n")
     return head.replace("\n", "\r\n").encode() + body
+
+
+def chunk(data):
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def event(text):
     """Return one event of a message, as one chunk."""
-    data = (b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,'
-            b'"delta":{"type":"text_delta","text":"%b"}}\n\n' % text)
-    return b"%x\r\n%b\r\n" % (len(data), data)
+    return chunk(b'event: content_block_delta\ndata: {"type":"content_block_delta","index":0,'
+                 b'"delta":{"type":"text_delta","text":"%b"}}\n\n' % text)
 
 
-ANSWER_BODY = (b'{"id":"msg_01","type":"message","role":"assistant","model":"gemini-claude-sonnet-4-5-thinking",'
-               b'"content":[{"type":"text","text":"ok"}],"stop_reason":"end_turn","usage":{"input_tokens":9}}')
-ANSWER = (b"HTTP/1.1 200 OK\r\nAccess-Control-Allow-Origin: *\r\nContent-Type: application/json\r\n"
-          b"Date: Sun, 22 Nov 2026 10:00:00 GMT\r\nContent-Length: %d\r\n\r\n%b" % (len(ANSWER_BODY), ANSWER_BODY))
-STREAM_HEAD = (b"HTTP/1.1 200 OK\r\nCache-Control: no-cache\r\nContent-Type: text/event-stream\r\n"
-               b"Date: Sun, 22 Nov 2026 10:00:00 GMT\r\nTransfer-Encoding: chunked\r\n\r\n")
+RESPONSE_BODY = (
+    b'{"id":"msg_01","type":"message","role":"assistant",'
+    b'"model":"gemini-claude-sonnet-4-5-thinking","content":[{"type":"text","text":"ok"}],'
+    b'"stop_reason":"end_turn","usage":{"input_tokens":9}}')
+RESPONSE = (
+    b"HTTP/1.1 200 OK\r\nAccess-Control-Allow-Origin: *\r\nContent-Type: application/json\r\n"
+    b"Date: Sun, 22 Nov 2026 10:00:00 GMT\r\nContent-Length: %d\r\n\r\n%b"
+    % (len(RESPONSE_BODY), RESPONSE_BODY))
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nCache-Control: no-cache\r\nContent-Type: text/event-stream\r\n"
+    b"Date: Sun, 22 Nov 2026 10:00:00 GMT\r\nTransfer-Encoding: chunked\r\n\r\n")
 LAST_CHUNK = b"0\r\n\r\n"
+# In auto mode, rrouter counts a stream of messages without `message_stop` as a failure.
+STREAM_END = chunk(b'event: message_stop\ndata: {"type":"message_stop"}\n\n') + LAST_CHUNK
 STAMP = re.compile(rb'"text":"(\d{20})"')
 
 
 # Upstream #####################################################################
 
 class Peer:
-    """One connection to the upstream: what is left of the request being read, and of the stream being written."""
+    """One connection to the upstream, with the rest of its request and of its stream.
 
-    __slots__ = ("socket", "head", "missing", "answer", "events", "interval")
+    `missing` counts the bytes of the request still to come, `events` those of the stream.
+    """
+
+    __slots__ = ("socket", "head", "missing", "request_line", "events", "interval")
 
     def __init__(self, connection):
         self.socket, self.head, self.missing = connection, b"", 0
-        self.answer, self.events, self.interval = ANSWER, 0, 0
+        self.request_line, self.events, self.interval = b"", 0, 0
 
 
 class Upstream:
-    """An epoll loop that reads requests without looking at them and answers with canned bytes.
+    """An epoll loop that discards requests and responds with canned bytes.
 
-    The query asks for more: `&rate=R&count=N` for an event stream of N events a 1/R s apart, each with the time of
-    its writing in it; `&flood=N` for a stream of about N bytes as fast as the other side takes it, written
-    event by event, or with `&block=B` B events at a time.
+    The query can ask for an event stream: `&rate=R&count=N` for N events 1/R s apart, each with the
+    time at which it was written; `&flood=N&block=B` for about N bytes as fast as the other side
+    takes them, B events a write.
     """
 
     LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
@@ -183,7 +206,7 @@ class Upstream:
         try:
             if peer is None or step(peer):
                 return
-        except BlockingIOError:         # the event was that of a closed connection with the same number
+        except BlockingIOError:         # the event was that of a closed connection of this number
             return
         except OSError:
             pass
@@ -192,11 +215,11 @@ class Upstream:
             peer.socket.close()
 
     def read(self, peer):
-        """Take what has come; answer when the request is complete.  False at the end of the connection."""
+        """Take what has come; respond to a complete request.  Return 0 at the connection's end."""
         size = peer.socket.recv_into(self.buffer)
         if peer.missing:
             peer.missing -= size
-            if peer.missing:    # nginx leaves Nagle's algorithm on here and would wait 40 ms for some of the ACKs
+            if peer.missing:    # nginx uses Nagle's algorithm here and would wait 40 ms for an ACK
                 peer.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         else:
             peer.head += self.buffer[:size]
@@ -205,20 +228,20 @@ class Upstream:
                 return size
             length = self.LENGTH.search(peer.head, 0, end)
             peer.missing = end + 4 + (int(length.group(1)) if length else 0) - len(peer.head)
-            peer.answer, peer.head = peer.head[:peer.head.find(b"\r\n")], b""
+            peer.request_line, peer.head = peer.head[:peer.head.find(b"\r\n")], b""
         if size and not peer.missing:
-            if b"&" in peer.answer:
+            if b"&" in peer.request_line:
                 self.stream(peer)
             else:
-                peer.socket.send(ANSWER)
+                peer.socket.send(RESPONSE)
         return size
 
     def stream(self, peer):
-        flood = self.FLOOD.search(peer.answer)
+        flood = self.FLOOD.search(peer.request_line)
         if flood:
             self.flood(peer, *map(int, flood.groups()))
             return
-        rate, count = map(int, self.PACED.search(peer.answer).groups())
+        rate, count = map(int, self.PACED.search(peer.request_line).groups())
         peer.socket.send(STREAM_HEAD + event(b"%020d" % now_ns()))
         peer.events, peer.interval = count, 10 ** 9 // rate
         first = now_ns() + int(QUIET_S * 1e9 + self.phase() * peer.interval)
@@ -235,33 +258,34 @@ class Upstream:
     @staticmethod
     def send_event(peer):
         peer.events -= 1
-        return peer.socket.send(event(b"%020d" % now_ns()) if peer.events else LAST_CHUNK)
+        return peer.socket.send(event(b"%020d" % now_ns()) if peer.events else STREAM_END)
 
     @staticmethod
     def flood(peer, size, events):
-        """Nobody else is served meanwhile."""
+        """Serve this peer alone until its stream ends."""
         block = event(b"x" * 60) * events
         peer.socket.settimeout(WAIT_S)
         peer.socket.sendall(STREAM_HEAD + event(b"0" * 20))
         for _ in range(size // len(block)):
             peer.socket.sendall(block)
-        peer.socket.sendall(LAST_CHUNK)
+        peer.socket.sendall(STREAM_END)
         peer.socket.setblocking(False)
 
 
 def start_upstream():
     """Start the upstream as a child; return (port, process)."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-    process = multiprocessing.get_context("fork").Process(target=lambda: Upstream(listener).run(), daemon=True)
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: Upstream(listener).run(), daemon=True)
     process.start()
     with listener:
         return listener.getsockname()[1], process
 
 
-# What is measured #############################################################
+# Subjects #####################################################################
 
 def relay(port, upstream_port):
-    """The floor: pass bytes both ways, a thread each.  Runs as a program of its own, made of this very source."""
+    """Pass bytes both ways, a thread each.  The source of this function runs as a program."""
     import socket
     import threading
 
@@ -304,29 +328,30 @@ def connect(port):
 
 
 class Subject:
-    """Something between load generator and upstream, in a process and a directory of its own; a context manager."""
+    """A process between load generator and upstream, with a directory; a context manager."""
 
     name = None
 
     def __init__(self, upstream_port, upstream_pid):
-        self.upstream_port, self.upstream_pid, self.port, self.process = upstream_port, upstream_pid, free_port(), None
+        self.upstream_port, self.upstream_pid = upstream_port, upstream_pid
+        self.port, self.process = free_port(), None
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="bench-rrouter-"))
 
     def fresh(self):
-        """Return another one of its kind, not yet started."""
+        """Return another subject of this kind, not yet started."""
         return type(self)(self.upstream_port, self.upstream_pid)
 
     def command(self):
-        """Return (arguments, environment) of its process."""
+        """Return (arguments, environment) of the process."""
         raise NotImplementedError
 
     def __enter__(self):
         arguments, environment = self.command()
-        self.process = subprocess.Popen(arguments, env=dict(os.environ, **environment), cwd=str(self.directory),
-                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                                        stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            arguments, env={**os.environ, **environment}, cwd=self.directory,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            self.wait_for_answer()
+            self.wait_until_ready()
         except BaseException:
             self.__exit__()
             raise
@@ -339,10 +364,10 @@ class Subject:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        shutil.rmtree(str(self.directory), ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
-    def wait_for_answer(self):
-        """Return when it answers; rrouter itself, the others with the upstream's answer."""
+    def wait_until_ready(self):
+        """Return after the first response: from rrouter, or from the upstream through others."""
         deadline = time.monotonic() + WAIT_S
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
@@ -352,30 +377,31 @@ class Subject:
                         return
             except OSError:
                 time.sleep(0.001)
-        raise BenchError("%s: does not answer on port %d (exit status %s)" % (
-            self.name, self.port, self.process.poll()))
+        raise BenchError(f"{self.name}: does not respond on port {self.port} "
+                         f"(exit status {self.process.poll()})")
 
     def check(self):
-        """Refuse to go on if it does not do what it is there for."""
+        """Raise BenchError if the subject does not do its job."""
 
     def take_turn(self):
-        """Get ready to be measured."""
+        """Prepare the subject to be measured."""
 
     def pids(self):
         pid = self.process.pid
-        children = pathlib.Path("/proc/%d/task/%d/children" % (pid, pid)).read_text().split()
+        children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return [pid] + [int(child) for child in children]
 
     def cpu_s(self):
-        """Return the CPU time used so far by all its threads and children; the kernel counts in 10 ms."""
+        """Return the CPU time that process and children used so far; the kernel counts in 10 ms."""
         ticks = 0
         for pid in self.pids():
-            fields = pathlib.Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
+            fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             ticks += int(fields[11]) + int(fields[12])      # utime, stime
         return ticks / os.sysconf("SC_CLK_TCK")
 
     def rss_mb(self):
-        pages = sum(int(pathlib.Path("/proc/%d/statm" % pid).read_text().split()[1]) for pid in self.pids())
+        pages = sum(int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
+                    for pid in self.pids())
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
@@ -387,7 +413,7 @@ class Direct(Subject):
         return self
 
     def __exit__(self, *_):
-        shutil.rmtree(str(self.directory), ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def pids(self):
         return []
@@ -396,10 +422,12 @@ class Direct(Subject):
 class Nginx(Subject):
     name = "nginx"
 
-    #: request buffering is left on, as it is by default, but in memory: in files it is two to five times slower
-    #: (of its ways to pass a body on this is the fastest); keepalive_requests, or it would close after 1000
+    #: Request buffering stays on, which is the default, but in memory, because that is nginx's
+    #: fastest way to forward a body: files are two to five times slower.  Without
+    #: keepalive_requests it would close each connection after 1000 requests.
     CONFIG = """
-        daemon off;  worker_processes auto;  error_log stderr crit;  pid %(directory)s/nginx.pid;  %(user)s
+        daemon off;  worker_processes auto;  %(user)s
+        error_log stderr crit;  pid %(directory)s/nginx.pid;
         events { worker_connections 1024; }
         http {
             access_log %(directory)s/access.log;
@@ -408,11 +436,15 @@ class Nginx(Subject):
             scgi_temp_path %(directory)s/scgi;            tcp_nodelay on;
             client_max_body_size 64m;                     client_body_buffer_size 64m;
             keepalive_requests 100000000;
-            upstream backend { server 127.0.0.1:%(upstream_port)d; keepalive 128; keepalive_requests 100000000; }
+            upstream backend {
+                server 127.0.0.1:%(upstream_port)d;
+                keepalive 128;  keepalive_requests 100000000;
+            }
             server {
                 listen 127.0.0.1:%(port)d backlog=256;
                 location / {
-                    proxy_pass http://backend;  proxy_http_version 1.1;  proxy_set_header Connection "";
+                    proxy_pass http://backend;
+                    proxy_http_version 1.1;  proxy_set_header Connection "";
                     proxy_buffering off;
                 }
             }
@@ -426,12 +458,14 @@ class Nginx(Subject):
     def version(cls):
         if not cls.program():
             return "not installed"
-        said = subprocess.run([cls.program(), "-v"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
-        return said.decode().strip().rpartition("/")[2]
+        output = subprocess.run([cls.program(), "-v"], stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT).stdout
+        return output.decode().strip().rpartition("/")[2]
 
     def command(self):
         config = self.directory / "nginx.conf"
-        config.write_text(self.CONFIG % dict(vars(self), user="user root;" if os.geteuid() == 0 else ""))
+        user = "user root;" if os.geteuid() == 0 else ""
+        config.write_text(self.CONFIG % {**vars(self), "user": user})
         return [self.program(), "-e", "stderr", "-p", str(self.directory), "-c", str(config)], {}
 
 
@@ -439,7 +473,7 @@ class Relay(Subject):
     name = "relay"
 
     def command(self):
-        source = "%s\nrelay(%d, %d)\n" % (inspect.getsource(relay), self.port, self.upstream_port)
+        source = f"{inspect.getsource(relay)}\nrelay({self.port}, {self.upstream_port})\n"
         return [sys.executable, "-c", source], {}
 
 
@@ -448,14 +482,14 @@ class Rrouter(Subject):
 
     def environment(self):
         return {"HOME": str(self.directory), "RROUTER_PORT": str(self.port), "RROUTER_HOST": "",
-                "RROUTER_UPSTREAM": "http://127.0.0.1:%d" % self.upstream_port}
+                "RROUTER_UPSTREAM": f"http://127.0.0.1:{self.upstream_port}"}
 
     def command(self):
         self.take_turn()
         return [sys.executable, self.program, "serve"], self.environment()
 
     def take_turn(self):
-        """Let this mode be in force, and its file no longer be read at each request, as one just written is."""
+        """Set the mode; let its file settle, because rrouter reads a young one at each request."""
         mode = self.directory / ".rrouter" / "mode"
         mode.parent.mkdir(mode=0o700, exist_ok=True)
         if not mode.exists() or mode.read_text() != self.mode + "\n":
@@ -465,75 +499,76 @@ class Rrouter(Subject):
 
     def check(self):
         with connect(self.port) as connection:
-            if b"x-rrouter-model: gemini-claude-sonnet" not in Client(connection, request_body(1024)).post():
-                raise BenchError("%s: %s does not rewrite the model" % (self.name, self.program))
+            response = Client(connection, request_body(1024)).post()
+        if b"x-rrouter-model: gemini-claude-sonnet" not in response:
+            raise BenchError(f"{self.name}: {self.program} does not rewrite the model")
 
 
 class Auto(Rrouter):
     name, mode = "auto", "auto"
-    beside = None           # whose process it uses
+    owner = None            # the subject whose process it uses
 
     def share(self, other):
-        """Use the process of `other`, not yet started."""
-        shutil.rmtree(str(self.directory))
-        self.beside, self.port, self.directory = other, other.port, other.directory
+        """Use the process that `other` will start."""
+        shutil.rmtree(self.directory)
+        self.owner, self.port, self.directory = other, other.port, other.directory
 
     def __enter__(self):
-        if self.beside is None:
+        if self.owner is None:
             return super().__enter__()
-        self.process = self.beside.process
+        self.process = self.owner.process
         return self
 
     def __exit__(self, *error):
-        if self.beside is None:
+        if self.owner is None:
             super().__exit__(*error)
 
 
 class Other(Rrouter):
-    """A second rrouter.py to compare with, given by --against."""
+    """A second rrouter.py to compare with, named by --against."""
 
     name = "other"
 
 
 # Load #########################################################################
 
-def check_answer(data, answer):
-    """Refuse to go on if the connection ended (`data` is empty) or the answer is not the upstream's."""
-    if not data or not answer.startswith(b"HTTP/1.1 200"):
-        raise BenchError("expected the upstream's answer, got %r" % answer[:300])
+def check_response(data, response):
+    """Raise BenchError if the connection ended (`data` is empty) or the status is not 200."""
+    if not data or not response.startswith(b"HTTP/1.1 200"):
+        raise BenchError(f"expected the upstream's response, got {response[:300]!r}")
 
 
 def ready(epoll, timeout_s=WAIT_S):
-    """Return what can be read from; refuse to wait for ever."""
+    """Return the descriptors that can be read; raise BenchError if none can in time."""
     events = epoll.poll(timeout_s)
     if timeout_s and not events:
-        raise BenchError("nothing came for %s s" % timeout_s)
+        raise BenchError(f"nothing came for {timeout_s} s")
     return [number for number, _ in events]
 
 
 class Client:
-    """Sends one request again and again on one connection, and checks that the canned answer comes back."""
+    """Repeats one request on one connection and checks that the canned response comes back."""
 
     def __init__(self, connection, body, query=""):
         self.socket, self.request = connection, request_bytes(body, query)
 
     def post(self):
-        """Send and wait; return the answer."""
+        """Send the request; return the response."""
         self.socket.sendall(self.request)
-        answer = self.socket.recv(65536)
-        while not answer.endswith(ANSWER_BODY):
+        response = self.socket.recv(65536)
+        while not response.endswith(RESPONSE_BODY):
             more = self.socket.recv(65536)
-            answer += more
-            check_answer(more, answer)
-        check_answer(answer, answer)
-        return answer
+            response += more
+            check_response(more, response)
+        check_response(response, response)
+        return response
 
     def warm_up(self):
         for _ in range(WARM_UP if len(self.request) < 1 << 20 else 2):
             self.post()
 
     def repeat(self, seconds):
-        """Post for so long; return the times in seconds."""
+        """Post for that many seconds; return the time each request took, in seconds."""
         times, end = [], now_ns() + int(seconds * 1e9)
         before = now_ns()
         while before < end:
@@ -545,9 +580,9 @@ class Client:
 
 
 def load(port, seconds, on_warm):
-    """Keep a request under way on each of CONNECTIONS; return the times in seconds of those after the warm-up.
+    """Keep a request under way on each of CONNECTIONS; return the seconds each took after warm-up.
 
-    `on_warm()` is called when the time that counts begins.
+    It calls `on_warm()` when the warm-up ends.
     """
     request, epoll, times = request_bytes(request_body(1024)), select.epoll(), []
     sockets, sent, parts = {}, {}, {}
@@ -565,14 +600,15 @@ def load(port, seconds, on_warm):
             for number in ready(epoll):
                 data = sockets[number].recv(65536)
                 now = now_ns()
-                if not data.endswith(ANSWER_BODY) or number in parts:       # head and body came one by one
-                    answer = parts.pop(number, b"") + data
-                    if not answer.endswith(ANSWER_BODY):
-                        parts[number] = answer
-                        check_answer(data, answer)
+                # Head and body may come one by one.
+                if not data.endswith(RESPONSE_BODY) or number in parts:
+                    response = parts.pop(number, b"") + data
+                    if not response.endswith(RESPONSE_BODY):
+                        parts[number] = response
+                        check_response(data, response)
                         continue
-                    data = answer
-                check_answer(data, data)
+                    data = response
+                check_response(data, data)
                 if not warm:
                     times.append((now - sent[number]) / 1e9)
                 elif now >= warm:
@@ -585,13 +621,13 @@ def load(port, seconds, on_warm):
 
 
 class Stream:
-    """One paced event stream being read: its first event's time, the delay and the arrival of each later one."""
+    """Reads one paced event stream: the first event's time, each later one's delay and arrival."""
 
     def __init__(self, port, rate, count):
         self.first_s, self.delays_s, self.arrivals_ns, self.rest = None, [], [], b""
         self.count, self.begun_ns = count, now_ns()
         self.socket = connect(port)
-        self.socket.sendall(request_bytes(request_body(1024), "&rate=%d&count=%d" % (rate, count)))
+        self.socket.sendall(request_bytes(request_body(1024), f"&rate={rate}&count={count}"))
 
     def read(self):
         """Take what has come; return False at the end of the stream."""
@@ -610,17 +646,17 @@ class Stream:
         if text.endswith(LAST_CHUNK):
             self.socket.close()
             if len(self.delays_s) != self.count - 1:
-                raise BenchError("%d events came, not %d" % (len(self.delays_s), self.count - 1))
+                raise BenchError(f"{len(self.delays_s)} events came, not {self.count - 1}")
             return False
         if not data:
-            raise BenchError("a stream was broken off after %r" % text[-200:])
+            raise BenchError(f"a stream broke off after {text[-200:]!r}")
         return True
 
 
 def read_streams(port, number, seconds, on_open, on_end):
-    """Open `number` streams at once and read them to their end; return the streams.
+    """Open `number` streams at once and read them to the end; return the streams.
 
-    `on_open()` is called when all have had their first event, `on_end()` when the first one ends.
+    It calls `on_open()` when each has had its first event, `on_end()` when the first one ends.
     """
     epoll, streams, waiting = select.epoll(), {}, number
     done = []
@@ -651,7 +687,7 @@ def read_streams(port, number, seconds, on_open, on_end):
 
 
 def read_flood(port, query):
-    """Read one stream at full speed; return the seconds it took from its first bytes."""
+    """Read one stream at full speed; return the seconds from its first bytes to its last."""
     buffer, end = bytearray(1 << 18), b""
     with connect(port) as connection:
         connection.sendall(request_bytes(request_body(1024), query))
@@ -659,13 +695,13 @@ def read_flood(port, query):
         begun_ns = now_ns()
         while not end.endswith(LAST_CHUNK):
             got = connection.recv_into(buffer)
-            check_answer(got, b"HTTP/1.1 200")
+            check_response(got, b"HTTP/1.1 200")
             end = end[-8:] + buffer[max(0, got - 8):got]
         return (now_ns() - begun_ns) / 1e9
 
 
 def post_between(port, start_ns, end_ns):
-    """Post bodies of 10 MB, one after the other, between two moments; runs in a child."""
+    """Post bodies of 10 MB, one after the other, between two times; runs in a child."""
     with connect(port) as connection:
         client = Client(connection, request_body(10 << 20))
         time.sleep(max(0, start_ns - now_ns()) / 1e9)
@@ -675,10 +711,11 @@ def post_between(port, start_ns, end_ns):
 
 # Figures ######################################################################
 #
-# Each function takes a subject and a factor for its durations; it returns {row: value}, in seconds, MB, or a rate.
+# Each `measure_` function takes a subject and a factor for its durations; it returns {row: value}
+# in seconds, MB, or a rate.
 
 def percentile(values, percent):
-    """Return the smallest value that is not less than `percent` of all."""
+    """Return the smallest value that `percent` % of the values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
@@ -692,38 +729,39 @@ def measure_post(subject, factor):
             cpu_s = subject.cpu_s()
             times = client.repeat(POST_S * factor)
             cpu_s = subject.cpu_s() - cpu_s
-        rows["post %s p50" % label] = percentile(times, 50)
-        rows["post %s p95" % label] = percentile(times, 95)
-        rows["post %s cpu" % label] = cpu_s / len(times)
+        rows[f"post {label} p50"] = percentile(times, 50)
+        rows[f"post {label} p95"] = percentile(times, 95)
+        rows[f"post {label} cpu"] = cpu_s / len(times)
     return rows
 
 
 def measure_core(subject, factor):
-    """The same for small bodies, with everything on one core.
+    """Measure small bodies again, with all processes on one core.
 
-    Where a core sleeps between two messages, to wake it takes longer than to pass the message on, and whether it does
-    is up to the scheduler.  On one core there is less of that, and what is left is the work.
+    To wake a core that sleeps between two messages takes longer than to forward a message, and the
+    scheduler decides whether it sleeps.  One core sleeps less, so the figure shows the work.
     """
-    everyone = [os.getpid(), subject.upstream_pid] + subject.pids()
+    pids = [os.getpid(), subject.upstream_pid, *subject.pids()]
     cores = os.sched_getaffinity(0)
-    pin(everyone, {min(cores)})
+    pin(pids, {min(cores)})
     try:
         rows = {}
         for label, size in SIZES[:2]:
             with connect(subject.port) as connection:
                 client = Client(connection, request_body(size))
                 client.warm_up()
-                rows["one core %s p50" % label] = percentile(client.repeat(POST_S * factor), 50)
+                times = client.repeat(POST_S * factor)
+                rows[f"one core {label} p50"] = percentile(times, 50)
         return rows
     finally:
-        pin(everyone, cores)
+        pin(pids, cores)
 
 
 def pin(pids, cores):
-    """Let every thread of these processes run on these cores only; threads to come follow them."""
+    """Keep every thread of these processes, present and future, to these cores."""
     for pid in pids:
-        for thread in os.listdir("/proc/%d/task" % pid):
-            with contextlib.suppress(OSError):      # it has just ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(OSError):      # the thread has just ended
                 os.sched_setaffinity(int(thread), cores)
 
 
@@ -731,12 +769,13 @@ def measure_load(subject, factor):
     cpu = []
     seconds = LOAD_S * factor
     times = load(subject.port, seconds, lambda: cpu.append(subject.cpu_s()))
-    return {"load requests": len(times) / seconds, "load p50": percentile(times, 50), "load p99": percentile(times, 99),
+    return {"load requests": len(times) / seconds,
+            "load p50": percentile(times, 50), "load p99": percentile(times, 99),
             "load cpu": (subject.cpu_s() - cpu[0]) / len(times)}
 
 
 def sample_cpu(subject, samples):
-    """Add the CPU seconds that `subject` has used to `samples`."""
+    """Append to `samples` the CPU seconds that `subject` has used."""
     samples.append(subject.cpu_s())
 
 
@@ -747,21 +786,22 @@ def measure_sse(subject, factor):
         sample = functools.partial(sample_cpu, subject, cpu)
         streams = read_streams(subject.port, number, STREAM_S * factor, sample, sample)
         delays = [delay for stream in streams for delay in stream.delays_s]
-        rows["sse %d first" % number] = percentile([stream.first_s for stream in streams], 50)
-        rows["sse %d p50" % number] = percentile(delays, 50)
-        rows["sse %d p99" % number] = percentile(delays, 99)
-        if number > 1:          # too little to be counted
-            rows["sse %d cpu" % number] = (cpu[1] - cpu[0]) / len(delays)
+        rows[f"sse {number} first"] = percentile([stream.first_s for stream in streams], 50)
+        rows[f"sse {number} p50"] = percentile(delays, 50)
+        rows[f"sse {number} p99"] = percentile(delays, 99)
+        if number > 1:          # one stream uses too little for the kernel's count
+            rows[f"sse {number} cpu"] = (cpu[1] - cpu[0]) / len(delays)
     return rows
 
 
 def measure_flood(subject, factor):
     rows = {}
-    for name, size, block in (("flood events", FLOOD_BYTES, 1), ("flood blocks", 10 * FLOOD_BYTES, 400)):
-        size = int(size * factor)
+    for name, full_size, block in (("flood events", FLOOD_BYTES, 1),
+                                   ("flood blocks", 10 * FLOOD_BYTES, 400)):
+        size = int(full_size * factor)
         cpu_s = subject.cpu_s()
-        rows[name] = size / 1e6 / read_flood(subject.port, "&flood=%d&block=%d" % (size, block))
-        rows[name + " cpu"] = (subject.cpu_s() - cpu_s) / (size / 1e6)
+        rows[name] = size / 1e6 / read_flood(subject.port, f"&flood={size}&block={block}")
+        rows[f"{name} cpu"] = (subject.cpu_s() - cpu_s) / (size / 1e6)
     return rows
 
 
@@ -771,7 +811,8 @@ def measure_gap(subject, factor):
     poster = multiprocessing.get_context("fork").Process(
         target=post_between, args=(subject.port, start_ns, start_ns + half_ns), daemon=True)
     poster.start()
-    stream = Stream(subject.port, GAP_EVENTS_PER_S, int(2 * GAP_S * factor * GAP_EVENTS_PER_S))
+    count = int(2 * GAP_S * factor * GAP_EVENTS_PER_S)
+    stream = Stream(subject.port, GAP_EVENTS_PER_S, count)
     while stream.read():
         pass
     poster.join()
@@ -792,7 +833,8 @@ def measure_memory(subject, factor):
         time.sleep(SETTLE_S)
         rows["rss after 10 MB"] = fresh.rss_mb()
         sizes = []
-        read_streams(fresh.port, 100, STREAM_S * factor, lambda: None, lambda: sizes.append(fresh.rss_mb()))
+        read_streams(fresh.port, 100, STREAM_S * factor,
+                     lambda: None, lambda: sizes.append(fresh.rss_mb()))
         rows["rss 100 streams"] = sizes[0]
     return rows
 
@@ -809,7 +851,10 @@ def measure_start(subject, factor):
 
 
 def measure_commands(subject, factor):
-    """`rrouter status` and `rrouter claude` beside a running rrouter; the floor is Python with the same imports."""
+    """Measure `rrouter status` and `rrouter claude` beside a running rrouter.
+
+    Their floor, in the column of the relay, is Python with two of the same imports.
+    """
     if isinstance(subject, Relay):
         bare = wall_time([sys.executable, "-c", "import http.client, argparse"], {}, factor)
         return {"status": bare, "claude": bare}
@@ -824,23 +869,24 @@ def wall_time(arguments, environment, factor):
     times = []
     for _ in range(max(2, int(7 * factor))):
         begun_ns = now_ns()
-        status = subprocess.run(arguments, env=dict(os.environ, **environment), stdin=subprocess.DEVNULL,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=WAIT_S).returncode
+        status = subprocess.run(
+            arguments, env={**os.environ, **environment}, timeout=WAIT_S, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
         times.append((now_ns() - begun_ns) / 1e9)
         if status:
-            raise BenchError("%s: exit status %d" % (" ".join(arguments[1:]), status))
+            raise BenchError(f"{' '.join(arguments[1:])}: exit status {status}")
     return statistics.median(times)
 
 
-MEASURES = collections.OrderedDict((
-    ("post", measure_post), ("core", measure_core), ("load", measure_load), ("sse", measure_sse),
-    ("flood", measure_flood), ("gap", measure_gap), ("memory", measure_memory), ("start", measure_start),
-    ("commands", measure_commands)))
+MEASURES = {
+    "post": measure_post, "core": measure_core, "load": measure_load, "sse": measure_sse,
+    "flood": measure_flood, "gap": measure_gap, "memory": measure_memory, "start": measure_start,
+    "commands": measure_commands}
 
-#: those that take long and vary little are measured in the first rounds only
+#: Measures that take long and vary little run in the first rounds only.
 FEW_ROUNDS = {"memory": 1, "start": 3, "commands": 2}
 
-RATES = {"load requests": "/s", "flood events": " MB/s", "flood blocks": " MB/s"}       # more is better
+RATES = {"load requests": "/s", "flood events": " MB/s", "flood blocks": " MB/s"}   # more is better
 MEGABYTES = ("rss idle", "rss after 10 MB", "rss 100 streams")
 
 
@@ -856,12 +902,12 @@ class Results:
             self.values.setdefault(row, {}).setdefault(subject, []).append(value)
 
     def median(self, row, subject):
-        """Return the median of the rounds, or None if it was not measured."""
+        """Return the median of the rounds, or None if none measured this row."""
         values = self.values.get(row, {}).get(subject)
         return statistics.median(values) if values else None
 
     def ratio(self, row, subject, other):
-        """Return the cost of `subject` by that of `other`, or None if either is missing or zero."""
+        """Return the cost of `subject` divided by that of `other`; None if one is missing or 0."""
         values = self.values.get(row, {})
         pairs = zip(values.get(subject, ()), values.get(other, ()))
         ratios = [b / a if row in RATES else a / b for a, b in pairs if a > 0 and b > 0]
@@ -869,13 +915,14 @@ class Results:
 
 
 def add_delays(results):
-    """Add the delay of each event beyond the direct median, round by round, next to the delays themselves."""
+    """Add rows of the delay beyond the direct median, round by round, after the delays."""
     for number in STREAMS:
-        base = results.values.get("sse %d p50" % number, {}).get("direct", ())
+        base = results.values.get(f"sse {number} p50", {}).get("direct", ())
         for percent in ("p50", "p99"):
-            for subject, values in results.values.get("sse %d %s" % (number, percent), {}).items():
+            added = f"sse {number} added {percent}"
+            for subject, values in results.values.get(f"sse {number} {percent}", {}).items():
                 for value, direct in zip(values, base) if subject != "direct" else ():
-                    results.add(subject, {"sse %d added %s" % (number, percent): max(0.0, value - direct)})
+                    results.add(subject, {added: max(0.0, value - direct)})
 
     def group(row):
         return row.replace(" added", "").rpartition(" ")[0]
@@ -886,17 +933,17 @@ def add_delays(results):
 
 # Report #######################################################################
 
-#: (row, compared with, limit): rrouter's value, or its cost by the other's, may not be above the limit
+#: (row, compared with, limit): the limit of rrouter's value, or of its ratio to the other's
 TARGETS = (
-    ("post 1 KB p50", "nginx", 2.0), ("post 77 KB p50", "nginx", 1.6), ("post 1 MB p50", "nginx", 1.3),
-    ("post 10 MB p50", "nginx", 0.9),
+    ("post 1 KB p50", "nginx", 2.0), ("post 77 KB p50", "nginx", 1.6),
+    ("post 1 MB p50", "nginx", 1.3), ("post 10 MB p50", "nginx", 0.9),
     ("load requests", "nginx", 7.5), ("load p99", None, 0.025), ("load cpu", "relay", 3.5),
     ("sse 50 p50", "nginx", 1.0), ("sse 50 p99", "nginx", 2.0), ("sse 100 p99", "nginx", 3.0),
     ("flood events", "nginx", 1 / 0.8), ("gap growth", None, 0.005),
     ("rss idle", None, 21), ("rss after 10 MB", None, 35), ("rss 100 streams", None, 42),
     ("start", "relay", 2.5), ("status", "relay", 2.5), ("claude", "relay", 2.5),
 )
-AUTO_LIMIT = 1.10       # of auto mode by antigravity mode, on each of the above that depends on the mode
+AUTO_LIMIT = 1.10       # of auto to antigravity mode, for each target above except:
 FREE_OF_MODE = ("gap growth", "status", "claude")
 
 
@@ -905,80 +952,85 @@ def show(row, value):
     if value is None:
         return "-"
     if row in RATES:
-        return "%.0f%s" % (value, RATES[row])
+        return f"{value:.0f}{RATES[row]}"
     if row in MEGABYTES:
-        return "%.1f MB" % value
-    return "%.0f us" % (value * 1e6) if value < 0.001 else "%.*f ms" % (value < 0.1, value * 1e3)
+        return f"{value:.1f} MB"
+    if value < 0.001:
+        return f"{value * 1e6:.0f} us"
+    return f"{value * 1e3:.1f} ms" if value < 0.1 else f"{value * 1e3:.0f} ms"
 
 
 def show_ratio(value):
-    return "-" if value is None else "%.2f" % value
+    return "-" if value is None else f"{value:.2f}"
 
 
 def machine():
-    """Return one line on where this ran."""
-    model = re.findall(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
-    return "%d cores %s, %s %s, Python %s, nginx %s" % (
-        os.cpu_count(), model[0] if model else platform.machine(), platform.system(), platform.release(),
-        platform.python_version(), Nginx.version())
+    """Return one line about the machine and the programs."""
+    models = re.findall(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
+    return (f"{os.cpu_count()} cores {models[0] if models else platform.machine()}, "
+            f"{platform.system()} {platform.release()}, "
+            f"Python {platform.python_version()}, nginx {Nginx.version()}")
 
 
 def table(results):
     """Return the lines of the table."""
     names = results.subjects
-    pairs = [(a, b) for a, b in (("rrouter", "nginx"), ("rrouter", "relay"), ("auto", "rrouter"), ("other", "rrouter"))
+    pairs = [(a, b) for a, b in (("rrouter", "nginx"), ("rrouter", "relay"),
+                                 ("auto", "rrouter"), ("other", "rrouter"))
              if a in names and b in names]
-    rows = [[""] + names + ["%s/%s" % pair for pair in pairs]]
+    rows = [["", *names, *(f"{a}/{b}" for a, b in pairs)]]
     for row in results.values:
-        rows.append([row] + [show(row, results.median(row, name)) for name in names] +
-                    [show_ratio(results.ratio(row, *pair)) for pair in pairs])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join([cells[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:])])
-            for cells in rows]
+        rows.append([row, *(show(row, results.median(row, name)) for name in names),
+                     *(show_ratio(results.ratio(row, *pair)) for pair in pairs)])
+    first, *others = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join([row.ljust(first), *map(str.rjust, cells, others)]) for row, *cells in rows]
 
 
 def judge(results):
-    """Return [(what, value, limit, met)] of each target that was measured, those of auto mode last."""
+    """Return (figure, value, limit, met) of each measured target, those of auto mode last."""
     judged = []
     for row, other, limit in TARGETS:
         value = results.ratio(row, "rrouter", other) if other else results.median(row, "rrouter")
         if value is not None:
-            judged.append((row + (" / %s" % other if other else ""), value, limit, value <= limit))
+            judged.append((f"{row} / {other}" if other else row, value, limit, value <= limit))
     for row, _, _ in TARGETS:
         value = None if row in FREE_OF_MODE else results.ratio(row, "auto", "rrouter")
         if value is not None:
-            judged.append(("auto: " + row, value, AUTO_LIMIT, value <= AUTO_LIMIT))
+            judged.append((f"auto: {row}", value, AUTO_LIMIT, value <= AUTO_LIMIT))
     return judged
 
 
-def verdict(what, value, limit, met):
+def verdict(figure, value, limit, met):
     """Return the line of one judged target."""
-    if "/" in what or what.startswith("auto"):
-        numbers = "%s, limit %.2f" % (show_ratio(value), limit)
+    if "/" in figure or figure.startswith("auto"):
+        numbers = f"{show_ratio(value)}, limit {show_ratio(limit)}"
     else:
-        numbers = "%s, limit %s" % (show(what, value), show(what, limit))
-    return "%-7s %-26s %s" % ("met" if met else "MISSED", what, numbers)
+        numbers = f"{show(figure, value)}, limit {show(figure, limit)}"
+    return f"{'met' if met else 'MISSED':7} {figure:26} {numbers}"
 
 
 def as_json(results, where):
-    rows = {row: {"median": {name: results.median(row, name) for name in values}, "rounds": values,
-                  "toNginx": results.ratio(row, "rrouter", "nginx"), "toRelay": results.ratio(row, "rrouter", "relay"),
-                  "autoToRrouter": results.ratio(row, "auto", "rrouter")} for row, values in results.values.items()}
+    figures = {row: {"median": {name: results.median(row, name) for name in values},
+                     "rounds": values,
+                     "toNginx": results.ratio(row, "rrouter", "nginx"),
+                     "toRelay": results.ratio(row, "rrouter", "relay"),
+                     "autoToRrouter": results.ratio(row, "auto", "rrouter")}
+               for row, values in results.values.items()}
     targets = [dict(zip(("figure", "value", "limit", "met"), line)) for line in judge(results)]
-    return json.dumps({"machine": where, "figures": rows, "targets": targets}, indent=1)
+    return json.dumps({"machine": where, "figures": figures, "targets": targets}, indent=1)
 
 
 # Run ##########################################################################
 
 def show_progress(text):
     if sys.stderr.isatty():
-        print("\r\033[K" + text, end="", file=sys.stderr, flush=True)
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def choose_subjects(against):
     kinds = [Direct, Nginx, Relay, Rrouter, Auto]
     if not Nginx.program():
-        print("nginx is not installed: it and the ratios to it are left out", file=sys.stderr)
+        print("nginx is not installed: the results lack it and the ratios to it", file=sys.stderr)
         kinds.remove(Nginx)
     if against:
         Other.program = os.path.abspath(against)
@@ -987,7 +1039,7 @@ def choose_subjects(against):
 
 
 def make_subjects(kinds, upstream_port, upstream_pid):
-    """Return one of each kind, not yet started."""
+    """Return a subject of each kind, not yet started."""
     subjects = [kind(upstream_port, upstream_pid) for kind in kinds]
     rrouter = next(subject for subject in subjects if type(subject) is Rrouter)
     for subject in subjects:
@@ -997,7 +1049,7 @@ def make_subjects(kinds, upstream_port, upstream_pid):
 
 
 def measure_all(kinds, upstream, measures, rounds, factor):
-    """Measure everything, each subject in turn, the order turned by one each round; return the Results."""
+    """Measure the subjects in turn, the order rotated by one each round; return the Results."""
     results = Results([kind.name for kind in kinds])
     for number in range(rounds):
         with contextlib.ExitStack() as stack:
@@ -1010,7 +1062,7 @@ def measure_all(kinds, upstream, measures, rounds, factor):
                     continue
                 turn = number % len(subjects)
                 for subject in subjects[turn:] + subjects[:turn]:
-                    show_progress("round %d of %d: %s, %s" % (number + 1, rounds, name, subject.name))
+                    show_progress(f"round {number + 1} of {rounds}: {name}, {subject.name}")
                     gc.collect()
                     subject.take_turn()
                     results.add(subject.name, MEASURES[name](subject, factor))
@@ -1022,11 +1074,15 @@ def measure_all(kinds, upstream, measures, rounds, factor):
 def build_parser():
     parser = argparse.ArgumentParser(description="Measure rrouter against nginx and a plain relay.")
     parser.add_argument("--quick", action="store_true", help="one short round, about a minute")
-    parser.add_argument("--only", metavar="NAME,...", default=",".join(MEASURES), help="of %(default)s")
-    parser.add_argument("--rounds", type=int, help="instead of %d" % ROUNDS)
-    parser.add_argument("--rrouter", metavar="FILE", default=Rrouter.program, help="the rrouter.py to measure")
-    parser.add_argument("--against", metavar="FILE", help="another rrouter.py to measure beside it")
-    parser.add_argument("--json", action="store_true", help="print JSON, with the values of each round")
+    parser.add_argument("--only", metavar="NAME,...", default=",".join(MEASURES),
+                        help="measure these of %(default)s")
+    parser.add_argument("--rounds", type=int, help=f"instead of {ROUNDS}")
+    parser.add_argument("--rrouter", metavar="FILE", default=Rrouter.program,
+                        help="the rrouter.py to measure")
+    parser.add_argument("--against", metavar="FILE",
+                        help="another rrouter.py to measure beside it")
+    parser.add_argument("--json", action="store_true",
+                        help="print JSON, with the values of each round")
     return parser
 
 
@@ -1034,21 +1090,23 @@ def main():
     parser = build_parser()
     options = parser.parse_args()
     if not sys.platform.startswith("linux"):
-        parser.error("it reads /proc and waits by epoll: run it on Linux")
-    unknown = set(options.only.split(",")) - set(MEASURES)
+        parser.error("the benchmark needs /proc and epoll: run it on Linux")
+    chosen = options.only.split(",")
+    unknown = set(chosen) - set(MEASURES)
     if unknown:
-        parser.error("--only: expected some of %s, got %s" % (",".join(MEASURES), ",".join(sorted(unknown))))
+        parser.error(f"--only: expected some of {','.join(MEASURES)}, "
+                     f"got {','.join(sorted(unknown))}")
     Rrouter.program = os.path.abspath(options.rrouter)
     rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
     begun = time.monotonic()
     gc.disable()
     port, upstream = start_upstream()
     try:
-        results = measure_all(choose_subjects(options.against), (port, upstream.pid),
-                              [name for name in MEASURES if name in options.only.split(",")], rounds,
-                              QUICK if options.quick else 1)
+        results = measure_all(
+            choose_subjects(options.against), (port, upstream.pid),
+            [name for name in MEASURES if name in chosen], rounds, QUICK if options.quick else 1)
     except BenchError as error:
-        print("bench_rrouter: %s" % error, file=sys.stderr)
+        print(f"bench_rrouter: {error}", file=sys.stderr)
         return 1
     finally:
         upstream.terminate()
@@ -1056,7 +1114,7 @@ def main():
     if options.json:
         print(as_json(results, machine()))
         return 0
-    print("%s; %d rounds in %.0f s" % (machine(), rounds, time.monotonic() - begun))
+    print(f"{machine()}; {rounds} rounds in {time.monotonic() - begun:.0f} s")
     print("\n".join(table(results)), end="\n\n")
     print("\n".join(verdict(*line) for line in judge(results)))
     return 0
