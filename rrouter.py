@@ -146,7 +146,7 @@ BACKLOG = 128                   # VS Code opens 50 at once; with the default of 
 RECEIVE_BYTES = 64 * 1024       # from the upstream; a larger buffer costs each event 10 %
 REQUEST_BYTES = 256 * 1024      # from a client; 8 % faster than 64 KiB for a request of 77 KB
 JOINED_BYTES = 64 * 1024        # a larger request costs more to copy than a second call to send
-BODY_STEP_BYTES = 1024 * 1024   # by which the memory of a request body grows at least
+BODY_STEP_BYTES = 1024 * 1024   # with which the memory of a request body starts at most
 STALE_S = 1                     # a kept connection that closes so soon was dead before
 STOPPED_S = 1                   # beyond a wait: the process was stopped, and a time limit with it
 RECONNECT_EVERY_S = 0.25        # while the upstream is not there,
@@ -158,7 +158,7 @@ POLL_S = 0.2                    # how often the watcher looks at the files; 0.25
 # every 4 to 10 ms.  Where they are whole seconds (HFS+, FAT, some network file systems) the second
 # value holds.
 SETTLED_S, SETTLED_COARSE_S = 0.05, 2
-TRIM_S = 5                      # at least, between two returns of free memory to the system
+TRIM_S = 1                      # at least, between two returns of free memory to the system
 FILE_MAX_BYTES = 1024 * 1024    # mode, config.json and state.json are a few KB
 LOG_MAX_BYTES = 10 * 1024 * 1024    # of one log file
 LOG_FILES = 3                   # rotated ones, beside the one being written
@@ -3176,16 +3176,19 @@ class ClientConnection(Wire):
         if len(self.held) >= length:
             whole, self.held = self.held[:length], bytes(self.held[length:])
             return whole
-        # Memory grows with what has come, not with what is claimed.
-        have = len(self.held)
-        body = bytearray(min(length, max(2 * have, BODY_STEP_BYTES)))
+        # Memory grows with what has come, not with what is claimed: it starts with a part and doubles.
+        size = length
+        while size > max(len(self.held), BODY_STEP_BYTES):
+            size = (size + 1) // 2
+        have, body = len(self.held), bytearray(size)
         body[:have], self.held = self.held, b""
         while have < length:
             if have == len(body):
-                body += bytes(min(length - have, have))
+                body *= 2
             with memoryview(body) as view:
-                have += self._receive_body(partial(self.sock.recv_into, view[have:]))
-        return body
+                end = min(len(body), length)
+                have += self._receive_body(partial(self.sock.recv_into, view[have:end]))
+        return body if len(body) == length else memoryview(body)[:length]
 
     def _read_chunks(self) -> BytesLike:
         body, decoder = bytearray(), ChunkedBody()
@@ -3910,8 +3913,8 @@ class Exchange:
             if self._chosen not in (None, attempt):
                 notes.append(f"{attempt.route.target} failed: {attempt.outcome.what}")
             notes += attempt.notes
-        if note:
-            notes.append(note)
+        late = self._chosen.late_failure if self._chosen is not None else ""
+        notes += [text for text in (late, note) if text]
         line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
         line += f" {routed}{status} {duration_s:.2f}s"
         return line + "".join(f" ({note})" for note in notes)
