@@ -29,11 +29,16 @@ The path of a request, each step a method or function of that name in this file:
     Exchange._line                its line in the log
 
 Files: ~/.rrouter/{mode,config.json,rrouter.pid,rrouter.lock,run.json,state.json,logs/rrouter.log}
-Environment: RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST.
+Environment: RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST, RROUTER_ALLOWED_HOSTS.
 Exit status: 0 done, 1 failed, 2 usage, 3 not running.
 """
 
 from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isolated):
+    del sys.path[0]     # the folder of this file, where any file could pose as a standard module
 
 import argparse
 import codecs
@@ -46,6 +51,7 @@ import fcntl
 import fnmatch
 import http.client
 import http.server
+import ipaddress
 import itertools
 import json
 import math
@@ -58,7 +64,6 @@ import socketserver
 import ssl
 import stat
 import struct
-import sys
 import threading
 import time
 import urllib.parse
@@ -74,6 +79,7 @@ __version__ = "5.0.0"
 # Constants ####################################################################
 
 DEFAULT_ENVIRONMENT = {
+    "RROUTER_ALLOWED_HOSTS": "",
     "RROUTER_HOST": "localhost",
     "RROUTER_PORT": "8316",
     "RROUTER_UPSTREAM": "http://localhost:8317",    # CLIProxyAPI's default port
@@ -138,6 +144,7 @@ HEAD_S = 15                     # for one request head; if more, a slow client h
 BODY_STALL_S = 60               # without a byte of the request body, whose memory is held meanwhile
 WRITE_STALL_S = 300             # without the client reading; Claude Code itself waits 300 s
 LINGER_S = 1                    # for the client to close first; else a reset destroys the response
+UNACKNOWLEDGED_S = 30           # before a remote connection counts as broken; Linux waits 15 min
 POOL_MAX = 32                   # idle upstream connections; each one costs a descriptor
 POOL_IDLE_S = 60                # if more, servers close them first, commonly after 60 s or later
 CONNECTIONS_MAX = 512           # clients at once; each one costs a thread
@@ -164,6 +171,7 @@ LOG_MAX_BYTES = 10 * 1024 * 1024    # of one log file
 LOG_FILES = 3                   # rotated ones, beside the one being written
 CUT_OFF_S = 1                   # for requests to end that the drain has not waited for
 DRAIN_S = 30                    # for running requests after SIGTERM; systemd kills after 45 s
+STATUS_SCOPES = 3               # in a status line: auto itself, and models that switched alone
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
 
 # RFC 9110 §7.6.1, and those that golang/go net/http/httputil/reverseproxy.go removes as well.
@@ -457,6 +465,7 @@ class Settings(NamedTuple):
     host: str
     port: int
     upstream: str
+    allowed_hosts: tuple[str, ...] = ()     #: names for Host besides those of loopback
 
     @property
     def listen_addr(self) -> str:
@@ -476,8 +485,9 @@ def printable(text: str, limit: int = 300) -> str:
         text = text[:limit] + "..."
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode("ascii")
-                   for c in text)
+    # No codec such as `unicode_escape`: Python loads it at its first use, and an upgrade may have
+    # removed it by then.
+    return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text)
 
 
 def span(seconds: float) -> str:
@@ -696,7 +706,7 @@ def config_of(content: bytes | None) -> Config:
     """
     if content is None:
         return parse_config(json.dumps(DEFAULT_CONFIG))
-    return parse_config(content.decode("utf-8-sig"))
+    return parse_config(content.decode("utf-8").removeprefix("\ufeff"))
 
 
 def config_text(config: Config) -> str:
@@ -723,8 +733,8 @@ def mode_word(content: bytes | None) -> str | None:
     if content is None:
         return None
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode("utf-16" if is_utf_16 else "utf-8-sig", "backslashreplace")
-    return text.strip().lower()
+    text = content.decode("utf-16" if is_utf_16 else "utf-8", "backslashreplace")
+    return text.removeprefix("\ufeff").strip().lower()
 
 
 def describe_config_error(error: Exception) -> str:
@@ -744,6 +754,11 @@ def _is_host_name(host: str) -> bool:
         return bool(host.encode("idna"))
     except UnicodeError:
         return False
+
+
+def _is_host(host: str) -> bool:
+    return bool(re.fullmatch("[A-Za-z0-9._:%-]+", host) and len(host) <= HOST_MAX
+                and _is_host_name(host))
 
 
 def _is_upstream_url(text: str) -> bool:
@@ -773,23 +788,32 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
         raise UsageError(f"RROUTER_PORT={printable(port)}: "
                          f"expected a port number from 1 to {PORT_MAX}")
     host = values["RROUTER_HOST"].strip("[]")
-    if (not re.fullmatch("[A-Za-z0-9._:%-]+", host) or len(host) > HOST_MAX
-            or not _is_host_name(host)):
+    if not _is_host(host):
         raise UsageError(f"RROUTER_HOST={printable(host)}: "
                          "expected localhost, an address or a host name")
     upstream = values["RROUTER_UPSTREAM"]
     if not _is_upstream_url(upstream):
         raise UsageError(f"RROUTER_UPSTREAM={printable(_without_password(upstream))}: expected "
                          "http(s)://HOST[:PORT][/PATH] without user, query or fragment")
-    return Settings(host, int(port), upstream.rstrip("/"))
+    words = values["RROUTER_ALLOWED_HOSTS"].split(",")
+    allowed = tuple(word.strip(" []").rstrip(".").lower() for word in words if word.strip())
+    if not all(map(_is_host, allowed)):
+        raise UsageError(f"RROUTER_ALLOWED_HOSTS={printable(','.join(words))}: expected names or "
+                         "addresses, without port, separated by commas")
+    return Settings(host, int(port), upstream.rstrip("/"), allowed)
 
 
 # Routing ######################################################################
 
+@lru_cache(maxsize=32768)       # that of `fnmatch` holds 256 in Python 3.9
+def _glob(pattern: str) -> Callable[[str], object]:
+    return re.compile(fnmatch.translate(pattern)).match
+
+
 def match_rule(rules: Iterable[Rule], model: str) -> Rule | None:
     """Return the first rule that matches `model`: a name that equals it, or a glob; else None."""
     for rule in rules:
-        if model == rule.match or fnmatch.fnmatchcase(model, rule.match):
+        if model == rule.match or _glob(rule.match)(model):
             return rule
     return None
 
@@ -814,13 +838,14 @@ _REQUEST_HEAD = re.compile(b"%b%b\r\n" % (_REQUEST_LINE.pattern, _FIELDS))
 _STATUS_LINE = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n" % _TEXT
 _RESPONSE_HEAD = re.compile(b"%b%b\r\n" % (_STATUS_LINE, _FIELDS))
 _TRAILERS = re.compile(b"%b\r\n" % _FIELDS)
+_TRUNCATED_TRAILERS = re.compile(b"%b(?:\r|%b(?::%b\r?)?)?" % (_FIELDS, _TOKEN, _TEXT))
 _NAME = re.compile(_TOKEN)
 _NUMBER = re.compile(b"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
-_LOOPBACK = r"(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?"
-_LOOPBACK_HOST = re.compile("(?i)" + _LOOPBACK)
-_LOOPBACK_ORIGIN = re.compile(b"(?i)https?://" + _LOOPBACK.encode("ascii"))
+_AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
+_LOOPBACK_ORIGIN = re.compile(
+    rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
 
 # The fields whose values the router reads.
 _READ = frozenset((
@@ -907,7 +932,10 @@ def _request_length(fields: Fields, http11: bool) -> int | None:
             raise RequestError(400, "malformed request: both Content-Length and Transfer-Encoding")
         if not http11:
             raise RequestError(400, "malformed request: Transfer-Encoding in HTTP/1.0")
-        if [coding.lower() for coding in codings] != [b"chunked"]:
+        names = [name.strip().lower() for name in b",".join(codings).split(b",")]
+        if b"chunked" in names[:-1]:
+            raise RequestError(400, "malformed Transfer-Encoding: chunked is not the last coding")
+        if names != [b"chunked"]:
             raise RequestError(501, "Transfer-Encoding not supported: expected only chunked")
         return None
     if not lengths:
@@ -941,8 +969,10 @@ def parse_request_head(head: bytes) -> RequestHead:
         raise RequestError(400, "malformed request: expected exactly one Host field, "
                                 f"found {len(hosts)}")
     target, authority = _origin_form(method, target, hosts[0] if hosts else b"")
+    if not all(map(_AUTHORITY.fullmatch, [authority, *hosts])):
+        raise RequestError(400, "malformed Host: expected NAME or NAME:PORT")
     length = _request_length(fields, http11)
-    expectations = [value.lower() for value in fields.all(b"expect")] if http11 else []
+    expectations = [value.lower() for value in fields.all(b"expect") if value and http11]
     if expectations not in ([], [b"100-continue"]):
         raise RequestError(417, "unknown expectation: only 100-continue is supported")
     return RequestHead(
@@ -971,18 +1001,21 @@ def check_head_start(data: bytes, seen: int) -> None:
         raise RequestError(400, "malformed request: expected HTTP/1.1 with lines that end in CR LF")
 
 
-def check_origin(head: RequestHead, only_loopback: bool) -> None:
+def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
     """Raise RequestError 403 for a request that a web page may have sent.
+
+    `hosts` are the names that Host may have; with none of them it may have any.
 
     Any page could otherwise spend the user's quota: the upstream responds to every Origin and
     preflight with `Access-Control-Allow-Origin: *`, a text/plain POST needs no preflight, and a
     page can rebind its host name to 127.0.0.1 (CVE-2024-28224, CVE-2025-66414).  `Sec-Fetch-Mode`
     proves nothing, because Node's fetch sends it as well.
     """
-    names_host = head.http11 or head.authority
-    if only_loopback and names_host and not _LOOPBACK_HOST.fullmatch(head.authority):
+    host = re.sub(r"\.?(?::[0-9]*)?\Z", "", head.authority, count=1).lower()
+    if hosts and (head.http11 or host) and host not in hosts:
         raise RequestError(403, f"Host {printable(repr(head.authority), 80)} is not this machine: "
-                                "use localhost, 127.0.0.1 or [::1]", "Host is not this machine")
+                                "use localhost, 127.0.0.1 or [::1], or start rrouter with the name "
+                                "in RROUTER_ALLOWED_HOSTS", "Host is not this machine")
     if not all(_LOOPBACK_ORIGIN.fullmatch(origin) for origin in head.fields.all(b"origin")):
         raise RequestError(403, "requests from foreign web pages are refused (Origin)")
     if any(site.lower() == b"cross-site" for site in head.fields.all(b"sec-fetch-site")):
@@ -1055,16 +1088,16 @@ class FixedBody:
     delimited = True                    #: it ends before its connection does
 
     def __init__(self, length: int) -> None:
-        self._left = length
+        self.left = length              #: bytes that are due, of the body or of a chunk
         self.done = not length
         self.rest = b""                 #: the bytes after the end
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in `data`."""
-        if len(data) > self._left:
-            data, self.rest = data[:self._left], data[self._left:]
-        self._left -= len(data)
-        self.done = not self._left
+        if len(data) > self.left:
+            data, self.rest = data[:self.left], data[self.left:]
+        self.left -= len(data)
+        self.done = not self.left
         return data
 
     def finish(self) -> None:
@@ -1096,8 +1129,10 @@ class ChunkedBody(FixedBody):
     """
 
     _SIZE = b"([0-9A-Fa-f]{1,%d})" % LENGTH_DIGITS_MAX
-    # Size, white space and extension together stay below CHUNK_LINE_MAX_BYTES.
-    _SIZE_LINE = re.compile(rb"\r\n%b(?:[ \t]{0,20};[\t\x20-\x7e\x80-\xff]{0,200})?\r\n" % _SIZE)
+    _QUOTED = rb'"(?:[\t !\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
+    _EXTENSION = rb"[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?" % (_TOKEN, _TOKEN, _QUOTED)
+    # Size and extensions together stay below CHUNK_LINE_MAX_BYTES.
+    _SIZE_LINE = re.compile(rb"\r\n%b(?:(?=[^\r]{1,220}\r)(?:%b)+)?\r\n" % (_SIZE, _EXTENSION))
     _PLAIN_SIZE_LINE = re.compile(b"%b\r\n" % _SIZE)
     _TRUNCATED_SIZE_LINE = re.compile(
         rb"\r?|\r\n(?:%b(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?\r?)?" % _SIZE)
@@ -1110,8 +1145,8 @@ class ChunkedBody(FixedBody):
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in `data`; raise UpstreamError where the coding is broken."""
-        if self._left >= len(data):     # the middle of a large chunk
-            self._left -= len(data)
+        if self.left >= len(data):     # the middle of a large chunk
+            self.left -= len(data)
             return data
         # One whole chunk, as events come; _walk would take three times as long.
         if self._held == b"\r\n":
@@ -1124,9 +1159,9 @@ class ChunkedBody(FixedBody):
 
     def _walk(self, data: bytes) -> bytes:
         """Return the payload in `data`, which may begin and end anywhere in the coding."""
-        position = self._left           # where the chunk under way ends
+        position = self.left           # where the chunk under way ends
         payload = [data[:position]] if position else []
-        self._left = 0
+        self.left = 0
         data, self._held = self._held + data, b""
         while not self._in_trailers:
             size_line = self._SIZE_LINE.match(data, position)
@@ -1138,7 +1173,7 @@ class ChunkedBody(FixedBody):
             self._in_trailers = not size
             payload.append(data[start:position])
             if position > len(data):
-                self._left = position - len(data)
+                self.left = position - len(data)
                 return b"".join(payload)
         self._read_trailers(data[position:])
         return b"".join(payload)
@@ -1153,8 +1188,7 @@ class ChunkedBody(FixedBody):
         whole = _TRAILERS.match(data)
         if whole and whole.end(1) <= TRAILERS_MAX_BYTES:
             self.done, self.rest = True, data[whole.end():]
-        elif (b"\r\n\r\n" in data or len(data) > TRAILERS_MAX_BYTES
-              or (data.startswith(b"\r") and data != b"\r")):
+        elif len(data) > TRAILERS_MAX_BYTES or not _TRUNCATED_TRAILERS.fullmatch(data):
             raise UpstreamError("sent malformed trailers")
         else:
             self._held = data
@@ -2059,6 +2093,33 @@ class Failover:
             self._whole, self._models = whole, models
 
 
+def _status_note(auto: dict[str, Any]) -> str:
+    """Return " (antigravity 429, 23m)": which target failed, how, and when it is probed."""
+    if not auto["switched"]:
+        return ""
+    failed = next(name for name in auto["targets"] if name != auto["currentTarget"])
+    what = re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", auto["reason"] or "")
+    left = auto["cooldownRemainingSeconds"]
+    when = f"{-(-left // 60)}m" if left >= 60 else f"{left}s" if left else "now"
+    return f" ({failed} {printable(what, 40)}, {when})"
+
+
+def status_line(health: dict[str, Any]) -> str:
+    """Return /health in one line: auto → claude (antigravity 429, 23m)."""
+    auto = health["autoSwitch"]
+    if auto["active"]:
+        scopes = {"auto": auto, **auto["models"]}
+        parts = [f"{printable(name, 40)} → {own['currentTarget']}{_status_note(own)}"
+                 for name, own in itertools.islice(scopes.items(), STATUS_SCOPES)]
+        hidden = len(scopes) - len(parts)
+        parts += [f"{hidden} more"] if hidden else []
+    else:
+        parts = [health["mode"]]
+    count = len(health["problems"])
+    parts += [f"{count} problem{'s' * (count > 1)}: rrouter status"] if count else []
+    return ", ".join(parts)
+
+
 # ---- Everything above is pure; everything below does I/O. ----
 
 
@@ -2075,6 +2136,7 @@ class Paths:
         self.lock = os.path.join(self.root, "rrouter.lock")
         self.run = os.path.join(self.root, "run.json")
         self.state = os.path.join(self.root, "state.json")
+        self.record = os.path.join(self.root, "install.json")
         self.log = os.path.join(self.root, "logs", "rrouter.log")
 
     def create(self) -> None:
@@ -2085,7 +2147,11 @@ class Paths:
                 if stat.S_IMODE(os.stat(directory).st_mode) != 0o700:   # chmod can hang
                     os.chmod(directory, 0o700)
         except OSError as error:
-            raise DaemonError(f"{error.filename or self.root}: {reason_of(error)}: rrouter keeps "
+            path = error.filename or self.root
+            if os.path.islink(path) and not os.path.exists(path):
+                raise DaemonError(f"{path}: a symbolic link that leads nowhere: remove it, or "
+                                  "create its target") from error
+            raise DaemonError(f"{path}: {reason_of(error)}: rrouter keeps "
                               "its files there; set HOME to a directory you can write") from error
 
 
@@ -2393,7 +2459,7 @@ class Store:
             problems += [] if complaint in problems else [complaint]
         elif word is not None and word != mode:
             defined = ", ".join([*config.modes, MODE_AUTO])
-            problems.append(f"mode: {printable(word, 40)!r} is not defined by config.json "
+            problems.append(f"mode: '{printable(word, 40)}' is not defined by config.json "
                             f"(defined: {defined}); {mode} is in force")
         return Snapshot(config, mode, tuple(problem for problem in problems if problem))
 
@@ -2431,6 +2497,10 @@ class StateFile:
             if state.get(name) != fingerprint[name]:
                 raise StateError(f"{what} was written since")
         return state
+
+    def forget(self) -> None:
+        """Let the next `save` write, because the file was removed."""
+        self._saved = None
 
     def save(self, make: Callable[[], dict[str, Any]]) -> None:
         """Write the state that `make` returns, fingerprint included, unless it is the last saved.
@@ -2594,6 +2664,9 @@ def outlive_main_script(run: Callable[[], None]) -> None:
 # Upstream #####################################################################
 
 # As a number, because `|` of the standard library's flags runs 5 us of Python code.
+# The option that ends a connection which no longer acknowledges, and its value.
+UNACKNOWLEDGED = ((0x80, UNACKNOWLEDGED_S) if sys.platform == "darwin" else     # RXT_CONNDROPTIME
+                  (getattr(socket, "TCP_USER_TIMEOUT", None), UNACKNOWLEDGED_S * 1000))
 PEEK_NOW = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's time limit
 
@@ -2680,8 +2753,21 @@ class Outbound(NamedTuple):
     interim: Callable[[ResponseHead], None] | None
 
 
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+def is_loopback(address: str) -> bool:
+    """Return whether an address, in figures, is one of this machine alone."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def set_kernel_limit(sock: socket.socket, option: int, seconds: float) -> None:
+    """Set SO_RCVTIMEO or SO_SNDTIMEO; raise OSError."""
+    time_value = int(seconds), int(seconds % 1 * 1e6)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *time_value))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # A 32-bit system with 64-bit time.  Not first: 32-bit x86 accepts and misreads it.
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@qq", *time_value))
 
 
 class Wire:
@@ -2703,7 +2789,7 @@ class Wire:
         """Set the socket's options; raise OSError if it is closed already."""
         if self._plain:
             self.sock.settimeout(None)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(send_limit_s))
+            set_kernel_limit(self.sock, socket.SO_SNDTIMEO, send_limit_s)
         # Without this each event of a stream waits 40 ms for an acknowledgement.
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -2713,7 +2799,7 @@ class Wire:
         if seconds != self._limit_s:
             self._limit_s = seconds
             if self._plain:
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+                set_kernel_limit(self.sock, socket.SO_RCVTIMEO, seconds)
             else:
                 self.sock.settimeout(seconds)
 
@@ -2743,12 +2829,16 @@ class UpstreamConnection(Wire):
         self._poller = select.poll()
         self._responding = False        # a byte of the response due has come
         self._sent_at: float | None = None      # the time of the last byte, None: sending failed
-        self.idle_since = 0.0
+        self._idle_since = 0.0, 0.0     # monotonic time and wall clock
 
     def set_up(self, send_limit_s: float) -> None:
         """Set the socket's options."""
         super().set_up(send_limit_s)
         self._poller.register(self.sock, select.POLLIN)
+        option, value = UNACKNOWLEDGED
+        if option is not None and not is_loopback(self.sock.getpeername()[0]):
+            with contextlib.suppress(OSError):          # a system that imitates Linux
+                self.sock.setsockopt(socket.IPPROTO_TCP, option, value)
         if isinstance(self.sock, ssl.SSLSocket):    # an end without close_notify is a truncation
             setattr(self.sock, "suppress_ragged_eofs", False)   # noqa: B010 - typeshed lacks it
 
@@ -2799,6 +2889,16 @@ class UpstreamConnection(Wire):
         self._sent_at = time.monotonic()
         return views
 
+    def rest(self) -> None:
+        """Be idle from now on."""
+        self._idle_since = time.monotonic(), time.time()
+
+    @property
+    def is_old(self) -> bool:
+        """True if it has been idle for too long; the monotonic clock stops while systems sleep."""
+        since, wall_since = self._idle_since
+        return max(time.monotonic() - since, abs(time.time() - wall_since)) >= POOL_IDLE_S
+
     def expect_response(self) -> None:
         """Begin a request: no byte of its response has come."""
         self._responding = False
@@ -2837,7 +2937,8 @@ class UpstreamConnection(Wire):
             if end >= 4:
                 self.held = data[end:]
                 return parse_response_head(data[:end])
-            if len(data) > HEAD_MAX_BYTES or not b"HTTP/1.".startswith(data[:7]):
+            if (len(data) > HEAD_MAX_BYTES or not b"HTTP/1.".startswith(data[:7])
+                    or _BARE_LF.search(data, len(data) - len(more))):
                 raise UpstreamError("sent a malformed response head")
 
     def close(self) -> None:
@@ -3060,14 +3161,13 @@ class Upstream:
                 connection = self._kept.pop()
             except IndexError:
                 return None
-            fresh = time.monotonic() - connection.idle_since < POOL_IDLE_S
-            if fresh and not connection.has_input():
+            if not connection.is_old and not connection.has_input():
                 return connection
             connection.close()
 
     def keep(self, connection: UpstreamConnection) -> None:
         """Keep a connection whose response is complete."""
-        connection.idle_since = time.monotonic()
+        connection.rest()
         self._kept.append(connection)
         if len(self._kept) > POOL_MAX:
             with contextlib.suppress(IndexError):
@@ -3076,7 +3176,7 @@ class Upstream:
     def prune(self) -> None:
         """Close the connections that have been idle for too long."""
         with contextlib.suppress(IndexError):
-            while time.monotonic() - self._kept[0].idle_since >= POOL_IDLE_S:
+            while self._kept[0].is_old:
                 self._kept.popleft().close()
 
 
@@ -3176,7 +3276,7 @@ class ClientConnection(Wire):
         if len(self.held) >= length:
             whole, self.held = self.held[:length], bytes(self.held[length:])
             return whole
-        # Memory grows with what has come, not with what is claimed: it starts with a part and doubles.
+        # Memory grows with what has come, not with what is claimed: from a part, by doubling.
         size = length
         while size > max(len(self.held), BODY_STEP_BYTES):
             size = (size + 1) // 2
@@ -3195,7 +3295,7 @@ class ClientConnection(Wire):
         try:
             while not decoder.done:
                 body += decoder.feed(self._receive_body(self.receive))
-                if len(body) > BODY_MAX_BYTES:
+                if len(body) + decoder.left > BODY_MAX_BYTES:
                     raise RequestError(413, f"body over the limit of {BODY_MAX_BYTES >> 20} MiB")
         except UpstreamError as error:
             raise RequestError(400, f"malformed request body: the client {error}") from error
@@ -3256,18 +3356,20 @@ class ClientConnection(Wire):
         except OSError as error:
             raise ClientGone() from error
 
-    def send_json(self, status: int, body: bytes, fields: bytes) -> None:
+    def send_whole(self, status: int, body: bytes, fields: bytes,
+                   content_type: bytes = b"application/json") -> None:
         """Send a whole response of rrouter's own."""
         date = email.utils.formatdate(time.time(), usegmt=True)
-        self.send(b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: application/json\r\n"
+        self.send(b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: %b\r\n"
                   b"Content-Length: %d\r\n%b\r\n%b" % (
                       status, http.client.responses.get(status, "Error").encode("ascii"),
-                      date.encode("ascii"), len(body), fields, b"" if self._asks_head else body))
+                      date.encode("ascii"), content_type, len(body), fields,
+                      b"" if self._asks_head else body))
 
     def send_error(self, error: RouterError, fields: bytes) -> None:
         """Send an error of rrouter's own in Anthropic's shape."""
-        self.send_json(error.http_status, error_body(error.http_status, str(error)),
-                       b"x-rrouter-error: 1\r\n" + fields)
+        self.send_whole(error.http_status, error_body(error.http_status, str(error)),
+                        b"x-rrouter-error: 1\r\n" + fields)
 
     def linger(self) -> None:
         """Let the client close first, and drop what it still sends.
@@ -3568,6 +3670,7 @@ class Router:
         self.connections_max = CONNECTIONS_MAX
         self.draining = False
         self.addresses: list[tuple[str, int]] = []      #: what the servers are bound to
+        self.hosts: frozenset[str] = frozenset()        #: the values of Host served; none: any
         self.keeps_state = False        #: whether state.json is ours to write
         self._one_core = OneCore()
         self._lock = threading.Lock()
@@ -3927,8 +4030,8 @@ class ProxyHandler(socketserver.BaseRequestHandler):
     its buffered reader would hide bytes from `has_left`.
     """
 
-    def __init__(self, *arguments: Any, router: Router, only_loopback: bool) -> None:
-        self._router, self._only_loopback = router, only_loopback
+    def __init__(self, *arguments: Any, router: Router) -> None:
+        self._router = router
         self._checked: Fields | None = None     # fields of the last head that was checked
         self._outbound = b"", b""
         super().__init__(*arguments)    # the standard frame: setup, handle, finish
@@ -3965,7 +4068,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         """
         if head.fields is self._checked:
             return
-        check_origin(head, self._only_loopback)
+        check_origin(head, self._router.hosts)
         upstream = self._router.upstream
         self._outbound = outbound_head(head, upstream.authority, upstream.base_path)
         self._checked = head.fields
@@ -4009,11 +4112,14 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         self._client.send_error(error, b"Connection: close\r\n")
 
     def _report_health(self, head: RequestHead) -> None:
-        body = json.dumps(self._router.health(), indent=2).encode("utf-8") + b"\n"
+        health, content_type = self._router.health(), b"application/json"
+        text = json.dumps(health, indent=2)
+        if b"line" in head.target.partition(b"?")[2].split(b"&"):
+            text, content_type = status_line(health), b"text/plain; charset=utf-8"
         fields = b"Cache-Control: no-store\r\n"
         if not head.keep_alive or self._router.draining or self._is_crowded:
             fields += b"Connection: close\r\n"
-        self._client.send_json(200, body, fields)
+        self._client.send_whole(200, text.encode("utf-8") + b"\n", fields, content_type)
 
 
 class ProxyServer(http.server.ThreadingHTTPServer):
@@ -4024,11 +4130,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     allow_reuse_address = True          # TIME_WAIT would keep a restart off the port
     allow_reuse_port = False            # else two could share it, each with half of the requests
 
-    def __init__(self, family: int, address: Any, router: Router, only_loopback: bool) -> None:
+    def __init__(self, family: int, address: Any, router: Router) -> None:
         self.address_family = family
         self._router, self._complained_at = router, 0.0
-        handler = partial(ProxyHandler, router=router, only_loopback=only_loopback)
-        super().__init__(address, handler, bind_and_activate=False)
+        super().__init__(address, partial(ProxyHandler, router=router), bind_and_activate=False)
 
     def server_bind(self) -> None:
         """Bind without asking for the host's name, which can take 35 s on macOS."""
@@ -4120,18 +4225,19 @@ class Lock:
         self._holder: Holder | None = None      # this process, as the file names it
         self.stopping = False           #: what `renew` says of this process
 
-    def acquire(self, instance: str) -> bool:
+    def acquire(self, instance: str, patience_s: float = PATIENCE_S) -> bool:
         """Lock the file for the life of this process; return False if another process holds it.
 
         Raises DaemonError.
         """
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-            if not until(lambda: self._try(descriptor, fcntl.LOCK_EX), self.PATIENCE_S):
+            if not until(lambda: self._try(descriptor, fcntl.LOCK_EX), patience_s):
                 os.close(descriptor)
                 return False
             os.ftruncate(descriptor, 0)         # it named the last holder
             self._write(descriptor, Holder(os.getpid(), instance, *own_place()))
+            self.release()              # a file that has left the path
             self._descriptor = descriptor
             return True
         except OSError as error:
@@ -4157,6 +4263,16 @@ class Lock:
         os.ftruncate(descriptor, len(line))
         self._holder = holder
 
+    def is_removed(self) -> bool:
+        """Return whether the file that this process holds has left its path."""
+        try:
+            return self._descriptor is not None and not os.path.samestat(
+                os.stat(self._path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+
     def renew(self) -> None:
         """Correct the line if this process holds the lock: laptops change their host names."""
         if self._descriptor is None or self._holder is None:
@@ -4170,9 +4286,9 @@ class Lock:
         """Return the process that holds the lock, or None.  Raises DaemonError."""
         try:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)   # a FIFO would block
-        except (FileNotFoundError, NotADirectoryError):
-            return None
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return None
             raise DaemonError(f"{self._path}: {reason_of(error)}: it belongs to another user, who "
                               "may have run rrouter with your HOME: chown it to you") from error
         try:
@@ -4239,8 +4355,10 @@ def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
         return [(socket.AF_INET, ("127.0.0.1", settings.port)),
                 (socket.AF_INET6, ("::1", settings.port))]
     try:
-        return [(info[0], info[4]) for info in socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
+        found = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # Two lines of /etc/hosts may give one address twice.
+        return list(dict.fromkeys((info[0], info[4]) for info in found))
     except OSError as error:
         raise UsageError(f"RROUTER_HOST={settings.host}: {reason_of(error)}: expected localhost, "
                          "or an address or a name of this machine") from error
@@ -4285,14 +4403,32 @@ def port_owner(port: int) -> str:
     return _port_owner_from_proc(port)
 
 
+@contextlib.contextmanager
+def total_limit(sock: socket.socket, seconds: float) -> Iterator[None]:
+    """End a connection after so many seconds, because an endless drip never times out."""
+    def cut() -> None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()                    # the caller may fork
+
+
 def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | None:
     """Return /health of the rrouter that answers there, or None."""
     several = {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}
     for address in several.get(host, (host,)):
         connection = http.client.HTTPConnection(address, port, timeout=timeout_s)
         try:
-            connection.request("GET", "/health", headers={"Host": "localhost"})
-            health = json.loads(connection.getresponse().read(FILE_MAX_BYTES))
+            connection.connect()
+            with total_limit(connection.sock, timeout_s):
+                connection.request("GET", "/health", headers={"Host": "localhost"})
+                health = json.loads(connection.getresponse().read(FILE_MAX_BYTES))
             if (isinstance(health, dict) and "autoSwitch" in health
                     and isinstance(health.get("pid"), int)):
                 return health
@@ -4312,9 +4448,9 @@ def describe_taken(settings: Settings) -> str:
             "config)")
 
 
-def open_server(settings: Settings, router: Router, family: int, address: Any) -> ProxyServer:
+def open_server(router: Router, family: int, address: Any) -> ProxyServer:
     """Return a server that listens on `address`; raise OSError."""
-    server = ProxyServer(family, address, router, settings.host == "localhost")
+    server = ProxyServer(family, address, router)
     try:
         server.server_bind()
         server.server_activate()
@@ -4330,7 +4466,7 @@ def listen(settings: Settings, router: Router) -> list[ProxyServer]:
     problem: OSError | None = None
     for family, address in addresses_of(settings):
         try:
-            servers.append(open_server(settings, router, family, address))
+            servers.append(open_server(router, family, address))
         except OSError as error:
             problem = error
             if error.errno == errno.EADDRINUSE:
@@ -4342,6 +4478,9 @@ def listen(settings: Settings, router: Router) -> list[ProxyServer]:
         raise DaemonError(describe_taken(settings) if problem.errno == errno.EADDRINUSE else
                           f"cannot listen on {settings.listen_addr}: {reason_of(problem)}")
     router.addresses = [server.server_address[:2] for server in servers]    # type: ignore[misc]
+    if all(is_loopback(host) for host, _ in router.addresses):
+        names = "localhost", "127.0.0.1", "::1", settings.host.lower(), *settings.allowed_hosts
+        router.hosts = frozenset(f"[{name}]" if ":" in name else name for name in names)
     return servers
 
 
@@ -4373,7 +4512,7 @@ def write_run_files(router: Router) -> None:
     paths, settings = router.store.paths, router.settings
     run = {"host": settings.host, "port": settings.port, "upstream": settings.upstream,
            "pid": os.getpid(), "instance": router.instance, "startedBy": router.started_by,
-           "version": __version__}
+           "allowedHosts": ",".join(settings.allowed_hosts), "version": __version__}
     try:
         write_atomically(paths.pid, f"{os.getpid()}\n", durable=False)
         write_atomically(paths.run, json.dumps(run, indent=2) + "\n", durable=False)
@@ -4426,11 +4565,25 @@ class Watcher:
             with condition:
                 condition.wait(0 if self._ending else POLL_S)
             is_last = self._ending      # lines added before are written in this round
-            for step in (self._lock.renew, self._router.watch, log.reopen, log.flush):
+            for step in (self._reclaim, self._lock.renew, self._router.watch, log.reopen,
+                         log.flush):
                 try:
                     step()
                 except Exception as error:  # of any kind: without the watcher the log would end
                     log.write("ERROR", f"internal error in the watcher: {type(error).__name__}")
+
+    def _reclaim(self) -> None:
+        """Write the files that name this daemon again if the user removed ~/.rrouter."""
+        router = self._router
+        if self._lock.is_removed():
+            router.keeps_state = False      # the files may be another daemon's by now
+            with contextlib.suppress(DaemonError):
+                router.store.paths.create()
+                if self._lock.acquire(router.instance, patience_s=0):
+                    router.state.forget()
+                    router.keeps_state = True
+                    write_run_files(router)
+                    router.log.write("START", "~/.rrouter was removed: this daemon has it again")
 
     def end(self) -> None:
         """Let it save and log the rest in a last round."""
@@ -4517,7 +4670,7 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
         holder = lock.look()
         log.write("START", f"a daemon ({holder.name if holder else 'ending'}) runs already: this "
                   "one shares its mode and config, and leaves its pid, run and state files alone")
-    if settings.host != "localhost":
+    if not router.hosts:
         log.write("START", f"RROUTER_HOST={settings.host}: any client that reaches that address "
                            "can spend your quota")
     log.write("START", f"rrouter {__version__} on {settings.listen_addr} -> {settings.upstream}, "
@@ -4565,6 +4718,8 @@ class Running(NamedTuple):
     host: str
     port: int
     started_by: str
+    upstream: str = ""
+    allowed_hosts: str = ""
 
     @property
     def pid(self) -> int:
@@ -4580,7 +4735,8 @@ def find_daemon(paths: Paths) -> Running | None:
     try:
         run = json.loads(read_file(paths.run) or b"{}")
         if run["pid"] == holder.pid and run.get("instance", "") == holder.instance:
-            return Running(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]))
+            return Running(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
+                           str(run["upstream"]), str(run.get("allowedHosts", "")))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         pass
     settings = read_environment(dict(os.environ))
@@ -4677,6 +4833,7 @@ class Manager(NamedTuple):
     name: str
     start_commands: tuple[tuple[str, ...], ...]
     stop_command: tuple[str, ...]
+    job_query: tuple[str, ...] = ()         #: launchd's: it succeeds while the job is loaded
 
     def start(self) -> None:
         """Ask for the start; raise DaemonError if the manager refuses."""
@@ -4686,7 +4843,15 @@ class Manager(NamedTuple):
 
     def stop(self) -> None:
         """Ask for the stop; raise DaemonError if the manager refuses."""
-        self._demand(self.stop_command)
+        if not self.job_query:
+            self._demand(self.stop_command)
+            return
+        # `bootout` may report 36 although the job stops, and returns before the job is unloaded;
+        # until then `bootstrap` would fail with 5.
+        output = run_program(self.stop_command, MANAGER_S)[1]
+        if not until(lambda: run_program(self.job_query, MANAGER_S)[0], MANAGER_S):
+            raise DaemonError(f"{' '.join(self.stop_command)} did not unload the job within "
+                              f"{MANAGER_S} s: {printable(output.strip())}")
 
     def _demand(self, command: tuple[str, ...]) -> None:
         status, output = run_program(command, MANAGER_S)
@@ -4722,7 +4887,7 @@ def find_manager(home: str) -> Manager | None:
         label = f"{domain}/{LAUNCHD_LABEL}"
         return Manager("launchd", (("launchctl", "bootstrap", domain, agent_path(home)),
                                    ("launchctl", "kickstart", label)),
-                       ("launchctl", "bootout", label))
+                       ("launchctl", "bootout", label), ("launchctl", "print", label))
     return None
 
 
@@ -4760,7 +4925,8 @@ def start_daemon(paths: Paths, home: str) -> str:
     daemon, health = wait_for_health(paths)
     text = (f"rrouter runs (pid {daemon.pid}, port {daemon.port}, by {health['startedBy']}), "
             f"mode {health['mode']}")
-    runs = Settings(daemon.host, daemon.port, health["upstreamURL"])
+    runs = Settings(daemon.host, daemon.port, health["upstreamURL"],
+                    tuple(filter(None, daemon.allowed_hosts.split(","))))
     if manager and any(os.environ.get(f"RROUTER_{name.upper()}")
                        and getattr(settings, name) != getattr(runs, name)
                        for name in Settings._fields):
@@ -4902,7 +5068,12 @@ def cmd_stop(context: Context) -> int:
 
 
 def cmd_restart(context: Context) -> int:
-    """Stop the daemon and start it again."""
+    """Stop the daemon and start it again, with its settings except what this shell sets."""
+    daemon = find_daemon(context.paths)
+    if daemon and not find_manager(context.home):       # a service has an environment file
+        for name in Settings._fields:
+            variable = f"RROUTER_{name.upper()}"
+            os.environ[variable] = os.environ.get(variable) or str(getattr(daemon, name))
     read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
     return cmd_stop(context) or cmd_start(context)
 
@@ -4924,7 +5095,7 @@ def _offline_mode(paths: Paths) -> str:
     mode = config.resolve(word or config.default_mode)
     if not word or word == mode:
         return mode
-    return f"{mode} (the mode file says {printable(word, 40)!r})"
+    return f"{mode} (the mode file says '{printable(word, 40)}')"
 
 
 def _print_rows(*rows: tuple[str, str]) -> None:
@@ -5013,12 +5184,13 @@ def check_mode(config: Config, mode: str) -> None:
         raise RouterError(f"config.json: {config.auto_error}")
     if mode != MODE_AUTO and mode not in config.modes:
         defined = ", ".join([*config.modes] + [MODE_AUTO] * (not config.auto_error))
-        raise RouterError(f"mode {printable(mode, 40)!r} is not defined by config.json; "
+        raise RouterError(f"mode '{printable(mode, 40)}' is not defined by config.json; "
                           f"defined are {defined}")
 
 
 def set_mode(paths: Paths, mode: str) -> int:
     """Write the mode; return when every request that begins from now on is served by it."""
+    paths.create()
     daemon = find_daemon(paths)
     try:
         config = read_config(paths)
@@ -5028,7 +5200,6 @@ def set_mode(paths: Paths, mode: str) -> int:
         complain(error)         # the daemon still has the last good config, and judges by its modes
     else:
         check_mode(config, mode)
-    paths.create()
     write_file(paths.mode, mode + "\n")
     health = health_of(daemon) if daemon and not daemon.holder.stopping else None
     if daemon is None:
@@ -5050,7 +5221,9 @@ def set_mode(paths: Paths, mode: str) -> int:
 def cmd_mode(context: Context) -> int:
     """Print the mode, or set the one that is named."""
     if context.arguments.name is not None:
-        return set_mode(context.paths, context.arguments.name.strip().lower())
+        # As UTF-8 also where the locale is C and Python has made surrogates of it.
+        name = os.fsencode(context.arguments.name).decode("utf-8", "replace")
+        return set_mode(context.paths, name.strip().lower())
     health = find_health(context.paths)[1]
     print(health["mode"] if health else _offline_mode(context.paths))
     return 0
@@ -5165,7 +5338,9 @@ environment
   RROUTER_UPSTREAM  where CLIProxyAPI is (http://localhost:8317): http or https,
                     also with a path
   RROUTER_HOST      address to listen on (localhost: 127.0.0.1 and ::1); clients
-                    that reach another one can spend your quota
+                    that reach one beyond loopback can spend your quota
+  RROUTER_ALLOWED_HOSTS     more names for Host, separated by commas: containers
+                    send host.docker.internal
 
 examples
   rrouter start         then, in ~/.claude/settings.json:
@@ -5321,9 +5496,10 @@ def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
     connection = upstream.open()
     with contextlib.closing(connection):
         path = upstream.base_path.decode("ascii") + "/v1/models"
-        connection.request("GET", path, headers=fields)
-        response = connection.getresponse()
-        return response.status, response.read(READ_AHEAD_MAX_BYTES)
+        with total_limit(connection.sock, CONNECT_S):
+            connection.request("GET", path, headers=fields)
+            response = connection.getresponse()
+            return response.status, response.read(READ_AHEAD_MAX_BYTES)
 
 
 def check_models(config: Config, names: set[str]) -> Iterator[tuple[str, str]]:
@@ -5508,6 +5684,9 @@ def run_command(argv: list[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
     arguments = parse_command(argv)
+    os.umask(os.umask(0o077) & 0o077)       # an odd one would keep even us from our files
+    if not os.environ.get("HOME"):
+        os.environ.pop("HOME", None)        # now it is that of the user database
     try:
         home = os.path.expanduser("~")
         if not os.path.isabs(home):

@@ -1021,6 +1021,12 @@ class ReadEnvironmentTest(unittest.TestCase):
         ("1", "http://[::1]:1", "0.0.0.0",              "0.0.0.0:1 http://[::1]:1"),
     )
 
+    def test_allowed_hosts_are_names_between_commas(self):
+        for text, expected in (("", ()), (" Host.Docker.Internal., ,[FD00::1]",
+                                          ("host.docker.internal", "fd00::1"))):
+            settings = rrouter.read_environment({"RROUTER_ALLOWED_HOSTS": text})
+            self.assertEqual(settings.allowed_hosts, expected)
+
     def test_unset_and_empty_variables_have_their_defaults(self):
         names = ("RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST")
         for *given, expected in self.ACCEPTED:
@@ -1034,6 +1040,7 @@ class ReadEnvironmentTest(unittest.TestCase):
         ("RROUTER_PORT", "from 1 to 65535",
          ("0", "65536", "-1", "abc", "8_316", " 1", "9" * 5000)),
         ("RROUTER_HOST", "an address or a host name", ("no host", "a..b", "a" * 70)),
+        ("RROUTER_ALLOWED_HOSTS", "separated by commas", ("a b", "http://a", "a,b/", "a..b")),
         ("RROUTER_UPSTREAM", "http(s)://HOST[:PORT][/PATH] without",
          ("ftp://localhost:8317", "localhost:8317", "http://", "http://:8317", "http://localhost:0",
           "http://localhost:99999", "http://localhost/?key=1", "http://localhost/#x",
@@ -1079,6 +1086,14 @@ class RouteTest(unittest.TestCase):
                             for rule in rules.split()]
                 config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
                 self.assertEqual(rrouter.decide_route(config, "m", model).model, expected)
+
+
+    def test_more_rules_than_fnmatch_caches_cost_little(self):
+        rules = [rrouter.Rule(f"model-{number}-*", "g") for number in range(5000)]
+        rrouter.match_rule(rules, "x")
+        start = time.process_time()
+        self.assertIsNone(rrouter.match_rule(rules, "x"))
+        self.assertLess(time.process_time() - start, 0.1)
 
 
 # Messages, by tables ##########################################################
@@ -1181,7 +1196,8 @@ class ChunkedBodyTest(unittest.TestCase):
             chunks = [bytes([chance.randrange(256)]) * chance.choice([1, 2, 17, 300, 5000])
                       for _ in range(chance.randrange(6))]
             coded = b"".join(b"%x%b\r\n%b\r\n" % (
-                len(chunk), chance.choice([b"", b";a=b", b" ; x"]), chunk) for chunk in chunks)
+                len(chunk), chance.choice([b"", b";a=b", b" ; x", b';a = "b;\\"=";c']), chunk)
+                for chunk in chunks)
             coded += b"0\r\n" + chance.choice([b"", b"X: y\r\n", b"A: b\r\nC: d\r\n"]) + b"\r\n"
             decoder, payload, position, data = rrouter.ChunkedBody(), b"", 0, coded + b"REST"
             while not decoder.done:
@@ -1195,7 +1211,9 @@ class ChunkedBodyTest(unittest.TestCase):
         for coded in (b"0x3\r\nabc\r\n", b"+3\r\n", b"-1\r\n", b" 3\r\n", b"zz\r\n", b"\r\n",
                       b"1" * 17 + b"\r\n", b"0" * 15 + b"3\r\nabc\r\n", b"3\nabc\n",
                       b"3\r\nabcd\r\n", b"3\r\nabcXY", b"3;\x00\r\n", b"3;" + b"x" * 70_000,
-                      b"0\r\nno colon\r\n\r\n", b"0\r\nA: " + b"x" * 9000):
+                      b"3;\r\n", b"3;a[=b\r\n", b"3;a=\r\n", b'3;a="b\r\n', b"3;;a\r\n",
+                      b"0\r\nno colon\r\n\r\n", b"0\r\nA: " + b"x" * 9000, b"0\r\n\n",
+                      b"0\r\nA: b\r\n\n", b"0\r\nA: b\n"):
             with self.subTest(coded[:20]), self.assertRaises(rrouter.UpstreamError):
                 rrouter.ChunkedBody().feed(coded)
 
@@ -2817,6 +2835,14 @@ class UpstreamTest(LoopbackTest):
         self.assert_error(running.request("GET", "/v1/models"), 502, "is rrouter itself")
         self.assertLessEqual(running.health()["requestCount"], 2)
 
+    def test_library_removed_under_it_hinders_no_name(self):
+        code = """if True:
+            import encodings
+            "a".encode("idna")
+            encodings.__path__ = []"""
+        running = self.start_rrouter(self.start_upstream(), code=code)
+        self.assertEqual(running.post("\ud55c").status, 200)
+
     def test_python_without_ctypes_serves_requests(self):
         """ctypes saves memory; some builds of Python lack it."""
         running = self.start_rrouter(self.start_upstream(), code="sys.modules['ctypes'] = None")
@@ -2879,6 +2905,30 @@ class PoolTest(RouterTest):
             self.upstream.break_connections(reset=turn % 2 == 1)
         self.assertEqual(len(self.upstream.received), 20)
 
+    def test_connection_kept_while_the_machine_slept_is_not_used(self):
+        """Only the wall clock goes on during sleep."""
+        upstream = self.start_upstream()
+        router = self.start_rrouter(upstream, code="""if True:
+            import os, time
+            real, mark = time.time, os.path.join(os.environ["HOME"], "slept")
+            time.time = lambda: real() + 3600 * os.path.exists(mark)""")
+        for _ in range(2):
+            self.assertEqual(router.post().status, 200)
+        (router.home.root / "slept").touch()
+        self.assertEqual(router.post().status, 200)
+        self.assertEqual([request.connection for request in upstream.received], [1, 1, 2])
+
+    @unittest.skipUnless(hasattr(socket, "TCP_USER_TIMEOUT"), "only Linux has TCP_USER_TIMEOUT")
+    def test_connection_beyond_loopback_must_be_acknowledged(self):
+        real = rrouter.is_loopback
+        self.addCleanup(setattr, rrouter, "is_loopback", real)
+        for is_loopback, expected in ((real, 0), (lambda _: False, 30_000)):
+            rrouter.is_loopback = is_loopback
+            connection = rrouter.Upstream(self.start_upstream().url, lambda _: False).connect()
+            with contextlib.closing(connection):
+                self.assertEqual(connection.sock.getsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), expected)
+
     def test_unfinished_response_ends_its_connection(self):
         self.upstream.play(stream(gate=self.gate()))
         with self.opened() as response:
@@ -2898,6 +2948,33 @@ class PoolTest(RouterTest):
         self.assertEqual([self.rrouter.post().body for _ in range(3)], [b"{}"] * 3)
         first, second, *_ = self.upstream.received
         self.assertNotEqual(first.connection, second.connection)
+
+
+class KernelLimitTest(LoopbackTest):
+    """The time limits on 32-bit systems, whose `long` has 4 bytes, simulated."""
+
+    CODE = """if True:
+        import errno, os, socket, struct
+        real = struct.pack
+        struct.pack = lambda layout, *values: real(layout.replace("ll", "ii"), *values)
+        class Socket(socket.socket):
+            def setsockopt(self, level, option, value, *more):
+                if option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                    if len(value) == 8 and %(wide)r:
+                        raise OSError(errno.EINVAL, "Invalid argument")
+                    if len(value) == 16 and not %(wide)r:
+                        os._exit(9)                     # it would be misread
+                    if len(value) == 8:
+                        value = real("qq", *struct.unpack("ii", value))
+                super().setsockopt(level, option, value, *more)
+        socket.socket = Socket
+    """
+
+    def test_both_widths_of_time_are_served(self):
+        for wide in (False, True):
+            with self.subTest(wide=wide):
+                router = self.start_rrouter(self.start_upstream(), code=self.CODE % {"wide": wide})
+                self.assertEqual(router.post().status, 200)
 
 
 class UnreadRequestTest(RouterTest):
@@ -3134,6 +3211,20 @@ class RequestFramingTest(RouterTest):
         self.refuse_each([
             chunked(last).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
             *(post_with(b"Transfer-Encoding: " + value, last) for value in BAD_CODINGS)], 400, 501)
+
+    def test_coding_after_chunked_is_malformed_not_unknown(self):
+        for value in (b"chunked, gzip", b"chunked\r\nTransfer-Encoding: gzip"):
+            self.assert_refused(post_with(b"Transfer-Encoding: " + value), 400)
+
+    def test_empty_expectation_is_none(self):
+        data = b"POST / HTTP/1.1\r\nHost: localhost\r\nExpect: \r\nContent-Length: 1\r\n\r\n"
+        self.assertEqual(self.converse(data + b"x", "POST")[0].status, 200)
+
+    def test_chunk_over_the_limit_is_refused_when_its_size_is_read(self):
+        with self.rrouter.connect() as connection:
+            connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked"
+                               b"\r\n\r\n1\r\nx\r\n%x\r\n" % BODY_MAX_BYTES)
+            self.assert_own_error(read_reply(connection), 413)
 
     def test_malformed_chunks_are_refused(self):
         self.refuse_each(map(chunked, BAD_CHUNKS), 400, 413, 431)
@@ -3595,11 +3686,13 @@ HOSTS = (
     ((403,), ("evil.com", "evil.com:8316", "127.0.0.1.nip.io", "localhost.evil.com", "127.1",
               "0.0.0.0", "2130706433", "0x7f.1", "[::]", "xlocalhost", "localhost-", "127.0.0.2",
               "localhost.localdomain", "127.000.000.001", "0177.0.0.1", "ip6-localhost", "lvh.me",
-              "[::ffff:127.0.0.1]", "[0:0:0:0:0:0:0:1]", "localhost:8316.evil.com")),
-    ((400, 403), ("localhost@evil", "evil@localhost", "[::1].evil", "::1", "[::1", "localhost:x",
-                  "localhost, evil.com", "localhost evil.com", "localhost/evil.com", "", "*",
-                  "[::1%25lo]", "localhost..", "localhost%00.evil.com", "%6cocalhost",
-                  "localhost\\.evil.com", "localhost;evil.com", "localhost:99999999")),
+              "[::ffff:127.0.0.1]", "[0:0:0:0:0:0:0:1]")),
+    ((400,), ("localhost@evil", "evil@localhost", "[::1].evil", "::1", "[::1", "localhost:x",
+              "localhost, evil.com", "localhost evil.com", "localhost/evil.com", "[::1%25lo]",
+              "localhost\\.evil.com", "localhost:99999999", "localhost?x", "\xe9vil.com",
+              "localhost:8316.evil.com")),
+    ((403,), ("", "*", "localhost..", "localhost%00.evil.com", "%6cocalhost",
+              "localhost;evil.com")),
 )
 ORIGINS = (
     # status, header lines
@@ -3642,11 +3735,11 @@ class GuardTest(RouterTest):
 
     def check(self, statuses, start, *lines):
         """A request with this head gets 200, or one of `statuses` and nothing is forwarded."""
-        head = "\r\n".join((start + " HTTP/1.1", *lines, "", ""))
+        head = "\r\n".join((start + " HTTP/1.1", *lines, "", "")).encode("latin-1")
         with self.subTest(head):
             self.upstream.clear()
-            reply = (self.converse(head.encode(), "GET")[0] if 200 in statuses else
-                     self.assert_refused(head.encode(), *statuses))
+            reply = (self.converse(head, "GET")[0] if 200 in statuses else
+                     self.assert_refused(head, *statuses))
             self.assertIn(reply.status, statuses)
             self.assertFalse([name for name, _ in reply.fields
                               if name.lower().startswith("access-control")])
@@ -3666,6 +3759,9 @@ class GuardTest(RouterTest):
     def test_authority_of_the_target_replaces_the_host(self):
         for target in FOREIGN_TARGETS:
             self.check((400, 403), "GET " + target, "Host: localhost")
+
+    def test_invalid_host_beside_an_absolute_target_is_refused(self):
+        self.check((400,), "GET http://localhost/", "Host: local/host")
 
     def test_refused_head_request_gets_no_body(self):
         for status, lines in ((b"403", b"Host: evil.com"),
@@ -3861,6 +3957,12 @@ class ResponseTest(RouterTest):
                 self.assert_own_error(reply, 502)
                 self.assert_error(reply, 502, self.upstream.url)
                 self.assertEqual(len(self.upstream.received), 1)
+
+    def test_response_head_in_bare_line_feeds_is_refused_at_once(self):
+        for raw in ((b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",),
+                    (b"HTTP/1.1 200 OK\r\nX: y", b"\n", b"\n{}")):
+            self.upstream.play(Response(raw=raw, pause_s=0.1, stays=True))
+            self.assert_own_error(self.rrouter.post(), 502)
 
     def test_connection_dropped_before_the_head_is_a_bad_gateway(self):
         self.upstream.play(Response(close=True))
@@ -5943,10 +6045,9 @@ class SecretsTest(LoopbackTest):
     # Functions of the standard library that fail, with the secrets in the exception.
     DEFECTS = (
         ("before the request is sent",
-         "import fnmatch\nreal = fnmatch.fnmatchcase\ndef match(name, glob):\n"
-         "    if name != 'crash': return real(name, glob)\n    frame, found = sys._getframe(), []\n"
+         "import http.client\ndef connect(self):\n    frame, found = sys._getframe(), []\n"
          "    while frame: found, frame = found + [repr(frame.f_locals)], frame.f_back\n"
-         "    raise RuntimeError(found)\nfnmatch.fnmatchcase = match"),
+         "    raise RuntimeError(found)\nhttp.client.HTTPConnection.connect = connect"),
         ("while the response is forwarded",
          "import socket\nreal = socket.socket.sendall\ndef sendall(sock, data, *flags):\n"
          "    if b'crash' in bytes(data): raise RuntimeError(bytes(data))\n"
@@ -6805,6 +6906,15 @@ class ListenTest(LoopbackTest):
         self.assertEqual(processes(home), [])
         self.assertFalse((home.dir / "rrouter.pid").exists())
 
+    def test_owner_and_upstream_that_drip_without_end_hold_up_no_command(self):
+        for raw, commands in (
+                ((b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 300), {"start": 1, "status": 3}),
+                ((b"HTTP/1.1 200 OK\r\n\r\n", *[b" "] * 300), {"serve": 1, "check": 1})):
+            upstream = self.start_upstream(Response(raw=raw, pause_s=0.1))
+            home = self.make_home(upstream, port=upstream.port)
+            for command, status in commands.items():
+                home.run(command, check=status, timeout=WAIT_S)
+
     def test_one_of_two_addresses_taken_is_enough_to_refuse(self):
         home = self.make_home()
         with socket.socket(socket.AF_INET6) as holder:
@@ -6818,14 +6928,37 @@ class ListenTest(LoopbackTest):
         self.assertRegex(done.stderr, r"(?m)^rrouter: .*203\.0\.113\.1")
 
     @unittest.skipUnless(LINUX, "only Linux has all of 127/8 on loopback")
-    def test_other_host_is_bound_as_given_with_a_warning(self):
+    def test_other_host_is_bound_as_given(self):
         home = self.make_home(self.start_upstream(), env={"RROUTER_HOST": "127.0.0.2"})
         ending_with(self, home.begin("serve"))
         health = wait_until(lambda: get_health(home.port, "127.0.0.2"))
         self.assertEqual(health["listenAddr"], "127.0.0.2:%d" % home.port)
         self.assertIsNone(home.health())                # 127.0.0.1 is not bound
-        wait_until(lambda: "RROUTER_HOST" in home.read("logs/rrouter.log"))
         home.run("status", check=0)
+
+    def ask(self, router, host):
+        with router.connect() as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host)
+            return read_reply(connection)
+
+    def test_guard_holds_on_every_loopback_address_and_allows_the_names_given(self):
+        router = self.start_rrouter(self.start_upstream(), env={
+            "RROUTER_HOST": "127.0.0.1", "RROUTER_ALLOWED_HOSTS": "host.docker.internal, Box"})
+        for host in (b"host.docker.internal:8316", b"BOX.", b"localhost"):
+            self.assertEqual(self.ask(router, host).status, 200)
+        self.assert_error(self.ask(router, b"evil.com"), 403, "RROUTER_ALLOWED_HOSTS")
+        self.assertNotIn("quota", router.log())
+
+    def test_beyond_loopback_any_host_is_served_with_a_warning(self):
+        router = self.start_rrouter(self.start_upstream(), env={"RROUTER_HOST": "0.0.0.0"})
+        self.assertEqual(self.ask(router, b"box.lan").status, 200)
+        self.assertIn("can spend your quota", router.log())
+
+    def test_one_address_in_two_lines_of_etc_hosts_is_bound_once(self):
+        twice = ("import socket\nreal = socket.getaddrinfo\nsocket.getaddrinfo ="
+                 " lambda host, *others, **options: real('127.0.0.1', *others, **options) * 2")
+        router = self.start_rrouter(self.start_upstream(), env={"RROUTER_HOST": "box"}, code=twice)
+        self.assertEqual(self.ask(router, b"box").status, 200)
 
 
 class DrainTest(LoopbackTest):
@@ -7114,6 +7247,58 @@ class DaemonLifeTest(DaemonTestBase):
         self.assertRegex(done.stdout, "(?i)stopped")
         self.assert_nothing_left(home)
         home.run("status", check=3)
+
+    def test_restart_keeps_port_host_and_upstream_except_what_the_shell_sets(self):
+        home = self.home(env={"RROUTER_HOST": "127.0.0.1", "RROUTER_ALLOWED_HOSTS": "a,b"})
+        unset = dict.fromkeys(rrouter.DEFAULT_ENVIRONMENT, "")
+        home.run("start", check=0)
+        kept = ("host", "port", "upstream", "allowedHosts")
+        before = json.loads(home.read("run.json"))
+        home.run("restart", check=0, env=unset)
+        after = json.loads(home.read("run.json"))
+        self.assertNotEqual(after["pid"], before["pid"])
+        self.assertEqual([after[name] for name in kept], [before[name] for name in kept])
+        self.assertEqual(after["allowedHosts"], "a,b")
+        home.run("restart", check=0, env=dict(unset, RROUTER_UPSTREAM="http://127.0.0.1:9"))
+        after = json.loads(home.read("run.json"))
+        self.assertEqual((after["port"], after["upstream"]), (home.port, "http://127.0.0.1:9"))
+
+    def test_daemon_is_found_again_after_its_directory_was_removed(self):
+        home = self.home("auto")
+        home.run("start", check=0)
+        pid = self.assert_alone(home)
+        shutil.rmtree(str(home.dir))
+        wait_until((home.dir / "run.json").exists)
+        self.assertEqual(self.assert_alone(home), pid)
+        wait_until((home.dir / "logs" / "rrouter.log").exists)
+        wait_until(lambda: "was removed" in home.read("logs/rrouter.log"))
+        wait_until((home.dir / "state.json").exists)
+        for path in (home.dir, home.dir / "rrouter.lock"):
+            self.assertEqual(path.stat().st_mode & 0o077, 0)
+        other = {"RROUTER_PORT": str(free_port())}
+        self.assertIn(str(pid), home.run("status", check=0, env=other).stdout)
+        self.assertNotIn("no daemon", home.run("auto", check=0, env=other).stdout)
+        self.assertEqual(home.health()["mode"], "auto")
+        self.assertIn("stopped", home.run("stop", check=0, env=other).stdout)
+        self.assert_nothing_left(home)
+
+    def test_directory_of_another_daemon_is_left_alone(self):
+        home = self.home()
+        home.run("start", check=0)
+        pid = self.assert_alone(home)
+        with open(home.dir.with_name("lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.kill(pid, signal.SIGSTOP)
+            home.dir.rename(home.dir.with_name("old"))
+            home.dir.mkdir()
+            home.dir.with_name("lock").rename(home.dir / "rrouter.lock")
+            os.kill(pid, signal.SIGCONT)
+            wait_until((home.dir / "logs" / "rrouter.log").exists)
+            time.sleep(0.5)
+            self.assertFalse((home.dir / "run.json").exists())
+            self.assertEqual(home.read("rrouter.lock"), "")
+        wait_until((home.dir / "run.json").exists)
+        self.assertEqual(self.assert_alone(home), pid)
 
     def test_killed_daemon_hinders_nothing_and_no_other_process_is_signalled(self):
         """The files it leaves may come to name another process."""
@@ -7888,7 +8073,8 @@ class CutOffTest(LoopbackTest):
             self.start_upstream(), limits={"CONNECTIONS_MAX": 2, "CONNECTIONS_RESERVE": 1})
         with contextlib.ExitStack() as stack:
             idle = [stack.enter_context(running.connect()) for _ in range(4)]
-            self.assert_error(read_reply(idle[-1]), 503, "too many connections (2)")
+            refused = select.select(idle, [], [], WAIT_S)[0][0]
+            self.assert_error(read_reply(refused), 503, "too many connections (2)")
 
 
 # Command line #################################################################
@@ -8281,6 +8467,53 @@ class ConfigCommandTest(CommandTest):
 class EnvironmentTest(CommandTest):
     """Values are judged by ReadEnvironmentTest; these commands need them."""
 
+    def test_an_empty_home_counts_as_unset(self):
+        import pwd
+        expected = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".rrouter", "config.json")
+        self.assertEqual(self.home.run("config", "path", check=0, env={"HOME": ""}).stdout.strip(),
+                         expected)
+
+    def test_an_odd_umask_keeps_the_files_readable(self):
+        shell = ["/bin/sh", "-c", 'umask 0777; exec "$@"', "sh", *PYTHON, RROUTER]
+        for command in (("ag",), ("config", "reset"), ("mode",), ("config",)):
+            self.home.run(*command, program=shell, check=0)
+        for name in ("mode", "config.json"):
+            self.assertEqual(stat.S_IMODE((self.home.dir / name).stat().st_mode), 0o600)
+
+    def test_an_unknown_mode_is_shown_and_written_in_any_script_and_locale(self):
+        locales = {}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        for env in locales:
+            done = self.home.run("mode", "\ud55c".encode(), env=env)
+            self.assert_fails(done, 1, r"mode '\\ud55c' is not defined")
+        with Running(None, home=self.home, mode=None):
+            self.home.write("config.json", "{")         # the daemon judges the mode
+            for env in locales:
+                done = self.home.run("mode", "\ud55c".encode(), env=env, check=1)
+                self.assertIn("is in mode claude", done.stderr)
+                self.assertEqual(self.home.read("mode"), "\ud55c\n")
+
+    def test_help_survives_the_loss_of_docstrings(self):
+        done = self.home.run("help", program=[sys.executable, "-OO", RROUTER], check=0)
+        self.assertIn("usage: rrouter COMMAND", done.stdout)
+
+    def test_a_link_that_leads_nowhere_is_named_as_such(self):
+        for target in ("nowhere", ".rrouter"):
+            self.home.dir.symlink_to(target)
+            for command in ("start", "ag"):
+                self.assert_fails(self.home.run(command), 1, r"\.rrouter: .*leads nowhere: remove")
+            self.assertIn("not running", self.home.run("status", check=3).stdout)
+            self.home.dir.unlink()
+
+    def test_a_terminal_that_is_gone_only_silences_the_echo(self):
+        ours, its = os.openpty()
+        os.close(ours)                      # each write to the other end gives EIO
+        process = ending_with(self, self.home.begin("serve", stderr=its))
+        os.close(its)
+        wait_until(self.home.health)
+        wait_until(lambda: "[START] rrouter" in self.home.read("logs/rrouter.log"))
+        process.terminate()
+        self.assertEqual(process.wait(WAIT_S), 0)
+
     def test_a_bad_value_ends_serve_start_and_restart_with_status_2(self):
         commands = ("serve",), ("start",), ("restart",)
         ended = self.home.run_all(*commands, env={"RROUTER_PORT": "abc"}, timeout=WAIT_S * 2)
@@ -8437,6 +8670,8 @@ class CheckTest(RouterTest):
 
 # Stands in for systemctl and launchctl: notes each request, and starts and stops the service with
 # the bare environment of a service.  Requests that contain the word in the file `fails` fail.
+# As with the real launchd, `bootout` returns before the job ends, perhaps with 36, and launchd
+# knows the job a while longer than its process lives.
 MANAGER = r'''
 import contextlib, os, signal, sys, time
 here, home = os.path.dirname(os.path.abspath(__file__)), os.environ["HOME"]
@@ -8496,11 +8731,26 @@ def start(command, **marks):
 unit = home + "/.config/systemd/user/rrouter.service"
 verb = [word for word in sys.argv[1:] if not word.startswith("-")][0]
 if verb == "print" and asked.endswith("com.rrouter"):
-    sys.exit(not pid())
-elif verb in ("stop", "bootout") or "disable --now" in asked:
+    sys.exit(not pid() and not os.path.exists(note("leaving")))
+elif verb == "bootout":
+    open(note("leaving"), "w").close()
+    if os.fork() == 0:
+        for number in 0, 1, 2:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        time.sleep(0.2)
+        stop()
+        time.sleep(0.4)
+        os.remove(note("leaving"))
+        os._exit(0)
+    if os.path.exists(note("slow")):
+        print("Boot-out failed: 36: Operation now in progress")
+        sys.exit(36)
+elif verb == "stop" or "disable --now" in asked:
     stop()
 elif verb in ("start", "kickstart") and pid():
     pass
+elif verb == "kickstart":
+    sys.exit("Could not find service")
 elif verb in ("start", "restart"):
     with open(unit) as file:
         lines = [line.rstrip().replace("%h", home) for line in file if "=" in line]
@@ -8510,7 +8760,7 @@ elif verb in ("start", "restart"):
            settings["EnvironmentFile"].lstrip("-"), settings["ExecStart"].rpartition(" ")[0]],
           INVOCATION_ID="0" * 32)
 elif verb == "bootstrap":
-    if pid():
+    if pid() or os.path.exists(note("leaving")):
         sys.exit("Bootstrap failed: 5: Input/output error")
     import plistlib
     with open(home + "/Library/LaunchAgents/com.rrouter.plist", "rb") as file:
@@ -8984,6 +9234,13 @@ class InstalledLifeTest(InstallTest):
         self.assertEqual((home.health(), home.asked()), (None, [bootout]))
         home.rrouter("start")
         self.assertEqual((home.health()["startedBy"], home.asked()[0]), ("launchd", bootstrap))
+        home.note("slow", "")
+        before = home.health()["pid"]
+        home.rrouter("restart")
+        self.assertNotEqual(home.health()["pid"], before)
+        self.assertEqual((home.health()["startedBy"], home.asked()[:2]),
+                         ("launchd", [bootout, bootstrap]))
+        (home.stand_ins / "slow").unlink()
         home.install("--uninstall", "--purge")
         self.assert_gone(home)
 
@@ -9527,7 +9784,7 @@ class DocumentsTest(unittest.TestCase):
         for file, text in texts.items():
             with self.subTest(file):
                 self.assertEqual(set(re.findall(r"\bRROUTER_[A-Z_]*[A-Z]\b", text)),
-                                 {"RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST"})
+                                 set(rrouter.DEFAULT_ENVIRONMENT))
 
     def test_the_default_config_of_the_readmes_is_the_one_in_the_code(self):
         for file, text in self.readmes.items():
