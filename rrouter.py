@@ -138,13 +138,15 @@ READ_AHEAD_S = 10               # from the head of an error response to its end
 
 # Connections.
 TICK_S = 0.5                    # how late a client that left is noticed; 1 s is promised
+LIST_S = 5                      # for the whole list of models, when `check` asks for it
 CONNECT_S = 3                   # per address of the upstream, which is on this machine or near it
 IDLE_S = 300                    # between two requests; if less, clients reuse connections we close
 HEAD_S = 15                     # for one request head; if more, a slow client holds a thread longer
 BODY_STALL_S = 60               # without a byte of the request body, whose memory is held meanwhile
 WRITE_STALL_S = 300             # without the client reading; Claude Code itself waits 300 s
 LINGER_S = 1                    # for the client to close first; else a reset destroys the response
-UNACKNOWLEDGED_S = 30           # before a remote connection counts as broken; Linux waits 15 min
+UNACKNOWLEDGED_S = 120          # until a remote connection is broken: Linux waits 15 min; a peer
+                                # that lives but does not read for so long is broken off as well
 POOL_MAX = 32                   # idle upstream connections; each one costs a descriptor
 POOL_IDLE_S = 60                # if more, servers close them first, commonly after 60 s or later
 CONNECTIONS_MAX = 512           # clients at once; each one costs a thread
@@ -1012,7 +1014,7 @@ def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
     proves nothing, because Node's fetch sends it as well.
     """
     host = re.sub(r"\.?(?::[0-9]*)?\Z", "", head.authority, count=1).lower()
-    if hosts and (head.http11 or host) and host not in hosts:
+    if hosts and (head.http11 or head.authority) and host not in hosts:
         raise RequestError(403, f"Host {printable(repr(head.authority), 80)} is not this machine: "
                                 "use localhost, 127.0.0.1 or [::1], or start rrouter with the name "
                                 "in RROUTER_ALLOWED_HOSTS", "Host is not this machine")
@@ -4232,11 +4234,15 @@ class Lock:
         """
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-            if not until(lambda: self._try(descriptor, fcntl.LOCK_EX), patience_s):
+            try:
+                if not until(lambda: self._try(descriptor, fcntl.LOCK_EX), patience_s):
+                    os.close(descriptor)
+                    return False
+                os.ftruncate(descriptor, 0)         # it named the last holder
+                self._write(descriptor, Holder(os.getpid(), instance, *own_place()))
+            except (OSError, DaemonError):
                 os.close(descriptor)
-                return False
-            os.ftruncate(descriptor, 0)         # it named the last holder
-            self._write(descriptor, Holder(os.getpid(), instance, *own_place()))
+                raise
             self.release()              # a file that has left the path
             self._descriptor = descriptor
             return True
@@ -4479,7 +4485,8 @@ def listen(settings: Settings, router: Router) -> list[ProxyServer]:
                           f"cannot listen on {settings.listen_addr}: {reason_of(problem)}")
     router.addresses = [server.server_address[:2] for server in servers]    # type: ignore[misc]
     if all(is_loopback(host) for host, _ in router.addresses):
-        names = "localhost", "127.0.0.1", "::1", settings.host.lower(), *settings.allowed_hosts
+        own = settings.host.lower().rstrip(".")
+        names = "localhost", "127.0.0.1", "::1", own, *settings.allowed_hosts
         router.hosts = frozenset(f"[{name}]" if ":" in name else name for name in names)
     return servers
 
@@ -4507,8 +4514,11 @@ def report_start(ready: int, words: str) -> None:
             os.close(ready)
 
 
-def write_run_files(router: Router) -> None:
-    """Write pid and run.json, which say where the daemon is.  It works without them as well."""
+def write_run_files(router: Router) -> bool:
+    """Write pid and run.json, which say where the daemon is; return False if that failed.
+
+    The daemon works without them as well.
+    """
     paths, settings = router.store.paths, router.settings
     run = {"host": settings.host, "port": settings.port, "upstream": settings.upstream,
            "pid": os.getpid(), "instance": router.instance, "startedBy": router.started_by,
@@ -4519,6 +4529,8 @@ def write_run_files(router: Router) -> None:
     except OSError as error:
         router.log.write("ERROR", f"{paths.run}: {reason_of(error)}: "
                                   "other commands may not find this daemon")
+        return False
+    return True
 
 
 def raise_descriptor_limit() -> None:
@@ -4550,7 +4562,7 @@ class Watcher:
 
     def __init__(self, router: Router, lock: Lock):
         self._router, self._lock = router, lock
-        self._ending = False
+        self._ending = self._is_lost = self._is_unwritten = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -4574,16 +4586,22 @@ class Watcher:
 
     def _reclaim(self) -> None:
         """Write the files that name this daemon again if the user removed ~/.rrouter."""
-        router = self._router
+        router, paths = self._router, self._router.store.paths
         if self._lock.is_removed():
             router.keeps_state = False      # the files may be another daemon's by now
+            self._is_lost = True
             with contextlib.suppress(DaemonError):
-                router.store.paths.create()
-                if self._lock.acquire(router.instance, patience_s=0):
-                    router.state.forget()
-                    router.keeps_state = True
-                    write_run_files(router)
-                    router.log.write("START", "~/.rrouter was removed: this daemon has it again")
+                if os.path.isdir(os.path.dirname(paths.root)):      # else HOME itself is away
+                    paths.create()
+                    if self._lock.acquire(router.instance, patience_s=0):
+                        router.state.forget()
+                        self._is_unwritten = True
+                        router.log.write(
+                            "START", "~/.rrouter was removed: this daemon has it again")
+        elif self._is_lost:
+            router.keeps_state, self._is_lost = True, False
+        if self._is_unwritten:
+            self._is_unwritten = not write_run_files(router)
 
     def end(self) -> None:
         """Let it save and log the rest in a last round."""
@@ -5496,7 +5514,7 @@ def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
     connection = upstream.open()
     with contextlib.closing(connection):
         path = upstream.base_path.decode("ascii") + "/v1/models"
-        with total_limit(connection.sock, CONNECT_S):
+        with total_limit(connection.sock, LIST_S):
             connection.request("GET", path, headers=fields)
             response = connection.getresponse()
             return response.status, response.read(READ_AHEAD_MAX_BYTES)

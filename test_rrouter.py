@@ -2922,7 +2922,7 @@ class PoolTest(RouterTest):
     def test_connection_beyond_loopback_must_be_acknowledged(self):
         real = rrouter.is_loopback
         self.addCleanup(setattr, rrouter, "is_loopback", real)
-        for is_loopback, expected in ((real, 0), (lambda _: False, 30_000)):
+        for is_loopback, expected in ((real, 0), (lambda _: False, 120_000)):
             rrouter.is_loopback = is_loopback
             connection = rrouter.Upstream(self.start_upstream().url, lambda _: False).connect()
             with contextlib.closing(connection):
@@ -7872,6 +7872,19 @@ class LockTest(unittest.TestCase):
         self.assertTrue(other.look().is_same(rrouter.Holder(os.getpid(), "ab01")))
         lock.release()
         self.assertIsNone(other.look())
+
+    def test_lock_whose_line_cannot_be_written_can_be_taken_again(self):
+        lock = rrouter.Lock(self.path)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+        self.addCleanup(signal.signal, signal.SIGXFSZ, signal.signal(
+            signal.SIGXFSZ, signal.SIG_IGN))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        with self.assertRaises(rrouter.DaemonError):
+            lock.acquire("ab01")
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        self.assertTrue(lock.acquire("ab01"))
+        lock.release()
 
     def test_only_a_whole_line_is_believed(self):
         lock = rrouter.Lock(self.path)
