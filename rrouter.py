@@ -2374,7 +2374,11 @@ class Store:
             return self._publish(new, seen)
 
     def snapshot(self) -> Snapshot:
-        """Return config and mode as they are now: every write before this call has its effect."""
+        """Return config and mode as they are now: every write before this call has its effect.
+
+        It takes no lock.  That holds without the interpreter lock too, because `_publish` stores
+        `_seen` after `_current`, and Python's attribute access is atomic (PEP 703).
+        """
         if (_signature(self.paths.mode), _signature(self.paths.config)) == self._seen:
             return self._current
         return self._reload()
@@ -4745,18 +4749,24 @@ class Running(NamedTuple):
         return self.holder.pid
 
 
-def find_daemon(paths: Paths) -> Running | None:
-    """Return the live daemon, or None; without its run.json, on the port of the environment."""
-    holder = Lock(paths.lock).look()
-    if holder is None:
-        return None
+def read_run(paths: Paths) -> Running | None:
+    """Return the daemon that run.json describes, live or killed; None without a usable file."""
     try:
         run = json.loads(read_file(paths.run) or b"{}")
-        if run["pid"] == holder.pid and run.get("instance", "") == holder.instance:
-            return Running(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
-                           str(run["upstream"]), str(run.get("allowedHosts", "")))
+        holder = Holder(int(run["pid"]), str(run.get("instance", "")))
+        return Running(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
+                       str(run["upstream"]), str(run.get("allowedHosts", "")))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        pass
+        return None
+
+
+def find_daemon(paths: Paths) -> Running | None:
+    """Return the live daemon, or None; without its run.json, on the port of the environment."""
+    holder, run = Lock(paths.lock).look(), read_run(paths)
+    if holder is None:
+        return None
+    if run and (run.pid, run.holder.instance) == (holder.pid, holder.instance):
+        return run._replace(holder=holder)
     settings = read_environment(dict(os.environ))
     return Running(holder, settings.host, settings.port, "unknown")
 
@@ -5087,7 +5097,7 @@ def cmd_stop(context: Context) -> int:
 
 def cmd_restart(context: Context) -> int:
     """Stop the daemon and start it again, with its settings except what this shell sets."""
-    daemon = find_daemon(context.paths)
+    daemon = find_daemon(context.paths) or read_run(context.paths)      # it may have been killed
     if daemon and not find_manager(context.home):       # a service has an environment file
         for name in Settings._fields:
             variable = f"RROUTER_{name.upper()}"

@@ -7262,6 +7262,10 @@ class DaemonLifeTest(DaemonTestBase):
         home.run("restart", check=0, env=dict(unset, RROUTER_UPSTREAM="http://127.0.0.1:9"))
         after = json.loads(home.read("run.json"))
         self.assertEqual((after["port"], after["upstream"]), (home.port, "http://127.0.0.1:9"))
+        os.kill(after["pid"], signal.SIGKILL)
+        wait_until(lambda: home.run("status", env=unset).returncode == 3)
+        home.run("restart", check=0, env=unset)
+        self.assertEqual(json.loads(home.read("run.json"))["port"], home.port)
 
     def test_daemon_is_found_again_after_its_directory_was_removed(self):
         home = self.home("auto")
@@ -8475,6 +8479,24 @@ class ConfigCommandTest(CommandTest):
         self.assertEqual((mine / "mode").read_text(), "auto\n")
         self.assertEqual([json.loads(path.read_text()) for path in self.backups()],
                          [switchboard(2)])
+
+
+class CopiedFileTest(LoopbackTest):
+
+    def test_modules_beside_the_copied_file_are_never_imported(self):
+        home = self.make_home("http://127.0.0.1:9")
+        folder = home.root / "bin"
+        folder.mkdir()
+        shutil.copy(RROUTER, str(folder / "rrouter"))
+        for name in ("argparse", "calendar", "email", "json", "socket", "zlib"):
+            (folder / f"{name}.py").write_text("raise SystemExit('imported')\n")
+        for command in ("version", "help", "config", "mode", "start", "status", "check", "stop"):
+            with self.subTest(command):
+                done = subprocess.run([*PYTHON, str(folder / "rrouter"), command], text=True,
+                                      env=home.env, stdin=subprocess.DEVNULL, timeout=60,
+                                      capture_output=True)
+                self.assertNotIn("imported", done.stdout + done.stderr)
+                self.assertEqual(done.returncode, int(command == "check"), done)
 
 
 class EnvironmentTest(CommandTest):
