@@ -6,26 +6,30 @@
 The path of a request, each step a method or function of that name in this file:
 
     ProxyHandler.handle           a thread for each client connection, one request after the other
-    ClientConnection.read_head    one head, strictly parsed; a web page's request is refused
-    ClientConnection.read_body    its whole body, because it may be sent twice
-    find_model                    the model name in the body, and where it stands
+    ProxyHandler._handle_request  one request, or the error that refuses it
+      ClientConnection.read_head    its head, strictly parsed
+      check_origin, outbound_head   a web page's request is refused; Host becomes the upstream's
+      ClientConnection.read_body    its whole body, because it may be sent twice
+      find_model                    the model name in the body, and where it stands
     Exchange.run                  the request gets its number
-    Store.snapshot                config and mode as the files say at this moment
-    decide_route                  the first matching rule names the model for a target
-    Failover.admit                in auto mode: whose turn it is
-    Attempt.run                   one try on one target:
-      splice                        the model name is replaced, nothing else
-      Upstream.exchange             sent on a kept or new connection, the response head read
-      StreamScan, message_fault     held back until it is known whether the response is of use
-      without_thinking              sent once more if the history is rejected
-    judge                         after a failure: Failover.rescue gives the second Attempt, and
-                                  judge says which failure counts and whose response is sent
-    Exchange._relay               the response is forwarded as it arrives (ResponseWriter)
-    Exchange._settle              the outcome goes to Failover: commit, credit, charge or release
-    Exchange._end                 counted as ended, then the last bytes and the line in the log
+    Exchange._forward             up to the response:
+      Store.snapshot                config and mode as the files say at this moment
+      decide_route                  the first matching rule names the model for a target
+      Failover.admit                in auto mode: whose turn it is
+      Attempt.run                   one try on one target
+        splice                        the model name is replaced, nothing else
+        Upstream.send                 on a kept or a new connection; the response head is read
+        Attempt._hold_back            the response is held until it is known to be of use
+        without_thinking              sent once more if the target rejects the history
+      judge                         after a second attempt, on the other target: which failure
+                                    counts, and which response the client gets
+    Exchange._answer, _relay      the response is forwarded as it arrives (ResponseWriter)
+      Exchange._settle              Failover learns the outcome (commit, credit, charge, release)
+      Exchange._end                 the request is counted as ended; then its last bytes are sent
+    Exchange._line                its line in the log
 
 Files: ~/.rrouter/{mode,config.json,rrouter.pid,rrouter.lock,run.json,state.json,logs/rrouter.log}
-Environment: RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST.
+Environment: RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST, RROUTER_ALLOWED_HOSTS.
 Exit status: 0 done, 1 failed, 2 usage, 3 not running.
 """
 
@@ -45,11 +49,12 @@ import enum
 import errno
 import fcntl
 import fnmatch
-import glob
 import http.client
 import http.server
+import ipaddress
 import itertools
 import json
+import math
 import os
 import re
 import select
@@ -74,6 +79,7 @@ __version__ = "5.0.0"
 # Constants ####################################################################
 
 DEFAULT_ENVIRONMENT = {
+    "RROUTER_ALLOWED_HOSTS": "",
     "RROUTER_HOST": "localhost",
     "RROUTER_PORT": "8316",
     "RROUTER_UPSTREAM": "http://localhost:8317",    # CLIProxyAPI's default port
@@ -114,6 +120,7 @@ UNSTREAMED_FACTOR = 2
 UNSTREAMED_MAX_S = 280          # Claude Code gives up at 300 s, so a later timeout comes too late
 RECHECK_S = 60                  # a shorter cooldown moves a conversation, uncached, back and forth
 EVENT_S = 2                     # between failures that one event may have caused
+EVENTS_REMEMBERED = 16          # failures that a later one is compared with
 LONG_FAILURE_S = 60             # a failure this slow counts although the client did not wait longer
 ABANDONED_S = 120               # of silence in a stream, after which a client gives the target up
 MODELS_REMEMBERED = 256         # bounds the memory that names from outside can take
@@ -131,12 +138,15 @@ READ_AHEAD_S = 10               # from the head of an error response to its end
 
 # Connections.
 TICK_S = 0.5                    # how late a client that left is noticed; 1 s is promised
+LIST_S = 5                      # for the whole list of models, when `check` asks for it
 CONNECT_S = 3                   # per address of the upstream, which is on this machine or near it
 IDLE_S = 300                    # between two requests; if less, clients reuse connections we close
 HEAD_S = 15                     # for one request head; if more, a slow client holds a thread longer
 BODY_STALL_S = 60               # without a byte of the request body, whose memory is held meanwhile
 WRITE_STALL_S = 300             # without the client reading; Claude Code itself waits 300 s
 LINGER_S = 1                    # for the client to close first; else a reset destroys the response
+UNACKNOWLEDGED_S = 120          # until a remote connection is broken: Linux waits 15 min; a peer
+                                # that lives but does not read for so long is broken off as well
 POOL_MAX = 32                   # idle upstream connections; each one costs a descriptor
 POOL_IDLE_S = 60                # if more, servers close them first, commonly after 60 s or later
 CONNECTIONS_MAX = 512           # clients at once; each one costs a thread
@@ -145,7 +155,7 @@ BACKLOG = 128                   # VS Code opens 50 at once; with the default of 
 RECEIVE_BYTES = 64 * 1024       # from the upstream; a larger buffer costs each event 10 %
 REQUEST_BYTES = 256 * 1024      # from a client; 8 % faster than 64 KiB for a request of 77 KB
 JOINED_BYTES = 64 * 1024        # a larger request costs more to copy than a second call to send
-BODY_STEP_BYTES = 1024 * 1024   # by which the memory of a request body grows at least
+BODY_STEP_BYTES = 1024 * 1024   # with which the memory of a request body starts at most
 STALE_S = 1                     # a kept connection that closes so soon was dead before
 STOPPED_S = 1                   # beyond a wait: the process was stopped, and a time limit with it
 RECONNECT_EVERY_S = 0.25        # while the upstream is not there,
@@ -157,10 +167,11 @@ POLL_S = 0.2                    # how often the watcher looks at the files; 0.25
 # every 4 to 10 ms.  Where they are whole seconds (HFS+, FAT, some network file systems) the second
 # value holds.
 SETTLED_S, SETTLED_COARSE_S = 0.05, 2
-TRIM_S = 5                      # at least, between two returns of free memory to the system
+TRIM_S = 1                      # at least, between two returns of free memory to the system
 FILE_MAX_BYTES = 1024 * 1024    # mode, config.json and state.json are a few KB
 LOG_MAX_BYTES = 10 * 1024 * 1024    # of one log file
 LOG_FILES = 3                   # rotated ones, beside the one being written
+CUT_OFF_S = 1                   # for requests to end that the drain has not waited for
 DRAIN_S = 30                    # for running requests after SIGTERM; systemd kills after 45 s
 STATUS_SCOPES = 3               # in a status line: auto itself, and models that switched alone
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
@@ -174,9 +185,6 @@ HOP_BY_HOP = frozenset((
 ERROR_TYPES = {
     403: "permission_error", 408: "timeout_error", 413: "request_too_large", 500: "api_error",
     502: "api_error", 503: "overloaded_error", 504: "timeout_error"}
-
-# Which of two failures helps the client more; lower is better.  Other 4xx: 0, other 5xx: 4.
-RANK = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}
 
 # Claude Code's patterns (lower case, without backticks), then the wordings of Gemini, which it does
 # not know.  A row matches if all its words are present, in any order.
@@ -193,11 +201,12 @@ SIGNATURE_WORDINGS = (
     (b"thought signature is not valid",),
     (b"bound to a different conversation",))
 # Responses of CLIProxyAPI that come without asking a provider: statuses, words, name in the log.
+UNKNOWN_MODEL = "unknown provider for model"
 SHELF_WORDINGS = (
     ((503,), (b"auth_unavailable",), "auth_unavailable"),
     ((429,), (b"all credentials for model", b"cooling down"), "cooling down"),
     ((429, 503), (b"model_cooldown",), "model_cooldown"),
-    ((400, 502), (b"unknown provider for model",), "unknown provider for model"))
+    ((400, 502), (b"unknown provider for model",), UNKNOWN_MODEL))
 
 # What targets say of a request beyond their limits, in lower case.
 TOO_LARGE_WORDINGS = tuple((words,) for words in (
@@ -249,6 +258,9 @@ class RequestError(RouterError):
 
 class ClientGone(RouterError):
     """The client left or broke its request off, so no response can reach it."""
+
+    def __init__(self, message: str = "the client left") -> None:
+        super().__init__(message)
 
 
 class UpstreamError(RouterError):
@@ -370,8 +382,6 @@ class RequestHead(NamedTuple):
     keep_alive: bool
     expects_continue: bool
     path: str                   #: the target without its query, which may hold secrets
-    #: what is sent to the upstream before and after the Content-Length value
-    outbound: tuple[bytes, bytes] = (b"", b"")
 
 
 class ResponseHead(NamedTuple):
@@ -430,6 +440,9 @@ class Outcome(NamedTuple):
     direct: bool = False        #: it came after the first content and could not be rescued
 
 
+LEFT = Outcome(Fault.LEFT, 499, "the client left")
+
+
 class Verdict(NamedTuple):
     """What the outcomes of one request mean."""
 
@@ -454,6 +467,7 @@ class Settings(NamedTuple):
     host: str
     port: int
     upstream: str
+    allowed_hosts: tuple[str, ...] = ()     #: names for Host besides those of loopback
 
     @property
     def listen_addr(self) -> str:
@@ -473,14 +487,20 @@ def printable(text: str, limit: int = 300) -> str:
         text = text[:limit] + "..."
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if " " <= c <= "~" else c.encode("unicode_escape").decode("ascii")
-                   for c in text)
+    # No codec such as `unicode_escape`: Python loads it at its first use, and an upgrade may have
+    # removed it by then.
+    return "".join(c if " " <= c <= "~" else ascii(c)[1:-1] for c in text)
 
 
 def span(seconds: float) -> str:
     """Return a duration as people say it: 30m, 90s."""
-    whole = int(-(-seconds // 1))
+    whole = math.ceil(seconds)
     return f"{whole // 60}m" if whole >= 60 and whole % 60 == 0 else f"{whole}s"
+
+
+def tidy(number: float) -> float:
+    """Return `number` as an int if it is whole, so that JSON shows no ".0"."""
+    return int(number) if number == int(number) else number
 
 
 def utc(when: float | None) -> str | None:
@@ -489,6 +509,11 @@ def utc(when: float | None) -> str | None:
         return None
     moment = datetime.datetime.fromtimestamp(int(when), datetime.timezone.utc)
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def reason_of(error: OSError) -> str:
+    """Return the system's words for `error`, in lower case."""
+    return (error.strerror or str(error) or type(error).__name__).lower()
 
 
 def error_body(status: int, message: str) -> bytes:
@@ -683,12 +708,7 @@ def config_of(content: bytes | None) -> Config:
     """
     if content is None:
         return parse_config(json.dumps(DEFAULT_CONFIG))
-    return parse_config(content.decode("utf-8-sig"))
-
-
-def _tidy(number: float) -> float:
-    """Return `number` as an int if it is whole, so that JSON shows no ".0"."""
-    return int(number) if number == int(number) else number
+    return parse_config(content.decode("utf-8").removeprefix("\ufeff"))
 
 
 def config_text(config: Config) -> str:
@@ -702,9 +722,32 @@ def config_text(config: Config) -> str:
             "targets": list(auto.targets),
             "failureThreshold": auto.failure_threshold,
             "timeoutThreshold": auto.timeout_threshold,
-            "cooldownMinutes": [_tidy(seconds / 60) for seconds in auto.cooldowns_s],
-            "firstByteTimeoutSeconds": _tidy(auto.first_byte_s)},
+            "cooldownMinutes": [tidy(seconds / 60) for seconds in auto.cooldowns_s],
+            "firstByteTimeoutSeconds": tidy(auto.first_byte_s)},
     }, indent=2, ensure_ascii=False)
+
+
+def mode_word(content: bytes | None) -> str | None:
+    """Return the word in the mode file, or None if the file does not exist.
+
+    Windows PowerShell writes UTF-16, or UTF-8 with a byte order mark.
+    """
+    if content is None:
+        return None
+    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = content.decode("utf-16" if is_utf_16 else "utf-8", "backslashreplace")
+    return text.removeprefix("\ufeff").strip().lower()
+
+
+def describe_config_error(error: Exception) -> str:
+    """Return one line that says what is wrong with config.json and where."""
+    if isinstance(error, UnicodeDecodeError):
+        byte = error.object[error.start]
+        return f"config.json: expected UTF-8, found byte 0x{byte:02x} at offset {error.start}"
+    if isinstance(error, OSError):
+        return f"config.json: cannot be read: {reason_of(error)}"
+    text = str(error)
+    return f"config.json{':' if text[:1].isdigit() else ': '}{text}"
 
 
 def _is_host_name(host: str) -> bool:
@@ -713,6 +756,11 @@ def _is_host_name(host: str) -> bool:
         return bool(host.encode("idna"))
     except UnicodeError:
         return False
+
+
+def _is_host(host: str) -> bool:
+    return bool(re.fullmatch("[A-Za-z0-9._:%-]+", host) and len(host) <= HOST_MAX
+                and _is_host_name(host))
 
 
 def _is_upstream_url(text: str) -> bool:
@@ -742,23 +790,32 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
         raise UsageError(f"RROUTER_PORT={printable(port)}: "
                          f"expected a port number from 1 to {PORT_MAX}")
     host = values["RROUTER_HOST"].strip("[]")
-    if (not re.fullmatch("[A-Za-z0-9._:%-]+", host) or len(host) > HOST_MAX
-            or not _is_host_name(host)):
+    if not _is_host(host):
         raise UsageError(f"RROUTER_HOST={printable(host)}: "
                          "expected localhost, an address or a host name")
     upstream = values["RROUTER_UPSTREAM"]
     if not _is_upstream_url(upstream):
         raise UsageError(f"RROUTER_UPSTREAM={printable(_without_password(upstream))}: expected "
                          "http(s)://HOST[:PORT][/PATH] without user, query or fragment")
-    return Settings(host, int(port), upstream.rstrip("/"))
+    words = values["RROUTER_ALLOWED_HOSTS"].split(",")
+    allowed = tuple(word.strip(" []").rstrip(".").lower() for word in words if word.strip())
+    if not all(map(_is_host, allowed)):
+        raise UsageError(f"RROUTER_ALLOWED_HOSTS={printable(','.join(words))}: expected names or "
+                         "addresses, without port, separated by commas")
+    return Settings(host, int(port), upstream.rstrip("/"), allowed)
 
 
 # Routing ######################################################################
 
+@lru_cache(maxsize=32768)       # that of `fnmatch` holds 256 in Python 3.9
+def _glob(pattern: str) -> Callable[[str], object]:
+    return re.compile(fnmatch.translate(pattern)).match
+
+
 def match_rule(rules: Iterable[Rule], model: str) -> Rule | None:
     """Return the first rule that matches `model`: a name that equals it, or a glob; else None."""
     for rule in rules:
-        if model == rule.match or fnmatch.fnmatchcase(model, rule.match):
+        if model == rule.match or _glob(rule.match)(model):
             return rule
     return None
 
@@ -783,13 +840,14 @@ _REQUEST_HEAD = re.compile(b"%b%b\r\n" % (_REQUEST_LINE.pattern, _FIELDS))
 _STATUS_LINE = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n" % _TEXT
 _RESPONSE_HEAD = re.compile(b"%b%b\r\n" % (_STATUS_LINE, _FIELDS))
 _TRAILERS = re.compile(b"%b\r\n" % _FIELDS)
+_TRUNCATED_TRAILERS = re.compile(b"%b(?:\r|%b(?::%b\r?)?)?" % (_FIELDS, _TOKEN, _TEXT))
 _NAME = re.compile(_TOKEN)
 _NUMBER = re.compile(b"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
-_LOOPBACK = r"(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?"
-_LOOPBACK_HOST = re.compile("(?i)" + _LOOPBACK)
-_LOOPBACK_ORIGIN = re.compile(b"(?i)https?://" + _LOOPBACK.encode("ascii"))
+_AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
+_LOOPBACK_ORIGIN = re.compile(
+    rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
 
 # The fields whose values the router reads.
 _READ = frozenset((
@@ -847,7 +905,8 @@ def _refusal(head: bytes) -> RequestError:
             name = token.group()[:40].decode("ascii") if token else ""
             return RequestError(400, f"malformed header field {name!r}: expected NAME: VALUE "
                                      "without control characters, space before the colon or "
-                                     "continuation lines")
+                                     "continuation lines",
+                                "malformed header field")    # the name may be half a value
     return RequestError(400, "malformed request head")
 
 
@@ -875,7 +934,10 @@ def _request_length(fields: Fields, http11: bool) -> int | None:
             raise RequestError(400, "malformed request: both Content-Length and Transfer-Encoding")
         if not http11:
             raise RequestError(400, "malformed request: Transfer-Encoding in HTTP/1.0")
-        if [coding.lower() for coding in codings] != [b"chunked"]:
+        names = [name.strip().lower() for name in b",".join(codings).split(b",")]
+        if b"chunked" in names[:-1]:
+            raise RequestError(400, "malformed Transfer-Encoding: chunked is not the last coding")
+        if names != [b"chunked"]:
             raise RequestError(501, "Transfer-Encoding not supported: expected only chunked")
         return None
     if not lengths:
@@ -909,8 +971,10 @@ def parse_request_head(head: bytes) -> RequestHead:
         raise RequestError(400, "malformed request: expected exactly one Host field, "
                                 f"found {len(hosts)}")
     target, authority = _origin_form(method, target, hosts[0] if hosts else b"")
+    if not all(map(_AUTHORITY.fullmatch, [authority, *hosts])):
+        raise RequestError(400, "malformed Host: expected NAME or NAME:PORT")
     length = _request_length(fields, http11)
-    expectations = [value.lower() for value in fields.all(b"expect")] if http11 else []
+    expectations = [value.lower() for value in fields.all(b"expect") if value and http11]
     if expectations not in ([], [b"100-continue"]):
         raise RequestError(417, "unknown expectation: only 100-continue is supported")
     return RequestHead(
@@ -939,18 +1003,21 @@ def check_head_start(data: bytes, seen: int) -> None:
         raise RequestError(400, "malformed request: expected HTTP/1.1 with lines that end in CR LF")
 
 
-def check_origin(head: RequestHead, only_loopback: bool) -> None:
+def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
     """Raise RequestError 403 for a request that a web page may have sent.
+
+    `hosts` are the names that Host may have; with none of them it may have any.
 
     Any page could otherwise spend the user's quota: the upstream responds to every Origin and
     preflight with `Access-Control-Allow-Origin: *`, a text/plain POST needs no preflight, and a
     page can rebind its host name to 127.0.0.1 (CVE-2024-28224, CVE-2025-66414).  `Sec-Fetch-Mode`
     proves nothing, because Node's fetch sends it as well.
     """
-    names_host = head.http11 or head.authority
-    if only_loopback and names_host and not _LOOPBACK_HOST.fullmatch(head.authority):
+    host = re.sub(r"\.?(?::[0-9]*)?\Z", "", head.authority, count=1).lower()
+    if hosts and (head.http11 or head.authority) and host not in hosts:
         raise RequestError(403, f"Host {printable(repr(head.authority), 80)} is not this machine: "
-                                "use localhost, 127.0.0.1 or [::1]", "Host is not this machine")
+                                "use localhost, 127.0.0.1 or [::1], or start rrouter with the name "
+                                "in RROUTER_ALLOWED_HOSTS", "Host is not this machine")
     if not all(_LOOPBACK_ORIGIN.fullmatch(origin) for origin in head.fields.all(b"origin")):
         raise RequestError(403, "requests from foreign web pages are refused (Origin)")
     if any(site.lower() == b"cross-site" for site in head.fields.all(b"sec-fetch-site")):
@@ -1023,16 +1090,16 @@ class FixedBody:
     delimited = True                    #: it ends before its connection does
 
     def __init__(self, length: int) -> None:
-        self._left = length
+        self.left = length              #: bytes that are due, of the body or of a chunk
         self.done = not length
         self.rest = b""                 #: the bytes after the end
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in `data`."""
-        if len(data) > self._left:
-            data, self.rest = data[:self._left], data[self._left:]
-        self._left -= len(data)
-        self.done = not self._left
+        if len(data) > self.left:
+            data, self.rest = data[:self.left], data[self.left:]
+        self.left -= len(data)
+        self.done = not self.left
         return data
 
     def finish(self) -> None:
@@ -1064,8 +1131,10 @@ class ChunkedBody(FixedBody):
     """
 
     _SIZE = b"([0-9A-Fa-f]{1,%d})" % LENGTH_DIGITS_MAX
-    # Size, white space and extension together stay below CHUNK_LINE_MAX_BYTES.
-    _SIZE_LINE = re.compile(rb"\r\n%b(?:[ \t]{0,20};[\t\x20-\x7e\x80-\xff]{0,200})?\r\n" % _SIZE)
+    _QUOTED = rb'"(?:[\t !\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
+    _EXTENSION = rb"[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?" % (_TOKEN, _TOKEN, _QUOTED)
+    # Size and extensions together stay below CHUNK_LINE_MAX_BYTES.
+    _SIZE_LINE = re.compile(rb"\r\n%b(?:(?=[^\r]{1,220}\r)(?:%b)+)?\r\n" % (_SIZE, _EXTENSION))
     _PLAIN_SIZE_LINE = re.compile(b"%b\r\n" % _SIZE)
     _TRUNCATED_SIZE_LINE = re.compile(
         rb"\r?|\r\n(?:%b(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?\r?)?" % _SIZE)
@@ -1078,8 +1147,8 @@ class ChunkedBody(FixedBody):
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in `data`; raise UpstreamError where the coding is broken."""
-        if self._left >= len(data):     # the middle of a large chunk
-            self._left -= len(data)
+        if self.left >= len(data):     # the middle of a large chunk
+            self.left -= len(data)
             return data
         # One whole chunk, as events come; _walk would take three times as long.
         if self._held == b"\r\n":
@@ -1092,9 +1161,9 @@ class ChunkedBody(FixedBody):
 
     def _walk(self, data: bytes) -> bytes:
         """Return the payload in `data`, which may begin and end anywhere in the coding."""
-        position = self._left           # where the chunk under way ends
+        position = self.left           # where the chunk under way ends
         payload = [data[:position]] if position else []
-        self._left = 0
+        self.left = 0
         data, self._held = self._held + data, b""
         while not self._in_trailers:
             size_line = self._SIZE_LINE.match(data, position)
@@ -1106,7 +1175,7 @@ class ChunkedBody(FixedBody):
             self._in_trailers = not size
             payload.append(data[start:position])
             if position > len(data):
-                self._left = position - len(data)
+                self.left = position - len(data)
                 return b"".join(payload)
         self._read_trailers(data[position:])
         return b"".join(payload)
@@ -1121,8 +1190,7 @@ class ChunkedBody(FixedBody):
         whole = _TRAILERS.match(data)
         if whole and whole.end(1) <= TRAILERS_MAX_BYTES:
             self.done, self.rest = True, data[whole.end():]
-        elif (b"\r\n\r\n" in data or len(data) > TRAILERS_MAX_BYTES
-              or (data.startswith(b"\r") and data != b"\r")):
+        elif len(data) > TRAILERS_MAX_BYTES or not _TRUNCATED_TRAILERS.fullmatch(data):
             raise UpstreamError("sent malformed trailers")
         else:
             self._held = data
@@ -1245,10 +1313,11 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
 def asks_for_stream(body: BytesLike) -> bool:
     """Return whether `body` seems to ask for a stream.
 
-    A guess from its two ends suffices, because it only moves a time limit.
+    It is searched for as text, first at the two ends where clients write it, because it only moves
+    a time limit.
     """
     return bool(_STREAM_MEMBER.search(body[-_BODY_END_BYTES:])
-                or _STREAM_MEMBER.search(body[:_BODY_END_BYTES]))
+                or _STREAM_MEMBER.search(body[:_BODY_END_BYTES]) or _STREAM_MEMBER.search(body))
 
 
 @lru_cache(maxsize=256)         # the names come from config.json
@@ -1328,23 +1397,29 @@ def without_thinking(body: BytesLike) -> bytes | None:
 
 # Messages: responses ##########################################################
 
-def _names(text: bytes, wordings: Iterable[tuple[bytes, ...]]) -> bool:
+def _matches(text: bytes, wordings: Iterable[tuple[bytes, ...]]) -> bool:
     """Return whether all words of one of the `wordings` stand in `text`, which is in lower case."""
     return any(all(word in text for word in words) for words in wordings)
 
 
 def names_foreign_signature(body: bytes) -> bool:
     """Return whether the body of a 400 rejects thinking blocks that another backend signed."""
-    return _names(bytes(body).lower().replace(b"`", b""), SIGNATURE_WORDINGS)
+    return _matches(body.lower().replace(b"`", b""), SIGNATURE_WORDINGS)
+
+
+# In the text, because a hop on the way may drop our header.
+_OWN_ERROR = re.compile(rb'"message"\s*:\s*"rrouter: ')
 
 
 def read_failure(status: int, text: bytes) -> tuple[Fault, str]:
     """Return the fault in a response of `status` 400 and above, and what to call it."""
-    text = text.lower().replace(b"\\u003e", b">")
+    if _OWN_ERROR.search(text):
+        return Fault.OWN, str(status)
+    text = text.lower()
     for statuses, words, name in SHELF_WORDINGS:
-        if status in statuses and _names(text, (words,)):
+        if status in statuses and _matches(text, (words,)):
             return Fault.SHELF, f"{status} {name}"
-    if status == 413 or (status in (400, 422) and _names(text, TOO_LARGE_WORDINGS)):
+    if status == 413 or (status in (400, 422) and _matches(text, TOO_LARGE_WORDINGS)):
         return Fault.TOO_LARGE, f"{status} too large"
     return Fault.STATUS, str(status)
 
@@ -1379,8 +1454,8 @@ def _is_content(block: Any) -> bool:
     return not (isinstance(block, dict) and block.get("type") == "text" and not block.get("text"))
 
 
-def _says_nothing(usage: Any, stop_reason: Any) -> bool:
-    """Return whether a message without content reports a failure: the model may stop silently."""
+def _is_silent_failure(usage: Any, stop_reason: Any) -> bool:
+    """Return whether an empty message is a failure: no tokens, and no reason to be silent."""
     tokens = usage.get("output_tokens") if isinstance(usage, dict) else None
     return (tokens == 0 and not isinstance(tokens, bool)
             and stop_reason not in ("refusal", "max_tokens"))
@@ -1395,7 +1470,7 @@ def _load_object(data: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def message_fault(body: bytes) -> str:
+def message_defect(body: bytes) -> str:
     """Return what is wrong with `body` as a message that was not streamed, "" if nothing is."""
     message = _load_object(body)
     if message is None:
@@ -1406,7 +1481,7 @@ def message_fault(body: bytes) -> str:
         return "not a message"
     content = message.get("content")
     blocks = content if isinstance(content, list) else []
-    if not any(map(_is_content, blocks)) and _says_nothing(
+    if not any(map(_is_content, blocks)) and _is_silent_failure(
             message.get("usage"), message.get("stop_reason")):
         return "empty message"
     return ""
@@ -1416,71 +1491,83 @@ class StreamScan:
     """What an event stream has shown so far.
 
     `committed` is set by the first content of a message, on other paths by the first event that is
-    not an error.  `fault` is set if something else decides before: an error, or an end without
-    content.  After the commit `broken` says that an error came, `stopped` that the message ended.
+    not an error, and in any case after READ_AHEAD_MAX_BYTES.  `defect` is set if something else
+    decides before: an error, or an end without content.  After the commit `broken` says that an
+    error came, `ended` that the message ended.
     """
 
     _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
-    _KIND = re.compile(rb'data:[ ]?\{\s*"type"\s*:\s*"([a-z_]+)"')
+    _TYPE = re.compile(rb'\{\s*"type"\s*:\s*"([a-z_]+)"')
+    _USUAL = b"event: content_block_delta\n"
 
     def __init__(self, is_message: bool) -> None:
         self._is_message = is_message
-        self._held = b""                #: an event not yet complete
-        self.committed = self.broken = self.stopped = False
-        self.fault = ""
+        self._partial = b""             # an event that is not complete yet
+        self._size = 0                  # of the stream so far, in bytes
+        self.committed = self.broken = self.ended = False
+        self.defect = ""
         self.events = 0                 #: other than pings and comments
 
     def feed(self, payload: bytes) -> None:
         """Read more of the stream."""
-        data, start = self._held + payload, 0
-        for blank in self._BLANK_LINE.finditer(data, max(0, len(self._held) - 3)):
-            self._read_event(data[start:blank.start()])
+        if self.committed and not self._partial and self._is_usual(payload):
+            self.events += 1
+            return
+        data, start = self._partial + payload, 0
+        for blank in self._BLANK_LINE.finditer(data, max(0, len(self._partial) - 3)):
+            self._read_block(data[start:blank.start()])
             start = blank.end()
-        self._held = data[start:]
-        if len(self._held) > READ_AHEAD_MAX_BYTES:      # its end cannot matter any more
-            self.committed = self.committed or not self.fault
-            self._held = self._held[:64]
+        self._partial = data[start:]
+        self._size += len(payload)
+        if self._size > READ_AHEAD_MAX_BYTES and not self.defect:
+            self.committed = True
+        if len(self._partial) > READ_AHEAD_MAX_BYTES:
+            self._partial = self._partial[:len(self._USUAL)]    # the rest of it cannot matter
+
+    @classmethod
+    def _is_usual(cls, payload: bytes) -> bool:
+        """Return whether whole events carry content and nothing else, as nearly all do.
+
+        Finding that out costs a tenth of reading them.
+        """
+        return (payload.startswith(cls._USUAL) and payload.endswith(b"\n\n")
+                and b"error" not in payload and b"message_stop" not in payload)
 
     def finish(self) -> None:
         """Read the end of the stream."""
-        self._read_event(self._held)
-        self._held = b""
-        if not self.committed and not self.fault:
-            self.fault = "stream without content" if self.events else "empty stream"
+        self._read_block(self._partial)
+        self._partial = b""
+        if not self.committed and not self.defect:
+            self.defect = "stream without content" if self.events else "empty stream"
 
-    def _read_event(self, block: bytes) -> None:
-        if self.fault:
+    def _read_block(self, block: bytes) -> None:
+        """Read the lines up to a blank one."""
+        if self.defect:
             return
-        if self.committed and block.startswith(b"event: content_block_delta\n") and (
-                b'"error"' not in block):
-            self.events += 1            # nearly all events, at a tenth of the cost
-            return
+        may_be_error = b"error" in block
         lines = [line for line in block.lstrip(b"\xef\xbb\xbf").splitlines()
                  if line and not line.startswith(b":")]
         names = [line[6:].strip() for line in lines if line.startswith(b"event:")]
         data = b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
         if not names and not data:
             return                      # comments, or an id alone
-        kind = names[-1].decode("latin-1") if names else ""
-        if self.committed and b'"error"' not in data and kind != "error":
-            found = self._KIND.match(b"data:" + data)
-            kind = found.group(1).decode("latin-1") if found else kind
-            self.events += kind != "ping"
-            self.stopped |= kind == "message_stop"
-            return
-        event = _load_object(data) or {}
+        found = self._TYPE.match(data)
+        needs_parsing = not self.committed or may_be_error or not (found or names)
+        event = _load_object(data) or {} if needs_parsing else {}
+        kind = (found.group(1) if found else names[-1] if names else b"").decode("latin-1")
         if isinstance(event.get("type"), str):
-            kind = event["type"] if kind != "error" else kind
+            kind = event["type"]
+        is_error = kind == "error" or b"error" in names or event.get("error") is not None
         self.events += kind != "ping"
-        is_error = kind == "error" or event.get("error") is not None
         if self.committed:
-            self.broken |= is_error
+            self.broken = self.broken or is_error
+            self.ended = self.ended or kind == "message_stop"
         elif is_error:
-            self.fault = "error event"
-        elif not self._is_message:
-            self.committed = True
-        else:
+            self.defect = "error event"
+        elif self._is_message:
             self._read_lifecycle(kind, event, data)
+        else:
+            self.committed = True
 
     def _read_lifecycle(self, kind: str, event: dict[str, Any], data: bytes) -> None:
         """Read an event of a message that has shown no content yet."""
@@ -1491,12 +1578,12 @@ class StreamScan:
         elif kind == "message_delta":
             delta = event.get("delta")
             stop_reason = delta.get("stop_reason") if isinstance(delta, dict) else None
-            if _says_nothing(event.get("usage"), stop_reason):
-                self.fault = "empty message"
+            if _is_silent_failure(event.get("usage"), stop_reason):
+                self.defect = "empty message"
             else:
                 self.committed = True   # the model may have nothing to say
         elif kind == "message_stop" or data == b"[DONE]":
-            self.fault = "empty message"
+            self.defect = "empty message"
 
 
 # Failover #####################################################################
@@ -1510,47 +1597,51 @@ RESCUED = COUNTED | {Fault.TOO_LARGE, Fault.REJECTED, Fault.DROPPED}
 EXCUSES = frozenset((Fault.TIMEOUT, Fault.DROPPED, Fault.UNREACHABLE))
 
 
+# Which of two failures helps the client more; lower is better.  Statuses first.
+RANK = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}
+OTHER_4XX_RANK, OTHER_5XX_RANK = 0, 4
+FAULT_RANK = {Fault.SHELF: 6, Fault.NO_MESSAGE: 7}
+OWN_ERROR_RANK, LAST_RANK = 8, 9
+
+
 def rank(failure: Outcome, other: Outcome) -> int:
     """Return how useful a failure is to the client beside the `other` one; lower is better."""
     fault, status = failure.fault, failure.status
     if failure.keeps_400:
-        return 0
+        return OTHER_4XX_RANK
     if fault is Fault.TOO_LARGE:
         # The client would compact its conversation, although a retry may serve it as it is.
         is_passing = other.fault in (Fault.STATUS, Fault.SHELF) and (
             other.status in (408, 429) or other.status >= 500)
-        return 9 if is_passing else 0
+        return LAST_RANK if is_passing else OTHER_4XX_RANK
     if fault in (Fault.STATUS, Fault.REJECTED):
-        return RANK.get(status, 0 if status < 500 else 4)
-    return {Fault.SHELF: 6, Fault.NO_MESSAGE: 7}.get(fault, 8) if fault else 8
+        return RANK.get(status, OTHER_4XX_RANK if status < 500 else OTHER_5XX_RANK)
+    return FAULT_RANK.get(fault, OWN_ERROR_RANK) if fault else OWN_ERROR_RANK
 
 
-def judge(first: Outcome, second: Outcome | None) -> Verdict:
+def judge(first: Outcome, second: Outcome) -> Verdict:
     """Return which failures of a request count, and which response the client gets.
 
-    `first` failed; `second` is None where the request was not sent to the other target.
+    `first` failed, and the request was sent to the other target, or the client left before.
 
-      first        second                      counts       the client gets
-      failed       none                        neither      the first
-      failed       succeeded                   the first    the second
-      failed       the client left             the first, if it timed out or took a minute
-      failed       failed                      neither      the more useful one
-      timed out    failed with a response      the first    the more useful one
-      failed       timed out                   the second   the more useful one
+      first        second                          counts       the client gets
+      failed       succeeded                       the first    the second
+      failed       the client left                 the first, if it timed out or took a minute
+      failed       failed                          neither      the more useful one
+      timed out    failed, but not by an EXCUSE    the first    the more useful one
+      failed (")   timed out                       the second   the more useful one
 
     Only faults in COUNTED count at all.
     """
-    if second is None:
-        return Verdict((False, False), 0)
     if second.fault is None:
         return Verdict((first.fault in COUNTED, False), 1)
     if second.fault is Fault.LEFT:
         took_long = first.ended - first.began >= LONG_FAILURE_S
-        return Verdict((first.fault is Fault.TIMEOUT or (first.fault in COUNTED and took_long),
-                        False), 0)
-    counts = (first.fault is Fault.TIMEOUT and second.fault not in EXCUSES,
-              second.fault is Fault.TIMEOUT and first.fault not in EXCUSES)
-    return Verdict(counts, 0 if rank(first, second) <= rank(second, first) else 1)
+        counts = first.fault is Fault.TIMEOUT or (first.fault in COUNTED and took_long)
+        return Verdict((counts, False), 0)
+    return Verdict((first.fault is Fault.TIMEOUT and second.fault not in EXCUSES,
+                    second.fault is Fault.TIMEOUT and first.fault not in EXCUSES),
+                   0 if rank(first, second) <= rank(second, first) else 1)
 
 
 # One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
@@ -1586,7 +1677,7 @@ class Breaker:
 
     def __init__(self, targets: tuple[str, str], serial: Iterator[int], label: str = "") -> None:
         self._serial = serial           # numbers of one sequence, so that a ticket fits one machine
-        self.failed_at: float | None = None     # when the last counted failure happened
+        self._counted_at: deque[float] = deque(maxlen=EVENTS_REMEMBERED)    # times of failures
         self.label = label              #: " for MODEL", or ""
         self.level = 0                  # index of the next cooldown
         self.switch_count = 0
@@ -1606,9 +1697,10 @@ class Breaker:
         self.reason: str | None = None
         self.switched_at: float | None = None
         self.retry_at: float | None = None
-        self._start_counting()
+        self.start_counting()
 
-    def _start_counting(self) -> None:
+    def start_counting(self) -> None:
+        """Set the counters back; what one event caused stays known."""
         self.failures = self.timeouts = 0       # in a row, of `current`
         self.real_failure = ""          # the first one in the row that the shelf did not cause
 
@@ -1621,6 +1713,15 @@ class Breaker:
     def idle(self) -> bool:
         """True if there is nothing to remember."""
         return self.state == CLOSED and not (self.level or self.failures or self.timeouts)
+
+    def _is_same_event(self, outcome: Outcome) -> bool:
+        """Return whether an event that was counted may have caused this failure too.
+
+        They are compared by the times at which they failed.  Their rescues, which decide whether
+        they count, take longer or shorter.
+        """
+        return any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
+                   for at in self._counted_at)
 
     def remaining_s(self, now: float) -> float:
         """Return the seconds until home may be probed, within the cooldown if the clock was set."""
@@ -1649,7 +1750,7 @@ class Breaker:
     def succeed(self, ticket: Ticket) -> None:
         """Count a success of `ticket.target`."""
         if ticket.target == self.current:
-            self._start_counting()
+            self.start_counting()
             self.level += not self.answered and not self.on_shelf
             self.answered = True
 
@@ -1665,8 +1766,7 @@ class Breaker:
             return self._fail_probe(now, outcome, auto)
         if ticket.generation != self.generation or ticket.target != self.current:
             return [failed]
-        if (self.failed_at is not None and outcome.began < self.failed_at
-                and abs(outcome.ended - self.failed_at) <= EVENT_S):
+        if self._is_same_event(outcome):
             return [failed + " (the same event)"]
         count, limit, name = self._count(outcome, auto)
         of_limit = f" of {limit}" if count <= limit else ""
@@ -1690,7 +1790,7 @@ class Breaker:
 
     def _count(self, outcome: Outcome, auto: AutoSettings) -> tuple[int, int, str]:
         """Count a failure; return (how many in a row, how many switch, their name)."""
-        self.failed_at = outcome.ended
+        self._counted_at.append(outcome.ended)
         if outcome.fault is not Fault.SHELF:
             self.real_failure = self.real_failure or outcome.what
         if outcome.fault is Fault.TIMEOUT:
@@ -1714,7 +1814,7 @@ class Breaker:
             self.generation = next(self._serial)
         self.state, self.probe, self.answered = OPEN, 0, False
         self.on_shelf, self.shelf_said = on_shelf, outcome.what if on_shelf else ""
-        self._start_counting()
+        self.start_counting()
         self.switch_count += 1
         self.reason, self.switched_at = reason, now
         self.retry_at, self.last_cooldown_s = now + cooldown_s, cooldown_s
@@ -1726,7 +1826,7 @@ class Breaker:
         still_on_shelf = outcome.fault is Fault.SHELF or (outcome.fault is Fault.STATUS and (
             outcome.status in (401, 403, 404) or outcome.status >= 500))
         if not (self.on_shelf and still_on_shelf):
-            self.failed_at = outcome.ended
+            self._counted_at.append(outcome.ended)
             return lines + self._open(now, f"failed a probe, last {outcome.what}", outcome, auto)
         self._postpone_probe(now)
         if self.shelf_said == outcome.what:
@@ -1761,8 +1861,8 @@ class Breaker:
                 "failureCount": self.failures, "timeoutCount": self.timeouts,
                 "reason": self.reason, "switchedAt": utc(self.switched_at),
                 "retryAt": utc(self.retry_at),
-                "cooldownSeconds": _tidy(round(self.last_cooldown_s, 3)) if is_open else 0,
-                "cooldownRemainingSeconds": int(-(-remaining_s // 1))}
+                "cooldownSeconds": tidy(round(self.last_cooldown_s, 3)) if is_open else 0,
+                "cooldownRemainingSeconds": math.ceil(remaining_s)}
 
     SAVED: dict[str, tuple[type, ...]] = {
         "home": (str,), "away": (str,), "level": (int,), "switch_count": (int,),
@@ -1776,7 +1876,7 @@ class Breaker:
     def restore(self, saved: Any, longest_s: float) -> None:
         """Take over what `save` returned; raise StateError if it does not fit.
 
-        `saved` comes from a file that anybody may have written; version 5.0.0 had no `on_shelf`.
+        `saved` comes from a file that anyone may have written; an older one has no `on_shelf`.
         """
         if not isinstance(saved, dict):
             raise StateError("expected an object")
@@ -1820,7 +1920,8 @@ class Failover:
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
         """Forget everything, and continue with the settings `auto`."""
         with self._lock:
-            used = not self._whole.idle or self._whole.switch_count or self._models
+            used = self._whole.switch_count or not all(
+                breaker.idle for breaker in (self._whole, *self._models.values()))
             self._auto = auto
             self._clear()
         return [f"RESET: {why}; on {auto.targets[0]}"] if used else []
@@ -1870,7 +1971,7 @@ class Failover:
                 return ticket, []
             lines = breaker.recover(self._clock())
             if ticket.alone:
-                self._align(ticket.model, breaker)
+                self._align(breaker)
             else:
                 self._follow()
             breaker, alone = self._breaker(ticket.model)
@@ -1883,7 +1984,7 @@ class Failover:
             own = self._models.get(ticket.model)
             if own is not None:
                 own.succeed(ticket)
-                self._align(ticket.model, own)
+                self._align(own)
 
     def charge(self, ticket: Ticket, outcome: Outcome) -> list[str]:
         """Count a failure.
@@ -1897,14 +1998,14 @@ class Failover:
                 if own is None:
                     return []
                 lines = own.fail(now, ticket, outcome, self._auto, whole.current)
-                self._align(ticket.model, own)
+                self._align(own)
                 return lines
-            generation = whole.generation
-            fresh = ticket.generation == generation and ticket.target == whole.current
+            switches = whole.switch_count
+            fresh = ticket.generation == whole.generation and ticket.target == whole.current
             lines = whole.fail(now, ticket, outcome, self._auto, whole.home)
-            if whole.generation != generation:
+            if whole.switch_count != switches:
                 self._follow()
-            elif fresh and (whole.answered or not outcome.direct):
+            elif fresh:
                 lines += self._charge_model(now, ticket, outcome)
             return lines
 
@@ -1934,16 +2035,19 @@ class Failover:
             own = Breaker(self._ordered(), self._serial, f" for {printable(ticket.model)}")
             self._models[ticket.model] = own
         self._models.move_to_end(ticket.model)
+        own.answered = self._whole.answered     # they are on the same target
         ticket = ticket._replace(generation=own.generation)
-        return own.fail(now, ticket, outcome, self._auto, own.home)[1:]
+        lines = own.fail(now, ticket, outcome, self._auto, own.home)
+        own.answered = own.answered or own.state == CLOSED
+        return lines[1:]
 
     def _ordered(self) -> tuple[str, str]:
         """Return the targets, the one that serves the whole first."""
         whole = self._whole
         return (whole.home, whole.away) if whole.state == CLOSED else (whole.away, whole.home)
 
-    def _align(self, model: str, own: Breaker) -> None:
-        """Let a model follow the whole unless it is switched alone; forget it if it can be.
+    def _align(self, own: Breaker) -> None:
+        """Let a model follow the whole target unless it is switched alone.
 
         A model alone on the very target that the whole has returned to has no reason to be alone.
         """
@@ -1951,13 +2055,13 @@ class Failover:
         if ((own.state == CLOSED and own.home != first)
                 or (own.state != CLOSED and own.away == first == self._whole.home)):
             own.close((first, second))
-        if own.idle:
-            self._models.pop(model, None)
 
     def _follow(self) -> None:
         """Reset the counters of the models, because the whole target has switched."""
-        for model, own in list(self._models.items()):
-            self._align(model, own)
+        for own in self._models.values():
+            if own.state == CLOSED:
+                own.start_counting()
+            self._align(own)
 
     def report(self, active: bool) -> dict[str, Any]:
         """Return the `autoSwitch` object of /health."""
@@ -2023,11 +2127,6 @@ def status_line(health: dict[str, Any]) -> str:
 
 # Files ########################################################################
 
-def reason_of(error: OSError) -> str:
-    """Return the system's words for `error`, in lower case."""
-    return (error.strerror or str(error) or type(error).__name__).lower()
-
-
 class Paths:
     """Where rrouter keeps its files."""
 
@@ -2047,15 +2146,19 @@ class Paths:
         try:
             for directory in (self.root, os.path.dirname(self.log)):
                 os.makedirs(directory, 0o700, exist_ok=True)
-                os.chmod(directory, 0o700)
+                if stat.S_IMODE(os.stat(directory).st_mode) != 0o700:   # chmod can hang
+                    os.chmod(directory, 0o700)
         except OSError as error:
-            raise DaemonError(f"{error.filename or self.root}: {reason_of(error)}: rrouter keeps "
+            path = error.filename or self.root
+            if os.path.islink(path) and not os.path.exists(path):
+                raise DaemonError(f"{path}: a symbolic link that leads nowhere: remove it, or "
+                                  "create its target") from error
+            raise DaemonError(f"{path}: {reason_of(error)}: rrouter keeps "
                               "its files there; set HOME to a directory you can write") from error
 
 
-def write_atomically(path: str, content: str | bytes, durable: bool = True,
-                     mode: int = 0o600) -> None:
-    """Write a file: a reader sees the whole new content or the whole old one.
+def write_atomically(path: str, text: str, durable: bool = True) -> None:
+    """Write `text` to `path`, mode 0600: a reader sees the whole new content or the whole old one.
 
     A symbolic link stays, its target is replaced.  Unless `durable`, a crash of the machine may
     lose the content.  Raises OSError.
@@ -2065,9 +2168,7 @@ def write_atomically(path: str, content: str | bytes, durable: bool = True,
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            if mode != 0o600:
-                os.fchmod(file.fileno(), mode)
+            file.write(text.encode("utf-8"))
             file.flush()
             if durable:                 # else a crash may leave the new name with no content
                 os.fsync(file.fileno())
@@ -2076,13 +2177,6 @@ def write_atomically(path: str, content: str | bytes, durable: bool = True,
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
-
-
-def spare_name(path: str) -> str:
-    """Return PATH.bak-YYYYmmdd-HHMMSS, with a number if that exists already."""
-    name = f"{path}.bak-{time.strftime('%Y%m%d-%H%M%S')}"
-    return next(spare for spare in (name, *(f"{name}-{number}" for number in range(2, 1000)))
-                if not os.path.lexists(spare))
 
 
 def read_file(path: str) -> bytes | None:
@@ -2144,7 +2238,8 @@ def _write_all(descriptor: int, data: bytes) -> OSError | None:
 class Log:
     """The log file, rotated by size.  Any thread may add lines; only the watcher writes them.
 
-    So a disk that hangs holds up no request.  `kill -9` can lose the lines of the last POLL_S.
+    So a disk that hangs holds up no request; `kill -9` can lose the lines of the last POLL_S.
+    `open`, `reopen` and `flush` are for one thread at a time.
     """
 
     HELD_MAX = 10_000       # lines; only while the disk hangs can so many be held
@@ -2177,7 +2272,7 @@ class Log:
             self.wake()
 
     def flush(self) -> None:
-        """Write the lines added so far; not for two threads at once."""
+        """Write the lines added so far."""
         data = b"".join([self._lines.popleft() for _ in range(len(self._lines))])
         if not data:
             return
@@ -2250,29 +2345,6 @@ class Log:
             self.open()
 
 
-def mode_word(content: bytes | None) -> str | None:
-    """Return the word in the mode file, or None if the file does not exist.
-
-    Windows PowerShell writes UTF-16, or UTF-8 with a byte order mark.
-    """
-    if content is None:
-        return None
-    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    text = content.decode("utf-16" if is_utf_16 else "utf-8-sig", "backslashreplace")
-    return text.strip().lower()
-
-
-def complain_about_config(error: Exception) -> str:
-    """Return one line that says what is wrong with config.json and where."""
-    if isinstance(error, UnicodeDecodeError):
-        byte = error.object[error.start]
-        return f"config.json: expected UTF-8, found byte 0x{byte:02x} at offset {error.start}"
-    if isinstance(error, OSError):
-        return f"config.json: cannot be read: {reason_of(error)}"
-    text = str(error)
-    return f"config.json{':' if text[:1].isdigit() else ': '}{text}"
-
-
 class Store:
     """The user's config and mode, always read together and never stale.
 
@@ -2302,7 +2374,11 @@ class Store:
             return self._publish(new, seen)
 
     def snapshot(self) -> Snapshot:
-        """Return config and mode as they are now: every write before this call has its effect."""
+        """Return config and mode as they are now: every write before this call has its effect.
+
+        It takes no lock.  That holds without the interpreter lock too, because `_publish` stores
+        `_seen` after `_current`, and Python's attribute access is atomic (PEP 703).
+        """
         if (_signature(self.paths.mode), _signature(self.paths.config)) == self._seen:
             return self._current
         return self._reload()
@@ -2359,7 +2435,7 @@ class Store:
             self._log.write("CONFIG", "config.json loaded" if content is not None else
                             "no config.json: the defaults are in force")
         except (ConfigError, UnicodeDecodeError, OSError) as error:
-            complaint = complain_about_config(error)
+            complaint = describe_config_error(error)
             if isinstance(error, OSError):
                 self._config_bytes = error
             if complaint != self._config_error:
@@ -2389,7 +2465,7 @@ class Store:
             problems += [] if complaint in problems else [complaint]
         elif word is not None and word != mode:
             defined = ", ".join([*config.modes, MODE_AUTO])
-            problems.append(f"mode: {printable(word, 40)!r} is not defined by config.json "
+            problems.append(f"mode: '{printable(word, 40)}' is not defined by config.json "
                             f"(defined: {defined}); {mode} is in force")
         return Snapshot(config, mode, tuple(problem for problem in problems if problem))
 
@@ -2427,6 +2503,10 @@ class StateFile:
             if state.get(name) != fingerprint[name]:
                 raise StateError(f"{what} was written since")
         return state
+
+    def forget(self) -> None:
+        """Let the next `save` write, because the file was removed."""
+        self._saved = None
 
     def save(self, make: Callable[[], dict[str, Any]]) -> None:
         """Write the state that `make` returns, fingerprint included, unless it is the last saved.
@@ -2590,6 +2670,9 @@ def outlive_main_script(run: Callable[[], None]) -> None:
 # Upstream #####################################################################
 
 # As a number, because `|` of the standard library's flags runs 5 us of Python code.
+# The option that ends a connection which no longer acknowledges, and its value.
+UNACKNOWLEDGED = ((0x80, UNACKNOWLEDGED_S) if sys.platform == "darwin" else     # RXT_CONNDROPTIME
+                  (getattr(socket, "TCP_USER_TIMEOUT", None), UNACKNOWLEDGED_S * 1000))
 PEEK_NOW = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's time limit
 
@@ -2613,7 +2696,7 @@ class Watch:
 
     def lift(self) -> None:
         """Remove the time limit."""
-        self._deadline = None
+        self._limit_s = self._deadline = None
 
     def check(self, has_input: Callable[[], bool] | None = None) -> float:
         """Return the seconds after which to ask again.
@@ -2626,7 +2709,7 @@ class Watch:
         if self._has_left is not None and now - self._looked_at >= TICK_S * 0.9:
             self._looked_at = now
             if self._has_left():
-                raise ClientGone("the client left")
+                raise ClientGone()
         if self._deadline is None:
             return TICK_S
         stopped_s = now - self._checked_at - TICK_S
@@ -2659,10 +2742,10 @@ class Patience:
             return False
         time.sleep(RECONNECT_EVERY_S)
         if self._has_left():
-            raise ClientGone("the client left")
+            raise ClientGone()
         return True
 
-    def end(self) -> None:
+    def give_up(self) -> None:
         """Wait no more, because the upstream has responded."""
         self._give_up_at = 0.0
 
@@ -2676,8 +2759,21 @@ class Outbound(NamedTuple):
     interim: Callable[[ResponseHead], None] | None
 
 
-def _timeval(seconds: float) -> bytes:
-    return struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+def is_loopback(address: str) -> bool:
+    """Return whether an address, in figures, is one of this machine alone."""
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def set_kernel_limit(sock: socket.socket, option: int, seconds: float) -> None:
+    """Set SO_RCVTIMEO or SO_SNDTIMEO; raise OSError."""
+    time_value = int(seconds), int(seconds % 1 * 1e6)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *time_value))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # A 32-bit system with 64-bit time.  Not first: 32-bit x86 accepts and misreads it.
+        sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@qq", *time_value))
 
 
 class Wire:
@@ -2699,7 +2795,7 @@ class Wire:
         """Set the socket's options; raise OSError if it is closed already."""
         if self._plain:
             self.sock.settimeout(None)
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(send_limit_s))
+            set_kernel_limit(self.sock, socket.SO_SNDTIMEO, send_limit_s)
         # Without this each event of a stream waits 40 ms for an acknowledgement.
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -2709,7 +2805,7 @@ class Wire:
         if seconds != self._limit_s:
             self._limit_s = seconds
             if self._plain:
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(seconds))
+                set_kernel_limit(self.sock, socket.SO_RCVTIMEO, seconds)
             else:
                 self.sock.settimeout(seconds)
 
@@ -2739,12 +2835,16 @@ class UpstreamConnection(Wire):
         self._poller = select.poll()
         self._responding = False        # a byte of the response due has come
         self._sent_at: float | None = None      # the time of the last byte, None: sending failed
-        self.idle_since = 0.0
+        self._idle_since = 0.0, 0.0     # monotonic time and wall clock
 
     def set_up(self, send_limit_s: float) -> None:
         """Set the socket's options."""
         super().set_up(send_limit_s)
         self._poller.register(self.sock, select.POLLIN)
+        option, value = UNACKNOWLEDGED
+        if option is not None and not is_loopback(self.sock.getpeername()[0]):
+            with contextlib.suppress(OSError):          # a system that imitates Linux
+                self.sock.setsockopt(socket.IPPROTO_TCP, option, value)
         if isinstance(self.sock, ssl.SSLSocket):    # an end without close_notify is a truncation
             setattr(self.sock, "suppress_ragged_eofs", False)   # noqa: B010 - typeshed lacks it
 
@@ -2772,7 +2872,7 @@ class UpstreamConnection(Wire):
         if sum(map(len, pieces)) < JOINED_BYTES:
             pieces = [b"".join(pieces)]
         views = [memoryview(piece) for piece in pieces if len(piece)]
-        self._responding, self._sent_at = False, None
+        self._sent_at = None
         if not self._plain:
             self.limit(watch.check())       # `has_input` leaves it at 0
         while views:
@@ -2795,6 +2895,20 @@ class UpstreamConnection(Wire):
         self._sent_at = time.monotonic()
         return views
 
+    def rest(self) -> None:
+        """Be idle from now on."""
+        self._idle_since = time.monotonic(), time.time()
+
+    @property
+    def is_old(self) -> bool:
+        """True if it has been idle for too long; the monotonic clock stops while systems sleep."""
+        since, wall_since = self._idle_since
+        return max(time.monotonic() - since, abs(time.time() - wall_since)) >= POOL_IDLE_S
+
+    def expect_response(self) -> None:
+        """Begin a request: no byte of its response has come."""
+        self._responding = False
+
     @property
     def was_stale(self) -> bool:
         """True if this connection broke as one does that was dead before the request."""
@@ -2803,6 +2917,8 @@ class UpstreamConnection(Wire):
 
     def wait(self, watch: Watch) -> bytes:
         """Return the next bytes, b"" at the end; raise what `watch` raises, or UpstreamError."""
+        if self.held:
+            return self.receive()
         while True:
             self.limit(watch.check(self.has_input))
             try:
@@ -2827,7 +2943,8 @@ class UpstreamConnection(Wire):
             if end >= 4:
                 self.held = data[end:]
                 return parse_response_head(data[:end])
-            if len(data) > HEAD_MAX_BYTES or not b"HTTP/1.".startswith(data[:7]):
+            if (len(data) > HEAD_MAX_BYTES or not b"HTTP/1.".startswith(data[:7])
+                    or _BARE_LF.search(data, len(data) - len(more))):
                 raise UpstreamError("sent a malformed response head")
 
     def close(self) -> None:
@@ -2857,8 +2974,8 @@ class Response:
         """True when the whole body has been received."""
         return self._body.done
 
-    def end(self) -> None:
-        """Release or close the connection if the body is complete."""
+    def hand_back(self) -> None:
+        """Return the connection to the pool, or close it, if the body is complete."""
         if self._body.done:
             if (self._release is None or not self.head.keep_alive or not self._body.delimited
                     or self._body.rest or self._connection.held):
@@ -2870,7 +2987,7 @@ class Response:
         """Add to `ahead` the payload that came together with the head, without waiting for more."""
         if self._connection.held and not self._body.done:
             self.ahead += self._body.feed(self._connection.receive())
-            self.end()
+            self.hand_back()
 
     def receive(self, watch: Watch) -> bytes:
         """Return the next payload; b"" may come with `complete`.
@@ -2888,7 +3005,7 @@ class Response:
                 payload = body.feed(data)
             else:
                 body.finish()
-        self.end()
+        self.hand_back()
         return payload
 
     def text(self) -> bytes:
@@ -2939,23 +3056,23 @@ class Upstream:
         self._is_own_address = is_own_address
         self._kept: deque[UpstreamConnection] = deque()     # last in, first out: the busiest live
         self._tls: ssl.SSLContext | None = None     # made at the first connection
-        self.misses = 0                 #: requests in a row that did not reach it
+        self._missed_at: float | None = None    # when a request last did not reach it
 
-    def exchange(self, outbound: Outbound, watch: Watch, patience: Patience | None,
-                 notes: list[str]) -> Response:
+    def send(self, outbound: Outbound, watch: Watch, patience: Patience | None,
+             notes: list[str]) -> Response:
         """Send a request and return the response, its head read; raise UpstreamError, ClientGone.
 
         While the upstream is not there, the request waits as long as its `patience` lasts.
 
         A request goes out a second time only if the kept connection was stale: sending failed, or
         it closed within a second, before any byte of a response.  RFC 9110 §9.2.2 leaves that to
-        the client for POST; model calls change nothing, and the client would only see an error and do
-        the same.  `notes` then says so.
+        the client for POST; model calls change nothing, and the client would do the same after an
+        error.  `notes` then says so.
         """
         connection = self._take()
         if connection is not None:
             try:
-                return self._exchange_on(connection, outbound, watch, patience)
+                return self._send_on(connection, outbound, watch, patience)
             except (UpstreamTimeout, ClientGone):
                 raise
             except UpstreamError:
@@ -2969,30 +3086,41 @@ class Upstream:
             except UpstreamUnreachable:
                 if patience is None or not patience.wait():
                     raise
-        return self._exchange_on(connection, outbound, watch, patience)
+        return self._send_on(connection, outbound, watch, patience)
 
-    def _exchange_on(self, connection: UpstreamConnection, outbound: Outbound, watch: Watch,
-                     patience: Patience | None) -> Response:
+    def _send_on(self, connection: UpstreamConnection, outbound: Outbound, watch: Watch,
+                 patience: Patience | None) -> Response:
         watch.start()
+        connection.expect_response()
         try:
             unsent = connection.send(outbound.pieces, watch)
             head = connection.read_head(watch)
             while head.status < 200:
                 if outbound.interim is not None and head.status != 100:     # rrouter sent its own
                     outbound.interim(head)
-                unsent = connection.send(unsent, watch)
+                unsent = connection.send(unsent, watch) if unsent else []
                 head = connection.read_head(watch)
         except BaseException:
             connection.close()
             raise
-        self.misses = 0
+        self._missed_at = None
         if patience is not None:
-            patience.end()
+            patience.give_up()
         # After a request not sent in full the next one would be taken for the rest of it.
         response = Response(head, response_body(head, outbound.method), connection,
                             None if unsent else self.keep)
-        response.end()
+        response.hand_back()
         return response
+
+    def miss(self, started: float) -> bool:
+        """Take note that a request did not reach the upstream.
+
+        `started` is when the request began, by time.monotonic.  Returns whether the one before it
+        in time missed as well; parallel requests are one.
+        """
+        is_repeated = self._missed_at is not None and self._missed_at <= started
+        self._missed_at = time.monotonic()
+        return is_repeated
 
     def connect(self) -> UpstreamConnection:
         """Return a new connection; raise UpstreamUnreachable."""
@@ -3025,7 +3153,10 @@ class Upstream:
         if not self._is_tls:
             return http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
         if self._tls is None:
-            self._tls = ssl.create_default_context()
+            context = ssl.create_default_context()
+            # Python 3.9 sets it, and would take a truncated response for a whole one.
+            context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+            self._tls = context
         return http.client.HTTPSConnection(
             self._host, self._port, timeout=CONNECT_S, context=self._tls)
 
@@ -3036,14 +3167,13 @@ class Upstream:
                 connection = self._kept.pop()
             except IndexError:
                 return None
-            fresh = time.monotonic() - connection.idle_since < POOL_IDLE_S
-            if fresh and not connection.has_input():
+            if not connection.is_old and not connection.has_input():
                 return connection
             connection.close()
 
     def keep(self, connection: UpstreamConnection) -> None:
         """Keep a connection whose response is complete."""
-        connection.idle_since = time.monotonic()
+        connection.rest()
         self._kept.append(connection)
         if len(self._kept) > POOL_MAX:
             with contextlib.suppress(IndexError):
@@ -3052,22 +3182,17 @@ class Upstream:
     def prune(self) -> None:
         """Close the connections that have been idle for too long."""
         with contextlib.suppress(IndexError):
-            while time.monotonic() - self._kept[0].idle_since >= POOL_IDLE_S:
+            while self._kept[0].is_old:
                 self._kept.popleft().close()
 
 
 # Proxy ########################################################################
 
 class ClientConnection(Wire):
-    """A client's connection: it reads whole requests, strictly framed, and sends responses.
+    """A client's connection: it reads whole requests, strictly framed, and sends responses."""
 
-    `prepare_head` is called with each new head; it returns the head to use or raises RequestError.
-    """
-
-    def __init__(self, sock: socket.socket,
-                 prepare_head: Callable[[RequestHead], RequestHead]) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock, REQUEST_BYTES)
-        self._prepare_head = prepare_head
         self._last_head = RememberedHead()
         self._asks_head = False         # HEAD: no response has a body, not even a refusal
         self._read_shut = False         # by `stop_reading`: an end of file proves nothing
@@ -3091,11 +3216,12 @@ class ClientConnection(Wire):
         self.limit(idle_s)
         deadline, seen = None, 0
         while True:
+            if data.startswith(b"\r\n"):        # RFC 9112 §2.2: ignored before a request
+                data, seen = data[2:], 0
             head = self._find_head(data, seen)
             if head is not None:
+                self.busy = True
                 return head
-            if data.startswith(b"\r\n"):        # RFC 9112 §2.2: ignored before a request
-                data = data[2:]
             if data not in (b"", b"\r"):
                 self.busy = True
                 deadline = deadline or time.monotonic() + HEAD_S
@@ -3111,27 +3237,22 @@ class ClientConnection(Wire):
 
         Raises RequestError.  `seen` bytes of `data` were searched before.
         """
+        self._asks_head = data.startswith(b"HEAD ")
         known = self._last_head.match(data)
         if known is not None:
             head, size = known
-            self.busy, self._asks_head = True, head.method == "HEAD"
             self.held = memoryview(data)[size:]
             return head
-        start = 2 if data.startswith(b"\r\n") else 0
-        self._asks_head = data.startswith(b"HEAD ", start)
-        end = data.find(b"\r\n\r\n", max(start, seen - 3)) + 4
+        end = data.find(b"\r\n\r\n", max(0, seen - 3)) + 4
+        if (end if end >= 4 else len(data)) > HEAD_MAX_BYTES:
+            raise head_too_large(data)
         if end < 4:
-            end = len(data)
-            if end - start > HEAD_MAX_BYTES:
-                raise head_too_large(data[start:])
-            if data[start:] not in (b"", b"\r"):
-                check_head_start(data[start:], max(0, seen - 3 - start))
+            if data not in (b"", b"\r"):
+                check_head_start(data, max(0, seen - 3))
             return None
-        if end - start > HEAD_MAX_BYTES:
-            raise head_too_large(data[start:])
-        self.busy, self.held = True, data[end:]
-        head = self._prepare_head(parse_request_head(data[start:end]))
-        self._last_head.remember(data[start:end], head)
+        self.held = data[end:]
+        head = parse_request_head(data[:end])
+        self._last_head.remember(data[:end], head)
         return head
 
     def _receive_head(self, deadline: float | None) -> bytes:
@@ -3145,7 +3266,7 @@ class ClientConnection(Wire):
                 return b""
             raise RequestError(408, "request head not complete within %d s" % HEAD_S) from None
         except OSError as error:
-            raise ClientGone("the client left") from error
+            raise ClientGone() from error
         return more
 
     def read_body(self, head: RequestHead) -> BytesLike:
@@ -3161,20 +3282,26 @@ class ClientConnection(Wire):
         if len(self.held) >= length:
             whole, self.held = self.held[:length], bytes(self.held[length:])
             return whole
-        body, have, self.held = bytearray(self.held), len(self.held), b""
+        # Memory grows with what has come, not with what is claimed: from a part, by doubling.
+        size = length
+        while size > max(len(self.held), BODY_STEP_BYTES):
+            size = (size + 1) // 2
+        have, body = len(self.held), bytearray(size)
+        body[:have], self.held = self.held, b""
         while have < length:
-            if have == len(body):       # memory grows with what has come, not with what is claimed
-                body += bytes(min(length - have, max(have, BODY_STEP_BYTES)))
+            if have == len(body):
+                body *= 2
             with memoryview(body) as view:
-                have += self._receive_body(partial(self.sock.recv_into, view[have:]))
-        return body
+                end = min(len(body), length)
+                have += self._receive_body(partial(self.sock.recv_into, view[have:end]))
+        return body if len(body) == length else memoryview(body)[:length]
 
     def _read_chunks(self) -> BytesLike:
         body, decoder = bytearray(), ChunkedBody()
         try:
             while not decoder.done:
                 body += decoder.feed(self._receive_body(self.receive))
-                if len(body) > BODY_MAX_BYTES:
+                if len(body) + decoder.left > BODY_MAX_BYTES:
                     raise RequestError(413, f"body over the limit of {BODY_MAX_BYTES >> 20} MiB")
         except UpstreamError as error:
             raise RequestError(400, f"malformed request body: the client {error}") from error
@@ -3189,7 +3316,7 @@ class ClientConnection(Wire):
             raise RequestError(
                 408, "request body without progress for %d s" % BODY_STALL_S) from None
         except OSError as error:
-            raise ClientGone("the client left") from error
+            raise ClientGone() from error
         if not received:
             raise ClientGone("the client left before the end of its request")
         return received
@@ -3220,6 +3347,12 @@ class ClientConnection(Wire):
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RD)
 
+    def cut_off(self) -> None:
+        """Let the request under way end as if the client had left; called from another thread."""
+        self._read_shut = False
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)
+
     # ---- Sending
 
     def send(self, data: BytesLike) -> None:
@@ -3227,7 +3360,7 @@ class ClientConnection(Wire):
         try:
             self.sock.sendall(data)
         except OSError as error:
-            raise ClientGone("the client left") from error
+            raise ClientGone() from error
 
     def send_whole(self, status: int, body: bytes, fields: bytes,
                    content_type: bytes = b"application/json") -> None:
@@ -3318,6 +3451,7 @@ class Request(NamedTuple):
     """One request, received in full."""
 
     head: RequestHead
+    outbound: tuple[bytes, bytes]       #: the head to forward, see `outbound_head`
     body: BytesLike
     found: tuple[int, int, str] | None      #: where its model name stands, and the name
 
@@ -3365,12 +3499,12 @@ class Attempt:
         self.error: UpstreamError | None = None
         self.watch = Watch(None)        #: of the latest send
         self.scan: StreamScan | None = None     #: of an event stream that is judged
-        self.outcome = Outcome(Fault.LEFT, 499, "the client left")
+        self.outcome = LEFT             # until the attempt has ended
         self.notes: list[str] = []      #: for the line in the log
         self.healed = False             #: sent again without thinking blocks
         self.settled = False            #: its outcome is recorded
         self._ends, self._request, self._limit_s = ends, request, limit_s
-        self._message_fault = ""        #: of a buffered response
+        self._message_defect = ""        #: of a buffered response
         self._began = 0.0               # of the latest send, in Unix seconds
         self._active_at = 0.0           # of that or the last event, by time.monotonic
 
@@ -3390,6 +3524,8 @@ class Attempt:
         else:
             self.close()
             self.response, self.error, self.scan = rejection, None, None
+            if self.outcome.fault is Fault.REJECTED:    # it has no such history any more
+                self.outcome = self.outcome._replace(fault=Fault.STATUS)
             self.outcome = self.outcome._replace(status=400, keeps_400=True)
 
     def _send(self, body: BytesLike, found: tuple[int, int, str] | None) -> None:
@@ -3399,7 +3535,7 @@ class Attempt:
         pieces: list[BytesLike] = [body]
         if found is not None and model != found[2]:
             pieces = splice(body, found[0], found[1], model)
-        before, after = head.outbound
+        before, after = self._request.outbound
         length = b"%d" % sum(map(len, pieces)) if after else b""
         outbound = Outbound(head.method, [before + length + after, *pieces],
                             writer.send_interim if head.http11 else None)
@@ -3407,7 +3543,7 @@ class Attempt:
         self.watch = Watch(client.has_left, self._limit_s)
         self._began, self._active_at = time.time(), time.monotonic()
         try:
-            self.response = upstream.exchange(outbound, self.watch, patience, self.notes)
+            self.response = upstream.send(outbound, self.watch, patience, self.notes)
             self._hold_back(self.response)
         except UpstreamError as error:
             self.close()
@@ -3415,7 +3551,7 @@ class Attempt:
         except BaseException:
             self.close()
             raise
-        self.outcome = self._judge()
+        self.outcome = self._read_outcome()
 
     def _hold_back(self, response: Response) -> None:
         """Read as much of the response as decides whether the client gets it."""
@@ -3441,12 +3577,10 @@ class Attempt:
     def _hold_stream(self, response: Response) -> None:
         """Read an event stream up to the event that decides."""
         self.scan = StreamScan(self._request.is_message)
-        while not (self.scan.committed or self.scan.fault):
+        while not (self.scan.committed or self.scan.defect):
             payload = response.receive(self.watch)
             response.ahead += payload
             self.inspect(payload, response.complete)
-            if len(response.ahead) > READ_AHEAD_MAX_BYTES:
-                self.scan.committed = True
 
     def _hold_message(self, response: Response) -> None:
         """Read a message that is not streamed to its end."""
@@ -3454,7 +3588,7 @@ class Attempt:
             response.ahead += response.receive(self.watch)
         text = response.text()
         if response.complete and len(text) <= READ_AHEAD_MAX_BYTES:
-            self._message_fault = message_fault(text)
+            self._message_defect = message_defect(text)
 
     def inspect(self, payload: bytes, is_last: bool) -> None:
         """Read more of the response's body, for what it says about the target."""
@@ -3468,7 +3602,7 @@ class Attempt:
         if self.scan.events != events:
             self._active_at = time.monotonic()
 
-    def _judge(self) -> Outcome:
+    def _read_outcome(self) -> Outcome:
         """Return how the attempt ended, as far as it is known before the client gets a byte."""
         ended, error = time.time(), self.error
         if self.response is None:
@@ -3484,15 +3618,15 @@ class Attempt:
         elif head.status >= 400:
             text = self.response.text()
             fault, what = read_failure(head.status, text)
-            if what.endswith(" model"):
+            if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
             if head.status == 400 and names_foreign_signature(text):
                 fault = Fault.REJECTED
             retry_after = read_retry_after(
                 head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
-        elif self._message_fault or (self.scan is not None and self.scan.fault):
-            fault, what = Fault.NO_MESSAGE, self._message_fault or (
-                self.scan.fault if self.scan else "")
+        elif self._message_defect or (self.scan is not None and self.scan.defect):
+            fault, what = Fault.NO_MESSAGE, self._message_defect or (
+                self.scan.defect if self.scan else "")
         return Outcome(fault, head.status, what, self._began, ended, retry_after)
 
     @property
@@ -3503,14 +3637,14 @@ class Attempt:
             return ""
         if scan.broken:
             return "error event in the stream"
-        return "stream without its end" if response.complete and not scan.stopped else ""
+        return "stream without its end" if response.complete and not scan.ended else ""
 
     @property
     def is_complete(self) -> bool:
         """True if the response carries everything, although its last bytes may be missing."""
         scan, response = self.scan, self.response
         return response is not None and response.head.status < 300 and (
-            response.complete or (scan is not None and scan.stopped and not scan.broken))
+            response.complete or (scan is not None and scan.ended and not scan.broken))
 
     @property
     def is_abandoned(self) -> bool:
@@ -3542,6 +3676,7 @@ class Router:
         self.connections_max = CONNECTIONS_MAX
         self.draining = False
         self.addresses: list[tuple[str, int]] = []      #: what the servers are bound to
+        self.hosts: frozenset[str] = frozenset()        #: the values of Host served; none: any
         self.keeps_state = False        #: whether state.json is ours to write
         self._one_core = OneCore()
         self._lock = threading.Lock()
@@ -3678,11 +3813,13 @@ class Exchange:
         """Carry the request through; raise ClientGone if the connection cannot carry another."""
         self._started, self._number = time.monotonic(), self._router.begin()
         try:
-            self._relay(self._forward(self._router.store.snapshot()))
+            self._answer(self._forward(self._router.store.snapshot()))
         except UpstreamError as error:
             self._report(error)
         except ClientGone:
             self._leave()
+            if self._writer.has_begun:
+                self._writer.break_off()
             raise
         except Exception as error:      # a defect of ours
             self._end(500, "internal error")
@@ -3716,7 +3853,7 @@ class Exchange:
         if first.outcome.fault not in RESCUED or self._router.draining:
             return first                # while draining, the client's retry finds the next rrouter
         if self._client.has_left():
-            raise ClientGone("the client left")
+            raise ClientGone()
         ticket = failover.rescue(ticket, targets)
         second = self._try(ends, routes[ticket.target], ticket, limit_s)
         verdict = judge(first.outcome, second.outcome)
@@ -3741,15 +3878,19 @@ class Exchange:
 
     # ---- From the response on
 
-    def _relay(self, attempt: Attempt) -> None:
-        """Forward the response as it comes; its outcome is settled before its end is sent."""
+    def _answer(self, attempt: Attempt) -> None:
+        """Send the client the response of the attempt, or its error."""
         for other in self._attempts:
             if other is not attempt:
                 other.close()
-        self._chosen, response = attempt, attempt.response
-        if response is None:
-            assert attempt.error is not None
-            raise attempt.error
+        self._chosen = attempt
+        if attempt.response is not None:
+            self._relay(attempt, attempt.response)
+        elif attempt.error is not None:
+            self._report(attempt.error)
+
+    def _relay(self, attempt: Attempt, response: Response) -> None:
+        """Forward the response as it comes; its outcome is settled before its end is sent."""
         if attempt.outcome.fault is None:
             self._settle(attempt, Effect.COMMIT)
         attempt.watch.lift()
@@ -3816,7 +3957,7 @@ class Exchange:
             if outcome.fault not in (None, Fault.LEFT) or late:
                 failure = {"at": utc(outcome.ended), "target": attempt.route.target,
                            "what": late or outcome.what}
-        if status == 499:               # the client left: neither an answer nor a failure
+        if status == LEFT.status:       # neither an answer nor a failure
             return "", failure
         if note and failure is None and self._chosen is not None:
             failure = {"at": utc(time.time()), "target": self._chosen.route.target, "what": note}
@@ -3828,8 +3969,7 @@ class Exchange:
         """Settle what was under way when the client left."""
         first, current = self._attempts[0], self._chosen or self._attempts[-1]
         if first.outcome.fault not in (None, Fault.LEFT):
-            left = Outcome(Fault.LEFT, 499, "the client left")
-            counts = judge(first.outcome, left).counts[0]
+            counts = judge(first.outcome, LEFT).counts[0]
             self._settle(first, Effect.CHARGE if counts else Effect.RELEASE)
         if current.outcome.fault in (None, Fault.LEFT):
             if current.is_complete:
@@ -3837,7 +3977,7 @@ class Exchange:
             elif current.is_abandoned:
                 self._settle(current, Effect.CHARGE, current.direct_outcome(
                     Fault.TIMEOUT, "timeout, ended by the client"))
-        self._end(499, "the client left")
+        self._end(LEFT.status, LEFT.what)
 
     def _report(self, error: UpstreamError) -> None:
         """Report `error` to the client: by a response or, within one, by breaking off."""
@@ -3848,16 +3988,16 @@ class Exchange:
             self._break_off()
         self._end(error.http_status, note)
         fields = self._reply_fields()
-        if isinstance(error, UpstreamUnreachable) and self._request.model is not None:
-            upstream.misses += 1
-            if upstream.misses > 1:     # else Claude Code retries for three minutes in silence
-                fields += b"x-should-retry: false\r\n"
+        # Without it Claude Code retries for three silent minutes.
+        if (isinstance(error, UpstreamUnreachable) and self._request.model is not None
+                and upstream.miss(self._started)):
+            fields += b"x-should-retry: false\r\n"
         message = f"upstream {upstream.url} {error}; {error.remedy}"
         self._client.send_error(type(error)(message), fields)
 
-    def _break_off(self) -> None:
+    def _break_off(self) -> NoReturn:
         self._writer.break_off()
-        raise ClientGone("broken off, as the upstream did")
+        raise ClientGone("the response was broken off")
 
     def _reply_fields(self) -> bytes:
         """Return our fields of the response: where a request with a model went, and its end."""
@@ -3882,31 +4022,33 @@ class Exchange:
             if self._chosen not in (None, attempt):
                 notes.append(f"{attempt.route.target} failed: {attempt.outcome.what}")
             notes += attempt.notes
-        if note:
-            notes.append(note)
-        line = f"#{self._number} {head.method} {printable(head.path)} {routed}{status}"
-        return f"{line} {duration_s:.2f}s" + "".join(f" ({note})" for note in notes)
+        late = self._chosen.late_failure if self._chosen is not None else ""
+        notes += [text for text in (late, note) if text]
+        line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
+        line += f" {routed}{status} {duration_s:.2f}s"
+        return line + "".join(f" ({note})" for note in notes)
 
 
-class ProxyHandler(http.server.BaseHTTPRequestHandler):
+class ProxyHandler(socketserver.BaseRequestHandler):
     """The requests of one client connection, one after the other.
 
-    Of the standard handler only the frame is used (setup, handle, finish, a thread each), because
-    its parser misreads heads (see "Messages: heads") and its buffered reader would hide bytes from
-    `has_left`.
+    `http.server` has a handler for HTTP, but its parser misreads heads (see "Messages: heads") and
+    its buffered reader would hide bytes from `has_left`.
     """
 
-    def __init__(self, *arguments: Any, router: Router, only_loopback: bool) -> None:
-        self._router, self._only_loopback = router, only_loopback
+    def __init__(self, *arguments: Any, router: Router) -> None:
+        self._router = router
+        self._checked: Fields | None = None     # fields of the last head that was checked
+        self._outbound = b"", b""
         super().__init__(*arguments)    # the standard frame: setup, handle, finish
 
     def setup(self) -> None:
         """Take the connection."""
-        self._client = ClientConnection(self.request, self._prepare_head)
+        self._client = ClientConnection(self.request)
         try:
             self._client.set_up(WRITE_STALL_S)
         except OSError as error:        # macOS: reset already
-            raise ClientGone("the client left") from error
+            raise ClientGone() from error
 
     def handle(self) -> None:
         """Carry requests through until one side ends the connection."""
@@ -3914,22 +4056,28 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         connections.add(self._client)
         try:
             beyond = len(connections) - self._router.connections_max
-            if beyond <= CONNECTIONS_RESERVE:
-                self._is_crowded = beyond > 0       # only /health is answered, and once
+            self._is_crowded = beyond > 0           # only /health is answered, and once
+            if beyond > CONNECTIONS_RESERVE:
+                self._refuse(self._too_many())
+            else:
                 while self._handle_request():
                     pass
+        except ClientGone:
+            pass
         finally:
             connections.discard(self._client)
 
-    def finish(self) -> None:
-        """Leave the connection to the server, which closes it."""
+    def _admit(self, head: RequestHead) -> None:
+        """Check a head, and prepare what of it goes upstream; raise RequestError.
 
-    def _prepare_head(self, head: RequestHead) -> RequestHead:
-        """Return the head with what of it goes upstream; raise RequestError if it is refused."""
-        check_origin(head, self._only_loopback)
+        The requests of a connection share their fields, so that this happens once.
+        """
+        if head.fields is self._checked:
+            return
+        check_origin(head, self._router.hosts)
         upstream = self._router.upstream
-        outbound = outbound_head(head, upstream.authority, upstream.base_path)
-        return head._replace(outbound=outbound)
+        self._outbound = outbound_head(head, upstream.authority, upstream.base_path)
+        self._checked = head.fields
 
     def _handle_request(self) -> bool:
         """Carry one request through; return whether the connection can carry another."""
@@ -3938,19 +4086,20 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             head = client.read_head(LINGER_S if self._is_crowded else IDLE_S)
             if head is None:
                 return False
+            self._admit(head)
             is_health = head.path == "/health" and head.method in ("GET", "HEAD")
             if self._is_crowded and not is_health:
-                raise RequestError(503, "too many connections (%d)" % router.connections_max)
+                raise self._too_many()
             body = client.read_body(head)
             if is_health:
                 self._report_health(head)
             else:
-                Exchange(router, client, Request(head, body, find_model(body))).run()
+                request = Request(head, self._outbound, body, find_model(body))
+                Exchange(router, client, request).run()
             if head.keep_alive and not router.draining and not self._is_crowded:
                 return True
         except RequestError as error:
-            router.log.write("REFUSED", f"{error.http_status} {error.logged}")
-            client.send_error(error, b"Connection: close\r\n")
+            self._refuse(error)
         except ClientGone:
             return False
         except Exception:               # a defect of ours: in the log, and to the client
@@ -3959,6 +4108,14 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             client.send_error(defect, b"Connection: close\r\n")
         client.linger()
         return False
+
+    def _too_many(self) -> RequestError:
+        return RequestError(503, f"too many connections ({self._router.connections_max})")
+
+    def _refuse(self, error: RequestError) -> None:
+        """Send the error, and log it."""
+        self._router.log.write("REFUSED", f"{error.http_status} {error.logged}")
+        self._client.send_error(error, b"Connection: close\r\n")
 
     def _report_health(self, head: RequestHead) -> None:
         health, content_type = self._router.health(), b"application/json"
@@ -3979,11 +4136,10 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     allow_reuse_address = True          # TIME_WAIT would keep a restart off the port
     allow_reuse_port = False            # else two could share it, each with half of the requests
 
-    def __init__(self, family: int, address: Any, router: Router, only_loopback: bool) -> None:
+    def __init__(self, family: int, address: Any, router: Router) -> None:
         self.address_family = family
         self._router, self._complained_at = router, 0.0
-        handler = partial(ProxyHandler, router=router, only_loopback=only_loopback)
-        super().__init__(address, handler, bind_and_activate=False)
+        super().__init__(address, partial(ProxyHandler, router=router), bind_and_activate=False)
 
     def server_bind(self) -> None:
         """Bind without asking for the host's name, which can take 35 s on macOS."""
@@ -4067,33 +4223,38 @@ class Lock:
     """
 
     LINE = re.compile(r"([1-9][0-9]{0,8})(?: ([0-9a-f]+) (\S+) ([0-9]{1,20}))?( stopping)?\n")
-    TRIES = 25              # 0.02 s apart: a command may be looking, a holder may not have written
+    PATIENCE_S = 0.5        # for a command that looks, or a holder that has not written its line
 
     def __init__(self, path: str):
         self._path = path
         self._descriptor: int | None = None
         self._holder: Holder | None = None      # this process, as the file names it
+        self.stopping = False           #: what `renew` says of this process
 
-    def acquire(self, instance: str) -> bool:
+    def acquire(self, instance: str, patience_s: float = PATIENCE_S) -> bool:
         """Lock the file for the life of this process; return False if another process holds it.
 
         Raises DaemonError.
         """
         try:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-            for _ in range(self.TRIES):
-                if self._try(self._descriptor, fcntl.LOCK_EX):
-                    os.ftruncate(self._descriptor, 0)       # it named the holder before
-                    self._write(self._descriptor, Holder(os.getpid(), instance, *own_place()))
-                    return True
-                time.sleep(0.02)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                if not until(lambda: self._try(descriptor, fcntl.LOCK_EX), patience_s):
+                    os.close(descriptor)
+                    return False
+                os.ftruncate(descriptor, 0)         # it named the last holder
+                self._write(descriptor, Holder(os.getpid(), instance, *own_place()))
+            except (OSError, DaemonError):
+                os.close(descriptor)
+                raise
+            self.release()              # a file that has left the path
+            self._descriptor = descriptor
+            return True
         except OSError as error:
             is_other = os.path.lexists(self._path) and not os.path.isfile(self._path)
             raise DaemonError(f"{self._path}: cannot be written: {reason_of(error)}: " + (
                 "it is no regular file: remove it" if is_other
                 else "check its permissions and free space")) from error
-        self.release()
-        return False
 
     def _try(self, descriptor: int, kind: int) -> bool:
         try:
@@ -4112,11 +4273,21 @@ class Lock:
         os.ftruncate(descriptor, len(line))
         self._holder = holder
 
-    def renew(self, stopping: bool = False) -> None:
+    def is_removed(self) -> bool:
+        """Return whether the file that this process holds has left its path."""
+        try:
+            return self._descriptor is not None and not os.path.samestat(
+                os.stat(self._path), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+
+    def renew(self) -> None:
         """Correct the line if this process holds the lock: laptops change their host names."""
         if self._descriptor is None or self._holder is None:
             return
-        holder = Holder(*self._holder[:2], *own_place(), self._holder.stopping or stopping)
+        holder = Holder(*self._holder[:2], *own_place(), self.stopping)
         if holder != self._holder:
             with contextlib.suppress(OSError):
                 self._write(self._descriptor, holder)
@@ -4125,15 +4296,14 @@ class Lock:
         """Return the process that holds the lock, or None.  Raises DaemonError."""
         try:
             descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)   # a FIFO would block
-        except (FileNotFoundError, NotADirectoryError):
-            return None
         except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                return None
             raise DaemonError(f"{self._path}: {reason_of(error)}: it belongs to another user, who "
                               "may have run rrouter with your HOME: chown it to you") from error
         try:
-            for _ in range(self.TRIES):
-                if self._try(descriptor, fcntl.LOCK_SH):
-                    return None
+            deadline = time.monotonic() + self.PATIENCE_S
+            while time.monotonic() < deadline and not self._try(descriptor, fcntl.LOCK_SH):
                 with contextlib.suppress(OSError):      # a FIFO that another command has open
                     line = self.LINE.match(os.fsdecode(os.pread(descriptor, 512, 0)))
                     if line:
@@ -4143,27 +4313,6 @@ class Lock:
             return None
         finally:
             os.close(descriptor)
-
-    def send_signal(self, holder: Holder, number: int) -> None:
-        """Signal `holder` if it lives here and the lock still names it.  Raises DaemonError."""
-        descriptor = None
-        with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
-            # Opened before the look: so it cannot mean a later process with the same number.
-            descriptor = os.pidfd_open(holder.pid)
-        try:
-            if holder.elsewhere or self.look() != holder:
-                return
-            if descriptor is not None:
-                signal.pidfd_send_signal(descriptor, number)
-            else:
-                os.kill(holder.pid, number)
-        except ProcessLookupError:
-            pass
-        except PermissionError as error:
-            raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
 
     def release(self) -> None:
         """Release the lock."""
@@ -4216,8 +4365,10 @@ def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
         return [(socket.AF_INET, ("127.0.0.1", settings.port)),
                 (socket.AF_INET6, ("::1", settings.port))]
     try:
-        return [(info[0], info[4]) for info in socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)]
+        found = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        # Two lines of /etc/hosts may give one address twice.
+        return list(dict.fromkeys((info[0], info[4]) for info in found))
     except OSError as error:
         raise UsageError(f"RROUTER_HOST={settings.host}: {reason_of(error)}: expected localhost, "
                          "or an address or a name of this machine") from error
@@ -4262,14 +4413,32 @@ def port_owner(port: int) -> str:
     return _port_owner_from_proc(port)
 
 
+@contextlib.contextmanager
+def total_limit(sock: socket.socket, seconds: float) -> Iterator[None]:
+    """End a connection after so many seconds, because an endless drip never times out."""
+    def cut() -> None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()                    # the caller may fork
+
+
 def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | None:
     """Return /health of the rrouter that answers there, or None."""
     several = {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}
     for address in several.get(host, (host,)):
         connection = http.client.HTTPConnection(address, port, timeout=timeout_s)
         try:
-            connection.request("GET", "/health", headers={"Host": "localhost"})
-            health = json.loads(connection.getresponse().read(FILE_MAX_BYTES))
+            connection.connect()
+            with total_limit(connection.sock, timeout_s):
+                connection.request("GET", "/health", headers={"Host": "localhost"})
+                health = json.loads(connection.getresponse().read(FILE_MAX_BYTES))
             if (isinstance(health, dict) and "autoSwitch" in health
                     and isinstance(health.get("pid"), int)):
                 return health
@@ -4289,9 +4458,9 @@ def describe_taken(settings: Settings) -> str:
             "config)")
 
 
-def open_server(settings: Settings, router: Router, family: int, address: Any) -> ProxyServer:
+def open_server(router: Router, family: int, address: Any) -> ProxyServer:
     """Return a server that listens on `address`; raise OSError."""
-    server = ProxyServer(family, address, router, settings.host == "localhost")
+    server = ProxyServer(family, address, router)
     try:
         server.server_bind()
         server.server_activate()
@@ -4307,7 +4476,7 @@ def listen(settings: Settings, router: Router) -> list[ProxyServer]:
     problem: OSError | None = None
     for family, address in addresses_of(settings):
         try:
-            servers.append(open_server(settings, router, family, address))
+            servers.append(open_server(router, family, address))
         except OSError as error:
             problem = error
             if error.errno == errno.EADDRINUSE:
@@ -4319,6 +4488,10 @@ def listen(settings: Settings, router: Router) -> list[ProxyServer]:
         raise DaemonError(describe_taken(settings) if problem.errno == errno.EADDRINUSE else
                           f"cannot listen on {settings.listen_addr}: {reason_of(problem)}")
     router.addresses = [server.server_address[:2] for server in servers]    # type: ignore[misc]
+    if all(is_loopback(host) for host, _ in router.addresses):
+        own = settings.host.lower().rstrip(".")
+        names = "localhost", "127.0.0.1", "::1", own, *settings.allowed_hosts
+        router.hosts = frozenset(f"[{name}]" if ":" in name else name for name in names)
     return servers
 
 
@@ -4345,18 +4518,23 @@ def report_start(ready: int, words: str) -> None:
             os.close(ready)
 
 
-def write_run_files(router: Router) -> None:
-    """Write pid and run.json, which say where the daemon is.  It works without them as well."""
+def write_run_files(router: Router) -> bool:
+    """Write pid and run.json, which say where the daemon is; return False if that failed.
+
+    The daemon works without them as well.
+    """
     paths, settings = router.store.paths, router.settings
     run = {"host": settings.host, "port": settings.port, "upstream": settings.upstream,
            "pid": os.getpid(), "instance": router.instance, "startedBy": router.started_by,
-           "version": __version__}
+           "allowedHosts": ",".join(settings.allowed_hosts), "version": __version__}
     try:
         write_atomically(paths.pid, f"{os.getpid()}\n", durable=False)
         write_atomically(paths.run, json.dumps(run, indent=2) + "\n", durable=False)
     except OSError as error:
         router.log.write("ERROR", f"{paths.run}: {reason_of(error)}: "
                                   "other commands may not find this daemon")
+        return False
+    return True
 
 
 def raise_descriptor_limit() -> None:
@@ -4379,16 +4557,16 @@ def descriptor_limit() -> int:
 
 
 class Watcher:
-    """The thread that does all that requests must not wait for, every POLL_S or when woken.
+    """The thread that does, every POLL_S or when woken, what no request may wait for.
 
-    It alone writes to disks once it runs.
+    Once it runs, it alone writes the log and the state.
     """
 
-    END_S = 1
+    END_S = 1               # for the last round; a disk that hangs would take for ever
 
     def __init__(self, router: Router, lock: Lock):
         self._router, self._lock = router, lock
-        self._ending = False
+        self._ending = self._is_lost = self._is_unwritten = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -4398,24 +4576,46 @@ class Watcher:
 
     def _run(self) -> None:
         condition, log = self._router.store.condition, self._router.log
-        while not self._ending:
+        is_last = False
+        while not is_last:
             with condition:
-                condition.wait(POLL_S)
-            for step in (self._lock.renew, self._router.watch, log.reopen, log.flush):
+                condition.wait(0 if self._ending else POLL_S)
+            is_last = self._ending      # lines added before are written in this round
+            for step in (self._reclaim, self._lock.renew, self._router.watch, log.reopen,
+                         log.flush):
                 try:
                     step()
                 except Exception as error:  # of any kind: without the watcher the log would end
                     log.write("ERROR", f"internal error in the watcher: {type(error).__name__}")
 
+    def _reclaim(self) -> None:
+        """Write the files that name this daemon again if the user removed ~/.rrouter."""
+        router, paths = self._router, self._router.store.paths
+        if self._lock.is_removed():
+            router.keeps_state = False      # the files may be another daemon's by now
+            self._is_lost = True
+            with contextlib.suppress(DaemonError):
+                if os.path.isdir(os.path.dirname(paths.root)):      # else HOME itself is away
+                    paths.create()
+                    if self._lock.acquire(router.instance, patience_s=0):
+                        router.state.forget()
+                        self._is_unwritten = True
+                        router.log.write(
+                            "START", "~/.rrouter was removed: this daemon has it again")
+        elif self._is_lost:
+            router.keeps_state, self._is_lost = True, False
+        if self._is_unwritten:
+            self._is_unwritten = not write_run_files(router)
+
     def end(self) -> None:
-        """Let it save and log the rest in a last round; do not wait for a disk that hangs."""
+        """Let it save and log the rest in a last round."""
         self._ending = True
         self._router.store.wake()
         self._thread.join(self.END_S)
 
 
 def wait_for_the_end(signals: Signals, router: Router) -> None:
-    """Return when a signal ends rrouter; on SIGHUP read the files again, if it does not end it."""
+    """Return when a signal ends rrouter; if SIGHUP does not, read the files again on it."""
     while True:
         for number in signals.wait():
             if number != signal.SIGHUP or signals.hang_up_ends:
@@ -4443,7 +4643,10 @@ def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
         # A closing terminal can send SIGHUP twice: by the kernel and by the shell.
         if any(number != signal.SIGHUP for number in signals.wait(0.02)):
             router.log.write("STOP", "second signal: ending at once")
-            return
+            break
+    for client in list(router.connections):
+        client.cut_off()
+    until(lambda: not router.connections, CUT_OFF_S)    # each request writes its line
 
 
 def remove_files(*paths: str) -> None:
@@ -4459,7 +4662,8 @@ def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[P
     status = 1
     try:
         wait_for_the_end(signals, router)
-        lock.renew(stopping=True)
+        lock.stopping = True            # the watcher writes it down, because a disk may hang
+        router.store.wake()
         drain(signals, router, servers)
         router.log.write("STOP", f"rrouter ends, pid {os.getpid()}")
         watcher.end()
@@ -4488,7 +4692,7 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
         holder = lock.look()
         log.write("START", f"a daemon ({holder.name if holder else 'ending'}) runs already: this "
                   "one shares its mode and config, and leaves its pid, run and state files alone")
-    if settings.host != "localhost":
+    if not router.hosts:
         log.write("START", f"RROUTER_HOST={settings.host}: any client that reaches that address "
                            "can spend your quota")
     log.write("START", f"rrouter {__version__} on {settings.listen_addr} -> {settings.upstream}, "
@@ -4520,8 +4724,8 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     finally:
         log.flush()                     # before `start` or the caller prints anything
     watcher = Watcher(router, lock)
-    for loop in [server.serve_forever for server in servers]:
-        threading.Thread(target=loop, daemon=True).start()
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
     watcher.start()
     if ready is not None:
         report_start(ready, "ready")
@@ -4536,6 +4740,8 @@ class Running(NamedTuple):
     host: str
     port: int
     started_by: str
+    upstream: str = ""
+    allowed_hosts: str = ""
 
     @property
     def pid(self) -> int:
@@ -4543,17 +4749,24 @@ class Running(NamedTuple):
         return self.holder.pid
 
 
-def find_daemon(paths: Paths) -> Running | None:
-    """Return the live daemon, or None; without its run.json, on the port of the environment."""
-    holder = Lock(paths.lock).look()
-    if holder is None:
-        return None
+def read_run(paths: Paths) -> Running | None:
+    """Return the daemon that run.json describes, live or killed; None without a usable file."""
     try:
         run = json.loads(read_file(paths.run) or b"{}")
-        if run["pid"] == holder.pid and run.get("instance", "") == holder.instance:
-            return Running(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]))
+        holder = Holder(int(run["pid"]), str(run.get("instance", "")))
+        return Running(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
+                       str(run["upstream"]), str(run.get("allowedHosts", "")))
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        pass
+        return None
+
+
+def find_daemon(paths: Paths) -> Running | None:
+    """Return the live daemon, or None; without its run.json, on the port of the environment."""
+    holder, run = Lock(paths.lock).look(), read_run(paths)
+    if holder is None:
+        return None
+    if run and (run.pid, run.holder.instance) == (holder.pid, holder.instance):
+        return run._replace(holder=holder)
     settings = read_environment(dict(os.environ))
     return Running(holder, settings.host, settings.port, "unknown")
 
@@ -4640,88 +4853,43 @@ def spawn_daemon(paths: Paths) -> None:
 
 SYSTEMD_UNIT = "rrouter.service"
 MANAGER_S = DRAIN_S + 15        # a stop through the service manager includes the drain
-SERVICE_FILES = {SYSTEMD_UNIT: """\
-# systemd user unit of rrouter, as `rrouter install` writes it.  Settings: lines such as
-# RROUTER_PORT=9000 in ~/.config/rrouter.env, in force from the next `rrouter restart` on.
-[Unit]
-Description=rrouter, the local router between Claude Code and CLIProxyAPI
-# Twelve starts in ten minutes and it stays down: a taken port is tried for about a minute.
-StartLimitIntervalSec=600
-StartLimitBurst=12
-
-[Service]
-Type=exec
-EnvironmentFile=-%h/.config/rrouter.env
-ExecStart=%h/bin/rrouter serve
-ExecReload=/bin/kill -HUP $MAINPID
-# 2 is a bad setting in the environment, which no restart mends.
-Restart=on-failure
-RestartSec=5
-RestartPreventExitStatus=2
-# Running streams get 30 seconds to finish.
-TimeoutStopSec=45
-# Only what an unprivileged user manager can apply, so that it starts in containers too.
-UMask=0077
-NoNewPrivileges=yes
-LockPersonality=yes
-RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
-RestrictNamespaces=yes
-RestrictRealtime=yes
-RestrictSUIDSGID=yes
-SystemCallArchitectures=native
-SystemCallFilter=@system-service
-SystemCallErrorNumber=EPERM
-
-[Install]
-WantedBy=default.target
-""", LAUNCHD_LABEL + ".plist": """\
-<?xml version="1.0" encoding="UTF-8"?>
-<!-- launchd agent of rrouter, as `rrouter install` writes it.  Settings: lines such as
-     RROUTER_PORT=9000 in ~/.config/rrouter.env, in force from the next `rrouter restart` on. -->
-<plist version="1.0"><dict>
-    <key>Label</key> <string>com.rrouter</string>
-    <!-- launchd expands neither ~ nor $HOME, so a shell does; exec makes rrouter the job. -->
-    <key>ProgramArguments</key> <array>
-        <string>/bin/sh</string> <string>-c</string>
-        <string>settings="$HOME/.config/rrouter.env"
-            if [ -r "$settings" ]; then set -a; . "$settings"; fi
-            exec "$HOME/bin/rrouter" serve</string>
-    </array>
-    <key>RunAtLoad</key> <true/>
-    <!-- Again after a failure, not after a clean stop; at most every 30 seconds. -->
-    <key>KeepAlive</key> <dict> <key>SuccessfulExit</key> <false/> </dict>
-    <key>ThrottleInterval</key> <integer>30</integer>
-    <!-- Running streams get 30 seconds to finish. -->
-    <key>ExitTimeOut</key> <integer>45</integer>
-    <!-- Streams must not wait for the throttled disk and timers of a background job. -->
-    <key>ProcessType</key> <string>Interactive</string>
-    <key>Umask</key> <integer>63</integer> <!-- 0077 -->
-</dict></plist>
-"""}
 
 
 class Manager(NamedTuple):
-    """A service manager: where it looks for rrouter's file, and the commands for each purpose."""
+    """A service manager that has rrouter installed: its name and its commands."""
 
     name: str
-    path: str
-    commands: dict[str, tuple[tuple[str, ...], ...]]
+    start_commands: tuple[tuple[str, ...], ...]
+    stop_command: tuple[str, ...]
+    job_query: tuple[str, ...] = ()         #: launchd's: it succeeds while the job is loaded
 
-    def run(self, purpose: str) -> None:
-        """Run the commands; raise DaemonError if the last one fails."""
-        for command in self.commands[purpose]:
-            status, output = run_program(command, MANAGER_S)    # may have nothing to do
+    def start(self) -> None:
+        """Ask for the start; raise DaemonError if the manager refuses."""
+        for command in self.start_commands[:-1]:
+            run_program(command, MANAGER_S)     # fails where it is loaded already
+        self._demand(self.start_commands[-1])
+
+    def stop(self) -> None:
+        """Ask for the stop; raise DaemonError if the manager refuses."""
+        if not self.job_query:
+            self._demand(self.stop_command)
+            return
+        # `bootout` may report 36 although the job stops, and returns before the job is unloaded;
+        # until then `bootstrap` would fail with 5.
+        output = run_program(self.stop_command, MANAGER_S)[1]
+        if not until(lambda: run_program(self.job_query, MANAGER_S)[0], MANAGER_S):
+            raise DaemonError(f"{' '.join(self.stop_command)} did not unload the job within "
+                              f"{MANAGER_S} s: {printable(output.strip())}")
+
+    def _demand(self, command: tuple[str, ...]) -> None:
+        status, output = run_program(command, MANAGER_S)
         if status:
             why = printable(output.strip()) or f"status {status}"
             raise DaemonError(f"{' '.join(command)} failed: {why}")
 
-    def describe(self, purpose: str) -> str:
-        """Return the last of the commands in words."""
-        return f"run {' '.join(self.commands[purpose][-1])}"
-
 
 def unit_path(home: str) -> str:
-    """Return where the systemd user unit is installed, as far as this shell knows."""
+    """Return where the systemd user unit is installed."""
     config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
     return os.path.join(config, "systemd", "user", SYSTEMD_UNIT)
 
@@ -4731,52 +4899,24 @@ def agent_path(home: str) -> str:
     return os.path.join(home, "Library", "LaunchAgents", LAUNCHD_LABEL + ".plist")
 
 
-def _systemd(path: str) -> Manager:
-    load, reset, start, stop, enable, disable = (
-        ("systemctl", "--user", *words.split(), SYSTEMD_UNIT) for words in (
-            "daemon-reload", "reset-failed", "start", "stop", "enable", "disable --now"))
-    return Manager("systemd", path, {"start": (load[:-1], reset, start), "stop": (stop,),
-                                     "enable": (enable,), "remove": (reset, disable)})
-
-
-def _launchd(path: str, domain: str) -> Manager:
-    unload, start, enable = (("launchctl", verb, f"{domain}/{LAUNCHD_LABEL}")
-                             for verb in ("bootout", "kickstart", "enable"))
-    load = ("launchctl", "bootstrap", domain, path)
-    # Loaded again at each start, because `kickstart` would use the plist as it was when loaded.
-    return Manager("launchd", path, {"start": (unload, load, start), "stop": (unload,),
-                                     "enable": (enable,), "remove": (unload,)})
-
-
-def reach_manager(home: str) -> tuple[Manager | None, str]:
-    """Return the service manager that answers and serves this HOME; else None and why."""
-    status, output = run_program(("systemctl", "--user", "show-environment"), MANAGER_S)
-    if status == 0:
-        # A value with a space comes as $'...'.
-        environment = dict(re.findall(r"(?m)^(\w+)=(?:\$')?(.*?)'?$", output))
-        own_home = environment.get("HOME", "")
-        config = environment.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
-        manager = _systemd(os.path.join(config, "systemd", "user", SYSTEMD_UNIT))
-    else:
-        import pwd
-        own_home, domain = pwd.getpwuid(os.getuid()).pw_dir, f"gui/{os.getuid()}"
-        manager, asked = _launchd(agent_path(home), domain), "systemctl --user"
-        if status == 127:
-            asked = "launchctl"
-            status, output = run_program(("launchctl", "print", domain), MANAGER_S)
-        if status:
-            why = printable(output.strip().rpartition("\n")[2]) or f"status {status}"
-            return None, ("neither systemd nor launchd is here" if status == 127 else
-                          f"{asked} does not answer: {why}")
-    if os.path.realpath(own_home) != os.path.realpath(home):
-        return None, f"{manager.name} serves HOME={own_home}, not {home}"
-    return manager, ""
-
-
 def find_manager(home: str) -> Manager | None:
     """Return the service manager that has rrouter installed and answers, or None."""
-    manager = reach_manager(home)[0]
-    return manager if manager and os.path.isfile(manager.path) else None
+    systemctl = ("systemctl", "--user")
+    if (os.path.isfile(unit_path(home))
+            and run_program((*systemctl, "show-environment"), MANAGER_S)[0] == 0):
+        return Manager("systemd", ((*systemctl, "daemon-reload"),
+                                   (*systemctl, "reset-failed", SYSTEMD_UNIT),
+                                   (*systemctl, "start", SYSTEMD_UNIT)),
+                       (*systemctl, "stop", SYSTEMD_UNIT))
+    domain = f"gui/{os.getuid()}"
+    if (os.path.isfile(agent_path(home))
+            and run_program(("launchctl", "print", domain), MANAGER_S)[0] == 0):
+        # Loaded again at each start, because `kickstart` would use the plist as it was when loaded.
+        label = f"{domain}/{LAUNCHD_LABEL}"
+        return Manager("launchd", (("launchctl", "bootstrap", domain, agent_path(home)),
+                                   ("launchctl", "kickstart", label)),
+                       ("launchctl", "bootout", label), ("launchctl", "print", label))
+    return None
 
 
 def running_already(paths: Paths) -> Running | None:
@@ -4798,12 +4938,12 @@ def start_daemon(paths: Paths, home: str) -> str:
     """Start the daemon unless one runs; return what to print.  Raises DaemonError, UsageError."""
     daemon = running_already(paths)
     if daemon:
-        return f"rrouter is already running (pid {daemon.pid}, port {daemon.port})"
+        return f"rrouter is already running ({daemon.holder.name}, port {daemon.port})"
     settings = read_environment(dict(os.environ))
     addresses_of(settings)              # reports a name that does not exist
     manager = find_manager(home)
     if manager:
-        manager.run("start")
+        manager.start()
     else:
         try:
             spawn_daemon(paths)
@@ -4813,7 +4953,8 @@ def start_daemon(paths: Paths, home: str) -> str:
     daemon, health = wait_for_health(paths)
     text = (f"rrouter runs (pid {daemon.pid}, port {daemon.port}, by {health['startedBy']}), "
             f"mode {health['mode']}")
-    runs = Settings(daemon.host, daemon.port, health["upstreamURL"])
+    runs = Settings(daemon.host, daemon.port, health["upstreamURL"],
+                    tuple(filter(None, daemon.allowed_hosts.split(","))))
     if manager and any(os.environ.get(f"RROUTER_{name.upper()}")
                        and getattr(settings, name) != getattr(runs, name)
                        for name in Settings._fields):
@@ -4831,6 +4972,28 @@ def _listens(host: str, port: int) -> bool:
         return False
 
 
+def send_signal(lock: Lock, holder: Holder, number: int) -> None:
+    """Signal `holder` if it lives here and the lock still names it.  Raises DaemonError."""
+    descriptor = None
+    with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
+        # Opened before the look, so it cannot mean a later process with the same pid.
+        descriptor = os.pidfd_open(holder.pid)
+    try:
+        if holder.elsewhere or lock.look() != holder:
+            return
+        if descriptor is not None:
+            signal.pidfd_send_signal(descriptor, number)
+        else:
+            os.kill(holder.pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError as error:
+        raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def stop_daemon(paths: Paths, home: str) -> str:
     """Stop the daemon; return what to print when its port is free.  Raises DaemonError."""
     daemon, lock = find_daemon(paths), Lock(paths.lock)
@@ -4845,14 +5008,14 @@ def stop_daemon(paths: Paths, home: str) -> str:
 
     manager = find_manager(home) if daemon.started_by in ("systemd", "launchd") else None
     if manager:
-        manager.run("stop")
+        manager.stop()
     elif not daemon.holder.stopping:    # a second signal would cut off the running responses
-        lock.send_signal(daemon.holder, signal.SIGTERM)
+        send_signal(lock, daemon.holder, signal.SIGTERM)
     text = f"rrouter stopped (pid {daemon.pid})"
     if not until(is_gone, DRAIN_S + 5):
         holder = lock.look()
         if holder and daemon.holder.is_same(holder):
-            lock.send_signal(holder, signal.SIGKILL)
+            send_signal(lock, holder, signal.SIGKILL)
         text = (f"rrouter killed (pid {daemon.pid}), because it did not stop within "
                 f"{DRAIN_S + 5} s")
         if not until(is_gone, 5):
@@ -4862,490 +5025,6 @@ def stop_daemon(paths: Paths, home: str) -> str:
         owner = port_owner(daemon.port) or "another program"
         text += f"; port {daemon.port} is now held by {owner}"
     return text
-
-
-# Claude Code's settings #######################################################
-
-def claude_settings_path(home: str) -> str:
-    """Return where Claude Code keeps its settings."""
-    directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
-    return os.path.join(directory, "settings.json")
-
-
-def claude_environment(home: str) -> dict[str, str]:
-    """Return the `env` of Claude Code's settings.json, {} without one.
-
-    Raises ValueError if the file is not JSON.
-    """
-    try:
-        value = json.loads((read_file(claude_settings_path(home)) or b"{}").decode("utf-8"))
-        return {str(key): str(item) for key, item in value["env"].items()}
-    except (KeyError, TypeError, AttributeError):
-        return {}
-    except OSError as error:
-        raise ValueError(reason_of(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError("not JSON") from error
-
-
-def parse_settings(content: bytes | None) -> dict[str, Any]:
-    """Return Claude Code's settings; raise ValueError or RecursionError if they are not usable."""
-    settings = json.loads((content or b"{}").decode("utf-8"))
-    if not isinstance(settings, dict) or not isinstance(settings.get("env", {}), dict):
-        raise ValueError("expected an object, and in it an object as env")
-    return settings
-
-
-def read_settings(path: str) -> bytes | None:
-    """Return settings that can be edited, None without a file; raise RouterError."""
-    try:
-        content = read_file(path)
-        json.dumps(parse_settings(content), allow_nan=False)    # 1e999 would come back as Infinity
-        return content
-    except (OSError, ValueError, RecursionError) as error:
-        why = reason_of(error) if isinstance(error, OSError) else error
-        raise RouterError(f"{path}: {why}: left as it is; repair it, then run this again"
-                          ) from error
-
-
-def members_of(content: bytes | None) -> dict[str, Any]:
-    """Return the variables that the settings set, and `statusLine`."""
-    settings = parse_settings(content)
-    return {**settings.get("env", {}), "statusLine": settings.get("statusLine")}
-
-
-def edit_settings(content: bytes | None, members: dict[str, Any]) -> bytes:
-    """Return the settings, in their form, with these members, without those that are None."""
-    settings, text = parse_settings(content), content or b"\n"
-    for name, value in members.items():
-        holder = settings if name == "statusLine" else settings.setdefault("env", {})
-        holder[name] = value
-        if value is None:
-            del holder[name]
-    if not settings.get("env", True):
-        del settings["env"]
-    second = text.partition(b"\n")[2]
-    indent = second[:len(second) - len(second.lstrip(b" \t"))].decode("ascii") or "  "
-    # Half a surrogate pair can only be written as an escape.
-    return json.dumps(settings, indent=indent, ensure_ascii=False).encode(
-        "utf-8", "backslashreplace") + b"\n" * text.endswith(b"\n")
-
-
-# Installation #################################################################
-
-# Where the SHA-256 of each unit, agent and default config.json of any version begins.
-SHIPPED = frozenset((
-    "e069a7ce11869e8f", "781c947dfddcaab7", "c191a83396e676fd",     # 5.0.0
-    "96c41864b2fd4837", "1f7af5f41dc673cd"))
-ENVIRONMENT_HEADER = (
-    "# Environment of the rrouter service, in force from the next `rrouter restart` on.\n")
-# Begins the zip application, so it must run under a Python that is too old for the rest.
-ZIP_MAIN = """\
-import sys
-if sys.version_info < (3, 9):
-    sys.exit("rrouter: Python %d.%d is too old: run install.sh again" % sys.version_info[:2])
-import rrouter
-rrouter.main()
-"""
-STABLE_DIRECTORIES = ("/usr/bin", "/usr/local/bin", "/opt/homebrew/bin")
-SHEBANG_MAX_BYTES = 120         # older kernels cut the line off at 127
-LOCAL_NAMES = "localhost,127.0.0.1,::1"
-
-
-def stable_interpreter() -> str:
-    """Return the path of this Python that lasts: as PYTHON names it, or a link of the system."""
-    import shutil
-    links = (os.path.join(directory, "python3") for directory in STABLE_DIRECTORIES)
-    for path in (shutil.which(os.environ.get("PYTHON") or ""), *links):
-        if path and os.path.realpath(path) == os.path.realpath(sys.executable):
-            return os.path.abspath(path)
-    if sys.prefix != sys.base_prefix:           # a virtual environment may be removed
-        return os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
-    return sys.executable
-
-
-def program_bytes(interpreter: str) -> bytes:
-    """Return this program as a zip application: source and compiled module, for a fast start."""
-    import importlib.util
-    import io
-    import marshal
-    import shlex
-    import zipfile
-    loader = globals()["__loader__"]            # of the file, or of the zip application
-    source = loader.get_source(getattr(loader, "name", __name__))
-    if not source:
-        raise RouterError("this program has no source: run `install` with rrouter.py")
-    # 1: an unchecked hash; zipimport silently ignores a time stamp from another time zone.
-    module = (importlib.util.MAGIC_NUMBER + struct.pack("<L", 1)
-              + importlib.util.source_hash(source.encode("utf-8"))
-              + marshal.dumps(compile(source, "rrouter.py", "exec", dont_inherit=True)))
-    line = f"#!{interpreter}\n"
-    if re.search(r"\s", interpreter) or len(os.fsencode(line)) > SHEBANG_MAX_BYTES:
-        line = f'#!/bin/sh\nexec {shlex.quote(interpreter)} "$0" "$@"\n'
-    archive = io.BytesIO()
-    archive.write(os.fsencode(line))
-    with zipfile.ZipFile(archive, "a") as file:
-        for name, content in (("__main__.py", ZIP_MAIN), ("rrouter.py", source),
-                              ("rrouter.pyc", module)):
-            file.writestr(zipfile.ZipInfo(name), content)
-    return archive.getvalue()
-
-
-def _content(path: str) -> bytes | None:
-    """Return what a file holds or where a link leads, None for nothing.  Raises OSError."""
-    if os.path.islink(path):
-        return os.fsencode(os.readlink(path))
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        return file.read()
-    return None
-
-
-def is_shipped(content: bytes) -> bool:
-    """Return whether this is a program, or another file unchanged, of some version of rrouter."""
-    import hashlib
-    text = content.decode("utf-8", "replace")
-    return (hashlib.sha256(content).hexdigest()[:16] in SHIPPED
-            or '\n"""rrouter: a local router between' in text
-            or bool(re.fullmatch(ENVIRONMENT_HEADER + r"(RROUTER_[A-Z]+='[^'\n]*'\n)*", text)))
-
-
-def read_record(paths: Paths) -> tuple[dict[str, str | None], dict[str, dict[str, Any]]]:
-    """Return {path: backup} and {path of Claude Code's settings: members}; raise RouterError."""
-    try:
-        record = json.loads(read_file(paths.record) or b"{}")
-        files: dict[str, str | None] = dict.fromkeys(record.get("directories", ()))
-        for path, entry in record.get("files", {}).items():
-            files[path] = entry.get("backup") if isinstance(entry, dict) else entry
-        settings = dict(record.get("settings", {}))
-        claude = record.get("claude")
-        if claude:                      # and the entries that are objects: of 5.0.0
-            home = os.path.dirname(paths.root)
-            path = os.path.realpath(os.path.join(home, ".claude", "settings.json"))
-            files[path] = claude["backup"]
-            settings[path] = {"ANTHROPIC_BASE_URL": claude["written"][-1]}
-        return files, settings
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise RouterError(f"{paths.record}: not what rrouter wrote: remove it; then files are "
-                          "recognised by their content") from error
-
-
-class Installer:
-    """Puts files in their places and takes them back, as the record says.
-
-    The record is written before each change, so that an installation that was stopped half-way can
-    be run again or taken back.  A dry run changes nothing.
-    """
-
-    def __init__(self, home: str, paths: Paths, dry: bool, files: dict[str, str | None],
-                 settings: dict[str, dict[str, Any]]) -> None:
-        self.home, self.paths, self.dry = home, paths, dry
-        self.files, self.settings = files, settings
-        self.program = os.path.join(home, "bin", "rrouter")
-        self.environment = os.path.join(home, ".config", "rrouter.env")
-        self.removed: list[str] = []
-        self.left: list[str] = []       #: what stays, and how to remove it
-
-    def say(self, text: str) -> None:
-        """Print a line, with paths as people write them."""
-        print(text.replace(self.home + "/", "~/"))
-
-    def step(self, text: str, action: Callable[[], object]) -> None:
-        """Print what is done and do it; in a dry run print it only."""
-        self.say(f"  {'would ' if self.dry else ''}{text}")
-        if not self.dry:
-            action()
-
-    def save(self) -> None:
-        """Write the record."""
-        if not self.dry:
-            record = {"files": self.files, "settings": self.settings}
-            write_atomically(self.paths.record, json.dumps(record, indent=2) + "\n")
-
-    def make_directory(self, path: str) -> None:
-        """Make a directory and its parents; in the end those that are empty are removed."""
-        if not os.path.isdir(path) and not (self.dry and path in self.files):
-            self.make_directory(os.path.dirname(path))
-            self.files[path] = None
-            self.save()
-            self.step(f"create {path}", partial(os.mkdir, path))
-
-    def put(self, path: str, content: str | bytes, mode: int = 0o644,
-            is_ours: Callable[[bytes], bool] = is_shipped, text: str = "") -> None:
-        """Install a file.  What is there and not ours is kept; the first such file comes back."""
-        old, spare = _content(path), None
-        if old is not None and not is_ours(old):
-            spare = self.files.get(path)        # of an installation that was stopped
-            if spare is None or _content(spare) not in (None, old):
-                spare = spare_name(path)
-        self.make_directory(os.path.dirname(path))
-        self.files.setdefault(path, spare)
-        self.save()
-        if old is not None and spare and not os.path.lexists(spare):
-            is_link, old_mode = os.path.islink(path), stat.S_IMODE(os.lstat(path).st_mode)
-            self.step(f"keep the old {path} as {spare}", partial(os.rename, path, spare)
-                      if is_link else partial(write_atomically, spare, old, True, old_mode))
-        self.step(text or f"{'install' if old is None or spare else 'replace'} {path}",
-                  partial(write_atomically, path, content, True, mode))
-
-    def remove(self, path: str, action: Callable[[str], object] = os.unlink) -> None:
-        """Remove a path by `action`."""
-        self.step(f"remove {path}", partial(action, path))
-        self.removed.append(path)
-
-    def leave(self, path: str, what: str) -> None:
-        """Note for the report that a path stays."""
-        self.left.append(f"{path} ({what}): rm -r {path}")
-
-    def take_back(self, path: str, is_ours: Callable[[bytes], bool] = is_shipped) -> None:
-        """Remove what was installed, and put back what was there before; leave anything else."""
-        if os.path.isdir(path) and not os.path.islink(path):
-            names = (os.path.join(path, name) for name in os.listdir(path))
-            if all(self.dry and name in self.files for name in names):
-                self.remove(path, os.rmdir)
-            return
-        old, backup = _content(path), self.files[path]
-        before = _content(backup) if backup else None
-        if backup and before is not None and before == old:
-            self.remove(backup)         # an installation was stopped before it replaced it
-        elif old is not None and not is_ours(old):
-            if before is not None or backup is None:
-                self.leave(path, "not what rrouter installed")
-        elif backup and before is not None:
-            self.step(f"put the old {path} back", partial(os.replace, backup, path))
-        elif old is not None:
-            self.remove(path)
-
-
-# ---- Claude Code
-
-def offer_no_proxy(work: Installer, path: str, members: dict[str, Any]) -> dict[str, str]:
-    """Return NO_PROXY if Claude Code needs it to reach rrouter and the user wants it, else {}."""
-    environment = {**os.environ, **members}
-    proxy = next((name for name in environment if environment[name] and name.upper() in (
-        "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")), None)
-    known = f"{environment.get('NO_PROXY') or ''},{environment.get('no_proxy') or ''}"
-    if proxy is None or {"localhost", "*"} & set(re.split("[, ]+", known)):
-        return {}
-    value = ",".join(filter(None, (environment.get("NO_PROXY"), LOCAL_NAMES)))
-    work.say(f'  {proxy} is set, so Claude Code needs "NO_PROXY": "{value}" in env of {path}')
-    if work.dry or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        print("  on a terminal you are asked whether to write it; here, add it yourself")
-        return {}
-    with contextlib.suppress(EOFError):
-        if input("  write it? [Y/n] ").strip().lower() in ("", "y", "yes"):
-            return {"NO_PROXY": value}
-    return {}
-
-
-def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
-    """Point Claude Code here; unless `asked`, only renew what an earlier installation wrote."""
-    content, written = read_settings(path), work.settings.get(path, {})
-    now = members_of(content)
-    held = {name for name in written if now.get(name) == written[name]}
-    members: dict[str, Any] = {"ANTHROPIC_BASE_URL": url}
-    if now["statusLine"] is None or "statusLine" in held:
-        members["statusLine"] = {"type": "command", "command": f"curl -s '{url}/health?line'"}
-    members = {name: value for name, value in members.items() if asked or name in held}
-    if asked:
-        members.update(offer_no_proxy(work, path, now))
-    if any(now.get(name) != value for name, value in members.items()):
-        work.settings[path] = {**written, **members}
-        mode = 0o600 if content is None else stat.S_IMODE(os.stat(path).st_mode)
-        work.put(path, edit_settings(content, members), mode, lambda _: bool(held),
-                 f"set {', '.join(members)} in {path}")
-
-
-def disconnect_claude(work: Installer, path: str) -> None:
-    """Take out of Claude Code's settings what was written, to the byte if nothing else changed."""
-    content, written = read_settings(path), work.settings[path]
-    backup = work.files.setdefault(path, None)
-    before = _content(backup) if backup else None
-    now, old = members_of(content), members_of(before)
-    held = {name: old.get(name) for name in written if now.get(name) == written[name]}
-    if content in (before, edit_settings(before, written)):
-        work.take_back(path, lambda _: True)
-        return
-    if held:
-        content = edit_settings(content, held)
-        work.step(f"take {', '.join(held)} out of {path}", partial(
-            write_atomically, path, content, True, stat.S_IMODE(os.stat(path).st_mode)))
-    if backup and before is not None:
-        work.leave(backup, "the settings before rrouter was installed")
-
-
-def find_senders(ports: set[int], sessions: bool) -> list[str]:
-    """Return the user's processes whose environment sends Claude Code to one of the ports.
-
-    With `sessions` every Claude Code, too, because it read the settings when it started.
-    """
-    with_environment = "-xEww" if sys.platform == "darwin" else "xeww"
-    here = (r".* ANTHROPIC_BASE_URL=http://(?:localhost|127\.0\.0\.1|\[::1\]):"
-            rf"(?:{'|'.join(map(str, ports))})(?:[/ ]|$)")
-    output = run_program(("ps", with_environment, "-o", "pid=,args="), 5)[1]
-    found = re.findall(rf"(?m)^ *([0-9]+) (?:\S*/)?(claude(?= |$){'' if sessions else here}|"
-                       rf"\S+(?={here}))", output)
-    return [f"{printable(name, 40)} (pid {pid})" for pid, name in found
-            if pid != str(os.getpid()) and name != "ps"]
-
-
-# ---- install and uninstall
-
-def put_environment(work: Installer) -> None:
-    """Write for a service what this shell sets as RROUTER_*, and what an earlier one did."""
-    old = _content(work.environment)
-    if old is not None and not is_shipped(old):
-        work.say(f"  leave {work.environment} as it is, because it is yours")
-        return
-    values = dict(re.findall(r"(RROUTER_[A-Z]+)='(.*)'", (old or b"").decode("utf-8")))
-    values.update((name, os.environ[name]) for name in DEFAULT_ENVIRONMENT if os.environ.get(name))
-    if values:
-        text = "".join(f"{name}='{value}'\n" for name, value in values.items())
-        work.put(work.environment, ENVIRONMENT_HEADER + text, 0o600)
-
-
-def prepare_data(work: Installer) -> None:
-    """Let the defaults of this version hold, and set the mode to auto where nothing is set."""
-    config, mode = work.paths.config, work.paths.mode
-    content = _content(config)
-    if content is not None and is_shipped(content):
-        spare = spare_name(config)
-        work.step(f"move {config}, which holds nothing but defaults, to {spare}",
-                  partial(os.rename, config, spare))
-        content = None
-    if content is None and not os.path.lexists(mode):
-        work.step("set the mode to auto", partial(write_atomically, mode, "auto\n"))
-
-
-def remove_service(work: Installer, manager: Manager | None) -> None:
-    """Stop the service and remove its file; `manager` is the one that answers, if any."""
-    for path in [path for path in work.files if os.path.basename(path) in SERVICE_FILES]:
-        if manager and manager.path == path:
-            with contextlib.suppress(DaemonError):
-                work.step(manager.describe("remove"), partial(manager.run, "remove"))
-        work.take_back(path)
-        del work.files[path]
-        link = os.path.join(os.path.dirname(path), "default.target.wants", SYSTEMD_UNIT)
-        if os.path.islink(link):        # no manager has removed it
-            work.remove(link)
-            if not os.listdir(os.path.dirname(link)):
-                work.remove(os.path.dirname(link), os.rmdir)
-
-
-def start_installed(work: Installer, manager: Manager | None) -> str:
-    """Start the new program, by `manager` if there is one; return why it does not start it."""
-    def start() -> None:
-        status, output = run_program((work.program, verb), 3 * MANAGER_S)
-        if status:
-            raise DaemonError(output.strip().removeprefix("rrouter: "))
-        print("  " + output.strip().replace("\n", "\n  "))
-
-    daemon = find_daemon(work.paths)
-    verb = "restart" if daemon else "start"
-    text = f"run {work.program} {verb}"
-    if manager is None:
-        work.step(text, start)
-        return ""
-    if daemon and daemon.started_by != manager.name:
-        work.step(f"stop rrouter (pid {daemon.pid}, by {daemon.started_by})",
-                  partial(stop_daemon, work.paths, work.home))
-    put_environment(work)
-    work.put(manager.path, SERVICE_FILES[os.path.basename(manager.path)])
-    try:
-        work.step(manager.describe("enable"), partial(manager.run, "enable"))
-        work.step(text, start)
-        return ""
-    except DaemonError as error:
-        remove_service(work, manager)
-        work.save()
-        work.step(text, start)
-        return f"{manager.name} does not start it: {error}"
-
-
-def report_installation(work: Installer, before: bytes | None, why: str) -> None:
-    """Print what was installed, what `check` says of it, and what to do next."""
-    import shutil
-    version = re.search(rb'(?m)^__version__ = "(.*)"', before or b"")
-    old = f" (before: {printable(version[1].decode('utf-8', 'replace'))})" if version else ""
-    work.say(f"\nrrouter {__version__} is installed as {work.program}{old}")
-    if why:
-        print(f"no service, because {why}")
-    print(run_program((work.program, "check"), MANAGER_S)[1].rstrip())
-    first, command = shutil.which("rrouter"), work.program
-    if first and os.path.realpath(first) == os.path.realpath(work.program):
-        command = "rrouter"
-    else:
-        print(f"hint: {first + ' comes first' if first else '~/bin is not'} in PATH: add this line "
-              'to the file that your shell reads at its start: export PATH="$HOME/bin:$PATH"')
-    if not work.settings:
-        work.say(f"hint: to point Claude Code here: {command} install --claude")
-    work.say(f"next: {command} status")
-
-
-def install(work: Installer, with_claude: bool) -> None:
-    """Install this program for the user, or upgrade it, and start it."""
-    if os.geteuid() == 0 and os.stat(work.home).st_uid != 0:
-        raise RouterError(f"HOME={work.home} belongs to another user: run this without sudo")
-    settings = read_environment(dict(os.environ))
-    if "'" in settings.upstream:
-        raise UsageError(f"RROUTER_UPSTREAM={settings.upstream}: a service cannot get a quote")
-    asked = os.path.realpath(claude_settings_path(work.home)) if with_claude else ""
-    claude = list(filter(None, dict.fromkeys((*work.settings, asked))))
-    for path in claude:
-        read_settings(path)             # refuses what cannot be edited, before any change
-    program, before = program_bytes(stable_interpreter()), _content(work.program)
-    manager, why = reach_manager(work.home)
-    if not os.path.isdir(work.paths.root):
-        work.step(f"create {work.paths.root}", work.paths.create)
-    work.put(work.program, program, 0o755)
-    prepare_data(work)
-    why = start_installed(work, manager) or why
-    if not work.dry:
-        daemon = wait_for_health(work.paths)[0]
-        settings = Settings(daemon.host, daemon.port, "")
-    if settings.host in ("0.0.0.0", "::"):
-        settings = settings._replace(host="localhost")
-    for path in claude:                 # last, because nothing listened there before
-        connect_claude(work, path, f"http://{settings.listen_addr}", path == asked)
-    if work.dry:
-        print("nothing has been changed")
-    else:
-        report_installation(work, before, why)
-
-
-def uninstall(work: Installer, purge: bool) -> None:
-    """Take back what `install` did; with `purge` remove what the daemon keeps, too."""
-    import shutil
-    root, daemon, had_claude = work.paths.root, find_daemon(work.paths), bool(work.settings)
-    ports = {int(port) for port in re.findall(r':([0-9]+)"', json.dumps(work.settings))}
-    ports.add(daemon.port if daemon else int(DEFAULT_ENVIRONMENT["RROUTER_PORT"]))
-    for path in () if work.dry else work.files:     # what killed installations left
-        remove_files(*glob.glob(glob.escape(path) + ".*.tmp"))
-    for path in work.settings:
-        try:
-            disconnect_claude(work, path)
-        except (RouterError, ValueError) as error:
-            work.left.append(str(error))
-        work.files.pop(path, None)
-    if daemon:
-        work.step(f"stop rrouter (pid {daemon.pid})", partial(stop_daemon, work.paths, work.home))
-    for path in (work.environment, unit_path(work.home), agent_path(work.home), work.program):
-        if os.path.isfile(path) and is_shipped(_content(path) or b""):
-            work.files.setdefault(path, None)       # without a record the content decides
-    remove_service(work, reach_manager(work.home)[0])
-    for path in reversed(list(work.files)):
-        work.take_back(path)
-    if purge and os.path.lexists(root):
-        work.remove(root, os.unlink if os.path.islink(root) else shutil.rmtree)
-    elif os.path.lexists(root):
-        if not work.dry:
-            remove_files(work.paths.record)
-        work.leave(root, "mode, config, state and logs")
-    work.say(f"\n{'would be ' * work.dry}removed: {', '.join(work.removed) or 'nothing'}")
-    for line in work.left:
-        work.say(f"stays: {line}")
-    senders = ", ".join(find_senders(ports, had_claude))
-    if senders:
-        print(f"still pointing here: {senders}: end them, or in a shell `unset ANTHROPIC_BASE_URL`")
 
 
 # Command line #################################################################
@@ -5379,7 +5058,7 @@ def read_config(paths: Paths) -> Config:
     try:
         return config_of(read_file(paths.config))
     except (ConfigError, UnicodeDecodeError, OSError) as error:
-        raise RouterError(f"{complain_about_config(error)} ({paths.config}): fix it with `rrouter "
+        raise RouterError(f"{describe_config_error(error)} ({paths.config}): fix it with `rrouter "
                           "config edit` or start over with `rrouter config reset`") from error
 
 
@@ -5416,21 +5095,14 @@ def cmd_stop(context: Context) -> int:
     return 0
 
 
-def keep_environment(paths: Paths) -> None:
-    """Set each RROUTER_* that this shell does not set to what the running daemon has."""
-    daemon = find_daemon(paths)
-    if daemon and daemon.started_by not in ("systemd", "launchd"):      # which have their own
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-            run = json.loads(read_file(paths.run) or b"")
-            for name in DEFAULT_ENVIRONMENT:
-                if not os.environ.get(name):
-                    os.environ[name] = str(run[name[len("RROUTER_"):].lower()])
-
-
 def cmd_restart(context: Context) -> int:
-    """Stop the daemon and start it again, where it was unless this shell says otherwise."""
+    """Stop the daemon and start it again, with its settings except what this shell sets."""
+    daemon = find_daemon(context.paths) or read_run(context.paths)      # it may have been killed
+    if daemon and not find_manager(context.home):       # a service has an environment file
+        for name in Settings._fields:
+            variable = f"RROUTER_{name.upper()}"
+            os.environ[variable] = os.environ.get(variable) or str(getattr(daemon, name))
     read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
-    keep_environment(context.paths)
     return cmd_stop(context) or cmd_start(context)
 
 
@@ -5451,7 +5123,7 @@ def _offline_mode(paths: Paths) -> str:
     mode = config.resolve(word or config.default_mode)
     if not word or word == mode:
         return mode
-    return f"{mode} (the mode file says {printable(word, 40)!r})"
+    return f"{mode} (the mode file says '{printable(word, 40)}')"
 
 
 def _print_rows(*rows: tuple[str, str]) -> None:
@@ -5480,7 +5152,7 @@ def describe_target(auto: dict[str, Any], now: float) -> str:
         tzinfo=datetime.timezone.utc).astimezone()
     is_today = since.date() == datetime.datetime.fromtimestamp(now).date()
     left = auto["cooldownRemainingSeconds"]
-    tries = f"in {-(-left // 60)} min" if left >= 60 else f"in {left} s" if left else "now"
+    tries = f"in {math.ceil(left / 60)} min" if left >= 60 else f"in {left} s" if left else "now"
     return (f"on {current} since {since.strftime('%H:%M' if is_today else '%Y-%m-%d %H:%M')} "
             f"because {failed} {reason}; tries {failed} again {tries}")
 
@@ -5489,8 +5161,8 @@ def _port_of(parts: urllib.parse.SplitResult) -> int:
     return parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def print_status(health: dict[str, Any]) -> None:
-    """Print /health for people."""
+def print_status(holder: Holder, health: dict[str, Any]) -> None:
+    """Print /health of the daemon for people."""
     url = urllib.parse.urlsplit(health["upstreamURL"])
     reachable = _listens(url.hostname or "", _port_of(url))
     auto, now = health["autoSwitch"], time.time()
@@ -5499,7 +5171,7 @@ def print_status(health: dict[str, Any]) -> None:
         ("target", describe_target(auto, now) if auto["active"] else health["currentTarget"]),
         *(("", f"{printable(model)}: {describe_target(own, now)}")
           for model, own in auto["models"].items()),
-        ("daemon", f"pid {health['pid']}, {health['listenAddr']}, up "
+        ("daemon", f"{holder.name}, {health['listenAddr']}, up "
                    f"{_uptime(health['uptimeSeconds'])}, started by {health['startedBy']}"),
         ("requests", f"{health['requestCount']}, {health['activeRequests']} running"),
         ("upstream", f"{health['upstreamURL']}, {'' if reachable else 'not '}reachable"),
@@ -5520,16 +5192,18 @@ def cmd_status(context: Context) -> int:
                  f"pid {daemon.pid} runs but does not answer on port {daemon.port}: "
                  f"see {context.paths.log}, or `rrouter restart`")
         raise DaemonError(where)
-    if health is None and as_json:
-        complain("not running; start it with `rrouter start`")
-    elif health is None:
-        _print_rows(("mode", _offline_mode(context.paths)),
-                    ("daemon", "not running; start it with `rrouter start`"))
-    elif as_json:
-        print(json.dumps(health, indent=2))
+    if daemon and health:
+        if as_json:
+            print(json.dumps(health, indent=2))
+        else:
+            print_status(daemon.holder, health)
+        return 0
+    how = "not running; start it with `rrouter start`"
+    if as_json:
+        complain(how)
     else:
-        print_status(health)
-    return 3 if health is None else 0
+        _print_rows(("mode", _offline_mode(context.paths)), ("daemon", how))
+    return 3
 
 
 def check_mode(config: Config, mode: str) -> None:
@@ -5538,12 +5212,13 @@ def check_mode(config: Config, mode: str) -> None:
         raise RouterError(f"config.json: {config.auto_error}")
     if mode != MODE_AUTO and mode not in config.modes:
         defined = ", ".join([*config.modes] + [MODE_AUTO] * (not config.auto_error))
-        raise RouterError(f"mode {printable(mode, 40)!r} is not defined by config.json; "
+        raise RouterError(f"mode '{printable(mode, 40)}' is not defined by config.json; "
                           f"defined are {defined}")
 
 
 def set_mode(paths: Paths, mode: str) -> int:
     """Write the mode; return when every request that begins from now on is served by it."""
+    paths.create()
     daemon = find_daemon(paths)
     try:
         config = read_config(paths)
@@ -5553,7 +5228,6 @@ def set_mode(paths: Paths, mode: str) -> int:
         complain(error)         # the daemon still has the last good config, and judges by its modes
     else:
         check_mode(config, mode)
-    paths.create()
     write_file(paths.mode, mode + "\n")
     health = health_of(daemon) if daemon and not daemon.holder.stopping else None
     if daemon is None:
@@ -5575,7 +5249,9 @@ def set_mode(paths: Paths, mode: str) -> int:
 def cmd_mode(context: Context) -> int:
     """Print the mode, or set the one that is named."""
     if context.arguments.name is not None:
-        return set_mode(context.paths, context.arguments.name.strip().lower())
+        # As UTF-8 also where the locale is C and Python has made surrogates of it.
+        name = os.fsencode(context.arguments.name).decode("utf-8", "replace")
+        return set_mode(context.paths, name.strip().lower())
     health = find_health(context.paths)[1]
     print(health["mode"] if health else _offline_mode(context.paths))
     return 0
@@ -5622,6 +5298,24 @@ def config_edit(paths: Paths) -> int:
     return 0
 
 
+def keep_beside(path: str, content: bytes) -> str:
+    """Write `content` to a new file PATH.bak-YYYYmmdd-HHMMSS; return its path.  Raises OSError."""
+    name = f"{path}.bak-{time.strftime('%Y%m%d-%H%M%S')}"
+    for backup in [name, *(f"{name}-{number}" for number in range(2, 1000))]:
+        with contextlib.suppress(FileExistsError), open(backup, "xb", buffering=0) as file:
+            try:
+                os.chmod(backup, 0o600)
+                problem = _write_all(file.fileno(), content)
+                if problem is not None:
+                    raise problem
+                os.fsync(file.fileno())
+            except OSError:             # a full disk: leave no truncated backup
+                os.unlink(backup)
+                raise
+            return backup
+    raise FileExistsError(errno.EEXIST, "too many backups of this second", name)
+
+
 def config_reset(paths: Paths) -> int:
     """Write the defaults; keep an existing file beside them."""
     paths.create()
@@ -5631,9 +5325,7 @@ def config_reset(paths: Paths) -> int:
         raise RouterError(f"{paths.config}: {reason_of(error)}: move it away first") from error
     try:
         if content is not None:
-            backup = spare_name(paths.config)
-            write_atomically(backup, content)
-            print(f"kept: {backup}")
+            print(f"kept: {keep_beside(paths.config, content)}")
     except OSError as error:
         raise RouterError(f"{paths.config}: cannot be copied beside itself: {reason_of(error)}: "
                           "check the permissions of its directory and free space") from error
@@ -5654,22 +5346,6 @@ def cmd_config(context: Context) -> int:
     return actions[context.arguments.action](context.paths)
 
 
-def cmd_install(context: Context) -> int:
-    """Install this program for the user, or upgrade it, and start it."""
-    arguments = context.arguments
-    install(Installer(context.home, context.paths, arguments.dry_run, *read_record(context.paths)),
-            arguments.claude)
-    return 0
-
-
-def cmd_uninstall(context: Context) -> int:
-    """Take back what `install` did."""
-    arguments = context.arguments
-    uninstall(Installer(context.home, context.paths, arguments.dry_run,
-                        *read_record(context.paths)), arguments.purge)
-    return 0
-
-
 HELP = """\
 rrouter %s - local router between the Claude Code CLI and CLIProxyAPI
 
@@ -5679,24 +5355,26 @@ usage: rrouter COMMAND
 
 files in ~/.rrouter
   mode          antigravity, claude, auto, or another mode of config.json
-  config.json   rules and settings of auto; `rrouter config` prints those in force
+  config.json   rules and settings of auto; `rrouter config` prints them
   logs/rrouter.log            one line a request; rotated at %d MB
   run.json, rrouter.pid, rrouter.lock, state.json     written by the daemon
 elsewhere
-  ~/.config/rrouter.env       RROUTER_* for the installed service
+  ~/.config/rrouter.env       RROUTER_* for the service that install.sh installs
 
 environment
   RROUTER_PORT      port to listen on (8316)
   RROUTER_UPSTREAM  where CLIProxyAPI is (http://localhost:8317): http or https,
                     also with a path
   RROUTER_HOST      address to listen on (localhost: 127.0.0.1 and ::1); clients
-                    that reach another one can spend your quota
+                    that reach one beyond loopback can spend your quota
+  RROUTER_ALLOWED_HOSTS     more names for Host, separated by commas: containers
+                    send host.docker.internal
 
 examples
-  rrouter start           then, in ~/.claude/settings.json:
-                          {"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}
-  rrouter ag              the next request goes to Antigravity
-  rrouter auto            failures decide; again: retry the failed side at once
+  rrouter start         then, in ~/.claude/settings.json:
+                        {"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}
+  rrouter ag            the next request goes to Antigravity
+  rrouter auto          failures decide; again: retry the failed side at once
   curl http://localhost:8316/health
   tail -f ~/.rrouter/logs/*.log | grep AUTO
 
@@ -5706,8 +5384,7 @@ exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 def help_text(commands: tuple[Command, ...]) -> str:
     """Return what `rrouter help` prints of `commands`."""
     usage = {"status": "status [--json]", "mode": "mode [NAME]",
-             "config": "config [edit|reset|path]", "install": "install [--claude]",
-             "uninstall": "uninstall [--purge]"}
+             "config": "config [edit|reset|path]"}
     rows = [f"  {', '.join([usage.get(row.name, row.name), *row.aliases]):26} {row.help}"
             for row in commands]
     return HELP % (__version__, "\n".join(rows), LOG_MAX_BYTES >> 20)
@@ -5751,47 +5428,37 @@ def check_daemon(settings: Settings, daemon: Running | None,
             yield FAIL, f"port: {describe_taken(settings)}"
 
 
-def check_interpreter(program: str) -> Iterator[tuple[str, str]]:
-    """Yield whether the Python that the first line of the program names still exists."""
-    head = (_content(program) or b"")[:4096].decode("utf-8", "replace")
-    match = re.match(r"#!(?:/bin/sh\nexec )?'?([^'\n]*?)'?(?: \"\$0\".*)?\n", head)
-    if match and os.access(match[1], os.X_OK):
-        yield OK, (f"program: {program}, run by {match[1]}; if that Python goes away, run "
-                   "install.sh again")
-    elif match:
-        yield FAIL, f"program: {program} needs {match[1]}, which is gone: run install.sh again"
-
-
 def is_as_installed(home: str, path: str) -> bool:
-    """Return whether a file is as `install` left it, or was not installed by it."""
+    """Return whether a file is as install.sh left it, or was not installed by it."""
+    import hashlib
     try:
-        return path not in read_record(Paths(home))[0] or is_shipped(read_file(path) or b"")
-    except (OSError, RouterError):
+        record = json.loads(read_file(os.path.join(home, ".rrouter", "install.json")) or b"{}")
+        digest = hashlib.sha256(read_file(path) or b"").hexdigest()
+        return bool(digest == record["files"][path]["sha256"][-1])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return True
 
 
 def check_service(home: str) -> Iterator[tuple[str, str]]:
-    """Yield which Python runs the installed program, and whether a service manager starts it."""
+    """Yield whether the service manager starts this program."""
     program = os.path.join(home, "bin", "rrouter")
-    if os.path.isfile(program):
-        yield from check_interpreter(program)
-    manager, why = reach_manager(home)
-    candidates = [manager.path] if manager else [unit_path(home), agent_path(home)]
-    installed = [path for path in candidates if os.path.isfile(path)]
-    if not installed:
+    if not os.path.isfile(unit_path(home)) and not os.path.isfile(agent_path(home)):
         yield OK, ("service: none is installed; rrouter start forks a daemon, and nothing starts "
                    "it at the next login")
-    for path in installed:
+    for path, name in ((unit_path(home), "systemd unit"), (agent_path(home), "launchd agent")):
+        if not os.path.isfile(path):
+            continue
         if not os.access(program, os.X_OK):
-            yield FAIL, (f"service: {path} starts {program}, which does not exist: "
+            yield FAIL, (f"service: {name} {path} starts {program}, which does not exist: "
                          "run install.sh again")
         elif not is_as_installed(home, path):
-            yield WARN, f"service: {path} is not what install.sh wrote: changed by you, or older"
-        elif manager is None:
-            yield WARN, (f"service: {path} is installed, but its manager does not answer here "
-                         f"({why}): rrouter start forks")
+            yield WARN, (f"service: {name} {path} is not what install.sh wrote: changed by you, "
+                         "or older")
+        elif find_manager(home) is None:
+            yield WARN, (f"service: {name} is installed, but its manager does not answer here: "
+                         "rrouter start forks")
         else:
-            yield OK, f"service: {manager.name}, {path}"
+            yield OK, f"service: {name} {path}"
 
 
 def _points_here(url: str, settings: Settings) -> bool:
@@ -5801,6 +5468,28 @@ def _points_here(url: str, settings: Settings) -> bool:
                 and _port_of(parts) == settings.port)
     except ValueError:
         return False
+
+
+def claude_settings_path(home: str) -> str:
+    """Return where Claude Code keeps its settings."""
+    directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
+    return os.path.join(directory, "settings.json")
+
+
+def claude_environment(home: str) -> dict[str, str]:
+    """Return the `env` of Claude Code's settings.json, {} without one.
+
+    Raises ValueError if the file is not JSON.
+    """
+    try:
+        value = json.loads((read_file(claude_settings_path(home)) or b"{}").decode("utf-8"))
+        return {str(key): str(item) for key, item in value["env"].items()}
+    except (KeyError, TypeError, AttributeError):
+        return {}
+    except OSError as error:
+        raise ValueError(reason_of(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON") from error
 
 
 def check_client(home: str, settings: Settings) -> Iterator[tuple[str, str]]:
@@ -5835,9 +5524,10 @@ def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
     connection = upstream.open()
     with contextlib.closing(connection):
         path = upstream.base_path.decode("ascii") + "/v1/models"
-        connection.request("GET", path, headers=fields)
-        response = connection.getresponse()
-        return response.status, response.read(READ_AHEAD_MAX_BYTES)
+        with total_limit(connection.sock, LIST_S):
+            connection.request("GET", path, headers=fields)
+            response = connection.getresponse()
+            return response.status, response.read(READ_AHEAD_MAX_BYTES)
 
 
 def check_models(config: Config, names: set[str]) -> Iterator[tuple[str, str]]:
@@ -5948,10 +5638,10 @@ def cmd_check(context: Context) -> int:
 COMMANDS = (
     #       name           aliases               function      help, arguments
     Command("serve",       (),                   cmd_serve,
-            "run in the foreground, log to stderr and the log file",
+            "run in the foreground; log to stderr too",
             (("--ready-descriptor", {"type": int, "help": argparse.SUPPRESS}),)),
     Command("start",       (),                   cmd_start,
-            "start the daemon, through systemd or launchd where installed"),
+            "start the daemon; by systemd or launchd if set up"),
     Command("stop",        (),                   cmd_stop,
             "stop it; running requests finish first"),
     Command("restart",     (),                   cmd_restart,
@@ -5974,14 +5664,6 @@ COMMANDS = (
             "print, edit or reset the config, or print its path",
             (("action", {"nargs": "?", "choices": ("edit", "reset", "path")}),
              ("--yes", {"action": "store_true", "help": "accepted; reset never asks"}))),
-    Command("install",     (),                   cmd_install,
-            "install as ~/bin/rrouter and start, or upgrade",
-            (("--claude", {"action": "store_true", "help": "point Claude Code here, too"}),
-             ("--dry-run", {"action": "store_true", "help": "say what would be done"}))),
-    Command("uninstall",   (),                   cmd_uninstall,
-            "take back what install did",
-            (("--purge", {"action": "store_true", "help": "remove ~/.rrouter, too"}),
-             ("--dry-run", {"action": "store_true", "help": "say what would be done"}))),
     Command("help",        ("-h", "--help"),     cmd_help,
             "show this text"),
     Command("version",     ("-V", "--version"),  cmd_version,
@@ -6030,6 +5712,9 @@ def run_command(argv: list[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
     arguments = parse_command(argv)
+    os.umask(os.umask(0o077) & 0o077)       # an odd one would keep even us from our files
+    if not os.environ.get("HOME"):
+        os.environ.pop("HOME", None)        # now it is that of the user database
     try:
         home = os.path.expanduser("~")
         if not os.path.isabs(home):
