@@ -5682,6 +5682,47 @@ AUTO_SWITCH = {
 }
 
 
+class StatusLineTest(LoopbackTest):
+    """GET /health?line."""
+
+    AUTO = {"active": True, "targets": ["antigravity", "claude"], "currentTarget": "claude",
+            "switched": True, "reason": "3 consecutive HTTP errors, last 429",
+            "cooldownRemainingSeconds": 1345, "models": {}}
+    HOME = {"currentTarget": "antigravity", "switched": False}
+    LINES = (
+        # changes to AUTO, number of problems, the line
+        ({}, 0, "auto → claude (antigravity 429, 23m)"),
+        ({"reason": "2 consecutive timeouts"}, 0, "auto → claude (antigravity timeouts, 23m)"),
+        ({"reason": "failed a probe, last 503 auth_unavailable, after 401",
+          "cooldownRemainingSeconds": 59}, 0,
+         "auto → claude (antigravity 503 auth_unavailable, 59s)"),
+        ({"cooldownRemainingSeconds": 0}, 1,
+         "auto → claude (antigravity 429, now), 1 problem: rrouter status"),
+        (HOME, 2, "auto → antigravity, 2 problems: rrouter status"),
+        ({**HOME, "models": {"opus": AUTO}}, 0,
+         "auto → antigravity, opus → claude (antigravity 429, 23m)"),
+        ({**HOME, "models": dict.fromkeys("abcd", HOME)}, 0,
+         "auto → antigravity, a → antigravity, b → antigravity, 2 more"),
+        ({"active": False}, 0, "claude"),
+    )
+
+    def test_it_says_where_requests_go_and_why(self):
+        for changes, problems, line in self.LINES:
+            with self.subTest(line):
+                self.assertEqual(line, rrouter.status_line({
+                    "mode": "claude", "problems": ["x"] * problems,
+                    "autoSwitch": {**self.AUTO, **changes}}))
+
+    def test_it_is_one_line_of_text(self):
+        running = self.start_rrouter("http://127.0.0.1:9", mode="auto")
+        for target in ("/health?line", "/health?session=1&line"):
+            reply = running.request("GET", target, fields=())
+            self.assertEqual((reply.header("content-type"), reply.body.decode()),
+                             ("text/plain; charset=utf-8", "auto → antigravity\n"))
+        self.assertEqual(running.request("HEAD", "/health?line", fields=()).body, b"")
+        self.assertEqual(running.request("GET", "/health?lines", fields=()).json()["mode"], "auto")
+
+
 class HealthTest(RouterTest):
 
     def test_every_field_has_its_type_and_value(self):
