@@ -2102,7 +2102,7 @@ def _status_note(auto: dict[str, Any]) -> str:
     failed = next(name for name in auto["targets"] if name != auto["currentTarget"])
     what = re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", auto["reason"] or "")
     left = auto["cooldownRemainingSeconds"]
-    when = f"{-(-left // 60)}m" if left >= 60 else f"{left}s" if left else "now"
+    when = f"{math.ceil(left / 60)}m" if left >= 60 else f"{left}s" if left else "now"
     return f" ({failed} {printable(what, 40)}, {when})"
 
 
