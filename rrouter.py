@@ -3275,7 +3275,6 @@ class ClientConnection(Wire):
             return b""
         if head.expects_continue and not self.held:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.limit(BODY_STALL_S)
         return self._read_chunks() if head.length is None else self._read_fixed(head.length)
 
     def _read_fixed(self, length: int) -> BytesLike:
@@ -3308,8 +3307,8 @@ class ClientConnection(Wire):
         self.held = decoder.rest
         return body
 
-    @staticmethod
-    def _receive_body(receive: Callable[[], T]) -> T:
+    def _receive_body(self, receive: Callable[[], T]) -> T:
+        self.limit(BODY_STALL_S)        # only here, because each change is a system call
         try:
             received = receive()
         except NOTHING_CAME:
