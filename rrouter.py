@@ -1596,11 +1596,10 @@ RESCUED = COUNTED | {Fault.TOO_LARGE, Fault.REJECTED, Fault.DROPPED}
 # Faults of the second attempt that excuse a timeout of the first, and the reverse.
 EXCUSES = frozenset((Fault.TIMEOUT, Fault.DROPPED, Fault.UNREACHABLE))
 
-
 # Which of two failures helps the client more; lower is better.  Statuses first.
 RANK = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}
 OTHER_4XX_RANK, OTHER_5XX_RANK = 0, 4
-FAULT_RANK = {Fault.SHELF: 6, Fault.NO_MESSAGE: 7}
+FAULT_RANK: dict[Fault | None, int] = {Fault.SHELF: 6, Fault.NO_MESSAGE: 7}
 OWN_ERROR_RANK, LAST_RANK = 8, 9
 
 
@@ -1616,7 +1615,7 @@ def rank(failure: Outcome, other: Outcome) -> int:
         return LAST_RANK if is_passing else OTHER_4XX_RANK
     if fault in (Fault.STATUS, Fault.REJECTED):
         return RANK.get(status, OTHER_4XX_RANK if status < 500 else OTHER_5XX_RANK)
-    return FAULT_RANK.get(fault, OWN_ERROR_RANK) if fault else OWN_ERROR_RANK
+    return FAULT_RANK.get(fault, OWN_ERROR_RANK)
 
 
 def judge(first: Outcome, second: Outcome) -> Verdict:
@@ -1624,14 +1623,14 @@ def judge(first: Outcome, second: Outcome) -> Verdict:
 
     `first` failed, and the request was sent to the other target, or the client left before.
 
-      first        second                          counts       the client gets
-      failed       succeeded                       the first    the second
-      failed       the client left                 the first, if it timed out or took a minute
-      failed       failed                          neither      the more useful one
-      timed out    failed, but not by an EXCUSE    the first    the more useful one
-      failed (")   timed out                       the second   the more useful one
+      first         second          counts        the client gets
+      failed        succeeded       the first     the second
+      failed        client left     the first, if it timed out or took a minute
+      failed        failed          neither       the more useful one
+      timed out     failed          the first     the more useful one
+      failed        timed out       the second    the more useful one
 
-    Only faults in COUNTED count at all.
+    A timeout does not count beside one of the EXCUSES; only faults in COUNTED count at all.
     """
     if second.fault is None:
         return Verdict((first.fault in COUNTED, False), 1)
@@ -2669,10 +2668,10 @@ def outlive_main_script(run: Callable[[], None]) -> None:
 
 # Upstream #####################################################################
 
-# As a number, because `|` of the standard library's flags runs 5 us of Python code.
 # The option that ends a connection which no longer acknowledges, and its value.
 UNACKNOWLEDGED = ((0x80, UNACKNOWLEDGED_S) if sys.platform == "darwin" else     # RXT_CONNDROPTIME
                   (getattr(socket, "TCP_USER_TIMEOUT", None), UNACKNOWLEDGED_S * 1000))
+# As a number, because `|` of the standard library's flags runs 5 us of Python code.
 PEEK_NOW = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's time limit
 
@@ -3340,15 +3339,12 @@ class ClientConnection(Wire):
         poller.register(self.sock, getattr(select, "POLLRDHUP", 0))
         return bool(poller.poll(0))
 
-    def stop_reading(self) -> None:
-        """Let a wait for the next request end; called from another thread."""
-        self._read_shut = True
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RD)
+    def stop_reading(self, cut_off: bool) -> None:
+        """Let a wait for the next request end; called from another thread.
 
-    def cut_off(self) -> None:
-        """Let the request under way end as if the client had left; called from another thread."""
-        self._read_shut = False
+        With `cut_off` the request under way ends too, as if the client had left.
+        """
+        self._read_shut = not cut_off
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RD)
 
@@ -3896,8 +3892,8 @@ class Exchange:
         self._writer.start(response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
         while True:
-            if attempt.ticket is not None:
-                self._settle_progress(attempt)
+            if attempt.ticket is not None and attempt.outcome.fault is None:
+                self._settle_progress(attempt, response)
             if response.complete:
                 self._end(response.head.status)
                 self._writer.send(payload, is_last=True)
@@ -3906,15 +3902,13 @@ class Exchange:
             payload = response.receive(attempt.watch)
             attempt.inspect(payload, response.complete)
 
-    def _settle_progress(self, attempt: Attempt) -> None:
+    def _settle_progress(self, attempt: Attempt, response: Response) -> None:
         """Settle a response as soon as it is known to have failed, or is complete."""
-        if attempt.outcome.fault is not None:
-            return
         failure = attempt.late_failure
         if failure:
             self._settle(attempt, Effect.CHARGE,
                          attempt.direct_outcome(Fault.NO_MESSAGE, failure))
-        elif attempt.is_complete and attempt.response and attempt.response.complete:
+        elif response.complete and response.head.status < 300:
             self._settle(attempt, Effect.CREDIT)
 
     def _settle(self, attempt: Attempt, effect: Effect, outcome: Outcome | None = None) -> None:
@@ -4638,13 +4632,13 @@ def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
     while router.connections and time.monotonic() < deadline:
         for client in list(router.connections):
             if not client.busy:
-                client.stop_reading()
+                client.stop_reading(cut_off=False)
         # A closing terminal can send SIGHUP twice: by the kernel and by the shell.
         if any(number != signal.SIGHUP for number in signals.wait(0.02)):
             router.log.write("STOP", "second signal: ending at once")
             break
     for client in list(router.connections):
-        client.cut_off()
+        client.stop_reading(cut_off=True)
     until(lambda: not router.connections, CUT_OFF_S)    # each request writes its line
 
 
@@ -5431,7 +5425,7 @@ def is_as_installed(home: str, path: str) -> bool:
     """Return whether a file is as install.sh left it, or was not installed by it."""
     import hashlib
     try:
-        record = json.loads(read_file(os.path.join(home, ".rrouter", "install.json")) or b"{}")
+        record = json.loads(read_file(Paths(home).record) or b"{}")
         digest = hashlib.sha256(read_file(path) or b"").hexdigest()
         return bool(digest == record["files"][path]["sha256"][-1])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

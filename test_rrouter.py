@@ -1995,8 +1995,6 @@ class SavedStateTest(FailoverWalk):
                 self.assertEqual(self.failover.report(True), before)
 
 
-DEFAULT_MAPPINGS = [{"match": "claude-sonnet-*", "rewrite": GEMINI_SONNET}]
-
 
 # Auto mode against a reference model ##########################################
 
