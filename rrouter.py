@@ -1842,6 +1842,8 @@ class Breaker:
         if not self.is_probe(ticket):
             return []
         self._postpone_probe(now)
+        if ticket.quiet:                # its begin was not logged either
+            return []
         left_s = self.remaining_s(now)
         return [f"PROBE of {self.home} inconclusive{self.label}; the next one in {span(left_s)}"]
 

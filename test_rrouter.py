@@ -1729,6 +1729,8 @@ class WholeTargetWalk(FailoverWalk):
             self.assertTrue(ticket.probe and ticket.quiet)
             logged = self.failover.charge(ticket, self.outcome("SHELF", what))
             self.assertEqual(len(logged), lines, what)
+        self.pass_minutes(1)
+        self.assertEqual(self.failover.release(self.failover.admit("opus", TARGETS)), [])
 
     def test_failures_of_the_fallback_switch_back_and_cancel_the_cooldown(self):
         self.requests(3, "ag")
