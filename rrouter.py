@@ -1589,6 +1589,7 @@ class StreamScan:
 # Failover #####################################################################
 
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
+OUTDATED = -1       # generation of a ticket from before a change of auto.targets
 
 # What a fault leads to.  The other faults are neutral: they change no counter.
 COUNTED = frozenset((Fault.STATUS, Fault.SHELF, Fault.NO_MESSAGE, Fault.TIMEOUT))
@@ -1596,26 +1597,22 @@ RESCUED = COUNTED | {Fault.TOO_LARGE, Fault.REJECTED, Fault.DROPPED}
 # Faults of the second attempt that excuse a timeout of the first, and the reverse.
 EXCUSES = frozenset((Fault.TIMEOUT, Fault.DROPPED, Fault.UNREACHABLE))
 
-# Which of two failures helps the client more; lower is better.  Statuses first.
-RANK = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}
-OTHER_4XX_RANK, OTHER_5XX_RANK = 0, 4
-FAULT_RANK: dict[Fault | None, int] = {Fault.SHELF: 6, Fault.NO_MESSAGE: 7}
-OWN_ERROR_RANK, LAST_RANK = 8, 9
+# Which of two failures helps the client more; lower is better.
+STATUS_RANK = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}      # other 4xx: 0; other 5xx: 4
+FAULT_RANK: dict[Fault | None, int] = {Fault.SHELF: 6, Fault.NO_MESSAGE: 7}     # no response: 8
 
 
 def rank(failure: Outcome, other: Outcome) -> int:
     """Return how useful a failure is to the client beside the `other` one; lower is better."""
-    fault, status = failure.fault, failure.status
     if failure.keeps_400:
-        return OTHER_4XX_RANK
-    if fault is Fault.TOO_LARGE:
-        # The client would compact its conversation, although a retry may serve it as it is.
-        is_passing = other.fault in (Fault.STATUS, Fault.SHELF) and (
-            other.status in (408, 429) or other.status >= 500)
-        return LAST_RANK if is_passing else OTHER_4XX_RANK
-    if fault in (Fault.STATUS, Fault.REJECTED):
-        return RANK.get(status, OTHER_4XX_RANK if status < 500 else OTHER_5XX_RANK)
-    return FAULT_RANK.get(fault, OWN_ERROR_RANK)
+        return 0
+    fault, status = failure.fault, failure.status
+    if fault is Fault.TOO_LARGE and other.fault in (Fault.STATUS, Fault.SHELF) and (
+            other.status in (408, 429) or other.status >= 500):
+        return 9    # the client would compact its conversation, although a retry may serve it
+    if fault in (Fault.STATUS, Fault.REJECTED, Fault.TOO_LARGE):
+        return STATUS_RANK.get(status, 0 if status < 500 else 4)
+    return FAULT_RANK.get(fault, 8)
 
 
 def judge(first: Outcome, second: Outcome) -> Verdict:
@@ -1641,6 +1638,14 @@ def judge(first: Outcome, second: Outcome) -> Verdict:
     return Verdict((first.fault is Fault.TIMEOUT and second.fault not in EXCUSES,
                     second.fault is Fault.TIMEOUT and first.fault not in EXCUSES),
                    0 if rank(first, second) <= rank(second, first) else 1)
+
+
+# The attributes of a Breaker that a restart keeps, and their types.
+SAVED: dict[str, tuple[type, ...]] = {
+    "home": (str,), "away": (str,), "answered": (bool,), "on_shelf": (bool,), "level": (int,),
+    "switch_count": (int,), "last_cooldown_s": (float, int), "returned_at": (float, int),
+    "reason": (str,), "switched_at": (float, int), "retry_at": (float, int)}
+MAY_BE_NONE = "returned_at", "reason", "switched_at", "retry_at"    # of an open one the first alone
 
 
 # One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
@@ -1678,6 +1683,7 @@ class Breaker:
         self._serial = serial           # numbers of one sequence, so that a ticket fits one machine
         self._counted_at: deque[float] = deque(maxlen=EVENTS_REMEMBERED)    # times of failures
         self.label = label              #: " for MODEL", or ""
+        self.probe = 0                  # number of the latest probe
         self.level = 0                  # index of the next cooldown
         self.switch_count = 0
         self.last_cooldown_s = 0.0
@@ -1689,7 +1695,6 @@ class Breaker:
         self.home, self.away = targets
         self.state = CLOSED
         self.generation = next(self._serial)    # a new one with each change of `current`
-        self.probe = 0
         self.answered = True            # whether the target switched to has answered since
         self.on_shelf = False           # whether the shelf caused the switch
         self.shelf_said = ""            # the last response to a probe of the shelf
@@ -1716,8 +1721,7 @@ class Breaker:
     def _is_same_event(self, outcome: Outcome) -> bool:
         """Return whether an event that was counted may have caused this failure too.
 
-        They are compared by the times at which they failed.  Their rescues, which decide whether
-        they count, take longer or shorter.
+        Only the times at which attempts failed matter, because their rescues take long or short.
         """
         return any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
                    for at in self._counted_at)
@@ -1744,7 +1748,7 @@ class Breaker:
         """Return to home, because its probe has committed."""
         self.close((self.home, self.away))
         self.returned_at = now
-        return [f"RECOVERED: {self.home} answers again{self.label}"]
+        return [f"RECOVERED: {self.home} responds again{self.label}"]
 
     def succeed(self, ticket: Ticket) -> None:
         """Count a success of `ticket.target`."""
@@ -1757,8 +1761,7 @@ class Breaker:
              followed: str) -> list[str]:
         """Count a failure of `ticket.target`.
 
-        `followed` is the target that the scope gets once it is closed.  A direct failure does not
-        switch back before the target switched to has answered.
+        `followed` is the target that the scope gets once it is closed.
         """
         failed = f"{ticket.target} failed{self.label}: {outcome.what}"
         if self.is_probe(ticket):
@@ -1771,7 +1774,7 @@ class Breaker:
         of_limit = f" of {limit}" if count <= limit else ""
         lines = [f"{failed} ({count}{of_limit} {name} in a row)"]
         if count < limit or (outcome.direct and not self.answered):
-            return lines
+            return lines                # not back to the target that has just failed
         reason = f"{count} consecutive {name}"
         if outcome.fault is not Fault.TIMEOUT:
             reason += f", last {outcome.what}"
@@ -1800,7 +1803,8 @@ class Breaker:
 
     def _open(self, now: float, reason: str, outcome: Outcome, auto: AutoSettings) -> list[str]:
         """Leave home, or stay away from it, for the next cooldown."""
-        self.forget_level(now)
+        if self.returned_at is not None and now - self.returned_at >= 2 * self.last_cooldown_s:
+            self.level = 0
         self.returned_at = None
         cooldown_s = auto.cooldowns_s[min(self.level, len(auto.cooldowns_s) - 1)]
         shortest_s = min(cooldown_s, RECHECK_S)
@@ -1811,7 +1815,7 @@ class Breaker:
             cooldown_s = min(cooldown_s, max(shortest_s, outcome.retry_after_s))
         if self.state == CLOSED:
             self.generation = next(self._serial)
-        self.state, self.probe, self.answered = OPEN, 0, False
+        self.state, self.answered = OPEN, False
         self.on_shelf, self.shelf_said = on_shelf, outcome.what if on_shelf else ""
         self.start_counting()
         self.switch_count += 1
@@ -1821,38 +1825,27 @@ class Breaker:
                 f"retry in {span(cooldown_s)}"]
 
     def _fail_probe(self, now: float, outcome: Outcome, auto: AutoSettings) -> list[str]:
-        lines = [f"PROBE of {self.home} failed{self.label}: {outcome.what}"]
+        line = f"PROBE of {self.home} failed{self.label}: {outcome.what}"
         still_on_shelf = outcome.fault is Fault.SHELF or (outcome.fault is Fault.STATUS and (
             outcome.status in (401, 403, 404) or outcome.status >= 500))
         if not (self.on_shelf and still_on_shelf):
             self._counted_at.append(outcome.ended)
-            return lines + self._open(now, f"failed a probe, last {outcome.what}", outcome, auto)
+            return [line, *self._open(now, f"failed a probe, last {outcome.what}", outcome, auto)]
         self._postpone_probe(now)
-        if self.shelf_said == outcome.what:
-            return []
-        self.shelf_said = outcome.what
-        return lines
+        is_news, self.shelf_said = self.shelf_said != outcome.what, outcome.what
+        return [line] if is_news else []
 
     def _postpone_probe(self, now: float) -> None:
-        self.state, self.probe = OPEN, 0
+        self.state = OPEN
         self.retry_at = now + min(self.last_cooldown_s, RECHECK_S)
 
     def release(self, now: float, ticket: Ticket) -> list[str]:
-        """Free the place of the probe, because its outcome is neutral."""
-        if not self.is_probe(ticket):
-            return []
+        """Free the place of the probe under way, because its outcome is neutral."""
         self._postpone_probe(now)
         if ticket.quiet:                # its begin was not logged either
             return []
-        left_s = self.remaining_s(now)
-        return [f"PROBE of {self.home} inconclusive{self.label}; the next one in {span(left_s)}"]
-
-    def forget_level(self, now: float) -> None:
-        """Set N back if home has held for long enough."""
-        if self.returned_at is not None:
-            self.returned_at = min(self.returned_at, now)
-            if now - self.returned_at >= 2 * self.last_cooldown_s:
-                self.level, self.returned_at = 0, None
+        return [f"PROBE of {self.home} inconclusive{self.label}; "
+                f"the next one in {span(self.remaining_s(now))}"]
 
     def report(self, now: float) -> dict[str, Any]:
         """Return what /health shows of it."""
@@ -1865,14 +1858,9 @@ class Breaker:
                 "cooldownSeconds": tidy(round(self.last_cooldown_s, 3)) if is_open else 0,
                 "cooldownRemainingSeconds": math.ceil(remaining_s)}
 
-    SAVED: dict[str, tuple[type, ...]] = {
-        "home": (str,), "away": (str,), "level": (int,), "switch_count": (int,),
-        "answered": (bool,), "on_shelf": (bool,), "reason": (str,), "switched_at": (float, int),
-        "retry_at": (float, int), "returned_at": (float, int), "last_cooldown_s": (float, int)}
-
     def save(self) -> dict[str, Any]:
         """Return what a restart must keep: all but the counters and a probe under way."""
-        return dict({name: getattr(self, name) for name in self.SAVED}, open=self.state != CLOSED)
+        return dict({name: getattr(self, name) for name in SAVED}, open=self.state != CLOSED)
 
     def restore(self, saved: Any, longest_s: float) -> None:
         """Take over what `save` returned; raise StateError if it does not fit.
@@ -1881,23 +1869,22 @@ class Breaker:
         """
         if not isinstance(saved, dict):
             raise StateError("expected an object")
-        values: dict[str, Any] = {"on_shelf": False}
-        values.update((name, saved[name]) for name in self.SAVED if name in saved)
-        is_open = bool(saved.get("open"))
-        for name, kinds in self.SAVED.items():
-            value = values.setdefault(name, None)
-            may_lack = name.endswith(("_at", "reason")) and not (is_open and name != "returned_at")
-            if value is None and may_lack:
+        values: dict[str, Any] = {name: saved.get(name) for name in SAVED}
+        values["on_shelf"] = saved.get("on_shelf", False)
+        may_be_none = MAY_BE_NONE[:1] if saved.get("open") else MAY_BE_NONE
+        for name, kinds in SAVED.items():
+            value = values[name]
+            if value is None and name in may_be_none:
                 continue
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            if type(value) not in kinds:        # a bool is no int here
                 raise StateError(f"{name}: expected {kinds[0].__name__}")
-            if isinstance(value, (int, float)) and not 0 <= value < 1e11:
+            if kinds[-1] is int and not 0 <= value < 1e11:
                 raise StateError(f"{name}: expected a number within reason")
         if ({values["home"], values["away"]} != {self.home, self.away}
                 or values["last_cooldown_s"] > longest_s):
             raise StateError("the targets or cooldowns are not those of config.json")
         vars(self).update(values, reason=values["reason"] and printable(values["reason"]))
-        self.state = OPEN if is_open else CLOSED
+        self.state = OPEN if saved.get("open") else CLOSED
 
 
 class Failover:
@@ -1934,32 +1921,39 @@ class Failover:
         outcome of the attempt is ignored.
         """
         with self._lock:
-            if targets != self._auto.targets:
-                return Ticket(targets[0], model, False, -1)
-            breaker, alone = self._breaker(model)
+            breaker, ticket = self._breaker(model), self._ticket(targets[0], model, targets)
+            if ticket.generation == OUTDATED:
+                return ticket
             target, probe = breaker.admit(self._clock())
-            return Ticket(target, model, alone, breaker.generation, probe,
-                          bool(probe) and breaker.on_shelf)
+            return ticket._replace(
+                target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf)
 
     def rescue(self, ticket: Ticket, targets: tuple[str, str]) -> Ticket:
         """Return the ticket for the second attempt, on the other of `targets`."""
         other = targets[1] if ticket.target == targets[0] else targets[0]
         with self._lock:
-            if targets != self._auto.targets:
-                return Ticket(other, ticket.model, False, -1)
-            breaker, alone = self._breaker(ticket.model)
-            return Ticket(other, ticket.model, alone, breaker.generation)
+            return self._ticket(other, ticket.model, targets)
 
     def current(self, model: str | None, targets: tuple[str, str]) -> str:
         """Return the target, one of `targets`, for a request that is not judged."""
         with self._lock:
-            current = self._breaker(model)[0].current
+            current = self._breaker(model).current
             return current if current in targets else targets[0]
 
-    def _breaker(self, model: str | None) -> tuple[Breaker, bool]:
-        """Return (the breaker that serves `model`, whether it is the model's own)."""
-        own = self._models.get(model) if model is not None else None
-        return (own, True) if own is not None and own.state != CLOSED else (self._whole, False)
+    def _breaker(self, model: str | None) -> Breaker:
+        """Return the breaker that serves `model`: its own while it is switched alone."""
+        own = self._models.get(model or "")
+        return own if own is not None and own.state != CLOSED else self._whole
+
+    def _ticket(self, target: str, model: str, targets: tuple[str, str]) -> Ticket:
+        breaker = self._breaker(model)
+        return Ticket(target, model, breaker is not self._whole,
+                      breaker.generation if targets == self._auto.targets else OUTDATED)
+
+    def _probed(self, ticket: Ticket) -> Breaker | None:
+        """Return the breaker whose probe under way has this ticket, or None."""
+        breaker = self._models.get(ticket.model) if ticket.alone else self._whole
+        return breaker if breaker is not None and breaker.is_probe(ticket) else None
 
     def commit(self, ticket: Ticket) -> tuple[Ticket, list[str]]:
         """Let a probe succeed, because the client gets its response.
@@ -1967,16 +1961,15 @@ class Failover:
         Returns the ticket with which the attempt continues, and lines for the log.
         """
         with self._lock:
-            breaker = self._models.get(ticket.model) if ticket.alone else self._whole
-            if not ticket.probe or breaker is None or not breaker.is_probe(ticket):
+            breaker = self._probed(ticket)
+            if breaker is None:
                 return ticket, []
             lines = breaker.recover(self._clock())
-            if ticket.alone:
-                self._align(breaker)
-            else:
+            if breaker is self._whole:
                 self._follow()
-            breaker, alone = self._breaker(ticket.model)
-            return Ticket(ticket.target, ticket.model, alone, breaker.generation), lines
+            else:
+                self._align(breaker)
+            return self._ticket(ticket.target, ticket.model, self._auto.targets), lines
 
     def credit(self, ticket: Ticket) -> None:
         """Count a success: the upstream's response is complete."""
@@ -2013,7 +2006,7 @@ class Failover:
     def release(self, ticket: Ticket) -> list[str]:
         """Take a neutral outcome: it frees the place of a probe."""
         with self._lock:
-            breaker = self._models.get(ticket.model) if ticket.alone else self._whole
+            breaker = self._probed(ticket)
             return breaker.release(self._clock(), ticket) if breaker is not None else []
 
     def look_at_clock(self) -> None:

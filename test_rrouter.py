@@ -1656,7 +1656,7 @@ class WholeTargetWalk(FailoverWalk):
         probe = self.failover.admit("opus", TARGETS)
         self.assertEqual((probe.target, bool(probe.probe)), ("ag", True))
         self.assertEqual(self.requests(5, "ag"), ["cl"])                    # others stay
-        self.assertEqual(self.failover.commit(probe)[1], ["RECOVERED: ag answers again"])
+        self.assertEqual(self.failover.commit(probe)[1], ["RECOVERED: ag responds again"])
         self.assertEqual(self.state(), ("ag", 1, 0, 0, 0))
 
     def test_a_failed_probe_starts_the_next_cooldown(self):
