@@ -3182,6 +3182,9 @@ class Upstream:
 
 # Proxy ########################################################################
 
+CLOSE = b"Connection: close\r\n"
+
+
 class ClientConnection(Wire):
     """A client's connection: it reads whole requests, strictly framed, and sends responses."""
 
@@ -3352,6 +3355,10 @@ class ClientConnection(Wire):
         except OSError as error:
             raise ClientGone() from error
 
+    def send_interim(self, head: ResponseHead) -> None:
+        """Send a 1xx head."""
+        self.send(response_head_bytes(head, b""))
+
     def send_whole(self, status: int, body: bytes, fields: bytes,
                    content_type: bytes = b"application/json") -> None:
         """Send a whole response of rrouter's own."""
@@ -3422,10 +3429,6 @@ class ResponseWriter:
         self.has_begun = True
         self._client.send(payload)
 
-    def send_interim(self, head: ResponseHead) -> None:
-        """Send a 1xx head."""
-        self._client.send(response_head_bytes(head, b""))
-
     def break_off(self) -> None:
         """Close the connection, so that what was sent cannot pass for the whole.
 
@@ -3438,12 +3441,14 @@ class ResponseWriter:
 
 
 class Request(NamedTuple):
-    """One request, received in full."""
+    """One request, received in full, and the client that waits for its response."""
 
+    client: ClientConnection
     head: RequestHead
     outbound: tuple[bytes, bytes]       #: the head to forward, see `outbound_head`
     body: BytesLike
     found: tuple[int, int, str] | None      #: where its model name stands, and the name
+    patience: Patience | None           #: for an upstream that is not there; None: none at all
 
     @property
     def model(self) -> str | None:
@@ -3460,19 +3465,8 @@ class Request(NamedTuple):
         """True if the response should be a message of Anthropic's API."""
         return self.head.path.endswith("/messages")
 
-    @property
-    def asks_for_stream(self) -> bool:
-        """True if the response should be a stream."""
-        return asks_for_stream(self.body)
 
-
-class Ends(NamedTuple):
-    """What all attempts of one request share."""
-
-    client: ClientConnection
-    writer: ResponseWriter
-    upstream: Upstream
-    patience: Patience | None   #: for an upstream that is not there; None: none at all
+FAULT_OF_ERROR = {UpstreamTimeout: Fault.TIMEOUT, UpstreamUnreachable: Fault.UNREACHABLE}
 
 
 class Attempt:
@@ -3482,148 +3476,141 @@ class Attempt:
     because the history may need healing.
     """
 
-    def __init__(self, ends: Ends, request: Request, route: Route, ticket: Ticket | None,
+    def __init__(self, upstream: Upstream, request: Request, route: Route, ticket: Ticket | None,
                  limit_s: float | None) -> None:
-        self.route, self.ticket = route, ticket
+        self.route = route
+        self.ticket = ticket            #: until Failover knows the outcome
         self.response: Response | None = None
         self.error: UpstreamError | None = None
         self.watch = Watch(None)        #: of the latest send
-        self.scan: StreamScan | None = None     #: of an event stream that is judged
-        self.outcome = LEFT             # until the attempt has ended
+        self.outcome = LEFT             #: LEFT until the attempt has ended
         self.notes: list[str] = []      #: for the line in the log
         self.healed = False             #: sent again without thinking blocks
-        self.settled = False            #: its outcome is recorded
-        self._ends, self._request, self._limit_s = ends, request, limit_s
-        self._message_defect = ""        #: of a buffered response
+        self._upstream, self._request, self._limit_s = upstream, request, limit_s
+        self._scan: StreamScan | None = None    # of an event stream that is judged
         self._began = 0.0               # of the latest send, in Unix seconds
         self._active_at = 0.0           # of that or the last event, by time.monotonic
 
     def run(self) -> None:
         """Send the request, healed if its history needs that; raise ClientGone."""
         self._send(self._request.body, self._request.found)
-        if self.outcome.fault is not Fault.REJECTED or self._request.model is None:
+        rejection = self.response
+        if (self.outcome.fault is not Fault.REJECTED or rejection is None
+                or self._request.model is None):
             return
-        rejection, body = self.response, without_thinking(self._request.body)
+        body = without_thinking(self._request.body)
         if body is None:
             return
         self.healed = True
         self._send(body, find_model(body))
         if self.outcome.fault is None:
-            if rejection is not None:
-                rejection.close()
-        else:
-            self.close()
-            self.response, self.error, self.scan = rejection, None, None
-            if self.outcome.fault is Fault.REJECTED:    # it has no such history any more
-                self.outcome = self.outcome._replace(fault=Fault.STATUS)
-            self.outcome = self.outcome._replace(status=400, keeps_400=True)
+            rejection.close()
+            return
+        self.close()
+        self.response, self.error, self._scan = rejection, None, None
+        self.outcome = self.outcome._replace(status=400, keeps_400=True)
+        if self.outcome.fault is Fault.REJECTED:    # although it has no such history any more
+            self.outcome = self.outcome._replace(fault=Fault.STATUS)
 
     def _send(self, body: BytesLike, found: tuple[int, int, str] | None) -> None:
         """Send `body` once and receive as much as must be known before the client gets a byte."""
-        head, model = self._request.head, self.route.model or ""
-        client, writer, upstream, patience = self._ends
+        request, model = self._request, self.route.model or ""
         pieces: list[BytesLike] = [body]
         if found is not None and model != found[2]:
             pieces = splice(body, found[0], found[1], model)
-        before, after = self._request.outbound
+        before, after = request.outbound
         length = b"%d" % sum(map(len, pieces)) if after else b""
-        outbound = Outbound(head.method, [before + length + after, *pieces],
-                            writer.send_interim if head.http11 else None)
-        self.response = self.error = self.scan = None
-        self.watch = Watch(client.has_left, self._limit_s)
+        outbound = Outbound(request.head.method, [before + length + after, *pieces],
+                            request.client.send_interim if request.head.http11 else None)
+        self.response = self.error = self._scan = None
+        self.watch = Watch(request.client.has_left, self._limit_s)
         self._began, self._active_at = time.time(), time.monotonic()
         try:
-            self.response = upstream.send(outbound, self.watch, patience, self.notes)
-            self._hold_back(self.response)
+            self.response = self._upstream.send(outbound, self.watch, request.patience, self.notes)
+            defect = self._hold_back(self.response)
+            self.outcome = self._read_outcome(self.response, defect)
         except UpstreamError as error:
             self.close()
             self.response, self.error = None, without_trace(error)
-        except BaseException:
-            self.close()
-            raise
-        self.outcome = self._read_outcome()
+            fault = FAULT_OF_ERROR.get(type(error), Fault.DROPPED)
+            self.outcome = Outcome(fault, error.http_status, error.what, self._began, time.time())
 
-    def _hold_back(self, response: Response) -> None:
-        """Read as much of the response as decides whether the client gets it."""
+    def _hold_back(self, response: Response) -> str:
+        """Read as much of the response as decides whether the client gets it.
+
+        Returns the defect of a 2xx that is of no use to the client, else "".
+        """
         head, request = response.head, self._request
-        judged = self.ticket is not None and request.head.method != "HEAD"
-        if (judged and head.status >= 400) or (head.status == 400 and request.model is not None):
-            self._hold_failure(response)
-        elif judged and head.status < 300 and head.is_event_stream and not head.coding:
-            self._hold_stream(response)
-        elif (judged and head.status < 300 and request.is_message and not head.is_event_stream
-              and head.coding in Response.CODINGS):
-            self._hold_message(response)
+        is_judged = self.ticket is not None and request.head.method != "HEAD"
+        if is_judged and head.status < 300 and head.is_event_stream and not head.coding:
+            return self._hold_stream(response)
+        if (is_judged and head.status < 300 and request.is_message and not head.is_event_stream
+                and head.coding in Response.CODINGS):
+            return self._hold_message(response)
+        if (is_judged and head.status >= 400) or (head.status == 400 and request.model is not None):
+            watch = Watch(request.client.has_left, READ_AHEAD_S)
+            watch.start()
+            while response.read_ahead(watch):
+                pass
         else:
             response.take_held()        # broken chunks right after the head can still be rescued
+        return ""
 
-    def _hold_failure(self, response: Response) -> None:
-        """Read a failed response to its end, or as far as it comes."""
-        watch = Watch(self._ends.client.has_left, READ_AHEAD_S)
-        watch.start()
-        while response.read_ahead(watch):
-            pass
-
-    def _hold_stream(self, response: Response) -> None:
+    def _hold_stream(self, response: Response) -> str:
         """Read an event stream up to the event that decides."""
-        self.scan = StreamScan(self._request.is_message)
-        while not (self.scan.committed or self.scan.defect):
+        scan = self._scan = StreamScan(self._request.is_message)
+        while not (scan.committed or scan.defect):
             payload = response.receive(self.watch)
             response.ahead += payload
             self.inspect(payload, response.complete)
+        return scan.defect
 
-    def _hold_message(self, response: Response) -> None:
+    def _hold_message(self, response: Response) -> str:
         """Read a message that is not streamed to its end."""
         while not response.complete and len(response.ahead) <= READ_AHEAD_MAX_BYTES:
             response.ahead += response.receive(self.watch)
         text = response.text()
-        if response.complete and len(text) <= READ_AHEAD_MAX_BYTES:
-            self._message_defect = message_defect(text)
+        is_whole = response.complete and len(text) <= READ_AHEAD_MAX_BYTES
+        return message_defect(text) if is_whole else ""
 
-    def inspect(self, payload: bytes, is_last: bool) -> None:
-        """Read more of the response's body, for what it says about the target."""
-        if self.scan is None:
-            self._active_at = time.monotonic()
-            return
-        events = self.scan.events
-        self.scan.feed(payload)
-        if is_last:
-            self.scan.finish()
-        if self.scan.events != events:
-            self._active_at = time.monotonic()
-
-    def _read_outcome(self) -> Outcome:
+    def _read_outcome(self, response: Response, defect: str) -> Outcome:
         """Return how the attempt ended, as far as it is known before the client gets a byte."""
-        ended, error = time.time(), self.error
-        if self.response is None:
-            assert error is not None
-            kind = (Fault.TIMEOUT if isinstance(error, UpstreamTimeout) else
-                    Fault.UNREACHABLE if isinstance(error, UpstreamUnreachable) else Fault.DROPPED)
-            return Outcome(kind, error.http_status, error.what, self._began, ended)
-        head, what = self.response.head, str(self.response.head.status)
-        fault: Fault | None = None
-        retry_after = None
+        head, ended, retry_after_s = response.head, time.time(), None
+        fault, what = Fault.NO_MESSAGE if defect else None, defect or str(head.status)
         if head.value(b"x-rrouter-error"):
             fault = Fault.OWN
         elif head.status >= 400:
-            text = self.response.text()
+            text = response.text()
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
             if head.status == 400 and names_foreign_signature(text):
                 fault = Fault.REJECTED
-            retry_after = read_retry_after(
+            retry_after_s = read_retry_after(
                 head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
-        elif self._message_defect or (self.scan is not None and self.scan.defect):
-            fault, what = Fault.NO_MESSAGE, self._message_defect or (
-                self.scan.defect if self.scan else "")
-        return Outcome(fault, head.status, what, self._began, ended, retry_after)
+        return Outcome(fault, head.status, what, self._began, ended, retry_after_s)
+
+    def inspect(self, payload: bytes, is_last: bool) -> None:
+        """Read more of the response's body, because it says how the target does."""
+        scan = self._scan
+        events = scan.events if scan is not None else -1
+        if scan is not None:
+            scan.feed(payload)
+            if is_last:
+                scan.finish()
+        if scan is None or scan.events != events:
+            self._active_at = time.monotonic()
+
+    def fail_late(self, fault: Fault, what: str) -> None:
+        """Change the outcome to a failure that comes too late for a rescue."""
+        self.outcome = Outcome(fault, 500, what, self._began, time.time(), direct=True)
 
     @property
-    def late_failure(self) -> str:
-        """What failed after the first content of a message, "" if nothing has."""
-        scan, response = self.scan, self.response
-        if scan is None or response is None or not self._request.is_message:
+    def late_defect(self) -> str:
+        """Why a message that seemed good has failed after its first content, "" if it has not."""
+        scan, response = self._scan, self.response
+        if (scan is None or response is None or self.outcome.fault is not None
+                or not self._request.is_message):
             return ""
         if scan.broken:
             return "error event in the stream"
@@ -3631,20 +3618,18 @@ class Attempt:
 
     @property
     def is_complete(self) -> bool:
-        """True if the response carries everything, although its last bytes may be missing."""
-        scan, response = self.scan, self.response
-        return response is not None and response.head.status < 300 and (
-            response.complete or (scan is not None and scan.ended and not scan.broken))
+        """True if it succeeded and carries everything, although its last bytes may be missing."""
+        scan, response = self._scan, self.response
+        if self.outcome.fault is not None or response is None or response.head.status >= 300:
+            return False
+        return response.complete or (scan is not None and scan.ended and not scan.broken)
 
     @property
     def is_abandoned(self) -> bool:
         """True if a client that leaves now gives up a stream that has been silent for too long."""
-        return (self._request.asks_for_stream
+        return (self.outcome.fault in (None, Fault.LEFT) and not self.is_complete
+                and asks_for_stream(self._request.body)
                 and time.monotonic() - self._active_at >= ABANDONED_S)
-
-    def direct_outcome(self, fault: Fault, what: str) -> Outcome:
-        """Return the outcome of a failure that can no longer be rescued."""
-        return Outcome(fault, 500, what, self._began, time.time(), direct=True)
 
     def close(self) -> None:
         """Break the response off unless it is complete."""
@@ -3778,21 +3763,12 @@ class Router:
                 "problems": [problem for problem in problems if problem], "autoSwitch": auto}
 
 
-class Effect(enum.Enum):
-    """What Failover is asked to do with an attempt."""
-
-    COMMIT = "the client gets this response"
-    CREDIT = "it is complete"
-    CHARGE = "its failure counts"
-    RELEASE = "its outcome is neutral"
-
-
 class Exchange:
     """One proxied request, from its snapshot to its line in the log."""
 
-    def __init__(self, router: Router, client: ClientConnection, request: Request) -> None:
-        self._router, self._client, self._request = router, client, request
-        self._writer = ResponseWriter(client, request.head)
+    def __init__(self, router: Router, request: Request) -> None:
+        self._router, self._request = router, request
+        self._writer = ResponseWriter(request.client, request.head)
         self._attempts: list[Attempt] = []
         self._chosen: Attempt | None = None     # whose response the client gets
         self._number = 0
@@ -3804,8 +3780,6 @@ class Exchange:
         self._started, self._number = time.monotonic(), self._router.begin()
         try:
             self._answer(self._forward(self._router.store.snapshot()))
-        except UpstreamError as error:
-            self._report(error)
         except ClientGone:
             self._leave()
             if self._writer.has_begun:
@@ -3813,10 +3787,11 @@ class Exchange:
             raise
         except Exception as error:      # a defect of ours
             self._end(500, "internal error")
-            if self._writer.has_begun:
-                self._router.log.write("ERROR", describe_defect(error))
-                self._break_off()
-            raise
+            if not self._writer.has_begun:
+                raise
+            self._router.log.write("ERROR", describe_defect(error))
+            self._writer.break_off()
+            raise ClientGone("the response was broken off") from error
         finally:
             for attempt in self._attempts:
                 attempt.close()
@@ -3826,69 +3801,75 @@ class Exchange:
 
     def _forward(self, snapshot: Snapshot) -> Attempt:
         """Return the attempt whose response the client gets, after at most two."""
-        config, model, failover = snapshot.config, self._request.model, self._router.failover
-        targets = config.auto.targets
-        ends = Ends(self._client, self._writer, self._router.upstream,
-                    Patience(self._client.has_left) if model is not None else None)
+        config, request, failover = snapshot.config, self._request, self._router.failover
+        model, targets = request.model, config.auto.targets
         if snapshot.mode != MODE_AUTO:
-            return self._try(ends, decide_route(config, snapshot.mode, model), None, None)
+            return self._try(decide_route(config, snapshot.mode, model))
         routes = {target: decide_route(config, target, model) for target in targets}
-        if not self._request.is_judged or len({route.model for route in routes.values()}) == 1:
-            return self._try(ends, routes[failover.current(model, targets)], None, None)
-        limit_s = config.auto.first_byte_limit_s(self._request.asks_for_stream)
+        if not request.is_judged or len({route.model for route in routes.values()}) == 1:
+            return self._try(routes[failover.current(model, targets)])
+        limit_s = config.auto.first_byte_limit_s(asks_for_stream(request.body))
         ticket = failover.admit(model or "", targets)
         if ticket.probe and not ticket.quiet:
             self._router.log_decisions([f"PROBE of {ticket.target}"], self._number)
-        first = self._try(ends, routes[ticket.target], ticket, limit_s)
+        first = self._try(routes[ticket.target], ticket, limit_s)
         if first.outcome.fault not in RESCUED or self._router.draining:
             return first                # while draining, the client's retry finds the next rrouter
-        if self._client.has_left():
+        if request.client.has_left():
             raise ClientGone()
         ticket = failover.rescue(ticket, targets)
-        second = self._try(ends, routes[ticket.target], ticket, limit_s)
+        second = self._try(routes[ticket.target], ticket, limit_s)
         verdict = judge(first.outcome, second.outcome)
-        for attempt, counts in zip((first, second), verdict.counts):
+        for attempt, counts in zip(self._attempts, verdict.counts):
             if attempt.outcome.fault is not None:
-                self._settle(attempt, Effect.CHARGE if counts else Effect.RELEASE)
+                self._settle(attempt, counts)
         return self._attempts[verdict.chosen]
 
-    def _try(self, ends: Ends, route: Route, ticket: Ticket | None,
-             limit_s: float | None) -> Attempt:
+    def _try(self, route: Route, ticket: Ticket | None = None,
+             limit_s: float | None = None) -> Attempt:
         """Return an attempt that has run; with a ticket it is judged."""
-        attempt = Attempt(ends, self._request, route, ticket, limit_s)
+        attempt = Attempt(self._router.upstream, self._request, route, ticket, limit_s)
         self._attempts.append(attempt)
         try:
             attempt.run()
         finally:
             if attempt.healed:
                 self._router.log.write(
-                    "HEAL", "#%d %s rejected thinking blocks of another backend: sent again "
-                    "without them" % (self._number, route.target))
+                    "HEAL", f"#{self._number} {route.target} rejected thinking blocks of another "
+                    "backend: sent again without them")
         return attempt
 
     # ---- From the response on
 
     def _answer(self, attempt: Attempt) -> None:
         """Send the client the response of the attempt, or its error."""
+        self._chosen = attempt
         for other in self._attempts:
             if other is not attempt:
                 other.close()
-        self._chosen = attempt
-        if attempt.response is not None:
-            self._relay(attempt, attempt.response)
-        elif attempt.error is not None:
+        if attempt.error is not None:
             self._report(attempt.error)
+        elif attempt.response is not None:
+            try:
+                self._relay(attempt, attempt.response)
+            except UpstreamError as error:
+                attempt.fail_late(Fault.DROPPED, f"the upstream {error}")
+                self._end(attempt.response.head.status)
+                raise ClientGone("the response was broken off") from error
 
     def _relay(self, attempt: Attempt, response: Response) -> None:
         """Forward the response as it comes; its outcome is settled before its end is sent."""
-        if attempt.outcome.fault is None:
-            self._settle(attempt, Effect.COMMIT)
+        if attempt.ticket is not None and attempt.outcome.fault is None:
+            attempt.ticket, lines = self._router.failover.commit(attempt.ticket)
+            self._router.log_decisions(lines, self._number)
         attempt.watch.lift()
         self._writer.start(response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
         while True:
-            if attempt.ticket is not None and attempt.outcome.fault is None:
-                self._settle_progress(attempt, response)
+            defect = attempt.late_defect
+            if defect:
+                attempt.fail_late(Fault.NO_MESSAGE, defect)
+                self._settle(attempt, counts=True)
             if response.complete:
                 self._end(response.head.status)
                 self._writer.send(payload, is_last=True)
@@ -3897,95 +3878,17 @@ class Exchange:
             payload = response.receive(attempt.watch)
             attempt.inspect(payload, response.complete)
 
-    def _settle_progress(self, attempt: Attempt, response: Response) -> None:
-        """Settle a response as soon as it is known to have failed, or is complete."""
-        failure = attempt.late_failure
-        if failure:
-            self._settle(attempt, Effect.CHARGE,
-                         attempt.direct_outcome(Fault.NO_MESSAGE, failure))
-        elif response.complete and response.head.status < 300:
-            self._settle(attempt, Effect.CREDIT)
-
-    def _settle(self, attempt: Attempt, effect: Effect, outcome: Outcome | None = None) -> None:
-        """Report an attempt to Failover: a commit, then one outcome.
-
-        What is not judged, and what comes after the outcome, changes nothing.
-        """
-        ticket, failover = attempt.ticket, self._router.failover
-        lines: list[str] = []
-        if ticket is None or attempt.settled:
-            return
-        attempt.settled = effect is not Effect.COMMIT
-        if effect is Effect.COMMIT:
-            attempt.ticket, lines = failover.commit(ticket)
-        elif effect is Effect.CREDIT:
-            failover.credit(ticket)
-        elif effect is Effect.RELEASE:
-            lines = failover.release(ticket)
-        else:
-            lines = failover.charge(ticket, outcome or attempt.outcome)
-        self._router.log_decisions(lines, self._number)
-
-    # ---- The end
-
-    def _end(self, status: int, note: str = "") -> None:
-        """Let the request end, once, before the client can know that it has ended."""
-        if self._ended is not None:
-            return
-        for attempt in self._attempts:
-            self._settle(attempt, Effect.RELEASE)
-        self._ended = status, note, time.monotonic() - self._started
-        self._router.end(*self._result(status, note))
-
-    def _result(self, status: int, note: str) -> tuple[str, dict[str, Any] | None]:
-        """Return what the request counts as in /health, and its last failure."""
-        failure = None
-        for attempt in self._attempts:
-            outcome, late = attempt.outcome, attempt.late_failure
-            if outcome.fault not in (None, Fault.LEFT) or late:
-                failure = {"at": utc(outcome.ended), "target": attempt.route.target,
-                           "what": late or outcome.what}
-        if status == LEFT.status:       # neither an answer nor a failure
-            return "", failure
-        if note and failure is None and self._chosen is not None:
-            failure = {"at": utc(time.time()), "target": self._chosen.route.target, "what": note}
-        if note or status >= 400 or (self._chosen is not None and self._chosen.late_failure):
-            return "failed", failure
-        return "answered" if self._chosen is self._attempts[0] else "rescued", failure
-
-    def _leave(self) -> None:
-        """Settle what was under way when the client left."""
-        first, current = self._attempts[0], self._chosen or self._attempts[-1]
-        if first.outcome.fault not in (None, Fault.LEFT):
-            counts = judge(first.outcome, LEFT).counts[0]
-            self._settle(first, Effect.CHARGE if counts else Effect.RELEASE)
-        if current.outcome.fault in (None, Fault.LEFT):
-            if current.is_complete:
-                self._settle(current, Effect.CREDIT)
-            elif current.is_abandoned:
-                self._settle(current, Effect.CHARGE, current.direct_outcome(
-                    Fault.TIMEOUT, "timeout, ended by the client"))
-        self._end(LEFT.status, LEFT.what)
-
     def _report(self, error: UpstreamError) -> None:
-        """Report `error` to the client: by a response or, within one, by breaking off."""
-        note, upstream = f"the upstream {error}", self._router.upstream
-        if self._writer.has_begun:
-            response = self._chosen.response if self._chosen else None
-            self._end(response.head.status if response else 0, note)
-            self._break_off()
-        self._end(error.http_status, note)
+        """Send the client the error that came in the place of a response."""
+        upstream = self._router.upstream
+        self._end(error.http_status, f"the upstream {error}")
         fields = self._reply_fields()
         # Without it Claude Code retries for three silent minutes.
         if (isinstance(error, UpstreamUnreachable) and self._request.model is not None
                 and upstream.miss(self._started)):
             fields += b"x-should-retry: false\r\n"
         message = f"upstream {upstream.url} {error}; {error.remedy}"
-        self._client.send_error(type(error)(message), fields)
-
-    def _break_off(self) -> NoReturn:
-        self._writer.break_off()
-        raise ClientGone("the response was broken off")
+        self._request.client.send_error(type(error)(message), fields)
 
     def _reply_fields(self) -> bytes:
         """Return our fields of the response: where a request with a model went, and its end."""
@@ -3996,8 +3899,59 @@ class Exchange:
                       f"x-rrouter-model: {printable(route.model or '')}\r\n"
                       f"x-rrouter-attempts: {len(self._attempts)}\r\n").encode("ascii")
         if not self._request.head.keep_alive or self._router.draining:
-            fields += b"Connection: close\r\n"
+            fields += CLOSE
         return fields
+
+    # ---- The end
+
+    def _settle(self, attempt: Attempt, counts: bool = False) -> None:
+        """Report the outcome of an attempt to Failover, once, if it is judged.
+
+        It is a failure that counts, a success, or neutral.
+        """
+        ticket, attempt.ticket = attempt.ticket, None
+        lines: list[str] = []
+        if ticket is None:
+            return
+        if counts:
+            lines = self._router.failover.charge(ticket, attempt.outcome)
+        elif attempt.is_complete:
+            self._router.failover.credit(ticket)
+        else:
+            lines = self._router.failover.release(ticket)
+        self._router.log_decisions(lines, self._number)
+
+    def _leave(self) -> None:
+        """Settle what was under way when the client left."""
+        first, current = self._attempts[0], self._chosen or self._attempts[-1]
+        if first.outcome.fault not in (None, Fault.LEFT):
+            self._settle(first, judge(first.outcome, LEFT).counts[0])
+        if current.ticket is not None and current.is_abandoned:
+            current.fail_late(Fault.TIMEOUT, "timeout, ended by the client")
+            self._settle(current, counts=True)
+        self._end(LEFT.status, LEFT.what)
+
+    def _end(self, status: int, note: str = "") -> None:
+        """Let the request end, once, before the client can know that it has ended."""
+        if self._ended is None:
+            for attempt in self._attempts:
+                self._settle(attempt)
+            self._ended = status, note, time.monotonic() - self._started
+            self._router.end(*self._result(status))
+
+    def _result(self, status: int) -> tuple[str, dict[str, Any] | None]:
+        """Return what the request counts as in /health, and its last failure."""
+        failure = None
+        for attempt in self._attempts:
+            outcome = attempt.outcome
+            if outcome.fault not in (None, Fault.LEFT):
+                failure = {"at": utc(outcome.ended), "target": attempt.route.target,
+                           "what": outcome.what}
+        if status == LEFT.status:       # neither an answer nor a failure
+            return "", failure
+        if status >= 400 or self._chosen is None or self._chosen.outcome.fault is not None:
+            return "failed", failure
+        return "answered" if self._chosen is self._attempts[0] else "rescued", failure
 
     def _line(self) -> str:
         """Return the request's line in the log."""
@@ -4010,8 +3964,8 @@ class Exchange:
             if self._chosen not in (None, attempt):
                 notes.append(f"{attempt.route.target} failed: {attempt.outcome.what}")
             notes += attempt.notes
-        late = self._chosen.late_failure if self._chosen is not None else ""
-        notes += [text for text in (late, note) if text]
+            notes += [attempt.outcome.what] if attempt.outcome.direct else []
+        notes += [note] if note else []
         line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
         line += f" {routed}{status} {duration_s:.2f}s"
         return line + "".join(f" ({note})" for note in notes)
@@ -4082,8 +4036,10 @@ class ProxyHandler(socketserver.BaseRequestHandler):
             if is_health:
                 self._report_health(head)
             else:
-                request = Request(head, self._outbound, body, find_model(body))
-                Exchange(router, client, request).run()
+                found = find_model(body)
+                patience = Patience(client.has_left) if found else None
+                request = Request(client, head, self._outbound, body, found, patience)
+                Exchange(router, request).run()
             if head.keep_alive and not router.draining and not self._is_crowded:
                 return True
         except RequestError as error:
@@ -4093,7 +4049,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         except Exception:               # a defect of ours: in the log, and to the client
             self.server.handle_error(self.request, self.client_address)
             defect = RouterError("internal error; see ~/.rrouter/logs/rrouter.log")
-            client.send_error(defect, b"Connection: close\r\n")
+            client.send_error(defect, CLOSE)
         client.linger()
         return False
 
@@ -4103,7 +4059,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
     def _refuse(self, error: RequestError) -> None:
         """Send the error, and log it."""
         self._router.log.write("REFUSED", f"{error.http_status} {error.logged}")
-        self._client.send_error(error, b"Connection: close\r\n")
+        self._client.send_error(error, CLOSE)
 
     def _report_health(self, head: RequestHead) -> None:
         health, content_type = self._router.health(), b"application/json"
@@ -4112,7 +4068,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
             text, content_type = status_line(health), b"text/plain; charset=utf-8"
         fields = b"Cache-Control: no-store\r\n"
         if not head.keep_alive or self._router.draining or self._is_crowded:
-            fields += b"Connection: close\r\n"
+            fields += CLOSE
         self._client.send_whole(200, text.encode("utf-8") + b"\n", fields, content_type)
 
 
