@@ -3194,12 +3194,7 @@ class ClientConnection(Wire):
         self._asks_head = False         # HEAD: no response has a body, not even a refusal
         self._read_shut = False         # by `stop_reading`: an end of file proves nothing
         self.busy = False               #: a request is under way
-        self.thread = 0                 #: native id of the thread that serves it
-
-    def set_up(self, send_limit_s: float) -> None:
-        """Set the socket's options; called in the thread that serves the connection."""
-        super().set_up(send_limit_s)
-        self.thread = threading.get_native_id()
+        self.thread = threading.get_native_id()     #: the one that serves it
 
     # ---- Reading
 
@@ -3208,22 +3203,23 @@ class ClientConnection(Wire):
 
         None if the client closes, or sends nothing for `idle_s` seconds, before a request begins.
         """
-        self.busy = False
         data, self.held = bytes(self.held), b""
+        self.busy = self._asks_head = False
         self.limit(idle_s)
         deadline, seen = None, 0
         while True:
             if data.startswith(b"\r\n"):        # RFC 9112 §2.2: ignored before a request
                 data, seen = data[2:], 0
-            head = self._find_head(data, seen)
-            if head is not None:
-                self.busy = True
-                return head
             if data not in (b"", b"\r"):
                 self.busy = True
+                head = self._find_head(data, seen)
+                if head is not None:
+                    return head
                 deadline = deadline or time.monotonic() + HEAD_S
                 self.limit(max(0.001, deadline - time.monotonic()))
-            more = self._receive_head(deadline)
+            more = self._receive(self.receive)
+            if deadline is not None and (more is None or time.monotonic() > deadline):
+                raise RequestError(408, f"request head not complete within {HEAD_S:.0f} s")
             if not more:
                 return None
             seen = len(data)
@@ -3244,27 +3240,21 @@ class ClientConnection(Wire):
         if (end if end >= 4 else len(data)) > HEAD_MAX_BYTES:
             raise head_too_large(data)
         if end < 4:
-            if data not in (b"", b"\r"):
-                check_head_start(data, max(0, seen - 3))
+            check_head_start(data, max(0, seen - 3))
             return None
         self.held = data[end:]
         head = parse_request_head(data[:end])
         self._last_head.remember(data[:end], head)
         return head
 
-    def _receive_head(self, deadline: float | None) -> bytes:
-        """Return more of a head, whose end is due at `deadline` if it has begun."""
+    def _receive(self, receive: Callable[[], T]) -> T | None:
+        """Return what `receive` returns, None if nothing came in time; raise ClientGone."""
         try:
-            more = self.receive()
-            if deadline is not None and time.monotonic() > deadline:
-                raise socket.timeout()
+            return receive()
         except NOTHING_CAME:
-            if deadline is None:
-                return b""
-            raise RequestError(408, "request head not complete within %d s" % HEAD_S) from None
+            return None
         except OSError as error:
             raise ClientGone() from error
-        return more
 
     def read_body(self, head: RequestHead) -> BytesLike:
         """Return the whole body of the request; raise RequestError, ClientGone."""
@@ -3306,13 +3296,9 @@ class ClientConnection(Wire):
 
     def _receive_body(self, receive: Callable[[], T]) -> T:
         self.limit(BODY_STALL_S)        # only here, because each change is a system call
-        try:
-            received = receive()
-        except NOTHING_CAME:
-            raise RequestError(
-                408, "request body without progress for %d s" % BODY_STALL_S) from None
-        except OSError as error:
-            raise ClientGone() from error
+        received = self._receive(receive)
+        if received is None:
+            raise RequestError(408, f"request body without progress for {BODY_STALL_S:.0f} s")
         if not received:
             raise ClientGone("the client left before the end of its request")
         return received
@@ -3388,10 +3374,12 @@ class ClientConnection(Wire):
                 if not self.sock.recv(RECEIVE_BYTES):
                     break
 
-    def reset_on_close(self) -> None:
-        """Let `close` reset the connection."""
-        with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    def break_off(self, by_reset: bool) -> None:
+        """Close the connection, by a reset if need be."""
+        if by_reset:
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
 
 
 class ResponseWriter:
@@ -3409,8 +3397,8 @@ class ResponseWriter:
 
     def start(self, head: ResponseHead, fields: bytes) -> None:
         """Begin with the upstream's `head` and our `fields`."""
-        has_body = self._request_head.method != "HEAD" and head.status not in (204, 304)
-        is_unbounded = head.length is None and has_body
+        is_unbounded = (head.length is None and head.status not in (204, 304)
+                        and self._request_head.method != "HEAD")
         self._is_chunked = is_unbounded and self._request_head.http11
         self._ends_with_connection = is_unbounded and not self._is_chunked
         if self._is_chunked:
@@ -3435,9 +3423,7 @@ class ResponseWriter:
         Where neither a length nor chunks show the end, only a reset does.  It may drop bytes still
         on their way, so the other responses are spared it.
         """
-        if self._ends_with_connection:
-            self._client.reset_on_close()
-        self._client.close()
+        self._client.break_off(by_reset=self._ends_with_connection)
 
 
 class Request(NamedTuple):
@@ -3737,14 +3723,10 @@ class Router:
         self.failover.look_at_clock()
         self.save_state()
         self.upstream.prune()
-        self._trim(time.monotonic())
-
-    def _trim(self, now: float) -> None:
-        """Return free memory after requests, and once after the start, while none is under way."""
-        count, when = self._trimmed
+        (count, when), now = self._trimmed, time.monotonic()
         if not self._active and self._requests != count and now - when >= TRIM_S:
             self._trimmed = self._requests, now
-            return_free_memory()
+            return_free_memory()        # after requests, and once after the start
 
     def health(self) -> dict[str, Any]:
         """Return what /health shows."""
@@ -3795,6 +3777,10 @@ class Exchange:
         finally:
             for attempt in self._attempts:
                 attempt.close()
+                if attempt.healed:
+                    self._router.log.write(
+                        "HEAL", f"#{self._number} {attempt.route.target} rejected thinking blocks "
+                        "of another backend: sent again without them")
             self._router.log.write("REQ", self._line())
 
     # ---- Up to the response
@@ -3823,6 +3809,7 @@ class Exchange:
         for attempt, counts in zip(self._attempts, verdict.counts):
             if attempt.outcome.fault is not None:
                 self._settle(attempt, counts)
+        self._attempts[1 - verdict.chosen].close()
         return self._attempts[verdict.chosen]
 
     def _try(self, route: Route, ticket: Ticket | None = None,
@@ -3830,13 +3817,7 @@ class Exchange:
         """Return an attempt that has run; with a ticket it is judged."""
         attempt = Attempt(self._router.upstream, self._request, route, ticket, limit_s)
         self._attempts.append(attempt)
-        try:
-            attempt.run()
-        finally:
-            if attempt.healed:
-                self._router.log.write(
-                    "HEAL", f"#{self._number} {route.target} rejected thinking blocks of another "
-                    "backend: sent again without them")
+        attempt.run()
         return attempt
 
     # ---- From the response on
@@ -3844,9 +3825,6 @@ class Exchange:
     def _answer(self, attempt: Attempt) -> None:
         """Send the client the response of the attempt, or its error."""
         self._chosen = attempt
-        for other in self._attempts:
-            if other is not attempt:
-                other.close()
         if attempt.error is not None:
             self._report(attempt.error)
         elif attempt.response is not None:
