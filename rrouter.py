@@ -3278,9 +3278,9 @@ class ClientConnection(Wire):
             if have == len(body):
                 body *= 2
             with memoryview(body) as view:
-                end = min(len(body), length)
-                have += self._receive_body(partial(self.sock.recv_into, view[have:end]))
-        return body if len(body) == length else memoryview(body)[:length]
+                have += self._receive_body(partial(self.sock.recv_into, view[have:length]))
+        del body[length:]
+        return body
 
     def _read_chunks(self) -> BytesLike:
         body, decoder = bytearray(), ChunkedBody()
@@ -3374,36 +3374,23 @@ class ClientConnection(Wire):
                 if not self.sock.recv(RECEIVE_BYTES):
                     break
 
-    def break_off(self, by_reset: bool) -> None:
-        """Close the connection, by a reset if need be."""
-        if by_reset:
-            with contextlib.suppress(OSError):
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.close()
-
-
 class ResponseWriter:
-    """One response on its way to the client: it frames the payload.
+    """One response on its way to the client: the upstream's head, our fields, framed payload.
 
     A body that ends with the upstream's connection is sent in chunks, so that the client sees
     whether it is whole.
     """
 
-    def __init__(self, client: ClientConnection, head: RequestHead) -> None:
-        self._client, self._request_head = client, head
-        self._pending = b""             # the head, which goes out with the first payload
-        self._is_chunked = self._ends_with_connection = False
-        self.has_begun = False          #: a byte has been sent
-
-    def start(self, head: ResponseHead, fields: bytes) -> None:
-        """Begin with the upstream's `head` and our `fields`."""
+    def __init__(self, client: ClientConnection, request: RequestHead, head: ResponseHead,
+                 fields: bytes) -> None:
+        self._client = client
         is_unbounded = (head.length is None and head.status not in (204, 304)
-                        and self._request_head.method != "HEAD")
-        self._is_chunked = is_unbounded and self._request_head.http11
-        self._ends_with_connection = is_unbounded and not self._is_chunked
+                        and request.method != "HEAD")
+        self._is_chunked = is_unbounded and request.http11
+        self._ends_with_connection = is_unbounded and not request.http11
         if self._is_chunked:
             fields += b"Transfer-Encoding: chunked\r\n"
-        self._pending = response_head_bytes(head, fields)
+        self._pending = response_head_bytes(head, fields)   # goes out with the first payload
 
     def send(self, payload: bytes, is_last: bool) -> None:
         """Send payload; `is_last` ends the response.  Raises ClientGone."""
@@ -3414,7 +3401,6 @@ class ResponseWriter:
                 payload += b"0\r\n\r\n"
         if self._pending:
             payload, self._pending = self._pending + payload, b""
-        self.has_begun = True
         self._client.send(payload)
 
     def break_off(self) -> None:
@@ -3423,7 +3409,11 @@ class ResponseWriter:
         Where neither a length nor chunks show the end, only a reset does.  It may drop bytes still
         on their way, so the other responses are spared it.
         """
-        self._client.break_off(by_reset=self._ends_with_connection)
+        if self._ends_with_connection:
+            with contextlib.suppress(OSError):
+                self._client.sock.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._client.close()
 
 
 class Request(NamedTuple):
@@ -3750,12 +3740,11 @@ class Exchange:
 
     def __init__(self, router: Router, request: Request) -> None:
         self._router, self._request = router, request
-        self._writer = ResponseWriter(request.client, request.head)
         self._attempts: list[Attempt] = []
         self._chosen: Attempt | None = None     # whose response the client gets
-        self._number = 0
-        self._started = 0.0             # time.monotonic
-        self._ended: tuple[int, str, float] | None = None   # status, note, duration in seconds
+        self._writer: ResponseWriter | None = None      # of that response, once it begins
+        self._number, self._started = 0, 0.0    # the latter by time.monotonic
+        self._has_ended = False
 
     def run(self) -> None:
         """Carry the request through; raise ClientGone if the connection cannot carry another."""
@@ -3764,24 +3753,16 @@ class Exchange:
             self._answer(self._forward(self._router.store.snapshot()))
         except ClientGone:
             self._leave()
-            if self._writer.has_begun:
+            if self._writer is not None:
                 self._writer.break_off()
             raise
         except Exception as error:      # a defect of ours
             self._end(500, "internal error")
-            if not self._writer.has_begun:
+            if self._writer is None:
                 raise
             self._router.log.write("ERROR", describe_defect(error))
             self._writer.break_off()
             raise ClientGone("the response was broken off") from error
-        finally:
-            for attempt in self._attempts:
-                attempt.close()
-                if attempt.healed:
-                    self._router.log.write(
-                        "HEAL", f"#{self._number} {attempt.route.target} rejected thinking blocks "
-                        "of another backend: sent again without them")
-            self._router.log.write("REQ", self._line())
 
     # ---- Up to the response
 
@@ -3841,7 +3822,8 @@ class Exchange:
             attempt.ticket, lines = self._router.failover.commit(attempt.ticket)
             self._router.log_decisions(lines, self._number)
         attempt.watch.lift()
-        self._writer.start(response.head, self._reply_fields())
+        writer = self._writer = ResponseWriter(
+            self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
         while True:
             defect = attempt.late_defect
@@ -3850,9 +3832,9 @@ class Exchange:
                 self._settle(attempt, counts=True)
             if response.complete:
                 self._end(response.head.status)
-                self._writer.send(payload, is_last=True)
+                writer.send(payload, is_last=True)
                 return
-            self._writer.send(payload, is_last=False)
+            writer.send(payload, is_last=False)
             payload = response.receive(attempt.watch)
             attempt.inspect(payload, response.complete)
 
@@ -3911,11 +3893,18 @@ class Exchange:
 
     def _end(self, status: int, note: str = "") -> None:
         """Let the request end, once, before the client can know that it has ended."""
-        if self._ended is None:
-            for attempt in self._attempts:
-                self._settle(attempt)
-            self._ended = status, note, time.monotonic() - self._started
-            self._router.end(*self._result(status))
+        if self._has_ended:
+            return
+        self._has_ended = True
+        for attempt in self._attempts:
+            self._settle(attempt)
+            attempt.close()
+            if attempt.healed:
+                self._router.log.write(
+                    "HEAL", f"#{self._number} {attempt.route.target} rejected thinking blocks of "
+                    "another backend: sent again without them")
+        self._router.end(*self._result(status))
+        self._router.log.write("REQ", self._line(status, note))
 
     def _result(self, status: int) -> tuple[str, dict[str, Any] | None]:
         """Return what the request counts as in /health, and its last failure."""
@@ -3931,9 +3920,8 @@ class Exchange:
             return "failed", failure
         return "answered" if self._chosen is self._attempts[0] else "rescued", failure
 
-    def _line(self) -> str:
+    def _line(self, status: int, note: str) -> str:
         """Return the request's line in the log."""
-        status, note, duration_s = self._ended or (0, "", 0.0)
         head, model, routed, notes = self._request.head, self._request.model, "", []
         if model is not None and self._attempts:
             route = (self._chosen or self._attempts[-1]).route
@@ -3945,7 +3933,7 @@ class Exchange:
             notes += [attempt.outcome.what] if attempt.outcome.direct else []
         notes += [note] if note else []
         line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
-        line += f" {routed}{status} {duration_s:.2f}s"
+        line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
         return line + "".join(f" ({note})" for note in notes)
 
 
