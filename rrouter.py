@@ -24,9 +24,10 @@ The path of a request, each step a method or function of that name in this file:
       judge                         after a second attempt, on the other target: which failure
                                     counts, and which response the client gets
     Exchange._answer, _relay      the response is forwarded as it arrives (ResponseWriter)
-      Exchange._settle              Failover learns the outcome (commit, credit, charge, release)
-      Exchange._end                 the request is counted as ended; then its last bytes are sent
-    Exchange._line                its line in the log
+      Failover.commit               a probe succeeds, because the client gets its response
+      Exchange._settle              Failover learns the outcome (credit, charge, release)
+      Exchange._end                 the request is counted as ended and logged (Exchange._line);
+                                    then its last bytes are sent
 
 Files: ~/.rrouter/{mode,config.json,rrouter.pid,rrouter.lock,run.json,state.json,logs/rrouter.log}
 Environment: RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST, RROUTER_ALLOWED_HOSTS.
@@ -3471,8 +3472,7 @@ class Attempt:
         """Send the request, healed if its history needs that; raise ClientGone."""
         self._send(self._request.body, self._request.found)
         rejection = self.response
-        if (self.outcome.fault is not Fault.REJECTED or rejection is None
-                or self._request.model is None):
+        if rejection is None or self.outcome.fault is not Fault.REJECTED:
             return
         body = without_thinking(self._request.body)
         if body is None:
@@ -3560,7 +3560,7 @@ class Attempt:
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
-            if head.status == 400 and names_foreign_signature(text):
+            if head.status == 400 and self._request.model and names_foreign_signature(text):
                 fault = Fault.REJECTED
             retry_after_s = read_retry_after(
                 head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
@@ -3910,10 +3910,9 @@ class Exchange:
         """Return what the request counts as in /health, and its last failure."""
         failure = None
         for attempt in self._attempts:
-            outcome = attempt.outcome
-            if outcome.fault not in (None, Fault.LEFT):
-                failure = {"at": utc(outcome.ended), "target": attempt.route.target,
-                           "what": outcome.what}
+            if attempt.outcome.fault not in (None, Fault.LEFT):
+                failure = {"at": utc(attempt.outcome.ended), "target": attempt.route.target,
+                           "what": attempt.outcome.what}
         if status == LEFT.status:       # neither an answer nor a failure
             return "", failure
         if status >= 400 or self._chosen is None or self._chosen.outcome.fault is not None:
@@ -3930,8 +3929,10 @@ class Exchange:
             if self._chosen not in (None, attempt):
                 notes.append(f"{attempt.route.target} failed: {attempt.outcome.what}")
             notes += attempt.notes
-            notes += [attempt.outcome.what] if attempt.outcome.direct else []
-        notes += [note] if note else []
+            if attempt.outcome.direct:
+                notes.append(attempt.outcome.what)
+        if note:
+            notes.append(note)
         line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
         line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
         return line + "".join(f" ({note})" for note in notes)
