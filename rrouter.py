@@ -1714,16 +1714,9 @@ class Breaker:
         """The target whose turn it is."""
         return self.home if self.state == CLOSED else self.away
 
-    @property
-    def idle(self) -> bool:
-        """True if there is nothing to remember."""
-        return self.state == CLOSED and not (self.level or self.failures or self.timeouts)
-
     def _is_same_event(self, outcome: Outcome) -> bool:
-        """Return whether an event that was counted may have caused this failure too.
-
-        Only the times at which attempts failed matter, because their rescues take long or short.
-        """
+        """Return whether an event that was counted may have caused this failure too."""
+        # By the times of the failures: their rescues, which decide what counts, differ in length.
         return any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
                    for at in self._counted_at)
 
@@ -1760,10 +1753,7 @@ class Breaker:
 
     def fail(self, now: float, ticket: Ticket, outcome: Outcome, auto: AutoSettings,
              followed: str) -> list[str]:
-        """Count a failure of `ticket.target`.
-
-        `followed` is the target that the scope gets once it is closed.
-        """
+        """Count a failure of `ticket.target`; once closed, the scope gets the target `followed`."""
         failed = f"{ticket.target} failed{self.label}: {outcome.what}"
         if self.is_probe(ticket):
             return self._fail_probe(now, outcome, auto)
@@ -1899,20 +1889,18 @@ class Failover:
         self._clock = clock
         self._lock = threading.Lock()
         self._serial = itertools.count(1)
-        self._auto = auto
-        self._clear()
+        self._clear(auto)
 
-    def _clear(self) -> None:
-        self._whole = Breaker(self._auto.targets, self._serial)
+    def _clear(self, auto: AutoSettings) -> None:
+        self._auto, self._whole = auto, Breaker(auto.targets, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
 
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
         """Forget everything, and continue with the settings `auto`."""
         with self._lock:
-            used = self._whole.switch_count or not all(
-                breaker.idle for breaker in (self._whole, *self._models.values()))
-            self._auto = auto
-            self._clear()
+            used = any(breaker.switch_count or breaker.failures or breaker.timeouts
+                       for breaker in (self._whole, *self._models.values()))
+            self._clear(auto)
         return [f"RESET: {why}; on {auto.targets[0]}"] if used else []
 
     def admit(self, model: str, targets: tuple[str, str]) -> Ticket:
@@ -1957,10 +1945,7 @@ class Failover:
         return breaker if breaker is not None and breaker.is_probe(ticket) else None
 
     def commit(self, ticket: Ticket) -> tuple[Ticket, list[str]]:
-        """Let a probe succeed, because the client gets its response.
-
-        Returns the ticket with which the attempt continues, and lines for the log.
-        """
+        """Let a probe succeed, because the client gets its response; return the next ticket."""
         with self._lock:
             breaker = self._probed(ticket)
             if breaker is None:
@@ -2042,10 +2027,7 @@ class Failover:
         return (whole.home, whole.away) if whole.state == CLOSED else (whole.away, whole.home)
 
     def _align(self, own: Breaker) -> None:
-        """Let a model follow the whole target unless it is switched alone.
-
-        A model alone on the very target that the whole has returned to has no reason to be alone.
-        """
+        """Let a model follow the whole target unless it is switched alone, to another target."""
         first, second = self._ordered()
         if ((own.state == CLOSED and own.home != first)
                 or (own.state != CLOSED and own.away == first == self._whole.home)):
@@ -3227,10 +3209,7 @@ class ClientConnection(Wire):
             data += more
 
     def _find_head(self, data: bytes, seen: int) -> RequestHead | None:
-        """Return the head that `data` begins with, None if it is not complete.
-
-        Raises RequestError.  `seen` bytes of `data` were searched before.
-        """
+        """Return the head that starts `data`, None if truncated; `seen` bytes are searched."""
         self._asks_head = data.startswith(b"HEAD ")
         known = self._last_head.match(data)
         if known is not None:
@@ -3536,9 +3515,7 @@ class Attempt:
         """Read an event stream up to the event that decides."""
         scan = self._scan = StreamScan(self._request.is_message)
         while not (scan.committed or scan.defect):
-            payload = response.receive(self.watch)
-            response.ahead += payload
-            self.inspect(payload, response.complete)
+            response.ahead += self.receive(response)
         return scan.defect
 
     def _hold_message(self, response: Response) -> str:
@@ -3566,16 +3543,17 @@ class Attempt:
                 head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
         return Outcome(fault, head.status, what, self._began, ended, retry_after_s)
 
-    def inspect(self, payload: bytes, is_last: bool) -> None:
-        """Read more of the response's body, because it says how the target does."""
-        scan = self._scan
+    def receive(self, response: Response) -> bytes:
+        """Return more of the response, after a look at what it says about the target."""
+        payload, scan = response.receive(self.watch), self._scan
         events = scan.events if scan is not None else -1
         if scan is not None:
             scan.feed(payload)
-            if is_last:
+            if response.complete:
                 scan.finish()
         if scan is None or scan.events != events:
             self._active_at = time.monotonic()
+        return payload
 
     def fail_late(self, fault: Fault, what: str) -> None:
         """Change the outcome to a failure that comes too late for a rescue."""
@@ -3645,10 +3623,7 @@ class Router:
             return self._requests
 
     def end(self, result: str, failure: dict[str, Any] | None) -> None:
-        """Count the end of a request: as `answered`, `rescued`, `failed`, or as none of them.
-
-        `failure` is what /health shows as the last one.
-        """
+        """Count the end of a request by its result, "" for none; keep its failure for /health."""
         with self._lock:
             self._active -= 1
             if result:
@@ -3835,8 +3810,7 @@ class Exchange:
                 writer.send(payload, is_last=True)
                 return
             writer.send(payload, is_last=False)
-            payload = response.receive(attempt.watch)
-            attempt.inspect(payload, response.complete)
+            payload = attempt.receive(response)
 
     def _report(self, error: UpstreamError) -> None:
         """Send the client the error that came in the place of a response."""
@@ -3865,10 +3839,7 @@ class Exchange:
     # ---- The end
 
     def _settle(self, attempt: Attempt, counts: bool = False) -> None:
-        """Report the outcome of an attempt to Failover, once, if it is judged.
-
-        It is a failure that counts, a success, or neutral.
-        """
+        """Report a judged attempt to Failover, once: it counts, has succeeded, or is neutral."""
         ticket, attempt.ticket = attempt.ticket, None
         lines: list[str] = []
         if ticket is None:
@@ -3977,11 +3948,8 @@ class ProxyHandler(socketserver.BaseRequestHandler):
             connections.discard(self._client)
 
     def _admit(self, head: RequestHead) -> None:
-        """Check a head, and prepare what of it goes upstream; raise RequestError.
-
-        The requests of a connection share their fields, so that this happens once.
-        """
-        if head.fields is self._checked:
+        """Check a head, and prepare what of it goes upstream; raise RequestError."""
+        if head.fields is self._checked:        # most requests of a connection share them
             return
         check_origin(head, self._router.hosts)
         upstream = self._router.upstream

@@ -1713,7 +1713,7 @@ class WholeTargetWalk(FailoverWalk):
         self.assertEqual(self.failover.report(True)["reason"], (
             "3 consecutive HTTP errors, last 503 auth_unavailable, after 401"))
         self.requests(1)                            # cl answers, which raises N elsewhere
-        for failure in ({"fault": "SHELF"}, {"status": 401}, {"status": 404}, {"status": 500}):
+        for failure in ({"fault": "SHELF"}, *({"status": s} for s in (401, 403, 404, 500))):
             self.pass_minutes(1)
             self.assertEqual(self.requests(1, "ag", **failure), ["ag", "cl"])
             self.assertEqual(self.state(), ("cl", 1, 0, 0, 1))
@@ -1934,6 +1934,18 @@ class SingleModelWalk(FailoverWalk):
             self.request((), model="haiku")
         self.assertEqual(self.state("opus")[0], "cl")
         self.assertLessEqual(len(self.failover.save()["models"]), 256)
+
+    def test_the_model_longest_without_a_failure_is_forgotten_first(self):
+        for number in (*range(256), 0, 256, 0):
+            self.request(("ag",), model="m%d" % number)
+            self.request((), model="haiku")
+        self.assertEqual(self.state("m0")[0], "cl")
+
+    def test_a_model_with_an_overlong_name_never_switches_alone(self):
+        for _ in range(3):
+            self.request(("ag",), model="m" * 257)
+            self.request((), model="haiku")
+        self.assertEqual((self.state(), self.state("m" * 257)), (("ag", 0, 0, 0, 0), None))
 
     def test_the_257th_model_that_fails_is_counted_like_any_other(self):
         for number in range(258):
