@@ -1754,9 +1754,9 @@ class Breaker:
     def fail(self, now: float, ticket: Ticket, outcome: Outcome, auto: AutoSettings,
              followed: str) -> list[str]:
         """Count a failure of `ticket.target`; once closed, the scope gets the target `followed`."""
-        failed = f"{ticket.target} failed{self.label}: {outcome.what}"
         if self.is_probe(ticket):
             return self._fail_probe(now, outcome, auto)
+        failed = f"{ticket.target} failed{self.label}: {outcome.what}"
         if ticket.generation != self.generation or ticket.target != self.current:
             return [failed]
         if self._is_same_event(outcome):
@@ -1816,15 +1816,16 @@ class Breaker:
                 f"retry in {span(cooldown_s)}"]
 
     def _fail_probe(self, now: float, outcome: Outcome, auto: AutoSettings) -> list[str]:
-        line = f"PROBE of {self.home} failed{self.label}: {outcome.what}"
         still_on_shelf = outcome.fault is Fault.SHELF or (outcome.fault is Fault.STATUS and (
             outcome.status in (401, 403, 404) or outcome.status >= 500))
         if not (self.on_shelf and still_on_shelf):
             self._counted_at.append(outcome.ended)
-            return [line, *self._open(now, f"failed a probe, last {outcome.what}", outcome, auto)]
+            return self._open(now, f"failed a probe, last {outcome.what}", outcome, auto)
         self._postpone_probe(now)
-        is_news, self.shelf_said = self.shelf_said != outcome.what, outcome.what
-        return [line] if is_news else []
+        if outcome.what == self.shelf_said:
+            return []
+        self.shelf_said = outcome.what
+        return [f"PROBE of {self.home} failed{self.label}: {outcome.what}"]
 
     def _postpone_probe(self, now: float) -> None:
         self.state = OPEN
@@ -3537,7 +3538,8 @@ class Attempt:
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
-            if head.status == 400 and self._request.model and names_foreign_signature(text):
+            if (head.status == 400 and self._request.found is not None
+                    and names_foreign_signature(text)):
                 fault = Fault.REJECTED
             retry_after_s = read_retry_after(
                 head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
@@ -3581,8 +3583,8 @@ class Attempt:
     @property
     def is_abandoned(self) -> bool:
         """True if a client that leaves now gives up a stream that has been silent for too long."""
-        return (self.outcome.fault in (None, Fault.LEFT) and not self.is_complete
-                and asks_for_stream(self._request.body)
+        return (self.ticket is not None and self.outcome.fault in (None, Fault.LEFT)
+                and not self.is_complete and asks_for_stream(self._request.body)
                 and time.monotonic() - self._active_at >= ABANDONED_S)
 
     def close(self) -> None:
@@ -3857,7 +3859,7 @@ class Exchange:
         first, current = self._attempts[0], self._chosen or self._attempts[-1]
         if first.outcome.fault not in (None, Fault.LEFT):
             self._settle(first, judge(first.outcome, LEFT).counts[0])
-        if current.ticket is not None and current.is_abandoned:
+        if current.is_abandoned:
             current.fail_late(Fault.TIMEOUT, "timeout, ended by the client")
             self._settle(current, counts=True)
         self._end(LEFT.status, LEFT.what)

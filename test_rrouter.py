@@ -1666,6 +1666,19 @@ class WholeTargetWalk(FailoverWalk):
             self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
             self.assertEqual(self.state(), ("cl", switches, 0, 0, minutes))
 
+    def test_each_failure_has_one_line_with_its_count_and_a_switch_says_why(self):
+        def fail(what):
+            return self.failover.charge(self.failover.admit("opus", TARGETS),
+                                        self.outcome(what=what))
+        lines = fail("500") + fail("429") + fail("500")
+        self.pass_minutes(30)
+        self.assertEqual(lines + fail("529"), [
+            "ag failed: 500 (1 of 3 HTTP errors in a row)",
+            "ag failed: 429 (2 of 3 HTTP errors in a row)",
+            "ag failed: 500 (3 of 3 HTTP errors in a row)",
+            "SWITCH ag -> cl: 3 consecutive HTTP errors, last 500; retry in 30m",
+            "SWITCH ag -> cl: failed a probe, last 529; retry in 30m"])
+
     def test_the_next_probe_after_a_neutral_one_comes_after_a_minute(self):
         self.requests(3, "ag")
         self.pass_minutes(30)
