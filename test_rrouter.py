@@ -5817,6 +5817,20 @@ class HealthTest(RouterTest):
         self.assertEqual((failure["target"], failure["what"]), ("claude", "429"))
         self.assertRegex(failure["at"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
 
+    def test_failure_of_a_response_that_began_with_200_is_counted_and_named_in_the_log(self):
+        for mode, what, *responses in (
+                ("claude", "the upstream broke off in the middle of its response",
+                 Response(cut=True)),
+                ("auto", "not a message", Response(), Response())):
+            self.rrouter.home.write("mode", mode + "\n")
+            failed = self.rrouter.health()["requests"]["failed"]
+            self.upstream.play(*responses)
+            self.assertEqual(self.rrouter.post().status, 200)
+            after = self.rrouter.health()["requests"]
+            self.assertEqual((after["failed"], after["lastFailure"]["target"],
+                              after["lastFailure"]["what"]), (failed + 1, "claude", what))
+            wait_until(lambda: what in self.rrouter.log())
+
     def test_proxied_requests_are_counted_and_no_others(self):
         before, gate = self.rrouter.health()["requestCount"], self.gate()
         self.upstream.play(Response(), error(500), Response(hangup=True), Response(hangup=True))
