@@ -1592,7 +1592,7 @@ class StreamScan:
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
 OUTDATED = -1       # generation of a ticket from before a change of auto.targets
 
-# What a fault leads to.  The other faults are neutral: they change no counter.
+# Faults that count, and faults after which the other target is tried.  The rest is neutral.
 COUNTED = frozenset((Fault.STATUS, Fault.SHELF, Fault.NO_MESSAGE, Fault.TIMEOUT))
 RESCUED = COUNTED | {Fault.TOO_LARGE, Fault.REJECTED, Fault.DROPPED}
 # Faults of the second attempt that excuse a timeout of the first, and the reverse.
@@ -1851,7 +1851,7 @@ class Breaker:
                 "cooldownRemainingSeconds": math.ceil(remaining_s)}
 
     def save(self) -> dict[str, Any]:
-        """Return what a restart must keep: all but the counters and a probe under way."""
+        """Return what a restart keeps; the counters and a probe under way are lost."""
         return dict({name: getattr(self, name) for name in SAVED}, open=self.state != CLOSED)
 
     def restore(self, saved: Any, longest_s: float) -> None:
@@ -1868,7 +1868,7 @@ class Breaker:
             value = values[name]
             if value is None and name in may_be_none:
                 continue
-            if type(value) not in kinds:        # a bool is no int here
+            if type(value) not in kinds:        # not isinstance: a bool is an int
                 raise StateError(f"{name}: expected {kinds[0].__name__}")
             if kinds[-1] is int and not 0 <= value < 1e11:
                 raise StateError(f"{name}: expected a number within reason")
@@ -3328,7 +3328,7 @@ class ClientConnection(Wire):
 
     def send_whole(self, status: int, body: bytes, fields: bytes,
                    content_type: bytes = b"application/json") -> None:
-        """Send a whole response of rrouter's own."""
+        """Send a whole response made by rrouter."""
         date = email.utils.formatdate(time.time(), usegmt=True)
         self.send(b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: %b\r\n"
                   b"Content-Length: %d\r\n%b\r\n%b" % (
@@ -3337,7 +3337,7 @@ class ClientConnection(Wire):
                       b"" if self._asks_head else body))
 
     def send_error(self, error: RouterError, fields: bytes) -> None:
-        """Send an error of rrouter's own in Anthropic's shape."""
+        """Send an error made by rrouter, in Anthropic's shape."""
         self.send_whole(error.http_status, error_body(error.http_status, str(error)),
                         b"x-rrouter-error: 1\r\n" + fields)
 
@@ -3405,7 +3405,7 @@ class Request(NamedTuple):
     outbound: tuple[bytes, bytes]       #: the head to forward, see `outbound_head`
     body: BytesLike
     found: tuple[int, int, str] | None      #: where its model name stands, and the name
-    patience: Patience | None           #: for an upstream that is not there; None: none at all
+    patience: Patience | None           #: while the upstream is not there; None: no wait
 
     @property
     def model(self) -> str | None:
@@ -3427,7 +3427,7 @@ FAULT_OF_ERROR = {UpstreamTimeout: Fault.TIMEOUT, UpstreamUnreachable: Fault.UNR
 
 
 class Attempt:
-    """One try of a request on one target: a response, or the error that came in its place.
+    """One try of a request on one target: a response, or the error that replaces it.
 
     Without a ticket it is not judged: it has no time limit and holds nothing back, except a 400,
     because the history may need healing.
@@ -3594,7 +3594,7 @@ class Attempt:
 
 
 class Router:
-    """What all connections share: settings, files, failover, upstream, log and counters."""
+    """The settings, files, failover, upstream, log and counters that all connections share."""
 
     def __init__(self, settings: Settings, paths: Paths, log: Log, started_by: str) -> None:
         self.settings, self.log, self.started_by = settings, log, started_by
@@ -3815,7 +3815,7 @@ class Exchange:
             payload = attempt.receive(response)
 
     def _report(self, error: UpstreamError) -> None:
-        """Send the client the error that came in the place of a response."""
+        """Send the client the error that replaces a response."""
         upstream = self._router.upstream
         self._end(error.http_status, f"the upstream {error}")
         fields = self._reply_fields()
