@@ -3776,6 +3776,9 @@ class Exchange:
         attempt = Attempt(self._router.upstream, self._request, route, ticket, limit_s)
         self._attempts.append(attempt)
         attempt.run()
+        if attempt.healed:
+            self._router.log.write("HEAL", f"#{self._number} {route.target} rejected thinking "
+                                   "blocks of another backend: sent again without them")
         return attempt
 
     # ---- From the response on
@@ -3872,10 +3875,6 @@ class Exchange:
         for attempt in self._attempts:
             self._settle(attempt)
             attempt.close()
-            if attempt.healed:
-                self._router.log.write(
-                    "HEAL", f"#{self._number} {attempt.route.target} rejected thinking blocks of "
-                    "another backend: sent again without them")
         self._router.end(*self._result(status))
         self._router.log.write("REQ", self._line(status, note))
 
