@@ -1975,9 +1975,7 @@ class Failover:
         """
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
-            if ticket.alone or (own is not None and own.state != CLOSED and not ticket.probe):
-                if own is None:
-                    return []
+            if own is not None and (ticket.alone or (own.state != CLOSED and not ticket.probe)):
                 lines = own.fail(now, ticket, outcome, self._auto, whole.current)
                 self._align(own)
                 return lines
