@@ -3437,7 +3437,7 @@ class Attempt:
         self.ticket = ticket            #: until Failover knows the outcome
         self.response: Response | None = None
         self.error: UpstreamError | None = None
-        self.watch = Watch(None)        #: of the latest send
+        self.watch: Watch               #: of the latest send
         self.outcome = LEFT             #: LEFT until the attempt has ended
         self.notes: list[str] = []      #: for the line in the log
         self.healed = False             #: sent again without thinking blocks

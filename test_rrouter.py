@@ -5807,6 +5807,7 @@ class HealthTest(RouterTest):
         self.rrouter.home.write("mode", "auto\n")
         self.upstream.play(error(503), stream())
         self.rrouter.post()                         # rescued
+        wait_until(lambda: "(antigravity failed: 503)" in self.rrouter.log())
         self.rrouter.home.write("mode", "claude\n")
         self.upstream.play(error(429))
         self.rrouter.post()
