@@ -5686,6 +5686,9 @@ class HealingTest(AutoTest):
         for _ in range(4):
             reply, calls, _ = self.send()
             self.assertEqual((reply.status, reply.body, calls), (400, first.chunks[0], "aacc"))
+        self.script(antigravity=[first, error(500)], claude=error(429))
+        reply, calls, _ = self.send()
+        self.assertEqual((reply.status, reply.body, calls), (400, first.chunks[0], "aac"))
         self.assert_state("antigravity", failureCount=0, switchCount=0)
 
     def test_rescue_that_is_refused_for_its_signatures_is_healed_there(self):
