@@ -174,6 +174,8 @@ LOG_MAX_BYTES = 10 * 1024 * 1024    # of one log file
 LOG_FILES = 3                   # rotated ones, beside the one being written
 CUT_OFF_S = 1                   # for requests to end that the drain has not waited for
 DRAIN_S = 30                    # for running requests after SIGTERM; systemd kills after 45 s
+LOG_SHOWN = 20                  # lines that `logs` begins with
+MODELS_SHOWN = 5                # by `explain` without a name
 STATUS_SCOPES = 3               # in a status line: auto itself, and models that switched alone
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
 
@@ -5077,16 +5079,15 @@ def painted(word: str) -> str:
 
 
 def wrapped(text: str, indent: int) -> str:
-    """Return `text` in lines as wide as the terminal, at most 80, the later ones indented.
-
-    Only the first of its lines is wrapped.
-    """
+    """Return `text`, its first line as wide as the terminal; `grep` in a pipe gets it whole."""
     import shutil
     import textwrap
     first, *rest = text.split("\n")
-    width = max(40, min(80, shutil.get_terminal_size().columns))
-    return "\n".join([textwrap.fill(first, width, subsequent_indent=" " * indent,
-                                    break_long_words=False, break_on_hyphens=False), *rest])
+    if sys.stdout.isatty() or os.environ.get("COLUMNS"):
+        width = max(40, min(80, shutil.get_terminal_size().columns))
+        first = textwrap.fill(first, width, subsequent_indent=" " * indent,
+                              break_long_words=False, break_on_hyphens=False)
+    return "\n".join([first, *rest])
 
 
 def complain(text: object) -> None:
@@ -5130,14 +5131,13 @@ DEMO_STAY = """
 This router and its upstream stay until Ctrl-C. In another shell:
   export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=demo
   curl {url}/v1/messages -d '{{"model": "claude-sonnet-5-5"}}'"""
-DEMO_MESSAGE = {"id": "msg_demo", "type": "message", "role": "assistant", "content": [],
-                "usage": {"input_tokens": 1, "output_tokens": 5}}
 DEMO_EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("message_start", {"message": DEMO_MESSAGE}),
-    ("content_block_start", {"content_block": {"type": "text", "text": ""}}),
-    ("content_block_delta", {"delta": {"type": "text_delta", "text": "hello from the demo"}}),
-    ("content_block_stop", {}),
-    ("message_delta", {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 5}}),
+    ("message_start", {"message": {"id": "msg_demo", "type": "message", "role": "assistant",
+                                   "content": [], "usage": {"input_tokens": 1}}}),
+    ("content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}),
+    ("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": "hello"}}),
+    ("content_block_stop", {"index": 0}),
+    ("message_delta", {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 1}}),
     ("message_stop", {}))
 
 
@@ -5156,19 +5156,13 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         """Log nothing."""
 
     def do_POST(self) -> None:
-        """Respond with a short message, as a stream if asked for one, or with 429."""
+        """Respond with a short stream, or with 429."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        name = (find_model(body) or (0, 0, ""))[2]
-        status, kind = 200, b"application/json"
-        data = json.dumps({**DEMO_MESSAGE, "model": name, "stop_reason": "end_turn", "content": [
-            {"type": "text", "text": "hello from the demo"}]}).encode()
-        if self.refuses and name.startswith("gemini"):
-            status, data = 429, b'{"error": {"message": "Resource has been exhausted"}}'
-        elif asks_for_stream(body):
-            kind, data = b"text/event-stream", b"".join(
-                b"event: %b\ndata: %b\n\n" % (event.encode(), json.dumps(
-                    {"type": event, "index": 0, **members}).encode())
-                for event, members in DEMO_EVENTS)
+        status, kind, data = 200, b"text/event-stream", b"".join(
+            b"event: %b\ndata: %b\n\n" % (event.encode(), json.dumps(
+                {"type": event, **members}).encode()) for event, members in DEMO_EVENTS)
+        if self.refuses and b'"gemini' in body:
+            status, kind, data = 429, b"application/json", b'{"error": "quota exhausted"}'
         self.wfile.write(b"HTTP/1.1 %d Demo\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b"
                          % (status, kind, len(data), data))
 
@@ -5209,7 +5203,7 @@ def demo_router(home: str) -> Iterator[Router]:
                 upstream.shutdown()
 
 
-def cmd_demo(context: Any) -> int:
+def cmd_demo(context: Any) -> None:
     """Show by real requests what rrouter does; with --stay, keep it running."""
     import tempfile
     for number in (signal.SIGTERM, signal.SIGHUP):      # else they would leave the folder
@@ -5232,21 +5226,16 @@ def cmd_demo(context: Any) -> int:
                     router.watch()
                     router.log.flush()
                     time.sleep(POLL_S)
-    return 0
 
 
 # Command line #################################################################
-
-LOG_SHOWN = 20                  # lines that `logs` begins with
-MODELS_SHOWN = 5                # by `explain` without a name
-
 
 class Command(NamedTuple):
     """A row of COMMANDS."""
 
     name: str
     aliases: tuple[str, ...]
-    run: Callable[[Any], int]               #: gets a Context, returns the exit status
+    run: Callable[[Any], int | None]        #: gets a Context, returns the exit status, None for 0
     help: str
     arguments: tuple[tuple[str, dict[str, Any]], ...] = ()      #: as `add_argument` takes them
     example: str = ""
@@ -5337,40 +5326,34 @@ def describe_upstream(url: str) -> str:
     return f"{url}, {'' if _listens(parts.hostname or '', _port_of(parts)) else 'not '}reachable"
 
 
-def find_ignored(daemon: Running, health: dict[str, Any]) -> list[str]:
-    """Return a sentence on each RROUTER_* of this shell that the daemon does not use."""
-    hosts = tuple(filter(None, daemon.allowed_hosts.split(",")))
-    runs = Settings(daemon.host, daemon.port, health["upstreamURL"], hosts)
-    wanted = read_environment(dict(os.environ))
-    pairs = [(f"RROUTER_{name.upper()}", getattr(wanted, name) != getattr(runs, name))
-             for name in Settings._fields]
-    return [f"{variable}={os.environ[variable]} of this shell is not in force"
-            for variable, differs in pairs if differs and os.environ.get(variable)]
-
-
-def cmd_start(context: Context) -> int:
+def cmd_start(context: Context) -> None:
     """Start the daemon; say what is not well."""
     print(start_daemon(context.paths, context.home))
     daemon, health = find_health(context.paths)
-    if daemon and health:
-        upstream = describe_upstream(health["upstreamURL"])
-        bad = [("problem", printable(problem, 500)) for problem in health["problems"]]
-        bad += [("note", f"{name}: put it into ~/.config/rrouter.env, then `rrouter restart`"
-                 if daemon.started_by in ("systemd", "launchd") else f"{name}: `rrouter restart`")
-                for name in find_ignored(daemon, health)]
-        print_rows(("upstream", upstream), *bad)
-        if bad or "not reachable" in upstream:
-            print_rows(("next", "rrouter check"))
-    return 0
+    if not daemon or not health:
+        return
+    runs = Settings(daemon.host, daemon.port, health["upstreamURL"],
+                    tuple(filter(None, daemon.allowed_hosts.split(","))))
+    wanted, upstream = read_environment(dict(os.environ)), describe_upstream(runs.upstream)
+    remedy = "`rrouter restart`"
+    if daemon.started_by in ("systemd", "launchd"):
+        remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
+    bad = [("problem", printable(problem, 500)) for problem in health["problems"]]
+    for name in Settings._fields:
+        variable = f"RROUTER_{name.upper()}"
+        if os.environ.get(variable) and getattr(wanted, name) != getattr(runs, name):
+            bad.append(("note", f"{variable}={os.environ[variable]} of this shell is not in force: "
+                                f"{remedy}"))
+    bad += [("next", "rrouter check")] if bad or "not reachable" in upstream else []
+    print_rows(("upstream", upstream), *bad)
 
 
-def cmd_stop(context: Context) -> int:
+def cmd_stop(context: Context) -> None:
     """Stop the daemon."""
     print(stop_daemon(context.paths, context.home))
-    return 0
 
 
-def cmd_restart(context: Context) -> int:
+def cmd_restart(context: Context) -> None:
     """Stop the daemon and start it again, with its settings except what this shell sets."""
     daemon = find_daemon(context.paths) or read_run(context.paths)      # it may have been killed
     if daemon and not find_manager(context.home):       # a service has an environment file
@@ -5378,7 +5361,8 @@ def cmd_restart(context: Context) -> int:
             variable = f"RROUTER_{name.upper()}"
             os.environ[variable] = os.environ.get(variable) or str(getattr(daemon, name))
     read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
-    return cmd_stop(context) or cmd_start(context)
+    cmd_stop(context)
+    cmd_start(context)
 
 
 def find_mode(paths: Paths, health: dict[str, Any] | None) -> tuple[str, list[str]]:
@@ -5389,43 +5373,43 @@ def find_mode(paths: Paths, health: dict[str, Any] | None) -> tuple[str, list[st
     return snapshot.mode, list(snapshot.problems)
 
 
-def local_time(text: str, now: float) -> str:
+def local_time(text: str) -> str:
     """Return a time of /health as the clock here shows it, with the date unless it is today."""
     when = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(
         tzinfo=datetime.timezone.utc).astimezone()
-    is_today = when.date() == datetime.datetime.fromtimestamp(now).date()
+    is_today = when.date() == datetime.datetime.now().date()
     return when.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M")
 
 
-def describe_target(auto: dict[str, Any], now: float) -> str:
+def describe_target(auto: dict[str, Any]) -> str:
     """Return in words which target serves, since when, why, and when the other is probed."""
     current: str = auto["currentTarget"]
     if not auto["switched"]:
         return ": ".join(filter(None, (current, counted(auto))))
     failed, why, _ = failed_side(auto)
     when = until_probe(auto)
-    return (f"on {current} since {local_time(auto['switchedAt'], now)} because {failed} {why}; "
+    return (f"on {current} since {local_time(auto['switchedAt'])} because {failed} {why}; "
             f"tries {failed} again {when if when == 'now' else 'in ' + when}")
 
 
 def print_status(holder: Holder, health: dict[str, Any]) -> None:
     """Print /health of the daemon for people."""
-    auto, now, counts = health["autoSwitch"], time.time(), health["requests"]
-    failure = counts["lastFailure"]
+    auto, counts, failure = (
+        health["autoSwitch"], health["requests"], health["requests"]["lastFailure"])
     starters = {"serve": "`rrouter serve`", "start": "`rrouter start`"}
     print_rows(
         ("mode", health["mode"]),
-        ("target", describe_target(auto, now) if auto["active"] else health["currentTarget"]),
-        *(("", f"{printable(model)}: {describe_target(own, now)}")
+        ("target", describe_target(auto) if auto["active"] else health["currentTarget"]),
+        *(("", f"{printable(model)}: {describe_target(own)}")
           for model, own in auto["models"].items()),
         ("daemon", f"{holder.name}, {health['listenAddr']}, up "
                    f"{datetime.timedelta(seconds=health['uptimeSeconds'])}, "
                    f"started by {starters.get(health['startedBy'], health['startedBy'])}"),
         ("requests", f"{counts['answered']} answered, {counts['rescued']} rescued, "
                      f"{counts['failed']} failed, {health['activeRequests']} running"),
-        *([("failure", f"{failure['target']}: {failure['what']}, "
-                       f"{local_time(failure['at'], now)}")] if failure else []),
-        *([("", failure["slow"])] if failure and failure.get("slow") else []),
+        *([("failure", "; ".join(filter(None, (
+            f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}",
+            failure.get("slow")))))] if failure else []),
         ("upstream", describe_upstream(health["upstreamURL"])),
         *(("problem", printable(problem, 500)) for problem in health["problems"]))
 
@@ -5433,26 +5417,25 @@ def print_status(holder: Holder, health: dict[str, Any]) -> None:
 def show_status(paths: Paths, as_json: bool) -> int:
     """Print the status once; return the exit status."""
     daemon, health = find_health(paths)
-    if daemon and daemon.holder.stopping:
-        print(f"daemon:   {daemon.holder.name} is stopping: running requests finish first",
-              file=sys.stderr if as_json else sys.stdout)
-        return 3
-    if daemon and not health:
-        raise DaemonError(
-            f"rrouter runs {daemon.holder.elsewhere} and does not answer here on port "
-            f"{daemon.port}: ask it there" if daemon.holder.elsewhere else
-            f"pid {daemon.pid} runs but does not answer on port {daemon.port}: see `rrouter logs`, "
-            "or `rrouter restart`")
-    if daemon and health:
+    is_stopping = daemon is not None and daemon.holder.stopping
+    if daemon and health and not is_stopping:
         if as_json:
             print(json.dumps(health, indent=2))
         else:
             print_status(daemon.holder, health)
         return 0
-    how, (mode, problems) = "not running; start it with `rrouter start`", find_mode(paths, None)
+    if daemon and not is_stopping:
+        raise DaemonError(
+            f"rrouter runs {daemon.holder.elsewhere} and does not answer here on port "
+            f"{daemon.port}: ask it there" if daemon.holder.elsewhere else
+            f"pid {daemon.pid} runs but does not answer on port {daemon.port}: see `rrouter logs`, "
+            "or `rrouter restart`")
+    how = (f"{daemon.holder.name} is stopping: running requests finish first" if daemon else
+           "not running; start it with `rrouter start`")
     if as_json:
         complain(how)
     else:
+        mode, problems = find_mode(paths, None)
         print_rows(("mode", mode), ("daemon", how), *(("problem", text) for text in problems))
     return 3
 
@@ -5483,7 +5466,7 @@ def describe_cleared(before: dict[str, Any], after: dict[str, Any]) -> str:
     return wrapped(f"cleared: {', '.join(notes)}", 9) + "\n" if notes else ""
 
 
-def set_mode(paths: Paths, mode: str) -> int:
+def set_mode(paths: Paths, mode: str) -> None:
     """Write the mode; return when every request that begins from now on is served by it."""
     paths.create()
     daemon, before = find_health(paths)
@@ -5508,27 +5491,24 @@ def set_mode(paths: Paths, mode: str) -> int:
     elif daemon.holder.elsewhere and after is None:
         note = f"written; rrouter runs {daemon.holder.elsewhere} and reads it there"
     else:
-        problem = (f"is in mode {after['mode']}: see `rrouter status`" if after else
-                   "does not answer: `rrouter restart`")
-        raise DaemonError(f"mode {mode} is written to {paths.mode}, but the daemon ({where}) "
-                          f"{problem}")
+        raise DaemonError(f"mode {mode} is written to {paths.mode}, but the daemon ({where}) " + (
+            f"is in mode {after['mode']}: see `rrouter status`" if after else
+            "does not answer: `rrouter restart`"))
     print(f"mode {painted(mode)} ({note})")
     if before and after:
         print(describe_cleared(before["autoSwitch"], after["autoSwitch"]), end="")
-    return 0
 
 
-def cmd_mode(context: Context) -> int:
+def cmd_mode(context: Context) -> None:
     """Print the mode, or set the one that is named, perhaps by the command itself."""
     name = vars(context.arguments).get("name", context.arguments.command)
-    if name is not None:
+    if name is None:
+        mode, problems = find_mode(context.paths, find_health(context.paths)[1])
+        print(mode)
+        print_problems(problems)
+    else:
         # As UTF-8 also where the locale is C and Python has made surrogates of it.
-        name = os.fsencode(name).decode("utf-8", "replace")
-        return set_mode(context.paths, name.strip().lower())
-    mode, problems = find_mode(context.paths, find_health(context.paths)[1])
-    print(mode)
-    print_problems(problems)
-    return 0
+        set_mode(context.paths, os.fsencode(name).decode("utf-8", "replace").strip().lower())
 
 
 def open_log(path: str) -> BinaryIO:
@@ -5566,7 +5546,7 @@ def follow(path: str) -> Iterator[bytes]:
             time.sleep(POLL_S)
 
 
-def cmd_logs(context: Context) -> int:
+def cmd_logs(context: Context) -> None:
     """Print the last lines of the log; with -f also those that come, until Ctrl-C."""
     arguments, path = context.arguments, context.paths.log
     word = b"[AUTO]" if arguments.auto else b""
@@ -5576,43 +5556,35 @@ def cmd_logs(context: Context) -> int:
     for line in itertools.chain(lines, follow(path) if arguments.follow else ()):
         if word in line:
             print(line.decode("utf-8", "replace"), end="", flush=True)
-    return 0
 
 
-def explain(config: Config, health: dict[str, Any] | None, model: str) -> None:
-    """Print what becomes of a model name in each mode."""
-    rows, sent = [], {}
-    for mode, rules in config.modes.items():
-        rule = match_rule(rules, model)
-        sent[mode] = rule.rewrite if rule else model
-        why = f"rule {rule.match}" if rule else "no rule matches"
-        rows.append((f"  {mode}", printable(f"{sent[mode]} ({why})")))
-    if not config.auto_error:
-        first, second = config.auto.targets
-        text = f"{first} first, {second} if it fails"
-        if sent[first] == sent[second]:
-            text = "no rescue, because both targets get the same name"
-        elif health and health["autoSwitch"]["active"]:
-            auto = health["autoSwitch"]
-            text = describe_target(auto["models"].get(model, auto), time.time())
-        rows.append((f"  {MODE_AUTO}", text))
-    print(printable(model))
-    print_rows(*rows, width=15)
-
-
-def cmd_explain(context: Context) -> int:
-    """Print what becomes of a model name, or of those that passed lately."""
-    config, health, models = read_config(context.paths), find_health(context.paths)[1], None
-    if context.arguments.model is None:
+def cmd_explain(context: Context) -> None:
+    """Print what becomes of a model name, or of those that passed lately, in each mode."""
+    config, health = read_config(context.paths), find_health(context.paths)[1]
+    models = [context.arguments.model]
+    if models == [None]:
         lines = b"".join(reversed(log_lines(context.paths.log, b"[REQ] ", 1000)))
         models = re.findall(r"#\d+ \S+ \S+ (\S+) -> ", lines.decode("utf-8", "replace"))
         if not models:
-            raise RouterError("no model has passed yet: name one, as in "
-                              "`rrouter explain claude-sonnet-5-5`")
-    for model in list(dict.fromkeys(models or [context.arguments.model]))[:MODELS_SHOWN]:
-        explain(config, health, model)
+            raise RouterError("no model has passed yet: name one, as in `rrouter explain "
+                              "claude-sonnet-5-5`")
+    for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
+        found = {mode: match_rule(rules, model) for mode, rules in config.modes.items()}
+        rows = [(f"  {mode}", printable(f"{rule.rewrite} (rule {rule.match})" if rule else
+                                        f"{model} (no rule matches)"))
+                for mode, rule in found.items()]
+        if not config.auto_error:
+            first, second = config.auto.targets
+            text = f"{first} first, {second} if it fails"
+            if len({decide_route(config, target, model).model for target in (first, second)}) == 1:
+                text = "no rescue, because both targets get the same name"
+            elif health and health["autoSwitch"]["active"]:
+                auto = health["autoSwitch"]
+                text = describe_target(auto["models"].get(model, auto))
+            rows.append((f"  {MODE_AUTO}", text))
+        print(printable(model))
+        print_rows(*rows, width=15)
     print(f"in force: mode {painted(find_mode(context.paths, health)[0])}")
-    return 0
 
 
 def config_show(paths: Paths) -> None:
@@ -5666,28 +5638,24 @@ def config_reset(paths: Paths) -> None:
     paths.create()
     try:
         content = read_file(paths.config)
-    except OSError as error:
-        raise RouterError(f"{paths.config}: {reason_of(error)}: move it away first") from error
-    equals = False
-    with contextlib.suppress(ConfigError, UnicodeDecodeError):
-        equals = config_of(content) == config_of(None)
-    try:
-        if content is not None and not equals:
+        with contextlib.suppress(ConfigError, UnicodeDecodeError):
+            if config_of(content) == config_of(None):
+                content = None          # nothing would be lost
+        if content is not None:
             print(f"kept: {keep_beside(paths.config, content)}")
     except OSError as error:
         raise RouterError(f"{paths.config}: cannot be copied beside itself: {reason_of(error)}: "
-                          "check the permissions of its directory and free space") from error
+                          "check permissions and free space, or move it away") from error
     write_file(paths.config, config_text(config_of(None)) + "\n")
     print(f"{paths.config} holds the defaults")
 
 
-def cmd_config(context: Context) -> int:
+def cmd_config(context: Context) -> None:
     """Print, edit or reset the config, or print its path."""
     actions: dict[str | None, Callable[[Paths], None]] = {
         None: config_show, "edit": config_edit, "reset": config_reset,
         "path": lambda paths: print(paths.config)}
     actions[context.arguments.action](context.paths)
-    return 0
 
 
 COMPLETION = """\
@@ -5702,7 +5670,7 @@ _rrouter() {
 complete -F _rrouter rrouter"""
 
 
-def cmd_completion(context: Context) -> int:
+def cmd_completion(context: Context) -> None:
     """Print what the shell needs to complete commands."""
     shell, names = context.arguments.shell, [row.name for row in context.commands]
     after = {row.name: re.findall("[[|]([a-z-]+)", row.usage) for row in context.commands}
@@ -5713,12 +5681,11 @@ def cmd_completion(context: Context) -> int:
         for name, words in after.items():
             print(f"complete -c rrouter -f -n '__fish_seen_subcommand_from {name}' "
                   f"-a '{' '.join(words)}'")
-        return 0
+        return
     if shell == "zsh":
         print("autoload -U +X compinit bashcompinit && compinit && bashcompinit")
     print(COMPLETION % (" ".join(names), "\n".join(
         f"        {name}) choices='{' '.join(words)}' ;;" for name, words in after.items())))
-    return 0
 
 
 HELP = """\
@@ -5728,9 +5695,8 @@ usage: rrouter COMMAND          new here? rrouter demo
 
 %s
 
-files in ~/.rrouter     mode, config.json, logs/rrouter.log (rotated at %d MB), and
-                        those of the daemon: run.json, state.json, rrouter.*
-elsewhere               ~/.config/rrouter.env: RROUTER_* for the installed service
+files in ~/.rrouter     mode, config.json, logs/rrouter.log (rotated at %d MB)
+for the service         RROUTER_* in ~/.config/rrouter.env
 
 environment
   RROUTER_PORT          port to listen on (8316)
@@ -5742,9 +5708,7 @@ environment
 examples
   rrouter start         then, in ~/.claude/settings.json:
                         {"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}
-  rrouter ag            the next request goes to Antigravity
   rrouter auto          failures decide; again: retry the failed side at once
-  rrouter logs -f --auto
 
 exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
@@ -5753,10 +5717,8 @@ def help_text(commands: tuple[Command, ...]) -> str:
     """Return what `rrouter help` prints of `commands`."""
     rows = []
     for row in commands:
-        names = ", ".join([row.usage, *row.aliases])
-        if len(names) > 28:
-            names = ", ".join([f"{row.name} [...]", *row.aliases])
-        rows.append(f"  {names:28} {row.help}")
+        names = [", ".join([usage, *row.aliases]) for usage in (row.usage, f"{row.name} [...]")]
+        rows.append(f"  {names[len(names[0]) > 28]:29} {row.help}")
     return HELP % (__version__, "\n".join(rows), LOG_MAX_BYTES >> 20)
 
 
@@ -5798,19 +5760,17 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
     return parser.parse_args(rest)
 
 
-def cmd_help(context: Context) -> int:
+def cmd_help(context: Context) -> None:
     """Print the help, or that of one command."""
     if context.arguments.name is None:
         print(help_text(context.commands))
     else:
         parse_command([context.arguments.name, "--help"], context.commands)
-    return 0
 
 
-def cmd_version(_: Context) -> int:
+def cmd_version(_: Context) -> None:
     """Print the version."""
     print(f"rrouter {__version__}")
-    return 0
 
 
 # Command line: check ##########################################################
@@ -5823,8 +5783,6 @@ def check_daemon(settings: Settings, daemon: Running | None,
         if health["version"] != __version__:
             yield WARN, (f"version: the daemon is {printable(str(health['version']))}, this "
                          f"program {__version__}: rrouter restart")
-        for name in find_ignored(daemon, health):
-            yield WARN, f"shell: {name}: rrouter restart"
     elif daemon and daemon.holder.elsewhere:
         yield FAIL, (f"daemon: rrouter runs {daemon.holder.elsewhere} and does not answer here on "
                      f"port {daemon.port}: run check there")
@@ -5921,20 +5879,17 @@ def check_client(home: str, settings: Settings) -> Iterator[tuple[str, str]]:
                      "only /@MODE may be added")
     else:
         yield OK, f"claude code: goes to {shown}, by {where}"
-        yield from check_proxy({**os.environ, **environment}, path)
+        both = {**os.environ, **environment}
+        proxy = next((name for name, value in both.items() if value and name.lower() in (
+            "http_proxy", "https_proxy", "all_proxy")), "")
+        exempt = both.get("NO_PROXY") or both.get("no_proxy") or ""
+        if proxy and not re.search(r"(^|[,\s])(localhost|127\.0\.0\.1|\*)($|[,:\s])", exempt):
+            yield WARN, (f"proxy: {proxy} is set without NO_PROXY, so no request of Claude Code "
+                         'reaches rrouter: add "NO_PROXY": "localhost,127.0.0.1,::1" to env in '
+                         f"{path}")
     if in_file and in_shell and not _points_here(in_shell, settings):
         yield WARN, (f"shell: ANTHROPIC_BASE_URL={printable(_without_password(in_shell))} points "
                      "elsewhere: unset it, also in your shell's start files")
-
-
-def check_proxy(environment: Mapping[str, str], path: str) -> Iterator[tuple[str, str]]:
-    """Yield whether a proxy would get the requests of Claude Code."""
-    proxy = next((name for name, value in environment.items() if value and name.lower() in (
-        "http_proxy", "https_proxy", "all_proxy")), "")
-    exempt = environment.get("NO_PROXY") or environment.get("no_proxy") or ""
-    if proxy and not re.search(r"(^|[,\s])(localhost|127\.0\.0\.1|\*)($|[,:\s])", exempt):
-        yield WARN, (f"proxy: {proxy} is set without NO_PROXY, so requests of Claude Code do not "
-                     f'reach rrouter: add "NO_PROXY": "localhost,127.0.0.1,::1" to env in {path}')
 
 
 def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
@@ -5947,10 +5902,7 @@ def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
 
 
 def alias_blocks(names: list[str], known: Collection[str]) -> str:
-    """Return the lines for CLIProxyAPI's config.yaml that make `names` valid.
-
-    `known` are the ids of the channel; the one with the most words of a name is proposed for it.
-    """
+    """Return the lines for CLIProxyAPI's config.yaml that make `names` mean the like of `known`."""
     entries = []
     for name in names:
         words = {*name.split("-")} - {"thinking"}
@@ -5993,10 +5945,9 @@ def _client_key(home: str) -> tuple[str, dict[str, str]]:
     with contextlib.suppress(ValueError):
         environment = dict(claude_environment(home), **environment)
     name = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
-    key = environment.get(name)
-    if not key or printable(key, 4096) != key:
-        return name, {}
-    return name, {"Authorization": f"Bearer {key}"}
+    key = environment.get(name, "")
+    is_usable = key and printable(key, 4096) == key
+    return name, {"Authorization": f"Bearer {key}"} if is_usable else {}
 
 
 def check_upstream(home: str, settings: Settings,
@@ -6010,9 +5961,10 @@ def check_upstream(home: str, settings: Settings,
         if not _points_here(settings.upstream, settings):
             status, body = get_models(Upstream(settings.upstream, lambda _: False), fields)
     except UpstreamUnreachable as error:
-        yield FAIL, f"{label} {error}: " + (
-            error.remedy if "certificate" not in str(error) else "if a private CA signed it, set "
-            "SSL_CERT_FILE to the file of that CA and `rrouter restart`")
+        remedy = error.remedy if "certificate" not in str(error) else (
+            "if a private CA signed it, set SSL_CERT_FILE to the file of that CA, also for the "
+            "daemon, and `rrouter restart`")
+        yield FAIL, f"{label} {error}: {remedy}"
         return
     except (OSError, http.client.HTTPException):
         yield FAIL, f"{label} gives no HTTP response in time: is that CLIProxyAPI?"
@@ -6040,12 +5992,11 @@ def check_targets(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
     seen = [(failed_side(own)[0], own["reason"]) for own in (auto, *auto["models"].values())
             if own["switched"]]
     if failure and not seen:
-        seen = [(failure["target"], f"{failure['what']}, {local_time(failure['at'], time.time())}")]
+        seen = [(failure["target"], f"{failure['what']}, {local_time(failure['at'])}")]
     for target, why in dict(seen).items():
         if any(name in why for _, _, name in SHELF_WORDINGS):
-            yield WARN, (f"target: CLIProxyAPI has blocked the credential of {target} for a while "
-                         f"({printable(why)}): after 401 log in there again, after 429 wait or add "
-                         "a credential")
+            yield WARN, (f"target: CLIProxyAPI blocks the credential of {target} for a while "
+                         f"({printable(why)}): after 401 log in there again, after 429 wait")
     if health.get("windows") == {} and health["requests"]["answered"]:
         yield WARN, ("usage: no response had anthropic-ratelimit-unified-* headers, which Claude "
                      "Code's usage bars need: set passthrough-headers: true (version 8: "
@@ -6101,10 +6052,9 @@ COMMANDS = (
     Command("demo", (), cmd_demo, "show it at work: no account, no network, 10 s",
             (("--stay", {**FLAG, "help": "keep it running until Ctrl-C"}),)),
     Command("serve", (), cmd_serve, "run in the foreground; log to stderr too",
-            (("--ready-descriptor", {"type": int, "help": argparse.SUPPRESS}),),
-            "RROUTER_PORT=8400 rrouter serve"),
-    Command("start", (), cmd_start, "start the daemon; by systemd or launchd if set up", (),
-            "RROUTER_UPSTREAM=http://localhost:9000 rrouter start"),
+            (("--ready-descriptor", {"type": int, "help": argparse.SUPPRESS}),)),
+    Command("start", (), cmd_start, "start the daemon, by systemd or launchd if set up", (),
+            "RROUTER_PORT=8400 rrouter start"),
     Command("stop", (), cmd_stop, "stop it; running requests finish first"),
     Command("restart", (), cmd_restart, "stop and start"),
     Command("status", (), cmd_status, "show mode, target, requests and problems",
@@ -6121,8 +6071,7 @@ COMMANDS = (
             (("-f", {**FLAG, "dest": "follow", "help": "go on until Ctrl-C"}),
              ("--auto", {**FLAG, "help": "decisions of auto mode alone"})),
             "rrouter logs -f --auto"),
-    Command("check", ("health", "--check"), cmd_check, "examine everything, with remedies",
-            (JSON,)),
+    Command("check", ("health", "--check"), cmd_check, "examine all, with remedies", (JSON,)),
     Command("config", (), cmd_config, "print, edit or reset the config, print its path",
             (("action", {"nargs": "?", "choices": ("edit", "reset", "path")}),
              ("--yes", {**FLAG, "help": "accepted; reset never asks"})),
@@ -6162,10 +6111,9 @@ def run_command(argv: list[str] | None) -> int:
             if not os.path.isabs(home):
                 raise UsageError(f"HOME={printable(home)}: expected the absolute path of your "
                                  "home directory")
-            status: int = arguments.run(Context(home, Paths(home), arguments, COMMANDS))
+            return arguments.run(Context(home, Paths(home), arguments, COMMANDS)) or 0
         finally:
             sys.stdout.flush()
-        return status
     except RouterError as error:
         complain(error)
         return error.exit_code
