@@ -5529,21 +5529,21 @@ def log_lines(path: str, word: bytes, count: int) -> list[bytes]:
 
 def follow(path: str) -> Iterator[bytes]:
     """Yield the lines added to the log from now on, over rotation, without end."""
-    file, rest = open_log(path), b""
-    file.seek(0, os.SEEK_END)
+    position = os.stat(path).st_size
     while True:
-        is_other = False
-        with contextlib.suppress(OSError):      # the new file may not exist yet
-            status = os.stat(path)
-            is_other = (not os.path.samestat(status, os.fstat(file.fileno()))
-                        or status.st_size < file.tell())
-        *lines, rest = (rest + file.read()).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-        if is_other:
-            file.close()
-            file, rest = open_log(path), b""
-        else:
-            time.sleep(POLL_S)
+        with open_log(path) as file:
+            file.seek(position)
+            rest, is_same = b"", True
+            while is_same:
+                with contextlib.suppress(OSError):      # the new file may not exist yet
+                    status = os.stat(path)
+                    is_same = (os.path.samestat(status, os.fstat(file.fileno()))
+                               and status.st_size >= file.tell())
+                *lines, rest = (rest + file.read()).split(b"\n")
+                yield from (line + b"\n" for line in lines)
+                if is_same:
+                    time.sleep(POLL_S)
+        position = 0
 
 
 def cmd_logs(context: Context) -> None:
@@ -5673,7 +5673,7 @@ complete -F _rrouter rrouter"""
 def cmd_completion(context: Context) -> None:
     """Print what the shell needs to complete commands."""
     shell, names = context.arguments.shell, [row.name for row in context.commands]
-    after = {row.name: re.findall("[[|]([a-z-]+)", row.usage) for row in context.commands}
+    after = {row.name: re.findall(r"[\[|]([a-z-]+)", row.usage) for row in context.commands}
     with contextlib.suppress(RouterError):
         after.update(help=names, mode=read_config(context.paths).choices)
     if shell == "fish":
@@ -5700,7 +5700,7 @@ for the service         RROUTER_* in ~/.config/rrouter.env
 
 environment
   RROUTER_PORT          port to listen on (8316)
-  RROUTER_UPSTREAM      CLIProxyAPI (http://localhost:8317): http(s), also with path
+  RROUTER_UPSTREAM      where CLIProxyAPI is (http://localhost:8317)
   RROUTER_HOST          address to listen on (localhost: 127.0.0.1 and ::1); who
                         reaches one beyond loopback can spend your quota
   RROUTER_ALLOWED_HOSTS more names for Host, with commas: host.docker.internal
@@ -5869,7 +5869,9 @@ def check_client(home: str, settings: Settings) -> Iterator[tuple[str, str]]:
         return
     in_file = environment.get("ANTHROPIC_BASE_URL", "")
     url, where = (in_file, path) if in_file else (in_shell, f"this shell, not {path}")
-    shown, wanted = printable(_without_password(url)), f"http://localhost:{settings.port}"
+    is_plain = _points_here(url, settings) and "@" not in url.split("/")[2]
+    shown = printable(url if is_plain else _without_password(url))
+    wanted = f"http://localhost:{settings.port}"
     if not url:
         yield WARN, f'claude code: set {{"env": {{"ANTHROPIC_BASE_URL": "{wanted}"}}}} in {path}'
     elif not _points_here(url, settings):
@@ -5929,7 +5931,9 @@ def check_models(config: Config, body: bytes) -> Iterator[tuple[str, str]]:
     if not missing:
         yield OK, f"models: the upstream knows all {len(rewrites)} names that the rules write"
         return
-    known = [str(name) for name, owner in owners.items() if owner == "antigravity"]
+    # A name in the rules may be an alias itself, and an alias of an alias is ignored.
+    known = [str(name) for name, owner in owners.items()
+             if owner == "antigravity" and name not in rewrites]
     listed = ", ".join(printable(name, 60) for name in known[:6])
     yield WARN, (
         f"models: the upstream does not know {', '.join(map(printable, missing))} (400 unknown "
@@ -6053,7 +6057,7 @@ COMMANDS = (
             (("--stay", {**FLAG, "help": "keep it running until Ctrl-C"}),)),
     Command("serve", (), cmd_serve, "run in the foreground; log to stderr too",
             (("--ready-descriptor", {"type": int, "help": argparse.SUPPRESS}),)),
-    Command("start", (), cmd_start, "start the daemon, by systemd or launchd if set up", (),
+    Command("start", (), cmd_start, "start the daemon, by systemd or launchd if there", (),
             "RROUTER_PORT=8400 rrouter start"),
     Command("stop", (), cmd_stop, "stop it; running requests finish first"),
     Command("restart", (), cmd_restart, "stop and start"),
@@ -6074,7 +6078,7 @@ COMMANDS = (
     Command("check", ("health", "--check"), cmd_check, "examine all, with remedies", (JSON,)),
     Command("config", (), cmd_config, "print, edit or reset the config, print its path",
             (("action", {"nargs": "?", "choices": ("edit", "reset", "path")}),
-             ("--yes", {**FLAG, "help": "accepted; reset never asks"})),
+             ("--yes", {**FLAG, "help": argparse.SUPPRESS})),     # `reset` never asks
             "rrouter config | jq .auto"),
     Command("completion", (), cmd_completion, "print the completion for a shell",
             (("shell", {"choices": ("bash", "zsh", "fish")}),),
