@@ -5090,10 +5090,11 @@ def wrapped(text: str, indent: int) -> str:
     return "\n".join([first, *rest])
 
 
-def complain(text: object) -> None:
-    """Print one line on stderr that names rrouter; a terminal gets it wrapped."""
-    text = f"rrouter: {text}"
-    print(wrapped(text, 9) if sys.stderr.isatty() else text, file=sys.stderr)
+def complain(*texts: object) -> None:
+    """Print lines on stderr that name rrouter; a terminal gets them wrapped."""
+    for text in texts:
+        line = f"rrouter: {text}"
+        print(wrapped(line, 9) if sys.stderr.isatty() else line, file=sys.stderr)
 
 
 # Demo #########################################################################
@@ -5107,7 +5108,7 @@ process. It needs no account and no network, and leaves no file.
 Each line with a status shows what Claude Code gets when it asks for
 claude-sonnet-5-5: the target that answers, the name sent there, the tries.
 """
-# What happens; the mode that it sets; whether Antigravity refuses meanwhile; what it means.
+# Title, mode that the step sets, whether Antigravity refuses its request, meaning.
 DEMO_STEPS = (
     ("$ rrouter claude", "claude", False, "The name stays as it is."),
     ("$ rrouter antigravity", "antigravity", False,
@@ -5132,8 +5133,9 @@ This router and its upstream stay until Ctrl-C. In another shell:
   export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=demo
   curl {url}/v1/messages -d '{{"model": "claude-sonnet-5-5"}}'"""
 DEMO_EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("message_start", {"message": {"id": "msg_demo", "type": "message", "role": "assistant",
-                                   "content": [], "usage": {"input_tokens": 1}}}),
+    ("message_start", {"message": {
+        "id": "msg_demo", "type": "message", "role": "assistant", "model": "demo", "content": [],
+        "usage": {"input_tokens": 1, "output_tokens": 0}}}),
     ("content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}),
     ("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": "hello"}}),
     ("content_block_stop", {"index": 0}),
@@ -5210,12 +5212,13 @@ def cmd_demo(context: Any) -> None:
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="rrouter-demo-") as home, demo_router(home) as router:
         print(DEMO_START)
-        for title, mode, DemoUpstream.refuses, meaning in DEMO_STEPS:
+        for title, mode, refuses, meaning in DEMO_STEPS:
+            DemoUpstream.refuses = refuses
             if mode:
                 write_atomically(router.store.paths.mode, mode)
             print(wrapped(title, 0), flush=True)
             left_s = router.failover.report(True)["cooldownRemainingSeconds"]
-            time.sleep(DEMO_PAUSE_S if DemoUpstream.refuses else max(DEMO_PAUSE_S, left_s))
+            time.sleep(DEMO_PAUSE_S if refuses else max(DEMO_PAUSE_S, left_s))
             print(f"  {demo_request(router.settings.port)}\n{wrapped(f'  {meaning}', 2)}")
         name = os.path.basename(sys.argv[0])
         print(DEMO_END.format(rrouter=name if name == "rrouter" else f"python3 {sys.argv[0]}"))
@@ -5242,7 +5245,7 @@ class Command(NamedTuple):
 
     @property
     def usage(self) -> str:
-        """What the help shows: `config [edit|reset|path]`."""
+        """Its line in the help: `config [edit|reset|path]`."""
         words = [self.name]
         for name, options in self.arguments:
             if options.get("help") is not argparse.SUPPRESS:
@@ -5265,12 +5268,6 @@ def nearest(word: str, words: Iterable[str]) -> str:
     import difflib
     found = difflib.get_close_matches(word, list(words), 1)
     return f"; did you mean '{found[0]}'?" if found else ""
-
-
-def print_problems(problems: Iterable[str], prefix: str = "") -> None:
-    """Print on stderr what is odd in the files."""
-    for problem in problems:
-        complain(prefix + problem)
 
 
 def read_config(paths: Paths) -> Config:
@@ -5326,24 +5323,26 @@ def describe_upstream(url: str) -> str:
     return f"{url}, {'' if _listens(parts.hostname or '', _port_of(parts)) else 'not '}reachable"
 
 
+def environment_of(daemon: Running) -> dict[str, str]:
+    """Return the RROUTER_* with which the daemon could have been started."""
+    return {f"RROUTER_{name.upper()}": str(getattr(daemon, name)) for name in Settings._fields}
+
+
 def cmd_start(context: Context) -> None:
     """Start the daemon; say what is not well."""
     print(start_daemon(context.paths, context.home))
     daemon, health = find_health(context.paths)
     if not daemon or not health:
         return
-    runs = Settings(daemon.host, daemon.port, health["upstreamURL"],
-                    tuple(filter(None, daemon.allowed_hosts.split(","))))
-    wanted, upstream = read_environment(dict(os.environ)), describe_upstream(runs.upstream)
+    upstream = describe_upstream(health["upstreamURL"])
+    runs = environment_of(daemon._replace(upstream=health["upstreamURL"]))
     remedy = "`rrouter restart`"
     if daemon.started_by in ("systemd", "launchd"):
         remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
     bad = [("problem", printable(problem, 500)) for problem in health["problems"]]
-    for name in Settings._fields:
-        variable = f"RROUTER_{name.upper()}"
-        if os.environ.get(variable) and getattr(wanted, name) != getattr(runs, name):
-            bad.append(("note", f"{variable}={os.environ[variable]} of this shell is not in force: "
-                                f"{remedy}"))
+    bad += [("note", f"{name}={value} of this shell is not in force: {remedy}")
+            for name, value in os.environ.items() if name in runs and value
+            and read_environment({**runs, name: value}) != read_environment(runs)]
     bad += [("next", "rrouter check")] if bad or "not reachable" in upstream else []
     print_rows(("upstream", upstream), *bad)
 
@@ -5357,9 +5356,8 @@ def cmd_restart(context: Context) -> None:
     """Stop the daemon and start it again, with its settings except what this shell sets."""
     daemon = find_daemon(context.paths) or read_run(context.paths)      # it may have been killed
     if daemon and not find_manager(context.home):       # a service has an environment file
-        for name in Settings._fields:
-            variable = f"RROUTER_{name.upper()}"
-            os.environ[variable] = os.environ.get(variable) or str(getattr(daemon, name))
+        for name, value in environment_of(daemon).items():
+            os.environ[name] = os.environ.get(name) or value
     read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
     cmd_stop(context)
     cmd_start(context)
@@ -5414,6 +5412,15 @@ def print_status(holder: Holder, health: dict[str, Any]) -> None:
         *(("problem", printable(problem, 500)) for problem in health["problems"]))
 
 
+def describe_silence(daemon: Running) -> str:
+    """Return what to say of a daemon that does not answer."""
+    if daemon.holder.elsewhere:
+        return (f"rrouter runs {daemon.holder.elsewhere} and does not answer here on port "
+                f"{daemon.port}: ask it there")
+    return (f"pid {daemon.pid} runs but does not answer on port {daemon.port}: see `rrouter logs`, "
+            "or `rrouter restart`")
+
+
 def show_status(paths: Paths, as_json: bool) -> int:
     """Print the status once; return the exit status."""
     daemon, health = find_health(paths)
@@ -5425,11 +5432,7 @@ def show_status(paths: Paths, as_json: bool) -> int:
             print_status(daemon.holder, health)
         return 0
     if daemon and not is_stopping:
-        raise DaemonError(
-            f"rrouter runs {daemon.holder.elsewhere} and does not answer here on port "
-            f"{daemon.port}: ask it there" if daemon.holder.elsewhere else
-            f"pid {daemon.pid} runs but does not answer on port {daemon.port}: see `rrouter logs`, "
-            "or `rrouter restart`")
+        raise DaemonError(describe_silence(daemon))
     how = (f"{daemon.holder.name} is stopping: running requests finish first" if daemon else
            "not running; start it with `rrouter start`")
     if as_json:
@@ -5505,7 +5508,7 @@ def cmd_mode(context: Context) -> None:
     if name is None:
         mode, problems = find_mode(context.paths, find_health(context.paths)[1])
         print(mode)
-        print_problems(problems)
+        complain(*problems)
     else:
         # As UTF-8 also where the locale is C and Python has made surrogates of it.
         set_mode(context.paths, os.fsencode(name).decode("utf-8", "replace").strip().lower())
@@ -5592,7 +5595,7 @@ def config_show(paths: Paths) -> None:
     missing = "" if os.path.exists(paths.config) else " (does not exist: these are the defaults)"
     print(paths.config + missing, file=sys.stderr)
     config = read_config(paths)
-    print_problems(config.problems, "config.json: ")
+    complain(*(f"config.json: {problem}" for problem in config.problems))
     print(config_text(config))
 
 
@@ -5611,7 +5614,7 @@ def config_edit(paths: Paths) -> None:
         raise RouterError(f"editor {printable(editor)}: {why}: set VISUAL or EDITOR") from error
     if status:
         raise RouterError(f"editor {printable(editor)} ended with status {status}")
-    print_problems(read_config(paths).problems, "config.json: ")
+    complain(*(f"config.json: {problem}" for problem in read_config(paths).problems))
     print(f"{paths.config} is valid")
 
 
@@ -5706,9 +5709,8 @@ environment
   RROUTER_ALLOWED_HOSTS more names for Host, with commas: host.docker.internal
 
 examples
-  rrouter start         then, in ~/.claude/settings.json:
+  rrouter start         and, in ~/.claude/settings.json,
                         {"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}
-  rrouter auto          failures decide; again: retry the failed side at once
 
 exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
@@ -5730,17 +5732,14 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{printable(message)}; see `{self.prog} --help`")
 
 
-# What people try, and what to use.
+# Words that people try, and the command that does it.
 HINTS = {
-    "port": "set RROUTER_PORT, as in `RROUTER_PORT=8400 rrouter start`",
-    "host": "set RROUTER_HOST", "upstream": "set RROUTER_UPSTREAM",
-    "doctor": "use `rrouter check`", "test": "use `rrouter check` or `rrouter demo`",
-    "modes": "`rrouter config` shows them, `rrouter mode NAME` sets one",
-    "switch": "use `rrouter mode NAME`", "models": "use `rrouter explain`",
-    "gemini": "use `rrouter antigravity`", "run": "use `rrouter serve` or `rrouter start`",
-    "daemon": "use `rrouter start`", "kill": "use `rrouter stop`", "tail": "use `rrouter logs -f`",
-    "reload": "not needed: each request is served by the files as they are",
-}
+    "port": "RROUTER_PORT=8400 rrouter start", "host": "RROUTER_HOST=ADDRESS rrouter start",
+    "upstream": "RROUTER_UPSTREAM=URL rrouter start", "daemon": "rrouter start",
+    "run": "rrouter serve", "kill": "rrouter stop", "reload": "rrouter restart",
+    "doctor": "rrouter check", "test": "rrouter demo", "tail": "rrouter logs -f",
+    "modes": "rrouter mode NAME", "switch": "rrouter mode NAME", "models": "rrouter explain",
+    "gemini": "rrouter antigravity"}
 
 
 def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.Namespace:
@@ -5750,7 +5749,7 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
     if first not in rows:
         hint = HINTS.get(first.lstrip("-").partition("=")[0])
         raise UsageError(f"no command '{printable(first, 40)}'" + (
-            f": {hint}" if hint else nearest(first, rows) or "; see `rrouter help`"))
+            f"; use `{hint}`" if hint else nearest(first, rows) or "; see `rrouter help`"))
     row = rows[first]
     parser = Parser(prog=f"rrouter {row.name}", description=f"rrouter {row.name}: {row.help}",
                     epilog=f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False)
@@ -5783,12 +5782,8 @@ def check_daemon(settings: Settings, daemon: Running | None,
         if health["version"] != __version__:
             yield WARN, (f"version: the daemon is {printable(str(health['version']))}, this "
                          f"program {__version__}: rrouter restart")
-    elif daemon and daemon.holder.elsewhere:
-        yield FAIL, (f"daemon: rrouter runs {daemon.holder.elsewhere} and does not answer here on "
-                     f"port {daemon.port}: run check there")
     elif daemon:
-        yield FAIL, (f"daemon: pid {daemon.pid} does not answer on port {daemon.port}: "
-                     "rrouter restart")
+        yield FAIL, f"daemon: {describe_silence(daemon)}"
     else:
         yield FAIL, "daemon: not running: rrouter start"
         if _listens(settings.host, settings.port):
@@ -5924,7 +5919,7 @@ def check_models(config: Config, body: bytes) -> Iterator[tuple[str, str]]:
     try:
         owners = {entry["id"]: entry.get("owned_by") for entry in json.loads(body)["data"]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        yield WARN, "models: the upstream's /v1/models is no list: cannot compare the rules with it"
+        yield WARN, "models: /v1/models has no list of names: cannot compare the rules with it"
         return
     rewrites = sorted({rule.rewrite for rules in config.modes.values() for rule in rules})
     missing = [name for name in rewrites if name not in owners]
@@ -5943,21 +5938,21 @@ def check_models(config: Config, body: bytes) -> Iterator[tuple[str, str]]:
         + alias_blocks(missing, known))
 
 
-def _client_key(home: str) -> tuple[str, dict[str, str]]:
-    """Return the variable that holds the client's key, "" if none does, and the key's header."""
+def _client_key(home: str) -> tuple[str, str]:
+    """Return the variable that holds the client's key, and the key; "" for what is missing."""
     environment = dict(os.environ)
     with contextlib.suppress(ValueError):
         environment = dict(claude_environment(home), **environment)
     name = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
     key = environment.get(name, "")
-    is_usable = key and printable(key, 4096) == key
-    return name, {"Authorization": f"Bearer {key}"} if is_usable else {}
+    return name, key if printable(key, 4096) == key else ""
 
 
 def check_upstream(home: str, settings: Settings,
                    config: Config | None) -> Iterator[tuple[str, str]]:
     """Yield whether the upstream answers, accepts the client's key, and knows the rules' names."""
-    name, fields = _client_key(home)
+    name, key = _client_key(home)
+    fields = {"Authorization": f"Bearer {key}"} if key else {}
     label, body = f"upstream: {settings.upstream}", b"is rrouter itself"
     try:
         # Without Anthropic's headers: CLIProxyAPI responds to those with disguised names.
@@ -5976,7 +5971,6 @@ def check_upstream(home: str, settings: Settings,
     if status == 502 and b"is rrouter itself" in body:
         yield FAIL, f"{label} is rrouter itself: set RROUTER_UPSTREAM to the address of CLIProxyAPI"
     elif status in (401, 403):
-        key = fields.get("Authorization", "").partition(" ")[2]
         words = printable(" ".join(body.decode("utf-8", "replace").split()), 200)
         yield FAIL, (f"{label} refuses {'the key of Claude Code' if key else 'a missing key'} "
                      f"({status} {words.replace(key, '***') if key else words}): compare api-keys "
@@ -5985,7 +5979,7 @@ def check_upstream(home: str, settings: Settings,
     elif status != 200:
         yield WARN, f"{label} answers /v1/models with {status}: cannot compare the rules with it"
     else:
-        yield OK, f"{label} answers{' and accepts the key' if fields else ''}"
+        yield OK, f"{label} answers{' and accepts the key' if key else ''}"
         if config is not None:
             yield from check_models(config, body)
 
@@ -6016,8 +6010,8 @@ def run_checks(context: Context) -> Iterator[tuple[str, str]]:
     config = None
     try:
         config = read_config(context.paths)
-        exists = os.path.exists(context.paths.config)
-        yield OK, f"config: {context.paths.config if exists else 'the defaults'}"
+        path = context.paths.config
+        yield OK, f"config: {path if os.path.exists(path) else 'the defaults'}"
         for problem in config.problems:
             yield WARN, f"config: {problem}"
     except RouterError as error:
@@ -6035,17 +6029,17 @@ def cmd_check(context: Context) -> int:
     """Print one line a check, with the remedy, and where to begin."""
     found = []
     for level, text in run_checks(context):
-        found.append((level, *text.partition(": ")[::2]))
+        label, _, rest = text.partition(": ")
+        found.append({"level": level, "check": label, "text": rest})
         if not context.arguments.json:
             print(wrapped(f"{level:5} {text}", 6).replace(level, painted(level), 1), flush=True)
-    levels = [level for level, _, _ in found]
+    levels = [row["level"] for row in found]
     worst = FAIL if FAIL in levels else WARN if WARN in levels else OK
     if context.arguments.json:
-        print(json.dumps({"status": worst, "checks": [
-            dict(zip(("level", "check", "text"), row)) for row in found]}, indent=2))
+        print(json.dumps({"status": worst, "checks": found}, indent=2))
     else:
         counts = ", ".join(f"{levels.count(level)} {level}" for level in (OK, WARN, FAIL))
-        begin = "" if worst == OK else f"; begin with {found[levels.index(worst)][1]}"
+        begin = "" if worst == OK else f"; begin with {found[levels.index(worst)]['check']}"
         print(f"\n{len(found)} checks: {counts}{begin}")
     return 1 if worst == FAIL else 0
 
@@ -6068,23 +6062,28 @@ COMMANDS = (
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
     Command("auto", ("a",), cmd_mode, "let failures decide; again: end the cooldowns"),
     Command("mode", (), cmd_mode, "print the mode, or set any mode of config.json",
-            (("name", {"nargs": "?", "metavar": "NAME"}),), "rrouter mode claude"),
+            (("name", {"nargs": "?", "metavar": "NAME", "help": "the mode to set"}),),
+            "rrouter mode claude"),
     Command("explain", (), cmd_explain, "what becomes of a model name in each mode",
-            (("model", {"nargs": "?", "metavar": "MODEL"}),), "rrouter explain claude-opus-5-5"),
+            (("model", {"nargs": "?", "metavar": "MODEL",
+                        "help": "as Claude Code sends it; without it, those that passed lately"}),),
+            "rrouter explain claude-opus-5-5"),
     Command("logs", (), cmd_logs, "print the end of the log",
             (("-f", {**FLAG, "dest": "follow", "help": "go on until Ctrl-C"}),
              ("--auto", {**FLAG, "help": "decisions of auto mode alone"})),
             "rrouter logs -f --auto"),
     Command("check", ("health", "--check"), cmd_check, "examine all, with remedies", (JSON,)),
     Command("config", (), cmd_config, "print, edit or reset the config, print its path",
-            (("action", {"nargs": "?", "choices": ("edit", "reset", "path")}),
+            (("action", {"nargs": "?", "choices": ("edit", "reset", "path"),
+                         "help": "open it in $EDITOR; write the defaults; print where it is"}),
              ("--yes", {**FLAG, "help": argparse.SUPPRESS})),     # `reset` never asks
             "rrouter config | jq .auto"),
     Command("completion", (), cmd_completion, "print the completion for a shell",
             (("shell", {"choices": ("bash", "zsh", "fish")}),),
             'eval "$(rrouter completion bash)"'),
     Command("help", ("-h", "--help"), cmd_help, "show this text, or the help of a command",
-            (("name", {"nargs": "?", "metavar": "COMMAND"}),), "rrouter help config"),
+            (("name", {"nargs": "?", "metavar": "COMMAND", "help": "its arguments, an example"}),),
+            "rrouter help config"),
     Command("version", ("-V", "--version"), cmd_version, "print the version"),
 )
 
