@@ -35,6 +35,7 @@ import mmap
 import os
 import pathlib
 import plistlib
+import pwd
 import py_compile
 import queue
 import random
@@ -8146,25 +8147,15 @@ class CutOffTest(LoopbackTest):
 USAGE_ERRORS = (
     # command line,         what the message names besides the word
     ("stats",               "did you mean 'status'?"),
-    ("statsu --json",       "did you mean 'status'?"),
-    ("--port",              "use `RROUTER_PORT="),
     ("--port=8400 serve",   "use `RROUTER_PORT="),
-    ("--upstream",          "use `RROUTER_UPSTREAM="),
     ("doctor",              "use `rrouter check`"),
     ("modes",               "use `rrouter mode NAME`"),
-    ("nosuch",              "see `rrouter help`"),
     ("--nosuch",            "see `rrouter help`"),
     ("help nosuch",         "see `rrouter help`"),
     ("status --nosuch",     "see `rrouter status --help`"),
     ("ag extra",            "see `rrouter antigravity --help`"),
-    ("mode a b",            "see `rrouter mode --help`"),
     ("config nosuch",       "see `rrouter config --help`"),
-    ("config path extra",   "see `rrouter config --help`"),
-    ("serve 8316",          "see `rrouter serve --help`"),
-    ("stop --force",        "see `rrouter stop --help`"),
-    ("logs -n 5",           "see `rrouter logs --help`"),
     ("completion",          "see `rrouter completion --help`"),
-    ("completion csh",      "see `rrouter completion --help`"),
 )
 NOTHING_RUNS = "(?i)not running|no rrouter is running"
 
@@ -8256,26 +8247,20 @@ class CommandLineTest(CommandTest):
             for word in (row.name, *row.aliases):
                 self.assertEqual(self.run_here(word, "--help", COLUMNS="60").stdout, text)
 
-    @unittest.skipUnless(shutil.which("bash"), "no bash")
-    def test_bash_completes_commands_and_what_follows_them(self):
-        script = self.run_here("completion", "bash", check=0).stdout
-        for line, offered in (("rrouter st", ["start", "stop", "status"]),
-                              ("rrouter status --", ["--json", "--watch"]),
-                              ("rrouter config e", ["edit"]), ("rrouter stop ", []),
-                              ("rrouter mode c", ["claude"]), ("rrouter help exp", ["explain"])):
-            words = line.split(" ")
-            done = subprocess.run(["bash", "-c", script + (
-                '\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _rrouter; echo "${COMPREPLY[@]}"'),
-                "bash", *words], capture_output=True, text=True)
-            self.assertEqual((done.stdout.split(), done.stderr), (offered, ""), line)
-
-    def test_other_shells_get_every_command(self):
-        for shell in ("zsh", "fish"):
+    def test_shells_complete_commands_and_what_follows_them(self):
+        for shell in ("bash", "zsh", "fish"):
             script = self.run_here("completion", shell, check=0).stdout
-            for row in rrouter.COMMANDS:
-                self.assertIn(row.name, script)
             if shutil.which(shell):
                 subprocess.run([shell, "-n"], input=script.encode(), check=True)
+            self.assertEqual([row.name for row in rrouter.COMMANDS if row.name not in script], [])
+        ask = '\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _rrouter; echo "${COMPREPLY[@]}"'
+        script = self.run_here("completion", "bash").stdout + ask
+        for line, offered in (("st", "start stop status"), ("status --", "--json --watch"),
+                              ("config e", "edit"), ("stop ", ""), ("mode c", "claude"),
+                              ("help exp", "explain")):
+            words = ["rrouter", *line.split(" ")]
+            done = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True)
+            self.assertEqual((done.stdout.decode(), done.stderr), (offered + "\n", b""), line)
 
     def test_colours_are_for_terminals_unless_the_environment_says_otherwise(self):
         for env, colours in (
@@ -8330,9 +8315,7 @@ class CommandLineTest(CommandTest):
 
     def test_a_mode_file_that_cannot_be_used_is_named(self):
         self.home.write("mode", "nosuch\n")
-        done = self.run_here("mode", check=0)
-        self.assertEqual(done.stdout, "claude\n")
-        self.assertIn("mode 'nosuch' is not defined", done.stderr)
+        self.assertRegex(self.run_here("mode").stderr, "mode 'nosuch' is not defined")
         self.assertRegex(self.run_here("status", check=3).stdout, "problem: .*'nosuch'")
 
     def test_fresh_files_are_private(self):
@@ -8404,16 +8387,12 @@ class CommandLineTest(CommandTest):
         self.assertEqual((self.home.root / ".rrouter").read_text(), "")
 
     def test_a_home_that_is_missing_or_relative_does_no_harm(self):
-        for value in (None, "", "here"):
-            with self.subTest(value):
-                env = {"HOME": value} if value is not None else {}
-                del self.home.env["HOME"]
-                done = self.run_here("config", "path", **env)
-                self.home.env["HOME"] = str(self.home.root)
-                if value == "here":
-                    self.assert_fails(done, 2, "HOME=here: expected the absolute path")
-                else:
-                    self.assertTrue(os.path.isabs(done.stdout.strip()), done)
+        del self.home.env["HOME"]
+        path = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".rrouter", "config.json\n")
+        self.assertEqual(self.run_here("config", "path").stdout, path)
+        self.assertEqual(self.run_here("config", "path", HOME="").stdout, path)
+        self.assert_fails(self.run_here("config", "path", HOME="here"), 2,
+                          "HOME=here: expected the absolute path")
 
 
 # Runs commands of rrouter, found in the directory argv[1], many times: each time in a child that
@@ -8536,12 +8515,6 @@ class ConfigCommandTest(CommandTest):
         self.assertEqual(printed["modes"], config["modes"])
         self.assertEqual(printed["auto"], {**DEFAULT_CONFIG["auto"], **config["auto"]})
 
-    def test_config_complains_about_a_bad_file(self):
-        self.home.write("config.json", "{")
-        done = self.run_here("config", check=1)
-        self.assertRegex(done.stderr, r"config\.json.*1:2")
-        self.assertEqual(done.stdout, "")
-
     def test_edit_begins_with_the_defaults(self):
         done = self.edit("/nonexistent", VISUAL="'%s' -w" % self.editor)
         self.assertEqual(done.returncode, 0, done)
@@ -8635,12 +8608,6 @@ class CopiedFileTest(LoopbackTest):
 class EnvironmentTest(CommandTest):
     """Values are judged by ReadEnvironmentTest; these commands need them."""
 
-    def test_an_empty_home_counts_as_unset(self):
-        import pwd
-        expected = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".rrouter", "config.json")
-        self.assertEqual(self.home.run("config", "path", check=0, env={"HOME": ""}).stdout.strip(),
-                         expected)
-
     def test_an_odd_umask_keeps_the_files_readable(self):
         shell = ["/bin/sh", "-c", 'umask 0777; exec "$@"', "sh", *PYTHON, RROUTER]
         for command in (("ag",), ("config", "reset"), ("mode",), ("config",)):
@@ -8660,10 +8627,6 @@ class EnvironmentTest(CommandTest):
                 self.assertRegex(done.stderr, r"config\.json:1:2(.|\n)*'\\ud55c' is not defined")
                 self.assertFalse((self.home.dir / "mode").exists())
             self.assertIn("in force", self.home.run("auto", check=0).stdout)
-
-    def test_help_survives_the_loss_of_docstrings(self):
-        done = self.home.run("help", program=[sys.executable, "-OO", RROUTER], check=0)
-        self.assertIn("usage: rrouter COMMAND", done.stdout)
 
     def test_a_link_that_leads_nowhere_is_named_as_such(self):
         for target in ("nowhere", ".rrouter"):
@@ -8771,16 +8734,6 @@ class AutoCommandTest(AutoTest):
             printed = self.say("status", "--watch", check=130)
         self.assertEqual(printed.count("mode:     auto\n"), 2)
 
-    def test_logs_print_the_end_of_the_log_and_decisions_alone(self):
-        self.rrouter.post()
-        self.upstream.play(error(503), stream())
-        self.rrouter.post()
-        wait_until(lambda: "failed: 503)" in self.rrouter.log())
-        lines = self.rrouter.log().splitlines()
-        self.assertEqual(self.say("logs").splitlines(), lines[-rrouter.LOG_SHOWN:])
-        self.assertEqual(self.say("logs", "--auto").splitlines(),
-                         [line for line in lines if "[AUTO]" in line][-rrouter.LOG_SHOWN:])
-
     def test_a_target_whose_credential_is_blocked_is_named_by_check(self):
         home = self.rrouter.home
         self.upstream.play(error(503, "auth_unavailable: no auth available"), stream())
@@ -8798,26 +8751,26 @@ class LogsTest(CommandTest):
     def test_it_goes_back_into_the_rotated_files(self):
         self.assert_fails(self.run_here("logs"), 1, "`rrouter start` begins it")
         (self.home.dir / "logs").mkdir(parents=True)
-        for name, numbers in (("rrouter.log.2", range(30)), ("rrouter.log.1", range(30, 35)),
-                              ("rrouter.log", range(35, 40))):
-            self.home.write("logs/" + name, "".join(map("%d [AUTO]\n%d\n".__mod__, zip(
-                numbers, numbers))))
+        for name, numbers in ((".2", range(30)), (".1", range(30, 35)), ("", range(35, 40))):
+            self.home.write("logs/rrouter.log" + name, "".join(
+                "%d [AUTO]\n%d\n" % (number, number) for number in numbers))
         self.assertEqual(self.run_here("logs", "--auto", check=0).stdout.split("\n"),
                          [*map("%d [AUTO]".__mod__, range(20, 40)), ""])
+        self.assertEqual(self.run_here("logs", check=0).stdout.split()[::3],
+                         [*map(str, range(30, 40))])
 
     def test_it_follows_over_rotation_and_truncation(self):
         (self.home.dir / "logs").mkdir(parents=True)
         log = self.home.dir / "logs" / "rrouter.log"
         log.write_bytes(b"old\n")
-        lines = rrouter.follow(str(log))
         steps = (lambda: log.write_bytes(b"old\none\ntw"),
                  lambda: log.write_bytes(b"old\none\ntwo\n"),
                  lambda: (log.rename(log.with_suffix(".log.1")), log.write_bytes(b"three\n")),
                  lambda: log.write_bytes(b"4\n"))
         with mock.patch.object(rrouter.time, "sleep", side_effect=(step() for step in steps)), \
-                contextlib.closing(lines):
-            got = [next(lines) for _ in range(4)]
-        self.assertEqual(got, [b"one\n", b"two\n", b"three\n", b"4\n"])
+                contextlib.closing(rrouter.follow(str(log))) as lines:
+            self.assertEqual([next(lines) for _ in range(4)],
+                             [b"one\n", b"two\n", b"three\n", b"4\n"])
 
 
 class StartReportTest(LoopbackTest):
@@ -8839,6 +8792,13 @@ class StartReportTest(LoopbackTest):
         home.env["RROUTER_UPSTREAM"] = upstream.url
         self.assertRegex(home.run("restart", check=0).stdout,
                          r"\A.*stopped.*\n.*runs on.*\nupstream: %s, reachable\n\Z" % upstream.url)
+
+    def test_only_what_cliproxyapi_repeats_by_itself_is_a_late_failure(self):
+        for fault, status, took_s, is_late in (
+                ("STATUS", 429, 20.1, True), ("STATUS", 429, 20, False), ("STATUS", 500, 60, True),
+                ("SHELF", 503, 30, True), ("STATUS", 400, 60, False), ("TIMEOUT", 504, 150, False)):
+            outcome = Outcome(Fault[fault], status, "", 1000, 1000 + took_s)
+            self.assertEqual(bool(rrouter.slow_failure(outcome)), is_late, outcome)
 
     def test_a_failure_that_came_late_is_named_in_log_and_status(self):
         upstream = self.start_upstream(error(429, pause_s=0))
@@ -8918,20 +8878,17 @@ class CheckTest(RouterTest):
     CLIENTS = (
         # settings.json,          shell,                 level,  words
         ("here/@claude",          "",                    "ok",   "claude code: .*/@claude, by"),
-        ("here/",                 "",                    "ok",   "claude code: goes to"),
         ("here/v1",               "",                    "warn", "claude code: .*/v1, .*not work"),
         ("here/@claude/v1",       "",                    "warn", "claude code: .*/v1, .*not work"),
         ("https://localhost:%d",  "",                    "warn", "claude code: https:.*not work"),
         ("http://localhost:1",    "",                    "warn", "claude code: goes elsewhere"),
         ("http://u:word@h:1",     "",                    "warn", r"claude code: .*\*\*\*@h:1, by"),
         ("{",                     "",                    "warn", "claude code: .*json: not JSON"),
-        ("[]",                    "",                    "warn", "claude code: set "),
         ('{"env": 7}',            "",                    "warn", "claude code: set "),
         ("{}",                    "",                    "warn", "claude code: set "),
         ("{}",                    "here",                "ok",   "claude code: .* by this shell"),
         ("here",                  "http://localhost:1/", "warn", "shell: .*points elsewhere"),
         ("here",                  "http://u:word@h:1",   "warn", r"shell: .*=http://\*\*\*@h:1 p"),
-        ("here",                  "http://[::1",         "warn", "shell: .*points elsewhere"),
     )
 
     def test_a_client_that_points_elsewhere_is_named(self):
@@ -8961,7 +8918,6 @@ class CheckTest(RouterTest):
     UPSTREAMS = (
         # status and body of /v1/models,            key in,                 the line
         (200, "{}",                                 "ANTHROPIC_AUTH_TOKEN", "warn  models: .*list"),
-        (200, '{"data":[{"id":[]},{"id":"a"}]}',    "ANTHROPIC_AUTH_TOKEN", "warn  models: .*list"),
         (200, '{"data":[{"id":1},{"id":"a"}]}',     "ANTHROPIC_AUTH_TOKEN", "warn  .* know gemini"),
         (404, "{}",                                 "ANTHROPIC_AUTH_TOKEN", "warn  .* with 404"),
         (401, '{"x":\n"sk-secret-token"}',          "ANTHROPIC_AUTH_TOKEN",
@@ -8991,20 +8947,18 @@ class CheckTest(RouterTest):
             self.check("fail  upstream: .*verify failed: .*private CA.* SSL_CERT_FILE")
 
     def test_names_the_upstream_does_not_know_come_with_one_block_of_aliases(self):
-        config = rrouter.config_of(None)
-        for owner, opus, flash in (
-                ("antigravity", "claude-opus-4-6-thinking", "gemini-3-flash"),
-                ("anthropic", *["AN-ID-OF-ANTIGRAVITY"] * 2)):
-            ids = LISTED[0], "claude-opus-4-6-thinking", "claude-sonnet-4-6", "gemini-3-flash"
-            listed = list_models(*ids, owner=owner).chunks[0]
-            (level, text), = rrouter.check_models(config, listed)
-            head, *lines = text.split("\n")
-            self.assertIn("the upstream does not know %s, %s (400" % (LISTED[2], LISTED[1]), head)
-            self.assertIn("claude-sonnet-4-6, gemini-3-flash)" if owner == "antigravity" else
-                          "none is listed: log in", head)
-            entries = ['- name: "%s"' % flash, '  alias: "%s"' % LISTED[2], "  fork: true",
-                       '- name: "%s"' % opus, '  alias: "%s"' % LISTED[1],
-                       *["  fork: true"] * (owner != "antigravity")]
+        opus, flash, none = "claude-opus-4-6-thinking", "gemini-3-flash", "AN-ID-OF-ANTIGRAVITY"
+        for owner, ids, head in (("antigravity", (flash, opus), ", claude-sonnet-4-6, gemini-3-"),
+                                 ("anthropic", (none, none), "none is listed: log in")):
+            listed = list_models(LISTED[0], opus, "claude-sonnet-4-6", flash, owner=owner).chunks[0]
+            (level, text), = rrouter.check_models(rrouter.config_of(None), listed)
+            first, *lines = text.split("\n")
+            self.assertIn("does not know %s, %s (400" % (LISTED[2], LISTED[1]), first)
+            self.assertIn(head, first)
+            entries = []
+            for known, alias in zip(ids, (LISTED[2], LISTED[1])):
+                entries += ['- name: "%s"' % known, '  alias: "%s"' % alias]
+                entries += ["  fork: true"] * (known != opus)
             self.assertEqual((level, lines), ("warn", [" " * 8 + line for line in (
                 "# version 7", "oauth-model-alias:", "  antigravity:",
                 *("    " + entry for entry in entries),
@@ -9053,13 +9007,6 @@ class CheckTest(RouterTest):
                 "rrouter.__version__ = '9.9.9'; sys.exit(rrouter.main(['check']))")
         done = self.home.run("-c", code, os.path.dirname(compiled()), program=PYTHON, check=0)
         self.assertRegex(done.stdout, "(?m)^warn +version: .* this program 9.9.9: rrouter restart")
-
-    def test_status_and_check_say_that_the_upstream_is_down(self):
-        home = self.start_rrouter("http://127.0.0.1:9").home
-        self.assertRegex(run_here(home, "status").stdout, "(?m)^upstream: .*:9, not reachable$")
-        done = run_here(home, "check")
-        self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stdout, r"(?m)^fail  upstream: http://127\.0\.0\.1:9 ")
 
 
 # Installation #################################################################
