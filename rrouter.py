@@ -5275,8 +5275,9 @@ def read_config(paths: Paths) -> Config:
     try:
         return config_of(read_file(paths.config))
     except (ConfigError, UnicodeDecodeError, OSError) as error:
-        raise RouterError(f"{describe_config_error(error)} ({paths.config}): fix it with `rrouter "
-                          "config edit` or start over with `rrouter config reset`") from error
+        where = describe_config_error(error).replace("config.json", paths.config, 1)
+        raise RouterError(f"{where}: fix it with `rrouter config edit` or start over with `rrouter "
+                          "config reset`") from error
 
 
 def write_file(path: str, text: str) -> None:
@@ -5971,10 +5972,11 @@ def check_upstream(home: str, settings: Settings,
     if status == 502 and b"is rrouter itself" in body:
         yield FAIL, f"{label} is rrouter itself: set RROUTER_UPSTREAM to the address of CLIProxyAPI"
     elif status in (401, 403):
+        refused = "the key of Claude Code" if key else "a request without a key"
         words = printable(" ".join(body.decode("utf-8", "replace").split()), 200)
-        yield FAIL, (f"{label} refuses {'the key of Claude Code' if key else 'a missing key'} "
-                     f"({status} {words.replace(key, '***') if key else words}): compare api-keys "
-                     "(version 8: access.api-keys) in CLIProxyAPI's config with "
+        words = words.replace(key, "***") if key else words
+        yield FAIL, (f"{label} refuses {refused} ({status} {words}): compare api-keys (version 8: "
+                     "access.api-keys) in CLIProxyAPI's config with "
                      f"{name or 'ANTHROPIC_AUTH_TOKEN, which Claude Code has to send'}")
     elif status != 200:
         yield WARN, f"{label} answers /v1/models with {status}: cannot compare the rules with it"

@@ -8673,6 +8673,9 @@ class DemoTest(LoopbackTest):
         self.assertEqual(re.findall(r"(?m)^  (\d{3} .*)", done.stdout), [
             claude, gemini, gemini, *[claude + ", 2 tries"] * 3, claude, gemini])
         self.assertLessEqual(max(map(len, done.stdout.splitlines())), 80)
+        for title, _, _, meaning in rrouter.DEMO_STEPS:
+            self.assertIn(title + "\n  200", done.stdout)
+            self.assertIn("\n  %s\n" % meaning, done.stdout)
         self.assertRegex(done.stdout, r"(?s)notice: nothing.*Next.* start .* check .* auto ")
         self.assertEqual((list(self.home.root.iterdir()), done.stderr), ([], ""))
 
@@ -8924,7 +8927,7 @@ class CheckTest(RouterTest):
          r'fail  upstream: .*401 {"x": "\*\*\*"}.*ANTHROPIC_AUTH_TOKEN'),
         (403, '{"error":"unsafe_example_api_key"}', "ANTHROPIC_API_KEY",
          "fail  upstream: .*403 .*unsafe_example_api_key.*ANTHROPIC_API_KEY"),
-        (401, "{}",                                 "X", "fail  upstream: .*refuses a missing key"),
+        (401, "{}",                                 "X", "fail  upstream: .*request without a key"),
         (502, "upstream is rrouter itself;",        "X", "fail  upstream: .*is rrouter itself:"),
     )
 
@@ -8984,7 +8987,7 @@ class CheckTest(RouterTest):
         put(self.home, "config.json", "{")
         self.addCleanup((self.home.dir / "config.json").unlink)
         put(self.home, "mode", "nosuch\n")
-        self.check(r"fail +config: config\.json.*1:2", "warn +mode: .*nosuch")
+        self.check(r"fail +config: .*/config\.json:1:2", "warn +mode: .*nosuch")
 
     def test_an_installed_service_is_examined(self):
         unit = self.home.root / ".config" / "systemd" / "user" / "rrouter.service"
