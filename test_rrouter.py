@@ -8305,7 +8305,7 @@ class CommandLineTest(CommandTest):
 
     def test_an_unknown_mode_is_refused_and_the_known_ones_are_named(self):
         self.home.write("mode", "claude\n")
-        self.assert_fails(self.run_here("mode", "antigravty"), 1, "antigravty", "antigravity, "
+        self.assert_fails(self.run_here("mode", "antigravty", COLUMNS="40"), 1, "antigravity, "
                           "claude, auto", "did you mean 'antigravity'")
         self.home.write("config.json", altered("auto.targets", ["claude", "nosuch"]))
         self.assert_fails(self.run_here("auto"), 1, r"config\.json: auto\.targets")
