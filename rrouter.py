@@ -72,7 +72,7 @@ import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar, Union
 
 __version__ = "5.0.0"
 
@@ -122,6 +122,7 @@ UNSTREAMED_MAX_S = 280          # Claude Code gives up at 300 s, so a later time
 RECHECK_S = 60                  # a shorter cooldown moves a conversation, uncached, back and forth
 EVENT_S = 2                     # between failures that one event may have caused
 EVENTS_REMEMBERED = 16          # failures that a later one is compared with
+SLOW_FAILURE_S = 20             # by then CLIProxyAPI has repeated the request by itself
 LONG_FAILURE_S = 60             # a failure this slow counts although the client did not wait longer
 ABANDONED_S = 120               # of silence in a stream, after which a client gives the target up
 MODELS_REMEMBERED = 256         # bounds the memory that names from outside can take
@@ -174,6 +175,8 @@ LOG_MAX_BYTES = 10 * 1024 * 1024    # of one log file
 LOG_FILES = 3                   # rotated ones, beside the one being written
 CUT_OFF_S = 1                   # for requests to end that the drain has not waited for
 DRAIN_S = 30                    # for running requests after SIGTERM; systemd kills after 45 s
+LOG_SHOWN = 20                  # lines that `logs` begins with
+MODELS_SHOWN = 5                # by `explain` without a name
 STATUS_SCOPES = 3               # in a status line: auto itself, and models that switched alone
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
 
@@ -334,6 +337,11 @@ class Config(NamedTuple):
     auto: AutoSettings
     auto_error: str             #: why mode auto cannot be used; "" if it can
     problems: tuple[str, ...]   #: complaints that do no harm
+
+    @property
+    def choices(self) -> list[str]:
+        """The modes that can be set."""
+        return [*self.modes] + [MODE_AUTO] * (not self.auto_error)
 
     def resolve(self, mode: str) -> str:
         """Return the mode in force for `mode`, one of the modes or a usable `auto`."""
@@ -749,6 +757,12 @@ def describe_config_error(error: Exception) -> str:
         return f"config.json: cannot be read: {reason_of(error)}"
     text = str(error)
     return f"config.json{':' if text[:1].isdigit() else ': '}{text}"
+
+
+def describe_unknown_mode(mode: str, choices: Iterable[str]) -> str:
+    """Return what to say of a mode that cannot be set."""
+    return (f"mode '{printable(mode, 40)}' is not defined by config.json "
+            f"(defined: {', '.join(choices)})")
 
 
 def _is_host_name(host: str) -> bool:
@@ -2042,7 +2056,10 @@ class Failover:
     def report(self, active: bool) -> dict[str, Any]:
         """Return the `autoSwitch` object of /health."""
         with self._lock:
-            now, common = self._clock(), {"active": active, "targets": list(self._auto.targets)}
+            now = self._clock()
+            common = {"active": active, "targets": list(self._auto.targets),
+                      "failureThreshold": self._auto.failure_threshold,
+                      "timeoutThreshold": self._auto.timeout_threshold}
             models = {model: dict(common, **own.report(now))
                       for model, own in self._models.items() if own.state != CLOSED}
             return dict(common, **self._whole.report(now), models=models)
@@ -2071,15 +2088,46 @@ class Failover:
             self._whole, self._models = whole, models
 
 
-def _status_note(auto: dict[str, Any]) -> str:
+def slow_failure(outcome: Outcome) -> str:
+    """Return what to do about a failure that came late, "" if there is nothing."""
+    took_s = outcome.ended - outcome.began
+    if (outcome.fault not in (Fault.STATUS, Fault.SHELF) or took_s <= SLOW_FAILURE_S
+            or (outcome.status < 500 and outcome.status not in (403, 408, 429))):
+        return ""
+    return (f"CLIProxyAPI waited {took_s:.0f} s before this {outcome.status}; "
+            "set max-retry-interval: 8")
+
+
+def failed_side(auto: dict[str, Any]) -> tuple[str, str, str]:
+    """Return which target was left, why, and the last failure alone.
+
+    For example: antigravity, `gave 3 HTTP errors in a row, last 429`, `429`.
+    """
+    failed = next(name for name in auto["targets"] if name != auto["currentTarget"])
+    reason = auto["reason"] or ""
+    return (failed, re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row",
+                           reason),
+            printable(re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", reason), 40))
+
+
+def until_probe(auto: dict[str, Any]) -> str:
+    """Return when the target that was left is probed: 23m, 59s, now."""
+    left_s: int = auto["cooldownRemainingSeconds"]
+    return f"{math.ceil(left_s / 60)}m" if left_s >= 60 else f"{left_s}s" if left_s else "now"
+
+
+def counted(auto: dict[str, Any]) -> str:
+    """Return the failures that count against the current target: 2 of 3 failures."""
+    return ", ".join(f"{auto[kind + 'Count']} of {auto[kind + 'Threshold']} {kind}s"
+                     for kind in ("failure", "timeout") if auto[kind + "Count"])
+
+
+def scope_note(auto: dict[str, Any]) -> str:
     """Return " (antigravity 429, 23m)": which target failed, how, and when it is probed."""
     if not auto["switched"]:
         return ""
-    failed = next(name for name in auto["targets"] if name != auto["currentTarget"])
-    what = re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", auto["reason"] or "")
-    left = auto["cooldownRemainingSeconds"]
-    when = f"{math.ceil(left / 60)}m" if left >= 60 else f"{left}s" if left else "now"
-    return f" ({failed} {printable(what, 40)}, {when})"
+    failed, _, what = failed_side(auto)
+    return f" ({failed} {what}, {until_probe(auto)})"
 
 
 def status_line(health: dict[str, Any]) -> str:
@@ -2087,7 +2135,7 @@ def status_line(health: dict[str, Any]) -> str:
     auto = health["autoSwitch"]
     if auto["active"]:
         scopes = {"auto": auto, **auto["models"]}
-        parts = [f"{printable(name, 40)} → {own['currentTarget']}{_status_note(own)}"
+        parts = [f"{printable(name, 40)} → {own['currentTarget']}{scope_note(own)}"
                  for name, own in itertools.islice(scopes.items(), STATUS_SCOPES)]
         hidden = len(scopes) - len(parts)
         parts += [f"{hidden} more"] if hidden else []
@@ -2440,9 +2488,7 @@ class Store:
             complaint = f"config.json: {config.auto_error}"
             problems += [] if complaint in problems else [complaint]
         elif word is not None and word != mode:
-            defined = ", ".join([*config.modes, MODE_AUTO])
-            problems.append(f"mode: '{printable(word, 40)}' is not defined by config.json "
-                            f"(defined: {defined}); {mode} is in force")
+            problems.append(f"{describe_unknown_mode(word, config.choices)}; {mode} is in force")
         return Snapshot(config, mode, tuple(problem for problem in problems if problem))
 
 
@@ -3701,8 +3747,8 @@ class Router:
         problems = [*snapshot.problems, self.log.problem, self.state.problem]
         return {"status": "ok", "version": __version__, "mode": snapshot.mode,
                 "currentTarget": auto["currentTarget"] if is_auto else snapshot.mode,
-                "defaultMode": snapshot.config.default_mode, "requestCount": self._requests,
-                "activeRequests": self._active,
+                "defaultMode": snapshot.config.default_mode, "modes": snapshot.config.choices,
+                "requestCount": self._requests, "activeRequests": self._active,
                 "requests": {**self._results, "lastFailure": self._last_failure},
                 "uptimeSeconds": int(time.monotonic() - self._started),
                 "pid": os.getpid(), "instance": self.instance, "startedBy": self.started_by,
@@ -3777,6 +3823,9 @@ class Exchange:
         if attempt.healed:
             self._router.log.write("HEAL", f"#{self._number} {route.target} rejected thinking "
                                    "blocks of another backend: sent again without them")
+        slow = slow_failure(attempt.outcome)
+        if slow:
+            self._router.log.write("SLOW", f"#{self._number} {route.target}: {slow}")
         return attempt
 
     # ---- From the response on
@@ -3882,7 +3931,7 @@ class Exchange:
         for attempt in self._attempts:
             if attempt.outcome.fault not in (None, Fault.LEFT):
                 failure = {"at": utc(attempt.outcome.ended), "target": attempt.route.target,
-                           "what": attempt.outcome.what}
+                           "what": attempt.outcome.what, "slow": slow_failure(attempt.outcome)}
         if status == LEFT.status:       # neither an answer nor a failure
             return "", failure
         if status >= 400 or self._chosen is None or self._chosen.outcome.fault is not None:
@@ -4330,7 +4379,10 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | N
 def describe_taken(settings: Settings) -> str:
     """Return what to say when the port is taken."""
     health = ask_health(settings.host, settings.port, timeout_s=1)
-    owner = f"rrouter (pid {health['pid']})" if health else port_owner(settings.port)
+    if health:
+        return (f"port {settings.port} is taken by rrouter (pid {health['pid']}): if it is yours, "
+                "`rrouter stop` stops it; else set RROUTER_PORT")
+    owner = port_owner(settings.port)
     return (f"port {settings.port} is taken{f' by {owner}' if owner else ''}: stop that program or "
             "set RROUTER_PORT (CLIProxyAPI's pprof uses 8316 by default: see pprof.addr in its "
             "config)")
@@ -4829,17 +4881,8 @@ def start_daemon(paths: Paths, home: str) -> str:
             raise DaemonError(f"{error.filename or 'cannot start a process'}: "
                               f"{reason_of(error)}") from error
     daemon, health = wait_for_health(paths)
-    text = (f"rrouter runs (pid {daemon.pid}, port {daemon.port}, by {health['startedBy']}), "
-            f"mode {health['mode']}")
-    runs = Settings(daemon.host, daemon.port, health["upstreamURL"],
-                    tuple(filter(None, daemon.allowed_hosts.split(","))))
-    if manager and any(os.environ.get(f"RROUTER_{name.upper()}")
-                       and getattr(settings, name) != getattr(runs, name)
-                       for name in Settings._fields):
-        text += (f"\nnote: {manager.name} starts it on {health['listenAddr']} -> "
-                 f"{health['upstreamURL']}, without the RROUTER_* of this shell: put them into "
-                 f"{os.path.join(home, '.config', 'rrouter.env')}")
-    return text
+    by = f", by {manager.name}" if manager else ""
+    return f"rrouter runs on {health['listenAddr']} (pid {daemon.pid}{by}), mode {health['mode']}"
 
 
 def _listens(host: str, port: int) -> bool:
@@ -4905,6 +4948,173 @@ def stop_daemon(paths: Paths, home: str) -> str:
     return text
 
 
+# Terminal #####################################################################
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+COLOURS = {OK: 32, WARN: 33, FAIL: 31, "antigravity": 36, "claude": 35, MODE_AUTO: 34}
+
+
+def painted(word: str) -> str:
+    """Return `word` in its colour where stdout shows colours."""
+    env = os.environ.get
+    shows = not env("NO_COLOR") and (env("FORCE_COLOR") not in (None, "", "0") or (
+        sys.stdout.isatty() and env("TERM") != "dumb"))
+    return f"\033[{COLOURS[word]}m{word}\033[0m" if shows and word in COLOURS else word
+
+
+def wrapped(text: str, indent: int) -> str:
+    """Return `text`, its first line as wide as the terminal; `grep` in a pipe gets it whole."""
+    import shutil
+    import textwrap
+    first, *rest = text.split("\n")
+    if sys.stdout.isatty() or os.environ.get("COLUMNS"):
+        width = max(40, min(80, shutil.get_terminal_size().columns))
+        first = textwrap.fill(first, width, subsequent_indent=" " * indent,
+                              break_long_words=False, break_on_hyphens=False)
+    return "\n".join([first, *rest])
+
+
+def complain(*texts: object) -> None:
+    """Print lines on stderr that name rrouter; a terminal gets them wrapped."""
+    for text in texts:
+        line = f"rrouter: {text}"
+        print(wrapped(line, 9) if sys.stderr.isatty() else line, file=sys.stderr)
+
+
+# Demo #########################################################################
+
+DEMO_PAUSE_S = 0.8              # for reading a step
+DEMO_COOLDOWN_S = 3
+DEMO_START = """\
+rrouter demo: the real router and a scripted CLIProxyAPI, both inside this
+process. It needs no account and no network, and leaves no file.
+
+Each line with a status shows what Claude Code gets when it asks for
+claude-sonnet-5-5: the target that answers, the name sent there, the tries.
+"""
+# Title, mode that the step sets, whether Antigravity refuses its request, meaning.
+DEMO_STEPS = (
+    ("$ rrouter claude", "claude", False, "The name stays as it is."),
+    ("$ rrouter antigravity", "antigravity", False,
+     "A rule writes another name. You notice: another model, in the same session."),
+    ("$ rrouter auto", MODE_AUTO, False, "Antigravity, as long as it works."),
+    ("Antigravity's quota runs out: from now on it responds 429", "", True,
+     "Antigravity refused, so claude got the same request. You notice: nothing."),
+    ("the next request", "", True, "Rescued again. You notice: nothing."),
+    ("the next request", "", True,
+     "The third failure in a row: rrouter switches to claude. You notice: nothing."),
+    ("the next request", "", True, "Straight to claude. You notice: nothing."),
+    (f"{DEMO_COOLDOWN_S} s later (30 min outside the demo) the quota is back", "", False,
+     "This one request probed antigravity: all return to it. You notice: nothing."))
+DEMO_END = """
+Next, with CLIProxyAPI running on port 8317:
+  {rrouter} start     start rrouter on port 8316
+  {rrouter} check     what is still missing, and what to do about it
+  {rrouter} auto      what you have just seen
+  export ANTHROPIC_BASE_URL=http://localhost:8316; claude"""
+DEMO_STAY = """
+This router and its upstream stay until Ctrl-C. In another shell:
+  export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=demo
+  curl {url}/v1/messages -d '{{"model": "claude-sonnet-5-5"}}'"""
+DEMO_EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("message_start", {"message": {
+        "id": "msg_demo", "type": "message", "role": "assistant", "model": "demo", "content": [],
+        "usage": {"input_tokens": 1, "output_tokens": 0}}}),
+    ("content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}),
+    ("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": "hello"}}),
+    ("content_block_stop", {"index": 0}),
+    ("message_delta", {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 1}}),
+    ("message_stop", {}))
+
+
+class DemoUpstream(http.server.BaseHTTPRequestHandler):
+    """A scripted CLIProxyAPI: names that begin with gemini are Antigravity's."""
+
+    protocol_version = "HTTP/1.1"
+    refuses = False             #: whether Antigravity responds 429
+
+    def handle(self) -> None:
+        """Carry requests through until the other side leaves."""
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
+
+    def do_POST(self) -> None:
+        """Respond with a short stream, or with 429."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, kind, data = 200, b"text/event-stream", b"".join(
+            b"event: %b\ndata: %b\n\n" % (event.encode(), json.dumps(
+                {"type": event, **members}).encode()) for event, members in DEMO_EVENTS)
+        if self.refuses and b'"gemini' in body:
+            status, kind, data = 429, b"application/json", b'{"error": "quota exhausted"}'
+        self.wfile.write(b"HTTP/1.1 %d Demo\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b"
+                         % (status, kind, len(data), data))
+
+
+def demo_request(port: int) -> str:
+    """Send a request as Claude Code does; return the status, and who answered it."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/messages",
+                           '{"model": "claude-sonnet-5-5", "stream": true, "messages": []}')
+        response = connection.getresponse()
+        response.read()
+        target, name, tries = (response.headers[f"x-rrouter-{field}"]
+                               for field in ("target", "model", "attempts"))
+        return f"{response.status} {painted(target)} {name}" + ", 2 tries" * (tries == "2")
+
+
+@contextlib.contextmanager
+def demo_router(home: str) -> Iterator[Router]:
+    """Run a scripted upstream and a router on free ports, with files in `home`."""
+    paths, config = Paths(home), config_of(None)
+    paths.create()
+    auto = config.auto._replace(cooldowns_s=(DEMO_COOLDOWN_S,))
+    write_atomically(paths.config, config_text(config._replace(auto=auto)))
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), DemoUpstream) as upstream:
+        upstream.daemon_threads = True
+        settings = Settings("127.0.0.1", 0, f"http://127.0.0.1:{upstream.server_address[1]}")
+        router = Router(settings, paths, Log(paths.log, echo=False), "demo")
+        router.load()
+        with listen(settings, router)[0] as server:
+            router.settings = settings._replace(port=server.server_port)
+            for each in (upstream, server):
+                threading.Thread(target=each.serve_forever, daemon=True).start()
+            try:
+                yield router
+            finally:
+                server.shutdown()
+                upstream.shutdown()
+
+
+def cmd_demo(context: Any) -> None:
+    """Show by real requests what rrouter does; with --stay, keep it running."""
+    import tempfile
+    for number in (signal.SIGTERM, signal.SIGHUP):      # else they would leave the folder
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    with tempfile.TemporaryDirectory(prefix="rrouter-demo-") as home, demo_router(home) as router:
+        print(DEMO_START)
+        for title, mode, refuses, meaning in DEMO_STEPS:
+            DemoUpstream.refuses = refuses
+            if mode:
+                write_atomically(router.store.paths.mode, mode)
+            print(wrapped(title, 0), flush=True)
+            left_s = router.failover.report(True)["cooldownRemainingSeconds"]
+            time.sleep(DEMO_PAUSE_S if refuses else max(DEMO_PAUSE_S, left_s))
+            print(f"  {demo_request(router.settings.port)}\n{wrapped(f'  {meaning}', 2)}")
+        name = os.path.basename(sys.argv[0])
+        print(DEMO_END.format(rrouter=name if name == "rrouter" else f"python3 {sys.argv[0]}"))
+        if context.arguments.stay:
+            print(DEMO_STAY.format(url=f"http://{router.settings.listen_addr}"), flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:
+                    router.watch()
+                    router.log.flush()
+                    time.sleep(POLL_S)
+
+
 # Command line #################################################################
 
 class Command(NamedTuple):
@@ -4912,9 +5122,20 @@ class Command(NamedTuple):
 
     name: str
     aliases: tuple[str, ...]
-    run: Callable[[Any], int]               #: gets a Context, returns the exit status
+    run: Callable[[Any], int | None]        #: gets a Context, returns the exit status, None for 0
     help: str
     arguments: tuple[tuple[str, dict[str, Any]], ...] = ()      #: as `add_argument` takes them
+    example: str = ""
+
+    @property
+    def usage(self) -> str:
+        """Its line in the help: `config [edit|reset|path]`."""
+        words = [self.name]
+        for name, options in self.arguments:
+            if options.get("help") is not argparse.SUPPRESS:
+                word = "|".join(options.get("choices", ())) or options.get("metavar", "")
+                words.append(f"[{name if name[:1] == '-' else word}]")
+        return " ".join(words)
 
 
 class Context(NamedTuple):
@@ -4923,12 +5144,14 @@ class Context(NamedTuple):
     home: str
     paths: Paths
     arguments: argparse.Namespace
-    commands: tuple[Command, ...]           #: COMMANDS, for `help`
+    commands: tuple[Command, ...]           #: COMMANDS
 
 
-def complain(text: object) -> None:
-    """Print one line on stderr that names rrouter."""
-    print(f"rrouter: {text}", file=sys.stderr)
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return the question whether another word was meant, "" if none resembles it."""
+    import difflib
+    found = difflib.get_close_matches(word, list(words), 1)
+    return f"; did you mean '{found[0]}'?" if found else ""
 
 
 def read_config(paths: Paths) -> Config:
@@ -4936,8 +5159,9 @@ def read_config(paths: Paths) -> Config:
     try:
         return config_of(read_file(paths.config))
     except (ConfigError, UnicodeDecodeError, OSError) as error:
-        raise RouterError(f"{describe_config_error(error)} ({paths.config}): fix it with `rrouter "
-                          "config edit` or start over with `rrouter config reset`") from error
+        where = describe_config_error(error).replace("config.json", paths.config, 1)
+        raise RouterError(f"{where}: fix it with `rrouter config edit` or start over with `rrouter "
+                          "config reset`") from error
 
 
 def write_file(path: str, text: str) -> None:
@@ -4961,202 +5185,306 @@ def cmd_serve(context: Context) -> int:
         raise
 
 
-def cmd_start(context: Context) -> int:
-    """Start the daemon."""
-    print(start_daemon(context.paths, context.home))
-    return 0
-
-
-def cmd_stop(context: Context) -> int:
-    """Stop the daemon."""
-    print(stop_daemon(context.paths, context.home))
-    return 0
-
-
-def cmd_restart(context: Context) -> int:
-    """Stop the daemon and start it again, with its settings except what this shell sets."""
-    daemon = find_daemon(context.paths) or read_run(context.paths)      # it may have been killed
-    if daemon and not find_manager(context.home):       # a service has an environment file
-        for name in Settings._fields:
-            variable = f"RROUTER_{name.upper()}"
-            os.environ[variable] = os.environ.get(variable) or str(getattr(daemon, name))
-    read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
-    return cmd_stop(context) or cmd_start(context)
-
-
 def find_health(paths: Paths) -> tuple[Running | None, dict[str, Any] | None]:
     """Return the live daemon and its /health, None for what does not exist."""
     daemon = find_daemon(paths)
     return daemon, health_of(daemon) if daemon else None
 
 
-def _offline_mode(paths: Paths) -> str:
-    try:
-        word = mode_word(read_file(paths.mode))
-        config = read_config(paths)
-    except OSError as error:
-        return f"unknown: {paths.mode}: {reason_of(error)}"
-    except RouterError as error:
-        return f"unknown: {error}"
-    mode = config.resolve(word or config.default_mode)
-    if not word or word == mode:
-        return mode
-    return f"{mode} (the mode file says '{printable(word, 40)}')"
-
-
-def _print_rows(*rows: tuple[str, str]) -> None:
-    for name, text in rows:
-        print(f"{name and name + ':':10}{text}")
-
-
-def _uptime(seconds: int) -> str:
-    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
-    if days:
-        return f"{days}d {hours}h"
-    return f"{hours}h {minutes}m" if hours else f"{minutes}m {seconds % 60}s"
-
-
-def describe_target(auto: dict[str, Any], now: float) -> str:
-    """Return in words which target serves, since when, why, and when the other is probed."""
-    current: str = auto["currentTarget"]
-    if not auto["switched"]:
-        failing = [f"{auto[key]} {name}" for key, name in (
-            ("failureCount", "HTTP errors"), ("timeoutCount", "timeouts")) if auto[key]]
-        return current + (f" ({', '.join(failing)} in a row)" if failing else "")
-    failed = next(target for target in auto["targets"] if target != current)
-    reason = re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row",
-                    auto["reason"] or "")
-    since = datetime.datetime.strptime(auto["switchedAt"], "%Y-%m-%dT%H:%M:%SZ").replace(
-        tzinfo=datetime.timezone.utc).astimezone()
-    is_today = since.date() == datetime.datetime.fromtimestamp(now).date()
-    left = auto["cooldownRemainingSeconds"]
-    tries = f"in {math.ceil(left / 60)} min" if left >= 60 else f"in {left} s" if left else "now"
-    return (f"on {current} since {since.strftime('%H:%M' if is_today else '%Y-%m-%d %H:%M')} "
-            f"because {failed} {reason}; tries {failed} again {tries}")
+def print_rows(*rows: tuple[str, str], width: int = 10) -> None:
+    """Print labels and texts in two columns, a text that is a mode in its colour."""
+    for label, text in rows:
+        line = wrapped(f"{label and label + ':':{width}}{text}", width)
+        print(line.replace(text, painted(text), 1))
 
 
 def _port_of(parts: urllib.parse.SplitResult) -> int:
     return parts.port or (443 if parts.scheme == "https" else 80)
 
 
+def describe_upstream(url: str) -> str:
+    """Return the upstream's URL and whether something listens there."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{url}, {'' if _listens(parts.hostname or '', _port_of(parts)) else 'not '}reachable"
+
+
+def environment_of(daemon: Running) -> dict[str, str]:
+    """Return the RROUTER_* with which the daemon could have been started."""
+    return {f"RROUTER_{name.upper()}": str(getattr(daemon, name)) for name in Settings._fields}
+
+
+def cmd_start(context: Context) -> None:
+    """Start the daemon; say what is not well."""
+    print(start_daemon(context.paths, context.home))
+    daemon, health = find_health(context.paths)
+    if not daemon or not health:
+        return
+    upstream = describe_upstream(health["upstreamURL"])
+    runs = environment_of(daemon._replace(upstream=health["upstreamURL"]))
+    remedy = "`rrouter restart`"
+    if daemon.started_by in ("systemd", "launchd"):
+        remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
+    bad = [("problem", printable(problem, 500)) for problem in health["problems"]]
+    bad += [("note", f"{name}={value} of this shell is not in force: {remedy}")
+            for name, value in os.environ.items() if name in runs and value
+            and read_environment({**runs, name: value}) != read_environment(runs)]
+    bad += [("next", "rrouter check")] if bad or "not reachable" in upstream else []
+    print_rows(("upstream", upstream), *bad)
+
+
+def cmd_stop(context: Context) -> None:
+    """Stop the daemon."""
+    print(stop_daemon(context.paths, context.home))
+
+
+def cmd_restart(context: Context) -> None:
+    """Stop the daemon and start it again, with its settings except what this shell sets."""
+    daemon = find_daemon(context.paths) or read_run(context.paths)      # it may have been killed
+    if daemon and not find_manager(context.home):       # a service has an environment file
+        for name, value in environment_of(daemon).items():
+            os.environ[name] = os.environ.get(name) or value
+    read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
+    cmd_stop(context)
+    cmd_start(context)
+
+
+def find_mode(paths: Paths, health: dict[str, Any] | None) -> tuple[str, list[str]]:
+    """Return the mode in force, or that in which a daemon would start, and what is wrong."""
+    if health:
+        return health["mode"], health["problems"]
+    snapshot = Store(paths, Log(paths.log, echo=False), lambda *_: None).load()
+    return snapshot.mode, list(snapshot.problems)
+
+
+def local_time(text: str) -> str:
+    """Return a time of /health as the clock here shows it, with the date unless it is today."""
+    when = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(
+        tzinfo=datetime.timezone.utc).astimezone()
+    is_today = when.date() == datetime.datetime.now().date()
+    return when.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M")
+
+
+def describe_target(auto: dict[str, Any]) -> str:
+    """Return in words which target serves, since when, why, and when the other is probed."""
+    current: str = auto["currentTarget"]
+    if not auto["switched"]:
+        return ": ".join(filter(None, (current, counted(auto))))
+    failed, why, _ = failed_side(auto)
+    when = until_probe(auto)
+    return (f"on {current} since {local_time(auto['switchedAt'])} because {failed} {why}; "
+            f"tries {failed} again {when if when == 'now' else 'in ' + when}")
+
+
 def print_status(holder: Holder, health: dict[str, Any]) -> None:
     """Print /health of the daemon for people."""
-    url = urllib.parse.urlsplit(health["upstreamURL"])
-    reachable = _listens(url.hostname or "", _port_of(url))
-    auto, now = health["autoSwitch"], time.time()
-    _print_rows(
+    auto, counts, failure = (
+        health["autoSwitch"], health["requests"], health["requests"]["lastFailure"])
+    starters = {"serve": "`rrouter serve`", "start": "`rrouter start`"}
+    print_rows(
         ("mode", health["mode"]),
-        ("target", describe_target(auto, now) if auto["active"] else health["currentTarget"]),
-        *(("", f"{printable(model)}: {describe_target(own, now)}")
+        ("target", describe_target(auto) if auto["active"] else health["currentTarget"]),
+        *(("", f"{printable(model)}: {describe_target(own)}")
           for model, own in auto["models"].items()),
         ("daemon", f"{holder.name}, {health['listenAddr']}, up "
-                   f"{_uptime(health['uptimeSeconds'])}, started by {health['startedBy']}"),
-        ("requests", f"{health['requestCount']}, {health['activeRequests']} running"),
-        ("upstream", f"{health['upstreamURL']}, {'' if reachable else 'not '}reachable"),
+                   f"{datetime.timedelta(seconds=health['uptimeSeconds'])}, "
+                   f"started by {starters.get(health['startedBy'], health['startedBy'])}"),
+        ("requests", f"{counts['answered']} answered, {counts['rescued']} rescued, "
+                     f"{counts['failed']} failed, {health['activeRequests']} running"),
+        *([("failure", "; ".join(filter(None, (
+            f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}",
+            failure.get("slow")))))] if failure else []),
+        ("upstream", describe_upstream(health["upstreamURL"])),
         *(("problem", printable(problem, 500)) for problem in health["problems"]))
 
 
-def cmd_status(context: Context) -> int:
-    """Print mode, target, daemon, upstream and problems."""
-    daemon, health = find_health(context.paths)
-    as_json = context.arguments.json
-    if daemon and daemon.holder.stopping:
-        print(f"daemon:   {daemon.holder.name} is stopping: running requests finish first",
-              file=sys.stderr if as_json else sys.stdout)
-        return 3
-    if daemon and not health:
-        where = (f"rrouter runs {daemon.holder.elsewhere} and does not answer here on port "
-                 f"{daemon.port}: ask it there" if daemon.holder.elsewhere else
-                 f"pid {daemon.pid} runs but does not answer on port {daemon.port}: "
-                 f"see {context.paths.log}, or `rrouter restart`")
-        raise DaemonError(where)
-    if daemon and health:
+def describe_silence(daemon: Running) -> str:
+    """Return what to say of a daemon that does not answer."""
+    if daemon.holder.elsewhere:
+        return (f"rrouter runs {daemon.holder.elsewhere} and does not answer here on port "
+                f"{daemon.port}: ask it there")
+    return (f"pid {daemon.pid} runs but does not answer on port {daemon.port}: see `rrouter logs`, "
+            "or `rrouter restart`")
+
+
+def show_status(paths: Paths, as_json: bool) -> int:
+    """Print the status once; return the exit status."""
+    daemon, health = find_health(paths)
+    is_stopping = daemon is not None and daemon.holder.stopping
+    if daemon and health and not is_stopping:
         if as_json:
             print(json.dumps(health, indent=2))
         else:
             print_status(daemon.holder, health)
         return 0
-    how = "not running; start it with `rrouter start`"
+    if daemon and not is_stopping:
+        raise DaemonError(describe_silence(daemon))
+    how = (f"{daemon.holder.name} is stopping: running requests finish first" if daemon else
+           "not running; start it with `rrouter start`")
     if as_json:
         complain(how)
     else:
-        _print_rows(("mode", _offline_mode(context.paths)), ("daemon", how))
+        mode, problems = find_mode(paths, None)
+        print_rows(("mode", mode), ("daemon", how), *(("problem", text) for text in problems))
     return 3
 
 
-def check_mode(config: Config, mode: str) -> None:
-    """Raise RouterError unless `mode` can be set with this config."""
-    if mode == MODE_AUTO and config.auto_error:
-        raise RouterError(f"config.json: {config.auto_error}")
-    if mode != MODE_AUTO and mode not in config.modes:
-        defined = ", ".join([*config.modes] + [MODE_AUTO] * (not config.auto_error))
-        raise RouterError(f"mode '{printable(mode, 40)}' is not defined by config.json; "
-                          f"defined are {defined}")
+def cmd_status(context: Context) -> int:
+    """Print mode, target, daemon, requests, upstream and problems; with --watch every second."""
+    arguments = context.arguments
+    while arguments.watch:
+        if sys.stdout.isatty():
+            print("\033[H\033[2J", end="")
+        try:
+            show_status(context.paths, arguments.json)
+        except DaemonError as error:
+            complain(error)
+        print(flush=True)
+        time.sleep(1)
+    return show_status(context.paths, arguments.json)
 
 
-def set_mode(paths: Paths, mode: str) -> int:
+def describe_cleared(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Return the line on what a mode command has cleared, from `autoSwitch` before and after."""
+    if not before["active"] or after["switched"] or after["models"]:
+        return ""
+    notes = [f"cooldown of {failed_side(own)[0]}{f' for {printable(name)}' if name else ''} "
+             f"({failed_side(own)[2]}, {until_probe(own)})"
+             for name, own in {"": before, **before["models"]}.items() if own["switched"]]
+    notes += [f"{text} of {before['currentTarget']}" for text in [counted(before)] if text]
+    return wrapped(f"cleared: {', '.join(notes)}", 9) + "\n" if notes else ""
+
+
+def set_mode(paths: Paths, mode: str) -> None:
     """Write the mode; return when every request that begins from now on is served by it."""
     paths.create()
-    daemon = find_daemon(paths)
+    daemon, before = find_health(paths)
     try:
         config = read_config(paths)
+        choices, why_not = config.choices, f"config.json: {config.auto_error}"
     except RouterError as error:
-        if daemon is None:
+        if not before:
             raise
-        complain(error)         # the daemon still has the last good config, and judges by its modes
-    else:
-        check_mode(config, mode)
+        complain(error)         # the daemon continues with the last good config
+        choices, why_not = before.get("modes", []), ""
+    if mode not in choices:
+        raise RouterError(why_not if mode == MODE_AUTO and why_not else
+                          describe_unknown_mode(mode, choices) + nearest(mode, choices))
     write_file(paths.mode, mode + "\n")
-    health = health_of(daemon) if daemon and not daemon.holder.stopping else None
-    if daemon is None:
-        print(f"mode {mode} (written; no rrouter is running)")
-    elif daemon.holder.stopping:
-        print(f"mode {mode} (written; rrouter is stopping)")
-    elif health and health["mode"] == mode:
-        print(f"mode {mode} (in force: pid {daemon.pid}, port {daemon.port})")
-    elif daemon.holder.elsewhere and health is None:
-        print(f"mode {mode} (written; rrouter runs {daemon.holder.elsewhere} and reads it there)")
+    after = health_of(daemon) if daemon and not daemon.holder.stopping else None
+    where = f"pid {daemon.pid}, port {daemon.port}" if daemon else ""
+    if daemon is None or daemon.holder.stopping:
+        note = f"written; {'rrouter is stopping' if daemon else 'no rrouter is running'}"
+    elif after and after["mode"] == mode:
+        note = f"in force: {where}"
+    elif daemon.holder.elsewhere and after is None:
+        note = f"written; rrouter runs {daemon.holder.elsewhere} and reads it there"
     else:
-        problem = (f"is in mode {health['mode']}: see `rrouter status`" if health else
-                   "does not answer: `rrouter restart`")
-        raise DaemonError(f"mode {mode} is written to {paths.mode}, but the daemon (pid "
-                          f"{daemon.pid}, port {daemon.port}) {problem}")
-    return 0
+        raise DaemonError(f"mode {mode} is written to {paths.mode}, but the daemon ({where}) " + (
+            f"is in mode {after['mode']}: see `rrouter status`" if after else
+            "does not answer: `rrouter restart`"))
+    print(f"mode {painted(mode)} ({note})")
+    if before and after:
+        print(describe_cleared(before["autoSwitch"], after["autoSwitch"]), end="")
 
 
-def cmd_mode(context: Context) -> int:
-    """Print the mode, or set the one that is named."""
-    if context.arguments.name is not None:
+def cmd_mode(context: Context) -> None:
+    """Print the mode, or set the one that is named, perhaps by the command itself."""
+    name = vars(context.arguments).get("name", context.arguments.command)
+    if name is None:
+        mode, problems = find_mode(context.paths, find_health(context.paths)[1])
+        print(mode)
+        complain(*problems)
+    else:
         # As UTF-8 also where the locale is C and Python has made surrogates of it.
-        name = os.fsencode(context.arguments.name).decode("utf-8", "replace")
-        return set_mode(context.paths, name.strip().lower())
-    health = find_health(context.paths)[1]
-    print(health["mode"] if health else _offline_mode(context.paths))
-    return 0
+        set_mode(context.paths, os.fsencode(name).decode("utf-8", "replace").strip().lower())
 
 
-def cmd_own_mode(context: Context) -> int:
-    """Set the mode that has the name of the command."""
-    return set_mode(context.paths, context.arguments.command)
+def open_log(path: str) -> BinaryIO:
+    """Return a log file, open for reading; raise OSError."""
+    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
 
 
-def print_problems(config: Config) -> None:
-    """Print what is odd in config.json, on stderr."""
-    for problem in config.problems:
-        complain(f"config.json: {problem}")
+def log_lines(path: str, word: bytes, count: int) -> list[bytes]:
+    """Return the last `count` lines with `word` in the log and the rotated ones."""
+    found: list[bytes] = []
+    for name in (path, *(f"{path}.{number}" for number in range(1, LOG_FILES + 1))):
+        if len(found) < count:
+            with contextlib.suppress(OSError), open_log(name) as file:
+                older = deque((line for line in file if word in line), count - len(found))
+                found[:0] = older
+    return found
 
 
-def config_show(paths: Paths) -> int:
+def follow(path: str) -> Iterator[bytes]:
+    """Yield the lines added to the log from now on, over rotation, without end."""
+    position = os.stat(path).st_size
+    while True:
+        with open_log(path) as file:
+            file.seek(position)
+            rest, is_same = b"", True
+            while is_same:
+                with contextlib.suppress(OSError):      # the new file may not exist yet
+                    status = os.stat(path)
+                    is_same = (os.path.samestat(status, os.fstat(file.fileno()))
+                               and status.st_size >= file.tell())
+                *lines, rest = (rest + file.read()).split(b"\n")
+                yield from (line + b"\n" for line in lines)
+                if is_same:
+                    time.sleep(POLL_S)
+        position = 0
+
+
+def cmd_logs(context: Context) -> None:
+    """Print the last lines of the log; with -f also those that come, until Ctrl-C."""
+    arguments, path = context.arguments, context.paths.log
+    word = b"[AUTO]" if arguments.auto else b""
+    if not os.path.exists(path):
+        raise RouterError(f"{path} does not exist: `rrouter start` begins it")
+    lines: Iterable[bytes] = log_lines(path, word, LOG_SHOWN)
+    for line in itertools.chain(lines, follow(path) if arguments.follow else ()):
+        if word in line:
+            print(line.decode("utf-8", "replace"), end="", flush=True)
+
+
+def cmd_explain(context: Context) -> None:
+    """Print what becomes of a model name, or of those that passed lately, in each mode."""
+    config, health = read_config(context.paths), find_health(context.paths)[1]
+    models = [context.arguments.model]
+    if models == [None]:
+        lines = b"".join(reversed(log_lines(context.paths.log, b"[REQ] ", 1000)))
+        models = re.findall(r"#\d+ \S+ \S+ (\S+) -> ", lines.decode("utf-8", "replace"))
+        if not models:
+            raise RouterError("no model has passed yet: name one, as in `rrouter explain "
+                              "claude-sonnet-5-5`")
+    for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
+        found = {mode: match_rule(rules, model) for mode, rules in config.modes.items()}
+        rows = [(f"  {mode}", printable(f"{rule.rewrite} (rule {rule.match})" if rule else
+                                        f"{model} (no rule matches)"))
+                for mode, rule in found.items()]
+        if not config.auto_error:
+            first, second = config.auto.targets
+            text = f"{first} first, {second} if it fails"
+            if len({decide_route(config, target, model).model for target in (first, second)}) == 1:
+                text = "no rescue, because both targets get the same name"
+            elif health and health["autoSwitch"]["active"]:
+                auto = health["autoSwitch"]
+                text = describe_target(auto["models"].get(model, auto))
+            rows.append((f"  {MODE_AUTO}", text))
+        print(printable(model))
+        print_rows(*rows, width=15)
+    print(f"in force: mode {painted(find_mode(context.paths, health)[0])}")
+
+
+def config_show(paths: Paths) -> None:
     """Print the effective config on stdout, its path on stderr."""
     missing = "" if os.path.exists(paths.config) else " (does not exist: these are the defaults)"
     print(paths.config + missing, file=sys.stderr)
     config = read_config(paths)
-    print_problems(config)
+    complain(*(f"config.json: {problem}" for problem in config.problems))
     print(config_text(config))
-    return 0
 
 
-def config_edit(paths: Paths) -> int:
+def config_edit(paths: Paths) -> None:
     """Open the config in the user's editor, then check it."""
     import shlex
     import subprocess
@@ -5171,9 +5499,8 @@ def config_edit(paths: Paths) -> int:
         raise RouterError(f"editor {printable(editor)}: {why}: set VISUAL or EDITOR") from error
     if status:
         raise RouterError(f"editor {printable(editor)} ended with status {status}")
-    print_problems(read_config(paths))
+    complain(*(f"config.json: {problem}" for problem in read_config(paths).problems))
     print(f"{paths.config} is valid")
-    return 0
 
 
 def keep_beside(path: str, content: bytes) -> str:
@@ -5194,116 +5521,158 @@ def keep_beside(path: str, content: bytes) -> str:
     raise FileExistsError(errno.EEXIST, "too many backups of this second", name)
 
 
-def config_reset(paths: Paths) -> int:
-    """Write the defaults; keep an existing file beside them."""
+def config_reset(paths: Paths) -> None:
+    """Write the defaults; keep an existing file beside them unless it equals them."""
     paths.create()
     try:
         content = read_file(paths.config)
-    except OSError as error:
-        raise RouterError(f"{paths.config}: {reason_of(error)}: move it away first") from error
-    try:
+        with contextlib.suppress(ConfigError, UnicodeDecodeError):
+            if config_of(content) == config_of(None):
+                content = None          # nothing would be lost
         if content is not None:
             print(f"kept: {keep_beside(paths.config, content)}")
     except OSError as error:
         raise RouterError(f"{paths.config}: cannot be copied beside itself: {reason_of(error)}: "
-                          "check the permissions of its directory and free space") from error
+                          "check permissions and free space, or move it away") from error
     write_file(paths.config, config_text(config_of(None)) + "\n")
     print(f"{paths.config} holds the defaults")
-    return 0
 
 
-def config_path(paths: Paths) -> int:
-    """Print the path of the config."""
-    print(paths.config)
-    return 0
-
-
-def cmd_config(context: Context) -> int:
+def cmd_config(context: Context) -> None:
     """Print, edit or reset the config, or print its path."""
-    actions = {None: config_show, "edit": config_edit, "reset": config_reset, "path": config_path}
-    return actions[context.arguments.action](context.paths)
+    actions: dict[str | None, Callable[[Paths], None]] = {
+        None: config_show, "edit": config_edit, "reset": config_reset,
+        "path": lambda paths: print(paths.config)}
+    actions[context.arguments.action](context.paths)
+
+
+COMPLETION = """\
+_rrouter() {
+    local choices='%s'
+    (( COMP_CWORD > 1 )) && case ${COMP_WORDS[1]} in
+%s
+        *) choices= ;;
+    esac
+    COMPREPLY=($(compgen -W "$choices" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -F _rrouter rrouter"""
+
+
+def cmd_completion(context: Context) -> None:
+    """Print what the shell needs to complete commands."""
+    shell, names = context.arguments.shell, [row.name for row in context.commands]
+    after = {row.name: re.findall(r"[\[|]([a-z-]+)", row.usage) for row in context.commands}
+    with contextlib.suppress(RouterError):
+        after.update(help=names, mode=read_config(context.paths).choices)
+    if shell == "fish":
+        print("complete -c rrouter -f -n __fish_use_subcommand -a '" + " ".join(names) + "'")
+        for name, words in after.items():
+            print(f"complete -c rrouter -f -n '__fish_seen_subcommand_from {name}' "
+                  f"-a '{' '.join(words)}'")
+        return
+    if shell == "zsh":
+        print("autoload -U +X compinit bashcompinit && compinit && bashcompinit")
+    print(COMPLETION % (" ".join(names), "\n".join(
+        f"        {name}) choices='{' '.join(words)}' ;;" for name, words in after.items())))
 
 
 HELP = """\
 rrouter %s - local router between the Claude Code CLI and CLIProxyAPI
 
-usage: rrouter COMMAND
+usage: rrouter COMMAND          new here? rrouter demo
 
 %s
 
-files in ~/.rrouter
-  mode          antigravity, claude, auto, or another mode of config.json
-  config.json   rules and settings of auto; `rrouter config` prints them
-  logs/rrouter.log            one line a request; rotated at %d MB
-  run.json, rrouter.pid, rrouter.lock, state.json     written by the daemon
-elsewhere
-  ~/.config/rrouter.env       RROUTER_* for the service that install.sh installs
+files in ~/.rrouter     mode, config.json, logs/rrouter.log (rotated at %d MB)
+for the service         RROUTER_* in ~/.config/rrouter.env
 
 environment
-  RROUTER_PORT      port to listen on (8316)
-  RROUTER_UPSTREAM  where CLIProxyAPI is (http://localhost:8317): http or https,
-                    also with a path
-  RROUTER_HOST      address to listen on (localhost: 127.0.0.1 and ::1); clients
-                    that reach one beyond loopback can spend your quota
-  RROUTER_ALLOWED_HOSTS     more names for Host, separated by commas: containers
-                    send host.docker.internal
+  RROUTER_PORT          port to listen on (8316)
+  RROUTER_UPSTREAM      where CLIProxyAPI is (http://localhost:8317)
+  RROUTER_HOST          address to listen on (localhost: 127.0.0.1 and ::1); who
+                        reaches one beyond loopback can spend your quota
+  RROUTER_ALLOWED_HOSTS more names for Host, with commas: host.docker.internal
 
 examples
-  rrouter start         then, in ~/.claude/settings.json:
+  rrouter start         and, in ~/.claude/settings.json,
                         {"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}
-  rrouter ag            the next request goes to Antigravity
-  rrouter auto          failures decide; again: retry the failed side at once
-  curl http://localhost:8316/health
-  tail -f ~/.rrouter/logs/*.log | grep AUTO
 
 exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
 
 def help_text(commands: tuple[Command, ...]) -> str:
     """Return what `rrouter help` prints of `commands`."""
-    usage = {"status": "status [--json]", "mode": "mode [NAME]",
-             "config": "config [edit|reset|path]"}
-    rows = [f"  {', '.join([usage.get(row.name, row.name), *row.aliases]):26} {row.help}"
-            for row in commands]
+    rows = []
+    for row in commands:
+        names = [", ".join([usage, *row.aliases]) for usage in (row.usage, f"{row.name} [...]")]
+        rows.append(f"  {names[len(names[0]) > 28]:29} {row.help}")
     return HELP % (__version__, "\n".join(rows), LOG_MAX_BYTES >> 20)
 
 
-def cmd_help(context: Context) -> int:
-    """Print the help."""
-    print(help_text(context.commands))
-    return 0
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError."""
+        raise UsageError(f"{printable(message)}; see `{self.prog} --help`")
 
 
-def cmd_version(_: Context) -> int:
+# Words that people try, and the command that does it.
+HINTS = {
+    "port": "RROUTER_PORT=8400 rrouter start", "host": "RROUTER_HOST=ADDRESS rrouter start",
+    "upstream": "RROUTER_UPSTREAM=URL rrouter start", "daemon": "rrouter start",
+    "run": "rrouter serve", "kill": "rrouter stop", "reload": "rrouter restart",
+    "doctor": "rrouter check", "test": "rrouter demo", "tail": "rrouter logs -f",
+    "modes": "rrouter mode NAME", "switch": "rrouter mode NAME", "models": "rrouter explain",
+    "gemini": "rrouter antigravity"}
+
+
+def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.Namespace:
+    """Return the command line, `help` if it is empty; raise UsageError."""
+    rows = {name: row for row in commands for name in (row.name, *row.aliases)}
+    first, *rest = words or ["help"]
+    if first not in rows:
+        hint = HINTS.get(first.lstrip("-").partition("=")[0])
+        raise UsageError(f"no command '{printable(first, 40)}'" + (
+            f"; use `{hint}`" if hint else nearest(first, rows) or "; see `rrouter help`"))
+    row = rows[first]
+    parser = Parser(prog=f"rrouter {row.name}", description=f"rrouter {row.name}: {row.help}",
+                    epilog=f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False)
+    parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
+    for argument, options in row.arguments:
+        parser.add_argument(argument, **options)
+    return parser.parse_args(rest)
+
+
+def cmd_help(context: Context) -> None:
+    """Print the help, or that of one command."""
+    if context.arguments.name is None:
+        print(help_text(context.commands))
+    else:
+        parse_command([context.arguments.name, "--help"], context.commands)
+
+
+def cmd_version(_: Context) -> None:
     """Print the version."""
     print(f"rrouter {__version__}")
-    return 0
 
 
 # Command line: check ##########################################################
-
-OK, WARN, FAIL = "ok", "warn", "fail"
-
 
 def check_daemon(settings: Settings, daemon: Running | None,
                  health: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     """Yield whether the daemon runs, and is this program; if none runs, who has its port."""
     if daemon and health:
-        yield OK, (f"daemon: {daemon.holder.name} on {settings.listen_addr}, started by "
-                   f"{daemon.started_by}")
+        yield OK, f"daemon: {daemon.holder.name} on {settings.listen_addr}"
         if health["version"] != __version__:
             yield WARN, (f"version: the daemon is {printable(str(health['version']))}, this "
                          f"program {__version__}: rrouter restart")
-    elif daemon and daemon.holder.elsewhere:
-        yield FAIL, (f"daemon: rrouter runs {daemon.holder.elsewhere} and does not answer here on "
-                     f"port {daemon.port}: run check there")
     elif daemon:
-        yield FAIL, (f"daemon: pid {daemon.pid} does not answer on port {daemon.port}: "
-                     "rrouter restart")
+        yield FAIL, f"daemon: {describe_silence(daemon)}"
     else:
         yield FAIL, "daemon: not running: rrouter start"
         if _listens(settings.host, settings.port):
-            yield FAIL, f"port: {describe_taken(settings)}"
+            yield FAIL, describe_taken(settings)
 
 
 def is_as_installed(home: str, path: str) -> bool:
@@ -5372,119 +5741,154 @@ def claude_environment(home: str) -> dict[str, str]:
 
 def check_client(home: str, settings: Settings) -> Iterator[tuple[str, str]]:
     """Yield whether Claude Code sends its requests here: by its settings, and by this shell."""
-    wanted = f"http://localhost:{settings.port}"
-    in_shell = os.environ.get("ANTHROPIC_BASE_URL")
-    path = claude_settings_path(home)
+    path, in_shell = claude_settings_path(home), os.environ.get("ANTHROPIC_BASE_URL", "")
     try:
-        url = claude_environment(home).get("ANTHROPIC_BASE_URL")
+        environment = claude_environment(home)
     except ValueError as error:
-        yield WARN, f"{path}: {error}: Claude Code cannot read it either"
+        yield WARN, f"claude code: cannot read {path}: {error}"
         return
-    if url is None and in_shell and _points_here(in_shell, settings):
-        yield OK, f"shell: ANTHROPIC_BASE_URL is {printable(in_shell)} ({path} does not set it)"
-    elif url is None:
-        yield WARN, f'{path}: set {{"env": {{"ANTHROPIC_BASE_URL": "{wanted}"}}}} to use rrouter'
-    elif _points_here(url, settings):
-        yield OK, f"{path}: ANTHROPIC_BASE_URL is {printable(_without_password(url))}"
+    in_file = environment.get("ANTHROPIC_BASE_URL", "")
+    url, where = (in_file, path) if in_file else (in_shell, f"this shell, not {path}")
+    is_plain = _points_here(url, settings) and "@" not in url.split("/")[2]
+    shown = printable(url if is_plain else _without_password(url))
+    wanted = f"http://localhost:{settings.port}"
+    if not url:
+        yield WARN, f'claude code: set {{"env": {{"ANTHROPIC_BASE_URL": "{wanted}"}}}} in {path}'
+    elif not _points_here(url, settings):
+        yield WARN, f"claude code: goes elsewhere, to {shown}, by {where}: set {wanted}"
+    elif not re.fullmatch("http://[^/]+(/|/@[^/]+/?)?", url):
+        yield WARN, (f"claude code: {shown}, by {where}, does not work: set {wanted}, to which "
+                     "only /@MODE may be added")
     else:
-        yield WARN, (f"{path}: ANTHROPIC_BASE_URL is {printable(_without_password(url))}: "
-                     f"Claude Code goes elsewhere; set {wanted}")
-    if in_shell and not _points_here(in_shell, settings):
+        yield OK, f"claude code: goes to {shown}, by {where}"
+        both = {**os.environ, **environment}
+        proxy = next((name for name, value in both.items() if value and name.lower() in (
+            "http_proxy", "https_proxy", "all_proxy")), "")
+        exempt = both.get("NO_PROXY") or both.get("no_proxy") or ""
+        if proxy and not re.search(r"(^|[,\s])(localhost|127\.0\.0\.1|\*)($|[,:\s])", exempt):
+            yield WARN, (f"proxy: {proxy} is set without NO_PROXY, so no request of Claude Code "
+                         'reaches rrouter: add "NO_PROXY": "localhost,127.0.0.1,::1" to env in '
+                         f"{path}")
+    if in_file and in_shell and not _points_here(in_shell, settings):
         yield WARN, (f"shell: ANTHROPIC_BASE_URL={printable(_without_password(in_shell))} points "
                      "elsewhere: unset it, also in your shell's start files")
 
 
 def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
-    """Return (status, body) of /v1/models.
-
-    Raises UpstreamUnreachable, OSError, HTTPException.
-    """
-    connection = upstream.open()
-    with contextlib.closing(connection):
-        path = upstream.base_path.decode("ascii") + "/v1/models"
-        with total_limit(connection.sock, LIST_S):
-            connection.request("GET", path, headers=fields)
-            response = connection.getresponse()
-            return response.status, response.read(READ_AHEAD_MAX_BYTES)
+    """Return (status, body) of /v1/models; raise UpstreamUnreachable, OSError, HTTPException."""
+    path = upstream.base_path.decode("ascii") + "/v1/models"
+    with contextlib.closing(upstream.open()) as connection, total_limit(connection.sock, LIST_S):
+        connection.request("GET", path, headers=fields)
+        response = connection.getresponse()
+        return response.status, response.read(READ_AHEAD_MAX_BYTES)
 
 
-def check_models(config: Config, names: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield which names in the rules the upstream does not know, with the lines that add them."""
+def alias_blocks(names: list[str], known: Collection[str]) -> str:
+    """Return the lines for CLIProxyAPI's config.yaml that make `names` mean the like of `known`."""
+    entries = []
+    for name in names:
+        words = {*name.split("-")} - {"thinking"}
+        found = max(known, key=lambda known: len(words & {*known.split("-")}),
+                    default="AN-ID-OF-ANTIGRAVITY")
+        entries += [f'- name: "{printable(found, 80)}"', f'  alias: "{printable(name)}"']
+        # Without this the id itself disappears; a claude- id then means the other channel alone.
+        entries += [] if found.startswith("claude-") else ["  fork: true"]
+    heads = (("# version 7", "oauth-model-alias:", "  antigravity:", "    "),
+             ("# version 8", "oauth:", "  model-alias:", "    antigravity:", "      "))
+    return "\n".join(f"        {line}" for *head, indent in heads
+                     for line in (*head, *(indent + entry for entry in entries)))
+
+
+def check_models(config: Config, body: bytes) -> Iterator[tuple[str, str]]:
+    """Yield whether the upstream, which lists `body`, knows the names in the rules."""
+    try:
+        owners = {entry["id"]: entry.get("owned_by") for entry in json.loads(body)["data"]}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        yield WARN, "models: /v1/models has no list of names: cannot compare the rules with it"
+        return
     rewrites = sorted({rule.rewrite for rules in config.modes.values() for rule in rules})
-    missing = [name for name in rewrites if name not in names]
-    if not rewrites:
-        yield OK, "models: no rule writes a name"
-    elif not missing:
+    missing = [name for name in rewrites if name not in owners]
+    if not missing:
         yield OK, f"models: the upstream knows all {len(rewrites)} names that the rules write"
-    known = ", ".join(printable(name, 60) for name in sorted(names)[:6]) or "none listed"
-    for name in missing:
-        yield WARN, (f"models: the upstream does not know {printable(name)} (400 unknown "
-                     f"provider): use one of its names ({known}) in a rule, or add to "
-                     "CLIProxyAPI's config.yaml:\n"
-                     "        oauth-model-alias:\n          antigravity:\n"
-                     '            - name: "AN-ID-FROM-THAT-LIST"\n'
-                     f'              alias: "{printable(name)}"\n'
-                     "              fork: true")
+        return
+    # A name in the rules may be an alias itself, and an alias of an alias is ignored.
+    known = [str(name) for name, owner in owners.items()
+             if owner == "antigravity" and name not in rewrites]
+    listed = ", ".join(printable(name, 60) for name in known[:6])
+    yield WARN, (
+        f"models: the upstream does not know {', '.join(map(printable, missing))} (400 unknown "
+        "provider): write ids of Antigravity into the rules "
+        f"({listed or 'none is listed: log in with -antigravity-login'}), or add the block of your "
+        "version to CLIProxyAPI's config.yaml; only one such block may exist:\n"
+        + alias_blocks(missing, known))
 
 
-def _client_key(home: str) -> tuple[str, dict[str, str]]:
-    """Return the variable that holds the client's key, "" if none does, and the key's header."""
+def _client_key(home: str) -> tuple[str, str]:
+    """Return the variable that holds the client's key, and the key; "" for what is missing."""
     environment = dict(os.environ)
     with contextlib.suppress(ValueError):
         environment = dict(claude_environment(home), **environment)
     name = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
-    key = environment.get(name)
-    if not key or printable(key, 4096) != key:
-        return name, {}
-    return name, {"Authorization": f"Bearer {key}"}
+    key = environment.get(name, "")
+    return name, key if printable(key, 4096) == key else ""
 
 
 def check_upstream(home: str, settings: Settings,
                    config: Config | None) -> Iterator[tuple[str, str]]:
     """Yield whether the upstream answers, accepts the client's key, and knows the rules' names."""
-    name, fields = _client_key(home)
-    url = settings.upstream
+    name, key = _client_key(home)
+    fields = {"Authorization": f"Bearer {key}"} if key else {}
+    label, body = f"upstream: {settings.upstream}", b"is rrouter itself"
     try:
         # Without Anthropic's headers: CLIProxyAPI responds to those with disguised names.
-        status, body = get_models(Upstream(url, lambda _: False), fields)
+        status = 502
+        if not _points_here(settings.upstream, settings):
+            status, body = get_models(Upstream(settings.upstream, lambda _: False), fields)
     except UpstreamUnreachable as error:
-        yield FAIL, f"upstream: {url} {error}: {error.remedy}"
+        remedy = error.remedy if "certificate" not in str(error) else (
+            "if a private CA signed it, set SSL_CERT_FILE to the file of that CA, also for the "
+            "daemon, and `rrouter restart`")
+        yield FAIL, f"{label} {error}: {remedy}"
         return
     except (OSError, http.client.HTTPException):
-        yield FAIL, f"upstream: {url} gives no HTTP response in time: is that CLIProxyAPI?"
+        yield FAIL, f"{label} gives no HTTP response in time: is that CLIProxyAPI?"
         return
-    if status in (401, 403):
-        refused = "the key of Claude Code" if fields else "a request without a key"
-        yield WARN, (f"upstream: {url} answers, but refuses {refused} ({status}): compare api-keys "
-                     f"in CLIProxyAPI's config with {name or 'the key that Claude Code has'}")
-        return
-    yield OK, f"upstream: {url} answers{' and accepts the key' if fields and status == 200 else ''}"
-    try:
-        models = {str(entry["id"]) for entry in json.loads(body)["data"]} if status == 200 else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        models = None
-    if models is None:
-        yield WARN, (f"models: {url}/v1/models gives no list ({status}): cannot compare the rules "
-                     "with it")
-    elif config is not None:
-        yield from check_models(config, models)
+    if status == 502 and b"is rrouter itself" in body:
+        yield FAIL, f"{label} is rrouter itself: set RROUTER_UPSTREAM to the address of CLIProxyAPI"
+    elif status in (401, 403):
+        refused = "the key of Claude Code" if key else "a request without a key"
+        words = printable(" ".join(body.decode("utf-8", "replace").split()), 200)
+        words = words.replace(key, "***") if key else words
+        yield FAIL, (f"{label} refuses {refused} ({status} {words}): compare api-keys (version 8: "
+                     "access.api-keys) in CLIProxyAPI's config with "
+                     f"{name or 'ANTHROPIC_AUTH_TOKEN, which Claude Code has to send'}")
+    elif status != 200:
+        yield WARN, f"{label} answers /v1/models with {status}: cannot compare the rules with it"
+    else:
+        yield OK, f"{label} answers{' and accepts the key' if key else ''}"
+        if config is not None:
+            yield from check_models(config, body)
 
 
-def check_mode_file(paths: Paths, config: Config | None,
-                    health: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Yield which mode is in force, and the problems in /health but those of the config."""
-    if health:
-        problems = [problem for problem in health["problems"]
-                    if not problem.startswith("config.json")]
-        yield (WARN if problems else OK), f"mode: {'; '.join([health['mode'], *problems])}"
-    elif config is not None:
-        mode = _offline_mode(paths)
-        level = FAIL if mode.startswith("unknown:") else WARN if "(" in mode else OK
-        yield level, f"mode: {mode}"
+def check_targets(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield which target CLIProxyAPI has blocked, by the failures that rrouter has seen."""
+    auto, failure = health["autoSwitch"], health["requests"]["lastFailure"]
+    seen = [(failed_side(own)[0], own["reason"]) for own in (auto, *auto["models"].values())
+            if own["switched"]]
+    if failure and not seen:
+        seen = [(failure["target"], f"{failure['what']}, {local_time(failure['at'])}")]
+    for target, why in dict(seen).items():
+        if any(name in why for _, _, name in SHELF_WORDINGS):
+            yield WARN, (f"target: CLIProxyAPI blocks the credential of {target} for a while "
+                         f"({printable(why)}): after 401 log in there again, after 429 wait")
+    if health.get("windows") == {} and health["requests"]["answered"]:
+        yield WARN, ("usage: no response had anthropic-ratelimit-unified-* headers, which Claude "
+                     "Code's usage bars need: set passthrough-headers: true (version 8: "
+                     "requests.passthrough-headers) in CLIProxyAPI's config")
 
 
 def run_checks(context: Context) -> Iterator[tuple[str, str]]:
-    """Yield (level, text) of each check."""
+    """Yield (level, text) of each check; the text begins with a label and a colon."""
     daemon, health = find_health(context.paths)
     settings = (Settings(daemon.host, daemon.port, health["upstreamURL"]) if daemon and health
                 else read_environment(dict(os.environ)))
@@ -5492,77 +5896,82 @@ def run_checks(context: Context) -> Iterator[tuple[str, str]]:
     config = None
     try:
         config = read_config(context.paths)
-        exists = os.path.exists(context.paths.config)
-        yield OK, f"config: {context.paths.config if exists else 'the defaults'}"
+        path = context.paths.config
+        yield OK, f"config: {path if os.path.exists(path) else 'the defaults'}"
         for problem in config.problems:
             yield WARN, f"config: {problem}"
     except RouterError as error:
         yield FAIL, f"config: {error}"
-    yield from check_mode_file(context.paths, config, health)
+    mode, problems = find_mode(context.paths, health)
+    problems = [problem for problem in problems if not problem.startswith("config.json")]
+    yield (WARN if problems else OK), f"mode: {'; '.join([mode, *problems])}"
     yield from check_service(context.home)
     yield from check_client(context.home, settings)
     yield from check_upstream(context.home, settings, config)
+    yield from check_targets(health) if health else ()
 
 
 def cmd_check(context: Context) -> int:
-    """Print one line a check, with the remedy."""
-    failed = False
+    """Print one line a check, with the remedy, and where to begin."""
+    found = []
     for level, text in run_checks(context):
-        print(f"{level:5} {text}")
-        failed = failed or level == FAIL
-    return 1 if failed else 0
+        label, _, rest = text.partition(": ")
+        found.append({"level": level, "check": label, "text": rest})
+        if not context.arguments.json:
+            print(wrapped(f"{level:5} {text}", 6).replace(level, painted(level), 1), flush=True)
+    levels = [row["level"] for row in found]
+    worst = FAIL if FAIL in levels else WARN if WARN in levels else OK
+    if context.arguments.json:
+        print(json.dumps({"status": worst, "checks": found}, indent=2))
+    else:
+        counts = ", ".join(f"{levels.count(level)} {level}" for level in (OK, WARN, FAIL))
+        begin = "" if worst == OK else f"; begin with {found[levels.index(worst)]['check']}"
+        print(f"\n{len(found)} checks: {counts}{begin}")
+    return 1 if worst == FAIL else 0
 
 
+FLAG = {"action": "store_true"}
+JSON = ("--json", {**FLAG, "help": "print JSON"})
 COMMANDS = (
-    #       name           aliases               function      help, arguments
-    Command("serve",       (),                   cmd_serve,
-            "run in the foreground; log to stderr too",
+    Command("demo", (), cmd_demo, "show it at work: no account, no network, 10 s",
+            (("--stay", {**FLAG, "help": "keep it running until Ctrl-C"}),)),
+    Command("serve", (), cmd_serve, "run in the foreground; log to stderr too",
             (("--ready-descriptor", {"type": int, "help": argparse.SUPPRESS}),)),
-    Command("start",       (),                   cmd_start,
-            "start the daemon; by systemd or launchd if set up"),
-    Command("stop",        (),                   cmd_stop,
-            "stop it; running requests finish first"),
-    Command("restart",     (),                   cmd_restart,
-            "stop and start"),
-    Command("status",      (),                   cmd_status,
-            "show mode, target, daemon, upstream and problems",
-            (("--json", {"action": "store_true", "help": "print /health"}),)),
-    Command("antigravity", ("ag",),              cmd_own_mode,
-            "rewrite model names for Antigravity (Gemini)"),
-    Command("claude",      ("c",),               cmd_own_mode,
-            "leave model names as they are: Claude"),
-    Command("auto",        ("a",),               cmd_own_mode,
-            "let failures decide; again: end the cooldowns"),
-    Command("mode",        (),                   cmd_mode,
-            "print the mode, or set any mode of config.json",
-            (("name", {"nargs": "?", "metavar": "NAME"}),)),
-    Command("check",       ("health", "--check"), cmd_check,
-            "examine everything: one line a check, with remedy"),
-    Command("config",      (),                   cmd_config,
-            "print, edit or reset the config, or print its path",
-            (("action", {"nargs": "?", "choices": ("edit", "reset", "path")}),
-             ("--yes", {"action": "store_true", "help": "accepted; reset never asks"}))),
-    Command("help",        ("-h", "--help"),     cmd_help,
-            "show this text"),
-    Command("version",     ("-V", "--version"),  cmd_version,
-            "print the version"),
+    Command("start", (), cmd_start, "start the daemon, by systemd or launchd if there", (),
+            "RROUTER_PORT=8400 rrouter start"),
+    Command("stop", (), cmd_stop, "stop it; running requests finish first"),
+    Command("restart", (), cmd_restart, "stop and start"),
+    Command("status", (), cmd_status, "show mode, target, requests and problems",
+            (JSON, ("--watch", {**FLAG, "help": "again each second until Ctrl-C"})),
+            "rrouter status --json | jq .currentTarget"),
+    Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
+    Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
+    Command("auto", ("a",), cmd_mode, "let failures decide; again: end the cooldowns"),
+    Command("mode", (), cmd_mode, "print the mode, or set any mode of config.json",
+            (("name", {"nargs": "?", "metavar": "NAME", "help": "the mode to set"}),),
+            "rrouter mode claude"),
+    Command("explain", (), cmd_explain, "what becomes of a model name in each mode",
+            (("model", {"nargs": "?", "metavar": "MODEL",
+                        "help": "as Claude Code sends it; without it, those that passed lately"}),),
+            "rrouter explain claude-opus-5-5"),
+    Command("logs", (), cmd_logs, "print the end of the log",
+            (("-f", {**FLAG, "dest": "follow", "help": "go on until Ctrl-C"}),
+             ("--auto", {**FLAG, "help": "decisions of auto mode alone"})),
+            "rrouter logs -f --auto"),
+    Command("check", ("health", "--check"), cmd_check, "examine all, with remedies", (JSON,)),
+    Command("config", (), cmd_config, "print, edit or reset the config, print its path",
+            (("action", {"nargs": "?", "choices": ("edit", "reset", "path"),
+                         "help": "open it in $EDITOR; write the defaults; print where it is"}),
+             ("--yes", {**FLAG, "help": argparse.SUPPRESS})),     # `reset` never asks
+            "rrouter config | jq .auto"),
+    Command("completion", (), cmd_completion, "print the completion for a shell",
+            (("shell", {"choices": ("bash", "zsh", "fish")}),),
+            'eval "$(rrouter completion bash)"'),
+    Command("help", ("-h", "--help"), cmd_help, "show this text, or the help of a command",
+            (("name", {"nargs": "?", "metavar": "COMMAND", "help": "its arguments, an example"}),),
+            "rrouter help config"),
+    Command("version", ("-V", "--version"), cmd_version, "print the version"),
 )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="rrouter", add_help=False, allow_abbrev=False,
-                                     usage="rrouter COMMAND; see `rrouter help`")
-    commands = parser.add_subparsers(dest="command", prog="rrouter", metavar="COMMAND",
-                                     required=True)
-    for row in COMMANDS:
-        words = [alias for alias in row.aliases if not alias.startswith("-")]
-        command = commands.add_parser(row.name, aliases=words, description=row.help,
-                                      allow_abbrev=False)
-        command.set_defaults(run=row.run, command=row.name)     # not the alias that was typed
-        for argument, options in row.arguments:
-            command.add_argument(argument, **options)
-    return parser
 
 
 def open_standard_streams() -> None:
@@ -5576,31 +5985,24 @@ def open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
 
 
-def parse_command(argv: list[str] | None) -> argparse.Namespace:
-    """Return the command line, `help` if it is empty; exit with status 2 if it is wrong."""
-    words = list(sys.argv[1:] if argv is None else argv) or ["help"]
-    options = {alias: row.name for row in COMMANDS for alias in row.aliases if alias[0] == "-"}
-    words[0] = options.get(words[0], words[0])
-    return build_parser().parse_args(words)
-
-
 def run_command(argv: list[str] | None) -> int:
     """Run one command; return its exit status."""
     open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
-    arguments = parse_command(argv)
     os.umask(os.umask(0o077) & 0o077)       # an odd one would keep even us from our files
     if not os.environ.get("HOME"):
         os.environ.pop("HOME", None)        # now it is that of the user database
     try:
-        home = os.path.expanduser("~")
-        if not os.path.isabs(home):
-            raise UsageError(f"HOME={printable(home)}: expected the absolute path of your home "
-                             "directory")
-        status: int = arguments.run(Context(home, Paths(home), arguments, COMMANDS))
-        sys.stdout.flush()
-        return status
+        try:
+            arguments = parse_command(list(sys.argv[1:] if argv is None else argv), COMMANDS)
+            home = os.path.expanduser("~")
+            if not os.path.isabs(home):
+                raise UsageError(f"HOME={printable(home)}: expected the absolute path of your "
+                                 "home directory")
+            return arguments.run(Context(home, Paths(home), arguments, COMMANDS)) or 0
+        finally:
+            sys.stdout.flush()
     except RouterError as error:
         complain(error)
         return error.exit_code

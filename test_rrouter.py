@@ -35,6 +35,7 @@ import mmap
 import os
 import pathlib
 import plistlib
+import pwd
 import py_compile
 import queue
 import random
@@ -57,6 +58,7 @@ import unicodedata
 import unittest
 import zipapp
 import zlib
+from unittest import mock
 
 try:
     import resource
@@ -8187,9 +8189,19 @@ class CutOffTest(LoopbackTest):
 
 # Command line #################################################################
 
-USAGE_ERRORS = (("nosuch",), ("--nosuch",), ("status", "--nosuch"), ("claude", "extra"), ("",),
-                ("mode", "a", "b"), ("config", "nosuch"), ("config", "path", "extra"),
-                ("serve", "8316"), ("stop", "--force"))
+USAGE_ERRORS = (
+    # command line,         what the message names besides the word
+    ("stats",               "did you mean 'status'?"),
+    ("--port=8400 serve",   "use `RROUTER_PORT="),
+    ("doctor",              "use `rrouter check`"),
+    ("modes",               "use `rrouter mode NAME`"),
+    ("--nosuch",            "see `rrouter help`"),
+    ("help nosuch",         "see `rrouter help`"),
+    ("status --nosuch",     "see `rrouter status --help`"),
+    ("ag extra",            "see `rrouter antigravity --help`"),
+    ("config nosuch",       "see `rrouter config --help`"),
+    ("completion",          "see `rrouter completion --help`"),
+)
 NOTHING_RUNS = "(?i)not running|no rrouter is running"
 
 Printed = collections.namedtuple("Printed", "returncode stdout stderr")
@@ -8262,12 +8274,55 @@ class CommandLineTest(CommandTest):
         for word in ("version", "-V", "--version"):
             self.assertEqual(self.run_here(word), (0, f"rrouter {rrouter.__version__}\n", ""))
 
-    def test_usage_errors_are_status_2(self):
-        for arguments in USAGE_ERRORS:
-            with self.subTest(arguments):
-                done = self.run_here(*arguments)
-                self.assertEqual((done.returncode, done.stdout), (2, ""))
-                self.assertIn("rrouter", done.stderr)
+    def test_wrong_uses_are_status_2_and_what_to_use_is_named(self):
+        for line, words in USAGE_ERRORS:
+            with self.subTest(line):
+                self.assert_fails(self.run_here(*line.split()), 2, re.escape(words))
+        self.assert_fails(self.run_here(""), 2, "no command ''")
+        self.assertFalse(self.home.dir.exists())
+
+    def test_each_command_has_a_help_with_an_example_within_the_terminal(self):
+        for row in rrouter.COMMANDS:
+            for width in ("80", "60"):
+                with self.subTest(row.name, width=width):
+                    text = self.run_here("help", row.name, check=0, COLUMNS=width).stdout
+                    self.assertRegex(text, r"\Ausage: rrouter %s" % row.name)
+                    self.assertRegex(text, r"(?m)^example: .*rrouter %s" % row.name)
+                    self.assertLessEqual(max(map(len, text.splitlines())), int(width))
+            for word in (row.name, *row.aliases):
+                self.assertEqual(self.run_here(word, "--help", COLUMNS="60").stdout, text)
+
+    def test_shells_complete_commands_and_what_follows_them(self):
+        for shell in ("bash", "zsh", "fish"):
+            script = self.run_here("completion", shell, check=0).stdout
+            if shutil.which(shell):
+                subprocess.run([shell, "-n"], input=script.encode(), check=True)
+            self.assertEqual([row.name for row in rrouter.COMMANDS if row.name not in script], [])
+        ask = '\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _rrouter; echo "${COMPREPLY[@]}"'
+        script = self.run_here("completion", "bash").stdout + ask
+        for line, offered in (("st", "start stop status"), ("status --", "--json --watch"),
+                              ("config e", "edit"), ("stop ", ""), ("mode c", "claude"),
+                              ("help exp", "explain")):
+            words = ["rrouter", *line.split(" ")]
+            done = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True)
+            self.assertEqual((done.stdout.decode(), done.stderr), (offered + "\n", b""), line)
+
+    def test_colours_are_for_terminals_unless_the_environment_says_otherwise(self):
+        for env, colours in (
+                ({}, False), ({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "0"}, False),
+                ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)):
+            for command, word in (("check", "fail"), ("claude", "claude"), ("status", "claude")):
+                with self.subTest(command, env=env):
+                    self.assertEqual("m%s\033[0m" % word in self.run_here(command, **env).stdout,
+                                     colours)
+
+    def test_nothing_is_wider_than_the_terminal(self):
+        for width in (80, 60):
+            for command in ("help", "check", "status", "explain claude-opus-5-5"):
+                with self.subTest(command, width=width):
+                    lines = self.run_here(*command.split(), COLUMNS=str(width)).stdout.splitlines()
+                    self.assertLessEqual(max(len(line) for line in lines if "/rrouter" not in line),
+                                         80 if command == "help" else width)
 
     MODES = (
         # command,            mode
@@ -8295,14 +8350,25 @@ class CommandLineTest(CommandTest):
 
     def test_an_unknown_mode_is_refused_and_the_known_ones_are_named(self):
         self.home.write("mode", "claude\n")
-        self.assert_fails(self.run_here("mode", "nosuch"), 1,
-                          "nosuch", "antigravity", "claude", "auto")
+        self.assert_fails(self.run_here("mode", "antigravty", COLUMNS="40"), 1, "antigravity, "
+                          "claude, auto", "did you mean 'antigravity'")
+        self.home.write("config.json", altered("auto.targets", ["claude", "nosuch"]))
+        self.assert_fails(self.run_here("auto"), 1, r"config\.json: auto\.targets")
+        self.home.write("config.json", "{")
+        self.assert_fails(self.run_here("antigravity"), 1, r"config\.json:1:2")
         self.assertEqual(self.home.read("mode"), "claude\n")
+
+    def test_a_mode_file_that_cannot_be_used_is_named(self):
+        self.home.write("mode", "nosuch\n")
+        self.assertRegex(self.run_here("mode").stderr, "mode 'nosuch' is not defined")
+        self.assertRegex(self.run_here("status", check=3).stdout, "problem: .*'nosuch'")
 
     def test_fresh_files_are_private(self):
         mask = os.umask(0)
         try:
-            for words in (("claude",), ("config", "reset"), ("config", "reset")):
+            self.run_here("config", "reset", check=0)
+            self.file.write_text("{")
+            for words in (("config", "reset"), ("claude",)):
                 self.run_here(*words, check=0)
         finally:
             os.umask(mask)
@@ -8322,11 +8388,12 @@ class CommandLineTest(CommandTest):
         self.assertRegex(done.stderr, NOTHING_RUNS)
         self.assertRegex(self.run_here("stop", check=0).stdout, NOTHING_RUNS)
         for name in ("check", "--check", "health"):
-            printed = self.run_here(name, check=1).stdout
-            self.assertRegex(printed, r"(?m)^fail  daemon: not running")
-            self.assertRegex(printed, r"(?m)^fail  upstream: http://127\.0\.0\.1:9 ")
-            for line in printed.splitlines():
-                self.assertRegex(line, r"^(ok|warn|fail)\b|^\s")
+            *checks, last = self.run_here(name, check=1).stdout.split("\n\n")
+            self.assertRegex(*checks, r"(?m)^fail  daemon: not running")
+            self.assertRegex(*checks, r"(?m)^fail  upstream: http://127\.0\.0\.1:9 ")
+            self.assertRegex(last, r"\A\d checks: 3 ok, 1 warn, 2 fail; begin with daemon\n\Z")
+            for line in checks[0].splitlines():
+                self.assertRegex(line, r"^(ok|warn|fail)\b")
 
     def test_an_output_that_cannot_be_written_gives_no_traceback(self):
         reader, writer = os.pipe()
@@ -8365,16 +8432,12 @@ class CommandLineTest(CommandTest):
         self.assertEqual((self.home.root / ".rrouter").read_text(), "")
 
     def test_a_home_that_is_missing_or_relative_does_no_harm(self):
-        for value in (None, "", "here"):
-            with self.subTest(value):
-                env = {"HOME": value} if value is not None else {}
-                del self.home.env["HOME"]
-                done = self.run_here("config", "path", **env)
-                self.home.env["HOME"] = str(self.home.root)
-                if value == "here":
-                    self.assert_fails(done, 2, "HOME=here: expected the absolute path")
-                else:
-                    self.assertTrue(os.path.isabs(done.stdout.strip()), done)
+        del self.home.env["HOME"]
+        path = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".rrouter", "config.json\n")
+        self.assertEqual(self.run_here("config", "path").stdout, path)
+        self.assertEqual(self.run_here("config", "path", HOME="").stdout, path)
+        self.assert_fails(self.run_here("config", "path", HOME="here"), 2,
+                          "HOME=here: expected the absolute path")
 
 
 # Runs commands of rrouter, found in the directory argv[1], many times: each time in a child that
@@ -8497,12 +8560,6 @@ class ConfigCommandTest(CommandTest):
         self.assertEqual(printed["modes"], config["modes"])
         self.assertEqual(printed["auto"], {**DEFAULT_CONFIG["auto"], **config["auto"]})
 
-    def test_config_complains_about_a_bad_file(self):
-        self.home.write("config.json", "{")
-        done = self.run_here("config", check=1)
-        self.assertRegex(done.stderr, r"config\.json.*1:2")
-        self.assertEqual(done.stdout, "")
-
     def test_edit_begins_with_the_defaults(self):
         done = self.edit("/nonexistent", VISUAL="'%s' -w" % self.editor)
         self.assertEqual(done.returncode, 0, done)
@@ -8540,10 +8597,13 @@ class ConfigCommandTest(CommandTest):
                 done = self.edit(command, CODE="7")
                 self.assert_fails(done, 1, "rrouter: .*%s" % pattern)
 
-    def test_reset_keeps_each_file_it_replaces(self):
-        self.run_here("config", "reset", check=0)
-        self.assertEqual(self.backups(), [])
-        self.assert_defaults()
+    def test_reset_keeps_each_file_it_replaces_but_none_that_equals_the_defaults(self):
+        for text in (None, None, json.dumps(DEFAULT_CONFIG)):
+            if text:
+                self.file.write_text(text)
+            self.run_here("config", "reset", check=0)
+            self.assertEqual(self.backups(), [])
+            self.assert_defaults()
         texts = ["{", "second", "third"]
         for text in texts:
             self.home.write("config.json", text)
@@ -8593,12 +8653,6 @@ class CopiedFileTest(LoopbackTest):
 class EnvironmentTest(CommandTest):
     """Values are judged by ReadEnvironmentTest; these commands need them."""
 
-    def test_an_empty_home_counts_as_unset(self):
-        import pwd
-        expected = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".rrouter", "config.json")
-        self.assertEqual(self.home.run("config", "path", check=0, env={"HOME": ""}).stdout.strip(),
-                         expected)
-
     def test_an_odd_umask_keeps_the_files_readable(self):
         shell = ["/bin/sh", "-c", 'umask 0777; exec "$@"', "sh", *PYTHON, RROUTER]
         for command in (("ag",), ("config", "reset"), ("mode",), ("config",)):
@@ -8612,15 +8666,12 @@ class EnvironmentTest(CommandTest):
             done = self.home.run("mode", "\ud55c".encode(), env=env)
             self.assert_fails(done, 1, r"mode '\\ud55c' is not defined")
         with Running(None, home=self.home, mode=None):
-            self.home.write("config.json", "{")         # the daemon judges the mode
+            self.home.write("config.json", "{")         # the daemon knows the modes
             for env in locales:
                 done = self.home.run("mode", "\ud55c".encode(), env=env, check=1)
-                self.assertIn("is in mode claude", done.stderr)
-                self.assertEqual(self.home.read("mode"), "\ud55c\n")
-
-    def test_help_survives_the_loss_of_docstrings(self):
-        done = self.home.run("help", program=[sys.executable, "-OO", RROUTER], check=0)
-        self.assertIn("usage: rrouter COMMAND", done.stdout)
+                self.assertRegex(done.stderr, r"config\.json:1:2(.|\n)*'\\ud55c' is not defined")
+                self.assertFalse((self.home.dir / "mode").exists())
+            self.assertIn("in force", self.home.run("auto", check=0).stdout)
 
     def test_a_link_that_leads_nowhere_is_named_as_such(self):
         for target in ("nowhere", ".rrouter"):
@@ -8649,14 +8700,174 @@ class EnvironmentTest(CommandTest):
         self.assertEqual(processes(self.home), [])
 
 
+class DemoTest(LoopbackTest):
+    """`demo`, hurried."""
+
+    QUICK = ("import sys; sys.path[0] = sys.argv.pop(1); import rrouter\n"
+             "rrouter.DEMO_PAUSE_S, rrouter.DEMO_COOLDOWN_S = 0, 1\n"
+             "sys.exit(rrouter.main(sys.argv[1:]))")
+
+    def setUp(self):
+        self.home = self.make_home(port=1)      # it uses neither this port nor HOME
+        self.home.env.update(TMPDIR=str(self.home.root), PYTHONWARNINGS="")
+        self.arguments = "-c", self.QUICK, os.path.dirname(compiled()), "demo"
+
+    def test_it_shows_each_step_by_real_requests_and_leaves_nothing(self):
+        done = self.home.run(*self.arguments, program=PYTHON, check=0)
+        claude, gemini = "200 claude claude-sonnet-5-5", "200 antigravity " + GEMINI_SONNET
+        self.assertEqual(re.findall(r"(?m)^  (\d{3} .*)", done.stdout), [
+            claude, gemini, gemini, *[claude + ", 2 tries"] * 3, claude, gemini])
+        self.assertLessEqual(max(map(len, done.stdout.splitlines())), 80)
+        for title, _, _, meaning in rrouter.DEMO_STEPS:
+            self.assertIn(title + "\n  200", done.stdout)
+            self.assertIn("\n  %s\n" % meaning, done.stdout)
+        self.assertRegex(done.stdout, r"(?s)notice: nothing.*Next.* start .* check .* auto ")
+        self.assertEqual((list(self.home.root.iterdir()), done.stderr), ([], ""))
+
+    def test_with_stay_it_serves_until_it_is_interrupted(self):
+        for number, status in ((signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)):
+            process = ending_with(self, self.home.begin(
+                *self.arguments, "--stay", program=PYTHON, stdout=subprocess.PIPE,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)))
+            with process.stdout:
+                printed = b""
+                while b"curl" not in printed:
+                    line = process.stdout.readline()
+                    self.assertTrue(line, printed)
+                    printed += line
+                url = re.search(rb"ANTHROPIC_BASE_URL=http://127.0.0.1:(\d+) ", printed)
+                self.assertEqual(get_health(int(url.group(1)))["mode"], "auto")
+                process.send_signal(number)
+                self.assertEqual(process.wait(WAIT_S), status)
+            self.assertEqual(list(self.home.root.iterdir()), [])
+
+
+class AutoCommandTest(AutoTest):
+    """What the commands say of auto mode while it fails over."""
+
+    def say(self, *arguments, check=0, **env):
+        done = run_here(self.rrouter.home, *arguments, **env)
+        self.assertEqual(done.returncode, check, done)
+        return done.stdout
+
+    def test_status_counts_failures_names_the_switch_and_auto_says_what_it_clears(self):
+        self.upstream.default = lambda request: (
+            error(429) if request.model.startswith("gemini") else stream())
+        for failures in (1, 2):
+            self.rrouter.post()
+            self.assertIn("\ntarget:   antigravity: %d of 3 failures\n" % failures,
+                          self.say("status"))
+        self.assertIn("cleared: 2 of 3 failures of antigravity\n", self.say("auto"))
+        self.assertNotIn("cleared", self.say("auto"))
+        for _ in range(3):
+            self.rrouter.post()
+        status = self.say("status")
+        self.assertRegex(status, r"target: +on claude since \d\d:\d\d because antigravity gave 3 "
+                                 "HTTP errors in a row, last 429; tries antigravity again in 30m")
+        self.assertRegex(status, r"requests: \d+ answered, \d+ rescued, 0 failed, 0 running")
+        self.assertRegex(status, r"failure: +antigravity: 429, \d\d:\d\d\n")
+        self.assertRegex(self.say("explain"), "\n".join((
+            r"\A%s", r"  antigravity: +%s \(rule claude-sonnet-\*\)",
+            r"  claude: +%s \(no rule matches\)", r"  auto: +on claude since .*",
+            r"in force: mode auto\n\Z")) % (SONNET, GEMINI_SONNET, SONNET))
+        self.assertIn("cleared: cooldown of antigravity (429, 30m)\n", self.say("claude"))
+
+    def test_explain_needs_no_request_for_a_name_that_is_given(self):
+        self.assertRegex(self.say("explain", "other"),
+                         "auto: +no rescue, because both targets get the same name")
+        self.assertRegex(self.say("explain", SONNET), "auto: +antigravity\n")
+
+    def test_watch_draws_the_status_anew_until_it_is_interrupted(self):
+        with mock.patch.object(rrouter.time, "sleep", side_effect=[None, KeyboardInterrupt]):
+            printed = self.say("status", "--watch", check=130)
+        self.assertEqual(printed.count("mode:     auto\n"), 2)
+
+    def test_a_target_whose_credential_is_blocked_is_named_by_check(self):
+        home = self.rrouter.home
+        self.upstream.play(error(503, "auth_unavailable: no auth available"), stream())
+        self.rrouter.post()
+        self.assertRegex(run_here(home, "check").stdout, "warn  target: CLIProxyAPI blocks the "
+                         r"credential of antigravity .*503 auth_unavailable, \d\d:\d\d\)")
+        self.upstream.play(error(503), stream())
+        self.rrouter.post()
+        self.assertNotIn("target: CLIProxyAPI", run_here(home, "check").stdout)
+
+
+class LogsTest(CommandTest):
+    """`logs` without a daemon."""
+
+    def test_it_goes_back_into_the_rotated_files(self):
+        self.assert_fails(self.run_here("logs"), 1, "`rrouter start` begins it")
+        (self.home.dir / "logs").mkdir(parents=True)
+        for name, numbers in ((".2", range(30)), (".1", range(30, 35)), ("", range(35, 40))):
+            self.home.write("logs/rrouter.log" + name, "".join(
+                "%d [AUTO]\n%d\n" % (number, number) for number in numbers))
+        self.assertEqual(self.run_here("logs", "--auto", check=0).stdout.split("\n"),
+                         [*map("%d [AUTO]".__mod__, range(20, 40)), ""])
+        self.assertEqual(self.run_here("logs", check=0).stdout.split()[::3],
+                         [*map(str, range(30, 40))])
+
+    def test_it_follows_over_rotation_and_truncation(self):
+        (self.home.dir / "logs").mkdir(parents=True)
+        log = self.home.dir / "logs" / "rrouter.log"
+        log.write_bytes(b"old\n")
+        steps = (lambda: log.write_bytes(b"old\none\ntw"),
+                 lambda: log.write_bytes(b"old\none\ntwo\n"),
+                 lambda: (log.rename(log.with_suffix(".log.1")), log.write_bytes(b"three\n")),
+                 lambda: log.write_bytes(b"4\n"))
+        with mock.patch.object(rrouter.time, "sleep", side_effect=(step() for step in steps)), \
+                contextlib.closing(rrouter.follow(str(log))) as lines:
+            self.assertEqual([next(lines) for _ in range(4)],
+                             [b"one\n", b"two\n", b"three\n", b"4\n"])
+
+
+class StartReportTest(LoopbackTest):
+
+    def test_start_says_what_is_not_well_and_what_to_do_next(self):
+        home = self.make_home(config="{")
+        self.addCleanup(home.run, "stop")
+        started = home.run("start", check=0).stdout
+        self.assertRegex(started, "\n".join((
+            r"\Arrouter runs on localhost:%d \(pid \d+\), mode claude",
+            r"upstream: http://127\.0\.0\.1:9, not reachable", r"problem:  config\.json:1:2.*",
+            r"next:     rrouter check\n\Z")) % home.port)
+        home.write("config.json", json.dumps(DEFAULT_CONFIG))
+        upstream, other = self.start_upstream(), free_port()
+        again = home.run("start", check=0, env={"RROUTER_PORT": str(other)}).stdout
+        self.assertRegex(again, "\n".join((
+            r"\Arrouter is already running .*", "upstream: .*", "note:     RROUTER_PORT=%d of this "
+            "shell is not in force: `rrouter restart`", "next")) % other)
+        home.env["RROUTER_UPSTREAM"] = upstream.url
+        self.assertRegex(home.run("restart", check=0).stdout,
+                         r"\A.*stopped.*\n.*runs on.*\nupstream: %s, reachable\n\Z" % upstream.url)
+
+    def test_only_what_cliproxyapi_repeats_by_itself_is_a_late_failure(self):
+        for fault, status, took_s, is_late in (
+                ("STATUS", 429, 20.1, True), ("STATUS", 429, 20, False), ("STATUS", 500, 60, True),
+                ("SHELF", 503, 30, True), ("STATUS", 400, 60, False), ("TIMEOUT", 504, 150, False)):
+            outcome = Outcome(Fault[fault], status, "", 1000, 1000 + took_s)
+            self.assertEqual(bool(rrouter.slow_failure(outcome)), is_late, outcome)
+
+    def test_a_failure_that_came_late_is_named_in_log_and_status(self):
+        upstream = self.start_upstream(error(429, pause_s=0))
+        upstream.default.before = threading.Event()
+        router = self.start_rrouter(upstream, limits={"SLOW_FAILURE_S": 0.05})
+        threading.Timer(0.2, upstream.default.before.set).start()
+        self.assertEqual(router.post().status, 429)
+        words = "CLIProxyAPI waited 0 s before this 429; set max-retry-interval: 8"
+        self.assertIn(words, run_here(router.home, "status").stdout)
+        wait_until(lambda: "[SLOW] #1 antigravity: " + words in router.log())
+
+
 # Check ########################################################################
 
 LISTED = [rule["rewrite"] for rule in DEFAULT_CONFIG["modes"]["antigravity"]["mappings"]]
 PROXY_VARIABLES = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "all_proxy")
 
 
-def list_models(*names):
-    return Response(200, json.dumps({"data": [{"id": name} for name in names]}).encode())
+def list_models(*names, owner="antigravity"):
+    return Response(200, json.dumps({"data": [
+        {"id": name, "owned_by": owner} for name in names]}).encode())
 
 
 class CheckTest(RouterTest):
@@ -8668,7 +8879,8 @@ class CheckTest(RouterTest):
         super().setUp()
         self.home = self.rrouter.home
         self.url = "http://localhost:%d" % self.rrouter.port
-        self.settings({"ANTHROPIC_BASE_URL": self.url, "ANTHROPIC_AUTH_TOKEN": "sk-secret-token"})
+        self.settings({"ANTHROPIC_BASE_URL": self.url, "ANTHROPIC_AUTH_TOKEN": "sk-secret-token",
+                       "NO_PROXY": "127.0.0.1, localhost"})
         self.models = list_models(*LISTED)
         self.upstream.default = lambda request: (
             self.models if request.target.startswith("/v1/models") else Response())
@@ -8690,6 +8902,9 @@ class CheckTest(RouterTest):
             self.assertRegex(done.stdout, "(?m)^" + pattern)
         bad = re.findall(r"(?m)^(?:warn|fail) .*", done.stdout)
         self.assertEqual(done.returncode, any(line.startswith("fail") for line in bad), done.stdout)
+        begin = re.search(r"\n\n\d checks: .*? fail(; begin with .*)?\n\Z", done.stdout).group(1)
+        first = next((line for line in bad if line.startswith("fail") == done.returncode), "")
+        self.assertEqual(begin, first and "; begin with " + first[6:].partition(": ")[0] or None)
         return bad
 
     def test_a_sound_setup_is_ok_in_every_line(self):
@@ -8710,57 +8925,114 @@ class CheckTest(RouterTest):
 
     CLIENTS = (
         # settings.json,          shell,                 level,  words
-        ("http://localhost:1",    "",                    "warn", "settings.json: .*elsewhere"),
-        ("http://u:word@h:1",     "",                    "warn", r"\*\*\*@h:1: .*elsewhere"),
-        ("{",                     "",                    "warn", "settings.json: not JSON"),
-        ("[]",                    "",                    "warn", "settings.json: set "),
-        ('{"env": 7}',            "",                    "warn", "settings.json: set "),
-        ("{}",                    "",                    "warn", "settings.json: set "),
-        ("{}",                    "here",                "ok",   "shell: "),
+        ("here/@claude",          "",                    "ok",   "claude code: .*/@claude, by"),
+        ("here/v1",               "",                    "warn", "claude code: .*/v1, .*not work"),
+        ("here/@claude/v1",       "",                    "warn", "claude code: .*/v1, .*not work"),
+        ("https://localhost:%d",  "",                    "warn", "claude code: https:.*not work"),
+        ("http://localhost:1",    "",                    "warn", "claude code: goes elsewhere"),
+        ("http://u:word@h:1",     "",                    "warn", r"claude code: .*\*\*\*@h:1, by"),
+        ("{",                     "",                    "warn", "claude code: .*json: not JSON"),
+        ('{"env": 7}',            "",                    "warn", "claude code: set "),
+        ("{}",                    "",                    "warn", "claude code: set "),
+        ("{}",                    "here",                "ok",   "claude code: .* by this shell"),
         ("here",                  "http://localhost:1/", "warn", "shell: .*points elsewhere"),
         ("here",                  "http://u:word@h:1",   "warn", r"shell: .*=http://\*\*\*@h:1 p"),
-        ("here",                  "http://[::1",         "warn", "shell: .*points elsewhere"),
     )
 
     def test_a_client_that_points_elsewhere_is_named(self):
         for settings, shell, level, words in self.CLIENTS:
             with self.subTest(settings=settings, shell=shell):
+                settings = settings.replace("%d", str(self.rrouter.port))
                 if settings[0] in "{[":
                     self.settings(text=settings)
                 else:
                     self.settings({"ANTHROPIC_BASE_URL": settings.replace("here", self.url)})
-                bad = self.check("%s +.*%s" % (level, words),
+                bad = self.check("%s +%s" % (level, words), NO_PROXY="*",
                                  ANTHROPIC_BASE_URL=shell.replace("here", self.url))
                 self.assertEqual(len(bad), level == "warn", bad)
                 self.assertNotIn("word", "".join(bad))
 
+    def test_a_proxy_that_gets_the_requests_of_claude_code_is_named(self):
+        for exempt, is_exempt in (("", False), ("h.com,localhost.org", False), ("localhost", True),
+                                  ("h.com 127.0.0.1:80", True), ("*", True)):
+            for name in ("NO_PROXY", "no_proxy"):
+                with self.subTest(exempt, name=name):
+                    self.settings({"ANTHROPIC_BASE_URL": self.url, name: exempt})
+                    bad = self.check()
+                    self.assertEqual(bad, [] if is_exempt else [line for line in bad if re.match(
+                        'warn  proxy: HTTP_PROXY is set without NO_PROXY.*"NO_PROXY": "', line)])
+                    self.assertEqual(len(bad), not is_exempt)
+
     UPSTREAMS = (
-        # status and body of /v1/models,       key in,                 the warning
-        (200, "{}",                            "ANTHROPIC_AUTH_TOKEN", "models: .* no list"),
-        (200, '{"data":[{"id":1},{"id":"a"}]}', "ANTHROPIC_AUTH_TOKEN", "models: .* know gemini"),
-        (404, "{}",                            "ANTHROPIC_AUTH_TOKEN", r"models: .* no list \(404"),
-        (401, "{}",                            "ANTHROPIC_AUTH_TOKEN", "401.*ANTHROPIC_AUTH_TOKEN"),
-        (403, "{}",                            "ANTHROPIC_API_KEY",    "403.*ANTHROPIC_API_KEY"),
-        (401, "{}",                            "X",                    "refuses a request without"),
+        # status and body of /v1/models,            key in,                 the line
+        (200, "{}",                                 "ANTHROPIC_AUTH_TOKEN", "warn  models: .*list"),
+        (200, '{"data":[{"id":1},{"id":"a"}]}',     "ANTHROPIC_AUTH_TOKEN", "warn  .* know gemini"),
+        (404, "{}",                                 "ANTHROPIC_AUTH_TOKEN", "warn  .* with 404"),
+        (401, '{"x":\n"sk-secret-token"}',          "ANTHROPIC_AUTH_TOKEN",
+         r'fail  upstream: .*401 {"x": "\*\*\*"}.*ANTHROPIC_AUTH_TOKEN'),
+        (403, '{"error":"unsafe_example_api_key"}', "ANTHROPIC_API_KEY",
+         "fail  upstream: .*403 .*unsafe_example_api_key.*ANTHROPIC_API_KEY"),
+        (401, "{}",                                 "X", "fail  upstream: .*request without a key"),
+        (502, "upstream is rrouter itself;",        "X", "fail  upstream: .*is rrouter itself:"),
     )
 
     def test_an_upstream_that_refuses_or_answers_oddly_is_named(self):
-        for status, body, name, words in self.UPSTREAMS:
+        for status, body, name, line in self.UPSTREAMS:
             with self.subTest(status=status, body=body, key=name):
                 self.models = Response(status, body.encode())
-                self.settings({"ANTHROPIC_BASE_URL": self.url, name: "sk-secret-token"})
-                self.check("warn +.*%s" % words)
+                self.settings({"ANTHROPIC_BASE_URL": self.url, name: "sk-secret-token",
+                               "NO_PROXY": "*"})
+                self.assertEqual(len(self.check(line)), 1)
 
-    def test_names_the_upstream_does_not_know_come_with_their_remedy(self):
-        self.models = list_models(LISTED[0], LISTED[1], "gemini-3-flash")
-        self.assertEqual(len(self.check("warn +models: .* know %s" % LISTED[2],
-                                        " +oauth-model-alias:", " +alias: .*%s" % LISTED[2])), 1)
+    def test_an_upstream_that_is_rrouter_itself_is_named_before_anything_runs(self):
+        home = self.make_home()
+        done = run_here(home, "check", RROUTER_UPSTREAM="http://localhost:%d" % home.port)
+        self.assertRegex(done.stdout, "(?m)^fail  upstream: .* is rrouter itself: set RROUTER_UP")
+
+    def test_a_certificate_that_is_refused_comes_with_its_remedy(self):
+        certificate = rrouter.UpstreamUnreachable("cannot be reached: certificate verify failed")
+        with mock.patch.object(rrouter, "get_models", side_effect=certificate):
+            self.check("fail  upstream: .*verify failed: .*private CA.* SSL_CERT_FILE")
+
+    def test_names_the_upstream_does_not_know_come_with_one_block_of_aliases(self):
+        opus, flash, none = "claude-opus-4-6-thinking", "gemini-3-flash", "AN-ID-OF-ANTIGRAVITY"
+        for owner, ids, head in (("antigravity", (flash, opus), ", claude-sonnet-4-6, gemini-3-"),
+                                 ("anthropic", (none, none), "none is listed: log in")):
+            listed = list_models(LISTED[0], opus, "claude-sonnet-4-6", flash, owner=owner).chunks[0]
+            (level, text), = rrouter.check_models(rrouter.config_of(None), listed)
+            first, *lines = text.split("\n")
+            self.assertIn("does not know %s, %s (400" % (LISTED[2], LISTED[1]), first)
+            self.assertIn(head, first)
+            entries = []
+            for known, alias in zip(ids, (LISTED[2], LISTED[1])):
+                entries += ['- name: "%s"' % known, '  alias: "%s"' % alias]
+                entries += ["  fork: true"] * (known != opus)
+            self.assertEqual((level, lines), ("warn", [" " * 8 + line for line in (
+                "# version 7", "oauth-model-alias:", "  antigravity:",
+                *("    " + entry for entry in entries),
+                "# version 8", "oauth:", "  model-alias:", "    antigravity:",
+                *("      " + entry for entry in entries))]))
+
+    def test_for_programs_it_is_json(self):
+        self.models = Response(401)
+        done = run_here(self.home, "check", "--json")
+        report = json.loads(done.stdout)
+        self.assertEqual((done.returncode, report["status"]), (1, "fail"))
+        rows = {row["check"]: row for row in report["checks"]}
+        self.assertEqual((rows["upstream"]["level"], rows["config"]),
+                         ("fail", {"level": "ok", "check": "config", "text": "the defaults"}))
+
+    def test_missing_usage_headers_are_named_where_health_knows_of_them(self):
+        health = {"autoSwitch": {"switched": False, "models": {}},
+                  "requests": {"answered": 1, "lastFailure": None}}
+        for windows, found in (({"windows": {}}, 1), ({"windows": {"claude": {}}}, 0), ({}, 0)):
+            self.assertEqual(len(list(rrouter.check_targets({**health, **windows}))), found)
 
     def test_bad_files_of_rrouter_are_named(self):
         put(self.home, "config.json", "{")
         self.addCleanup((self.home.dir / "config.json").unlink)
         put(self.home, "mode", "nosuch\n")
-        self.check(r"fail +config: config\.json.*1:2", "warn +mode: .*nosuch")
+        self.check(r"fail +config: .*/config\.json:1:2", "warn +mode: .*nosuch")
 
     def test_an_installed_service_is_examined(self):
         unit = self.home.root / ".config" / "systemd" / "user" / "rrouter.service"
@@ -8783,13 +9055,6 @@ class CheckTest(RouterTest):
                 "rrouter.__version__ = '9.9.9'; sys.exit(rrouter.main(['check']))")
         done = self.home.run("-c", code, os.path.dirname(compiled()), program=PYTHON, check=0)
         self.assertRegex(done.stdout, "(?m)^warn +version: .* this program 9.9.9: rrouter restart")
-
-    def test_status_and_check_say_that_the_upstream_is_down(self):
-        home = self.start_rrouter("http://127.0.0.1:9").home
-        self.assertRegex(run_here(home, "status").stdout, "(?m)^upstream: .*:9, not reachable$")
-        done = run_here(home, "check")
-        self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stdout, r"(?m)^fail  upstream: http://127\.0\.0\.1:9 ")
 
 
 # Installation #################################################################
