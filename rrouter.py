@@ -189,17 +189,12 @@ ERROR_TYPES = {
 # Claude Code's patterns (lower case, without backticks), then the wordings of Gemini, which it does
 # not know.  A row matches if all its words are present, in any order.
 SIGNATURE_WORDINGS = (
-    (b"signature in thinking block",),
-    (b"invalid data in redacted_thinking block",),
+    (b"signature in thinking block",), (b"invalid data in redacted_thinking block",),
     (b"thinking.signature", b"field required"),
-    (b"thinking block", b"cannot be modified"),
-    (b"thinking block", b"invalid signature"),
-    (b"redacted_thinking", b"cannot be modified"),
-    (b"redacted_thinking", b"invalid signature"),
-    (b"corrupted thought signature",),
-    (b"invalid thought signature",),
-    (b"thought signature is not valid",),
-    (b"bound to a different conversation",))
+    (b"thinking block", b"cannot be modified"), (b"thinking block", b"invalid signature"),
+    (b"redacted_thinking", b"cannot be modified"), (b"redacted_thinking", b"invalid signature"),
+    (b"corrupted thought signature",), (b"invalid thought signature",),
+    (b"thought signature is not valid",), (b"bound to a different conversation",))
 # Responses of CLIProxyAPI that come without asking a provider: statuses, words, name in the log.
 UNKNOWN_MODEL = "unknown provider for model"
 SHELF_WORDINGS = (
@@ -209,10 +204,10 @@ SHELF_WORDINGS = (
     ((400, 502), (b"unknown provider for model",), UNKNOWN_MODEL))
 
 # What targets say of a request beyond their limits, in lower case.
-TOO_LARGE_WORDINGS = tuple((words,) for words in (
-    b"prompt is too long", b"exceeds the context window", b"exceeds the maximum number of tokens",
-    b"input is too long", b"prompt token count of", b"prompt_too_long", b"context length exceeded",
-    b"request too large"))
+TOO_LARGE_WORDINGS = (
+    (b"prompt is too long",), (b"exceeds the context window",), (b"input is too long",),
+    (b"exceeds the maximum number of tokens",), (b"prompt token count of",), (b"prompt_too_long",),
+    (b"context length exceeded",), (b"request too large",))
 THINKING_TYPES = ("thinking", "redacted_thinking")
 EMPTY_CONTENT = b'{"type":"text","text":"(no content)"}'    # the API refuses []
 
@@ -245,10 +240,7 @@ class DaemonError(RouterError):
 
 
 class RequestError(RouterError):
-    """The client's request is refused with `http_status`.
-
-    Its connection is closed, because the bytes that follow cannot be trusted.
-    """
+    """The client's request is refused; its connection is closed, because the rest is suspect."""
 
     def __init__(self, http_status: int, message: str, logged: str = "") -> None:
         super().__init__(message)
@@ -272,17 +264,13 @@ class UpstreamError(RouterError):
 
 
 def without_trace(error: UpstreamError) -> UpstreamError:
-    """Return `error` without its traceback and causes, so that it can be kept.
-
-    Their frames hold the request, which would hold the error: the body of each failed request would
-    stay in memory until the garbage collector runs.
-    """
+    """Return `error` without its traceback, whose frames would keep the request in memory."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
 
 class UpstreamUnreachable(UpstreamError):
-    """No connection could be opened; the providers of the upstream are not to blame."""
+    """No connection could be opened."""
 
     what = "upstream unreachable"
     remedy = "start CLIProxyAPI or set RROUTER_UPSTREAM"
@@ -368,6 +356,7 @@ class Fields(NamedTuple):
     def all(self, name: bytes) -> list[bytes]:
         """Return the values of the field `name`, line by line; none if it is absent."""
         return self.values.get(name, [])
+
 
 
 class RequestHead(NamedTuple):
@@ -545,18 +534,12 @@ _STRING_OR_ODD_NUMBER = re.compile(
 _EXCERPT_CHARS = 20             # of the text, in a complaint about it
 
 
-def _check_numbers(text: str) -> None:
-    for match in _STRING_OR_ODD_NUMBER.finditer(text):
-        odd = match["odd"]
-        if odd:
-            before = text[:match.start()]
-            line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-            raise ConfigError(f"{line}:{column}: expected a plain JSON number, found "
-                              + printable(odd, _EXCERPT_CHARS))
-
-
 def _parse_json(text: str) -> Any:
-    _check_numbers(text)
+    for match in _STRING_OR_ODD_NUMBER.finditer(text):
+        if match["odd"]:
+            place = json.JSONDecodeError("", text, match.start())
+            raise ConfigError(f"{place.lineno}:{place.colno}: expected a plain JSON number, found "
+                              + printable(match["odd"], _EXCERPT_CHARS))
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -565,8 +548,8 @@ def _parse_json(text: str) -> Any:
         found = repr(rest) if rest else "the end of the file"
         raise ConfigError(f"{error.lineno}:{error.colno}: {what}, found {found}") from error
     except RecursionError as error:     # 100,000 brackets
-        raise ConfigError("1:1: expected an object of modes, found nesting that is too deep"
-                          ) from error
+        raise ConfigError(
+            "1:1: expected an object of modes, found nesting that is too deep") from error
 
 
 def _found(value: Any) -> str:
@@ -604,11 +587,6 @@ def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
     return rule
 
 
-def _is_mode_name(name: str) -> bool:
-    """Return whether `name` can be typed as a command and written to the mode file."""
-    return bool(name) and name == name.lower() == printable(name) and name.split() == [name]
-
-
 def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]:
     if not isinstance(value, dict) or not value:
         raise ConfigError("modes: expected an object with at least one mode, found "
@@ -618,7 +596,7 @@ def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]
         path = f"modes.{printable(name)}"
         if name == MODE_AUTO:
             raise ConfigError(f"{path}: expected another name, found auto, which is built in")
-        if not _is_mode_name(name):
+        if name.split() != [name] or not name == name.lower() == printable(name):
             raise ConfigError(f"{path}: expected a name in lower-case ASCII without spaces, "
                               f"found {_found(name)}")
         mappings = _members(mode, path, f"{path}.", ("mappings",), problems).get("mappings", [])
@@ -675,14 +653,6 @@ def _parse_default_mode(top: dict[str, Any], modes: Collection[str]) -> str:
                       f"found {_found(name)}")
 
 
-def _find_auto_error(targets: tuple[str, str], modes: Collection[str]) -> str:
-    """Return why mode auto cannot be used; "" if it can."""
-    unknown = ", ".join(_found(target) for target in targets if target not in modes)
-    if not unknown:
-        return ""
-    return (f"auto.targets: {unknown}: not among the modes ({', '.join(modes)}), "
-            "so mode auto cannot be used")
-
 
 def parse_config(text: str) -> Config:
     """Return the configuration in the JSON text `text`; raise ConfigError if any part is wrong."""
@@ -693,19 +663,19 @@ def parse_config(text: str) -> Config:
         raise ConfigError("modes: missing, expected an object of modes")
     modes = _parse_modes(top["modes"], problems)
     default_mode = _parse_default_mode(top, modes)
-    auto = _parse_auto(top.get("auto", {}), problems)
-    auto_error = _find_auto_error(auto.targets, modes)
-    # The built-in targets do not matter to a config that never uses auto.
-    if auto_error and ("targets" in top.get("auto", {}) or default_mode == MODE_AUTO):
-        problems.append(auto_error)
+    auto, auto_error = _parse_auto(top.get("auto", {}), problems), ""
+    unknown = ", ".join(_found(target) for target in auto.targets if target not in modes)
+    if unknown:
+        auto_error = (f"auto.targets: {unknown}: not among the modes ({', '.join(modes)}), "
+                      "so mode auto cannot be used")
+        # The built-in targets do not matter to a config that never uses auto.
+        if "targets" in top.get("auto", {}) or default_mode == MODE_AUTO:
+            problems.append(auto_error)
     return Config(modes, default_mode, auto, auto_error, tuple(problems))
 
 
 def config_of(content: bytes | None) -> Config:
-    """Return the configuration in a file with this content; the embedded default for None.
-
-    Raises ConfigError or UnicodeDecodeError.
-    """
+    """Return the configuration in a file with this content; the embedded default for None."""
     if content is None:
         return parse_config(json.dumps(DEFAULT_CONFIG))
     return parse_config(content.decode("utf-8").removeprefix("\ufeff"))
@@ -728,12 +698,10 @@ def config_text(config: Config) -> str:
 
 
 def mode_word(content: bytes | None) -> str | None:
-    """Return the word in the mode file, or None if the file does not exist.
-
-    Windows PowerShell writes UTF-16, or UTF-8 with a byte order mark.
-    """
+    """Return the word in the mode file, or None if the file does not exist."""
     if content is None:
         return None
+    # Windows PowerShell writes UTF-16, or UTF-8 with a byte order mark.
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode("utf-16" if is_utf_16 else "utf-8", "backslashreplace")
     return text.removeprefix("\ufeff").strip().lower()
@@ -750,17 +718,13 @@ def describe_config_error(error: Exception) -> str:
     return f"config.json{':' if text[:1].isdigit() else ': '}{text}"
 
 
-def _is_host_name(host: str) -> bool:
-    """Return whether a lookup of `host` is possible: no label empty or over 63 characters."""
-    try:
-        return bool(host.encode("idna"))
-    except UnicodeError:
-        return False
-
-
 def _is_host(host: str) -> bool:
-    return bool(re.fullmatch("[A-Za-z0-9._:%-]+", host) and len(host) <= HOST_MAX
-                and _is_host_name(host))
+    """Return whether `host` is an address or a name that can be looked up."""
+    try:
+        return bool(re.fullmatch("[A-Za-z0-9._:%-]+", host) and len(host) <= HOST_MAX
+                    and host.encode("idna"))
+    except UnicodeError:                # a label is empty or over 63 characters
+        return False
 
 
 def _is_upstream_url(text: str) -> bool:
@@ -768,8 +732,8 @@ def _is_upstream_url(text: str) -> bool:
     try:
         url = urllib.parse.urlsplit(text)
         return bool(
-            url.scheme in ("http", "https") and url.hostname and _is_host_name(url.hostname)
-            and url.port != 0 and "@" not in url.netloc and not url.query and not url.fragment
+            url.scheme in ("http", "https") and _is_host(url.hostname or "") and url.port != 0
+            and "@" not in url.netloc and not url.query and not url.fragment
             and re.fullmatch("[!-~]+", text))
     except ValueError:                  # the port is not a number, or a bracket is not closed
         return False
@@ -780,10 +744,8 @@ def _without_password(url: str) -> str:
 
 
 def read_environment(environ: Mapping[str, str]) -> Settings:
-    """Return the settings; raise UsageError with the variable, its value and what is allowed.
-
-    An empty variable counts as unset.
-    """
+    """Return the settings; raise UsageError with the variable, its value and what is allowed."""
+    # An empty variable counts as unset.
     values = {name: environ.get(name) or default for name, default in DEFAULT_ENVIRONMENT.items()}
     port = values["RROUTER_PORT"]
     if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= PORT_MAX:
@@ -814,10 +776,8 @@ def _glob(pattern: str) -> Callable[[str], object]:
 
 def match_rule(rules: Iterable[Rule], model: str) -> Rule | None:
     """Return the first rule that matches `model`: a name that equals it, or a glob; else None."""
-    for rule in rules:
-        if model == rule.match or _glob(rule.match)(model):
-            return rule
-    return None
+    return next((rule for rule in rules
+                 if model == rule.match or _glob(rule.match)(model)), None)
 
 
 def decide_route(config: Config, target: str, model: str | None) -> Route:
@@ -844,6 +804,8 @@ _TRUNCATED_TRAILERS = re.compile(b"%b(?:\r|%b(?::%b\r?)?)?" % (_FIELDS, _TOKEN, 
 _NAME = re.compile(_TOKEN)
 _NUMBER = re.compile(b"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
+_HOST_LINE = re.compile(rb"(?im)^(host:)[^\r]*")
+_LENGTH_LINE = re.compile(rb"(?im)^(content-length:)[^\r]*")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
 _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
 _LOOPBACK_ORIGIN = re.compile(
@@ -861,19 +823,15 @@ _KEPT_OPTIONS = frozenset((b"", b"keep-alive", b"content-length"))
 _WITHHELD = (b"access-control-", b"x-rrouter-target", b"x-rrouter-model", b"x-rrouter-attempts")
 
 
-def _field_name(line: bytes) -> bytes:
-    return line.partition(b":")[0].lower()
-
-
 def _without(lines: Iterable[bytes], names: Collection[bytes]) -> list[bytes]:
-    return [line for line in lines if _field_name(line) not in names]
+    return [line for line in lines if line.partition(b":")[0].lower() not in names]
 
 
 def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
     """Return the fields in the valid lines `block`.
 
-    Not forwarded: hop-by-hop fields, those that Connection lists (RFC 9110 §7.6.1), and those
-    whose name begins with one of `withheld`.
+    Hop-by-hop fields, those that Connection lists (RFC 9110 §7.6.1), and those whose name begins
+    with one of `withheld` are not forwarded.
     """
     values: dict[bytes, list[bytes]] = {}
     end_to_end = []
@@ -884,14 +842,10 @@ def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
             values.setdefault(name, []).append(value.strip())
         if name not in HOP_BY_HOP and not name.startswith(withheld):
             end_to_end.append(line)
-    options = set()
-    if b"connection" in values:
-        options = {option.strip().lower()
-                   for value in values[b"connection"] for option in value.split(b",")}
-        listed = options - _KEPT_OPTIONS
-        if listed:
-            end_to_end = _without(end_to_end, listed)
-    return Fields(values, options, end_to_end)
+    options = {option.strip().lower()
+               for value in values.get(b"connection", ()) for option in value.split(b",")}
+    listed = options - _KEPT_OPTIONS
+    return Fields(values, options, _without(end_to_end, listed) if listed else end_to_end)
 
 
 def _refusal(head: bytes) -> RequestError:
@@ -1031,23 +985,17 @@ def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tupl
     part is empty.
     """
     target = head.target if head.target == b"*" else base_path + head.target
-    request_line = b"%b %b HTTP/1.1\r\n" % (head.method.encode("ascii"), target)
-    lines = list(head.fields.end_to_end)
-    names = [_field_name(line) for line in lines]
-    if b"host" in names:
-        place = names.index(b"host")
-        lines[place] = b"%b: %b\r\n" % (lines[place][:4], authority)    # its name as received
-    else:
-        request_line += b"Host: %b\r\n" % authority
-    if b"content-length" in names:
-        place = names.index(b"content-length")
-        name, after = lines[place][:14], lines[place + 1:]
-    elif head.length is None:
-        place, name, after = len(lines), b"Content-Length", []
-    else:
-        return b"".join([request_line, *lines, b"\r\n"]), b""
-    before = [request_line, *lines[:place], name, b": "]
-    return b"".join(before), b"".join([b"\r\n", *after, b"\r\n"])
+    fields, hosts = _HOST_LINE.subn(lambda line: line[1] + b" " + authority,
+                                    b"".join(head.fields.end_to_end))
+    if not hosts:                       # HTTP/1.0
+        fields = b"Host: %b\r\n%b" % (authority, fields)
+    fields = b"%b %b HTTP/1.1\r\n%b" % (head.method.encode("ascii"), target, fields)
+    before, *length = _LENGTH_LINE.split(fields, maxsplit=1)
+    if length:
+        return before + length[0] + b" ", length[1] + b"\r\n"
+    if head.length is None:
+        return fields + b"Content-Length: ", b"\r\n\r\n"
+    return fields + b"\r\n", b""
 
 
 def parse_response_head(head: bytes) -> ResponseHead:
