@@ -796,9 +796,10 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
 _FIELDS = b"((?:%b:%b\r\n)*)" % (_TOKEN, _TEXT)
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])\r\n" % _TOKEN)
-_REQUEST_HEAD = re.compile(b"%b%b\r\n" % (_REQUEST_LINE.pattern, _FIELDS))
+_REQUEST_START = re.compile(_REQUEST_LINE.pattern + _FIELDS)
+_REQUEST_HEAD = re.compile(_REQUEST_START.pattern + b"\r\n")
 _STATUS_LINE = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n" % _TEXT
-_RESPONSE_HEAD = re.compile(b"%b%b\r\n" % (_STATUS_LINE, _FIELDS))
+_RESPONSE_HEAD = re.compile(_STATUS_LINE + _FIELDS + b"\r\n")
 _TRAILERS = re.compile(b"%b\r\n" % _FIELDS)
 _TRUNCATED_TRAILERS = re.compile(b"%b(?:\r|%b(?::%b\r?)?)?" % (_FIELDS, _TOKEN, _TEXT))
 _NAME = re.compile(_TOKEN)
@@ -850,25 +851,18 @@ def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
 
 def _refusal(head: bytes) -> RequestError:
     """Return the error that says what is wrong with a head that does not match."""
-    line, _, rest = head.partition(b"\r\n")
-    if not _REQUEST_LINE.match(line + b"\r\n"):
+    valid = _REQUEST_START.match(head)
+    if not valid:
         return RequestError(400, "malformed request line: expected METHOD TARGET HTTP/1.1")
-    for field in rest.split(b"\r\n"):
-        if field and not _TRAILERS.fullmatch(field + b"\r\n\r\n"):
-            token = _NAME.match(field)          # never the value, which may be a secret
-            name = token.group()[:40].decode("ascii") if token else ""
-            return RequestError(400, f"malformed header field {name!r}: expected NAME: VALUE "
-                                     "without control characters, space before the colon or "
-                                     "continuation lines",
-                                "malformed header field")    # the name may be half a value
-    return RequestError(400, "malformed request head")
+    token = _NAME.match(head, valid.end())      # never the value, which may be a secret
+    name = token.group()[:40].decode("ascii") if token else ""
+    return RequestError(400, f"malformed header field {name!r}: expected NAME: VALUE without "
+                             "control characters, space before the colon or continuation lines",
+                        "malformed header field")           # the name may be half a value
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, bytes]:
-    """Return (target in origin form, authority).
-
-    The authority of an absolute target replaces Host (RFC 9112 §3.2.2).
-    """
+    """Return (target in origin form, authority): that of an absolute target replaces `host`."""
     if method in (b"CONNECT", b"TRACE"):    # a tunnel bypasses the upstream; an echo shows secrets
         raise RequestError(405, f"{method.decode('ascii')} is not supported")
     if target.startswith(b"/") or (target == b"*" and method == b"OPTIONS"):
@@ -945,10 +939,9 @@ def head_too_large(data: bytes) -> RequestError:
 
 
 def check_head_start(data: bytes, seen: int) -> None:
-    """Raise RequestError as soon as the incomplete head `data` cannot become a valid one.
+    """Raise RequestError if the incomplete head `data`, checked up to `seen`, cannot become valid.
 
-    Its first `seen` bytes have been checked before.  Without this a client that speaks TLS,
-    HTTP/0.9 or bare line feeds would wait for the end of a head that never comes.
+    A client that speaks TLS, HTTP/0.9 or bare line feeds would otherwise wait for a response.
     """
     end = data.find(b"\n")
     if end >= 0 and not _REQUEST_LINE.match(data[:end + 1]):
@@ -958,9 +951,7 @@ def check_head_start(data: bytes, seen: int) -> None:
 
 
 def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
-    """Raise RequestError 403 for a request that a web page may have sent.
-
-    `hosts` are the names that Host may have; with none of them it may have any.
+    """Raise RequestError 403 for a request that a web page may have sent; `hosts` may be in Host.
 
     Any page could otherwise spend the user's quota: the upstream responds to every Origin and
     preflight with `Access-Control-Allow-Origin: *`, a text/plain POST needs no preflight, and a
@@ -979,10 +970,9 @@ def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
 
 
 def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tuple[bytes, bytes]:
-    """Return the head to forward: the client's, with the upstream's Host and framing in place.
+    """Return the head to forward, in two parts: before and after the Content-Length value.
 
-    In two parts, before and after the Content-Length value; without a Content-Length the second
-    part is empty.
+    Without a Content-Length the second part is empty.
     """
     target = head.target if head.target == b"*" else base_path + head.target
     fields, hosts = _HOST_LINE.subn(lambda line: line[1] + b" " + authority,
@@ -1032,14 +1022,13 @@ def response_head_bytes(head: ResponseHead, extra: bytes) -> bytes:
 
 # Messages: bodies #############################################################
 
-class FixedBody:
-    """Decodes a body of known length, fed with bytes as they arrive."""
+class PlainBody:
+    """Decodes a body of `length` bytes; with None it ends with its connection (HTTP/1.0)."""
 
-    delimited = True                    #: it ends before its connection does
-
-    def __init__(self, length: int) -> None:
-        self.left = length              #: bytes that are due, of the body or of a chunk
-        self.done = not length
+    def __init__(self, length: int | None) -> None:
+        self.delimited = length is not None     #: it ends before its connection does
+        self.left = 1 << 62 if length is None else length   #: bytes due, of the body or a chunk
+        self.done = length == 0
         self.rest = b""                 #: the bytes after the end
 
     def feed(self, data: bytes) -> bytes:
@@ -1051,32 +1040,14 @@ class FixedBody:
         return data
 
     def finish(self) -> None:
-        """Take the end of the connection; raise UpstreamError because the body is truncated."""
-        raise UpstreamError("broke off in the middle of its response")
-
-
-class ClosingBody:
-    """Decodes a body that ends with its connection (HTTP/1.0)."""
-
-    delimited = False
-    done = False
-    rest = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the payload in `data`, which is all of it."""
-        return data
-
-    def finish(self) -> None:
-        """Take the end of the connection, which is the end of the body."""
+        """Take the end of the connection; raise UpstreamError if it truncates the body."""
+        if self.delimited:
+            raise UpstreamError("broke off in the middle of its response")
         self.done = True
 
 
-class ChunkedBody(FixedBody):
-    """Decodes chunked transfer coding (RFC 9112 §7.1) strictly; drops extensions and trailers.
-
-    Each size line but the first follows the CR LF of the chunk before it.  The decoder starts with
-    a CR LF that was never sent, so that all size lines look alike.
-    """
+class ChunkedBody(PlainBody):
+    """Decodes chunked transfer coding (RFC 9112 §7.1) strictly; drops extensions and trailers."""
 
     _SIZE = b"([0-9A-Fa-f]{1,%d})" % LENGTH_DIGITS_MAX
     _QUOTED = rb'"(?:[\t !\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
@@ -1089,9 +1060,10 @@ class ChunkedBody(FixedBody):
 
     def __init__(self) -> None:
         super().__init__(0)
-        self.done = False
-        self._held = b"\r\n"            # a size line or trailers, truncated so far
-        self._in_trailers = False
+        self.done = self._in_trailers = False
+        # A size line or trailers, truncated so far.  A CR LF that was never sent makes the first
+        # size line look like the others, which follow the CR LF of the chunk before.
+        self._held = b"\r\n"
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in `data`; raise UpstreamError where the coding is broken."""
@@ -1116,7 +1088,7 @@ class ChunkedBody(FixedBody):
         while not self._in_trailers:
             size_line = self._SIZE_LINE.match(data, position)
             if not size_line:
-                self._hold_size_line(data[position:])
+                self._hold(data[position:], CHUNK_LINE_MAX_BYTES, self._TRUNCATED_SIZE_LINE)
                 return b"".join(payload)
             start, size = size_line.end(), int(size_line.group(1), 16)
             position = start + size
@@ -1125,32 +1097,26 @@ class ChunkedBody(FixedBody):
             if position > len(data):
                 self.left = position - len(data)
                 return b"".join(payload)
-        self._read_trailers(data[position:])
+        trailers = _TRAILERS.match(data, position)
+        if trailers and trailers.end(1) - position <= TRAILERS_MAX_BYTES:
+            self.done, self.rest = True, data[trailers.end():]
+        else:
+            self._hold(data[position:], TRAILERS_MAX_BYTES, _TRUNCATED_TRAILERS)
         return b"".join(payload)
 
-    def _hold_size_line(self, data: bytes) -> None:
-        if len(data) > CHUNK_LINE_MAX_BYTES or not self._TRUNCATED_SIZE_LINE.fullmatch(data):
-            raise UpstreamError("sent a malformed chunk")
+    def _hold(self, data: bytes, limit: int, truncated: re.Pattern[bytes]) -> None:
+        """Keep `data` until more comes; raise UpstreamError if it is not `truncated` but broken."""
+        if len(data) > limit or not truncated.fullmatch(data):
+            raise UpstreamError("sent malformed trailers" if self._in_trailers else
+                                "sent a malformed chunk")
         self._held = data
 
-    def _read_trailers(self, data: bytes) -> None:
-        """Take the trailers, which are nothing or fields, and the blank line after them."""
-        whole = _TRAILERS.match(data)
-        if whole and whole.end(1) <= TRAILERS_MAX_BYTES:
-            self.done, self.rest = True, data[whole.end():]
-        elif len(data) > TRAILERS_MAX_BYTES or not _TRUNCATED_TRAILERS.fullmatch(data):
-            raise UpstreamError("sent malformed trailers")
-        else:
-            self._held = data
 
-
-def response_body(head: ResponseHead, method: str) -> FixedBody | ClosingBody:
+def response_body(head: ResponseHead, method: str) -> PlainBody:
     """Return the decoder for the body of a response to `method` (RFC 9112 §6.3)."""
     if method == "HEAD" or head.status in (204, 304):
-        return FixedBody(0)
-    if head.chunked:
-        return ChunkedBody()
-    return ClosingBody() if head.length is None else FixedBody(head.length)
+        return PlainBody(0)
+    return ChunkedBody() if head.chunked else PlainBody(head.length)
 
 
 # Messages: JSON ###############################################################
@@ -1158,7 +1124,6 @@ def response_body(head: ResponseHead, method: str) -> FixedBody | ClosingBody:
 _SPACE = re.compile(r"[ \t\n\r]*")
 _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
-_OPENS_OBJECT = re.compile(rb"[ \t\n\r]*\{")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 _BODY_END_BYTES = 2048          # room for the few small members before or after the messages
 
@@ -1198,8 +1163,7 @@ def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, in
     """Yield (key, start, end) of each value in the object or array at `position`.
 
     `opening` is "{" for an object and "[" for an array, whose keys are "".  Raises ValueError or
-    IndexError where the text is not JSON.  After the last value only white space stands before the
-    closing bracket.
+    IndexError where the text is not JSON.  After the last value comes the closing bracket.
     """
     closing = "}" if opening == "{" else "]"
     key, start = "", _skip_character(text, position, opening)
@@ -1216,22 +1180,19 @@ def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, in
         start = _skip_character(text, position, ",")
 
 
-def _walk_to_model(text: str) -> tuple[int, int] | None:
-    """Return the span of the first top-level `model`.
+def _walk_to_model(text: str) -> tuple[int, int]:
+    """Return the span of the first top-level `model` in the JSON object `text`.
 
-    None if it is not a string, or if the text is not one whole JSON object.
+    Raises ValueError if it is not a string or `text` is not one whole object, or as `_walk` does.
     """
-    found = None
-    try:
-        end = begin = _skip_space(text, 0)
-        for key, start, end in _walk(text, begin, "{"):
-            if key == "model" and found is None:
-                found = start, end
-        bracket = _skip_space(text, end)
-        whole = _skip_space(text, bracket + 1) == len(text)
-    except (ValueError, IndexError, RecursionError):    # not JSON, truncated, or nested too deep
-        return None
-    return found if whole and found and text[found[0]] == '"' else None
+    found, end = None, 0
+    for key, start, end in _walk(text, _skip_space(text, 0), "{"):
+        if key == "model" and found is None:
+            found = start, end
+    bracket = _skip_space(text, end)
+    if found is None or text[found[0]] != '"' or _skip_space(text, bracket + 1) != len(text):
+        raise ValueError("no model")
+    return found
 
 
 def find_model(body: BytesLike) -> tuple[int, int, str] | None:
@@ -1243,29 +1204,18 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
     CLIProxyAPI (gjson) reads the first as well.
     """
     leading = _LEADING_MODEL.match(body)
-    try:
-        if leading:
-            start, end = leading.span(1)
-            return start, end, str(leading.group(1)[1:-1], "utf-8")     # plain: nothing to unescape
-        if not _OPENS_OBJECT.match(body):
-            return None
-        found = _walk_to_model(str(body, "latin-1"))    # latin-1: one character for each byte
-        if not found:
-            return None
-        start, end = found
+    try:                                # latin-1: one character for each byte
+        start, end = leading.span(1) if leading else _walk_to_model(str(body, "latin-1"))
         return start, end, json.loads(str(body[start:end], "utf-8"))
-    except ValueError:                                  # the name is not UTF-8
+    except (ValueError, IndexError, RecursionError):    # not JSON or UTF-8, truncated, too deep
         return None
 
 
 def asks_for_stream(body: BytesLike) -> bool:
-    """Return whether `body` seems to ask for a stream.
-
-    It is searched for as text, first at the two ends where clients write it, because it only moves
-    a time limit.
-    """
-    return bool(_STREAM_MEMBER.search(body[-_BODY_END_BYTES:])
-                or _STREAM_MEMBER.search(body[:_BODY_END_BYTES]) or _STREAM_MEMBER.search(body))
+    """Return whether `body` seems to ask for a stream; it only moves a time limit."""
+    # First at the two ends, where clients write it.
+    return any(map(_STREAM_MEMBER.search,
+                   (body[-_BODY_END_BYTES:], body[:_BODY_END_BYTES], body)))
 
 
 @lru_cache(maxsize=256)         # the names come from config.json
@@ -1274,49 +1224,41 @@ def _json_string(text: str) -> bytes:
 
 
 def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]:
-    """Return `body` in pieces, its bytes from `start` to `end` replaced by the JSON string `model`.
-
-    The pieces are views, because joining 10 MB would cost more than sending them.
-    """
-    view = memoryview(body)
+    """Return `body` in pieces; the JSON string `model` replaces the bytes from `start` to `end`."""
+    view = memoryview(body)             # because joining 10 MB would cost more than sending them
     return [view[:start], _json_string(model), view[end:]]
+
+
+def _items(text: str, position: int, name: str) -> list[tuple[int, int]]:
+    """Return the spans of the items in the array `name` of the object at `position`."""
+    for key, start, _ in _walk(text, position, "{"):
+        if key == name and text[start] == "[":
+            return [(first, end) for _, first, end in _walk(text, start, "[")]
+    return []
 
 
 def _is_thinking(text: str, block: int) -> bool:
     """Return whether the value at `block` is an object of a thinking type."""
     if text[block] != "{":
         return False
-    for key, start, end in _walk(text, block, "{"):
-        if key == "type":
-            return text[start] == '"' and json.loads(text[start:end]) in THINKING_TYPES
-    return False
+    kinds = (text[start:end] for key, start, end in _walk(text, block, "{") if key == "type")
+    kind = next(kinds, "")
+    return kind.startswith('"') and json.loads(kind) in THINKING_TYPES
 
 
-def _cut_content(text: str, content: int) -> list[tuple[int, int, bytes]]:
-    """Return (start, end, replacement) that remove the thinking blocks of the array at `content`.
+def _cut_thinking(text: str, blocks: list[tuple[int, int]]) -> list[tuple[int, int, bytes]]:
+    """Return (start, end, replacement) that remove the thinking blocks from a content.
 
-    Each cut takes the comma along that would be left over.
+    Each cut takes the comma along that would be left over; some may be empty.
     """
-    blocks = [(start, end, _is_thinking(text, start))
-              for _, start, end in _walk(text, content, "[")]
-    kept = [index for index, (_, _, is_thinking) in enumerate(blocks) if not is_thinking]
+    kept = [number for number, (start, _) in enumerate(blocks) if not _is_thinking(text, start)]
     if len(kept) == len(blocks):
         return []
     if not kept:
         return [(blocks[0][0], blocks[-1][1], EMPTY_CONTENT)]
-    first = kept[0]
-    leading = [(blocks[0][0], blocks[first][0], b"")] if first else []
-    return leading + [(blocks[index - 1][1], end, b"")
-                      for index, (_, end, is_thinking) in enumerate(blocks)
-                      if is_thinking and index > first]
-
-
-def _cut_message(text: str, message: int) -> list[tuple[int, int, bytes]]:
-    """Return the cuts in the content of the message at `message`."""
-    for key, start, _ in _walk(text, message, "{"):
-        if key == "content" and text[start] == "[":
-            return _cut_content(text, start)
-    return []
+    return [(blocks[0][0], blocks[kept[0]][0], b""),
+            *((blocks[number][1], blocks[following - 1][1], b"")
+              for number, following in zip(kept, [*kept[1:], len(blocks)]))]
 
 
 def without_thinking(body: BytesLike) -> bytes | None:
@@ -1324,23 +1266,16 @@ def without_thinking(body: BytesLike) -> bytes | None:
 
     All other bytes stay as they are.  A content that would be left empty gets a short text block.
     """
-    text = str(body, "latin-1")
-    cuts: list[tuple[int, int, bytes]] = []
+    text, position = str(body, "latin-1"), 0
+    pieces: list[BytesLike] = []
     try:
-        for key, start, _ in _walk(text, _skip_space(text, 0), "{"):
-            if key == "messages":
-                for _, message, _ in _walk(text, start, "["):
-                    cuts += _cut_message(text, message)
-                break
+        for message, _ in _items(text, _skip_space(text, 0), "messages"):
+            for start, end, replacement in _cut_thinking(text, _items(text, message, "content")):
+                pieces += [body[position:start], replacement]
+                position = end
     except (ValueError, IndexError, RecursionError):    # not JSON, truncated, or nested too deep
         return None
-    if not cuts:
-        return None
-    pieces, position = [], 0
-    for start, end, replacement in cuts:
-        pieces += [body[position:start], replacement]
-        position = end
-    return b"".join([*pieces, body[position:]])
+    return b"".join([*pieces, body[position:]]) if pieces else None
 
 
 # Messages: responses ##########################################################
@@ -1379,8 +1314,8 @@ _RESET_AFTER = re.compile(
 def read_retry_after(seconds: str, milliseconds: str, text: bytes, now: float) -> float | None:
     """Return after how many seconds a failed response asks for a retry, None if it does not.
 
-    `seconds` is the value of Retry-After, a number or a date (RFC 9110 §10.2.3), `milliseconds`
-    that of retry-after-ms; `text` may say `reset after 1h2m3s`; `now` is in Unix seconds.
+    `seconds` is Retry-After, a number or a date (RFC 9110 §10.2.3), `milliseconds` retry-after-ms;
+    `text` may say `reset after 1h2m3s`.
     """
     if re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", milliseconds):
         return float(milliseconds) / 1000
@@ -1398,7 +1333,7 @@ def read_retry_after(seconds: str, milliseconds: str, text: bytes, now: float) -
 
 
 def _is_content(block: Any) -> bool:
-    """Return whether a content block says anything: an empty text block does not."""
+    """Return whether a content block is not an empty text block."""
     return not (isinstance(block, dict) and block.get("type") == "text" and not block.get("text"))
 
 
@@ -2625,10 +2560,7 @@ NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's ti
 
 
 class Watch:
-    """What ends a wait for the upstream: the client leaves, or the attempt's time limit expires.
-
-    `has_left` says whether the client has left; None if there is no client to watch.
-    """
+    """What ends a wait for the upstream: the client leaves, or the attempt's time limit expires."""
 
     def __init__(self, has_left: Callable[[], bool] | None, limit_s: float | None = None) -> None:
         self._has_left, self._limit_s = has_left, limit_s
@@ -2646,11 +2578,9 @@ class Watch:
         self._limit_s = self._deadline = None
 
     def check(self, has_input: Callable[[], bool] | None = None) -> float:
-        """Return the seconds after which to ask again.
+        """Return the seconds after which to ask again; raise ClientGone or UpstreamTimeout.
 
-        Raises ClientGone or UpstreamTimeout if the wait is over.  The limit does not expire while
-        the process is not running, nor before what has arrived is read: `has_input` says whether
-        there is something to read.
+        The limit does not expire while the process is stopped, nor before what has arrived is read.
         """
         now = time.monotonic()
         if self._has_left is not None and now - self._looked_at >= TICK_S * 0.9:
@@ -2671,17 +2601,14 @@ class Watch:
 
 
 class Patience:
-    """How long one request waits for an upstream that is not there: a restart, say."""
+    """How long one request waits for an upstream that is not there, because it restarts."""
 
     def __init__(self, has_left: Callable[[], bool]) -> None:
         self._has_left = has_left
         self._give_up_at: float | None = None
 
     def wait(self) -> bool:
-        """Wait a moment before the next try; return False if it is time to give up.
-
-        Raises ClientGone.
-        """
+        """Wait before the next try; return False if it is time to give up; raise ClientGone."""
         now = time.monotonic()
         if self._give_up_at is None:
             self._give_up_at = now + RECONNECT_FOR_S
@@ -2780,9 +2707,8 @@ class UpstreamConnection(Wire):
         super().__init__(connection.sock, RECEIVE_BYTES)
         self._connection = connection
         self._poller = select.poll()
-        self._responding = False        # a byte of the response due has come
         self._sent_at: float | None = None      # the time of the last byte, None: sending failed
-        self._idle_since = 0.0, 0.0     # monotonic time and wall clock
+        self.rest()
 
     def set_up(self, send_limit_s: float) -> None:
         """Set the socket's options."""
@@ -2798,8 +2724,7 @@ class UpstreamConnection(Wire):
     def has_input(self) -> bool:
         """Return whether something has come that is not yet read, or the end of the connection.
 
-        To be asked by one thread at a time, and not of a closed connection, because another one may
-        have its number by then.
+        It must not be closed, because another connection may have its number by then.
         """
         if self._plain:
             return bool(self._poller.poll(0))
@@ -2812,10 +2737,7 @@ class UpstreamConnection(Wire):
             return not isinstance(error, ssl.SSLWantReadError)
 
     def send(self, pieces: Sequence[BytesLike], watch: Watch) -> list[memoryview]:
-        """Send `pieces`; return what is left of them.
-
-        Something is left where the upstream responds, or closes, before it has read everything.
-        """
+        """Send `pieces`; return what is left of them if the upstream responds or closes before."""
         if sum(map(len, pieces)) < JOINED_BYTES:
             pieces = [b"".join(pieces)]
         views = [memoryview(piece) for piece in pieces if len(piece)]
@@ -2843,7 +2765,8 @@ class UpstreamConnection(Wire):
         return views
 
     def rest(self) -> None:
-        """Be idle from now on."""
+        """Be idle until the next request."""
+        self._responding = False        # no byte of its response has come
         self._idle_since = time.monotonic(), time.time()
 
     @property
@@ -2851,10 +2774,6 @@ class UpstreamConnection(Wire):
         """True if it has been idle for too long; the monotonic clock stops while systems sleep."""
         since, wall_since = self._idle_since
         return max(time.monotonic() - since, abs(time.time() - wall_since)) >= POOL_IDLE_S
-
-    def expect_response(self) -> None:
-        """Begin a request: no byte of its response has come."""
-        self._responding = False
 
     @property
     def was_stale(self) -> bool:
@@ -2909,7 +2828,7 @@ class Response:
 
     CODINGS = ("", "gzip", "deflate")       #: the content encodings that `text` understands
 
-    def __init__(self, head: ResponseHead, body: FixedBody | ClosingBody,
+    def __init__(self, head: ResponseHead, body: PlainBody,
                  connection: UpstreamConnection,
                  release: Callable[[UpstreamConnection], None] | None) -> None:
         self.head, self.ahead = head, b""
@@ -2923,12 +2842,13 @@ class Response:
 
     def hand_back(self) -> None:
         """Return the connection to the pool, or close it, if the body is complete."""
-        if self._body.done:
-            if (self._release is None or not self.head.keep_alive or not self._body.delimited
-                    or self._body.rest or self._connection.held):
-                self._connection.close()
+        body, connection = self._body, self._connection
+        if body.done:
+            is_clean = not (body.rest or connection.held) and body.delimited
+            if self._release is not None and self.head.keep_alive and is_clean:
+                self._release(connection)
             else:
-                self._release(self._connection)
+                connection.close()
 
     def take_held(self) -> None:
         """Add to `ahead` the payload that came together with the head, without waiting for more."""
@@ -2968,21 +2888,18 @@ class Response:
                 return decoder.decompress(self.ahead, READ_AHEAD_MAX_BYTES + 1)
         return b""
 
-    def read_ahead(self, watch: Watch) -> bool:
-        """Receive more into `ahead`; return whether there may be still more.
+    def read_ahead(self, watch: Watch) -> None:
+        """Receive into `ahead` to the end, or as much as is held back.
 
         A body that breaks off or stalls is kept as far as it came; `receive` reports the break.
         """
-        if self.complete or self._error is not None or len(self.ahead) > READ_AHEAD_MAX_BYTES:
-            return False
         try:
-            self.ahead += self.receive(watch)
+            while not self.complete and len(self.ahead) <= READ_AHEAD_MAX_BYTES:
+                self.ahead += self.receive(watch)
         except UpstreamTimeout:
-            return False
+            pass
         except UpstreamError as error:
             self._error = without_trace(error)
-            return False
-        return not self.complete
 
     def close(self) -> None:
         """Break the connection off unless the response is complete."""
@@ -3009,36 +2926,31 @@ class Upstream:
              notes: list[str]) -> Response:
         """Send a request and return the response, its head read; raise UpstreamError, ClientGone.
 
-        While the upstream is not there, the request waits as long as its `patience` lasts.
-
-        A request goes out a second time only if the kept connection was stale: sending failed, or
-        it closed within a second, before any byte of a response.  RFC 9110 §9.2.2 leaves that to
-        the client for POST; model calls change nothing, and the client would do the same after an
-        error.  `notes` then says so.
+        A request goes out a second time, and `notes` says so, only if the kept connection was
+        stale: sending failed, or it closed within a second, before any byte of a response.
+        RFC 9110 §9.2.2 leaves that to the client for POST; model calls change nothing, and the
+        client would do the same after an error.
         """
-        connection = self._take()
-        if connection is not None:
+        kept = self._take()
+        if kept is not None:
             try:
-                return self._send_on(connection, outbound, watch, patience)
-            except (UpstreamTimeout, ClientGone):
-                raise
-            except UpstreamError:
-                if not connection.was_stale:
+                return self._send_on(kept, outbound, watch, patience)
+            except UpstreamError as error:
+                if isinstance(error, UpstreamTimeout) or not kept.was_stale:
                     raise
             notes.append("sent again: the kept connection was stale")
         while True:
             try:
                 connection = self.connect()
-                break
             except UpstreamUnreachable:
                 if patience is None or not patience.wait():
                     raise
-        return self._send_on(connection, outbound, watch, patience)
+            else:
+                return self._send_on(connection, outbound, watch, patience)
 
     def _send_on(self, connection: UpstreamConnection, outbound: Outbound, watch: Watch,
                  patience: Patience | None) -> Response:
         watch.start()
-        connection.expect_response()
         try:
             unsent = connection.send(outbound.pieces, watch)
             head = connection.read_head(watch)
@@ -3060,10 +2972,9 @@ class Upstream:
         return response
 
     def miss(self, started: float) -> bool:
-        """Take note that a request did not reach the upstream.
+        """Note that a request, begun at `started` (time.monotonic), did not reach the upstream.
 
-        `started` is when the request began, by time.monotonic.  Returns whether the one before it
-        in time missed as well; parallel requests are one.
+        Returns whether the one before it missed as well; parallel requests are one.
         """
         is_repeated = self._missed_at is not None and self._missed_at <= started
         self._missed_at = time.monotonic()
@@ -3109,14 +3020,13 @@ class Upstream:
 
     def _take(self) -> UpstreamConnection | None:
         """Return a kept connection that seems alive, or None."""
-        while True:
-            try:
+        with contextlib.suppress(IndexError):
+            while True:
                 connection = self._kept.pop()
-            except IndexError:
-                return None
-            if not connection.is_old and not connection.has_input():
-                return connection
-            connection.close()
+                if not connection.is_old and not connection.has_input():
+                    return connection
+                connection.close()
+        return None
 
     def keep(self, connection: UpstreamConnection) -> None:
         """Keep a connection whose response is complete."""
@@ -3514,8 +3424,7 @@ class Attempt:
         """Read a failed response to its end, or as far as it comes."""
         watch = Watch(self._ends.client.has_left, READ_AHEAD_S)
         watch.start()
-        while response.read_ahead(watch):
-            pass
+        response.read_ahead(watch)
 
     def _hold_stream(self, response: Response) -> None:
         """Read an event stream up to the event that decides."""
