@@ -496,8 +496,7 @@ def utc(when: float | None) -> str | None:
     """Return a time (Unix seconds) as 2026-01-29T15:00:00Z; None for None."""
     if when is None:
         return None
-    moment = datetime.datetime.fromtimestamp(int(when), datetime.timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return f"{datetime.datetime.fromtimestamp(int(when), datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def reason_of(error: OSError) -> str:
@@ -641,17 +640,6 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
                              FIRST_BYTE_S))
 
 
-def _parse_default_mode(top: dict[str, Any], modes: Collection[str]) -> str:
-    """Return `defaultMode`; if it is missing, the built-in one or else the first mode."""
-    if "defaultMode" not in top:
-        built_in: str = DEFAULT_CONFIG["defaultMode"]
-        return built_in if built_in in modes else next(iter(modes))
-    name = top["defaultMode"]
-    if isinstance(name, str) and (name == MODE_AUTO or name in modes):
-        return name
-    raise ConfigError(f"defaultMode: expected one of {', '.join([*sorted(modes), MODE_AUTO])}, "
-                      f"found {_found(name)}")
-
 
 
 def parse_config(text: str) -> Config:
@@ -662,7 +650,12 @@ def parse_config(text: str) -> Config:
     if "modes" not in top:
         raise ConfigError("modes: missing, expected an object of modes")
     modes = _parse_modes(top["modes"], problems)
-    default_mode = _parse_default_mode(top, modes)
+    built_in = DEFAULT_CONFIG["defaultMode"]
+    default_mode = top.get("defaultMode", built_in if built_in in modes else next(iter(modes)))
+    names = [*sorted(modes), MODE_AUTO]
+    if default_mode not in names:
+        raise ConfigError(f"defaultMode: expected one of {', '.join(names)}, "
+                          f"found {_found(default_mode)}")
     auto, auto_error = _parse_auto(top.get("auto", {}), problems), ""
     unknown = ", ".join(_found(target) for target in auto.targets if target not in modes)
     if unknown:
@@ -1128,15 +1121,10 @@ _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 _BODY_END_BYTES = 2048          # room for the few small members before or after the messages
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 # Scans a value in C.  The hooks avoid building numbers and objects that are never read, and the
-# limit of int() on digits; they refuse NaN, which is not JSON.
+# limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
 _decode = json.JSONDecoder(
-    parse_int=len, parse_float=len, parse_constant=_refuse_constant, object_pairs_hook=len,
-).raw_decode
+    parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len).raw_decode
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -1218,15 +1206,11 @@ def asks_for_stream(body: BytesLike) -> bool:
                    (body[-_BODY_END_BYTES:], body[:_BODY_END_BYTES], body)))
 
 
-@lru_cache(maxsize=256)         # the names come from config.json
-def _json_string(text: str) -> bytes:
-    return json.dumps(text).encode("ascii")
-
 
 def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]:
     """Return `body` in pieces; the JSON string `model` replaces the bytes from `start` to `end`."""
     view = memoryview(body)             # because joining 10 MB would cost more than sending them
-    return [view[:start], _json_string(model), view[end:]]
+    return [view[:start], json.dumps(model).encode("ascii"), view[end:]]
 
 
 def _items(text: str, position: int, name: str) -> list[tuple[int, int]]:
@@ -1285,11 +1269,6 @@ def _matches(text: bytes, wordings: Iterable[tuple[bytes, ...]]) -> bool:
     return any(all(word in text for word in words) for words in wordings)
 
 
-def names_foreign_signature(body: bytes) -> bool:
-    """Return whether the body of a 400 rejects thinking blocks that another backend signed."""
-    return _matches(body.lower().replace(b"`", b""), SIGNATURE_WORDINGS)
-
-
 # In the text, because a hop on the way may drop our header.
 _OWN_ERROR = re.compile(rb'"message"\s*:\s*"rrouter: ')
 
@@ -1299,6 +1278,8 @@ def read_failure(status: int, text: bytes) -> tuple[Fault, str]:
     if _OWN_ERROR.search(text):
         return Fault.OWN, str(status)
     text = text.lower()
+    if status == 400 and _matches(text.replace(b"`", b""), SIGNATURE_WORDINGS):
+        return Fault.REJECTED, str(status)
     for statuses, words, name in SHELF_WORDINGS:
         if status in statuses and _matches(text, (words,)):
             return Fault.SHELF, f"{status} {name}"
@@ -2711,7 +2692,6 @@ class UpstreamConnection(Wire):
         self.rest()
 
     def set_up(self, send_limit_s: float) -> None:
-        """Set the socket's options."""
         super().set_up(send_limit_s)
         self._poller.register(self.sock, select.POLLIN)
         option, value = UNACKNOWLEDGED
@@ -2778,8 +2758,8 @@ class UpstreamConnection(Wire):
     @property
     def was_stale(self) -> bool:
         """True if this connection broke as one does that was dead before the request."""
-        soon = self._sent_at is None or time.monotonic() - self._sent_at < STALE_S
-        return soon and not self._responding
+        return not self._responding and (
+            self._sent_at is None or time.monotonic() - self._sent_at < STALE_S)
 
     def wait(self, watch: Watch) -> bytes:
         """Return the next bytes, b"" at the end; raise what `watch` raises, or UpstreamError."""
@@ -2814,7 +2794,6 @@ class UpstreamConnection(Wire):
                 raise UpstreamError("sent a malformed response head")
 
     def close(self) -> None:
-        """Close the connection, without the rest of a response."""
         with contextlib.suppress(OSError):
             self._connection.close()
 
@@ -2828,8 +2807,7 @@ class Response:
 
     CODINGS = ("", "gzip", "deflate")       #: the content encodings that `text` understands
 
-    def __init__(self, head: ResponseHead, body: PlainBody,
-                 connection: UpstreamConnection,
+    def __init__(self, head: ResponseHead, body: PlainBody, connection: UpstreamConnection,
                  release: Callable[[UpstreamConnection], None] | None) -> None:
         self.head, self.ahead = head, b""
         self._body, self._connection, self._release = body, connection, release
@@ -2857,14 +2835,9 @@ class Response:
             self.hand_back()
 
     def receive(self, watch: Watch) -> bytes:
-        """Return the next payload; b"" may come with `complete`.
-
-        Raises UpstreamError, ClientGone, UpstreamTimeout.
-        """
+        """Return the next payload, b"" perhaps with `complete`; raise as `wait` does."""
         if self._error is not None:
             raise type(self._error)(str(self._error))   # a new one: see `without_trace`
-        if self._body.done:
-            return b""
         payload, body = b"", self._body
         while not payload and not body.done:
             data = self._connection.wait(watch)
@@ -2872,14 +2845,11 @@ class Response:
                 payload = body.feed(data)
             else:
                 body.finish()
-        self.hand_back()
+            self.hand_back()
         return payload
 
     def text(self) -> bytes:
-        """Return what is in `ahead`, decompressed if it is compressed.
-
-        Of what decompresses to more than READ_AHEAD_MAX_BYTES one byte more than these is returned.
-        """
+        """Return `ahead`, decompressed; of too much, READ_AHEAD_MAX_BYTES and one byte more."""
         if self.head.coding not in ("gzip", "deflate"):
             return self.ahead
         for format_bits in (zlib.MAX_WBITS | 32, -zlib.MAX_WBITS):  # with a header, or without
@@ -3472,8 +3442,7 @@ class Attempt:
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
-            if head.status == 400 and names_foreign_signature(text):
-                fault = Fault.REJECTED
+
             retry_after = read_retry_after(
                 head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
         elif self._message_defect or (self.scan is not None and self.scan.defect):

@@ -1189,7 +1189,8 @@ class WithoutThinkingTest(unittest.TestCase):
 
     def test_a_refusal_that_repeats_its_wording_is_searched_in_linear_time(self):
         start = time.process_time()
-        self.assertFalse(rrouter.names_foreign_signature(b"redacted_thinking " * 12_000))
+        self.assertEqual(rrouter.read_failure(400, b"redacted_thinking " * 12_000),
+                         (Fault.STATUS, "400"))
         self.assertLess(time.process_time() - start, 0.5)
 
 
@@ -1373,6 +1374,9 @@ class FailureTest(unittest.TestCase):
         # status, text,                                             fault,       called
         (529, b"",                                                  "STATUS",    "529"),
         (400, b"invalid",                                           "STATUS",    "400"),
+        (400, b"Invalid `signature` in `thinking` block",           "REJECTED",  "400"),
+        (503, b"invalid signature in thinking block",               "STATUS",    "503"),
+        (400, b"thinking block must not be modified",               "STATUS",    "400"),
         (503, b"auth_unavailable: no auth available (providers=x)", "SHELF",
          "503 auth_unavailable"),
         (500, b"auth_unavailable: no auth available",               "STATUS",    "500"),
