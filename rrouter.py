@@ -378,15 +378,14 @@ class ResponseHead(NamedTuple):
 
     status: int
     reason: bytes
-    end_to_end: bytes           #: the field lines to forward, bytes untouched
-    values: dict[bytes, list[bytes]]    #: see `Fields`
+    fields: Fields
     length: int | None          #: None if the body is chunked or ends with the connection
     chunked: bool
     keep_alive: bool
 
     def value(self, name: bytes) -> str:
         """Return the first value of the field `name`, in lower case; "" if it is absent."""
-        values = self.values.get(name)
+        values = self.fields.all(name)
         return values[0].lower().decode("latin-1") if values else ""
 
     @property
@@ -468,10 +467,7 @@ class Settings(NamedTuple):
 # Text #########################################################################
 
 def printable(text: str, limit: int = 300) -> str:
-    """Return at most `limit` characters of `text`, safe in a log line, a header or a terminal.
-
-    Everything but printable ASCII is escaped, which adds to the length.
-    """
+    """Return `limit` characters of `text`, escaped for a log line, a header or a terminal."""
     if len(text) > limit:
         text = text[:limit] + "..."
     if text.isascii() and text.isprintable():
@@ -512,10 +508,7 @@ def error_body(status: int, message: str) -> bytes:
 
 
 def describe_defect(error: BaseException | None) -> str:
-    """Return the place and the kind of an internal error in one line.
-
-    Values stay out of it, because they may be the user's.
-    """
+    """Return the place and the kind of an internal error, without values: they may be secrets."""
     where, trace = [], error.__traceback__ if error is not None else None
     while trace is not None:
         where.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
@@ -982,35 +975,31 @@ def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tupl
 
 
 def parse_response_head(head: bytes) -> ResponseHead:
-    """Return the response whose head is `head`, blank line included.
-
-    Raises UpstreamError if it is malformed or ambiguous.
-    """
+    """Return the response whose head is `head`; raise UpstreamError if it is not unambiguous."""
     match = _RESPONSE_HEAD.fullmatch(head)
     if not match:
         raise UpstreamError("sent a malformed response head")
     minor, status, reason, block = match.groups()
     http11 = minor == b"1"
-    values, options, end_to_end = _parse_fields(block, withheld=_WITHHELD)
-    lengths, codings = values.get(b"content-length"), values.get(b"transfer-encoding")
+    fields = _parse_fields(block, withheld=_WITHHELD)
+    lengths, codings = fields.all(b"content-length"), fields.all(b"transfer-encoding")
     if codings and (lengths or not http11 or [c.lower() for c in codings] != [b"chunked"]):
         raise UpstreamError("sent a response with an ambiguous Transfer-Encoding")
     if lengths and (len(lengths) > 1 or not _NUMBER.fullmatch(lengths[0])):
         raise UpstreamError("sent a response with a malformed Content-Length")
     if status == b"101":
         raise UpstreamError("switched protocols unasked")
-    length = int(lengths[0]) if lengths else None
-    keep_alive = http11 and b"close" not in options
-    return ResponseHead(int(status), reason or b"", b"".join(end_to_end), values, length,
-                        bool(codings), keep_alive)
+    return ResponseHead(
+        int(status), reason or b"", fields, length=int(lengths[0]) if lengths else None,
+        chunked=bool(codings), keep_alive=http11 and b"close" not in fields.options)
 
 
 def response_head_bytes(head: ResponseHead, extra: bytes) -> bytes:
     """Return the head to forward: the upstream's end-to-end fields and the lines `extra`."""
-    fields = head.end_to_end
+    lines = head.fields.end_to_end
     if head.status < 200 or head.status == 204:         # RFC 9110 §8.6
-        fields = b"".join(_without(fields.splitlines(keepends=True), (b"content-length",)))
-    return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (head.status, head.reason, fields, extra)
+        lines = _without(lines, (b"content-length",))
+    return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (head.status, head.reason, b"".join(lines), extra)
 
 
 # Messages: bodies #############################################################
@@ -1321,8 +1310,7 @@ def _is_content(block: Any) -> bool:
 def _is_silent_failure(usage: Any, stop_reason: Any) -> bool:
     """Return whether an empty message is a failure: no tokens, and no reason to be silent."""
     tokens = usage.get("output_tokens") if isinstance(usage, dict) else None
-    return (tokens == 0 and not isinstance(tokens, bool)
-            and stop_reason not in ("refusal", "max_tokens"))
+    return tokens == 0 and stop_reason not in ("refusal", "max_tokens")
 
 
 def _load_object(data: bytes) -> dict[str, Any] | None:
@@ -2586,23 +2574,19 @@ class Patience:
 
     def __init__(self, has_left: Callable[[], bool]) -> None:
         self._has_left = has_left
-        self._give_up_at: float | None = None
+        self.give_up_at: float | None = None
 
     def wait(self) -> bool:
         """Wait before the next try; return False if it is time to give up; raise ClientGone."""
         now = time.monotonic()
-        if self._give_up_at is None:
-            self._give_up_at = now + RECONNECT_FOR_S
-        if now + RECONNECT_EVERY_S > self._give_up_at:
+        if self.give_up_at is None:
+            self.give_up_at = now + RECONNECT_FOR_S
+        if now + RECONNECT_EVERY_S > self.give_up_at:
             return False
         time.sleep(RECONNECT_EVERY_S)
         if self._has_left():
             raise ClientGone()
         return True
-
-    def give_up(self) -> None:
-        """Wait no more, because the upstream has responded."""
-        self._give_up_at = 0.0
 
 
 class Outbound(NamedTuple):
@@ -2632,17 +2616,14 @@ def set_kernel_limit(sock: socket.socket, option: int, seconds: float) -> None:
 
 
 class Wire:
-    """One end of a connection: its socket, and the bytes received but not yet used.
-
-    The time limits of a plain socket are the kernel's (SO_RCVTIMEO), because Python's `settimeout`
-    costs a poll before each call.
-    """
+    """One end of a connection: its socket, and the bytes received but not yet used."""
 
     def __init__(self, sock: socket.socket, receive_bytes: int) -> None:
         self.sock = sock
         self.held: bytes | memoryview = b""
         self._receive_bytes = receive_bytes
-        # A TLS socket would take EAGAIN for a reason to try again.
+        # The time limits of a plain socket are the kernel's, because `settimeout` costs a poll
+        # before each call; a TLS socket would take EAGAIN for a reason to try again.
         self._plain = type(sock) is socket.socket
         self._limit_s = 0.0
 
@@ -2934,7 +2915,7 @@ class Upstream:
             raise
         self._missed_at = None
         if patience is not None:
-            patience.give_up()
+            patience.give_up_at = 0.0       # it is there
         # After a request not sent in full the next one would be taken for the rest of it.
         response = Response(head, response_body(head, outbound.method), connection,
                             None if unsent else self.keep)
@@ -2973,8 +2954,7 @@ class Upstream:
         except OSError as error:
             connection.close()
             raise UpstreamUnreachable(f"cannot be reached: {reason_of(error)}") from error
-        except UnicodeError as error:       # not a host name
-            raise UpstreamUnreachable("cannot be reached: no such host name") from error
+
         return connection
 
     def _new_connection(self) -> http.client.HTTPConnection:
