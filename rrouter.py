@@ -1012,6 +1012,7 @@ class PlainBody:
         self.left = 1 << 62 if length is None else length   #: bytes due, of the body or a chunk
         self.done = length == 0
         self.rest = b""                 #: the bytes after the end
+        self.fault = ""                 #: what broke the coding; `finish` raises it
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in `data`."""
@@ -1022,9 +1023,9 @@ class PlainBody:
         return data
 
     def finish(self) -> None:
-        """Take the end of the connection; raise UpstreamError if it truncates the body."""
+        """Take the end of what can be decoded; raise UpstreamError if it truncates the body."""
         if self.delimited:
-            raise UpstreamError("broke off in the middle of its response")
+            raise UpstreamError(self.fault or "broke off in the middle of its response")
         self.done = True
 
 
@@ -1048,7 +1049,7 @@ class ChunkedBody(PlainBody):
         self._held = b"\r\n"
 
     def feed(self, data: bytes) -> bytes:
-        """Return the payload in `data`; raise UpstreamError where the coding is broken."""
+        """Return the payload in `data`, as far as the coding is not broken."""
         if self.left >= len(data):     # the middle of a large chunk
             self.left -= len(data)
             return data
@@ -1087,11 +1088,11 @@ class ChunkedBody(PlainBody):
         return b"".join(payload)
 
     def _hold(self, data: bytes, limit: int, truncated: re.Pattern[bytes]) -> None:
-        """Keep `data` until more comes; raise UpstreamError if it is not `truncated` but broken."""
-        if len(data) > limit or not truncated.fullmatch(data):
-            raise UpstreamError("sent malformed trailers" if self._in_trailers else
-                                "sent a malformed chunk")
+        """Keep `data` until more comes, or find the fault in it if it is not just `truncated`."""
         self._held = data
+        if len(data) > limit or not truncated.fullmatch(data):
+            what = "malformed trailers" if self._in_trailers else "a malformed chunk"
+            self.fault = f"sent {what}"
 
 
 def response_body(head: ResponseHead, method: str) -> PlainBody:
@@ -1205,8 +1206,8 @@ def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]
 def _items(text: str, position: int, name: str) -> list[tuple[int, int]]:
     """Return the spans of the items in the array `name` of the object at `position`."""
     for key, start, _ in _walk(text, position, "{"):
-        if key == name and text[start] == "[":
-            return [(first, end) for _, first, end in _walk(text, start, "[")]
+        if key == name:
+            return [item[1:] for item in _walk(text, start, "[")] if text[start] == "[" else []
     return []
 
 
@@ -2813,6 +2814,8 @@ class Response:
         """Add to `ahead` the payload that came together with the head, without waiting for more."""
         if self._connection.held and not self._body.done:
             self.ahead += self._body.feed(self._connection.receive())
+            if self._body.fault and not self.ahead:
+                self._body.finish()
             self.hand_back()
 
     def receive(self, watch: Watch) -> bytes:
@@ -2821,7 +2824,7 @@ class Response:
             raise type(self._error)(str(self._error))   # a new one: see `without_trace`
         payload, body = b"", self._body
         while not payload and not body.done:
-            data = self._connection.wait(watch)
+            data = b"" if body.fault else self._connection.wait(watch)
             if data:
                 payload = body.feed(data)
             else:
@@ -2833,11 +2836,15 @@ class Response:
         """Return `ahead`, decompressed; of too much, READ_AHEAD_MAX_BYTES and one byte more."""
         if self.head.coding not in ("gzip", "deflate"):
             return self.ahead
+        text = b""
         for format_bits in (zlib.MAX_WBITS | 32, -zlib.MAX_WBITS):  # with a header, or without
+            data = b"" if text else self.ahead
             with contextlib.suppress(zlib.error):
-                decoder = zlib.decompressobj(format_bits)
-                return decoder.decompress(self.ahead, READ_AHEAD_MAX_BYTES + 1)
-        return b""
+                while data and len(text) <= READ_AHEAD_MAX_BYTES:   # gzip may have several members
+                    decoder = zlib.decompressobj(format_bits)
+                    text += decoder.decompress(data, READ_AHEAD_MAX_BYTES + 1 - len(text))
+                    data = decoder.unused_data
+        return text
 
     def read_ahead(self, watch: Watch) -> None:
         """Receive into `ahead` to the end, or as much as is held back.
@@ -3107,6 +3114,8 @@ class ClientConnection(Wire):
         try:
             while not decoder.done:
                 body += decoder.feed(self._receive_body(self.receive))
+                if decoder.fault:
+                    decoder.finish()
                 if len(body) + decoder.left > BODY_MAX_BYTES:
                     raise RequestError(413, f"body over the limit of {BODY_MAX_BYTES >> 20} MiB")
         except UpstreamError as error:
