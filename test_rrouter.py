@@ -1437,61 +1437,50 @@ class StreamScanTest(unittest.TestCase):
                    b'"text":""}}\n\ndata: {"type":"content_block_stop"}\n\n')
     TOOL = b'data: {"type":"content_block_start","content_block":{"type":"tool_use"}}\n\n'
     ERROR = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error"}}\n\n'
+    OTHER_ERROR = b'data: {"error":{"message":"x"}}\n\n'
     PING = b'event: ping\ndata: {"type": "ping"}\n\n'
     SILENT = (b'data: {"type":"message_delta","delta":{"stop_reason":"%b"},'
               b'"usage":{"output_tokens":0}}\n\n')
 
     MESSAGES = (
-        # stream of /messages,                                    what it has shown
-        (b"",                                                     ""),
-        (b": hello\n\n: again\n\n",                               ""),
-        (b"id: 7\n\n",                                            ""),
-        (PING,                                                    ""),
-        (START,                                                   "events=1"),
-        (START.replace(b"\n", b"\r\n"),                          "events=1"),
-        (START + EMPTY_BLOCK,                                     "events=3"),
-        (TEXT[:-1],                                               ""),
-        (TEXT,                                                    "committed events=1"),
-        (b"\xef\xbb\xbf" + TEXT,                                  "committed events=1"),
-        (TEXT.replace(b"\n", b"\r\n"),                           "committed events=1"),
-        (TOOL,                                                    "committed events=1"),
-        (b'data: {"delta":{},"type":"content_block_delta"}\n\n',  "committed events=1"),
-        (START + ERROR,                                           "error event"),
-        (b"event:error\r\ndata: {}\r\n\r\n",                      "error event"),
-        (b'data: {"error":{"message":"x"},"type":"error"}\n\n',   "error event"),
-        (b'data: {"error":{"message":"x"}}\n\n',                  "error event"),
-        (b'data: {"type":"message_start","error":null}\n\n',      "events=1"),
-        (b"data: [DONE]\n\n",                                     "empty message"),
-        (START + EMPTY_BLOCK + STOP,                              "empty message"),
-        (SILENT % b"end_turn",                                    "empty message"),
-        (SILENT % b"refusal",                                     "committed events=1"),
-        (SILENT % b"max_tokens",                                  "committed events=1"),
-        (SILENT.replace(b":0", b":2") % b"end_turn",              "committed events=1"),
-        (b'data: {"type":"message_delta","delta":{}}\n\n',        "committed events=1"),
-        (TEXT + STOP,                                             "committed ended events=2"),
-        (TEXT + ERROR,                                            "committed broken events=2"),
-        (TEXT + STOP + ERROR,                            "committed broken ended events=3"),
-        (TEXT + b'data: {"usage":{},"type":"message_stop"}\n\n',  "committed ended events=2"),
-        (TEXT + b'data: {"error": {"message": "x"}}\n\n',         "committed broken events=2"),
-        (TEXT + PING,                                             "committed events=1"),
+        # what streams of /messages have shown, the streams
+        ("", (b"", b": hello\n\n: again\n\n", b"id: 7\n\n", PING, TEXT[:-1])),
+        ("events=1", (START, START.replace(b"\n", b"\r\n"),
+                      b'data: {"type":"message_start","error":null}\n\n')),
+        ("events=3", (START + EMPTY_BLOCK,)),
+        ("committed events=1", (
+            TEXT, b"\xef\xbb\xbf" + TEXT, TEXT.replace(b"\n", b"\r\n"), TOOL, TEXT + PING,
+            b'data: {"delta":{},"type":"content_block_delta"}\n\n', SILENT % b"refusal",
+            SILENT % b"max_tokens", SILENT.replace(b":0", b":2") % b"end_turn",
+            b'data: {"type":"message_delta","delta":{}}\n\n')),
+        ("error event", (
+            START + ERROR, b"event:error\r\ndata: {}\r\n\r\n", OTHER_ERROR,
+            b'data: {"error":{"message":"x"},"type":"error"}\n\n')),
+        ("empty message", (
+            b"data: [DONE]\n\n", START + EMPTY_BLOCK + STOP, SILENT % b"end_turn")),
+        ("committed ended events=2", (
+            TEXT + STOP, TEXT + b'data: {"usage":{},"type":"message_stop"}\n\n')),
+        ("committed broken events=2", (TEXT + ERROR, TEXT + OTHER_ERROR)),
+        ("committed broken ended events=3", (TEXT + STOP + ERROR,)),
     )
     OTHERS = (
-        # stream of another path,                                 what it has shown
-        (b'data: {"id":"x","choices":[]}\n\n',                    "committed events=1"),
-        (b'data: {"error":{"message":"x"}}\n\n',                  "error event"),
-        (b": comment\n\n",                                        ""),
+        # what streams of other paths have shown, the streams
+        ("", (b": comment\n\n",)), ("error event", (OTHER_ERROR,)),
+        ("committed events=1", (b'data: {"id":"x","choices":[]}\n\n',)),
     )
 
     def test_events_are_read_however_the_stream_is_cut(self):
-        for (data, expected), size in itertools.product(
-                self.MESSAGES + self.OTHERS, (1, 2, 3, 7, 1000)):
-            with self.subTest(data, size=size):
-                scan = rrouter.StreamScan((data, expected) in self.MESSAGES)
-                for start in range(0, len(data), size):
-                    scan.feed(data[start:start + size])
-                shown = [name for name in ("committed", "broken", "ended") if getattr(scan, name)]
-                shown += ["events=%d" % scan.events] if scan.events else []
-                self.assertEqual(scan.defect or " ".join(shown), expected)
+        for is_message, (expected, streams) in (
+                *((True, row) for row in self.MESSAGES), *((False, row) for row in self.OTHERS)):
+            for data, size in itertools.product(streams, (1, 2, 3, 7, 1000)):
+                with self.subTest(data, size=size):
+                    scan = rrouter.StreamScan(is_message)
+                    for start in range(0, len(data), size):
+                        scan.feed(data[start:start + size])
+                    shown = [name for name in ("committed", "broken", "ended")
+                             if getattr(scan, name)]
+                    shown += ["events=%d" % scan.events] if scan.events else []
+                    self.assertEqual(scan.defect or " ".join(shown), expected)
 
     def test_an_end_without_content_is_a_defect_and_an_end_after_it_is_none(self):
         for data, defect in ((b"", "empty stream"), (b": x\n\n", "empty stream"),
@@ -1527,93 +1516,73 @@ class StreamScanTest(unittest.TestCase):
 
 class MessageTest(unittest.TestCase):
 
+    SILENT = b'{"type":"message","content":[],"stop_reason":"%b","usage":{"output_tokens":0}}'
+    TEXT = b'"content":[{"type":"text","text":"%b"}],"usage":{"output_tokens":0}}'
     CASES = (
-        # body,                                                                  defect
-        (b"",                                                                    "empty response"),
-        (b" \n",                                                                 "empty response"),
-        (b"<html></html>",                                                       "not a message"),
-        (b"[]",                                                                  "not a message"),
-        (b'{"type":"message","content":[{"type":"text","text":"x"}]',            "not a message"),
-        (b'{"choices":[]}',                                                      "not a message"),
-        (b'{"type":"error","error":{"message":"x"}}',                            "error in a 2xx"),
-        (b'{"type":"message","error":{},"content":[{"type":"text","text":"x"}]}', "error in a 2xx"),
-        (b'{"type":"message","content":[],"usage":{"output_tokens":0}}',         "empty message"),
-        (b'{"type":"message","content":[{"type":"text","text":""}],'
-         b'"usage":{"output_tokens":0}}',                                        "empty message"),
-        (b'{"type":"message","content":[],"usage":{"output_tokens":3}}',         ""),
-        (b'{"type":"message","content":[]}',                                     ""),
-        (b'{"type":"message","content":[],"stop_reason":"refusal",'
-         b'"usage":{"output_tokens":0}}',                                        ""),
-        (b'{"type":"message","content":[],"stop_reason":"max_tokens",'
-         b'"usage":{"output_tokens":0}}',                                        ""),
-        (b'{"type":"message","error":null,"content":[{"type":"tool_use"}],'
-         b'"usage":{"output_tokens":0}}',                                        ""),
-        (b"[" * 100_000,                                                         "not a message"),
+        # defect, bodies
+        ("empty response", (b"", b" \n")),
+        ("not a message", (b"<html></html>", b"[]", b"[" * 100_000, b'{"choices":[]}',
+                           b'{"type":"message",' + TEXT[:-1] % b"x")),
+        ("error in a 2xx", (b'{"type":"error","error":{"message":"x"}}', b'{"type":"error"}',
+                            b'{"type":"message","error":{},' + TEXT % b"x")),
+        ("empty message", (SILENT % b"", SILENT % b"end_turn", b'{"type":"message",' + TEXT % b"",
+                           b'{"type":"message","usage":{"output_tokens":0}}')),
+        ("", (SILENT % b"refusal", SILENT % b"max_tokens", b'{"type":"message","content":[]}',
+              b'{"type":"message","content":[],"usage":{"output_tokens":3}}',
+              b'{"type":"message","content":[7],"usage":{"output_tokens":0}}',
+              b'{"type":"message","error":null,' + TEXT % b"x",
+              (b'{"type":"message",' + TEXT % b"").replace(b'"text"', b'"tool_use"', 1))),
     )
 
     def test_what_is_wrong_with_a_message(self):
-        for body, defect in self.CASES:
-            with self.subTest(body[:80]):
-                self.assertEqual(rrouter.message_defect(body), defect)
+        for defect, bodies in self.CASES:
+            for body in bodies:
+                with self.subTest(body[:80]):
+                    self.assertEqual(rrouter.message_defect(body), defect)
 
 
 class FailureTest(unittest.TestCase):
     """What a failed response says about its target."""
 
     FAULTS = (
-        # status, text,                                             fault,       called
-        (529, b"",                                                  "STATUS",    "529"),
-        (400, b"invalid",                                           "STATUS",    "400"),
-        (400, b"Invalid `signature` in `thinking` block",           "REJECTED",  "400"),
-        (400, b"redacted_thinking " * 12_000,                       "STATUS",    "400"),
-        (503, b"invalid signature in thinking block",               "STATUS",    "503"),
-        (400, b"thinking block must not be modified",               "STATUS",    "400"),
-        (503, b"auth_unavailable: no auth available (providers=x)", "SHELF",
-         "503 auth_unavailable"),
-        (500, b"auth_unavailable: no auth available",               "STATUS",    "500"),
-        (429, b"All credentials for model X are cooling down",      "SHELF",
-         "429 cooling down"),
-        (429, b"cooling down",                                      "STATUS",    "429"),
-        (429, b'{"code":"model_cooldown"}',                         "SHELF",
-         "429 model_cooldown"),
-        (400, b"unknown provider for model x",                      "SHELF",
-         "400 unknown provider for model"),
-        (413, b"",                                                  "TOO_LARGE", "413 too large"),
-        (400, b"Prompt is too long: 9 tokens \\u003e 8 maximum",    "TOO_LARGE", "400 too large"),
-        (422, b"prompt token count of 9 exceeds the limit",         "TOO_LARGE", "422 too large"),
-        (500, b"prompt is too long",                                "STATUS",    "500"),
-        (503, b'{"error": {"message": "rrouter: too many"}}',       "OWN",       "503"),
+        # fault, called, status and texts
+        ("STATUS", "529", 529, (b"",)), ("STATUS", "429", 429, (b"cooling down",)),
+        ("STATUS", "400", 400, (b"invalid", b"redacted_thinking " * 12_000,
+                                b"thinking block must not be modified")),
+        ("REJECTED", "400", 400, (b"Invalid `signature` in `thinking` block",
+                                  b"redacted_thinking block cannot be modified")),
+        ("STATUS", "503", 503, (b"invalid signature in thinking block",)),
+        ("STATUS", "500", 500, (b"auth_unavailable: no auth available", b"prompt is too long")),
+        ("SHELF", "503 auth_unavailable", 503, (b"auth_unavailable: no auth available (x)",)),
+        ("SHELF", "429 cooling down", 429, (b"All credentials for model X are cooling down",)),
+        ("SHELF", "429 model_cooldown", 429, (b'{"code":"model_cooldown"}',)),
+        ("SHELF", "400 unknown provider for model", 400, (b"unknown provider for model x",)),
+        ("TOO_LARGE", "413 too large", 413, (b"",)),
+        ("TOO_LARGE", "400 too large", 400, (b"Prompt is too long: 9 tokens \\u003e 8 maximum",)),
+        ("TOO_LARGE", "422 too large", 422, (b"prompt token count of 9 exceeds the limit",)),
+        ("OWN", "503", 503, (b'{"error": {"message": "rrouter: too many"}}',)),
     )
 
     def test_the_fault_is_read_from_status_and_text(self):
-        for status, text, fault, name in self.FAULTS:
-            with self.subTest(text[:80], status=status):
-                self.assertEqual(rrouter.read_failure(status, text), (Fault[fault], name))
+        for fault, name, status, texts in self.FAULTS:
+            for text in texts:
+                with self.subTest(text[:80], status=status):
+                    self.assertEqual(rrouter.read_failure(status, text), (Fault[fault], name))
 
     DELAYS = (
-        # Retry-After,                    retry-after-ms, text,                    seconds at 8:00
-        ("",                              "",             b"",                       None),
-        ("120",                           "",             b"",                       120.0),
-        ("90.5",                          "",             b"",                       90.5),
-        ("999999999",                     "",             b"",                       999999999.0),
-        ("-1",                            "",             b"",                       None),
-        ("soon",                          "",             b"",                       None),
-        ("1e9",                           "",             b"",                       None),
-        ("Fri, 15 Jan 2027 08:01:00 GMT", "",             b"",                       60.0),
-        ("Fri, 15 Jan 2027 07:00:00 GMT", "",             b"",                       0.0),
-        ("120",                           "1500",         b"reset after 7s",         1.5),
-        ("",                              "",             b"will reset after 30s.",  30.0),
-        ("",                              "",             b"reset after 7200s",      7200.0),
-        ("",                              "",             b"reset after 1h2m3s",     3723.0),
-        ("",                              "",             b"reset after 5m",         300.0),
-        ("",                              "",             b"reset after lunch",      None),
+        # seconds at 8:00, Retry-After, retry-after-ms, text
+        (None, "", "", b""), (120.0, "120", "", b""), (90.5, "90.5", "", b""),
+        (999999999.0, "999999999", "", b""), (None, "-1", "", b""), (None, "1e9", "", b""),
+        (60.0, "Fri, 15 Jan 2027 08:01:00 GMT", "", b""), (1.5, "120", "1500", b"reset after 7s"),
+        (0.0, "Fri, 15 Jan 2027 07:00:00 GMT", "", b""), (30.0, "", "", b"will reset after 30s."),
+        (7200.0, "", "", b"reset after 7200s"), (3723.0, "", "", b"reset after 1h2m3s"),
+        (300.0, "", "", b"reset after 5m"), (None, "", "", b"reset after lunch"),
     )
 
     def test_the_delay_is_read_from_headers_and_text(self):
-        for seconds, milliseconds, text, expected in self.DELAYS:
-            with self.subTest((seconds, milliseconds, text)):
-                self.assertEqual(rrouter.read_retry_after(
-                    seconds, milliseconds, text, 1_800_000_000.0), expected)
+        for expected, *given in self.DELAYS:
+            with self.subTest(given):
+                self.assertEqual(rrouter.read_retry_after(*given, 1_800_000_000.0), expected)
 
     def test_a_delay_of_any_kind_never_fails(self):
         chance = random.Random(8316)
@@ -3503,49 +3472,37 @@ class RequestSequenceTest(RouterTest):
         self.assertRegex(self.rrouter.exchange(head.replace(b"HTTP/1.1", b"HTTP/1.0") + body),
                          rb"^HTTP/1\.[01] 200 ")
 
-    ALIKE = (
-        # Content-Length and rest of the head, body
-        (b"3\r\n", b"abc"), (b"12\r\n", b"abcdefghijkl"), (b"0\r\n", b""), (b"0003\r\n", b"abc"),
-        (b"3\r\nX-More: 1\r\n", b"GET"), (b"3\r\n", b"xyz"), (b"3 \r\n", b"xyz"),
-        (b"300000\r\n", b"x" * 300000), (b"3\r\n", b"\r\n\r"),
-    )
-    ALIKE_BUT_BAD = (
-        # status, Content-Length and rest of the head
-        (400, b"3x\r\n"), (400, b"\r\n"), (400, b"+3\r\n"), (400, b"3\r\nContent-Length: 0\r\n"),
-        (400, b"3\r\nTransfer-Encoding: chunked\r\n"), (413, b"9" * 15 + b"\r\n"), (400, b"3\n"),
-        (400, b"9" * 16 + b"\r\n"), (403, b"3\r\nOrigin: https://evil.example\r\n"),
-    )
-
     def test_head_like_the_last_one_is_read_like_any_other(self):
         """A connection remembers its last head; what only begins like it must not match."""
+        start = POST + b"Content-Length: "
+        for known, tails in ((True, (b"3", b"12", b"0", b"0003", b"300000")), (False, (
+                b"3x", b"", b"+3", b"3\r\nContent-Length: 0", b"9" * 15, b"9" * 16, b"3 ",
+                b"3\r\nX-More: 1", b"3\r\nTransfer-Encoding: chunked"))):
+            for tail in tails:
+                with self.subTest(tail):
+                    first, data = start + b"3\r\n\r\n", start + tail + b"\r\n\r\n"
+                    remembered = rrouter.RememberedHead()
+                    remembered.remember(first, rrouter.parse_request_head(first))
+                    found = remembered.match(data + b"abc")
+                    self.assertEqual(found is not None, known)
+                    if known:
+                        self.assertEqual(found[0]._replace(fields=()), rrouter.parse_request_head(
+                            data)._replace(fields=()))
+                        self.assertEqual(found[1], len(data))
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            for length, body in self.ALIKE:
-                data = POST + b"Content-Length: " + length + b"\r\n" + body
-                for pieces in ([data], [*(data[n:n + 1] for n in range(200)), data[200:]]):
+            for data, body in ((b"3\r\n\r\nabc", b"abc"), (b"12\r\n\r\nGET GET GET ", b"GET " * 3),
+                               (b"3\r\nX: y\r\n\r\n\r\n\r", b"\r\n\r"), (b"0\r\n\r\n", b"")):
+                for pieces in ([start + data], [b"%c" % byte for byte in start + data]):
                     for piece in pieces:
                         connection.sendall(piece)
                     self.assertEqual(read_reply_from(reader).status, 200)
-                    received = self.upstream.received[-1]
-                    self.assertEqual((received.body, received.header("x-more")),
-                                     (body, "1" if b"More" in length else None))
-            self.upstream.clear()
-            get = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-            connection.sendall(b"\r\n" + POST + b"Content-Length: 3\r\n\r\nabc" + get + get)
+                    self.assertEqual(self.upstream.received[-1].body, body)
+            connection.sendall(b"\r\n" + start + b"3\r\n\r\nabc" + HIDDEN + HIDDEN)
             self.assertEqual([read_reply_from(reader).status for _ in range(3)], [200] * 3)
-            self.assertEqual([(r.method, r.body) for r in self.upstream.received],
-                             [("POST", b"abc"), ("GET", b""), ("GET", b"")])
-
-    def test_bad_head_that_begins_like_the_last_one_is_refused(self):
-        for status, length in self.ALIKE_BUT_BAD:
-            with self.subTest(length):
-                self.upstream.clear()
-                with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-                    connection.sendall(POST + b"Content-Length: 3\r\n\r\nabc")
-                    self.assertEqual(read_reply_from(reader).status, 200)
-                    connection.sendall(POST + b"Content-Length: " + length + b"\r\nabc")
-                    self.assert_own_error(read_reply_from(reader), status)
-                    self.assertEqual(reader.read(), b"")
-                self.assertEqual(len(self.upstream.received), 1)
+            self.assertEqual([r.body for r in self.upstream.received[-3:]], [b"abc", b"", b""])
+            connection.sendall(start + b"3x\r\n\r\nabc")
+            self.assert_own_error(read_reply_from(reader), 400)
+            self.assertEqual(reader.read(), b"")
 
 
 # Requests: forwarding #########################################################
@@ -3952,44 +3909,6 @@ class StreamTest(RouterTest):
         self.assertLess(time.monotonic() - start, 2)    # one second, and one for a busy machine
         wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
         self.assertEqual(len(self.upstream.received), len(cases))
-
-    def test_client_that_does_not_read_holds_the_upstream_back(self):
-        """64 MiB do not gather in rrouter; the upstream request ends when the client leaves."""
-        sent = []
-        self.upstream.play(stream(framing="close"))
-        self.upstream.queue[0].chunks = (sent.append(1) or bytes(1 << 20) for _ in range(64))
-        with self.rrouter.connect() as connection:
-            connection.sendall(request_bytes("POST", "/v1/messages", chat()))
-            wait_until(lambda: sent)
-            quiet = -1
-            while quiet != len(sent):               # until nothing has moved for a while
-                quiet = len(sent)
-                time.sleep(0.3)
-            self.assertLess(quiet, 60)
-        self.upstream.wait(lambda upstream: upstream.closed)
-
-    def test_parallel_streams_stay_separate(self):
-        count, gate = 50, self.gate()
-        self.upstream.default = lambda received: stream(
-            event("start", who=received.model), event("end", who=received.model), gate=gate)
-        self.rrouter.home.write("mode", "claude")
-        threads = self.threads()
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(self.rrouter.connect()) for _ in range(count)]
-            for number, client in enumerate(clients):
-                client.sendall(request_bytes("POST", "/v1/messages", chat("m%d" % number)))
-            self.upstream.wait(lambda upstream: len(upstream.received) == count)
-            self.assertEqual(self.rrouter.health()["activeRequests"], count)
-            gate.set()
-            for number, client in enumerate(clients):
-                name, reply = "m%d" % number, read_reply(client)
-                self.assertEqual((reply.body, reply.header("x-rrouter-model")),
-                                 (event("start", who=name) + event("end", who=name), name))
-        wait_until(lambda: self.threads() <= threads)
-
-    def threads(self):
-        """Return how many threads rrouter has; 0 where /proc is missing."""
-        return len(os.listdir("/proc/%d/task" % self.rrouter.process.pid)) if PROC else 0
 
     def test_bytes_after_the_last_request_do_not_truncate_its_response(self):
         body = bytes(3_000_000)
