@@ -927,16 +927,12 @@ class ParseConfigTest(unittest.TestCase):
 
     REFUSED = (
         # text, words of the complaint
-        ('{"modes": }', "1:11: expecting value"),
-        ('{"modes":', "the end of the file"),
-        ('{\n  "modes" 1}', "2:11: expecting"),
-        ('', "1:1: expecting value"),
-        ('[]', "the top level: expected an object"),
-        ('[' * 100_000, "nesting that is too deep"),
+        ('{"modes": }', "1:11: expecting value"), ('{"modes":', "the end of the file"),
+        ('{\n  "modes" 1}', "2:11: expecting"), ('', "1:1: expecting value"),
+        ('[]', "the top level: expected an object"), ('[' * 100_000, "nesting that is too deep"),
         ('{"modes": {"a": {}},\n "auto": {"firstByteTimeoutSeconds": NaN}}',
          "2:38: expected a plain JSON number, found NaN"),
-        ('{}', "modes: missing"),
-        ('{"modes": {}}', "modes: expected an object with at least"),
+        ('{}', "modes: missing"), ('{"modes": {}}', "modes: expected an object with at least"),
         ('{"modes": []}', "modes: expected an object"),
         ('{"modes": {"a": 1}}', "modes.a: expected an object, found 1"),
         ('{"modes": {"auto": {}}}', "modes.auto: expected another name"),
@@ -1129,19 +1125,17 @@ HEADS = (
     (431, POST + b"%b", (b"\r\n".join([b"X: y"] * rrouter.FIELDS_MAX),)),
     (200, POST + b"%b", (b"\r\n".join([b"X: y"] * (rrouter.FIELDS_MAX - 1)),)),
     (200, b"GET / HTTP/1.1\r\nHost: %b", (
-        b"localhost", b"LOCALHOST:8316", b"Localhost:1", b"127.0.0.1", b"127.0.0.1:8316", b"[::1]",
-        b"[::1]:8316", b"localhost.", b"localhost:", b"\tLocalHost:8316 ", b"127.0.0.1.:8316")),
+        b"localhost", b"LOCALHOST:8316", b"127.0.0.1", b"127.0.0.1:8316", b"[::1]", b"[::1]:8316",
+        b"localhost.", b"localhost:", b"\tLocalHost:8316 ", b"127.0.0.1.:8316")),
     (403, b"GET / HTTP/1.1\r\nHost: %b", (
         b"evil.com", b"evil.com:8316", b"127.0.0.1.nip.io", b"localhost.evil.com", b"127.1",
         b"0.0.0.0", b"2130706433", b"0x7f.1", b"[::]", b"xlocalhost", b"localhost-", b"127.0.0.2",
-        b"localhost.localdomain", b"127.000.000.001", b"0177.0.0.1", b"ip6-localhost", b"lvh.me",
-        b"[::ffff:127.0.0.1]", b"[0:0:0:0:0:0:0:1]", b"", b"*", b"localhost..",
-        b"localhost%00.evil.com", b"%6cocalhost", b"localhost;evil.com")),
+        b"[::ffff:127.0.0.1]", b"", b"*", b"localhost..", b"localhost%00.evil.com", b"%6cocalhost",
+        b"localhost;evil.com")),
     (400, b"GET / HTTP/1.1\r\nHost: %b", (
-        b"localhost@evil", b"evil@localhost", b"[::1].evil", b"::1", b"[::1", b"localhost:x",
-        b"localhost, evil.com", b"localhost evil.com", b"localhost/evil.com", b"[::1%25lo]",
-        b"localhost\\.evil.com", b"localhost:99999999", b"localhost?x", b"\xe9vil.com",
-        b"localhost:8316.evil.com")),
+        b"localhost@evil", b"[::1].evil", b"::1", b"[::1", b"localhost:x", b"localhost, evil.com",
+        b"localhost evil.com", b"localhost/evil.com", b"[::1%25lo]", b"localhost\\.evil.com",
+        b"localhost:99999999", b"localhost?x", b"\xe9vil.com", b"localhost:8316.evil.com")),
     (403, b"GET http://%b HTTP/1.1\r\nHost: localhost", (
         b"evil.com/x", b"localhost.evil.com/", b"127.1/", b"evil.com")),
     (400, b"GET http://localhost%b HTTP/1.1\r\nHost: local/host", (b"/", b"@evil.com/")),
@@ -1288,42 +1282,32 @@ class ResponseHeadTest(unittest.TestCase):
 
 SPLICED = (
     # body; %s is the model
-    '{"model":%s,"messages":[]}', '{"max_tokens":1,"model":%s,"messages":[]}', '{"model":%s}',
-    '{"messages":[{"role":"user","content":"hi"}],"model":%s}',
+    '{"model":%s,"messages":[]}', '{"model":%s}', ' \r\n\t{ "model" \n:\r %s ,"a":1 } ',
     ' \n{\t"a" :\r\n [ 1 , 2 ] , "model"\t:\n %s \r\n, "b" : { } }\n\n',
-    '\r\n{ \t"model" \n:\r %s ,"a":1 } ',
     '{"a":[1e400,9007199254740993,-0,1E-7,0.1e+5],"model":%s,"b":123456789012345678901234567890}',
     '{"a":"\\ud83d \\u0000 \\/ \\" \\\\","\\ud83d\\"":"}","model":%s,"b":"\\u2028\\udc00"}',
     '{"\ud55c\uad6d":"\u2028\U0001f600 caf\u00e9","model":%s,"a":"\uffff"}',
-    '{"tools":[{"model":"claude-sonnet-9"},{"input":{"model":"claude-sonnet-8"}}],"model":%s}',
-    '{"model":%s,"tools":[{"model":"claude-sonnet-9"}],"x":{"model":"claude-sonnet-8"}}',
-    '{"a":"\\"model\\":\\"claude-sonnet-9\\"","b":"model","model":%s,"c":"{\\"model\\":1}"}',
-    '{"models":"claude-sonnet-9","Model":"claude-sonnet-8","model ":"x","":1,"model":%s}',
+    '{"tools":[{"model":"no"},{"input":{"model":"no"}}],"model":%s,"x":{"model":"no"}}',
+    '{"a":"\\"model\\":\\"no\\"","b":"model","model":%s,"c":"{\\"model\\":1}"}',
+    '{"Model":"no","model ":"x","":1,"a":1,"a":2,"model":%s,"a":{"b":1,"b":2}}',
     '{"a":1,"\\u006dodel":%s}', '{"m\\u006fdel":%s,"a":1}', '{"model":%s,"model":"no"}',
-    '{"a":1,"model":%s,"model":"claude-sonnet-9","\\u006dodel":"claude-opus-1"}',
-    '{"a":1,"a":2,"model":%s,"a":{"b":1,"b":2}}', '{"a":' + "1" * 100_000 + ',"model":%s}',
+    '{"a":1,"model":%s,"model":"no","\\u006dodel":"no"}', '{"a":' + "1" * 100_000 + ',"model":%s}',
 )
 # Only a leading plain model ends the search; what follows it is not examined.
 BROKEN_LATER = '{"model":%s,"messages":[{"role":', '{"model":%s} and more'
 SPELLED = (b'"claude-sonnet-5"', b'"claude\\u002dsonnet-5"', b'"\\u0063laude-\\u0073onnet-\\/5"',
            '"모델"'.encode())
 WITHOUT_MODEL = (
-    b"", b" \n", b"{}", b"null", b'"model"', b'[{"model":"claude-sonnet-5"}]', b'{"a":1}',
-    b'["model","claude-sonnet-5"]', b'[{"model":"claude-sonnet-5"},1]', b'{"model":null}',
-    b'{"model":5}', b'{"model":{"model":"claude-sonnet-5"}}', b'{"model":true,"claude-sonnet-5":1}',
-    b'{"a":1,"model":["claude-sonnet-5"]}', b'{"model":"claude-sonnet-5\\',
-    b'{"a":{"model":"claude-sonnet-5"},"b":[{"model":"claude-sonnet-5"}]}',
-    b'{"a":"model","claude-sonnet-5":"model"}', b'{"Model":"claude-sonnet-5"}',
-    b'\xef\xbb\xbf{"model":"claude-sonnet-5"}', b"model=claude-sonnet-5",
-    b'{"a":1,"model":"claude-sonnet-5"', b'{"model":"claude-sonnet-5',
-    b'{"a":1,"model":"claude-sonnet-5"} x', b'{"a":1}{"model":"claude-sonnet-5"}',
-    b'{model:"claude-sonnet-5"}', b'{"a":1,"model" "claude-sonnet-5"}',
-    b'{"model"::"claude-sonnet-5"}', b'{1:2,"model":"claude-sonnet-5"}',
-    b'{,"model":"claude-sonnet-5"}', b'{"a":1,"model":"claude-sonnet-5",}', bytes(range(256)) * 4,
-    gzip.compress(b'{"model":"claude-sonnet-5"}'), '{"model":"claude-sonnet-5"}'.encode("utf-16"),
-    b"{", b'{"', b'{"a":1,"model":null,"model":"b"}', b'{"a":NaN,"model":"a"}',
-    b'{"a":' + b"[" * 9**6, b'{"a":"\xff","model":"\xff"}', b'{"a":-Infinity,"model":"a"}',
-    b'{"model":"a\x01"}',
+    b"", b" \n", b"{", b'{"', b"{}", b"null", b'"model"', b'[{"model":"a"}]', b'{"a":1}',
+    b'["model","a"]', b'[{"model":"a"},1]', b'{"model":null}', b'{"model":{"model":"a"}}',
+    b'{"model":true,"a":1}', b'{"a":1,"model":["a"]}', b'{"model":"a\\', b'{"model":"a\x01"}',
+    b'{"a":{"model":"a"},"b":[{"model":"a"}]}', b'{"a":"model","b":"model"}', b'{"Model":"a"}',
+    b'\xef\xbb\xbf{"model":"a"}', b"model=a", b'{"a":1,"model":"a"', b'{"model":"a',
+    b'{"a":1,"model":"a"} x', b'{"a":1}{"model":"a"}', b'{model:"a"}', b'{"a":1,"model" "a"}',
+    b'{"model"::"a"}', b'{1:2,"model":"a"}', b'{,"model":"a"}', b'{"a":1,"model":"a",}',
+    bytes(range(256)), gzip.compress(b'{"model":"a"}'), '{"model":"a"}'.encode("utf-16"),
+    b'{"a":1,"model":null,"model":"b"}', b'{"a":NaN,"model":"a"}', b'{"a":-Infinity,"model":"a"}',
+    b'{"a":"\xff","model":"\xff"}', b'{"a":' + b"[" * 100_000, b'{"a":1,"model":5}',
 )
 
 
@@ -2977,18 +2961,14 @@ class ModeAndConfigTest(SwitchboardTest):
 class UpstreamTest(LoopbackTest):
     """Addresses of upstreams; each has a separate rrouter."""
 
-    def test_base_path_and_host_of_the_upstream_are_used(self):
+    def test_base_path_and_host_of_the_upstream_are_used_and_proxies_are_not(self):
         upstream = self.start_upstream()
         url = "http://localhost:%d/Api/v%%31" % upstream.port
         proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
-        running = self.start_rrouter(url + "/", env=proxies)
-        for target in ("/v1/messages?beta=true", "/", "//x/../y"):
-            with self.subTest(target):
-                self.assertEqual(running.request("POST", target, chat()).status, 200)
-                received = upstream.received[-1]
-                self.assertEqual((received.target, received.header("host")),
-                                 ("/Api/v%31" + target, "localhost:%d" % upstream.port))
-        self.assertEqual(running.health()["upstreamURL"].rstrip("/"), url)
+        self.assertEqual(self.start_rrouter(url + "/", env=proxies).post(target="//x").status, 200)
+        received = upstream.received[0]
+        self.assertEqual((received.target, received.header("host")),
+                         ("/Api/v%31//x", "localhost:%d" % upstream.port))
 
     def test_unreachable_upstream_is_a_bad_gateway_until_it_is_back(self):
         port = free_port()
@@ -3112,18 +3092,6 @@ class PoolTest(RouterTest):
             self.assertTrue(receive(response, 9))
         self.assertEqual(self.rrouter.post().body, b"{}")
         first, second = self.upstream.received
-        self.assertNotEqual(first.connection, second.connection)
-
-    def test_unrequested_bytes_reach_no_client(self):
-        stray = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray"
-        mine = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmine"
-        self.upstream.play(Response(raw=mine + stray, stays=True), Response(200, b"next"))
-        self.assertEqual([self.rrouter.post().body for _ in range(2)], [b"mine", b"next"])
-        for connection in list(self.upstream.open):         # now on the idle connections
-            with contextlib.suppress(OSError):
-                connection.sendall(stray)
-        self.assertEqual([self.rrouter.post().body for _ in range(3)], [b"{}"] * 3)
-        first, second, *_ = self.upstream.received
         self.assertNotEqual(first.connection, second.connection)
 
 
@@ -3358,26 +3326,6 @@ class RequestFramingTest(RouterTest):
         self.assertIn(value, self.upstream.received.pop().head)
         self.assert_refused(start + value + b"y\r\n\r\n", 431)
 
-    def test_garbage_is_closed_on_and_harms_nothing(self):
-        rng = random.Random(8316)
-        noise = rng.getrandbits(80000).to_bytes(10000, "big")
-        for data in (b"GET /\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
-                     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + noise[:500],     # TLS
-                     b"GET / HTTP/1.0\nHost: localhost\n\n", b"", b"\r\n" * 9, noise,
-                     b"\r\n".join(noise[start:start + 20] for start in range(0, 4000, 20))):
-            with self.subTest(data[:30]):
-                reply = self.rrouter.exchange(data, half_close=True)
-                self.assertRegex(reply, rb"^(HTTP/1\.[01] [245]\d\d |$)")
-        self.assertEqual(self.get().status, 200)
-
-    def test_truncated_body_never_reaches_the_upstream(self):
-        for data in (b"Content-Length: 6\r\n\r\nabc", CHUNKED + b"\r\n\r\n3\r\nabc\r\n",
-                     CHUNKED + b"\r\n\r\n9\r\nabc"):
-            with self.subTest(data):
-                self.assertRegex(self.rrouter.exchange(POST + data, half_close=True),
-                                 rb"^(HTTP/1\.1 400 |$)")
-                self.assertEqual(self.upstream.received, [])
-
     def test_chunked_body_is_forwarded_with_its_length(self):
         body = chat(text="\ud55c" * 9)
         chunks = b"".join(b'%X;ext="a b"\r\n%b\r\n' % (len(body[at:at + 11]), body[at:at + 11])
@@ -3422,28 +3370,6 @@ class RequestSequenceTest(RouterTest):
 
     EXPECTING = (b"POST /v1/messages HTTP/1.1\r\nHost: %b\r\nExpect: 100-Continue\r\n"
                  b"Content-Length: %d\r\n\r\n")
-
-    def test_pipelined_requests_are_answered_in_order(self):
-        gate = self.gate()
-        self.upstream.default = lambda received: Response(
-            200, received.target.encode() + received.body,
-            before=gate if received.target == "/slow" else None)
-        first, second = request_bytes("GET", "/1"), request_bytes("GET", "/2")
-        in_chunks = request_bytes("POST", "/chunked", None, [("Transfer-Encoding", "chunked")])
-        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            connection.sendall(b"\r\n".join((
-                b"", request_bytes("GET", "/slow") + first + second +
-                request_bytes("POST", "/post", HIDDEN) + in_chunks + b"3\r\nabc\r\n0\r\n\r\n" +
-                first, second)))
-            self.upstream.wait(lambda upstream: upstream.received)
-            gate.set()
-            self.assertEqual([read_reply_from(reader).body for _ in range(7)], [
-                b"/slow", b"/1", b"/2", b"/post" + HIDDEN, b"/chunkedabc", b"/1", b"/2"])
-
-    def test_connection_stays_open_after_errors_of_the_upstream(self):
-        self.upstream.play(error(404), error(529), Response(401, framing="length"), Response())
-        replies = self.converse(request_bytes("POST", body=chat()) * 4, *["POST"] * 4)
-        self.assertEqual([reply.status for reply in replies], [404, 529, 401, 200])
 
     def test_connection_closes_when_the_client_asks_for_it(self):
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
@@ -3651,35 +3577,25 @@ class GuardTest(RouterTest):
                     self.assertEqual(reply.status, status)
                     self.assertIsNone(reply.header("access-control-allow-origin"))
 
+    def test_both_loopback_addresses_respond_and_no_others_listen(self):
+        for family in (socket.AF_INET, socket.AF_INET6):
+            try:
+                with self.rrouter.connect(family) as connection:
+                    connection.sendall(request_bytes("GET", "/"))
+                    self.assertEqual(read_reply(connection).status, 200)
+            except OSError as problem:                  # a machine without IPv6
+                self.assertIn(problem.errno, (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL))
+        for table in ("/proc/net/tcp", "/proc/net/tcp6") if PROC else ():
+            for line in pathlib.Path(table).read_text().splitlines()[1:]:
+                address, port, state = re.match(r".*?: (\w+):(\w+) \S+ (\w+)", line).groups()
+                if state == "0A" and port == "%04X" % self.rrouter.port:
+                    self.assertIn(address, ("0100007F", "00000000000000000000000001000000"))
+
     def test_refused_head_request_gets_no_body(self):
         for status, lines in ((b"403", b"Host: evil.com"),
                               (b"417", b"Host: localhost\r\nExpect: foo")):
             data = self.rrouter.exchange(b"HEAD / HTTP/1.1\r\n" + lines + b"\r\n\r\n")
             self.assertRegex(data, rb"(?s)\AHTTP/1\.1 " + status + rb" .*\r\n\r\n\Z")
-
-    @unittest.skipUnless(os.path.exists("/proc/net/tcp6"), "needs /proc")
-    def test_only_loopback_addresses_listen(self):
-        listening = set()
-        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-            for line in pathlib.Path(table).read_text().splitlines()[1:]:
-                _, local, _, state, *_ = line.split()
-                address, _, port = local.partition(":")
-                if state == "0A" and port == "%04X" % self.rrouter.port:
-                    listening.add(address)
-        self.assertIn("0100007F", listening)
-        self.assertLessEqual(listening, {"0100007F", "00000000000000000000000001000000"})
-
-    def test_both_loopback_addresses_respond(self):
-        for family in (socket.AF_INET, socket.AF_INET6):
-            with self.subTest(family):
-                try:
-                    with self.rrouter.connect(family) as connection:
-                        connection.sendall(request_bytes("GET", "/"))
-                        self.assertEqual(read_reply(connection).status, 200)
-                except OSError as problem:
-                    if problem.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                        raise
-                    self.skipTest("no IPv6: %s" % problem)
 
 
 # Responses ####################################################################
@@ -3737,45 +3653,15 @@ class ResponseTest(RouterTest):
                     self.assertEqual(reply.header("content-length"),
                                      str(len(body)) if framing == "length" else None)
 
-    def test_chunks_in_odd_pieces_arrive_whole(self):
-        large = bytes(1 << 20)
-        self.upstream.play(Response(200, large))
-        self.assertTrue(self.rrouter.post().body == large)                  # no diff of 1 MB
-        text, head = b"hello0123456789", CHUNKED_RESPONSE
-        coded = head + b'5\r\nhello\r\n00A;x="y z"\r\n0123456789\r\n0\r\n\r\n'
-        for pieces in (
-                tuple(coded[at:at + 1] for at in range(len(coded))),
-                (head, *(b"1\r\n%c\r\n" % byte for byte in text), b"0\r\n\r\n"),
-                head + b"f\r\n" + text + b"\r\n0\r\nX-T: 1\r\nContent-Length: 3\r\n\r\n",
-                (head[:-2], b"\r\nF\r", b"\n" + text + b"\r", b"\n0\r", b"\n\r", b"\n")):
-            with self.subTest(pieces[0]):
-                self.upstream.play(Response(raw=pieces))
-                reply = self.rrouter.post()
-                self.assertEqual((reply.status, reply.body, reply.complete), (200, text, True))
-
-    def test_response_that_ends_with_its_connection_is_reframed(self):
-        for response in (
-                Response(200, (b"hel", b"lo"), framing="close"),
-                Response(raw=b"HTTP/1.0 200 OK\r\n\r\nhello"),
-                Response(raw=b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello"),
-                Response(raw=b"HTTP/1.1 200 \r\nConnection: close\r\n\r\nhello")):
-            with self.subTest(response.raw):
-                reply = self.reply_and_next(response)
-                self.assertEqual((reply.body, reply.complete), (b"hello", True))
-                self.assertTrue(reply.header("content-length") or reply.header("transfer-encoding"))
-
     WITHOUT_BODY = (
         # method, response, Content-Length of the reply
         ("HEAD", Response(200, b"12345", framing="length"), "5"), ("HEAD", Response(), None),
-        ("HEAD", error(404), "72"), ("HEAD", Response(framing="close"), None),
+        ("HEAD", Response(framing="close"), None), ("GET", Response(200, ()), None),
         ("GET", Response(204, (), framing="none"), None),
-        ("GET", Response(304, (), framing="none"), None),
-        ("GET", Response(200, (), framing="length"), "0"), ("GET", Response(200, ()), None),
-        *(("GET", Response(raw=b"HTTP/1.1 " + head + b"\r\n\r\n", stays=True), length)
-          for head, length in (
-              (b"204 No Content\r\nContent-Length: 5", None),
-              (b"304 Not Modified\r\nContent-Length: 5", "5"),
-              (b"304 Not Modified\r\nTransfer-Encoding: chunked", None))),
+        ("GET", Response(200, (), framing="length"), "0"),
+        ("GET", Response(raw=b"HTTP/1.1 204 \r\nContent-Length: 5\r\n\r\n", stays=True), None),
+        ("GET", Response(raw=b"HTTP/1.1 304 \r\nContent-Length: 5\r\n\r\n", stays=True), "5"),
+        ("GET", Response(raw=CHUNKED_RESPONSE.replace(b"200", b"304"), stays=True), None),
     )
 
     def test_response_without_a_body_leaves_the_connection_in_step(self):
