@@ -3252,23 +3252,19 @@ class TlsUpstreamTest(TlsTest):
             self.assertEqual(self.rrouter.post().status, 200)
 
     def test_large_bodies_pass_both_ways(self):
-        """On a new connection, and on a reused one, whose time limit was changed in between."""
-        body = chat("x", padding="x" * (16 << 20))
+        """On a new connection, and on a reused one, whose time limit was changed in between.
+
+        The rest of the handshake must not be taken for an early response.
+        """
+        body, gate = chat("x", padding="x" * (16 << 20)), self.gate()
         self.upstream.break_connections()
-        for number in range(2):
-            self.upstream.play(Response(200, [bytes(100_000)] * 30, framing="length"))
+        threading.Timer(0.3, gate.set).start()      # six looks for a response
+        for number, unread in enumerate((gate, None)):
+            self.upstream.play(Response(200, [bytes(100_000)] * 30, framing="length",
+                                        unread=unread))
             reply = self.rrouter.request("POST", "/v1/messages", body)
             self.assertEqual(reply.body, bytes(3_000_000))
             self.assertTrue(self.upstream.received[number].body == body)    # no diff of 16 MB
-
-    def test_rest_of_a_handshake_is_not_taken_for_an_early_response(self):
-        body = chat("x", padding="x" * (16 << 20))
-        gate = self.gate()
-        self.upstream.break_connections()
-        self.upstream.play(Response(unread=gate))
-        threading.Timer(0.3, gate.set).start()      # six looks for a response
-        self.assertEqual(self.rrouter.request("POST", "/v1/messages", body).status, 200)
-        self.assertTrue(self.upstream.received[0].body == body)             # no diff of 16 MB
 
     def test_certificate_of_an_unknown_issuer_is_a_bad_gateway(self):
         distrustful = self.start_rrouter(self.upstream)
@@ -3325,26 +3321,6 @@ class RequestFramingTest(RouterTest):
         self.assertEqual(self.converse(start + value + b"\r\n\r\n", "GET")[0].status, 200)
         self.assertIn(value, self.upstream.received.pop().head)
         self.assert_refused(start + value + b"y\r\n\r\n", 431)
-
-    def test_chunked_body_is_forwarded_with_its_length(self):
-        body = chat(text="\ud55c" * 9)
-        chunks = b"".join(b'%X;ext="a b"\r\n%b\r\n' % (len(body[at:at + 11]), body[at:at + 11])
-                          for at in range(0, len(body), 11))
-        for trailers in (b"", b"X-T: 1\r\nContent-Length: 3\r\nHost: evil.com\r\n"):
-            with self.subTest(trailers), self.rrouter.connect() as connection:
-                data = POST + CHUNKED + b"\r\n\r\n" + chunks + b"000\r\n" + trailers + b"\r\n"
-                for at in range(len(data)):
-                    connection.sendall(data[at:at + 1])
-                self.assertEqual(read_reply(connection).status, 200)
-                received = self.upstream.received[-1]
-                self.assertEqual((received.model, received.json()["text"]),
-                                 (GEMINI_SONNET, "\ud55c" * 9))
-                self.assertEqual(received.header("content-length"), str(len(received.body)))
-                self.assertIsNone(received.header("transfer-encoding"))
-        large = random.Random(8316).getrandbits(8 << 20).to_bytes(1 << 20, "big")
-        data = post_with(CHUNKED, b"%x\r\n%b\r\n0\r\n\r\n" % (len(large), large))
-        self.assertEqual(self.converse(data, "POST", "GET")[0].status, 200)
-        self.assertTrue(self.upstream.received[-2].body == large)           # no diff of 1 MB
 
     def test_http10_response_is_not_chunked_and_ends_with_the_connection(self):
         data = b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"
@@ -3459,28 +3435,21 @@ class ForwardTest(RouterTest):
             self.assertNotIn(b"canary", reply.body)
 
     ROUTED = (
-        # mode, path, body, x-rrouter-target, x-rrouter-model
-        ("antigravity", "/v1/messages", chat(), "antigravity", GEMINI_SONNET),
-        ("antigravity", "/v1/messages/count_tokens?a=b", chat(), "antigravity", GEMINI_SONNET),
-        ("antigravity", "/v1/messages", chat("gpt-4"), "antigravity", "gpt-4"),
-        ("claude", "/v1/messages", chat(), "claude", SONNET),
-        ("antigravity", "/v1/messages", b"[]", None, None),
-        ("claude", "/v1/messages", b"", None, None),
+        # mode, response, body, x-rrouter-target, x-rrouter-model
+        ("antigravity", Response(), chat(), "antigravity", GEMINI_SONNET),
+        ("antigravity", stream(), chat("gpt-4"), "antigravity", "gpt-4"),
+        ("claude", error(503), chat(), "claude", SONNET), ("claude", stream(), b"[]", None, None),
     )
 
     def test_replies_to_requests_with_a_model_name_target_and_model(self):
-        for mode, path, body, *expected in self.ROUTED:
-            for response in (Response(), error(503), stream()):
-                with self.subTest("%s %s %s" % (mode, body, response.status)):
-                    self.rrouter.home.write("mode", mode)
-                    self.upstream.play(response)
-                    reply = self.rrouter.request("POST", path, body)
-                    self.assertEqual(reply.status, response.status)
-                    self.assertEqual(
-                        [reply.header("x-rrouter-" + name) for name in (
-                            "target", "model", "attempts")],
-                        [*expected, expected[0] and "1"])
-                    self.assertEqual(self.upstream.received[-1].target, path)
+        for mode, response, body, *expected in self.ROUTED:
+            with self.subTest(body, mode=mode):
+                self.rrouter.home.write("mode", mode)
+                self.upstream.play(response)
+                reply = self.rrouter.request("POST", "/v1/messages", body)
+                self.assertEqual(reply.status, response.status)
+                self.assertEqual([reply.header("x-rrouter-" + name) for name in (
+                    "target", "model", "attempts")], [*expected, expected[0] and "1"])
 
     def test_odd_characters_of_a_model_are_escaped_in_the_reply(self):
         self.rrouter.home.write("mode", "claude")
@@ -3632,26 +3601,6 @@ class ResponseTest(RouterTest):
             request_bytes(method, "/", chat()) + request_bytes("POST", "/", chat()), method, "POST")
         self.assertEqual((second.status, second.body), (200, b"next"))
         return first
-
-    def test_every_status_arrives_with_reason_headers_and_body(self):
-        fields = [("Content-Type", "text/x"), ("Set-Cookie", "a=1; Path=/"), ("X-Repeat", "1"),
-                  ("set-cookie", "b=2"), ("x-REPEAT", "2"), ("X-Empty", ""), ("Via", "1.1 other"),
-                  ("X-Latin", "caf\xe9 \x80\xff"), ("Location", "http://evil.com/"),
-                  ("WWW-Authenticate", "Basic realm=x"), ("Retry-After", "3"), ("Vary", "Origin"),
-                  ("Content-Encoding", "gzip"), ("x-should-retry", "true")]
-        for status in (200, 202, 226, 299, 300, 302, 307, 400, 401, 407, 408, 413, 426, 429, 451,
-                       499, 500, 503, 529, 599):
-            for framing in ("chunked", "length"):
-                with self.subTest(status, framing=framing):
-                    body, reason = b"body of %d \0\xff\r\n\r\n" % status, "It Is\t%d" % status
-                    self.upstream.play(Response(status, body, fields=fields, reason=reason,
-                                                framing=framing))
-                    reply = self.rrouter.post()
-                    self.assertEqual((reply.status, reply.reason, reply.body, reply.complete),
-                                     (status, reason, body, True))
-                    self.assertEqual(end_to_end(reply.fields), fields)
-                    self.assertEqual(reply.header("content-length"),
-                                     str(len(body)) if framing == "length" else None)
 
     WITHOUT_BODY = (
         # method, response, Content-Length of the reply
