@@ -251,9 +251,6 @@ class RequestError(RouterError):
 class ClientGone(RouterError):
     """The client left or broke its request off, so no response can reach it."""
 
-    def __init__(self, message: str = "the client left") -> None:
-        super().__init__(message)
-
 
 class UpstreamError(RouterError):
     """The upstream broke off or sent something other than HTTP."""
@@ -324,11 +321,8 @@ class Config(NamedTuple):
 
     def resolve(self, mode: str) -> str:
         """Return the mode in force for `mode`, one of the modes or a usable `auto`."""
-        if mode in self.modes or (mode == MODE_AUTO and not self.auto_error):
-            return mode
-        if mode != MODE_AUTO and self.default_mode == MODE_AUTO and not self.auto_error:
-            return MODE_AUTO
-        return self.default_mode if self.default_mode in self.modes else next(iter(self.modes))
+        usable = [*self.modes] if self.auto_error else [*self.modes, MODE_AUTO]
+        return next(name for name in (mode, self.default_mode, *usable) if name in usable)
 
 
 class Snapshot(NamedTuple):
@@ -1159,10 +1153,7 @@ def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, in
 
 
 def _walk_to_model(text: str) -> tuple[int, int]:
-    """Return the span of the first top-level `model` in the JSON object `text`.
-
-    Raises ValueError if it is not a string or `text` is not one whole object, or as `_walk` does.
-    """
+    """Return the span of the first top-level `model`; raise as `_walk` does, also without one."""
     found, end = None, 0
     for key, start, end in _walk(text, _skip_space(text, 0), "{"):
         if key == "model" and found is None:
@@ -1221,10 +1212,7 @@ def _is_thinking(text: str, block: int) -> bool:
 
 
 def _cut_thinking(text: str, blocks: list[tuple[int, int]]) -> list[tuple[int, int, bytes]]:
-    """Return (start, end, replacement) that remove the thinking blocks from a content.
-
-    Each cut takes the comma along that would be left over; some may be empty.
-    """
+    """Return (start, end, replacement) that remove thinking blocks and the commas left over."""
     kept = [number for number, (start, _) in enumerate(blocks) if not _is_thinking(text, start)]
     if len(kept) == len(blocks):
         return []
@@ -1379,10 +1367,7 @@ class StreamScan:
 
     @classmethod
     def _is_usual(cls, payload: bytes) -> bool:
-        """Return whether whole events carry content and nothing else, as nearly all do.
-
-        Finding that out costs a tenth of reading them.
-        """
+        """Return whether whole events carry content alone; finding out costs a tenth of reading."""
         return (payload.startswith(cls._USUAL) and payload.endswith(b"\n\n")
                 and b"error" not in payload and b"message_stop" not in payload)
 
@@ -2660,12 +2645,10 @@ class Wire:
 
 
 class UpstreamConnection(Wire):
-    """A connection to the upstream, opened by `http.client`, whose responses our parser reads.
+    """A connection to the upstream, opened by `http.client`."""
 
-    `http.client` takes a truncated head for a 200 with an empty body, passes unknown transfer
-    codings on, and ends a truncated body as if it were whole (python/cpython#115997).
-    """
-
+    # Our parser reads the responses, because `http.client` takes a truncated head for a 200 with an
+    # empty body, and ends a truncated body as if it were whole (python/cpython#115997).
     def __init__(self, connection: http.client.HTTPConnection) -> None:
         super().__init__(connection.sock, RECEIVE_BYTES)
         self._connection = connection
@@ -2684,10 +2667,7 @@ class UpstreamConnection(Wire):
             setattr(self.sock, "suppress_ragged_eofs", False)   # noqa: B010 - typeshed lacks it
 
     def has_input(self) -> bool:
-        """Return whether something has come that is not yet read, or the end of the connection.
-
-        It must not be closed, because another connection may have its number by then.
-        """
+        """Return whether there is something to read, or the end; never ask a closed connection."""
         if self._plain:
             return bool(self._poller.poll(0))
         # TLS: session tickets come unasked, and only reading tells them from a response.
@@ -2940,12 +2920,11 @@ class Upstream:
 
     def connect(self) -> UpstreamConnection:
         """Return a new connection; raise UpstreamUnreachable."""
-        connection = self.open()
+        connection = UpstreamConnection(self.open())
         try:
+            connection.set_up(TICK_S)
             if not self._is_own_address(connection.sock):
-                wire = UpstreamConnection(connection)
-                wire.set_up(TICK_S)
-                return wire
+                return connection
         except OSError as error:            # reset as soon as it was accepted
             connection.close()
             raise UpstreamError(f"broke the connection: {reason_of(error)}") from error
