@@ -1371,7 +1371,20 @@ class WithoutThinkingTest(unittest.TestCase):
                 self.assertIsNone(rrouter.without_thinking(body))
 
 
-class ChunkedBodyTest(unittest.TestCase):
+class BodyTest(unittest.TestCase):
+
+    def test_a_plain_body_ends_after_its_length_or_with_its_connection(self):
+        for length, pieces, rest in ((3, (b"abcREST",), b"REST"), (3, (b"ab", b"c"), b"")):
+            body = rrouter.PlainBody(length)
+            self.assertEqual(b"".join(map(body.feed, pieces)), b"abc")
+            self.assertEqual((body.done, body.left, body.rest), (True, 0, rest))
+        for length, ends in ((3, False), (None, True)):
+            body = rrouter.PlainBody(length)
+            self.assertEqual((body.feed(b"ab"), body.done, body.delimited),
+                             (b"ab", False, not ends))
+            with contextlib.suppress(rrouter.UpstreamError):
+                body.finish()
+            self.assertEqual(body.done, ends)
 
     def test_any_cutting_gives_the_same_payload(self):
         chance = random.Random(8316)
