@@ -205,9 +205,9 @@ SHELF_WORDINGS = (
 
 # What targets say of a request beyond their limits, in lower case.
 TOO_LARGE_WORDINGS = (
-    (b"prompt is too long",), (b"exceeds the context window",), (b"input is too long",),
-    (b"exceeds the maximum number of tokens",), (b"prompt token count of",), (b"prompt_too_long",),
-    (b"context length exceeded",), (b"request too large",))
+    b"prompt is too long", b"exceeds the context window", b"exceeds the maximum number of tokens",
+    b"input is too long", b"prompt token count of", b"prompt_too_long", b"context length exceeded",
+    b"request too large")
 THINKING_TYPES = ("thinking", "redacted_thinking")
 EMPTY_CONTENT = b'{"type":"text","text":"(no content)"}'    # the API refuses []
 
@@ -778,8 +778,8 @@ _FIELDS = b"((?:%b:%b\r\n)*)" % (_TOKEN, _TEXT)
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])\r\n" % _TOKEN)
 _REQUEST_START = re.compile(_REQUEST_LINE.pattern + _FIELDS)
 _REQUEST_HEAD = re.compile(_REQUEST_START.pattern + b"\r\n")
-_STATUS_LINE = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n" % _TEXT
-_RESPONSE_HEAD = re.compile(_STATUS_LINE + _FIELDS + b"\r\n")
+_RESPONSE_HEAD = re.compile(
+    rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n%b\r\n" % (_TEXT, _FIELDS))
 _TRAILERS = re.compile(b"%b\r\n" % _FIELDS)
 _TRUNCATED_TRAILERS = re.compile(b"%b(?:\r|%b(?::%b\r?)?)?" % (_FIELDS, _TOKEN, _TEXT))
 _NAME = re.compile(_TOKEN)
@@ -1242,11 +1242,6 @@ def without_thinking(body: BytesLike) -> bytes | None:
 
 # Messages: responses ##########################################################
 
-def _matches(text: bytes, wordings: Iterable[tuple[bytes, ...]]) -> bool:
-    """Return whether all words of one of the `wordings` stand in `text`, which is in lower case."""
-    return any(all(word in text for word in words) for words in wordings)
-
-
 # In the text, because a hop on the way may drop our header.
 _OWN_ERROR = re.compile(rb'"message"\s*:\s*"rrouter: ')
 
@@ -1255,13 +1250,13 @@ def read_failure(status: int, text: bytes) -> tuple[Fault, str]:
     """Return the fault in a response of `status` 400 and above, and what to call it."""
     if _OWN_ERROR.search(text):
         return Fault.OWN, str(status)
-    text = text.lower()
-    if status == 400 and _matches(text.replace(b"`", b""), SIGNATURE_WORDINGS):
+    text = text.lower().replace(b"`", b"")
+    if status == 400 and any(all(word in text for word in row) for row in SIGNATURE_WORDINGS):
         return Fault.REJECTED, str(status)
     for statuses, words, name in SHELF_WORDINGS:
-        if status in statuses and _matches(text, (words,)):
+        if status in statuses and all(word in text for word in words):
             return Fault.SHELF, f"{status} {name}"
-    if status == 413 or (status in (400, 422) and _matches(text, TOO_LARGE_WORDINGS)):
+    if status == 413 or (status in (400, 422) and any(row in text for row in TOO_LARGE_WORDINGS)):
         return Fault.TOO_LARGE, f"{status} too large"
     return Fault.STATUS, str(status)
 
@@ -2560,13 +2555,12 @@ class Patience:
 
     def __init__(self, has_left: Callable[[], bool]) -> None:
         self._has_left = has_left
-        self.give_up_at: float | None = None
+        self.give_up_at = math.inf      #: since the first miss, by time.monotonic
 
     def wait(self) -> bool:
         """Wait before the next try; return False if it is time to give up; raise ClientGone."""
         now = time.monotonic()
-        if self.give_up_at is None:
-            self.give_up_at = now + RECONNECT_FOR_S
+        self.give_up_at = min(self.give_up_at, now + RECONNECT_FOR_S)
         if now + RECONNECT_EVERY_S > self.give_up_at:
             return False
         time.sleep(RECONNECT_EVERY_S)
@@ -2870,21 +2864,17 @@ class Upstream:
         client would do the same after an error.
         """
         kept = self._take()
-        if kept is not None:
-            try:
-                return self._send_on(kept, outbound, watch, patience)
-            except UpstreamError as error:
-                if isinstance(error, UpstreamTimeout) or not kept.was_stale:
-                    raise
-            notes.append("sent again: the kept connection was stale")
         while True:
             try:
-                connection = self.connect()
+                return self._send_on(kept or self.connect(), outbound, watch, patience)
             except UpstreamUnreachable:
                 if patience is None or not patience.wait():
                     raise
-            else:
-                return self._send_on(connection, outbound, watch, patience)
+            except UpstreamError as error:
+                if kept is None or isinstance(error, UpstreamTimeout) or not kept.was_stale:
+                    raise
+                notes.append("sent again: the kept connection was stale")
+                kept = None
 
     def _send_on(self, connection: UpstreamConnection, outbound: Outbound, watch: Watch,
                  patience: Patience | None) -> Response:
@@ -2914,9 +2904,8 @@ class Upstream:
 
         Returns whether the one before it missed as well; parallel requests are one.
         """
-        is_repeated = self._missed_at is not None and self._missed_at <= started
-        self._missed_at = time.monotonic()
-        return is_repeated
+        before, self._missed_at = self._missed_at, time.monotonic()
+        return before is not None and before <= started
 
     def connect(self) -> UpstreamConnection:
         """Return a new connection; raise UpstreamUnreachable."""
@@ -2933,7 +2922,14 @@ class Upstream:
 
     def open(self) -> http.client.HTTPConnection:
         """Return a new connection of the standard library; raise UpstreamUnreachable."""
-        connection = self._new_connection()
+        if self._is_tls and self._tls is None:
+            context = ssl.create_default_context()
+            # Python 3.9 sets it, and would take a truncated response for a whole one.
+            context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+            self._tls = context
+        kind = (partial(http.client.HTTPSConnection, context=self._tls) if self._is_tls else
+                http.client.HTTPConnection)
+        connection = kind(self._host, self._port, timeout=CONNECT_S)
         connection.auto_open = 0            # it must not connect again by itself
         try:
             connection.connect()
@@ -2943,16 +2939,6 @@ class Upstream:
 
         return connection
 
-    def _new_connection(self) -> http.client.HTTPConnection:
-        if not self._is_tls:
-            return http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
-        if self._tls is None:
-            context = ssl.create_default_context()
-            # Python 3.9 sets it, and would take a truncated response for a whole one.
-            context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-            self._tls = context
-        return http.client.HTTPSConnection(
-            self._host, self._port, timeout=CONNECT_S, context=self._tls)
 
     def _take(self) -> UpstreamConnection | None:
         """Return a kept connection that seems alive, or None."""

@@ -3189,7 +3189,6 @@ class UpstreamPortTest(unittest.TestCase):
         self.assertEqual(connected, [("::1", 80), ("localhost", 443), ("localhost", 8317)])
 
 
-
 class ResponseTextTest(unittest.TestCase):
 
     PACKED, MOST = gzip.compress(b"hello "), rrouter.READ_AHEAD_MAX_BYTES
