@@ -931,7 +931,9 @@ def check_head_start(data: bytes, seen: int) -> None:
 
 
 def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
-    """Raise RequestError 403 for a request that a web page may have sent; `hosts` may be in Host.
+    """Raise RequestError 403 for a request that a web page may have sent.
+
+    `hosts` are the names that Host may have; with none of them it may have any.
 
     Any page could otherwise spend the user's quota: the upstream responds to every Origin and
     preflight with `Access-Control-Allow-Origin: *`, a text/plain POST needs no preflight, and a
@@ -969,7 +971,7 @@ def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tupl
 
 
 def parse_response_head(head: bytes) -> ResponseHead:
-    """Return the response whose head is `head`; raise UpstreamError if it is not unambiguous."""
+    """Return the response whose head is `head`; raise UpstreamError if it is odd or ambiguous."""
     match = _RESPONSE_HEAD.fullmatch(head)
     if not match:
         raise UpstreamError("sent a malformed response head")
@@ -1153,7 +1155,7 @@ def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, in
 
 
 def _walk_to_model(text: str) -> tuple[int, int]:
-    """Return the span of the first top-level `model`; raise as `_walk` does, also without one."""
+    """Return the span of the first top-level `model`; raise what `_walk` does if there is none."""
     found, end = None, 0
     for key, start, end in _walk(text, _skip_space(text, 0), "{"):
         if key == "model" and found is None:
@@ -2793,7 +2795,7 @@ class Response:
             self.hand_back()
 
     def receive(self, watch: Watch) -> bytes:
-        """Return the next payload, b"" perhaps with `complete`; raise as `wait` does."""
+        """Return the next payload; b"" may come with `complete`.  Raises what `wait` raises."""
         if self._error is not None:
             raise type(self._error)(str(self._error))   # a new one: see `without_trace`
         payload, body = b"", self._body
