@@ -928,6 +928,7 @@ class ParseConfigTest(unittest.TestCase):
     REFUSED = (
         # text, words of the complaint
         ('{"modes": }', "1:11: expecting value"), ('{"modes":', "the end of the file"),
+        ('{"modes" ' + "x" * 30, "1:10: expecting ':' delimiter, found '" + "x" * 20 + "'"),
         ('{\n  "modes" 1}', "2:11: expecting"), ('', "1:1: expecting value"),
         ('[]', "the top level: expected an object"), ('[' * 100_000, "nesting that is too deep"),
         ('{"modes": {"a": {}},\n "auto": {"firstByteTimeoutSeconds": NaN}}',
