@@ -756,8 +756,10 @@ def _glob(pattern: str) -> Callable[[str], object]:
 
 def match_rule(rules: Iterable[Rule], model: str) -> Rule | None:
     """Return the first rule that matches `model`: a name that equals it, or a glob; else None."""
-    return next((rule for rule in rules
-                 if model == rule.match or _glob(rule.match)(model)), None)
+    for rule in rules:
+        if model == rule.match or _glob(rule.match)(model):
+            return rule
+    return None
 
 
 def decide_route(config: Config, target: str, model: str | None) -> Route:
