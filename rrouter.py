@@ -193,17 +193,12 @@ ERROR_TYPES = {
 # Claude Code's patterns (lower case, without backticks), then the wordings of Gemini, which it does
 # not know.  A row matches if all its words are present, in any order.
 SIGNATURE_WORDINGS = (
-    (b"signature in thinking block",),
-    (b"invalid data in redacted_thinking block",),
+    (b"signature in thinking block",), (b"invalid data in redacted_thinking block",),
     (b"thinking.signature", b"field required"),
-    (b"thinking block", b"cannot be modified"),
-    (b"thinking block", b"invalid signature"),
-    (b"redacted_thinking", b"cannot be modified"),
-    (b"redacted_thinking", b"invalid signature"),
-    (b"corrupted thought signature",),
-    (b"invalid thought signature",),
-    (b"thought signature is not valid",),
-    (b"bound to a different conversation",))
+    (b"thinking block", b"cannot be modified"), (b"thinking block", b"invalid signature"),
+    (b"redacted_thinking", b"cannot be modified"), (b"redacted_thinking", b"invalid signature"),
+    (b"corrupted thought signature",), (b"invalid thought signature",),
+    (b"thought signature is not valid",), (b"bound to a different conversation",))
 # Responses of CLIProxyAPI that come without asking a provider: statuses, words, name in the log.
 UNKNOWN_MODEL = "unknown provider for model"
 SHELF_WORDINGS = (
@@ -213,10 +208,10 @@ SHELF_WORDINGS = (
     ((400, 502), (b"unknown provider for model",), UNKNOWN_MODEL))
 
 # What targets say of a request beyond their limits, in lower case.
-TOO_LARGE_WORDINGS = tuple((words,) for words in (
+TOO_LARGE_WORDINGS = (
     b"prompt is too long", b"exceeds the context window", b"exceeds the maximum number of tokens",
     b"input is too long", b"prompt token count of", b"prompt_too_long", b"context length exceeded",
-    b"request too large"))
+    b"request too large")
 THINKING_TYPES = ("thinking", "redacted_thinking")
 EMPTY_CONTENT = b'{"type":"text","text":"(no content)"}'    # the API refuses []
 
@@ -249,10 +244,7 @@ class DaemonError(RouterError):
 
 
 class RequestError(RouterError):
-    """The client's request is refused with `http_status`.
-
-    Its connection is closed, because the bytes that follow cannot be trusted.
-    """
+    """The client's request is refused; its connection is closed, because the rest is suspect."""
 
     def __init__(self, http_status: int, message: str, logged: str = "") -> None:
         super().__init__(message)
@@ -262,9 +254,6 @@ class RequestError(RouterError):
 
 class ClientGone(RouterError):
     """The client left or broke its request off, so no response can reach it."""
-
-    def __init__(self, message: str = "the client left") -> None:
-        super().__init__(message)
 
 
 class UpstreamError(RouterError):
@@ -276,17 +265,13 @@ class UpstreamError(RouterError):
 
 
 def without_trace(error: UpstreamError) -> UpstreamError:
-    """Return `error` without its traceback and causes, so that it can be kept.
-
-    Their frames hold the request, which would hold the error: the body of each failed request would
-    stay in memory until the garbage collector runs.
-    """
+    """Return `error` without its traceback, whose frames would keep the request in memory."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
 
 class UpstreamUnreachable(UpstreamError):
-    """No connection could be opened; the providers of the upstream are not to blame."""
+    """No connection could be opened."""
 
     what = "upstream unreachable"
     remedy = "start CLIProxyAPI or set RROUTER_UPSTREAM"
@@ -345,11 +330,8 @@ class Config(NamedTuple):
 
     def resolve(self, mode: str) -> str:
         """Return the mode in force for `mode`, one of the modes or a usable `auto`."""
-        if mode in self.modes or (mode == MODE_AUTO and not self.auto_error):
-            return mode
-        if mode != MODE_AUTO and self.default_mode == MODE_AUTO and not self.auto_error:
-            return MODE_AUTO
-        return self.default_mode if self.default_mode in self.modes else next(iter(self.modes))
+        usable = self.choices
+        return next(name for name in (mode, self.default_mode, *usable) if name in usable)
 
 
 class Snapshot(NamedTuple):
@@ -379,6 +361,7 @@ class Fields(NamedTuple):
         return self.values.get(name, [])
 
 
+
 class RequestHead(NamedTuple):
     """A request line and its fields, valid and unambiguous."""
 
@@ -398,15 +381,14 @@ class ResponseHead(NamedTuple):
 
     status: int
     reason: bytes
-    end_to_end: bytes           #: the field lines to forward, bytes untouched
-    values: dict[bytes, list[bytes]]    #: see `Fields`
+    fields: Fields
     length: int | None          #: None if the body is chunked or ends with the connection
     chunked: bool
     keep_alive: bool
 
     def value(self, name: bytes) -> str:
         """Return the first value of the field `name`, in lower case; "" if it is absent."""
-        values = self.values.get(name)
+        values = self.fields.all(name)
         return values[0].lower().decode("latin-1") if values else ""
 
     @property
@@ -488,10 +470,7 @@ class Settings(NamedTuple):
 # Text #########################################################################
 
 def printable(text: str, limit: int = 300) -> str:
-    """Return at most `limit` characters of `text`, safe in a log line, a header or a terminal.
-
-    Everything but printable ASCII is escaped, which adds to the length.
-    """
+    """Return `limit` characters of `text`, escaped for a log line, a header or a terminal."""
     if len(text) > limit:
         text = text[:limit] + "..."
     if text.isascii() and text.isprintable():
@@ -516,8 +495,7 @@ def utc(when: float | None) -> str | None:
     """Return a time (Unix seconds) as 2026-01-29T15:00:00Z; None for None."""
     if when is None:
         return None
-    moment = datetime.datetime.fromtimestamp(int(when), datetime.timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return f"{datetime.datetime.fromtimestamp(int(when), datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def reason_of(error: OSError) -> str:
@@ -533,10 +511,7 @@ def error_body(status: int, message: str) -> bytes:
 
 
 def describe_defect(error: BaseException | None) -> str:
-    """Return the place and the kind of an internal error in one line.
-
-    Values stay out of it, because they may be the user's.
-    """
+    """Return the place and the kind of an internal error, without values: they may be secrets."""
     where, trace = [], error.__traceback__ if error is not None else None
     while trace is not None:
         where.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
@@ -554,18 +529,12 @@ _STRING_OR_ODD_NUMBER = re.compile(
 _EXCERPT_CHARS = 20             # of the text, in a complaint about it
 
 
-def _check_numbers(text: str) -> None:
-    for match in _STRING_OR_ODD_NUMBER.finditer(text):
-        odd = match["odd"]
-        if odd:
-            before = text[:match.start()]
-            line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-            raise ConfigError(f"{line}:{column}: expected a plain JSON number, found "
-                              + printable(odd, _EXCERPT_CHARS))
-
-
 def _parse_json(text: str) -> Any:
-    _check_numbers(text)
+    for match in _STRING_OR_ODD_NUMBER.finditer(text):
+        if match["odd"]:
+            place = json.JSONDecodeError("", text, match.start())
+            raise ConfigError(f"{place.lineno}:{place.colno}: expected a plain JSON number, found "
+                              + printable(match["odd"], _EXCERPT_CHARS))
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -574,8 +543,8 @@ def _parse_json(text: str) -> Any:
         found = repr(rest) if rest else "the end of the file"
         raise ConfigError(f"{error.lineno}:{error.colno}: {what}, found {found}") from error
     except RecursionError as error:     # 100,000 brackets
-        raise ConfigError("1:1: expected an object of modes, found nesting that is too deep"
-                          ) from error
+        raise ConfigError(
+            "1:1: expected an object of modes, found nesting that is too deep") from error
 
 
 def _found(value: Any) -> str:
@@ -613,11 +582,6 @@ def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
     return rule
 
 
-def _is_mode_name(name: str) -> bool:
-    """Return whether `name` can be typed as a command and written to the mode file."""
-    return bool(name) and name == name.lower() == printable(name) and name.split() == [name]
-
-
 def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]:
     if not isinstance(value, dict) or not value:
         raise ConfigError("modes: expected an object with at least one mode, found "
@@ -627,7 +591,7 @@ def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]
         path = f"modes.{printable(name)}"
         if name == MODE_AUTO:
             raise ConfigError(f"{path}: expected another name, found auto, which is built in")
-        if not _is_mode_name(name):
+        if name.split() != [name] or not name == name.lower() == printable(name):
             raise ConfigError(f"{path}: expected a name in lower-case ASCII without spaces, "
                               f"found {_found(name)}")
         mappings = _members(mode, path, f"{path}.", ("mappings",), problems).get("mappings", [])
@@ -672,25 +636,6 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
                              FIRST_BYTE_S))
 
 
-def _parse_default_mode(top: dict[str, Any], modes: Collection[str]) -> str:
-    """Return `defaultMode`; if it is missing, the built-in one or else the first mode."""
-    if "defaultMode" not in top:
-        built_in: str = DEFAULT_CONFIG["defaultMode"]
-        return built_in if built_in in modes else next(iter(modes))
-    name = top["defaultMode"]
-    if isinstance(name, str) and (name == MODE_AUTO or name in modes):
-        return name
-    raise ConfigError(f"defaultMode: expected one of {', '.join([*sorted(modes), MODE_AUTO])}, "
-                      f"found {_found(name)}")
-
-
-def _find_auto_error(targets: tuple[str, str], modes: Collection[str]) -> str:
-    """Return why mode auto cannot be used; "" if it can."""
-    unknown = ", ".join(_found(target) for target in targets if target not in modes)
-    if not unknown:
-        return ""
-    return (f"auto.targets: {unknown}: not among the modes ({', '.join(modes)}), "
-            "so mode auto cannot be used")
 
 
 def parse_config(text: str) -> Config:
@@ -701,20 +646,25 @@ def parse_config(text: str) -> Config:
     if "modes" not in top:
         raise ConfigError("modes: missing, expected an object of modes")
     modes = _parse_modes(top["modes"], problems)
-    default_mode = _parse_default_mode(top, modes)
-    auto = _parse_auto(top.get("auto", {}), problems)
-    auto_error = _find_auto_error(auto.targets, modes)
-    # The built-in targets do not matter to a config that never uses auto.
-    if auto_error and ("targets" in top.get("auto", {}) or default_mode == MODE_AUTO):
-        problems.append(auto_error)
+    built_in = DEFAULT_CONFIG["defaultMode"]
+    default_mode = top.get("defaultMode", built_in if built_in in modes else next(iter(modes)))
+    names = [*sorted(modes), MODE_AUTO]
+    if default_mode not in names:
+        raise ConfigError(f"defaultMode: expected one of {', '.join(names)}, "
+                          f"found {_found(default_mode)}")
+    auto, auto_error = _parse_auto(top.get("auto", {}), problems), ""
+    unknown = ", ".join(_found(target) for target in auto.targets if target not in modes)
+    if unknown:
+        auto_error = (f"auto.targets: {unknown}: not among the modes ({', '.join(modes)}), "
+                      "so mode auto cannot be used")
+        # The built-in targets do not matter to a config that never uses auto.
+        if "targets" in top.get("auto", {}) or default_mode == MODE_AUTO:
+            problems.append(auto_error)
     return Config(modes, default_mode, auto, auto_error, tuple(problems))
 
 
 def config_of(content: bytes | None) -> Config:
-    """Return the configuration in a file with this content; the embedded default for None.
-
-    Raises ConfigError or UnicodeDecodeError.
-    """
+    """Return the configuration in a file with this content; the embedded default for None."""
     if content is None:
         return parse_config(json.dumps(DEFAULT_CONFIG))
     return parse_config(content.decode("utf-8").removeprefix("\ufeff"))
@@ -737,12 +687,10 @@ def config_text(config: Config) -> str:
 
 
 def mode_word(content: bytes | None) -> str | None:
-    """Return the word in the mode file, or None if the file does not exist.
-
-    Windows PowerShell writes UTF-16, or UTF-8 with a byte order mark.
-    """
+    """Return the word in the mode file, or None if the file does not exist."""
     if content is None:
         return None
+    # Windows PowerShell writes UTF-16, or UTF-8 with a byte order mark.
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode("utf-16" if is_utf_16 else "utf-8", "backslashreplace")
     return text.removeprefix("\ufeff").strip().lower()
@@ -765,17 +713,13 @@ def describe_unknown_mode(mode: str, choices: Iterable[str]) -> str:
             f"(defined: {', '.join(choices)})")
 
 
-def _is_host_name(host: str) -> bool:
-    """Return whether a lookup of `host` is possible: no label empty or over 63 characters."""
-    try:
-        return bool(host.encode("idna"))
-    except UnicodeError:
-        return False
-
-
 def _is_host(host: str) -> bool:
-    return bool(re.fullmatch("[A-Za-z0-9._:%-]+", host) and len(host) <= HOST_MAX
-                and _is_host_name(host))
+    """Return whether `host` is an address or a name that can be looked up."""
+    try:
+        return bool(re.fullmatch("[A-Za-z0-9._:%-]+", host) and len(host) <= HOST_MAX
+                    and host.encode("idna"))
+    except UnicodeError:                # a label is empty or over 63 characters
+        return False
 
 
 def _is_upstream_url(text: str) -> bool:
@@ -783,8 +727,8 @@ def _is_upstream_url(text: str) -> bool:
     try:
         url = urllib.parse.urlsplit(text)
         return bool(
-            url.scheme in ("http", "https") and url.hostname and _is_host_name(url.hostname)
-            and url.port != 0 and "@" not in url.netloc and not url.query and not url.fragment
+            url.scheme in ("http", "https") and _is_host(url.hostname or "") and url.port != 0
+            and "@" not in url.netloc and not url.query and not url.fragment
             and re.fullmatch("[!-~]+", text))
     except ValueError:                  # the port is not a number, or a bracket is not closed
         return False
@@ -795,10 +739,8 @@ def _without_password(url: str) -> str:
 
 
 def read_environment(environ: Mapping[str, str]) -> Settings:
-    """Return the settings; raise UsageError with the variable, its value and what is allowed.
-
-    An empty variable counts as unset.
-    """
+    """Return the settings; raise UsageError with the variable, its value and what is allowed."""
+    # An empty variable counts as unset.
     values = {name: environ.get(name) or default for name, default in DEFAULT_ENVIRONMENT.items()}
     port = values["RROUTER_PORT"]
     if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= PORT_MAX:
@@ -851,14 +793,17 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
 _FIELDS = b"((?:%b:%b\r\n)*)" % (_TOKEN, _TEXT)
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])\r\n" % _TOKEN)
-_REQUEST_HEAD = re.compile(b"%b%b\r\n" % (_REQUEST_LINE.pattern, _FIELDS))
-_STATUS_LINE = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n" % _TEXT
-_RESPONSE_HEAD = re.compile(b"%b%b\r\n" % (_STATUS_LINE, _FIELDS))
+_REQUEST_START = re.compile(_REQUEST_LINE.pattern + _FIELDS)
+_REQUEST_HEAD = re.compile(_REQUEST_START.pattern + b"\r\n")
+_RESPONSE_HEAD = re.compile(
+    rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n%b\r\n" % (_TEXT, _FIELDS))
 _TRAILERS = re.compile(b"%b\r\n" % _FIELDS)
 _TRUNCATED_TRAILERS = re.compile(b"%b(?:\r|%b(?::%b\r?)?)?" % (_FIELDS, _TOKEN, _TEXT))
 _NAME = re.compile(_TOKEN)
 _NUMBER = re.compile(b"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
+_HOST_LINE = re.compile(rb"(?im)^(host:)[^\r]*")
+_LENGTH_LINE = re.compile(rb"(?im)^(content-length:)[^\r]*")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
 _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
 _LOOPBACK_ORIGIN = re.compile(
@@ -876,19 +821,15 @@ _KEPT_OPTIONS = frozenset((b"", b"keep-alive", b"content-length"))
 _WITHHELD = (b"access-control-", b"x-rrouter-target", b"x-rrouter-model", b"x-rrouter-attempts")
 
 
-def _field_name(line: bytes) -> bytes:
-    return line.partition(b":")[0].lower()
-
-
 def _without(lines: Iterable[bytes], names: Collection[bytes]) -> list[bytes]:
-    return [line for line in lines if _field_name(line) not in names]
+    return [line for line in lines if line.partition(b":")[0].lower() not in names]
 
 
 def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
     """Return the fields in the valid lines `block`.
 
-    Not forwarded: hop-by-hop fields, those that Connection lists (RFC 9110 §7.6.1), and those
-    whose name begins with one of `withheld`.
+    Hop-by-hop fields, those that Connection lists (RFC 9110 §7.6.1), and those whose name begins
+    with one of `withheld` are not forwarded.
     """
     values: dict[bytes, list[bytes]] = {}
     end_to_end = []
@@ -899,37 +840,26 @@ def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
             values.setdefault(name, []).append(value.strip())
         if name not in HOP_BY_HOP and not name.startswith(withheld):
             end_to_end.append(line)
-    options = set()
-    if b"connection" in values:
-        options = {option.strip().lower()
-                   for value in values[b"connection"] for option in value.split(b",")}
-        listed = options - _KEPT_OPTIONS
-        if listed:
-            end_to_end = _without(end_to_end, listed)
-    return Fields(values, options, end_to_end)
+    options = {option.strip().lower()
+               for value in values.get(b"connection", ()) for option in value.split(b",")}
+    listed = options - _KEPT_OPTIONS
+    return Fields(values, options, _without(end_to_end, listed) if listed else end_to_end)
 
 
 def _refusal(head: bytes) -> RequestError:
     """Return the error that says what is wrong with a head that does not match."""
-    line, _, rest = head.partition(b"\r\n")
-    if not _REQUEST_LINE.match(line + b"\r\n"):
+    valid = _REQUEST_START.match(head)
+    if not valid:
         return RequestError(400, "malformed request line: expected METHOD TARGET HTTP/1.1")
-    for field in rest.split(b"\r\n"):
-        if field and not _TRAILERS.fullmatch(field + b"\r\n\r\n"):
-            token = _NAME.match(field)          # never the value, which may be a secret
-            name = token.group()[:40].decode("ascii") if token else ""
-            return RequestError(400, f"malformed header field {name!r}: expected NAME: VALUE "
-                                     "without control characters, space before the colon or "
-                                     "continuation lines",
-                                "malformed header field")    # the name may be half a value
-    return RequestError(400, "malformed request head")
+    token = _NAME.match(head, valid.end())      # never the value, which may be a secret
+    name = token.group()[:40].decode("ascii") if token else ""
+    return RequestError(400, f"malformed header field {name!r}: expected NAME: VALUE without "
+                             "control characters, space before the colon or continuation lines",
+                        "malformed header field")           # the name may be half a value
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, bytes]:
-    """Return (target in origin form, authority).
-
-    The authority of an absolute target replaces Host (RFC 9112 §3.2.2).
-    """
+    """Return (target in origin form, authority): that of an absolute target replaces `host`."""
     if method in (b"CONNECT", b"TRACE"):    # a tunnel bypasses the upstream; an echo shows secrets
         raise RequestError(405, f"{method.decode('ascii')} is not supported")
     if target.startswith(b"/") or (target == b"*" and method == b"OPTIONS"):
@@ -1006,10 +936,9 @@ def head_too_large(data: bytes) -> RequestError:
 
 
 def check_head_start(data: bytes, seen: int) -> None:
-    """Raise RequestError as soon as the incomplete head `data` cannot become a valid one.
+    """Raise RequestError if the incomplete head `data`, checked up to `seen`, cannot become valid.
 
-    Its first `seen` bytes have been checked before.  Without this a client that speaks TLS,
-    HTTP/0.9 or bare line feeds would wait for the end of a head that never comes.
+    A client that speaks TLS, HTTP/0.9 or bare line feeds would otherwise wait for a response.
     """
     end = data.find(b"\n")
     if end >= 0 and not _REQUEST_LINE.match(data[:end + 1]):
@@ -1040,74 +969,63 @@ def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
 
 
 def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tuple[bytes, bytes]:
-    """Return the head to forward: the client's, with the upstream's Host and framing in place.
+    """Return the head to forward, in two parts: before and after the Content-Length value.
 
-    In two parts, before and after the Content-Length value; without a Content-Length the second
-    part is empty.
+    Without a Content-Length the second part is empty.
     """
     target = head.target if head.target == b"*" else base_path + head.target
-    request_line = b"%b %b HTTP/1.1\r\n" % (head.method.encode("ascii"), target)
-    lines = list(head.fields.end_to_end)
-    names = [_field_name(line) for line in lines]
-    if b"host" in names:
-        place = names.index(b"host")
-        lines[place] = b"%b: %b\r\n" % (lines[place][:4], authority)    # its name as received
-    else:
-        request_line += b"Host: %b\r\n" % authority
-    if b"content-length" in names:
-        place = names.index(b"content-length")
-        name, after = lines[place][:14], lines[place + 1:]
-    elif head.length is None:
-        place, name, after = len(lines), b"Content-Length", []
-    else:
-        return b"".join([request_line, *lines, b"\r\n"]), b""
-    before = [request_line, *lines[:place], name, b": "]
-    return b"".join(before), b"".join([b"\r\n", *after, b"\r\n"])
+    fields, hosts = _HOST_LINE.subn(lambda line: line[1] + b" " + authority,
+                                    b"".join(head.fields.end_to_end))
+    if not hosts:                       # HTTP/1.0
+        fields = b"Host: %b\r\n%b" % (authority, fields)
+    fields = b"%b %b HTTP/1.1\r\n%b" % (head.method.encode("ascii"), target, fields)
+    before, *length = _LENGTH_LINE.split(fields, maxsplit=1)
+    if length:
+        return before + length[0] + b" ", length[1] + b"\r\n"
+    if head.length is None:
+        return fields + b"Content-Length: ", b"\r\n\r\n"
+    return fields + b"\r\n", b""
 
 
 def parse_response_head(head: bytes) -> ResponseHead:
-    """Return the response whose head is `head`, blank line included.
-
-    Raises UpstreamError if it is malformed or ambiguous.
-    """
+    """Return the response whose head is `head`; raise UpstreamError if it is odd or ambiguous."""
     match = _RESPONSE_HEAD.fullmatch(head)
     if not match:
         raise UpstreamError("sent a malformed response head")
     minor, status, reason, block = match.groups()
     http11 = minor == b"1"
-    values, options, end_to_end = _parse_fields(block, withheld=_WITHHELD)
-    lengths, codings = values.get(b"content-length"), values.get(b"transfer-encoding")
+    fields = _parse_fields(block, withheld=_WITHHELD)
+    lengths, codings = fields.all(b"content-length"), fields.all(b"transfer-encoding")
     if codings and (lengths or not http11 or [c.lower() for c in codings] != [b"chunked"]):
         raise UpstreamError("sent a response with an ambiguous Transfer-Encoding")
     if lengths and (len(lengths) > 1 or not _NUMBER.fullmatch(lengths[0])):
         raise UpstreamError("sent a response with a malformed Content-Length")
     if status == b"101":
         raise UpstreamError("switched protocols unasked")
-    length = int(lengths[0]) if lengths else None
-    keep_alive = http11 and b"close" not in options
-    return ResponseHead(int(status), reason or b"", b"".join(end_to_end), values, length,
-                        bool(codings), keep_alive)
+    return ResponseHead(
+        int(status), reason or b"", fields, length=int(lengths[0]) if lengths else None,
+        chunked=bool(codings), keep_alive=http11 and b"close" not in fields.options)
 
 
 def response_head_bytes(head: ResponseHead, extra: bytes) -> bytes:
     """Return the head to forward: the upstream's end-to-end fields and the lines `extra`."""
-    fields = head.end_to_end
+    lines = head.fields.end_to_end
     if head.status < 200 or head.status == 204:         # RFC 9110 §8.6
-        fields = b"".join(_without(fields.splitlines(keepends=True), (b"content-length",)))
-    return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (head.status, head.reason, fields, extra)
+        lines = _without(lines, (b"content-length",))
+    return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (head.status, head.reason, b"".join(lines), extra)
 
 
 # Messages: bodies #############################################################
 
-class FixedBody:
-    """Decodes a body of known length, fed with bytes as they arrive."""
+class PlainBody:
+    """Decodes a body of `length` bytes; with None it ends with its connection (HTTP/1.0)."""
 
-    delimited = True                    #: it ends before its connection does
-
-    def __init__(self, length: int) -> None:
-        self.left = length              #: bytes that are due, of the body or of a chunk
-        self.done = not length
+    def __init__(self, length: int | None) -> None:
+        self.delimited = length is not None     #: it ends before its connection does
+        self.left = 1 << 62 if length is None else length   #: bytes due, of the body or a chunk
+        self.done = length == 0
         self.rest = b""                 #: the bytes after the end
+        self.fault = ""                 #: what broke the coding; `finish` raises it
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in `data`."""
@@ -1118,32 +1036,14 @@ class FixedBody:
         return data
 
     def finish(self) -> None:
-        """Take the end of the connection; raise UpstreamError because the body is truncated."""
-        raise UpstreamError("broke off in the middle of its response")
-
-
-class ClosingBody:
-    """Decodes a body that ends with its connection (HTTP/1.0)."""
-
-    delimited = False
-    done = False
-    rest = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the payload in `data`, which is all of it."""
-        return data
-
-    def finish(self) -> None:
-        """Take the end of the connection, which is the end of the body."""
+        """Take the end of what can be decoded; raise UpstreamError if it truncates the body."""
+        if self.delimited:
+            raise UpstreamError(self.fault or "broke off in the middle of its response")
         self.done = True
 
 
-class ChunkedBody(FixedBody):
-    """Decodes chunked transfer coding (RFC 9112 §7.1) strictly; drops extensions and trailers.
-
-    Each size line but the first follows the CR LF of the chunk before it.  The decoder starts with
-    a CR LF that was never sent, so that all size lines look alike.
-    """
+class ChunkedBody(PlainBody):
+    """Decodes chunked transfer coding (RFC 9112 §7.1) strictly; drops extensions and trailers."""
 
     _SIZE = b"([0-9A-Fa-f]{1,%d})" % LENGTH_DIGITS_MAX
     _QUOTED = rb'"(?:[\t !\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
@@ -1156,12 +1056,13 @@ class ChunkedBody(FixedBody):
 
     def __init__(self) -> None:
         super().__init__(0)
-        self.done = False
-        self._held = b"\r\n"            # a size line or trailers, truncated so far
-        self._in_trailers = False
+        self.done = self._in_trailers = False
+        # A size line or trailers, truncated so far.  A CR LF that was never sent makes the first
+        # size line look like the others, which follow the CR LF of the chunk before.
+        self._held = b"\r\n"
 
     def feed(self, data: bytes) -> bytes:
-        """Return the payload in `data`; raise UpstreamError where the coding is broken."""
+        """Return the payload in `data`, as far as the coding is not broken."""
         if self.left >= len(data):     # the middle of a large chunk
             self.left -= len(data)
             return data
@@ -1183,7 +1084,7 @@ class ChunkedBody(FixedBody):
         while not self._in_trailers:
             size_line = self._SIZE_LINE.match(data, position)
             if not size_line:
-                self._hold_size_line(data[position:])
+                self._hold(data[position:], CHUNK_LINE_MAX_BYTES, self._TRUNCATED_SIZE_LINE)
                 return b"".join(payload)
             start, size = size_line.end(), int(size_line.group(1), 16)
             position = start + size
@@ -1192,32 +1093,26 @@ class ChunkedBody(FixedBody):
             if position > len(data):
                 self.left = position - len(data)
                 return b"".join(payload)
-        self._read_trailers(data[position:])
+        trailers = _TRAILERS.match(data, position)
+        if trailers and trailers.end(1) - position <= TRAILERS_MAX_BYTES:
+            self.done, self.rest = True, data[trailers.end():]
+        else:
+            self._hold(data[position:], TRAILERS_MAX_BYTES, _TRUNCATED_TRAILERS)
         return b"".join(payload)
 
-    def _hold_size_line(self, data: bytes) -> None:
-        if len(data) > CHUNK_LINE_MAX_BYTES or not self._TRUNCATED_SIZE_LINE.fullmatch(data):
-            raise UpstreamError("sent a malformed chunk")
+    def _hold(self, data: bytes, limit: int, truncated: re.Pattern[bytes]) -> None:
+        """Keep `data` until more comes, or find the fault in it if it is not just `truncated`."""
         self._held = data
-
-    def _read_trailers(self, data: bytes) -> None:
-        """Take the trailers, which are nothing or fields, and the blank line after them."""
-        whole = _TRAILERS.match(data)
-        if whole and whole.end(1) <= TRAILERS_MAX_BYTES:
-            self.done, self.rest = True, data[whole.end():]
-        elif len(data) > TRAILERS_MAX_BYTES or not _TRUNCATED_TRAILERS.fullmatch(data):
-            raise UpstreamError("sent malformed trailers")
-        else:
-            self._held = data
+        if len(data) > limit or not truncated.fullmatch(data):
+            what = "malformed trailers" if self._in_trailers else "a malformed chunk"
+            self.fault = f"sent {what}"
 
 
-def response_body(head: ResponseHead, method: str) -> FixedBody | ClosingBody:
+def response_body(head: ResponseHead, method: str) -> PlainBody:
     """Return the decoder for the body of a response to `method` (RFC 9112 §6.3)."""
     if method == "HEAD" or head.status in (204, 304):
-        return FixedBody(0)
-    if head.chunked:
-        return ChunkedBody()
-    return ClosingBody() if head.length is None else FixedBody(head.length)
+        return PlainBody(0)
+    return ChunkedBody() if head.chunked else PlainBody(head.length)
 
 
 # Messages: JSON ###############################################################
@@ -1225,20 +1120,14 @@ def response_body(head: ResponseHead, method: str) -> FixedBody | ClosingBody:
 _SPACE = re.compile(r"[ \t\n\r]*")
 _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
-_OPENS_OBJECT = re.compile(rb"[ \t\n\r]*\{")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 _BODY_END_BYTES = 2048          # room for the few small members before or after the messages
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 # Scans a value in C.  The hooks avoid building numbers and objects that are never read, and the
-# limit of int() on digits; they refuse NaN, which is not JSON.
+# limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
 _decode = json.JSONDecoder(
-    parse_int=len, parse_float=len, parse_constant=_refuse_constant, object_pairs_hook=len,
-).raw_decode
+    parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len).raw_decode
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -1265,8 +1154,7 @@ def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, in
     """Yield (key, start, end) of each value in the object or array at `position`.
 
     `opening` is "{" for an object and "[" for an array, whose keys are "".  Raises ValueError or
-    IndexError where the text is not JSON.  After the last value only white space stands before the
-    closing bracket.
+    IndexError where the text is not JSON.  After the last value comes the closing bracket.
     """
     closing = "}" if opening == "{" else "]"
     key, start = "", _skip_character(text, position, opening)
@@ -1283,22 +1171,16 @@ def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, in
         start = _skip_character(text, position, ",")
 
 
-def _walk_to_model(text: str) -> tuple[int, int] | None:
-    """Return the span of the first top-level `model`.
-
-    None if it is not a string, or if the text is not one whole JSON object.
-    """
-    found = None
-    try:
-        end = begin = _skip_space(text, 0)
-        for key, start, end in _walk(text, begin, "{"):
-            if key == "model" and found is None:
-                found = start, end
-        bracket = _skip_space(text, end)
-        whole = _skip_space(text, bracket + 1) == len(text)
-    except (ValueError, IndexError, RecursionError):    # not JSON, truncated, or nested too deep
-        return None
-    return found if whole and found and text[found[0]] == '"' else None
+def _walk_to_model(text: str) -> tuple[int, int]:
+    """Return the span of the first top-level `model`; raise what `_walk` does if there is none."""
+    found, end = None, 0
+    for key, start, end in _walk(text, _skip_space(text, 0), "{"):
+        if key == "model" and found is None:
+            found = start, end
+    bracket = _skip_space(text, end)
+    if found is None or text[found[0]] != '"' or _skip_space(text, bracket + 1) != len(text):
+        raise ValueError("no model")
+    return found
 
 
 def find_model(body: BytesLike) -> tuple[int, int, str] | None:
@@ -1310,80 +1192,54 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
     CLIProxyAPI (gjson) reads the first as well.
     """
     leading = _LEADING_MODEL.match(body)
-    try:
-        if leading:
-            start, end = leading.span(1)
-            return start, end, str(leading.group(1)[1:-1], "utf-8")     # plain: nothing to unescape
-        if not _OPENS_OBJECT.match(body):
-            return None
-        found = _walk_to_model(str(body, "latin-1"))    # latin-1: one character for each byte
-        if not found:
-            return None
-        start, end = found
+    try:                                # latin-1: one character for each byte
+        start, end = leading.span(1) if leading else _walk_to_model(str(body, "latin-1"))
         return start, end, json.loads(str(body[start:end], "utf-8"))
-    except ValueError:                                  # the name is not UTF-8
+    except (ValueError, IndexError, RecursionError):    # not JSON or UTF-8, truncated, too deep
         return None
 
 
 def asks_for_stream(body: BytesLike) -> bool:
-    """Return whether `body` seems to ask for a stream.
+    """Return whether `body` seems to ask for a stream; it only moves a time limit."""
+    # First at the two ends, where clients write it.
+    return any(map(_STREAM_MEMBER.search,
+                   (body[-_BODY_END_BYTES:], body[:_BODY_END_BYTES], body)))
 
-    It is searched for as text, first at the two ends where clients write it, because it only moves
-    a time limit.
-    """
-    return bool(_STREAM_MEMBER.search(body[-_BODY_END_BYTES:])
-                or _STREAM_MEMBER.search(body[:_BODY_END_BYTES]) or _STREAM_MEMBER.search(body))
-
-
-@lru_cache(maxsize=256)         # the names come from config.json
-def _json_string(text: str) -> bytes:
-    return json.dumps(text).encode("ascii")
 
 
 def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]:
-    """Return `body` in pieces, its bytes from `start` to `end` replaced by the JSON string `model`.
+    """Return `body` in pieces; the JSON string `model` replaces the bytes from `start` to `end`."""
+    view = memoryview(body)             # because joining 10 MB would cost more than sending them
+    return [view[:start], json.dumps(model).encode("ascii"), view[end:]]
 
-    The pieces are views, because joining 10 MB would cost more than sending them.
-    """
-    view = memoryview(body)
-    return [view[:start], _json_string(model), view[end:]]
+
+def _items(text: str, position: int, name: str) -> list[tuple[int, int]]:
+    """Return the spans of the items in the array `name` of the object at `position`."""
+    for key, start, _ in _walk(text, position, "{"):
+        if key == name:
+            return [item[1:] for item in _walk(text, start, "[")] if text[start] == "[" else []
+    return []
 
 
 def _is_thinking(text: str, block: int) -> bool:
     """Return whether the value at `block` is an object of a thinking type."""
     if text[block] != "{":
         return False
-    for key, start, end in _walk(text, block, "{"):
-        if key == "type":
-            return text[start] == '"' and json.loads(text[start:end]) in THINKING_TYPES
-    return False
+    kinds = (text[start:end] for key, start, end in _walk(text, block, "{") if key == "type")
+    kind = next(kinds, "")
+    return kind.startswith('"') and json.loads(kind) in THINKING_TYPES
 
 
-def _cut_content(text: str, content: int) -> list[tuple[int, int, bytes]]:
-    """Return (start, end, replacement) that remove the thinking blocks of the array at `content`.
-
-    Each cut takes the comma along that would be left over.
-    """
-    blocks = [(start, end, _is_thinking(text, start))
-              for _, start, end in _walk(text, content, "[")]
-    kept = [index for index, (_, _, is_thinking) in enumerate(blocks) if not is_thinking]
+def _cut_thinking(text: str, blocks: list[tuple[int, int]]) -> list[tuple[int, int, bytes]]:
+    """Return (start, end, replacement) that remove thinking blocks and the commas left over."""
+    kept = [number for number, (start, _) in enumerate(blocks) if not _is_thinking(text, start)]
     if len(kept) == len(blocks):
         return []
     if not kept:
         return [(blocks[0][0], blocks[-1][1], EMPTY_CONTENT)]
-    first = kept[0]
-    leading = [(blocks[0][0], blocks[first][0], b"")] if first else []
-    return leading + [(blocks[index - 1][1], end, b"")
-                      for index, (_, end, is_thinking) in enumerate(blocks)
-                      if is_thinking and index > first]
-
-
-def _cut_message(text: str, message: int) -> list[tuple[int, int, bytes]]:
-    """Return the cuts in the content of the message at `message`."""
-    for key, start, _ in _walk(text, message, "{"):
-        if key == "content" and text[start] == "[":
-            return _cut_content(text, start)
-    return []
+    return [(blocks[0][0], blocks[kept[0]][0], b""),
+            *((blocks[number][1], blocks[following - 1][1], b"")
+              for number, following in zip(kept, [*kept[1:], len(blocks)]))]
 
 
 def without_thinking(body: BytesLike) -> bytes | None:
@@ -1391,36 +1247,19 @@ def without_thinking(body: BytesLike) -> bytes | None:
 
     All other bytes stay as they are.  A content that would be left empty gets a short text block.
     """
-    text = str(body, "latin-1")
-    cuts: list[tuple[int, int, bytes]] = []
+    text, position = str(body, "latin-1"), 0
+    pieces: list[BytesLike] = []
     try:
-        for key, start, _ in _walk(text, _skip_space(text, 0), "{"):
-            if key == "messages":
-                for _, message, _ in _walk(text, start, "["):
-                    cuts += _cut_message(text, message)
-                break
+        for message, _ in _items(text, _skip_space(text, 0), "messages"):
+            for start, end, replacement in _cut_thinking(text, _items(text, message, "content")):
+                pieces += [body[position:start], replacement]
+                position = end
     except (ValueError, IndexError, RecursionError):    # not JSON, truncated, or nested too deep
         return None
-    if not cuts:
-        return None
-    pieces, position = [], 0
-    for start, end, replacement in cuts:
-        pieces += [body[position:start], replacement]
-        position = end
-    return b"".join([*pieces, body[position:]])
+    return b"".join([*pieces, body[position:]]) if pieces else None
 
 
 # Messages: responses ##########################################################
-
-def _matches(text: bytes, wordings: Iterable[tuple[bytes, ...]]) -> bool:
-    """Return whether all words of one of the `wordings` stand in `text`, which is in lower case."""
-    return any(all(word in text for word in words) for words in wordings)
-
-
-def names_foreign_signature(body: bytes) -> bool:
-    """Return whether the body of a 400 rejects thinking blocks that another backend signed."""
-    return _matches(body.lower().replace(b"`", b""), SIGNATURE_WORDINGS)
-
 
 # In the text, because a hop on the way may drop our header.
 _OWN_ERROR = re.compile(rb'"message"\s*:\s*"rrouter: ')
@@ -1430,11 +1269,13 @@ def read_failure(status: int, text: bytes) -> tuple[Fault, str]:
     """Return the fault in a response of `status` 400 and above, and what to call it."""
     if _OWN_ERROR.search(text):
         return Fault.OWN, str(status)
-    text = text.lower()
+    text = text.lower().replace(b"`", b"")
+    if status == 400 and any(all(word in text for word in row) for row in SIGNATURE_WORDINGS):
+        return Fault.REJECTED, str(status)
     for statuses, words, name in SHELF_WORDINGS:
-        if status in statuses and _matches(text, (words,)):
+        if status in statuses and all(word in text for word in words):
             return Fault.SHELF, f"{status} {name}"
-    if status == 413 or (status in (400, 422) and _matches(text, TOO_LARGE_WORDINGS)):
+    if status == 413 or (status in (400, 422) and any(row in text for row in TOO_LARGE_WORDINGS)):
         return Fault.TOO_LARGE, f"{status} too large"
     return Fault.STATUS, str(status)
 
@@ -1446,8 +1287,8 @@ _RESET_AFTER = re.compile(
 def read_retry_after(seconds: str, milliseconds: str, text: bytes, now: float) -> float | None:
     """Return after how many seconds a failed response asks for a retry, None if it does not.
 
-    `seconds` is the value of Retry-After, a number or a date (RFC 9110 §10.2.3), `milliseconds`
-    that of retry-after-ms; `text` may say `reset after 1h2m3s`; `now` is in Unix seconds.
+    `seconds` is Retry-After, a number or a date (RFC 9110 §10.2.3), `milliseconds` retry-after-ms;
+    `text` may say `reset after 1h2m3s`.
     """
     if re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", milliseconds):
         return float(milliseconds) / 1000
@@ -1465,15 +1306,14 @@ def read_retry_after(seconds: str, milliseconds: str, text: bytes, now: float) -
 
 
 def _is_content(block: Any) -> bool:
-    """Return whether a content block says anything: an empty text block does not."""
+    """Return whether a content block is not an empty text block."""
     return not (isinstance(block, dict) and block.get("type") == "text" and not block.get("text"))
 
 
 def _is_silent_failure(usage: Any, stop_reason: Any) -> bool:
     """Return whether an empty message is a failure: no tokens, and no reason to be silent."""
     tokens = usage.get("output_tokens") if isinstance(usage, dict) else None
-    return (tokens == 0 and not isinstance(tokens, bool)
-            and stop_reason not in ("refusal", "max_tokens"))
+    return tokens == 0 and stop_reason not in ("refusal", "max_tokens")
 
 
 def _load_object(data: bytes) -> dict[str, Any] | None:
@@ -1541,10 +1381,7 @@ class StreamScan:
 
     @classmethod
     def _is_usual(cls, payload: bytes) -> bool:
-        """Return whether whole events carry content and nothing else, as nearly all do.
-
-        Finding that out costs a tenth of reading them.
-        """
+        """Return whether whole events carry content alone; finding out costs a tenth of reading."""
         return (payload.startswith(cls._USUAL) and payload.endswith(b"\n\n")
                 and b"error" not in payload and b"message_stop" not in payload)
 
@@ -2700,10 +2537,7 @@ NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's ti
 
 
 class Watch:
-    """What ends a wait for the upstream: the client leaves, or the attempt's time limit expires.
-
-    `has_left` says whether the client has left; None if there is no client to watch.
-    """
+    """What ends a wait for the upstream: the client leaves, or the attempt's time limit expires."""
 
     def __init__(self, has_left: Callable[[], bool] | None, limit_s: float | None = None) -> None:
         self._has_left, self._limit_s = has_left, limit_s
@@ -2721,11 +2555,9 @@ class Watch:
         self._limit_s = self._deadline = None
 
     def check(self, has_input: Callable[[], bool] | None = None) -> float:
-        """Return the seconds after which to ask again.
+        """Return the seconds after which to ask again; raise ClientGone or UpstreamTimeout.
 
-        Raises ClientGone or UpstreamTimeout if the wait is over.  The limit does not expire while
-        the process is not running, nor before what has arrived is read: `has_input` says whether
-        there is something to read.
+        The limit does not expire while the process is stopped, nor before what has arrived is read.
         """
         now = time.monotonic()
         if self._has_left is not None and now - self._looked_at >= TICK_S * 0.9:
@@ -2746,30 +2578,22 @@ class Watch:
 
 
 class Patience:
-    """How long one request waits for an upstream that is not there: a restart, say."""
+    """How long one request waits for an upstream that is not there, because it restarts."""
 
     def __init__(self, has_left: Callable[[], bool]) -> None:
         self._has_left = has_left
-        self._give_up_at: float | None = None
+        self.give_up_at = math.inf      #: since the first miss, by time.monotonic
 
     def wait(self) -> bool:
-        """Wait a moment before the next try; return False if it is time to give up.
-
-        Raises ClientGone.
-        """
+        """Wait before the next try; return False if it is time to give up; raise ClientGone."""
         now = time.monotonic()
-        if self._give_up_at is None:
-            self._give_up_at = now + RECONNECT_FOR_S
-        if now + RECONNECT_EVERY_S > self._give_up_at:
+        self.give_up_at = min(self.give_up_at, now + RECONNECT_FOR_S)
+        if now + RECONNECT_EVERY_S > self.give_up_at:
             return False
         time.sleep(RECONNECT_EVERY_S)
         if self._has_left():
             raise ClientGone()
         return True
-
-    def give_up(self) -> None:
-        """Wait no more, because the upstream has responded."""
-        self._give_up_at = 0.0
 
 
 class Outbound(NamedTuple):
@@ -2799,17 +2623,14 @@ def set_kernel_limit(sock: socket.socket, option: int, seconds: float) -> None:
 
 
 class Wire:
-    """One end of a connection: its socket, and the bytes received but not yet used.
-
-    The time limits of a plain socket are the kernel's (SO_RCVTIMEO), because Python's `settimeout`
-    costs a poll before each call.
-    """
+    """One end of a connection: its socket, and the bytes received but not yet used."""
 
     def __init__(self, sock: socket.socket, receive_bytes: int) -> None:
         self.sock = sock
         self.held: bytes | memoryview = b""
         self._receive_bytes = receive_bytes
-        # A TLS socket would take EAGAIN for a reason to try again.
+        # The time limits of a plain socket are the kernel's, because `settimeout` costs a poll
+        # before each call; a TLS socket would take EAGAIN for a reason to try again.
         self._plain = type(sock) is socket.socket
         self._limit_s = 0.0
 
@@ -2845,22 +2666,18 @@ class Wire:
 
 
 class UpstreamConnection(Wire):
-    """A connection to the upstream, opened by `http.client`, whose responses our parser reads.
+    """A connection to the upstream, opened by `http.client`."""
 
-    `http.client` takes a truncated head for a 200 with an empty body, passes unknown transfer
-    codings on, and ends a truncated body as if it were whole (python/cpython#115997).
-    """
-
+    # Our parser reads the responses, because `http.client` takes a truncated head for a 200 with an
+    # empty body, and ends a truncated body as if it were whole (python/cpython#115997).
     def __init__(self, connection: http.client.HTTPConnection) -> None:
         super().__init__(connection.sock, RECEIVE_BYTES)
         self._connection = connection
         self._poller = select.poll()
-        self._responding = False        # a byte of the response due has come
         self._sent_at: float | None = None      # the time of the last byte, None: sending failed
-        self._idle_since = 0.0, 0.0     # monotonic time and wall clock
+        self.rest()
 
     def set_up(self, send_limit_s: float) -> None:
-        """Set the socket's options."""
         super().set_up(send_limit_s)
         self._poller.register(self.sock, select.POLLIN)
         option, value = UNACKNOWLEDGED
@@ -2871,11 +2688,7 @@ class UpstreamConnection(Wire):
             setattr(self.sock, "suppress_ragged_eofs", False)   # noqa: B010 - typeshed lacks it
 
     def has_input(self) -> bool:
-        """Return whether something has come that is not yet read, or the end of the connection.
-
-        To be asked by one thread at a time, and not of a closed connection, because another one may
-        have its number by then.
-        """
+        """Return whether there is something to read, or the end; never ask a closed connection."""
         if self._plain:
             return bool(self._poller.poll(0))
         # TLS: session tickets come unasked, and only reading tells them from a response.
@@ -2887,10 +2700,7 @@ class UpstreamConnection(Wire):
             return not isinstance(error, ssl.SSLWantReadError)
 
     def send(self, pieces: Sequence[BytesLike], watch: Watch) -> list[memoryview]:
-        """Send `pieces`; return what is left of them.
-
-        Something is left where the upstream responds, or closes, before it has read everything.
-        """
+        """Send `pieces`; return what is left of them if the upstream responds or closes before."""
         if sum(map(len, pieces)) < JOINED_BYTES:
             pieces = [b"".join(pieces)]
         views = [memoryview(piece) for piece in pieces if len(piece)]
@@ -2918,7 +2728,8 @@ class UpstreamConnection(Wire):
         return views
 
     def rest(self) -> None:
-        """Be idle from now on."""
+        """Be idle until the next request."""
+        self._responding = False        # no byte of its response has come
         self._idle_since = time.monotonic(), time.time()
 
     @property
@@ -2927,15 +2738,11 @@ class UpstreamConnection(Wire):
         since, wall_since = self._idle_since
         return max(time.monotonic() - since, abs(time.time() - wall_since)) >= POOL_IDLE_S
 
-    def expect_response(self) -> None:
-        """Begin a request: no byte of its response has come."""
-        self._responding = False
-
     @property
     def was_stale(self) -> bool:
         """True if this connection broke as one does that was dead before the request."""
-        soon = self._sent_at is None or time.monotonic() - self._sent_at < STALE_S
-        return soon and not self._responding
+        return not self._responding and (
+            self._sent_at is None or time.monotonic() - self._sent_at < STALE_S)
 
     def wait(self, watch: Watch) -> bytes:
         """Return the next bytes, b"" at the end; raise what `watch` raises, or UpstreamError."""
@@ -2970,7 +2777,6 @@ class UpstreamConnection(Wire):
                 raise UpstreamError("sent a malformed response head")
 
     def close(self) -> None:
-        """Close the connection, without the rest of a response."""
         with contextlib.suppress(OSError):
             self._connection.close()
 
@@ -2984,8 +2790,7 @@ class Response:
 
     CODINGS = ("", "gzip", "deflate")       #: the content encodings that `text` understands
 
-    def __init__(self, head: ResponseHead, body: FixedBody | ClosingBody,
-                 connection: UpstreamConnection,
+    def __init__(self, head: ResponseHead, body: PlainBody, connection: UpstreamConnection,
                  release: Callable[[UpstreamConnection], None] | None) -> None:
         self.head, self.ahead = head, b""
         self._body, self._connection, self._release = body, connection, release
@@ -2998,66 +2803,62 @@ class Response:
 
     def hand_back(self) -> None:
         """Return the connection to the pool, or close it, if the body is complete."""
-        if self._body.done:
-            if (self._release is None or not self.head.keep_alive or not self._body.delimited
-                    or self._body.rest or self._connection.held):
-                self._connection.close()
+        body, connection = self._body, self._connection
+        if body.done:
+            is_clean = not (body.rest or connection.held) and body.delimited
+            if self._release is not None and self.head.keep_alive and is_clean:
+                self._release(connection)
             else:
-                self._release(self._connection)
+                connection.close()
 
     def take_held(self) -> None:
         """Add to `ahead` the payload that came together with the head, without waiting for more."""
         if self._connection.held and not self._body.done:
             self.ahead += self._body.feed(self._connection.receive())
+            if self._body.fault and not self.ahead:
+                self._body.finish()
             self.hand_back()
 
     def receive(self, watch: Watch) -> bytes:
-        """Return the next payload; b"" may come with `complete`.
-
-        Raises UpstreamError, ClientGone, UpstreamTimeout.
-        """
+        """Return the next payload; b"" may come with `complete`.  Raises what `wait` raises."""
         if self._error is not None:
             raise type(self._error)(str(self._error))   # a new one: see `without_trace`
-        if self._body.done:
-            return b""
         payload, body = b"", self._body
         while not payload and not body.done:
-            data = self._connection.wait(watch)
+            data = b"" if body.fault else self._connection.wait(watch)
             if data:
                 payload = body.feed(data)
             else:
                 body.finish()
-        self.hand_back()
+            self.hand_back()
         return payload
 
     def text(self) -> bytes:
-        """Return what is in `ahead`, decompressed if it is compressed.
-
-        Of what decompresses to more than READ_AHEAD_MAX_BYTES one byte more than these is returned.
-        """
+        """Return `ahead`, decompressed; of too much, READ_AHEAD_MAX_BYTES and one byte more."""
         if self.head.coding not in ("gzip", "deflate"):
             return self.ahead
+        text = b""
         for format_bits in (zlib.MAX_WBITS | 32, -zlib.MAX_WBITS):  # with a header, or without
+            data = b"" if text else self.ahead
             with contextlib.suppress(zlib.error):
-                decoder = zlib.decompressobj(format_bits)
-                return decoder.decompress(self.ahead, READ_AHEAD_MAX_BYTES + 1)
-        return b""
+                while data and len(text) <= READ_AHEAD_MAX_BYTES:   # gzip may have several members
+                    decoder = zlib.decompressobj(format_bits)
+                    text += decoder.decompress(data, READ_AHEAD_MAX_BYTES + 1 - len(text))
+                    data = decoder.unused_data
+        return text
 
-    def read_ahead(self, watch: Watch) -> bool:
-        """Receive more into `ahead`; return whether there may be still more.
+    def read_ahead(self, watch: Watch) -> None:
+        """Receive into `ahead` to the end, or as much as is held back.
 
         A body that breaks off or stalls is kept as far as it came; `receive` reports the break.
         """
-        if self.complete or self._error is not None or len(self.ahead) > READ_AHEAD_MAX_BYTES:
-            return False
         try:
-            self.ahead += self.receive(watch)
+            while not self.complete and len(self.ahead) <= READ_AHEAD_MAX_BYTES:
+                self.ahead += self.receive(watch)
         except UpstreamTimeout:
-            return False
+            pass
         except UpstreamError as error:
             self._error = without_trace(error)
-            return False
-        return not self.complete
 
     def close(self) -> None:
         """Break the connection off unless the response is complete."""
@@ -3084,36 +2885,27 @@ class Upstream:
              notes: list[str]) -> Response:
         """Send a request and return the response, its head read; raise UpstreamError, ClientGone.
 
-        While the upstream is not there, the request waits as long as its `patience` lasts.
-
-        A request goes out a second time only if the kept connection was stale: sending failed, or
-        it closed within a second, before any byte of a response.  RFC 9110 §9.2.2 leaves that to
-        the client for POST; model calls change nothing, and the client would do the same after an
-        error.  `notes` then says so.
+        A request goes out a second time, and `notes` says so, only if the kept connection was
+        stale: sending failed, or it closed within a second, before any byte of a response.
+        RFC 9110 §9.2.2 leaves that to the client for POST; model calls change nothing, and the
+        client would do the same after an error.
         """
-        connection = self._take()
-        if connection is not None:
-            try:
-                return self._send_on(connection, outbound, watch, patience)
-            except (UpstreamTimeout, ClientGone):
-                raise
-            except UpstreamError:
-                if not connection.was_stale:
-                    raise
-            notes.append("sent again: the kept connection was stale")
+        kept = self._take()
         while True:
             try:
-                connection = self.connect()
-                break
+                return self._send_on(kept or self.connect(), outbound, watch, patience)
             except UpstreamUnreachable:
                 if patience is None or not patience.wait():
                     raise
-        return self._send_on(connection, outbound, watch, patience)
+            except UpstreamError as error:
+                if kept is None or isinstance(error, UpstreamTimeout) or not kept.was_stale:
+                    raise
+                notes.append("sent again: the kept connection was stale")
+                kept = None
 
     def _send_on(self, connection: UpstreamConnection, outbound: Outbound, watch: Watch,
                  patience: Patience | None) -> Response:
         watch.start()
-        connection.expect_response()
         try:
             unsent = connection.send(outbound.pieces, watch)
             head = connection.read_head(watch)
@@ -3127,7 +2919,7 @@ class Upstream:
             raise
         self._missed_at = None
         if patience is not None:
-            patience.give_up()
+            patience.give_up_at = 0.0       # it is there
         # After a request not sent in full the next one would be taken for the rest of it.
         response = Response(head, response_body(head, outbound.method), connection,
                             None if unsent else self.keep)
@@ -3135,23 +2927,20 @@ class Upstream:
         return response
 
     def miss(self, started: float) -> bool:
-        """Take note that a request did not reach the upstream.
+        """Note that a request, begun at `started` (time.monotonic), did not reach the upstream.
 
-        `started` is when the request began, by time.monotonic.  Returns whether the one before it
-        in time missed as well; parallel requests are one.
+        Returns whether the one before it missed as well; parallel requests are one.
         """
-        is_repeated = self._missed_at is not None and self._missed_at <= started
-        self._missed_at = time.monotonic()
-        return is_repeated
+        before, self._missed_at = self._missed_at, time.monotonic()
+        return before is not None and before <= started
 
     def connect(self) -> UpstreamConnection:
         """Return a new connection; raise UpstreamUnreachable."""
-        connection = self.open()
+        connection = UpstreamConnection(self.open())
         try:
+            connection.set_up(TICK_S)
             if not self._is_own_address(connection.sock):
-                wire = UpstreamConnection(connection)
-                wire.set_up(TICK_S)
-                return wire
+                return connection
         except OSError as error:            # reset as soon as it was accepted
             connection.close()
             raise UpstreamError(f"broke the connection: {reason_of(error)}") from error
@@ -3160,38 +2949,33 @@ class Upstream:
 
     def open(self) -> http.client.HTTPConnection:
         """Return a new connection of the standard library; raise UpstreamUnreachable."""
-        connection = self._new_connection()
+        if self._is_tls and self._tls is None:
+            context = ssl.create_default_context()
+            # Python 3.9 sets it, and would take a truncated response for a whole one.
+            context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+            self._tls = context
+        kind = (partial(http.client.HTTPSConnection, context=self._tls) if self._is_tls else
+                http.client.HTTPConnection)
+        connection = kind(self._host, self._port, timeout=CONNECT_S)
         connection.auto_open = 0            # it must not connect again by itself
         try:
             connection.connect()
         except OSError as error:
             connection.close()
             raise UpstreamUnreachable(f"cannot be reached: {reason_of(error)}") from error
-        except UnicodeError as error:       # not a host name
-            raise UpstreamUnreachable("cannot be reached: no such host name") from error
+
         return connection
 
-    def _new_connection(self) -> http.client.HTTPConnection:
-        if not self._is_tls:
-            return http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
-        if self._tls is None:
-            context = ssl.create_default_context()
-            # Python 3.9 sets it, and would take a truncated response for a whole one.
-            context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-            self._tls = context
-        return http.client.HTTPSConnection(
-            self._host, self._port, timeout=CONNECT_S, context=self._tls)
 
     def _take(self) -> UpstreamConnection | None:
         """Return a kept connection that seems alive, or None."""
-        while True:
-            try:
+        with contextlib.suppress(IndexError):
+            while True:
                 connection = self._kept.pop()
-            except IndexError:
-                return None
-            if not connection.is_old and not connection.has_input():
-                return connection
-            connection.close()
+                if not connection.is_old and not connection.has_input():
+                    return connection
+                connection.close()
+        return None
 
     def keep(self, connection: UpstreamConnection) -> None:
         """Keep a connection whose response is complete."""
@@ -3312,6 +3096,8 @@ class ClientConnection(Wire):
         try:
             while not decoder.done:
                 body += decoder.feed(self._receive_body(self.receive))
+                if decoder.fault:
+                    decoder.finish()
                 if len(body) + decoder.left > BODY_MAX_BYTES:
                     raise RequestError(413, f"body over the limit of {BODY_MAX_BYTES >> 20} MiB")
         except UpstreamError as error:
@@ -3550,8 +3336,7 @@ class Attempt:
         if (is_judged and head.status >= 400) or (head.status == 400 and request.model is not None):
             watch = Watch(request.client.has_left, READ_AHEAD_S)
             watch.start()
-            while response.read_ahead(watch):
-                pass
+            response.read_ahead(watch)
         else:
             response.take_held()        # broken chunks right after the head can still be rescued
         return ""
@@ -3582,9 +3367,8 @@ class Attempt:
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
-            if (head.status == 400 and self._request.found is not None
-                    and names_foreign_signature(text)):
-                fault = Fault.REJECTED
+            if fault is Fault.REJECTED and self._request.found is None:
+                fault = Fault.STATUS
             retry_after_s = read_retry_after(
                 head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
         return Outcome(fault, head.status, what, self._began, ended, retry_after_s)

@@ -928,35 +928,30 @@ class ParseConfigTest(unittest.TestCase):
         self.assertEqual(json.loads(rrouter.config_text(config)), rrouter.DEFAULT_CONFIG)
 
     REFUSED = (
-        # label, text, words of the complaint
-        ("not JSON", '{"modes": }', "1:11: expecting value"),
-        ("cut short", '{"modes":', "the end of the file"),
-        ("second line", '{\n  "modes" 1}', "2:11: expecting"),
-        ("empty", '', "1:1: expecting value"),
-        ("array", '[]', "the top level: expected an object"),
-        ("deep", '[' * 100_000, "nesting that is too deep"),
-        ("NaN", '{"modes": {"a": {}},\n "auto": {"firstByteTimeoutSeconds": NaN}}',
+        # text, words of the complaint
+        ('{"modes": }', "1:11: expecting value"), ('{"modes":', "the end of the file"),
+        ('{"modes" ' + "x" * 30, "1:10: expecting ':' delimiter, found '" + "x" * 20 + "'"),
+        ('{\n  "modes" 1}', "2:11: expecting"), ('', "1:1: expecting value"),
+        ('[]', "the top level: expected an object"), ('[' * 100_000, "nesting that is too deep"),
+        ('{"modes": {"a": {}},\n "auto": {"firstByteTimeoutSeconds": NaN}}',
          "2:38: expected a plain JSON number, found NaN"),
-        ("no modes", '{}', "modes: missing"),
-        ("no mode", '{"modes": {}}', "modes: expected an object with at least"),
-        ("modes is a list", '{"modes": []}', "modes: expected an object"),
-        ("mode is a number", '{"modes": {"a": 1}}', "modes.a: expected an object, found 1"),
-        ("auto defined", '{"modes": {"auto": {}}}', "modes.auto: expected another name"),
-        ("upper case", '{"modes": {"Fast": {}}}', "modes.Fast: expected a name in lower"),
-        ("space in the name", '{"modes": {"a b": {}}}', "modes.a b: expected a name"),
-        ("empty name", '{"modes": {"": {}}}', "expected a name"),
-        ("mappings no list", '{"modes": {"a": {"mappings": {}}}}',
-         "modes.a.mappings: expected a list"),
-        ("match is a number", '{"modes": {"a": {"mappings": [{"match": 7, "rewrite": "x"}]}}}',
+        ('{}', "modes: missing"), ('{"modes": {}}', "modes: expected an object with at least"),
+        ('{"modes": []}', "modes: expected an object"),
+        ('{"modes": {"a": 1}}', "modes.a: expected an object, found 1"),
+        ('{"modes": {"auto": {}}}', "modes.auto: expected another name"),
+        ('{"modes": {"Fast": {}}}', "modes.Fast: expected a name in lower"),
+        ('{"modes": {"a b": {}}}', "modes.a b: expected a name"),
+        ('{"modes": {"": {}}}', "expected a name"),
+        ('{"modes": {"a": {"mappings": {}}}}', "modes.a.mappings: expected a list"),
+        ('{"modes": {"a": {"mappings": [{"match": 7, "rewrite": "x"}]}}}',
          "modes.a.mappings[0].match: expected a string"),
-        ("no rewrite", '{"modes": {"a": {"mappings": [{"match": "x"}]}}}',
+        ('{"modes": {"a": {"mappings": [{"match": "x"}]}}}',
          "modes.a.mappings[0].rewrite: missing"),
-        ("empty rewrite", '{"modes": {"a": {"mappings": [{"match": "x", "rewrite": ""}]}}}',
+        ('{"modes": {"a": {"mappings": [{"match": "x", "rewrite": ""}]}}}',
          "mappings[0].rewrite: expected"),
-        ("default unknown", '{"modes": {"a": {}}, "defaultMode": "b"}',
+        ('{"modes": {"a": {}}, "defaultMode": "b"}',
          'defaultMode: expected one of a, auto, found "b"'),
-        ("default is null", '{"modes": {"a": {}}, "defaultMode": null}',
-         "defaultMode: expected one of"),
+        ('{"modes": {"a": {}}, "defaultMode": null}', "defaultMode: expected one of"),
     )
     REFUSED_AUTO = (
         # member of auto, value, words of the complaint
@@ -972,24 +967,16 @@ class ParseConfigTest(unittest.TestCase):
         ("firstByteTimeoutSeconds", 10 ** 400, "auto.firstByteTimeoutSeconds"),
     )
 
-    def assert_refused(self, text, words):
-        with self.assertRaises(rrouter.ConfigError) as caught:
-            rrouter.parse_config(text)
-        self.assertIn(words, str(caught.exception))
-
     def test_a_config_that_does_not_fit_is_refused_with_its_place(self):
-        for label, text, words in self.REFUSED:
-            with self.subTest(label):
-                self.assert_refused(text, words)
-        for member, value, words in self.REFUSED_AUTO:
-            with self.subTest(member, value=str(value)[:20]):
-                config = {"modes": {"a": {}}, "auto": {member: value}}
-                self.assert_refused(json.dumps(config), words)
-
-    @unittest.skipIf(sys.version_info >= (3, 10), "this Python accepts every glob")
-    def test_a_glob_that_the_library_rejects_is_refused(self):
-        self.assert_refused('{"modes": {"m": {"mappings": [{"match": "[z-a]*", "rewrite": "x"}]}}}',
-                            "modes.m.mappings[0].match: expected a glob")
+        cases = [*self.REFUSED, *((json.dumps({"modes": {"a": {}}, "auto": {member: value}}), words)
+                                  for member, value, words in self.REFUSED_AUTO)]
+        if sys.version_info < (3, 10):          # later ones accept every glob
+            cases.append(('{"modes": {"m": {"mappings": [{"match": "[z-a]*", "rewrite": "x"}]}}}',
+                          "modes.m.mappings[0].match: expected a glob"))
+        for text, words in cases:
+            with self.subTest(text[:100]), self.assertRaises(rrouter.ConfigError) as caught:
+                rrouter.parse_config(text)
+            self.assertIn(words, str(caught.exception))
 
     def test_unknown_keys_are_named_and_do_no_harm(self):
         config = rrouter.parse_config(
@@ -1017,30 +1004,32 @@ class ParseConfigTest(unittest.TestCase):
                 self.assertEqual(config.resolve(asked), expected)
                 self.assertEqual("x" in targets, bool(config.auto_error))
 
+    def test_a_response_that_is_not_streamed_gets_twice_the_time_and_at_most_280_s(self):
+        for first_byte_s, streamed, expected in (
+                (150, True, 150), (150, False, 280), (100, False, 200)):
+            auto = config_with().auto._replace(first_byte_s=first_byte_s)
+            self.assertEqual(auto.first_byte_limit_s(streamed), expected)
+
 
 class ReadEnvironmentTest(unittest.TestCase):
 
     ACCEPTED = (
-        # port, upstream, host,                         settings
-        (None, None, None,                              "localhost:8316 http://localhost:8317"),
-        ("", "", "",                                    "localhost:8316 http://localhost:8317"),
-        ("65535", "https://h/base/", "[::1]",           "[::1]:65535 https://h/base"),
-        ("1", "http://[::1]:1", "0.0.0.0",              "0.0.0.0:1 http://[::1]:1"),
+        # port, upstream, host, allowed hosts,          settings
+        (None, None, None, None,                        "localhost:8316 http://localhost:8317"),
+        ("", "", "", "",                                "localhost:8316 http://localhost:8317"),
+        ("65535", "https://h/base/", "[::1]", None,     "[::1]:65535 https://h/base"),
+        ("1", "http://[::1]:1", "0.0.0.0", " Host.Docker.Internal., ,[FD00::1]",
+         "0.0.0.0:1 http://[::1]:1 host.docker.internal fd00::1"),
     )
 
-    def test_allowed_hosts_are_names_between_commas(self):
-        for text, expected in (("", ()), (" Host.Docker.Internal., ,[FD00::1]",
-                                          ("host.docker.internal", "fd00::1"))):
-            settings = rrouter.read_environment({"RROUTER_ALLOWED_HOSTS": text})
-            self.assertEqual(settings.allowed_hosts, expected)
-
     def test_unset_and_empty_variables_have_their_defaults(self):
-        names = ("RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST")
+        names = "RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST", "RROUTER_ALLOWED_HOSTS"
         for *given, expected in self.ACCEPTED:
             with self.subTest(given):
-                environ = {name: value for name, value in zip(names, given) if value is not None}
-                settings = rrouter.read_environment(environ)
-                self.assertEqual(f"{settings.listen_addr} {settings.upstream}", expected)
+                settings = rrouter.read_environment({
+                    name: value for name, value in zip(names, given) if value is not None})
+                self.assertEqual(expected, " ".join((
+                    settings.listen_addr, settings.upstream, *settings.allowed_hosts)))
 
     REFUSED = (
         # variable, words of the complaint, values
@@ -1084,6 +1073,7 @@ class RouteTest(unittest.TestCase):
         ("m?del[12]>g",                           "model2",              "g"),
         ("[>g",                                   "[",                   "g"),
         ("",                                      "x",                   "x"),
+        ("*>g",                                   None,                  None),
     )
 
     def test_the_first_matching_rule_wins(self):
@@ -1092,8 +1082,7 @@ class RouteTest(unittest.TestCase):
                 mappings = [dict(zip(("match", "rewrite"), rule.split(">")))
                             for rule in rules.split()]
                 config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
-                self.assertEqual(rrouter.decide_route(config, "m", model).model, expected)
-
+                self.assertEqual(rrouter.decide_route(config, "m", model), ("m", expected))
 
     def test_more_rules_than_fnmatch_caches_cost_little(self):
         rules = [rrouter.Rule(f"model-{number}-*", "g") for number in range(5000)]
@@ -1105,47 +1094,244 @@ class RouteTest(unittest.TestCase):
 
 # Messages, by tables ##########################################################
 
+POST = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = b"Transfer-Encoding: chunked"
+BODY_MAX_BYTES = 64 << 20
+HEADS = (
+    # status, head without its end, what stands for %b in it
+    (400, b"%b\r\nHost: localhost", (
+        b"GET /a b HTTP/1.1", b"GET\t/ HTTP/1.1", b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ", b"GET",
+        b" GET / HTTP/1.1", b"GET /\0 HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET /\xc3\xa9 HTTP/1.1",
+        b"G(T / HTTP/1.1", b"GET HTTP/1.1", b"GET hidden HTTP/1.1", b"GET / http/1.1", b"GET /",
+        b"GET / HTTP/1.01", b"GET / HTTP/x.y", b"GET * HTTP/1.1", b"GET http://a/ HTTP/1.1\rX:")),
+    (505, b"%b\r\nHost: localhost", (b"GET / HTTP/2.0", b"PRI * HTTP/2.0", b"GET / HTTP/0.9")),
+    (405, b"%b HTTP/1.1\r\nHost: localhost", (b"CONNECT localhost:443", b"TRACE /")),
+    (400, POST + b"%b\r\nContent-Length: 3", (
+        b"Content-Length : 3", b"oops", b": x", b"X[]: y", b"X-\xe9: y", b"X: a\0b", b"X: a\x0bb",
+        b"X: one\rContent-Length: 3", b"X: a\x0cb", b"Host: localhost", b"X: one\r\n two",
+        b"X: one\r\n\ttwo", b"X: one\nY: two", b"X: one\r\n Host: evil.com")),
+    (400, POST + b"Content-Length: %b", (
+        b"3, 3", b"+3", b"-1", b"0x3", b"0_3", b"3 0", b"3.0", b"", b"three", b"\xb3", b"9" * 5000,
+        b"3\r\nContent-Length: 0", b"3\r\ncontent-length: 3")),
+    (413, POST + b"Content-Length: %b", (b"%d" % (BODY_MAX_BYTES + 1), b"9" * 15)),
+    (200, POST + b"Content-Length: %b", (b"003", b"\t3 ", b"%d" % BODY_MAX_BYTES)),
+    (400, POST + b"Transfer-Encoding: %b", (
+        b"chunked, chunked", b"chunked, identity", b"chunked\r\nTransfer-Encoding: chunked",
+        b"chunked\r\nTransfer-Encoding: gzip", b"chunked\r\nContent-Length: 3",
+        b"\r\nContent-Length: 3\r\nTransfer-Encoding: chunked")),
+    (501, POST + b"Transfer-Encoding: %b", (
+        b",chunked", b"identity", b"xchunked", b"gzip, chunked", b"")),
+    (400, POST + b"Transfer-Encoding: %b", (b"\x0bchunked",)),
+    (400, b"POST / HTTP/1.%b", (b"1", b"0\r\nTransfer-Encoding: chunked")),
+    (417, POST + b"Expect: %b", (b"foo", b"100-continue\r\nExpect: foo")),
+    (200, POST + b"Expect: %b", (b"", b"100-Continue")),
+    (431, POST + b"%b", (b"\r\n".join([b"X: y"] * rrouter.FIELDS_MAX),)),
+    (200, POST + b"%b", (b"\r\n".join([b"X: y"] * (rrouter.FIELDS_MAX - 1)),)),
+    (200, b"GET / HTTP/1.1\r\nHost: %b", (
+        b"localhost", b"LOCALHOST:8316", b"127.0.0.1", b"127.0.0.1:8316", b"[::1]", b"[::1]:8316",
+        b"localhost.", b"localhost:", b"\tLocalHost:8316 ", b"127.0.0.1.:8316")),
+    (403, b"GET / HTTP/1.1\r\nHost: %b", (
+        b"evil.com", b"evil.com:8316", b"127.0.0.1.nip.io", b"localhost.evil.com", b"127.1",
+        b"0.0.0.0", b"2130706433", b"0x7f.1", b"[::]", b"xlocalhost", b"localhost-", b"127.0.0.2",
+        b"[::ffff:127.0.0.1]", b"", b"*", b"localhost..", b"localhost%00.evil.com", b"%6cocalhost",
+        b"localhost;evil.com")),
+    (400, b"GET / HTTP/1.1\r\nHost: %b", (
+        b"localhost@evil", b"[::1].evil", b"::1", b"[::1", b"localhost:x", b"localhost, evil.com",
+        b"localhost evil.com", b"localhost/evil.com", b"[::1%25lo]", b"localhost\\.evil.com",
+        b"localhost:99999999", b"localhost?x", b"\xe9vil.com", b"localhost:8316.evil.com")),
+    (403, b"GET http://%b HTTP/1.1\r\nHost: localhost", (
+        b"evil.com/x", b"localhost.evil.com/", b"127.1/", b"evil.com")),
+    (400, b"GET http://localhost%b HTTP/1.1\r\nHost: local/host", (b"/", b"@evil.com/")),
+    (200, b"GET http://LOCALHOST:1%b HTTP/1.1\r\nHost: evil.com", (b"/", b"", b"?a")),
+    (200, b"GET / HTTP/1.0%b", (b"", b"\r\nHost: localhost")),
+    (200, POST + b"%b", (
+        b"Origin: http://localhost:3000", b"Origin: https://127.0.0.1", b"Sec-Fetch-Mode: cors",
+        b"Origin: http://[::1]:8080", b"Origin: HTTP://LOCALHOST:3000", b"Sec-Fetch-Site: none",
+        b"Sec-Fetch-Site: same-origin", b"Sec-Fetch-Site: same-site")),
+    (403, POST + b"%b", (
+        b"Origin: https://evil.com", b"Origin: null", b"oRIGIN:http://evil.com:8316", b"Origin:",
+        b"Origin: http://localhost.evil.com", b"Origin: http://127.0.0.1.nip.io",
+        b"Origin: http://localhost@evil.com", b"Origin: chrome-extension://ab", b"Origin: file://",
+        b"Origin: localhost.evil.com:80", b"Origin: http://localhost\r\nOrigin: https://evil.com",
+        b"Origin: http://localhost https://evil.com", b"Origin: http://localhost,http://evil.com",
+        b"Origin: //localhost", b"Origin: localhost", b"Origin: ws://localhost",
+        b"Origin: http://localhost/", b"Sec-Fetch-Site: CROSS-SITE",
+        b"sec-fetch-site:cross-site\r\nOrigin: http://localhost",
+        b"Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site")),
+)
+
+
+class RequestHeadTest(unittest.TestCase):
+    """Which heads of requests are accepted, and what of them is forwarded."""
+
+    @staticmethod
+    def status(head, hosts=("localhost", "127.0.0.1", "[::1]")):
+        """Return the status with which a head is refused; 200 if it is accepted."""
+        try:
+            rrouter.check_origin(rrouter.parse_request_head(head + b"\r\n\r\n"), hosts)
+        except rrouter.RequestError as problem:
+            return problem.http_status
+        return 200
+
+    def test_what_rfc_9112_forbids_and_what_a_web_page_sends_is_refused(self):
+        for expected, head, values_ in HEADS:
+            for value in values_:
+                with self.subTest(head, value=value[:60]):
+                    self.assertEqual(self.status(head % value), expected)
+        self.assertEqual(self.status(b"GET / HTTP/1.1\r\nHost: evil.com", hosts=()), 200)
+
+    def test_an_error_names_the_field_and_never_a_value(self):
+        for lines, name in ((b"X-Key : canary", "'X-Key'"), (b"canary\r\nA: b", "'canary'"),
+                            (b"A: b\r\n canary", "''"), (b"A: canary\0", "'A'")):
+            with self.subTest(lines), self.assertRaises(rrouter.RequestError) as caught:
+                rrouter.parse_request_head(POST + lines + b"\r\n\r\n")
+            self.assertIn("malformed header field " + name, str(caught.exception))
+            self.assertEqual(caught.exception.logged, "malformed header field")
+
+    def test_a_head_that_cannot_become_valid_is_refused_before_its_end(self):
+        head = POST + b"X: y\r\nContent-Length: 3\r\n\r\n"
+        for end in range(1, len(head)):
+            rrouter.check_head_start(head[:end], max(0, end - 4))
+        for start in (b"\x16\x03\x01", b"GET / HTTP/1.0\nHost", b"GET /\r\n", b"\n",
+                      POST + b"X: y\nY"):
+            with self.subTest(start), self.assertRaises(rrouter.RequestError):
+                rrouter.check_head_start(start, 0)
+
+    UNCHANGED = (
+        # request line without its version, then header lines
+        b"GET //a/../b?x=%zz;y", b"GET /%2e%2e/./%00?", b"GET /a?b?c=/d//e", b"HEAD /api/hello",
+        b"GET /x?a[]=1&b={c}|d^e`\"<>\\", b"PROPFIND /", b"purge /", b"M-SEARCH /", b"OPTIONS *",
+        b"POST /\r\nx-first: 1\r\nX-Repeat: 1\r\nx-EMPTY:\r\nX-repeat: 2\r\nX-Tab: a\tb  c\r\n"
+        b"X-Latin: caf\xe9 \x80\xff\r\nHost-X: 1\r\nx-host: Host: a\r\nX-Quoted: \"a\\\"b\"\r\n"
+        b"Cookie: a=1; b=2\r\nCookie: c=3\r\nVia: 1.1 other\r\nX-Forwarded-For: 10.0.0.1",
+    )
+    FORWARDED = (
+        # head without its end, forwarded to up:1/base with # for the length
+        (b"GET http://localhost:8316/x?y=1 HTTP/1.1\r\nHost: x",
+         b"GET /base/x?y=1 HTTP/1.1\r\nHost: up:1"),
+        (b"GET HTTP://LOCALHOST HTTP/1.1\r\nA: b\r\nhOST:x",
+         b"GET /base/ HTTP/1.1\r\nA: b\r\nhOST: up:1"),
+        (b"POST /a HTTP/1.0\r\nA: b", b"POST /base/a HTTP/1.1\r\nHost: up:1\r\nA: b"),
+        (b"PUT / HTTP/1.1\r\nContent-LENGTH:003\r\nHost: x\r\nA: b",
+         b"PUT /base/ HTTP/1.1\r\nContent-LENGTH: #\r\nHost: up:1\r\nA: b"),
+        (b"PUT / HTTP/1.1\r\ntransfer-Encoding:\tChunked \r\nHost: x\r\nA: b",
+         b"PUT /base/ HTTP/1.1\r\nHost: up:1\r\nA: b\r\nContent-Length: #"),
+        (b"PUT / HTTP/1.1\r\nHost: x\r\nConnection: host, CONTENT-length,a\r\nContent-Length: 1"
+         b"\r\nA: b", b"PUT /base/ HTTP/1.1\r\nHost: up:1\r\nContent-Length: #"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: X-A ,close\r\nX-A: 1\r\nX-B: 1\r\n"
+         b"connection: x-b\r\nKeep-Alive: timeout=5\r\nProxy-Connection: keep-alive\r\n"
+         b"Trailer: X-T\r\nTE: trailers\r\nUpgrade: h2c\r\nProxy-Authorization: Basic eA==\r\n"
+         b"Proxy-Authenticate: Basic\r\nX-C: 1", b"GET /base/ HTTP/1.1\r\nHost: up:1\r\nX-C: 1"),
+    )
+
+    def test_all_but_host_framing_and_fields_of_one_hop_is_forwarded_as_it_came(self):
+        cases = list(self.FORWARDED)
+        for text in self.UNCHANGED:
+            line, end, fields = text.partition(b"\r\n")
+            after = b"%b HTTP/1.1\r\nHost: %b" + end + fields
+            cases.append((after % (line, b"x"), after % (
+                line if line.endswith(b"*") else line.replace(b" ", b" /base", 1), b"up:1")))
+        for head, expected in cases:
+            with self.subTest(head):
+                parsed = rrouter.parse_request_head(head + b"\r\n\r\n")
+                before, after = rrouter.outbound_head(parsed, b"up:1", b"/base")
+                self.assertEqual(before + (b"#" + after if after else b""), expected + b"\r\n\r\n")
+
+
+class ResponseHeadTest(unittest.TestCase):
+
+    REFUSED = (
+        # head without its end
+        b"HTTP/1.1 abc OK", b"HTTP/1.1 99 OK", b"ICY 200 OK", b"<html>hello</html>",
+        b"HTTP/2.0 200 OK", b"HTTP/1.1 101 Switching Protocols", b"HTTP/1.1 200 a\0b",
+        b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked",
+        *(b"HTTP/1.1 200 OK\r\n" + lines for lines in (
+            b"Content-Length: 2\r\nContent-Length: 5", b"Content-Length: 5\r\nContent-Length: 5",
+            b"Content-Length: +5", b"Content-Length: -5", b"Content-Length: 0_5",
+            b"Content-Length: abc", b"Content-Length: 5\r\nTransfer-Encoding: chunked",
+            b"Transfer-Encoding: zip", b"Transfer-Encoding: gzip, chunked",
+            b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", b"oops", b"X: a\0b",
+            b"X: one\rContent-Length: 5", b"Content-Length : 5")),
+    )
+
+    def test_what_rfc_9112_forbids_is_refused(self):
+        for head in self.REFUSED:
+            with self.subTest(head), self.assertRaises(rrouter.UpstreamError):
+                rrouter.parse_response_head(head + b"\r\n\r\n")
+
+    KEPT = b"X-Latin: caf\xe9 \xff\r\nX-Repeat: 1\r\nx-REPEAT:\t2\r\nX-Empty:\r\nVary: Origin\r\n"
+    FORWARDED = (
+        # status, header lines that are dropped, those that are kept
+        (b"200 It Is\tOK", b"", KEPT), (b"103 ", b"Content-length: 9", b"Link: </x>\r\n"),
+        (b"200 ", b"Connection: content-length", b"Content-Length: 5\r\n"),
+        (b"304 ", b"Upgrade: h2c", b"Content-Length: 5\r\n"), (b"204 ", b"Content-Length: 5", b""),
+        (b"200 ", b"Connection: X-Secret, close\r\nX-Secret: 1", KEPT),
+        (b"200 ", b"Connection: X-One\r\nX-One: 1\r\nConnection: x-two ,close\r\nX-Two: 2", KEPT),
+        (b"200 ", b"Keep-Alive: timeout=5\r\nProxy-Connection: close\r\nTrailer: X-T", KEPT),
+        (b"200 ", b"Proxy-Authenticate: Basic\r\nTransfer-Encoding: chunked", KEPT),
+        (b"200 ", b"Access-Control-Allow-Origin: *\r\nACCESS-CONTROL-EXPOSE-HEADERS: x\r\n"
+         b"x-rrouter-target: a\r\nX-Rrouter-Model: b\r\nx-rrouter-attempts: 2", KEPT),
+    )
+
+    def test_fields_of_one_hop_and_of_browsers_are_dropped_and_all_others_kept(self):
+        for status, dropped, kept in self.FORWARDED:
+            with self.subTest(status + dropped):
+                start = b"HTTP/1.1 " + status + b"\r\n"
+                lines = dropped + b"\r\n" if dropped else b""
+                head = rrouter.parse_response_head(start + lines + kept + b"\r\n")
+                self.assertEqual(rrouter.response_head_bytes(head, b"X: y\r\n"),
+                                 start + kept + b"X: y\r\n\r\n")
+
+
+SPLICED = (
+    # body; %s is the model
+    '{"model":%s,"messages":[]}', '{"model":%s}', ' \r\n\t{ "model" \n:\r %s ,"a":1 } ',
+    ' \n{\t"a" :\r\n [ 1 , 2 ] , "model"\t:\n %s \r\n, "b" : { } }\n\n',
+    '{"a":[1e400,9007199254740993,-0,1E-7,0.1e+5],"model":%s,"b":123456789012345678901234567890}',
+    '{"a":"\\ud83d \\u0000 \\/ \\" \\\\","\\ud83d\\"":"}","model":%s,"b":"\\u2028\\udc00"}',
+    '{"\ud55c\uad6d":"\u2028\U0001f600 caf\u00e9","model":%s,"a":"\uffff"}',
+    '{"tools":[{"model":"no"},{"input":{"model":"no"}}],"model":%s,"x":{"model":"no"}}',
+    '{"a":"\\"model\\":\\"no\\"","b":"model","model":%s,"c":"{\\"model\\":1}"}',
+    '{"Model":"no","model ":"x","":1,"a":1,"a":2,"model":%s,"a":{"b":1,"b":2}}',
+    '{"a":1,"\\u006dodel":%s}', '{"m\\u006fdel":%s,"a":1}', '{"model":%s,"model":"no"}',
+    '{"a":1,"model":%s,"model":"no","\\u006dodel":"no"}', '{"a":' + "1" * 100_000 + ',"model":%s}',
+)
+# Only a leading plain model ends the search; what follows it is not examined.
+BROKEN_LATER = '{"model":%s,"messages":[{"role":', '{"model":%s} and more'
+SPELLED = (b'"claude-sonnet-5"', b'"claude\\u002dsonnet-5"', b'"\\u0063laude-\\u0073onnet-\\/5"',
+           '"모델"'.encode())
+WITHOUT_MODEL = (
+    b"", b" \n", b"{", b'{"', b"{}", b"null", b'"model"', b'[{"model":"a"}]', b'{"a":1}',
+    b'["model","a"]', b'[{"model":"a"},1]', b'{"model":null}', b'{"model":{"model":"a"}}',
+    b'{"model":true,"a":1}', b'{"a":1,"model":["a"]}', b'{"model":"a\\', b'{"model":"a\x01"}',
+    b'{"a":{"model":"a"},"b":[{"model":"a"}]}', b'{"a":"model","b":"model"}', b'{"Model":"a"}',
+    b'\xef\xbb\xbf{"model":"a"}', b"model=a", b'{"a":1,"model":"a"', b'{"model":"a',
+    b'{"a":1,"model":"a"} x', b'{"a":1}{"model":"a"}', b'{model:"a"}', b'{"a":1,"model" "a"}',
+    b'{"model"::"a"}', b'{1:2,"model":"a"}', b'{,"model":"a"}', b'{"a":1,"model":"a",}',
+    bytes(range(256)), gzip.compress(b'{"model":"a"}'), '{"model":"a"}'.encode("utf-16"),
+    b'{"a":1,"model":null,"model":"b"}', b'{"a":NaN,"model":"a"}', b'{"a":-Infinity,"model":"a"}',
+    b'{"a":"\xff","model":"\xff"}', b'{"a":' + b"[" * 100_000, b'{"a":1,"model":5}',
+)
+
+
 class ModelSpanTest(unittest.TestCase):
     """Where the model of a body stands; SpliceFuzzTest asks the same of random bodies."""
 
-    CASES = (
-        # body,                                                      name, or None
-        (b'{"model":"a","x":1}',                                     "a"),
-        (b' \r\n\t{ "model" : "a" }',                                "a"),
-        (b'{"x":{"model":"no"},"model":"a"}',                        "a"),
-        (b'{"x":"\\"model\\":\\"no\\"","model":"a"}',                "a"),
-        (b'{"\\u006dodel":"a","model":"b"}',                         "a"),
-        (b'{"model":"claude\\u002dsonnet"}',                         "claude-sonnet"),
-        (b'{"x":"\\ud83d","model":"a"}',                             "a"),
-        (b'{"x":[1e400,-0,9007199254740993,1E+5],"model":"a"}',      "a"),
-        (b'{"x":' + b"1" * 100_000 + b',"model":"a"}',               "a"),
-        ('{"x":"한글","model":"모델"}'.encode(),                      "모델"),
-        (b'{"x":1,"model":"a","model":"b"}',                         "a"),
-        (b'{"model":"a","model":"b"}',                               "a"),
-        (b'{"x":1,"model":null,"model":"b"}',                        None),
-        (b'{"x":1,"model":7}',                                       None),
-        (b'{"x":1}',                                                 None),
-        (b'{}',                                                      None),
-        (b'[{"model":"a"}]',                                         None),
-        (b'"model"',                                                 None),
-        (b'',                                                        None),
-        (b'\xef\xbb\xbf{"model":"a"}',                               None),
-        (b'{"x":1,"model":"a"',                                      None),
-        (b'{"x":1,"model":"a"} x',                                   None),
-        (b'{"x":1,"model":"a",}',                                    None),
-        (b'{"x" 1,"model":"a"}',                                     None),
-        (b'{"x":NaN,"model":"a"}',                                   None),
-        (b'{"model":"a\x01"}',                                       None),
-        (b'{"x":"\xff","model":"\xff"}',                             None),
-        (b'{"x":' + b"[" * 100_000,                                  None),
-        (b'\x1f\x8b\x08\x00',                                        None),
-    )
+    def test_only_the_first_top_level_model_string_is_replaced(self):
+        for text, spelled in (*itertools.product(SPLICED, SPELLED),
+                              *itertools.product(BROKEN_LATER, SPELLED[:1])):
+            with self.subTest(text[:80], spelled=spelled):
+                before, after = text.encode().split(b"%s")
+                body = before + spelled + after
+                start, end, name = rrouter.find_model(body)
+                self.assertEqual((body[start:end], name), (spelled, json.loads(spelled)))
+                self.assertEqual(b"".join(rrouter.splice(body, start, end, 'a"\ud55c')),
+                                 before + b'"a\\"\\ud55c"' + after)
 
-    def test_the_first_top_level_model_string_is_found(self):
-        for body, expected in self.CASES:
-            with self.subTest(body=body[:40]):
-                found = rrouter.find_model(body)
-                self.assertEqual(found[2] if found else None, expected)
+    def test_bodies_without_a_top_level_model_string_have_none(self):
+        for body in WITHOUT_MODEL:
+            with self.subTest(body[:60]):
+                self.assertIsNone(rrouter.find_model(body))
 
     def test_a_leading_model_costs_the_same_however_long_the_body(self):
         def best(length):
@@ -1182,20 +1368,26 @@ class WithoutThinkingTest(unittest.TestCase):
             with self.subTest(before):
                 result = rrouter.without_thinking((frame % before).encode())
                 self.assertEqual(result, (frame % after).encode() if after else None)
-
-    def test_bodies_without_messages_stay_as_they_are(self):
         for body in (b"", b"{}", b"[]", b"x", b'{"messages":7}', b'{"messages":[7]}',
                      b'{"messages":[{"content":[', b"\xff"):
             with self.subTest(body):
                 self.assertIsNone(rrouter.without_thinking(body))
 
-    def test_a_refusal_that_repeats_its_wording_is_searched_in_linear_time(self):
-        start = time.process_time()
-        self.assertFalse(rrouter.names_foreign_signature(b"redacted_thinking " * 12_000))
-        self.assertLess(time.process_time() - start, 0.5)
 
+class BodyTest(unittest.TestCase):
 
-class ChunkedBodyTest(unittest.TestCase):
+    def test_a_plain_body_ends_after_its_length_or_with_its_connection(self):
+        for length, pieces, rest in ((3, (b"abcREST",), b"REST"), (3, (b"ab", b"c"), b"")):
+            body = rrouter.PlainBody(length)
+            self.assertEqual(b"".join(map(body.feed, pieces)), b"abc")
+            self.assertEqual((body.done, body.left, body.rest), (True, 0, rest))
+        for length, ends in ((3, False), (None, True)):
+            body = rrouter.PlainBody(length)
+            self.assertEqual((body.feed(b"ab"), body.done, body.delimited),
+                             (b"ab", False, not ends))
+            with contextlib.suppress(rrouter.UpstreamError):
+                body.finish()
+            self.assertEqual(body.done, ends)
 
     def test_any_cutting_gives_the_same_payload(self):
         chance = random.Random(8316)
@@ -1214,15 +1406,26 @@ class ChunkedBodyTest(unittest.TestCase):
             self.assertEqual(payload, b"".join(chunks))
             self.assertEqual(decoder.rest + data[position:], b"REST")
 
+    BROKEN = (
+        # payload, where the coding is broken
+        (b"", (b"0x3\r\nabc\r\n", b"+3\r\n", b"-1\r\n", b" 3\r\n", b"zz\r\n", b"\r\n", b"0_3\r\n",
+               b"1" * 17 + b"\r\n", b"0" * 15 + b"3\r\nabc\r\n", b"3\nabc\n", b"3;\x00\r\n",
+               b"3;" + b"x" * 70_000, b"3;" + b"x" * 300 + b"\r\n", b"3;\r\n", b"3;a[=b\r\n",
+               b"3;a=\r\n", b'3;a="b\r\n', b"3;;a\r\n", b"0\r\nno colon\r\n\r\n", b"0\r\n\n",
+               b"0\r\nA: " + b"x" * 9000, b"0\r\nA: " + b"x" * 9000 + b"\r\n\r\n",
+               b"0\r\nA: b\r\n\n", b"0\r\nA: b\n")),
+        (b"abc", (b"3\r\nabcd\r\n", b"3\r\nabcXY", b"3\r\nabc0\r\n\r\n", b"3\r\nabc\n0\r\n\r\n",
+                  b"3\r\nabc\r\n0x2\r\nde", b"3\r\nabc\r\n\r\n", b"3\r\nabc\r\n0\r\nX\r\n")),
+    )
+
     def test_broken_coding_is_refused_at_once(self):
-        for coded in (b"0x3\r\nabc\r\n", b"+3\r\n", b"-1\r\n", b" 3\r\n", b"zz\r\n", b"\r\n",
-                      b"1" * 17 + b"\r\n", b"0" * 15 + b"3\r\nabc\r\n", b"3\nabc\n",
-                      b"3\r\nabcd\r\n", b"3\r\nabcXY", b"3;\x00\r\n", b"3;" + b"x" * 70_000,
-                      b"3;\r\n", b"3;a[=b\r\n", b"3;a=\r\n", b'3;a="b\r\n', b"3;;a\r\n",
-                      b"0\r\nno colon\r\n\r\n", b"0\r\nA: " + b"x" * 9000, b"0\r\n\n",
-                      b"0\r\nA: b\r\n\n", b"0\r\nA: b\n"):
-            with self.subTest(coded[:20]), self.assertRaises(rrouter.UpstreamError):
-                rrouter.ChunkedBody().feed(coded)
+        for payload, cases in self.BROKEN:
+            for coded in cases:
+                with self.subTest(coded[:20]):
+                    decoder = rrouter.ChunkedBody()
+                    self.assertEqual(decoder.feed(coded), payload)
+                    self.assertIn("malformed", decoder.fault)
+                    self.assertRaises(rrouter.UpstreamError, decoder.finish)
 
 
 class StreamScanTest(unittest.TestCase):
@@ -1234,67 +1437,50 @@ class StreamScanTest(unittest.TestCase):
                    b'"text":""}}\n\ndata: {"type":"content_block_stop"}\n\n')
     TOOL = b'data: {"type":"content_block_start","content_block":{"type":"tool_use"}}\n\n'
     ERROR = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error"}}\n\n'
+    OTHER_ERROR = b'data: {"error":{"message":"x"}}\n\n'
+    PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+    SILENT = (b'data: {"type":"message_delta","delta":{"stop_reason":"%b"},'
+              b'"usage":{"output_tokens":0}}\n\n')
 
     MESSAGES = (
-        # stream of /messages,                                    what it has shown
-        (b"",                                                     ""),
-        (b": hello\n\n: again\n\n",                               ""),
-        (b"id: 7\n\n",                                            ""),
-        (b'event: ping\ndata: {"type": "ping"}\n\n',             ""),
-        (START,                                                   "events=1"),
-        (START.replace(b"\n", b"\r\n"),                          "events=1"),
-        (START + EMPTY_BLOCK,                                     "events=3"),
-        (TEXT[:-1],                                               ""),
-        (TEXT,                                                    "committed events=1"),
-        (b"\xef\xbb\xbf" + TEXT,                                  "committed events=1"),
-        (TEXT.replace(b"\n", b"\r\n"),                           "committed events=1"),
-        (TOOL,                                                    "committed events=1"),
-        (b'data: {"delta":{},"type":"content_block_delta"}\n\n',  "committed events=1"),
-        (START + ERROR,                                           "error event"),
-        (b"event:error\r\ndata: {}\r\n\r\n",                      "error event"),
-        (b'data: {"error":{"message":"x"},"type":"error"}\n\n',   "error event"),
-        (b'data: {"error":{"message":"x"}}\n\n',                  "error event"),
-        (b'data: {"type":"message_start","error":null}\n\n',      "events=1"),
-        (b"data: [DONE]\n\n",                                     "empty message"),
-        (START + EMPTY_BLOCK + STOP,                              "empty message"),
-        (b'data: {"type":"message_delta","delta":{"stop_reason":"end_turn"},'
-         b'"usage":{"output_tokens":0}}\n\n',                     "empty message"),
-        (b'data: {"type":"message_delta","delta":{"stop_reason":"refusal"},'
-         b'"usage":{"output_tokens":0}}\n\n',                     "committed events=1"),
-        (b'data: {"type":"message_delta","delta":{"stop_reason":"max_tokens"},'
-         b'"usage":{"output_tokens":0}}\n\n',                     "committed events=1"),
-        (b'data: {"type":"message_delta","usage":{"output_tokens":2}}\n\n',
-         "committed events=1"),
-        (b'data: {"type":"message_delta","delta":{}}\n\n',        "committed events=1"),
-        (TEXT + STOP,                                             "committed ended events=2"),
-        (TEXT + ERROR,                                            "committed broken events=2"),
-        (TEXT + STOP + ERROR,
-         "committed broken ended events=3"),
-        (TEXT + b'data: {"error": {"message": "x"}}\n\n',         "committed broken events=2"),
-        (TEXT + b'event: ping\ndata: {"type": "ping"}\n\n',      "committed events=1"),
+        # what streams of /messages have shown, the streams
+        ("", (b"", b": hello\n\n: again\n\n", b"id: 7\n\n", PING, TEXT[:-1])),
+        ("events=1", (START, START.replace(b"\n", b"\r\n"),
+                      b'data: {"type":"message_start","error":null}\n\n')),
+        ("events=3", (START + EMPTY_BLOCK,)),
+        ("committed events=1", (
+            TEXT, b"\xef\xbb\xbf" + TEXT, TEXT.replace(b"\n", b"\r\n"), TOOL, TEXT + PING,
+            b'data: {"delta":{},"type":"content_block_delta"}\n\n', SILENT % b"refusal",
+            SILENT % b"max_tokens", SILENT.replace(b":0", b":2") % b"end_turn",
+            b'data: {"type":"message_delta","delta":{}}\n\n')),
+        ("error event", (
+            START + ERROR, b"event:error\r\ndata: {}\r\n\r\n", OTHER_ERROR,
+            b'data: {"error":{"message":"x"},"type":"error"}\n\n')),
+        ("empty message", (
+            b"data: [DONE]\n\n", START + EMPTY_BLOCK + STOP, SILENT % b"end_turn")),
+        ("committed ended events=2", (
+            TEXT + STOP, TEXT + b'data: {"usage":{},"type":"message_stop"}\n\n')),
+        ("committed broken events=2", (TEXT + ERROR, TEXT + OTHER_ERROR)),
+        ("committed broken ended events=3", (TEXT + STOP + ERROR,)),
     )
     OTHERS = (
-        # stream of another path,                                 what it has shown
-        (b'data: {"id":"x","choices":[]}\n\n',                    "committed events=1"),
-        (b'data: {"error":{"message":"x"}}\n\n',                  "error event"),
-        (b": comment\n\n",                                        ""),
+        # what streams of other paths have shown, the streams
+        ("", (b": comment\n\n",)), ("error event", (OTHER_ERROR,)),
+        ("committed events=1", (b'data: {"id":"x","choices":[]}\n\n',)),
     )
 
-    def assert_shown(self, is_message, data, expected):
-        for size in (1, 2, 3, 7, 1000):
-            with self.subTest(data, size=size):
-                scan = rrouter.StreamScan(is_message)
-                for start in range(0, len(data), size):
-                    scan.feed(data[start:start + size])
-                shown = [name for name in ("committed", "broken", "ended") if getattr(scan, name)]
-                shown += ["events=%d" % scan.events] if scan.events else []
-                self.assertEqual(scan.defect or " ".join(shown), expected)
-
     def test_events_are_read_however_the_stream_is_cut(self):
-        for data, expected in self.MESSAGES:
-            self.assert_shown(True, data, expected)
-        for data, expected in self.OTHERS:
-            self.assert_shown(False, data, expected)
+        for is_message, (expected, streams) in (
+                *((True, row) for row in self.MESSAGES), *((False, row) for row in self.OTHERS)):
+            for data, size in itertools.product(streams, (1, 2, 3, 7, 1000)):
+                with self.subTest(data, size=size):
+                    scan = rrouter.StreamScan(is_message)
+                    for start in range(0, len(data), size):
+                        scan.feed(data[start:start + size])
+                    shown = [name for name in ("committed", "broken", "ended")
+                             if getattr(scan, name)]
+                    shown += ["events=%d" % scan.events] if scan.events else []
+                    self.assertEqual(scan.defect or " ".join(shown), expected)
 
     def test_an_end_without_content_is_a_defect_and_an_end_after_it_is_none(self):
         for data, defect in ((b"", "empty stream"), (b": x\n\n", "empty stream"),
@@ -1318,15 +1504,7 @@ class StreamScanTest(unittest.TestCase):
                 self.assertLess(fed - rrouter.READ_AHEAD_MAX_BYTES, len(block) + 1)
 
 
-    def test_the_end_is_seen_whatever_the_order_of_the_members(self):
-        scan = rrouter.StreamScan(True)
-        scan.feed(self.TEXT + b'data: {"usage":{},"type":"message_stop"}\n\n')
-        self.assertTrue(scan.ended)
-
-
-class AsksForStreamTest(unittest.TestCase):
-
-    def test_the_member_is_found_at_the_ends_and_in_the_middle(self):
+    def test_the_wish_for_a_stream_is_found_at_the_ends_and_in_the_middle(self):
         filler = b'"x":"%b",' % (b"y" * 5000)
         for body, expected in ((b'{"stream":true}', True), (b'{"stream" : true, "a":1}', True),
                                (b"{%b\"stream\":true,%b\"a\":1}" % (filler, filler), True),
@@ -1338,89 +1516,73 @@ class AsksForStreamTest(unittest.TestCase):
 
 class MessageTest(unittest.TestCase):
 
+    SILENT = b'{"type":"message","content":[],"stop_reason":"%b","usage":{"output_tokens":0}}'
+    TEXT = b'"content":[{"type":"text","text":"%b"}],"usage":{"output_tokens":0}}'
     CASES = (
-        # body,                                                                  defect
-        (b"",                                                                    "empty response"),
-        (b" \n",                                                                 "empty response"),
-        (b"<html></html>",                                                       "not a message"),
-        (b"[]",                                                                  "not a message"),
-        (b'{"type":"message","content":[{"type":"text","text":"x"}]',            "not a message"),
-        (b'{"choices":[]}',                                                      "not a message"),
-        (b'{"type":"error","error":{"message":"x"}}',                            "error in a 2xx"),
-        (b'{"type":"message","error":{},"content":[{"type":"text","text":"x"}]}', "error in a 2xx"),
-        (b'{"type":"message","content":[],"usage":{"output_tokens":0}}',         "empty message"),
-        (b'{"type":"message","content":[{"type":"text","text":""}],'
-         b'"stop_reason":"end_turn","usage":{"output_tokens":0}}',               "empty message"),
-        (b'{"type":"message","content":[],"usage":{"output_tokens":3}}',         ""),
-        (b'{"type":"message","content":[]}',                                     ""),
-        (b'{"type":"message","content":[],"stop_reason":"refusal",'
-         b'"usage":{"output_tokens":0}}',                                        ""),
-        (b'{"type":"message","content":[],"stop_reason":"max_tokens",'
-         b'"usage":{"output_tokens":0}}',                                        ""),
-        (b'{"type":"message","error":null,"content":[{"type":"tool_use"}],'
-         b'"usage":{"output_tokens":0}}',                                        ""),
-        (b"[" * 100_000,                                                         "not a message"),
+        # defect, bodies
+        ("empty response", (b"", b" \n")),
+        ("not a message", (b"<html></html>", b"[]", b"[" * 100_000, b'{"choices":[]}',
+                           b'{"type":"message",' + TEXT[:-1] % b"x")),
+        ("error in a 2xx", (b'{"type":"error","error":{"message":"x"}}', b'{"type":"error"}',
+                            b'{"type":"message","error":{},' + TEXT % b"x")),
+        ("empty message", (SILENT % b"", SILENT % b"end_turn", b'{"type":"message",' + TEXT % b"",
+                           b'{"type":"message","usage":{"output_tokens":0}}')),
+        ("", (SILENT % b"refusal", SILENT % b"max_tokens", b'{"type":"message","content":[]}',
+              b'{"type":"message","content":[],"usage":{"output_tokens":3}}',
+              b'{"type":"message","content":[7],"usage":{"output_tokens":0}}',
+              b'{"type":"message","error":null,' + TEXT % b"x",
+              (b'{"type":"message",' + TEXT % b"").replace(b'"text"', b'"tool_use"', 1))),
     )
 
     def test_what_is_wrong_with_a_message(self):
-        for body, defect in self.CASES:
-            with self.subTest(body[:80]):
-                self.assertEqual(rrouter.message_defect(body), defect)
+        for defect, bodies in self.CASES:
+            for body in bodies:
+                with self.subTest(body[:80]):
+                    self.assertEqual(rrouter.message_defect(body), defect)
 
 
 class FailureTest(unittest.TestCase):
     """What a failed response says about its target."""
 
     FAULTS = (
-        # status, text,                                             fault,       called
-        (529, b"",                                                  "STATUS",    "529"),
-        (400, b"invalid",                                           "STATUS",    "400"),
-        (503, b"auth_unavailable: no auth available (providers=x)", "SHELF",
-         "503 auth_unavailable"),
-        (500, b"auth_unavailable: no auth available",               "STATUS",    "500"),
-        (429, b"All credentials for model X are cooling down",      "SHELF",
-         "429 cooling down"),
-        (429, b"cooling down",                                      "STATUS",    "429"),
-        (429, b'{"code":"model_cooldown"}',                         "SHELF",
-         "429 model_cooldown"),
-        (400, b"unknown provider for model x",                      "SHELF",
-         "400 unknown provider for model"),
-        (413, b"",                                                  "TOO_LARGE", "413 too large"),
-        (400, b"Prompt is too long: 9 tokens \\u003e 8 maximum",    "TOO_LARGE", "400 too large"),
-        (422, b"prompt token count of 9 exceeds the limit",         "TOO_LARGE", "422 too large"),
-        (500, b"prompt is too long",                                "STATUS",    "500"),
-        (503, b'{"error": {"message": "rrouter: too many"}}',       "OWN",       "503"),
+        # fault, called, status and texts
+        ("STATUS", "529", 529, (b"",)), ("STATUS", "429", 429, (b"cooling down",)),
+        ("STATUS", "400", 400, (b"invalid", b"redacted_thinking " * 12_000,
+                                b"thinking block must not be modified")),
+        ("REJECTED", "400", 400, (b"Invalid `signature` in `thinking` block",
+                                  b"redacted_thinking block cannot be modified")),
+        ("STATUS", "503", 503, (b"invalid signature in thinking block",)),
+        ("STATUS", "500", 500, (b"auth_unavailable: no auth available", b"prompt is too long")),
+        ("SHELF", "503 auth_unavailable", 503, (b"auth_unavailable: no auth available (x)",)),
+        ("SHELF", "429 cooling down", 429, (b"All credentials for model X are cooling down",)),
+        ("SHELF", "429 model_cooldown", 429, (b'{"code":"model_cooldown"}',)),
+        ("SHELF", "400 unknown provider for model", 400, (b"unknown provider for model x",)),
+        ("TOO_LARGE", "413 too large", 413, (b"",)),
+        ("TOO_LARGE", "400 too large", 400, (b"Prompt is too long: 9 tokens \\u003e 8 maximum",)),
+        ("TOO_LARGE", "422 too large", 422, (b"prompt token count of 9 exceeds the limit",)),
+        ("OWN", "503", 503, (b'{"error": {"message": "rrouter: too many"}}',)),
     )
 
     def test_the_fault_is_read_from_status_and_text(self):
-        for status, text, fault, name in self.FAULTS:
-            with self.subTest(text, status=status):
-                self.assertEqual(rrouter.read_failure(status, text), (Fault[fault], name))
+        for fault, name, status, texts in self.FAULTS:
+            for text in texts:
+                with self.subTest(text[:80], status=status):
+                    self.assertEqual(rrouter.read_failure(status, text), (Fault[fault], name))
 
     DELAYS = (
-        # Retry-After,                    retry-after-ms, text,                    seconds at 8:00
-        ("",                              "",             b"",                       None),
-        ("120",                           "",             b"",                       120.0),
-        ("90.5",                          "",             b"",                       90.5),
-        ("999999999",                     "",             b"",                       999999999.0),
-        ("-1",                            "",             b"",                       None),
-        ("soon",                          "",             b"",                       None),
-        ("1e9",                           "",             b"",                       None),
-        ("Fri, 15 Jan 2027 08:01:00 GMT", "",             b"",                       60.0),
-        ("Fri, 15 Jan 2027 07:00:00 GMT", "",             b"",                       0.0),
-        ("120",                           "1500",         b"reset after 7s",         1.5),
-        ("",                              "",             b"will reset after 30s.",  30.0),
-        ("",                              "",             b"reset after 7200s",      7200.0),
-        ("",                              "",             b"reset after 1h2m3s",     3723.0),
-        ("",                              "",             b"reset after 5m",         300.0),
-        ("",                              "",             b"reset after lunch",      None),
+        # seconds at 8:00, Retry-After, retry-after-ms, text
+        (None, "", "", b""), (120.0, "120", "", b""), (90.5, "90.5", "", b""),
+        (999999999.0, "999999999", "", b""), (None, "-1", "", b""), (None, "1e9", "", b""),
+        (60.0, "Fri, 15 Jan 2027 08:01:00 GMT", "", b""), (1.5, "120", "1500", b"reset after 7s"),
+        (0.0, "Fri, 15 Jan 2027 07:00:00 GMT", "", b""), (30.0, "", "", b"will reset after 30s."),
+        (7200.0, "", "", b"reset after 7200s"), (3723.0, "", "", b"reset after 1h2m3s"),
+        (300.0, "", "", b"reset after 5m"), (None, "", "", b"reset after lunch"),
     )
 
     def test_the_delay_is_read_from_headers_and_text(self):
-        for seconds, milliseconds, text, expected in self.DELAYS:
-            with self.subTest((seconds, milliseconds, text)):
-                self.assertEqual(rrouter.read_retry_after(
-                    seconds, milliseconds, text, 1_800_000_000.0), expected)
+        for expected, *given in self.DELAYS:
+            with self.subTest(given):
+                self.assertEqual(rrouter.read_retry_after(*given, 1_800_000_000.0), expected)
 
     def test_a_delay_of_any_kind_never_fails(self):
         chance = random.Random(8316)
@@ -1457,22 +1619,31 @@ class WatchTest(unittest.TestCase):
 
 class TextTest(unittest.TestCase):
 
-    PRINTABLE = (
-        # text,      printed as
-        ("plain",    "plain"),
-        ("a\nb",     "a\\nb"),
-        ("\x1b[31m", "\\x1b[31m"),
-        ("\x9b",     "\\x9b"),
-        ("한",       "\\ud55c"),
-        ("\ud83d",   "\\ud83d"),
-        ("\x7f",     "\\x7f"),
-        ("x" * 400,  "x" * 300 + "..."),
+    CASES = (
+        # function, argument, text
+        (rrouter.printable, "plain", "plain"), (rrouter.printable, "a\nb", "a\\nb"),
+        (rrouter.printable, "\x1b[31m", "\\x1b[31m"), (rrouter.printable, "\x9b", "\\x9b"),
+        (rrouter.printable, "한", "\\ud55c"), (rrouter.printable, "\ud83d", "\\ud83d"),
+        (rrouter.printable, "\x7f", "\\x7f"), (rrouter.printable, "x" * 301, "x" * 300 + "..."),
+        (rrouter.span, 0.2, "1s"), (rrouter.span, 59.5, "1m"), (rrouter.span, 90, "90s"),
+        (rrouter.span, 1800, "30m"), (rrouter.tidy, 2.0, 2), (rrouter.tidy, 0.5, 0.5),
+        (rrouter.utc, None, None), (rrouter.utc, 1769698800.9, "2026-01-29T15:00:00Z"),
+        (rrouter.reason_of, OSError(2, "No Such"), "no such"),
+        (rrouter.reason_of, OSError(), "oserror"),
     )
 
-    def test_printable_escapes_what_could_break_a_line_or_a_terminal(self):
-        for text, expected in self.PRINTABLE:
-            with self.subTest(text[:10]):
-                self.assertEqual(rrouter.printable(text), expected)
+    def test_texts_for_people_and_for_terminals(self):
+        for function, argument, expected in self.CASES:
+            with self.subTest(function.__name__, argument=str(argument)[:10]):
+                self.assertEqual(repr(function(argument)), repr(expected))
+
+    def test_a_defect_is_described_by_its_place_and_without_values(self):
+        try:
+            int("canary")
+        except ValueError as problem:
+            text = rrouter.describe_defect(problem)
+        self.assertRegex(text, r"\Ainternal error: ValueError at test_a_defect\w+:\d+; please")
+        self.assertIn("NoneType", rrouter.describe_defect(None))
 
 
 # Failover, by tables and walks ################################################
@@ -2833,18 +3004,14 @@ class ModeAndConfigTest(SwitchboardTest):
 class UpstreamTest(LoopbackTest):
     """Addresses of upstreams; each has a separate rrouter."""
 
-    def test_base_path_and_host_of_the_upstream_are_used(self):
+    def test_base_path_and_host_of_the_upstream_are_used_and_proxies_are_not(self):
         upstream = self.start_upstream()
         url = "http://localhost:%d/Api/v%%31" % upstream.port
         proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
-        running = self.start_rrouter(url + "/", env=proxies)
-        for target in ("/v1/messages?beta=true", "/", "//x/../y"):
-            with self.subTest(target):
-                self.assertEqual(running.request("POST", target, chat()).status, 200)
-                received = upstream.received[-1]
-                self.assertEqual((received.target, received.header("host")),
-                                 ("/Api/v%31" + target, "localhost:%d" % upstream.port))
-        self.assertEqual(running.health()["upstreamURL"].rstrip("/"), url)
+        self.assertEqual(self.start_rrouter(url + "/", env=proxies).post(target="//x").status, 200)
+        received = upstream.received[0]
+        self.assertEqual((received.target, received.header("host")),
+                         ("/Api/v%31//x", "localhost:%d" % upstream.port))
 
     def test_unreachable_upstream_is_a_bad_gateway_until_it_is_back(self):
         port = free_port()
@@ -2860,6 +3027,16 @@ class UpstreamTest(LoopbackTest):
                 self.assertEqual([running.post().status for _ in range(2)], [200, 200])
                 upstream.close()
 
+    def test_parallel_requests_that_miss_the_upstream_count_as_one(self):
+        running = self.start_rrouter("http://127.0.0.1:%d" % free_port(),
+                                     limits={"RECONNECT_FOR_S": 0.5})
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            replies = list(pool.map(lambda _: running.post(), range(2)))
+        for reply in (*replies, running.post()):
+            self.assert_error(reply, 502, "start CLIProxyAPI")
+        self.assertEqual([reply.header("x-should-retry") for reply in replies], [None, None])
+        self.assertEqual(reply.header("x-should-retry"), "false")
+
     def test_upstream_that_is_rrouter_itself_makes_no_storm(self):
         port = free_port()
         home = self.make_home("http://localhost:%d" % port, "antigravity", port=port)
@@ -2867,18 +3044,14 @@ class UpstreamTest(LoopbackTest):
         self.assert_error(running.request("GET", "/v1/models"), 502, "is rrouter itself")
         self.assertLessEqual(running.health()["requestCount"], 2)
 
-    def test_library_removed_under_it_hinders_no_name(self):
+    def test_library_removed_under_it_and_a_lack_of_ctypes_hinder_no_request(self):
         code = """if True:
             import encodings
             "a".encode("idna")
-            encodings.__path__ = []"""
+            encodings.__path__ = []
+            sys.modules["ctypes"] = None"""
         running = self.start_rrouter(self.start_upstream(), code=code)
         self.assertEqual(running.post("\ud55c").status, 200)
-
-    def test_python_without_ctypes_serves_requests(self):
-        """ctypes saves memory; some builds of Python lack it."""
-        running = self.start_rrouter(self.start_upstream(), code="sys.modules['ctypes'] = None")
-        self.assertEqual(running.post().status, 200)
 
 
 class PoolTest(RouterTest):
@@ -2901,41 +3074,36 @@ class PoolTest(RouterTest):
             self.assertEqual(self.rrouter.post().status, 200)
         self.assertLessEqual(self.upstream.connections - opened, 1)
 
-    def test_stale_connection_is_invisible(self):
+    def test_stale_connection_is_invisible_and_neutral(self):
         """An upstream may close an idle connection at any time, even as the next request comes."""
-        for when in ("at reuse", "after the response"):
-            for tries, padding in ((100, 0), (10, 1_000_000)):
-                with self.subTest(when, padding=padding):
-                    self.upstream.clear()
-                    self.upstream.default = Response(framing="length", cut=True)
-                    if when == "at reuse":
-                        self.fresh(Response())
-                    for _ in range(tries):
-                        reply = self.rrouter.post(padding="x" * padding)
-                        self.assertEqual(
-                            (reply.status, reply.body, reply.header("x-rrouter-attempts")),
-                            (200, b"{}", "1"))
-                    self.assertLessEqual(len(self.upstream.received), 2 * tries)
-                    self.assertEqual(set(self.upstream.models()), {GEMINI_SONNET})
-
-    def test_stale_connection_is_neutral(self):
         self.rrouter.home.write("mode", "auto\n")
-        self.fresh(stream())
-        for _ in range(20):
-            reply = self.rrouter.post()
-            self.assertEqual((reply.status, reply.complete, reply.header("x-rrouter-attempts")),
-                             (200, True, "1"))
+        for when, (tries, padding) in itertools.product(
+                ("at reuse", "after the response"), ((50, 0), (10, 1_000_000))):
+            with self.subTest(when, padding=padding):
+                self.upstream.clear()
+                self.upstream.default = stream(framing="length", cut=True)
+                if when == "at reuse":
+                    self.fresh(stream())
+                for _ in range(tries):
+                    reply = self.rrouter.post(padding="x" * padding)
+                    self.assertEqual(
+                        (reply.status, reply.complete, reply.header("x-rrouter-attempts")),
+                        (200, True, "1"))
+                self.assertLessEqual(len(self.upstream.received), 2 * tries)
+                self.assertEqual(set(self.upstream.models()), {GEMINI_SONNET})
         auto = self.rrouter.health()["autoSwitch"]
-        self.assertEqual((auto["failureCount"], auto["timeoutCount"], auto["switchCount"]),
-                         (0, 0, 0))
-        self.assertGreater(len(self.upstream.received), 20)
-        self.assertLessEqual(len(self.upstream.received), 40)
+        self.assertEqual((auto["failureCount"], auto["timeoutCount"]), (0, 0))
 
     def test_broken_idle_connection_is_replaced(self):
         for turn in range(20):
             self.assertEqual(self.rrouter.post().status, 200)
             self.upstream.break_connections(reset=turn % 2 == 1)
         self.assertEqual(len(self.upstream.received), 20)
+
+    def test_request_is_not_sent_again_after_an_interim_response(self):
+        self.upstream.play(Response(), Response(raw=b"HTTP/1.1 102 Processing\r\n\r\n"))
+        self.assertEqual([self.rrouter.post().status for _ in range(2)], [200, 502])
+        self.assertEqual(len(self.upstream.received), 2)
 
     def test_connection_kept_while_the_machine_slept_is_not_used(self):
         """Only the wall clock goes on during sleep."""
@@ -2969,44 +3137,26 @@ class PoolTest(RouterTest):
         first, second = self.upstream.received
         self.assertNotEqual(first.connection, second.connection)
 
-    def test_unrequested_bytes_reach_no_client(self):
-        stray = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray"
-        mine = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmine"
-        self.upstream.play(Response(raw=mine + stray, stays=True), Response(200, b"next"))
-        self.assertEqual([self.rrouter.post().body for _ in range(2)], [b"mine", b"next"])
-        for connection in list(self.upstream.open):         # now on the idle connections
-            with contextlib.suppress(OSError):
-                connection.sendall(stray)
-        self.assertEqual([self.rrouter.post().body for _ in range(3)], [b"{}"] * 3)
-        first, second, *_ = self.upstream.received
-        self.assertNotEqual(first.connection, second.connection)
 
+class KernelLimitTest(unittest.TestCase):
 
-class KernelLimitTest(LoopbackTest):
-    """The time limits on 32-bit systems, whose `long` has 4 bytes, simulated."""
+    def test_both_widths_of_time_are_tried_in_order(self):
+        """A 32-bit system may have 64-bit time; the first form is misread where it is not meant."""
+        for errors in ((0,), (errno.EINVAL, 0), (errno.EINVAL, errno.EINVAL), (errno.EBADF,)):
+            left, values_ = list(errors), []
 
-    CODE = """if True:
-        import errno, os, socket, struct
-        real = struct.pack
-        struct.pack = lambda layout, *values: real(layout.replace("ll", "ii"), *values)
-        class Socket(socket.socket):
-            def setsockopt(self, level, option, value, *more):
-                if option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                    if len(value) == 8 and %(wide)r:
-                        raise OSError(errno.EINVAL, "Invalid argument")
-                    if len(value) == 16 and not %(wide)r:
-                        os._exit(9)                     # it would be misread
-                    if len(value) == 8:
-                        value = real("qq", *struct.unpack("ii", value))
-                super().setsockopt(level, option, value, *more)
-        socket.socket = Socket
-    """
+            def set_option(_, option, value):
+                values_.append((option, value))
+                number = left.pop(0)
+                if number:
+                    raise OSError(number, "refused")
 
-    def test_both_widths_of_time_are_served(self):
-        for wide in (False, True):
-            with self.subTest(wide=wide):
-                router = self.start_rrouter(self.start_upstream(), code=self.CODE % {"wide": wide})
-                self.assertEqual(router.post().status, 200)
+            with self.subTest(errors), contextlib.ExitStack() as stack:
+                if errors[-1]:
+                    stack.enter_context(self.assertRaises(OSError))
+                rrouter.set_kernel_limit(types.SimpleNamespace(setsockopt=set_option), 7, 2.25)
+            layouts = ("@ll", "@qq")[:len(errors)]
+            self.assertEqual(values_, [(7, struct.pack(layout, 2, 250_000)) for layout in layouts])
 
 
 class UnreadRequestTest(RouterTest):
@@ -3052,22 +3202,6 @@ class UnreadRequestTest(RouterTest):
         self.assertLess(time.monotonic() - start, 2)    # one second, and one for a busy machine
 
 
-CERTIFICATE = """
-[req]
-distinguished_name = name
-x509_extensions = extensions
-prompt = no
-[name]
-CN = rrouter test
-[extensions]
-subjectAltName = IP:127.0.0.1
-basicConstraints = critical, CA:TRUE
-keyUsage = critical, digitalSignature, keyCertSign
-subjectKeyIdentifier = hash
-"""
-
-
-@unittest.skipUnless(shutil.which("openssl"), "needs openssl to make a certificate")
 class UpstreamPortTest(unittest.TestCase):
 
     def test_an_upstream_without_a_port_has_the_one_of_its_scheme(self):
@@ -3085,27 +3219,43 @@ class UpstreamPortTest(unittest.TestCase):
         self.assertEqual(connected, [("::1", 80), ("localhost", 443), ("localhost", 8317)])
 
 
-class ResentRequestTest(RouterTest):
+class ResponseTextTest(unittest.TestCase):
 
-    def test_request_is_not_sent_again_after_an_interim_response(self):
-        self.upstream.play(Response(), Response(raw=b"HTTP/1.1 102 Processing\r\n\r\n"))
-        self.assertEqual([self.rrouter.post().status for _ in range(2)], [200, 502])
-        self.assertEqual(len(self.upstream.received), 2)
+    PACKED, MOST = gzip.compress(b"hello "), rrouter.READ_AHEAD_MAX_BYTES
+    CASES = (
+        # Content-Encoding, body, text
+        (b"identity", b"x", b"x"), (b"br", b"x", b"x"), (b"gzip", PACKED, b"hello "),
+        (b"GZIP", PACKED * 2, b"hello hello "), (b"gzip", PACKED + b"\0\0", b"hello "),
+        (b"deflate", zlib.compress(b"x"), b"x"), (b"deflate", zlib.compress(b"x")[2:-4], b"x"),
+        (b"gzip", b"x", b""), (b"gzip", PACKED[:4], b""),
+        (b"gzip", gzip.compress(bytes(MOST)) * 2, bytes(MOST + 1)),
+    )
+
+    def test_compressed_text_is_read_and_of_too_much_a_byte_more_than_is_held_back(self):
+        for coding, data, expected in self.CASES:
+            with self.subTest(coding, data=data[:20]):
+                head = b"HTTP/1.1 200 OK\r\nContent-Encoding: " + coding + b"\r\n\r\n"
+                response = rrouter.Response(rrouter.parse_response_head(head), None, None, None)
+                response.ahead = data
+                self.assertTrue(response.text() == expected)            # no diff of 1 MB
 
 
-class AbsentUpstreamTest(LoopbackTest):
+CERTIFICATE = """
+[req]
+distinguished_name = name
+x509_extensions = extensions
+prompt = no
+[name]
+CN = rrouter test
+[extensions]
+subjectAltName = IP:127.0.0.1
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, digitalSignature, keyCertSign
+subjectKeyIdentifier = hash
+"""
 
-    def test_parallel_requests_that_miss_the_upstream_count_as_one(self):
-        running = self.start_rrouter("http://127.0.0.1:%d" % free_port(),
-                                     limits={"RECONNECT_FOR_S": 0.5})
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            replies = list(pool.map(lambda _: running.post(), range(2)))
-        for reply in (*replies, running.post()):
-            self.assert_error(reply, 502, "start CLIProxyAPI")
-        self.assertEqual([reply.header("x-should-retry") for reply in replies], [None, None])
-        self.assertEqual(reply.header("x-should-retry"), "false")
 
-
+@unittest.skipUnless(shutil.which("openssl"), "needs openssl to make a certificate")
 class TlsTest(RouterTest):
     """Base of the tests with an upstream that speaks TLS."""
 
@@ -3144,23 +3294,19 @@ class TlsUpstreamTest(TlsTest):
             self.assertEqual(self.rrouter.post().status, 200)
 
     def test_large_bodies_pass_both_ways(self):
-        """On a new connection, and on a reused one, whose time limit was changed in between."""
-        body = chat("x", padding="x" * (16 << 20))
+        """On a new connection, and on a reused one, whose time limit was changed in between.
+
+        The rest of the handshake must not be taken for an early response.
+        """
+        body, gate = chat("x", padding="x" * (16 << 20)), self.gate()
         self.upstream.break_connections()
-        for number in range(2):
-            self.upstream.play(Response(200, [bytes(100_000)] * 30, framing="length"))
+        threading.Timer(0.3, gate.set).start()      # six looks for a response
+        for number, unread in enumerate((gate, None)):
+            self.upstream.play(Response(200, [bytes(100_000)] * 30, framing="length",
+                                        unread=unread))
             reply = self.rrouter.request("POST", "/v1/messages", body)
             self.assertEqual(reply.body, bytes(3_000_000))
             self.assertTrue(self.upstream.received[number].body == body)    # no diff of 16 MB
-
-    def test_rest_of_a_handshake_is_not_taken_for_an_early_response(self):
-        body = chat("x", padding="x" * (16 << 20))
-        gate = self.gate()
-        self.upstream.break_connections()
-        self.upstream.play(Response(unread=gate))
-        threading.Timer(0.3, gate.set).start()      # six looks for a response
-        self.assertEqual(self.rrouter.request("POST", "/v1/messages", body).status, 200)
-        self.assertTrue(self.upstream.received[0].body == body)             # no diff of 16 MB
 
     def test_certificate_of_an_unknown_issuer_is_a_bad_gateway(self):
         distrustful = self.start_rrouter(self.upstream)
@@ -3172,215 +3318,67 @@ class TlsUpstreamTest(TlsTest):
 # Requests: framing ############################################################
 
 HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
-BODY_MAX_BYTES = 64 << 20
 
 
 def post_with(lines, body=b"abc"):
     """Return a POST with these header lines and `body`, then a request that must stay unseen."""
-    return (b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n" + lines + b"\r\n\r\n" + body +
-            HIDDEN)
-
-
-def chunked(body):
-    return post_with(b"Transfer-Encoding: chunked", body)
-
-
-BAD_LINES = (
-    # request line
-    b"GET /a b HTTP/1.1", b"GET\t/ HTTP/1.1", b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ",
-    b" GET / HTTP/1.1", b"GET /\0 HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET /\xc3\xa9 HTTP/1.1",
-    b"G(T / HTTP/1.1", b"GET HTTP/1.1", b"GET", b"GET hidden HTTP/1.1", b"GET / http/1.1",
-    b"GET / HTTP/1.01", b"GET / HTTP/x.y", b"GET / HTTP/2.0", b"PRI * HTTP/2.0", b"GET /",
-)
-BAD_FIELDS = (
-    # header line, ahead of "Content-Length: 3"
-    b"Content-Length : 3", b"oops", b": x", b"X[]: y", b"X-\xe9: y", b"X: one\rContent-Length: 3",
-    b"X: a\0b", b"X: a\x0bb", b"X: a\x0cb", b"Host: localhost",
-)
-BAD_LENGTHS = (
-    # Content-Length
-    b"3, 3", b"+3", b"-1", b"0x3", b"0_3", b"3 0", b"3.0", b"", b"three", b"\xb3", b"9" * 5000,
-    b"3\r\nContent-Length: 0", b"3\r\ncontent-length: 3",
-)
-BAD_CODINGS = (
-    # Transfer-Encoding
-    b"chunked, chunked", b",chunked", b"identity", b"xchunked", b"gzip, chunked", b"\x0bchunked",
-    b"chunked, identity", b"chunked\r\nTransfer-Encoding: chunked", b"",
-    b"chunked\r\nContent-Length: 3", b"\r\nContent-Length: 3\r\nTransfer-Encoding: chunked",
-)
-BAD_CHUNKS = (
-    # chunked body
-    b"3\r\nabcd\r\n0\r\n\r\n", b"3\r\nabc0\r\n\r\n", b"3\r\nabc\n0\r\n\r\n",
-    b"3\r\nabc\r\n0\r\nX: " + b"x" * 9000 + b"\r\n\r\n",
-    *(size + b"\r\nabc\r\n0\r\n\r\n" for size in (
-        b"0x3", b"+3", b"-1", b" 3", b"zz", b"", b"0_3", b"3\n", b"1" + b"0" * 16,
-        b"3;" + b"x" * 65536, b"3;" + b"x" * 300)),
-)
+    return POST + lines + b"\r\n\r\n" + body + HIDDEN
 
 
 class RequestFramingTest(RouterTest):
-    """A request that RFC 9112 forbids is refused and closed on, and the upstream gets nothing."""
+    """What delimits requests on a connection; RequestHeadTest has the heads that are refused."""
 
-    def refuse_each(self, requests, *statuses):
-        for data in requests:
+    REFUSED = (
+        # status, request
+        (400, b"GET /a b HTTP/1.1\r\nHost: localhost\r\n\r\n" + HIDDEN),
+        (400, post_with(b"Content-Length: 3\r\nContent-Length: 3")),
+        (501, post_with(b"Transfer-Encoding: gzip", b"0\r\n\r\n")),
+        (417, post_with(b"Content-Length: 3\r\nExpect: foo")),
+        (403, post_with(b"Content-Length: 3\r\nOrigin: https://evil.com")),
+        (403, post_with(b"Content-Length: 3").replace(b"localhost", b"evil.com", 1)),
+        (413, post_with(b"Content-Length: %d" % (BODY_MAX_BYTES + 1))),
+        (413, post_with(CHUNKED, b"1\r\nx\r\n%x\r\n" % BODY_MAX_BYTES)),
+        (400, post_with(CHUNKED, b"3\r\nabcd\r\n0\r\n\r\n")),
+        (400, post_with(CHUNKED, b"0x3\r\nabc\r\n0\r\n\r\n")),
+        (400, post_with(CHUNKED, b"3\r\nabc\r\n0\r\nX: " + b"x" * 9000 + b"\r\n\r\n")),
+        (414, b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (431, post_with(b"X: " + b"a" * 70000)),
+    )
+
+    def test_refused_request_is_closed_on_and_what_follows_is_never_parsed(self):
+        for status, data in self.REFUSED:
             with self.subTest(data[:80]):
-                self.assert_refused(data, *statuses)
+                self.assert_refused(data, status)
         self.assertEqual(self.get("/after").status, 200)
         self.assertEqual([received.target for received in self.upstream.received], ["/after"])
 
-    def test_malformed_request_lines_are_refused(self):
-        self.refuse_each([line + b"\r\nHost: localhost\r\n\r\n" + HIDDEN for line in BAD_LINES],
-                         400, 505)
-
-    def test_malformed_headers_are_refused(self):
-        self.refuse_each([
-            b"GET / HTTP/1.1\r\n\r\n" + HIDDEN,
-            *(post_with(line + b"\r\nContent-Length: 3") for line in BAD_FIELDS),
-            *(post_with(b"Content-Length: " + value) for value in BAD_LENGTHS)], 400)
-
-    def test_ambiguous_transfer_codings_are_refused(self):
-        last = b"0\r\n\r\n"
-        self.refuse_each([
-            chunked(last).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
-            *(post_with(b"Transfer-Encoding: " + value, last) for value in BAD_CODINGS)], 400, 501)
-
-    def test_coding_after_chunked_is_malformed_not_unknown(self):
-        for value in (b"chunked, gzip", b"chunked\r\nTransfer-Encoding: gzip"):
-            self.assert_refused(post_with(b"Transfer-Encoding: " + value), 400)
-
-    def test_empty_expectation_is_none(self):
-        data = b"POST / HTTP/1.1\r\nHost: localhost\r\nExpect: \r\nContent-Length: 1\r\n\r\n"
-        self.assertEqual(self.converse(data + b"x", "POST")[0].status, 200)
-
-    def test_chunk_over_the_limit_is_refused_when_its_size_is_read(self):
-        with self.rrouter.connect() as connection:
-            connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked"
-                               b"\r\n\r\n1\r\nx\r\n%x\r\n" % BODY_MAX_BYTES)
-            self.assert_own_error(read_reply(connection), 413)
-
-    def test_malformed_chunks_are_refused(self):
-        self.refuse_each(map(chunked, BAD_CHUNKS), 400, 413, 431)
-
-    def test_body_of_a_refused_request_is_never_parsed(self):
-        length = b"Content-Length: %d" % len(HIDDEN)
-        for status, data in (
-                (403, post_with(length, HIDDEN).replace(b"localhost", b"evil.com", 1)),
-                (403, post_with(length + b"\r\nOrigin: https://evil.com", HIDDEN)),
-                (413, post_with(b"Content-Length: %d" % (BODY_MAX_BYTES + 1), HIDDEN)),
-                (417, post_with(length + b"\r\nExpect: foo", HIDDEN))):
-            self.upstream.clear()
-            self.refuse_each([data], status)
-
-    def test_limits_of_a_head_are_exact(self):
-        start = b"GET /x HTTP/1.1\r\nHost: localhost\r\n"
-        room = rrouter.HEAD_MAX_BYTES - len(start + b"X: \r\n\r\n")
-        for largest, more in ((b"X: y\r\n" * (rrouter.FIELDS_MAX - 1), b"X: y\r\n"),
-                              (b"X: " + b"y" * room + b"\r\n", b"X: y\r\n")):
-            with self.subTest(largest[:9]):
-                self.upstream.clear()
-                self.assertEqual(self.converse(start + largest + b"\r\n", "GET")[0].status, 200)
-                self.assertIn(largest, self.upstream.received.pop().head)
-                self.assert_refused(start + more + largest + b"\r\n", 431)
-                self.assert_refused(start + largest[:-2] + b"y\r\n" + largest[-6:] + b"\r\n", 431)
-
-    def test_too_much_is_refused_at_once(self):
+    def test_chunked_body_over_the_limit_is_refused_when_it_gets_there(self):
         over = BODY_MAX_BYTES + 1
-        for statuses, data in (
-                ((414, 431), b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"),
-                ((431,), post_with(b"X: " + b"a" * 70000)),
-                ((413,), post_with(b"Content-Length: %d" % over)),
-                ((413,), post_with(b"Content-Length: " + b"9" * 15)),
-                ((413,), chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (over, bytes(over))))):
-            self.upstream.clear()
-            self.refuse_each([data], *statuses)
+        self.assert_refused(post_with(CHUNKED, b"%x\r\n%b" % (over - 1, bytes(over - 1)) +
+                                      b"\r\n1\r\nx\r\n0\r\n\r\n"), 413)
 
-    def test_folded_lines_and_bare_line_ends_never_travel_further(self):
-        for lines in (b"X: one\r\n two", b"X: one\r\n\ttwo", b"X: one\nY: two",
-                      b"X: one\r\n Host: evil.com"):
-            with self.subTest(lines):
-                self.assert_refused(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + lines + b"\r\n\r\n",
-                                    400)
-
-    def test_garbage_is_closed_on_and_harms_nothing(self):
-        rng = random.Random(8316)
-        noise = rng.getrandbits(80000).to_bytes(10000, "big")
-        for data in (b"GET /\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
-                     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + noise[:500],     # TLS
-                     b"GET / HTTP/1.0\nHost: localhost\n\n", b"", b"\r\n" * 9, noise,
-                     b"\r\n".join(noise[start:start + 20] for start in range(0, 4000, 20))):
-            with self.subTest(data[:30]):
-                reply = self.rrouter.exchange(data, half_close=True)
-                self.assertRegex(reply, rb"^(HTTP/1\.[01] [245]\d\d |$)")
-        self.assertEqual(self.get().status, 200)
-
-    def test_truncated_body_never_reaches_the_upstream(self):
-        for data in (b"Content-Length: 6\r\n\r\nabc",
-                     b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
-                     b"Transfer-Encoding: chunked\r\n\r\n9\r\nabc"):
-            with self.subTest(data):
-                reply = self.rrouter.exchange(
-                    b"POST / HTTP/1.1\r\nHost: localhost\r\n" + data, half_close=True)
-                self.assertRegex(reply, rb"^(HTTP/1\.1 400 |$)")
-                self.assertEqual(self.upstream.received, [])
-
-    def test_chunked_body_is_forwarded_with_its_length(self):
-        body = chat(text="\ud55c" * 9)
-        chunks = b"".join(b'%X;ext="a b"\r\n%b\r\n' % (len(body[at:at + 11]), body[at:at + 11])
-                          for at in range(0, len(body), 11))
-        for trailers in (b"", b"X-T: 1\r\nContent-Length: 3\r\nHost: evil.com\r\n"):
-            with self.subTest(trailers), self.rrouter.connect() as connection:
-                data = (b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
-                        b"Transfer-Encoding: Chunked\r\n\r\n" + chunks + b"000\r\n" + trailers +
-                        b"\r\n")
-                for at in range(len(data)):
-                    connection.sendall(data[at:at + 1])
-                self.assertEqual(read_reply(connection).status, 200)
-                received = self.upstream.received[-1]
-                self.assertEqual((received.model, received.json()["text"]),
-                                 (GEMINI_SONNET, "\ud55c" * 9))
-                self.assertEqual(received.header("content-length"), str(len(received.body)))
-                self.assertIsNone(received.header("transfer-encoding"))
-
-    def test_chunk_that_comes_in_many_parts_is_forwarded_whole(self):
-        body = random.Random(8316).getrandbits(8 << 20).to_bytes(1 << 20, "big")
-        data = chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
-        self.assertEqual(self.converse(data, "POST", "GET")[0].status, 200)
-        self.assertTrue(self.upstream.received[0].body == body)             # no diff of 1 MB
-
-    def test_length_is_sent_exactly_where_there_is_a_body(self):
-        for method, framing, length in (
-                (b"GET", b"\r\n", []), (b"DELETE", b"\r\n", []), (b"HEAD", b"\r\n", []),
-                (b"POST", b"Content-Length: 0\r\n\r\n", [0]),
-                (b"POST", b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [0]),
-                (b"GET", b"Content-Length: 3\r\n\r\nabc", [3]),
-                (b"PUT", b"Content-Length: 003\r\n\r\nabc", [3])):
-            with self.subTest(method + b" " + framing):
-                reply, = self.converse(method + b" / HTTP/1.1\r\nHost: localhost\r\n" + framing,
-                                       method.decode())
-                self.assertEqual(reply.status, 200)
-                fields = self.upstream.received[-1].fields
-                self.assertEqual(length, [int(value) for name, value in fields
-                                          if name.lower() == "content-length"])
-                self.assertIsNone(value_of(fields, "transfer-encoding"))
-
-    def test_truncated_http10_response_ends_in_a_reset(self):
-        """Without chunks and length only a reset distinguishes a break from the end."""
-        self.upstream.play(stream(event("message_start"), cut=True))
-        with self.rrouter.connect() as connection:
-            connection.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
-            with self.assertRaises(ConnectionError):
-                while connection.recv(65536):
-                    pass
+    def test_limit_of_a_head_is_exact(self):
+        start = b"GET /x HTTP/1.1\r\nHost: localhost\r\nX: "
+        value = b"y" * (rrouter.HEAD_MAX_BYTES - len(start) - 4)
+        self.assertEqual(self.converse(start + value + b"\r\n\r\n", "GET")[0].status, 200)
+        self.assertIn(value, self.upstream.received.pop().head)
+        self.assert_refused(start + value + b"y\r\n\r\n", 431)
 
     def test_http10_response_is_not_chunked_and_ends_with_the_connection(self):
+        data = b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"
         for framing in ("chunked", "length", "close"):
             with self.subTest(framing):
                 self.upstream.play(Response(200, (b"012", b"345"), framing=framing))
-                data = self.rrouter.exchange(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
-                head, _, body = data.partition(b"\r\n\r\n")
+                head, _, body = self.rrouter.exchange(data).partition(b"\r\n\r\n")
                 self.assertRegex(head, rb"^HTTP/1\.[01] 200 OK\r\n")
                 self.assertNotIn(b"transfer-encoding", head.lower())
                 self.assertEqual(body, b"012345")
+        # Without chunks and length only a reset distinguishes a break from the end.
+        self.upstream.play(stream(event("message_start"), cut=True))
+        with self.rrouter.connect() as connection, self.assertRaises(ConnectionError):
+            connection.sendall(data)
+            while connection.recv(65536):
+                pass
 
 
 # Requests: connections ########################################################
@@ -3391,29 +3389,13 @@ class RequestSequenceTest(RouterTest):
     EXPECTING = (b"POST /v1/messages HTTP/1.1\r\nHost: %b\r\nExpect: 100-Continue\r\n"
                  b"Content-Length: %d\r\n\r\n")
 
-    def test_pipelined_requests_are_answered_in_order(self):
-        gate = self.gate()
-        self.upstream.default = lambda received: Response(
-            200, received.target.encode() + received.body,
-            before=gate if received.target == "/slow" else None)
-        first, second = request_bytes("GET", "/1"), request_bytes("GET", "/2")
-        in_chunks = request_bytes("POST", "/chunked", None, [("Transfer-Encoding", "chunked")])
+    def test_connection_closes_when_the_client_asks_for_it(self):
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            connection.sendall(b"\r\n".join((
-                b"", request_bytes("GET", "/slow") + first + second +
-                request_bytes("POST", "/post", HIDDEN) + in_chunks + b"3\r\nabc\r\n0\r\n\r\n" +
-                first, second)))
-            self.upstream.wait(lambda upstream: upstream.received)
-            gate.set()
-            self.assertEqual([read_reply_from(reader).body for _ in range(7)], [
-                b"/slow", b"/1", b"/2", b"/post" + HIDDEN, b"/chunkedabc", b"/1", b"/2"])
+            connection.sendall(request_bytes(fields=[("Connection", "x, close")]) + HIDDEN)
+            self.assertEqual(read_reply_from(reader).header("connection"), "close")
+            self.assertEqual(reader.read(), b"")
 
-    def test_connection_stays_open_after_errors_of_the_upstream(self):
-        self.upstream.play(error(404), error(529), Response(401, framing="length"), Response())
-        replies = self.converse(request_bytes("POST", body=chat()) * 4, *["POST"] * 4)
-        self.assertEqual([reply.status for reply in replies], [404, 529, 401, 200])
-
-    def test_continue_is_sent_once_and_before_the_body(self):
+    def test_continue_is_sent_once_and_only_for_a_body_that_will_be_accepted(self):
         body = chat()
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
             connection.sendall(self.EXPECTING % (b"localhost", len(body)))
@@ -3422,11 +3404,7 @@ class RequestSequenceTest(RouterTest):
             reply = read_reply_from(reader)
         self.assertEqual((reply.status, reply.interim), (200, []))
         self.assertEqual(self.upstream.models(), [GEMINI_SONNET])
-
-    def test_only_a_body_that_will_be_accepted_is_asked_for(self):
-        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            connection.sendall(self.EXPECTING % (b"localhost", BODY_MAX_BYTES))
-            self.assertEqual(read_head(reader)[0], 100)
+        self.upstream.clear()
         self.assert_refused(self.EXPECTING % (b"localhost", BODY_MAX_BYTES + 1), 413)
         self.assert_refused(self.EXPECTING % (b"evil.com", 3), 403)
 
@@ -3438,159 +3416,82 @@ class RequestSequenceTest(RouterTest):
         self.assertRegex(self.rrouter.exchange(head.replace(b"HTTP/1.1", b"HTTP/1.0") + body),
                          rb"^HTTP/1\.[01] 200 ")
 
-    @staticmethod
-    def post(length=b"3", body=b"abc", after=b"\r\n"):
-        return b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b%b\r\n%b" % (
-            length, after, body)
-
-    ALIKE = (
-        # Content-Length, body, rest of the head
-        (b"3", b"abc", b"\r\n"), (b"12", b"abcdefghijkl", b"\r\n"), (b"0", b"", b"\r\n"),
-        (b"0003", b"abc", b"\r\n"), (b"3", b"GET", b"\r\nX-More: 1\r\n"), (b"3", b"xyz", b"\r\n"),
-        (b"3", b"xyz", b" \r\n"), (b"300000", b"x" * 300000, b"\r\n"), (b"3", b"\r\n\r", b"\r\n"),
-    )
-    ALIKE_BUT_BAD = (
-        # status, Content-Length, rest of the head
-        (400, b"3x", b"\r\n"), (400, b"", b"\r\n"), (400, b"+3", b"\r\n"),
-        (400, b"3", b"\r\nContent-Length: 0\r\n"), (413, b"9" * 15, b"\r\n"),
-        (400, b"3", b"\r\nTransfer-Encoding: chunked\r\n"), (400, b"9" * 16, b"\r\n"),
-        (400, b"3", b"\n"), (403, b"3", b"\r\nOrigin: https://evil.example\r\n"),
-    )
-
     def test_head_like_the_last_one_is_read_like_any_other(self):
         """A connection remembers its last head; what only begins like it must not match."""
+        start = POST + b"Content-Length: "
+        for known, tails in ((True, (b"3", b"12", b"0", b"0003", b"300000")), (False, (
+                b"3x", b"", b"+3", b"3\r\nContent-Length: 0", b"9" * 15, b"9" * 16, b"3 ",
+                b"3\r\nX-More: 1", b"3\r\nTransfer-Encoding: chunked"))):
+            for tail in tails:
+                with self.subTest(tail):
+                    first, data = start + b"3\r\n\r\n", start + tail + b"\r\n\r\n"
+                    remembered = rrouter.RememberedHead()
+                    remembered.remember(first, rrouter.parse_request_head(first))
+                    found = remembered.match(data + b"abc")
+                    self.assertEqual(found is not None, known)
+                    if known:
+                        self.assertEqual(found[0]._replace(fields=()), rrouter.parse_request_head(
+                            data)._replace(fields=()))
+                        self.assertEqual(found[1], len(data))
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            for length, body, after in self.ALIKE:
-                data = self.post(length, body, after)
-                for pieces in ([data], [*(data[n:n + 1] for n in range(200)), data[200:]]):
+            for data, body in ((b"3\r\n\r\nabc", b"abc"), (b"12\r\n\r\nGET GET GET ", b"GET " * 3),
+                               (b"3\r\nX: y\r\n\r\n\r\n\r", b"\r\n\r"), (b"0\r\n\r\n", b"")):
+                for pieces in ([start + data], [b"%c" % byte for byte in start + data]):
                     for piece in pieces:
                         connection.sendall(piece)
                     self.assertEqual(read_reply_from(reader).status, 200)
-                    received = self.upstream.received[-1]
-                    self.assertEqual((received.body, received.header("x-more")),
-                                     (body, "1" if b"More" in after else None))
-            self.upstream.clear()
-            get = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-            connection.sendall(b"\r\n" + self.post() + get + get)
+                    self.assertEqual(self.upstream.received[-1].body, body)
+            connection.sendall(b"\r\n" + start + b"3\r\n\r\nabc" + HIDDEN + HIDDEN)
             self.assertEqual([read_reply_from(reader).status for _ in range(3)], [200] * 3)
-            self.assertEqual([(r.method, r.body) for r in self.upstream.received],
-                             [("POST", b"abc"), ("GET", b""), ("GET", b"")])
-
-    def test_bad_head_that_begins_like_the_last_one_is_refused(self):
-        for status, length, after in self.ALIKE_BUT_BAD:
-            with self.subTest(length, after=after):
-                self.upstream.clear()
-                with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-                    connection.sendall(self.post())
-                    self.assertEqual(read_reply_from(reader).status, 200)
-                    connection.sendall(self.post(length, b"abc", after))
-                    self.assert_own_error(read_reply_from(reader), status)
-                    self.assertEqual(reader.read(), b"")
-                self.assertEqual(len(self.upstream.received), 1)
+            self.assertEqual([r.body for r in self.upstream.received[-3:]], [b"abc", b"", b""])
+            connection.sendall(start + b"3x\r\n\r\nabc")
+            self.assert_own_error(read_reply_from(reader), 400)
+            self.assertEqual(reader.read(), b"")
 
 
 # Requests: forwarding #########################################################
 
 class ForwardTest(RouterTest):
 
-    def test_end_to_end_headers_arrive_as_they_were_sent(self):
-        before = [("x-first", "1"), ("X-Repeat", "1"), ("x-EMPTY", ""), ("anthropic-foo", "a, b")]
-        after = [field for field in CLAUDE_HEADERS if field[0] != "Connection"] + [
-            ("X-repeat", "2"), ("Cookie", "a=1; b=2"), ("Cookie", "c=3"), ("X-Tab", "a\tb  c"),
-            ("X-Quoted", '"a\\"b"'), ("X-Latin", "caf\xe9 \x80\xff"), ("Via", "1.1 other"),
-            ("x-claude-code-agent-id", "7"), ("X-Forwarded-For", "10.0.0.1"),
-            ("Range", "bytes=0-1"), ("If-None-Match", '"x"'), ("X-Repeat", "3")]
-        body = chat()
-        fields = [*before, ("hOST", "localhost:1"), *after, ("Content-Length", str(len(body)))]
-        head = "".join("%s: %s\r\n" % field for field in fields)
-        data = b"POST /v1/messages HTTP/1.1\r\n" + head.encode("latin-1") + b"\r\n" + body
-        self.assertEqual(self.converse(data, "POST")[0].status, 200)
-        received, = self.upstream.received
-        self.assertEqual(end_to_end(received.fields),
-                         [*before, ("Host", self.upstream.url[7:]), *after])
-        self.assertEqual(received.header("content-length"), str(len(received.body)))
-        self.assertEqual(received.version, "HTTP/1.1")
+    def test_request_arrives_as_it_was_sent_and_nothing_is_added(self):
+        """RequestHeadTest has the odd targets and the headers of one hop."""
+        fields = [field for field in CLAUDE_HEADERS if field[0] != "Connection"]
+        reply = self.rrouter.request("POST", "/v1/messages?beta=true", b"{}", fields)
+        self.assertEqual(reply.status, 200)
+        self.assertEqual(self.upstream.received[0].head, request_bytes(
+            "POST", "/v1/messages?beta=true", b"{}", fields, self.upstream.port).replace(
+                b"localhost", b"127.0.0.1", 1)[:-2])
 
-    def test_nothing_is_added(self):
-        self.assertEqual(self.get().status, 200)
-        self.assertEqual(self.upstream.received[0].head,
-                         b"GET /v1/models HTTP/1.1\r\nHost: %b\r\n\r\n" %
-                         self.upstream.url[7:].encode())
-
-    def test_headers_of_one_hop_are_dropped(self):
-        hop = (("Connection", "X-A ,close"), ("X-A", "1"), ("X-B", "1"), ("connection", "x-b"),
-               ("Keep-Alive", "timeout=5"), ("Proxy-Connection", "keep-alive"), ("Trailer", "X-T"),
-               ("TE", "trailers"), ("Upgrade", "h2c"), ("Proxy-Authorization", "Basic eA=="),
-               ("Proxy-Authenticate", "Basic"))
-        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            connection.sendall(request_bytes("GET", "/", None, (*hop, ("X-C", "1"))) + HIDDEN)
-            reply = read_reply_from(reader)
-            self.assertEqual((reply.status, reply.header("connection")), (200, "close"))
-            self.assertEqual(reader.read(), b"", "asked to close, and did not")
-        received, = self.upstream.received
-        self.assertEqual(end_to_end(received.fields)[1:], [("X-C", "1")])
-        self.assertIsNone(received.header("connection"))
-
-    def test_connection_header_cannot_remove_the_framing(self):
-        fields = (("Connection", "Host, Content-Length, Content-Type"), ("Content-Type", "a/b"))
-        self.assertEqual(self.rrouter.request("POST", "/", HIDDEN, fields).status, 200)
-        received, = self.upstream.received
-        self.assertEqual((received.header("host"), received.body), (self.upstream.url[7:], HIDDEN))
-        self.assertIsNone(received.header("content-type"))
-
-    TARGETS = (
-        # method, target, target at the upstream (None: the same)
-        ("GET", "//a/../b?x=%zz;y", None), ("GET", "/%2e%2e/./%00?", None),
-        ("GET", "/a?b?c=/d//e", None), ("POST", "/v1/messages?beta=true", None),
-        ("GET", "/x?a[]=1&b={c}|d^e`\"<>\\", None), ("OPTIONS", "/v1/messages", None),
-        ("GET", "http://localhost:8316/x?y=1", "/x?y=1"), ("GET", "http://localhost//x", "//x"),
-        ("GET", "http://127.0.0.1:1", "/"), ("GET", "HTTP://LOCALHOST/Y", "/Y"),
-        ("PROPFIND", "/", None), ("PATCH", "/", None), ("purge", "/", None),
-        ("M-SEARCH", "/", None), ("HEAD", "/api/hello", None), ("DELETE", "/v1/x", None),
-        ("POST", "/health", None), ("GET", "/healthz", None), ("GET", "/health/", None),
-    )
-
-    def test_target_and_method_arrive_as_they_were_sent(self):
-        for method, target, expected in self.TARGETS:
+    def test_other_methods_and_paths_are_forwarded_or_refused(self):
+        for method, target in (("GET", "/"), ("HEAD", "/"), ("PATCH", "/"), ("OPTIONS", "*"),
+                               ("POST", "/health"), ("GET", "/healthz"), ("GET", "/health/")):
             with self.subTest(method + " " + target):
                 reply, = self.converse(request_bytes(method, target), method)
                 self.assertEqual(reply.status, 200)
-                self.assertEqual(self.upstream.received[-1][:2], (method, expected or target))
-
-    def test_methods_for_proxies_are_forwarded_or_refused(self):
-        for method, target in (("CONNECT", "localhost:443"), ("TRACE", "/"), ("OPTIONS", "*")):
-            with self.subTest(method):
-                self.upstream.clear()
-                reply = self.rrouter.exchange(request_bytes(
-                    method, target, None, (("Authorization", "canary"), ("Connection", "close"))))
-                self.assertRegex(reply, rb"^HTTP/1\.1 (200|400|403|405|501) ")
-                self.assertNotIn(b"canary", reply)
-                self.assertEqual([r[:2] for r in self.upstream.received],
-                                 [(method, target)] if b" 200 OK" in reply[:20] else [])
+                received = self.upstream.received.pop()
+                self.assertEqual((received.method, received.target), (method, target))
+                self.assertIsNone(received.header("content-length"))
+        for method, target in (("CONNECT", "localhost:443"), ("TRACE", "/")):
+            reply = self.assert_refused(request_bytes(
+                method, target, None, [("Authorization", "canary")]), 405)
+            self.assertNotIn(b"canary", reply.body)
 
     ROUTED = (
-        # mode, path, body, x-rrouter-target, x-rrouter-model
-        ("antigravity", "/v1/messages", chat(), "antigravity", GEMINI_SONNET),
-        ("antigravity", "/v1/messages/count_tokens?a=b", chat(), "antigravity", GEMINI_SONNET),
-        ("antigravity", "/v1/messages", chat("gpt-4"), "antigravity", "gpt-4"),
-        ("claude", "/v1/messages", chat(), "claude", SONNET),
-        ("antigravity", "/v1/messages", b"[]", None, None),
-        ("claude", "/v1/messages", b"", None, None),
+        # mode, response, body, x-rrouter-target, x-rrouter-model
+        ("antigravity", Response(), chat(), "antigravity", GEMINI_SONNET),
+        ("antigravity", stream(), chat("gpt-4"), "antigravity", "gpt-4"),
+        ("claude", error(503), chat(), "claude", SONNET), ("claude", stream(), b"[]", None, None),
     )
 
     def test_replies_to_requests_with_a_model_name_target_and_model(self):
-        for mode, path, body, *expected in self.ROUTED:
-            for response in (Response(), error(503), stream()):
-                with self.subTest("%s %s %s" % (mode, body, response.status)):
-                    self.rrouter.home.write("mode", mode)
-                    self.upstream.play(response)
-                    reply = self.rrouter.request("POST", path, body)
-                    self.assertEqual(reply.status, response.status)
-                    self.assertEqual(
-                        [reply.header("x-rrouter-" + name) for name in (
-                            "target", "model", "attempts")],
-                        [*expected, expected[0] and "1"])
-                    self.assertEqual(self.upstream.received[-1].target, path)
+        for mode, response, body, *expected in self.ROUTED:
+            with self.subTest(body, mode=mode):
+                self.rrouter.home.write("mode", mode)
+                self.upstream.play(response)
+                reply = self.rrouter.request("POST", "/v1/messages", body)
+                self.assertEqual(reply.status, response.status)
+                self.assertEqual([reply.header("x-rrouter-" + name) for name in (
+                    "target", "model", "attempts")], [*expected, expected[0] and "1"])
 
     def test_odd_characters_of_a_model_are_escaped_in_the_reply(self):
         self.rrouter.home.write("mode", "claude")
@@ -3603,52 +3504,11 @@ class ForwardTest(RouterTest):
 
 # Requests: the model in the body ##############################################
 
-SPLICED = (
-    # body; %s is the model
-    '{"model":%s,"messages":[]}', '{"max_tokens":1,"model":%s,"messages":[]}', '{"model":%s}',
-    '{"messages":[{"role":"user","content":"hi"}],"model":%s}',
-    ' \n{\t"a" :\r\n [ 1 , 2 ] , "model"\t:\n %s \r\n, "b" : { } }\n\n',
-    '\r\n{ \t"model" \n:\r %s ,"a":1 } ',
-    '{"a":[1e400,9007199254740993,-0,1E-7,0.1e+5],"model":%s,"b":123456789012345678901234567890}',
-    '{"a":"\\ud83d \\u0000 \\/ \\" \\\\","\\ud83d\\"":"}","model":%s,"b":"\\u2028\\udc00"}',
-    '{"\ud55c\uad6d":"\u2028\U0001f600 caf\u00e9","model":%s,"a":"\uffff"}',
-    '{"tools":[{"model":"claude-sonnet-9"},{"input":{"model":"claude-sonnet-8"}}],"model":%s}',
-    '{"model":%s,"tools":[{"model":"claude-sonnet-9"}],"x":{"model":"claude-sonnet-8"}}',
-    '{"a":"\\"model\\":\\"claude-sonnet-9\\"","b":"model","model":%s,"c":"{\\"model\\":1}"}',
-    '{"models":"claude-sonnet-9","Model":"claude-sonnet-8","model ":"x","":1,"model":%s}',
-    '{"a":1,"\\u006dodel":%s}', '{"m\\u006fdel":%s,"a":1}', '{"model":%s,"model":"no"}',
-    '{"a":1,"model":%s,"model":"claude-sonnet-9","\\u006dodel":"claude-opus-1"}',
-    '{"a":1,"a":2,"model":%s,"a":{"b":1,"b":2}}',
-)
-# Only a leading plain model ends the search; what follows it is not examined.
-BROKEN_LATER = '{"model":%s,"messages":[{"role":', '{"model":%s} and more'
-UNTOUCHED = (
-    # body without a model that can change
-    b"", b" \n", b"{}", b"null", b'"model"', b'[{"model":"claude-sonnet-5"}]',
-    b'["model","claude-sonnet-5"]', b'[{"model":"claude-sonnet-5"},1]', b'{"model":null}',
-    b'{"model":5}', b'{"model":{"model":"claude-sonnet-5"}}', b'{"model":true,"claude-sonnet-5":1}',
-    b'{"a":1,"model":["claude-sonnet-5"]}', b'{"model":"claude-sonnet-5\\',
-    b'{"a":{"model":"claude-sonnet-5"},"b":[{"model":"claude-sonnet-5"}]}',
-    b'{"a":"model","claude-sonnet-5":"model"}', b'{"Model":"claude-sonnet-5"}',
-    b'\xef\xbb\xbf{"model":"claude-sonnet-5"}', b"model=claude-sonnet-5",
-    b'{"a":1,"model":"claude-sonnet-5"', b'{"model":"claude-sonnet-5',
-    b'{"a":1,"model":"claude-sonnet-5"} x', b'{"a":1}{"model":"claude-sonnet-5"}',
-    b'{model:"claude-sonnet-5"}', b'{"a":1,"model" "claude-sonnet-5"}',
-    b'{"model"::"claude-sonnet-5"}', b'{1:2,"model":"claude-sonnet-5"}',
-    b'{,"model":"claude-sonnet-5"}', bytes(range(256)) * 4,
-    gzip.compress(b'{"model":"claude-sonnet-5"}'), '{"model":"claude-sonnet-5"}'.encode("utf-16"),
-    b"{", b'{"', b'{ "model" : "gpt-4" , "a" : 1e400 }', b'{"model":"Claude-Sonnet-5"}',
-    b'{"model":"gpt\\u002d4","a":"\\ud83d"}',
-)
-ODD_NAME = 'we"ird\\ n\u00e9 \ud55c\U0001f600\u001b'
-
-
 class SpliceTest(RouterTest):
-    """Only the bytes of the model's value change."""
+    """Only the bytes of the model's value change; ModelSpanTest has all kinds of bodies."""
 
     config = {**DEFAULT_CONFIG, "modes": {
-        **DEFAULT_CONFIG["modes"], "odd": {"mappings": [{"match": "*", "rewrite": ODD_NAME}]}}}
-    SPELLED = b'"claude-sonnet-5"', b'"claude\\u002dsonnet-5"', b'"\\u0063laude-\\u0073onnet-\\/5"'
+        **DEFAULT_CONFIG["modes"], "odd": {"mappings": [{"match": "*", "rewrite": "n\u00e9\""}]}}}
 
     def forwarded(self, body):
         """POST the body; return what the upstream received, its length checked."""
@@ -3657,35 +3517,14 @@ class SpliceTest(RouterTest):
         self.assertEqual(received.header("content-length"), str(len(received.body)))
         return received.body
 
-    def test_only_the_value_of_the_model_changes(self):
-        cases = [*itertools.product(SPLICED, self.SPELLED),
-                 *itertools.product(BROKEN_LATER, self.SPELLED[:1])]
-        for text, spelled in cases:
-            with self.subTest(text, spelled=spelled):
-                before, after = text.encode("utf-8").split(b"%s")
-                self.assertEqual(self.forwarded(before + spelled + after),
-                                 before + json.dumps(GEMINI_SONNET).encode() + after)
-
-    def test_body_without_a_model_to_change_is_untouched(self):
-        for body in UNTOUCHED:
-            with self.subTest(body):
-                self.assertEqual(self.forwarded(body), body)
-
-    def test_mode_without_rules_leaves_every_body_untouched(self):
-        self.rrouter.home.write("mode", "claude\n")
-        for text in SPLICED:
-            with self.subTest(text):
-                body = text.encode("utf-8").replace(b"%s", self.SPELLED[1])
-                self.assertEqual(self.forwarded(body), body)
-
-    def test_odd_name_of_a_rule_is_written_as_json(self):
-        self.rrouter.home.write("mode", "odd\n")
-        for text in SPLICED:
-            with self.subTest(text):
-                before, after = text.encode("utf-8").split(b"%s")
-                body = self.forwarded(before + b'"x"' + after)
-                self.assertTrue(body.startswith(before) and body.endswith(after))
-                self.assertEqual(json.loads(body[len(before):len(body) - len(after)]), ODD_NAME)
+    def test_the_mode_decides_what_becomes_of_the_model(self):
+        for mode, name in (("antigravity", GEMINI_SONNET), ("claude", None), ("odd", "n\u00e9\"")):
+            self.rrouter.home.write("mode", mode + "\n")
+            for body in (*(text.encode() for text in SPLICED), b"[1, 2 ]", b'{"model":5}'):
+                with self.subTest(body[:60], mode=mode):
+                    spelled = SPELLED[1] if name is None else json.dumps(name).encode()
+                    self.assertEqual(self.forwarded(body.replace(b"%s", SPELLED[1])),
+                                     body.replace(b"%s", spelled))
 
     def test_large_body_is_changed_in_one_place(self):
         message = b'{"content":"line\\n \\"model\\": \xed\x95\x9c"}'
@@ -3711,38 +3550,6 @@ class SpliceTest(RouterTest):
 
 # Requests: browsers and strangers #############################################
 
-HOSTS = (
-    # statuses, Hosts
-    ((200,), ("localhost", "LOCALHOST:8316", "Localhost:1", "127.0.0.1", "127.0.0.1:8316", "[::1]",
-              "[::1]:8316", "localhost.", "localhost:", "\tLocalHost:8316 ", "127.0.0.1.:8316")),
-    ((403,), ("evil.com", "evil.com:8316", "127.0.0.1.nip.io", "localhost.evil.com", "127.1",
-              "0.0.0.0", "2130706433", "0x7f.1", "[::]", "xlocalhost", "localhost-", "127.0.0.2",
-              "localhost.localdomain", "127.000.000.001", "0177.0.0.1", "ip6-localhost", "lvh.me",
-              "[::ffff:127.0.0.1]", "[0:0:0:0:0:0:0:1]")),
-    ((400,), ("localhost@evil", "evil@localhost", "[::1].evil", "::1", "[::1", "localhost:x",
-              "localhost, evil.com", "localhost evil.com", "localhost/evil.com", "[::1%25lo]",
-              "localhost\\.evil.com", "localhost:99999999", "localhost?x", "\xe9vil.com",
-              "localhost:8316.evil.com")),
-    ((403,), ("", "*", "localhost..", "localhost%00.evil.com", "%6cocalhost",
-              "localhost;evil.com")),
-)
-ORIGINS = (
-    # status, header lines
-    (200, ("Origin: http://localhost:3000", "Origin: https://127.0.0.1", "Sec-Fetch-Mode: cors",
-           "Origin: http://[::1]:8080", "Origin: HTTP://LOCALHOST:3000", "Sec-Fetch-Site: none",
-           "Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: same-site")),
-    (403, ("Origin: https://evil.com", "Origin: null", "oRIGIN:http://evil.com:8316", "Origin:",
-           "Origin: http://localhost.evil.com", "Origin: http://127.0.0.1.nip.io",
-           "Origin: http://localhost@evil.com", "Origin: chrome-extension://ab", "Origin: file://",
-           "Origin: localhost.evil.com:80", "Origin: http://localhost\r\nOrigin: https://evil.com",
-           "Origin: http://localhost https://evil.com", "Origin: http://localhost,https://evil.com",
-           "Origin: //localhost", "Origin: localhost", "Origin: ws://localhost",
-           "Origin: http://localhost/", "Sec-Fetch-Site: CROSS-SITE",
-           "sec-fetch-site:cross-site\r\nOrigin: http://localhost",
-           "Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site")),
-)
-FOREIGN_TARGETS = ("http://evil.com/x", "http://localhost.evil.com/", "http://127.1/",
-                   "http://localhost@evil.com/", "http://evil.com/health", "http://evil.com")
 # `http.server` asks the name service for the name of its host, which can take 35 s.
 DEAD_NAME_SERVICE = """
 import socket, threading
@@ -3760,40 +3567,40 @@ class GuardTest(RouterTest):
 
     altered = DEAD_NAME_SERVICE
 
-    def setUp(self):
-        super().setUp()
-        self.upstream.default = Response(
-            fields=(("Access-Control-Allow-Origin", "*"), ("X-Kept", "1")))
+    CASES = (
+        # status, header lines; RequestHeadTest has more
+        *((200, b"Host: " + host) for host in (b"localhost", b"127.0.0.1:8316", b"[::1]:1")),
+        (403, b"Host: evil.com"), (403, b"Host: [::]"), (400, b"Host: localhost@evil.com"),
+        (200, b"Host: localhost\r\nOrigin: http://localhost:3000"),
+        (403, b"Host: localhost\r\nOrigin: https://evil.com"),
+        (403, b"Host: localhost\r\nSec-Fetch-Site: cross-site"),
+    )
 
-    def check(self, statuses, start, *lines):
-        """A request with this head gets 200, or one of `statuses` and nothing is forwarded."""
-        head = "\r\n".join((start + " HTTP/1.1", *lines, "", "")).encode("latin-1")
-        with self.subTest(head):
-            self.upstream.clear()
-            reply = (self.converse(head, "GET")[0] if 200 in statuses else
-                     self.assert_refused(head, *statuses))
-            self.assertIn(reply.status, statuses)
-            self.assertFalse([name for name, _ in reply.fields
-                              if name.lower().startswith("access-control")])
+    def test_only_loopback_hosts_and_origins_are_served(self):
+        self.upstream.default = Response(fields=(("Access-Control-Allow-Origin", "*"),))
+        for start in (b"POST /v1/messages", b"OPTIONS /v1/messages", b"GET /health"):
+            for status, lines in self.CASES:
+                with self.subTest(start + lines):
+                    self.upstream.clear()
+                    head = start + b" HTTP/1.1\r\n" + lines + b"\r\n\r\n"
+                    reply = (self.converse(head, "GET")[0] if status == 200 else
+                             self.assert_refused(head, status))
+                    self.assertEqual(reply.status, status)
+                    self.assertIsNone(reply.header("access-control-allow-origin"))
 
-    def test_only_loopback_hosts_are_served(self):
-        for statuses, hosts in HOSTS:
-            for host in hosts:
-                for start in ("POST /v1/messages", "GET /health"):
-                    self.check(statuses, start, "Host: " + host)
-
-    def test_only_loopback_origins_are_served(self):
-        for status, origins in ORIGINS:
-            for lines in origins:
-                for start in ("POST /v1/messages", "OPTIONS /v1/messages", "GET /health"):
-                    self.check((status,), start, "Host: localhost", lines)
-
-    def test_authority_of_the_target_replaces_the_host(self):
-        for target in FOREIGN_TARGETS:
-            self.check((400, 403), "GET " + target, "Host: localhost")
-
-    def test_invalid_host_beside_an_absolute_target_is_refused(self):
-        self.check((400,), "GET http://localhost/", "Host: local/host")
+    def test_both_loopback_addresses_respond_and_no_others_listen(self):
+        for family in (socket.AF_INET, socket.AF_INET6):
+            try:
+                with self.rrouter.connect(family) as connection:
+                    connection.sendall(request_bytes("GET", "/"))
+                    self.assertEqual(read_reply(connection).status, 200)
+            except OSError as problem:                  # a machine without IPv6
+                self.assertIn(problem.errno, (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL))
+        for table in ("/proc/net/tcp", "/proc/net/tcp6") if PROC else ():
+            for line in pathlib.Path(table).read_text().splitlines()[1:]:
+                address, port, state = re.match(r".*?: (\w+):(\w+) \S+ (\w+)", line).groups()
+                if state == "0A" and port == "%04X" % self.rrouter.port:
+                    self.assertIn(address, ("0100007F", "00000000000000000000000001000000"))
 
     def test_refused_head_request_gets_no_body(self):
         for status, lines in ((b"403", b"Host: evil.com"),
@@ -3801,62 +3608,26 @@ class GuardTest(RouterTest):
             data = self.rrouter.exchange(b"HEAD / HTTP/1.1\r\n" + lines + b"\r\n\r\n")
             self.assertRegex(data, rb"(?s)\AHTTP/1\.1 " + status + rb" .*\r\n\r\n\Z")
 
-    @unittest.skipUnless(os.path.exists("/proc/net/tcp6"), "needs /proc")
-    def test_only_loopback_addresses_listen(self):
-        listening = set()
-        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-            for line in pathlib.Path(table).read_text().splitlines()[1:]:
-                _, local, _, state, *_ = line.split()
-                address, _, port = local.partition(":")
-                if state == "0A" and port == "%04X" % self.rrouter.port:
-                    listening.add(address)
-        self.assertIn("0100007F", listening)
-        self.assertLessEqual(listening, {"0100007F", "00000000000000000000000001000000"})
-
-    def test_both_loopback_addresses_respond(self):
-        for family in (socket.AF_INET, socket.AF_INET6):
-            with self.subTest(family):
-                try:
-                    with self.rrouter.connect(family) as connection:
-                        connection.sendall(request_bytes("GET", "/"))
-                        self.assertEqual(read_reply(connection).status, 200)
-                except OSError as problem:
-                    if problem.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                        raise
-                    self.skipTest("no IPv6: %s" % problem)
-
 
 # Responses ####################################################################
 
-CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n"
-STATUSES = (200, 201, 202, 203, 206, 226, 299, 300, 301, 302, 303, 307, 308, 400, 401, 402, 403,
-            404, 405, 407, 408, 409, 413, 416, 418, 422, 426, 429, 431, 451, 499, 500, 501, 502,
-            503, 504, 505, 507, 529, 599)
+CHUNKED_RESPONSE = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n"
 BAD_RESPONSES = (
-    # raw response
-    b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Type: text/ev",
-    b"HTTP/1.1 abc OK\r\n\r\n", b"HTTP/1.1 99 OK\r\n\r\n", b"ICY 200 OK\r\n\r\n",
-    b"<html>hello</html>\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n",
-    b"HTTP/1.1 101 Switching Protocols\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
-    b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
-    *(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n\r\nhello" for lines in (
-        b"Content-Length: 2\r\nContent-Length: 5", b"Content-Length: 5\r\nContent-Length: 5",
-        b"Content-Length: +5", b"Content-Length: -5", b"Content-Length: 0_5",
-        b"Content-Length: abc", b"Content-Length: 5\r\nTransfer-Encoding: chunked",
-        b"Transfer-Encoding: zip", b"Transfer-Encoding: gzip, chunked",
-        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", b"oops\r\nContent-Length: 5",
-        b"X: one\rContent-Length: 5", b"X: a\0b\r\nContent-Length: 5", b"Content-Length : 5",
-        b"X: " + b"a" * 1_000_000 + b"\r\nContent-Length: 5")),
+    # raw response, in pieces; ResponseHeadTest has more heads
+    (b"HTTP/1.1 200",), (b"HTTP/1.1 200 OK\r\nContent-Type: text/ev",), (b"ICY 200 OK\r\n\r\n",),
+    (b"HTTP/1.1 103 Hints\r\n\r\n",), (b"HTTP/1.1 200 OK\r\nContent-Length: +5\r\n\r\nhello",),
+    (b"HTTP/1.1 101 Switching Protocols\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",),
+    (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 1_000_000 + b"\r\nContent-Length: 5\r\n\r\nhello",),
+    (CHUNKED_RESPONSE + b"5x\r\nhello",),
+    (b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",), (b"HTTP/1.1 200 OK\r\nX: y", b"\n", b"\n{}"),
 )
 BROKEN_RESPONSES = (
-    # response, the most that the client may get of its body
+    # response, what the client gets of its body
     (Response(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + b"x" * 60), b"x" * 60),
     (stream(event("ping"), event("ping"), cut=True), event("ping") * 2),
-    *((Response(raw=CHUNKED + b"5\r\nhello\r\n" + rest), b"hello" + more) for rest, more in (
-        (b"9\r\nworld", b"world"), (b"1", b""), (b"9\r\n", b""), (b"0\r\n", b""),
-        (b"0x5\r\nworld\r\n0\r\n\r\n", b""), (b"+5\r\nworld\r\n0\r\n\r\n", b""),
-        (b"1" + b"0" * 16 + b"\r\nworld", b"world"), (b"5\r\nworld0\r\n\r\n", b"world"),
-        (b"\r\n", b""), (b"0\r\nX: " + b"x" * 9000 + b"\r\n\r\n", b""))),
+    *((Response(raw=CHUNKED_RESPONSE + b"5\r\nhello\r\n" + rest), b"hello" + more)
+      for rest, more in ((b"9\r\nworld", b"world"), (b"1", b""), (b"0\r\n", b""),
+                         (b"+5\r\nworld\r\n0\r\n\r\n", b""), (b"5\r\nworld0\r\n\r\n", b"world"))),
 )
 
 
@@ -3873,93 +3644,15 @@ class ResponseTest(RouterTest):
         self.assertEqual((second.status, second.body), (200, b"next"))
         return first
 
-    def test_every_status_arrives_with_reason_headers_and_body(self):
-        fields = [("Content-Type", "text/x"), ("Set-Cookie", "a=1; Path=/"), ("X-Repeat", "1"),
-                  ("set-cookie", "b=2"), ("x-REPEAT", "2"), ("X-Empty", ""), ("Via", "1.1 other"),
-                  ("X-Latin", "caf\xe9 \x80\xff"), ("Location", "http://evil.com/"),
-                  ("WWW-Authenticate", "Basic realm=x"), ("Retry-After", "3"), ("Vary", "Origin"),
-                  ("x-should-retry", "true"), ("anthropic-ratelimit-unified-status", "allowed")]
-        for status in STATUSES:
-            for framing in ("chunked", "length"):
-                with self.subTest(status, framing=framing):
-                    body, reason = b"body of %d \0\xff\r\n\r\n" % status, "It Is\t%d" % status
-                    self.upstream.play(Response(status, body, fields=fields, reason=reason,
-                                                framing=framing))
-                    reply = self.rrouter.post()
-                    self.assertEqual((reply.status, reply.reason, reply.body, reply.complete),
-                                     (status, reason, body, True))
-                    self.assertEqual(end_to_end(reply.fields), fields)
-                    self.assertEqual(reply.header("content-length"),
-                                     str(len(body)) if framing == "length" else None)
-        self.assertEqual(len(self.upstream.received), 2 * len(STATUSES))
-
-    def test_compressed_body_stays_compressed(self):
-        packed = gzip.compress(b"hello" * 100)
-        self.upstream.play(Response(200, packed, fields=[("Content-Encoding", "gzip")]))
-        reply = self.rrouter.post()
-        self.assertEqual((reply.body, reply.header("content-encoding")), (packed, "gzip"))
-
-    DROPPED = (
-        # headers that the client must not get
-        (("Connection", "X-Secret, close"), ("X-Secret", "1")), (("Keep-Alive", "timeout=5"),),
-        (("Connection", "X-One"), ("X-One", "1"), ("Connection", "x-two ,close"), ("X-Two", "2")),
-        (("Upgrade", "h2c"),), (("Proxy-Authenticate", "Basic"),), (("Trailer", "X-T"),),
-        (("Proxy-Connection", "close"),), (("Access-Control-Allow-Origin", "*"),
-         ("access-control-allow-headers", "*"), ("ACCESS-CONTROL-EXPOSE-HEADERS", "x")),
-    )
-
-    def test_headers_of_one_hop_and_of_browsers_are_dropped(self):
-        kept = [("Retry-After", "7"), ("X-Kept", "1"), ("Retry-After", "9")]
-        for fields in self.DROPPED:
-            with self.subTest(fields):
-                self.upstream.play(Response(fields=[kept[0], *fields, *kept[1:]]))
-                self.assertEqual(end_to_end(self.rrouter.post().fields), kept)
-
-    def test_connection_header_cannot_remove_the_length(self):
-        reply = self.reply_and_next(Response(stays=True, raw=(
-            b"HTTP/1.1 200 OK\r\nConnection: content-length\r\nContent-Length: 5\r\n\r\nhello")))
-        self.assertEqual((reply.body, reply.header("content-length")), (b"hello", "5"))
-
-    def test_chunks_in_odd_pieces_arrive_whole(self):
-        large = bytes(1 << 20)
-        self.upstream.play(Response(200, large))
-        self.assertTrue(self.rrouter.post().body == large)                  # no diff of 1 MB
-        text = b"hello0123456789"
-        coded = CHUNKED + b'5\r\nhello\r\n00A;x="y z"\r\n0123456789\r\n0\r\n\r\n'
-        for pieces in (
-                tuple(coded[at:at + 1] for at in range(len(coded))),
-                (CHUNKED, *(b"1\r\n%c\r\n" % byte for byte in text), b"0\r\n\r\n"),
-                CHUNKED + b"f\r\n" + text + b"\r\n0\r\nX-T: 1\r\nContent-Length: 3\r\n\r\n",
-                (CHUNKED[:-2], b"\r\nF\r", b"\n" + text + b"\r", b"\n0\r", b"\n\r", b"\n")):
-            with self.subTest(pieces[0]):
-                self.upstream.play(Response(raw=pieces))
-                reply = self.rrouter.post()
-                self.assertEqual((reply.status, reply.body, reply.complete), (200, text, True))
-
-    def test_response_that_ends_with_its_connection_is_reframed(self):
-        for response in (
-                Response(200, (b"hel", b"lo"), framing="close"),
-                Response(raw=b"HTTP/1.0 200 OK\r\n\r\nhello"),
-                Response(raw=b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello"),
-                Response(raw=b"HTTP/1.1 200 \r\nConnection: close\r\n\r\nhello")):
-            with self.subTest(response.raw):
-                reply = self.reply_and_next(response)
-                self.assertEqual((reply.body, reply.complete), (b"hello", True))
-                self.assertTrue(reply.header("content-length") or reply.header("transfer-encoding"))
-
     WITHOUT_BODY = (
         # method, response, Content-Length of the reply
         ("HEAD", Response(200, b"12345", framing="length"), "5"), ("HEAD", Response(), None),
-        ("HEAD", error(404), "72"), ("HEAD", Response(framing="close"), None),
+        ("HEAD", Response(framing="close"), None), ("GET", Response(200, ()), None),
         ("GET", Response(204, (), framing="none"), None),
-        ("GET", Response(304, (), framing="none"), None),
-        ("GET", Response(200, (), framing="length"), "0"), ("GET", Response(200, ()), None),
-        *(("GET", Response(raw=b"HTTP/1.1 " + head + b"\r\n\r\n", stays=True), length)
-          for head, length in (
-              (b"204 No Content\r\nContent-Length: 0", None),
-              (b"204 No Content\r\nContent-Length: 5", None),
-              (b"304 Not Modified\r\nContent-Length: 5", "5"),
-              (b"304 Not Modified\r\nTransfer-Encoding: chunked", None))),
+        ("GET", Response(200, (), framing="length"), "0"),
+        ("GET", Response(raw=b"HTTP/1.1 204 \r\nContent-Length: 5\r\n\r\n", stays=True), None),
+        ("GET", Response(raw=b"HTTP/1.1 304 \r\nContent-Length: 5\r\n\r\n", stays=True), "5"),
+        ("GET", Response(raw=CHUNKED_RESPONSE.replace(b"200", b"304"), stays=True), None),
     )
 
     def test_response_without_a_body_leaves_the_connection_in_step(self):
@@ -3972,7 +3665,6 @@ class ResponseTest(RouterTest):
         hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\nLink: </y>\r\n\r\n"
         for interim, statuses in (
                 (b"HTTP/1.1 100 Continue\r\n\r\n", []), (hints, [103]),
-                (b"HTTP/1.1 102 Processing\r\n\r\n", [102]),
                 (hints * 3 + b"HTTP/1.1 102 \r\nContent-Length: 9\r\n\r\n", [103] * 3 + [102])):
             with self.subTest(interim):
                 reply = self.reply_and_next(Response(
@@ -3980,21 +3672,16 @@ class ResponseTest(RouterTest):
                 self.assertEqual((reply.status, reply.body), (200, b"final"))
                 self.assertEqual([head[0] for head in reply.interim], statuses)
 
-    def test_malformed_response_is_a_bad_gateway(self):
+    def test_malformed_response_is_a_bad_gateway_at_once(self):
         for raw in BAD_RESPONSES:
-            with self.subTest(raw[:80]):
+            with self.subTest(raw[0][:80]):
                 self.upstream.clear()
-                self.upstream.default = Response(raw=raw)
+                stays = b"\n\n" in b"".join(raw)
+                self.upstream.default = Response(raw=raw, pause_s=0.1, stays=stays)
                 reply = self.rrouter.post()
                 self.assert_own_error(reply, 502)
                 self.assert_error(reply, 502, self.upstream.url)
                 self.assertEqual(len(self.upstream.received), 1)
-
-    def test_response_head_in_bare_line_feeds_is_refused_at_once(self):
-        for raw in ((b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",),
-                    (b"HTTP/1.1 200 OK\r\nX: y", b"\n", b"\n{}")):
-            self.upstream.play(Response(raw=raw, pause_s=0.1, stays=True))
-            self.assert_own_error(self.rrouter.post(), 502)
 
     def test_connection_dropped_before_the_head_is_a_bad_gateway(self):
         self.upstream.play(Response(close=True))
@@ -4015,11 +3702,9 @@ class ResponseTest(RouterTest):
                 with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
                     connection.sendall(request_bytes("POST", "/v1/messages", chat()))
                     reply = read_reply_from(reader)
-                    if reply.status != 502:
-                        self.assertEqual((reply.status, reply.complete), (200, False))
-                        self.assertTrue(body.startswith(reply.body), reply.body)
-                        with contextlib.suppress(ConnectionError):
-                            self.assertEqual(reader.read(), b"")
+                    self.assertEqual((reply.status, reply.body, reply.complete), (200, body, False))
+                    with contextlib.suppress(ConnectionError):
+                        self.assertEqual(reader.read(), b"")
                 self.assertEqual(len(self.upstream.received), 1)
                 self.assertEqual(self.rrouter.post().body, b"{}")
 
@@ -4034,27 +3719,19 @@ EVENTS = (event("message_start", message={"id": "msg_1"}), b": a comment\n\n", e
 class StreamTest(RouterTest):
     framings = ("chunked", "close")
 
-    def test_each_event_arrives_before_the_next_is_sent(self):
-        for mode in ("antigravity", "claude"):
-            for framing in self.framings:
-                with self.subTest(mode + " " + framing):
-                    self.rrouter.home.write("mode", mode)
-                    gates = [self.gate() for _ in EVENTS]
-                    self.upstream.play(stream(*EVENTS, framing=framing, gate=gates))
-                    with self.opened() as response:
-                        for gate, data in zip(gates, EVENTS):
-                            gate.set()
-                            self.assertEqual(receive(response, len(data)), data)
-                        self.assertEqual(response.read(), b"")
-
-    def test_head_arrives_before_any_event(self):
-        gate = self.gate()
-        self.upstream.play(stream(b":\n", gate=[gate]))
-        with self.opened() as response:
-            self.assertEqual((response.status, response.headers["content-type"]),
-                             (200, "text/event-stream; charset=utf-8"))
-            gate.set()
-            self.assertEqual(response.read(), b":\n")
+    def test_head_and_each_event_arrive_before_the_next_is_sent(self):
+        for mode, framing in itertools.product(("antigravity", "claude"), self.framings):
+            with self.subTest(mode + " " + framing):
+                self.rrouter.home.write("mode", mode)
+                gates = [self.gate() for _ in EVENTS]
+                self.upstream.play(stream(*EVENTS, framing=framing, gate=gates))
+                with self.opened() as response:
+                    self.assertEqual((response.status, response.headers["content-type"]),
+                                     (200, "text/event-stream; charset=utf-8"))
+                    for gate, data in zip(gates, EVENTS):
+                        gate.set()
+                        self.assertEqual(receive(response, len(data)), data)
+                    self.assertEqual(response.read(), b"")
 
     def test_small_events_are_sent_at_once(self):
         """Without TCP_NODELAY an event after the head waits 40 ms for an acknowledgement."""
@@ -4109,44 +3786,6 @@ class StreamTest(RouterTest):
         self.assertLess(time.monotonic() - start, 2)    # one second, and one for a busy machine
         wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
         self.assertEqual(len(self.upstream.received), len(cases))
-
-    def test_client_that_does_not_read_holds_the_upstream_back(self):
-        """64 MiB do not gather in rrouter; the upstream request ends when the client leaves."""
-        sent = []
-        self.upstream.play(stream(framing="close"))
-        self.upstream.queue[0].chunks = (sent.append(1) or bytes(1 << 20) for _ in range(64))
-        with self.rrouter.connect() as connection:
-            connection.sendall(request_bytes("POST", "/v1/messages", chat()))
-            wait_until(lambda: sent)
-            quiet = -1
-            while quiet != len(sent):               # until nothing has moved for a while
-                quiet = len(sent)
-                time.sleep(0.3)
-            self.assertLess(quiet, 60)
-        self.upstream.wait(lambda upstream: upstream.closed)
-
-    def test_parallel_streams_stay_separate(self):
-        count, gate = 50, self.gate()
-        self.upstream.default = lambda received: stream(
-            event("start", who=received.model), event("end", who=received.model), gate=gate)
-        self.rrouter.home.write("mode", "claude")
-        threads = self.threads()
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(self.rrouter.connect()) for _ in range(count)]
-            for number, client in enumerate(clients):
-                client.sendall(request_bytes("POST", "/v1/messages", chat("m%d" % number)))
-            self.upstream.wait(lambda upstream: len(upstream.received) == count)
-            self.assertEqual(self.rrouter.health()["activeRequests"], count)
-            gate.set()
-            for number, client in enumerate(clients):
-                name, reply = "m%d" % number, read_reply(client)
-                self.assertEqual((reply.body, reply.header("x-rrouter-model")),
-                                 (event("start", who=name) + event("end", who=name), name))
-        wait_until(lambda: self.threads() <= threads)
-
-    def threads(self):
-        """Return how many threads rrouter has; 0 where /proc is missing."""
-        return len(os.listdir("/proc/%d/task" % self.rrouter.process.pid)) if PROC else 0
 
     def test_bytes_after_the_last_request_do_not_truncate_its_response(self):
         body = bytes(3_000_000)
