@@ -71,7 +71,7 @@ import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar, Union
 
 __version__ = "5.0.0"
 
@@ -2178,38 +2178,46 @@ def write_atomically(path: str, text: str, durable: bool = True) -> None:
         raise
 
 
+def open_for_reading(path: str) -> BinaryIO:
+    """Open a file to read its bytes, without waiting for a writer if it is a FIFO."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
 def read_file(path: str) -> bytes | None:
     """Return the bytes of a regular file, None if nothing is at `path`; else raise OSError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # a FIFO would block
+        file = open_for_reading(path)
     except FileNotFoundError:
         return None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
-        if status.st_size > FILE_MAX_BYTES:
-            raise OSError(errno.EFBIG, f"larger than {FILE_MAX_BYTES} bytes", path)
-        content = b""
-        while True:
-            more = os.read(descriptor, FILE_MAX_BYTES)
-            content += more
-            if not more or len(content) > FILE_MAX_BYTES:
-                return content
-    finally:
-        os.close(descriptor)
+        content = file.read(FILE_MAX_BYTES + 1)
+    if len(content) > FILE_MAX_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {FILE_MAX_BYTES} bytes", path)
+    return content
 
 
-def _signature(path: str) -> tuple[int, int, int, int] | int | None:
-    """Return a value that changes with each write of the file; None if it does not exist.
+def read_json(path: str) -> Any:
+    """Return what the JSON in a file says, None if nothing is at `path`.
+
+    Raises OSError, or ValueError if the content is not JSON.
+    """
+    content = read_file(path)
+    try:
+        return None if content is None else json.loads(content.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nesting that is too deep") from error
+
+
+def _signature(path: str) -> tuple[int, ...] | int | None:
+    """Return a value that changes with each write of the file; the number of an error instead.
 
     Compared by equality, because `mv` and `git checkout` can bring an older time.  The last member,
     the time of the last change of any kind, changes even if a writer sets the other time back.
     """
     try:
         status = os.stat(path)
-    except FileNotFoundError:
-        return None
     except OSError as error:
         return error.errno
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
@@ -2238,7 +2246,7 @@ class Log:
     """The log file, rotated by size.  Any thread may add lines; only the watcher writes them.
 
     So a disk that hangs holds up no request; `kill -9` can lose the lines of the last POLL_S.
-    `open`, `reopen` and `flush` are for one thread at a time.
+    `open` and `flush` are for one thread at a time.
     """
 
     HELD_MAX = 10_000       # lines; only while the disk hangs can so many be held
@@ -2253,7 +2261,7 @@ class Log:
         self._lines: deque[bytes] = deque(maxlen=self.HELD_MAX)
         self._second, self._stamp = 0, ""   # of the last line
         self._descriptor: int | None = None
-        self._echo_stuck = False
+        self._is_stuck = False              # stderr accepts nothing
 
     def write(self, tag: str, text: str) -> None:
         """Add one line; the caller has made everything printable that comes from outside."""
@@ -2284,14 +2292,12 @@ class Log:
 
     def _write_stderr(self, data: bytes) -> None:
         """Write as much to stderr as it accepts: a terminal may be stopped, a pipe full."""
-        poller = select.poll()
-        poller.register(2, select.POLLOUT)
         # A pipe that is ready accepts PIPE_BUF bytes without blocking.
         for start in range(0, len(data), select.PIPE_BUF):
-            if not poller.poll(0 if self._echo_stuck else int(self.ECHO_S * 1000)):
-                self._echo_stuck = True
+            ready = select.select([], [2], [], 0 if self._is_stuck else self.ECHO_S)[1]
+            self._is_stuck = not ready
+            if self._is_stuck:
                 return
-            self._echo_stuck = False
             _write_all(2, data[start:start + select.PIPE_BUF])
 
     def _note(self, error: OSError | None) -> None:
@@ -2303,9 +2309,15 @@ class Log:
         self.problem = problem
 
     def open(self) -> None:
-        """Open the file; if that fails, `problem` says why."""
-        problem: OSError | None = None
-        descriptor = None
+        """Open the file unless it is open and still at its path, because others rotate it too.
+
+        If that fails, `problem` says why.
+        """
+        with contextlib.suppress(OSError):
+            if self._descriptor is not None and os.path.samestat(
+                    os.stat(self._path), os.fstat(self._descriptor)):
+                return
+        descriptor = problem = None
         try:
             os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
             # A FIFO without a reader would block.
@@ -2319,14 +2331,6 @@ class Log:
         if descriptor is not None and not self._echo:
             os.dup2(descriptor, 2)      # the daemon's stderr, for messages of Python itself
         self._note(problem)
-
-    def reopen(self) -> None:
-        """Open the file at the path if it is another one: others rotate and remove files too."""
-        with contextlib.suppress(OSError):
-            if self._descriptor is not None and os.path.samestat(
-                    os.stat(self._path), os.fstat(self._descriptor)):
-                return
-        self.open()
 
     def _rotate_if_full(self, descriptor: int, coming: int) -> None:
         """Begin a new file if the next `coming` bytes do not fit; if that fails, keep the old."""
@@ -2348,7 +2352,7 @@ class Store:
     """The user's config and mode, always read together and never stale.
 
     `changed(old, new, mode_written)` is called, one call at a time, before any thread gets the new
-    snapshot.  Call `load` before anything else.
+    snapshot, also for the first one.
     """
 
     def __init__(self, paths: Paths, log: Log, changed: Callable[[Snapshot, Snapshot, bool], None]):
@@ -2356,31 +2360,24 @@ class Store:
         self._lock = threading.Lock()
         self.condition = threading.Condition()      #: notified to let the watcher look at once
         self._config = config_of(None)
-        self._config_bytes: bytes | OSError | None = None
+        self._config_bytes: bytes | OSError | None = None   # or why they could not be read
         self._config_error: str | None = None
         self._word: str | None = None
         self._mode_error: str | None = None
-        self.mode_signature: tuple[int, ...] | int | None = None
+        self._mode_signature: object = None
         self._current = Snapshot(self._config, "", ())
-        self._seen: object = None
-
-    def load(self) -> Snapshot:
-        """Read the files for the first time; return config and mode."""
-        with self._lock:
-            seen = self._read()
-            new = self._compose()
-            self._log.write("MODE", new.mode)
-            return self._publish(new, seen)
+        self._seen: object = None       # the signatures of the files in `_current`
 
     def snapshot(self) -> Snapshot:
         """Return config and mode as they are now: every write before this call has its effect.
 
-        It takes no lock.  That holds without the interpreter lock too, because `_publish` stores
-        `_seen` after `_current`, and Python's attribute access is atomic (PEP 703).
+        It takes no lock unless a file has changed.  That holds without the interpreter lock too,
+        because `_reload` stores `_seen` last, and Python's attribute access is atomic (PEP 703).
         """
         if (_signature(self.paths.mode), _signature(self.paths.config)) == self._seen:
             return self._current
-        return self._reload()
+        with self._lock:
+            return self._reload()
 
     def wake(self) -> None:
         """Let the watcher look at once."""
@@ -2390,35 +2387,24 @@ class Store:
     def fingerprint(self) -> dict[str, Any]:
         """Return what ties a saved state to the mode file and to the `auto` section."""
         with self._lock:        # not between a new mode and the reset that it brings
-            written = self.mode_signature
-            return {"modeFile": list(written) if isinstance(written, tuple) else written,
-                    "auto": [list(value) if isinstance(value, tuple) else value
-                             for value in self._current.config.auto]}
+            values = {"modeFile": self._mode_signature, "auto": self._current.config.auto}
+        return dict(json.loads(json.dumps(values)))     # compared with what a file says: no tuples
 
     def _reload(self) -> Snapshot:
-        with self._lock:
-            old, old_signature = self._current, self.mode_signature
-            seen = self._read()
-            new, written = self._compose(), self.mode_signature != old_signature
-            if new.mode != old.mode:
-                self._log.write("MODE", f"{old.mode} -> {new.mode}")
-            if written or new != old:
-                self._changed(old, new, written)
-            return self._publish(new, seen)
-
-    def _read(self) -> tuple[Any, Any]:
-        """Read both files; return the signatures they had before."""
+        """Read both files and publish what they say; the signatures are those of before."""
         seen = _signature(self.paths.mode), _signature(self.paths.config)
+        old, old_signature = self._current, self._mode_signature
         self._read_config()
         self._read_mode(seen[0])
-        return seen
-
-    def _publish(self, new: Snapshot, seen: tuple[Any, Any]) -> Snapshot:
+        new, written = self._compose(), self._mode_signature != old_signature
+        if new.mode != old.mode:
+            self._log.write("MODE", f"{old.mode and old.mode + ' -> '}{new.mode}")
+        if written or new != old:
+            self._changed(old, new, written)
         self._current = new
-        # `_seen` last, because `snapshot` compares it without the lock.  A file that could not be
-        # read is read again by the next request.
+        # A file that could not be read is read again by the next request.
         readable = self._mode_error is None and not isinstance(self._config_bytes, OSError)
-        self._seen = (_if_stable(seen[0]), _if_stable(seen[1])) if readable else None
+        self._seen = tuple(map(_if_stable, seen)) if readable else None
         return new
 
     def _read_config(self) -> None:
@@ -2441,7 +2427,7 @@ class Store:
                 self._config_error = complaint
                 self._log.write("CONFIG", f"{complaint}; the previous config stays in force")
 
-    def _read_mode(self, signature: tuple[int, ...] | int | None) -> None:
+    def _read_mode(self, signature: object) -> None:
         try:
             content = read_file(self.paths.mode)
         except OSError as error:
@@ -2452,7 +2438,7 @@ class Store:
         if word != "":                  # else it is just being written
             self._word = word
             # chmod changes the last member, but does not write the mode.
-            self.mode_signature = signature[:3] if isinstance(signature, tuple) else signature
+            self._mode_signature = signature[:3] if isinstance(signature, tuple) else signature
 
     def _compose(self) -> Snapshot:
         config, word = self._config, self._word
@@ -2460,25 +2446,19 @@ class Store:
         problems = [self._config_error, *(f"config.json: {problem}" for problem in config.problems),
                     self._mode_error]
         if word == MODE_AUTO and word != mode:
-            complaint = f"config.json: {config.auto_error}"
-            problems += [] if complaint in problems else [complaint]
+            problems.append(f"config.json: {config.auto_error}")
         elif word is not None and word != mode:
             defined = ", ".join([*config.modes, MODE_AUTO])
             problems.append(f"mode: '{printable(word, 40)}' is not defined by config.json "
                             f"(defined: {defined}); {mode} is in force")
-        return Snapshot(config, mode, tuple(problem for problem in problems if problem))
+        return Snapshot(config, mode, tuple(dict.fromkeys(filter(None, problems))))
 
 
 class StateFile:
-    """state.json: the state of auto mode, kept over a restart.
-
-    One thread at a time writes it, and takes the state while it has the turn, so that an older
-    state never replaces a newer one.
-    """
+    """state.json: the state of auto mode, kept over a restart.  One thread alone writes it."""
 
     def __init__(self, path: str, log: Log):
         self._path, self._log = path, log
-        self._lock = threading.Lock()
         self._saved: dict[str, Any] | None = None
         self.problem: str | None = None     #: why the last state could not be written
 
@@ -2488,14 +2468,13 @@ class StateFile:
         Raises StateError if the file is unusable or was saved with another fingerprint.
         """
         try:
-            content = read_file(self._path)
-            if content is None:
-                return None
-            state = json.loads(content.decode("utf-8"))
+            state = read_json(self._path)
         except OSError as error:
             raise StateError(reason_of(error)) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise StateError("not the JSON that rrouter wrote") from error
+        if state is None:
+            return None
         if not isinstance(state, dict) or state.get("version") != 1:
             raise StateError("not written by this version of rrouter")
         for name, what in (("modeFile", "the mode file"), ("auto", "the auto section")):
@@ -2507,25 +2486,22 @@ class StateFile:
         """Let the next `save` write, because the file was removed."""
         self._saved = None
 
-    def save(self, make: Callable[[], dict[str, Any]]) -> None:
-        """Write the state that `make` returns, fingerprint included, unless it is the last saved.
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the state, fingerprint included, unless it is the last saved.
 
         Never raises; a failure is logged once.
         """
-        with self._lock:
-            state = make()
-            if state == self._saved:
-                return
-            try:
-                text = json.dumps({"version": 1, **state}, indent=1)
-                write_atomically(self._path, text + "\n")
-                self._saved, self.problem = state, None
-            except OSError as error:
-                problem = (f"state.json: cannot be written: {reason_of(error)}: "
-                           "a restart forgets the cooldowns")
-                if problem != self.problem:
-                    self._log.write("AUTO", problem)
-                self.problem = problem
+        if state == self._saved:
+            return
+        try:
+            write_atomically(self._path, json.dumps({"version": 1, **state}, indent=1) + "\n")
+            self._saved, self.problem = state, None
+        except OSError as error:
+            problem = (f"state.json: cannot be written: {reason_of(error)}: "
+                       "a restart forgets the cooldowns")
+            if problem != self.problem:
+                self._log.write("AUTO", problem)
+            self.problem = problem
 
 
 # Resources ####################################################################
@@ -2565,13 +2541,11 @@ class RememberedHead:
         if not self._after:
             return head, end
         number = _NUMBER.match(data, end)
-        if not number or not data.startswith(self._after, number.end()):
+        if (not number or not data.startswith(self._after, number.end())
+                or int(number.group()) > BODY_MAX_BYTES):
             return None
-        length = int(number.group())
-        if length > BODY_MAX_BYTES:
-            return None
-        end = number.end() + len(self._after)
-        return (head if length == head.length else head._replace(length=length)), end
+        head = head._replace(length=int(number.group()))
+        return head, number.end() + len(self._after)
 
 
 class OneCore:
@@ -2604,26 +2578,22 @@ class OneCore:
         with contextlib.suppress(OSError):              # a sandbox may forbid it
             allowed = os.sched_getaffinity(0)           # each time, because the user may change it
             enough = min(active, len(threads)) >= self.ACTIVE_MIN
-            if not enough or busy < (self.BUSY if self._core is None else self.CALM):
-                if self._core is not None:
-                    self._core = None
-                    self._place(threads, allowed)
-                return
-            if self._core not in allowed:
-                self._core = self._core_of(threads[0])
-            if self._core in allowed:
-                self._place(threads, {self._core})
+            if enough and busy >= (self.BUSY if self._core is None else self.CALM):
+                if self._core not in allowed:
+                    self._core = self._core_of(threads[0])
+                if self._core in allowed:
+                    self._place(threads, {self._core})
+            elif self._core is not None:
+                self._core = None
+                self._place(threads, allowed)
 
     @staticmethod
     def _core_of(thread: int) -> int | None:
         """Return the core a busy thread last ran on: the kernel knows the fast cores."""
         # The thread may have ended, and not every system has /proc.
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            descriptor = os.open("/proc/self/task/%d/stat" % thread, os.O_RDONLY)
-            try:
-                return int(os.read(descriptor, 4096).rpartition(b")")[2].split()[36])
-            finally:
-                os.close(descriptor)
+        with contextlib.suppress(OSError, ValueError, IndexError), \
+                open(f"/proc/self/task/{thread}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[36])
         return None
 
     @staticmethod
@@ -3728,7 +3698,7 @@ class Router:
 
     def load(self) -> None:
         """Read mode and config for the first time."""
-        self.failover.reset(self.store.load().config.auto, "")
+        self.store.snapshot()
 
     def load_state(self) -> None:
         """Continue with the failover state of before a restart if it fits; keep it from now on."""
@@ -3746,7 +3716,7 @@ class Router:
         """Write state.json if there is something new."""
         if self.keeps_state:
             # The fingerprint first: a reset by a mode written meanwhile must not be undone.
-            self.state.save(lambda: {**self.store.fingerprint(), **self.failover.save()})
+            self.state.save({**self.store.fingerprint(), **self.failover.save()})
 
     def watch(self) -> None:
         """Look at the files and at the clock; one step of the watcher."""
@@ -4574,7 +4544,7 @@ class Watcher:
             with condition:
                 condition.wait(0 if self._ending else POLL_S)
             is_last = self._ending      # lines added before are written in this round
-            for step in (self._reclaim, self._lock.renew, self._router.watch, log.reopen,
+            for step in (self._reclaim, self._lock.renew, self._router.watch, log.open,
                          log.flush):
                 try:
                     step()
