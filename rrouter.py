@@ -4199,17 +4199,15 @@ class Lock:
 
         Raises DaemonError.
         """
+        holder = Holder(os.getpid(), instance, *own_place())
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
+            with contextlib.ExitStack() as failed:
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+                failed.callback(os.close, descriptor)
                 if not until(lambda: self._try(descriptor, fcntl.LOCK_EX), patience_s):
-                    os.close(descriptor)
                     return False
-                os.ftruncate(descriptor, 0)         # it named the last holder
-                self._write(descriptor, Holder(os.getpid(), instance, *own_place()))
-            except (OSError, DaemonError):
-                os.close(descriptor)
-                raise
+                self._write(descriptor, holder)     # at once, because it names the last holder
+                failed.pop_all()
             self.release()              # a file that has left the path
             self._descriptor = descriptor
             return True
@@ -4241,10 +4239,8 @@ class Lock:
         try:
             return self._descriptor is not None and not os.path.samestat(
                 os.stat(self._path), os.fstat(self._descriptor))
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
 
     def renew(self) -> None:
         """Correct the line if this process holds the lock: laptops change their host names."""
@@ -4284,15 +4280,6 @@ class Lock:
             self._descriptor = None
 
 
-def has_terminal() -> bool:
-    """Return whether this process has a controlling terminal."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
-        return True
-    except OSError:
-        return False
-
-
 class Signals:
     """Signals as bytes in a pipe, because a handler can run in the middle of anything."""
 
@@ -4303,23 +4290,20 @@ class Signals:
     def install(self) -> None:
         """Catch SIGTERM, SIGINT and SIGHUP from now on; for the main thread."""
         self._read, self._write = os.pipe()
-        os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN     # by nohup
-        self.hang_up_ends = not ignored and has_terminal()
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # else we run under nohup
+            with contextlib.suppress(OSError):                      # there is no terminal
+                os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
+                self.hang_up_ends = True
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
 
-    def wait(self, timeout_s: float | None = None) -> bytes:
-        """Return the number of the next signal, b"" if none comes within `timeout_s`."""
-        poller = select.poll()
-        poller.register(self._read, select.POLLIN)
-        if not poller.poll(None if timeout_s is None else int(timeout_s * 1000)):
-            return b""
-        with contextlib.suppress(BlockingIOError):
-            return os.read(self._read, 1)       # one at a time: the second has another meaning
-        return b""
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Return the number of the next signal, 0 if none comes within `timeout_s`."""
+        if not select.select([self._read], [], [], timeout_s)[0]:
+            return 0
+        return os.read(self._read, 1)[0]        # one at a time: the second has another meaning
 
 
 def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
@@ -4337,22 +4321,6 @@ def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
                          "or an address or a name of this machine") from error
 
 
-def _port_owner_from_proc(port: int) -> str:
-    inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
-            rows = [line.split() for line in file][1:]
-            inodes |= {f"socket:[{row[9]}]" for row in rows
-                       if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
-    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
-        with contextlib.suppress(OSError):
-            for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
-                    name = read_file(f"/proc/{pid}/comm") or b""
-                    return f"{printable(name.decode('utf-8', 'replace').strip())} (pid {pid})"
-    return ""
-
-
 def run_program(command: Sequence[str], timeout_s: float) -> tuple[int, str]:
     """Run a program of the system; return its status and output, 127 and why if it cannot run."""
     import subprocess
@@ -4366,14 +4334,23 @@ def run_program(command: Sequence[str], timeout_s: float) -> tuple[int, str]:
 
 def port_owner(port: int) -> str:
     """Return name and pid of the program that listens on `port`, "" if they are not known."""
-    for command in (("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"),
-                    ("ss", "-Hltnp", f"sport = :{port}")):
-        output = run_program(command, timeout_s=3)[1]
-        found = (re.search(r"p(?P<pid>\d+)\nc(?P<name>[^\n]+)", output)
-                 or re.search(r'\("(?P<name>[^"]+)",pid=(?P<pid>\d+)', output))
-        if found:
-            return f"{printable(found['name'])} (pid {found['pid']})"
-    return _port_owner_from_proc(port)
+    if not os.path.isdir("/proc/net"):                  # macOS
+        output = run_program(("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"), 3)[1]
+        found = re.search(r"p(\d+)\nc([^\n]+)", output)
+        return f"{printable(found[2])} (pid {found[1]})" if found else ""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
+            rows = [line.split() for line in file][1:]
+            inodes |= {f"socket:[{row[9]}]" for row in rows
+                       if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
+        with contextlib.suppress(OSError):              # it has ended, or is not ours
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                        return f"{printable(file.read().strip())} (pid {pid})"
+    return ""
 
 
 @contextlib.contextmanager
@@ -4421,26 +4398,18 @@ def describe_taken(settings: Settings) -> str:
             "config)")
 
 
-def open_server(router: Router, family: int, address: Any) -> ProxyServer:
-    """Return a server that listens on `address`; raise OSError."""
-    server = ProxyServer(family, address, router)
-    try:
-        server.server_bind()
-        server.server_activate()
-    except OSError:
-        server.server_close()
-        raise
-    return server
-
-
 def listen(settings: Settings, router: Router) -> list[ProxyServer]:
     """Return the listening servers; raise DaemonError if an address is taken or none is ours."""
     servers: list[ProxyServer] = []
     problem: OSError | None = None
     for family, address in addresses_of(settings):
+        server = ProxyServer(family, address, router)
         try:
-            servers.append(open_server(router, family, address))
+            server.server_bind()
+            server.server_activate()
+            servers.append(server)
         except OSError as error:
+            server.server_close()
             problem = error
             if error.errno == errno.EADDRINUSE:
                 break
@@ -4500,23 +4469,19 @@ def write_run_files(router: Router) -> bool:
     return True
 
 
-def raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files, 256 on macOS, as far as is useful."""
+def raise_descriptor_limit() -> int:
+    """Raise the limit of open files, 256 on macOS, as far as is useful; return it."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * CONNECTIONS_MAX
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    enough = 4 * CONNECTIONS_MAX
+    if soft == resource.RLIM_INFINITY:
+        return enough
+    wanted = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
+    if soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def descriptor_limit() -> int:
-    """Return how many files this process may have open."""
-    import resource
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+            return wanted
+    return soft
 
 
 class Watcher:
@@ -4529,7 +4494,8 @@ class Watcher:
 
     def __init__(self, router: Router, lock: Lock):
         self._router, self._lock = router, lock
-        self._ending = self._is_lost = self._is_unwritten = False
+        self._owns_files = router.keeps_state
+        self._ending = self._is_unwritten = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -4553,20 +4519,18 @@ class Watcher:
 
     def _reclaim(self) -> None:
         """Write the files that name this daemon again if the user removed ~/.rrouter."""
+        if not self._owns_files:
+            return
         router, paths = self._router, self._router.store.paths
-        if self._lock.is_removed():
-            router.keeps_state = False      # the files may be another daemon's by now
-            self._is_lost = True
+        is_removed = self._lock.is_removed()
+        router.keeps_state = not is_removed         # else they may be another daemon's by now
+        if is_removed and os.path.isdir(os.path.dirname(paths.root)):   # else HOME itself is away
             with contextlib.suppress(DaemonError):
-                if os.path.isdir(os.path.dirname(paths.root)):      # else HOME itself is away
-                    paths.create()
-                    if self._lock.acquire(router.instance, patience_s=0):
-                        router.state.forget()
-                        self._is_unwritten = True
-                        router.log.write(
-                            "START", "~/.rrouter was removed: this daemon has it again")
-        elif self._is_lost:
-            router.keeps_state, self._is_lost = True, False
+                paths.create()
+                if self._lock.acquire(router.instance, patience_s=0):
+                    router.state.forget()
+                    self._is_unwritten = True
+                    router.log.write("START", "~/.rrouter was removed: this daemon has it again")
         if self._is_unwritten:
             self._is_unwritten = not write_run_files(router)
 
@@ -4575,19 +4539,6 @@ class Watcher:
         self._ending = True
         self._router.store.wake()
         self._thread.join(self.END_S)
-
-
-def wait_for_the_end(signals: Signals, router: Router) -> None:
-    """Return when a signal ends rrouter; if SIGHUP does not, read the files again on it."""
-    while True:
-        for number in signals.wait():
-            if number != signal.SIGHUP or signals.hang_up_ends:
-                router.log.write("STOP", f"{signal.Signals(number).name}: running requests may "
-                                         f"finish within {DRAIN_S} s")
-                return
-            router.store.snapshot()
-            router.log.write("START", "SIGHUP: files read again")
-            router.store.wake()
 
 
 def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
@@ -4604,7 +4555,7 @@ def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
             if not client.busy:
                 client.stop_reading(cut_off=False)
         # A closing terminal can send SIGHUP twice: by the kernel and by the shell.
-        if any(number != signal.SIGHUP for number in signals.wait(0.02)):
+        if signals.wait(0.02) not in (0, signal.SIGHUP):
             router.log.write("STOP", "second signal: ending at once")
             break
     for client in list(router.connections):
@@ -4621,21 +4572,28 @@ def remove_files(*paths: str) -> None:
 
 def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[ProxyServer],
                    watcher: Watcher) -> None:
-    """Wait for a signal, drain, and end the process."""
-    status = 1
+    """Serve until a signal says otherwise, drain, and end the process."""
+    log, status = router.log, 1
     try:
-        wait_for_the_end(signals, router)
+        number = signals.wait()
+        while number == signal.SIGHUP and not signals.hang_up_ends:
+            router.store.snapshot()
+            log.write("START", "SIGHUP: files read again")
+            router.store.wake()
+            number = signals.wait()
+        log.write("STOP", f"{signal.Signals(number).name}: running requests may finish within "
+                          f"{DRAIN_S} s")
         lock.stopping = True            # the watcher writes it down, because a disk may hang
         router.store.wake()
         drain(signals, router, servers)
-        router.log.write("STOP", f"rrouter ends, pid {os.getpid()}")
+        log.write("STOP", f"rrouter ends, pid {os.getpid()}")
         watcher.end()
         if router.keeps_state:
             remove_files(router.store.paths.pid, router.store.paths.run)
         lock.release()
         status = 0
     except Exception as error:          # a defect of ours
-        router.log.write("ERROR", describe_defect(error))
+        log.write("ERROR", describe_defect(error))
         watcher.end()
     finally:
         os._exit(status)    # threads of streams past the drain time would hold the interpreter up
@@ -4645,7 +4603,7 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
     """Load the files and listen; return the servers.  Raises DaemonError, UsageError."""
     log, settings = router.log, router.settings
     router.load()
-    spare = descriptor_limit() - CONNECTIONS_RESERVE - 24
+    spare = raise_descriptor_limit() - CONNECTIONS_RESERVE - 24
     router.connections_max = min(CONNECTIONS_MAX, max(1, spare // 2))
     servers = listen(settings, router)
     if owns_files:
@@ -4676,7 +4634,6 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     if ready is not None and not owns_files:
         report_start(ready, "running")
         return 0
-    raise_descriptor_limit()
     use_one_heap()
     log = Log(paths.log, echo=ready is None)
     router = Router(settings, paths, log, who_starts() if ready is None else "start")
@@ -4696,8 +4653,8 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     return 0
 
 
-class Running(NamedTuple):
-    """A live daemon, as its files describe it."""
+class Daemon(NamedTuple):
+    """A daemon, as its files describe it."""
 
     holder: Holder
     host: str
@@ -4711,42 +4668,40 @@ class Running(NamedTuple):
         """Its pid, where it lives."""
         return self.holder.pid
 
-
-def read_run(paths: Paths) -> Running | None:
-    """Return the daemon that run.json describes, live or killed; None without a usable file."""
-    try:
-        run = json.loads(read_file(paths.run) or b"{}")
-        holder = Holder(int(run["pid"]), str(run.get("instance", "")))
-        return Running(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
+    @classmethod
+    def last(cls, paths: Paths) -> Daemon | None:
+        """Return the one in run.json, live or killed; None without a usable file."""
+        try:
+            run = read_json(paths.run)
+            holder = Holder(int(run["pid"]), str(run.get("instance", "")))
+            return cls(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
                        str(run["upstream"]), str(run.get("allowedHosts", "")))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            return None
+
+    @classmethod
+    def find(cls, paths: Paths) -> Daemon | None:
+        """Return the live one, or None; without its run.json, on the port of the environment."""
+        holder, last = Lock(paths.lock).look(), cls.last(paths)
+        if holder is None:
+            return None
+        if last and holder.is_same(last.holder):
+            return last._replace(holder=holder)
+        settings = read_environment(dict(os.environ))
+        return cls(holder, settings.host, settings.port, "unknown")
+
+    def health(self) -> dict[str, Any] | None:
+        """Return its /health, or None if it does not answer, or another process does."""
+        health = ask_health(self.host, self.port)
+        if health and self.holder.is_same(Holder(health["pid"], health.get("instance", ""))):
+            return health
         return None
-
-
-def find_daemon(paths: Paths) -> Running | None:
-    """Return the live daemon, or None; without its run.json, on the port of the environment."""
-    holder, run = Lock(paths.lock).look(), read_run(paths)
-    if holder is None:
-        return None
-    if run and (run.pid, run.holder.instance) == (holder.pid, holder.instance):
-        return run._replace(holder=holder)
-    settings = read_environment(dict(os.environ))
-    return Running(holder, settings.host, settings.port, "unknown")
-
-
-def health_of(daemon: Running, timeout_s: float = 3) -> dict[str, Any] | None:
-    """Return /health of this very daemon, or None if it does not answer."""
-    health = ask_health(daemon.host, daemon.port, timeout_s)
-    if health is None or health.get("instance", "") != daemon.holder.instance:
-        return None
-    return health if health["pid"] == daemon.pid else None
 
 
 def last_lines(path: str, count: int = 5) -> str:
     """Return the last lines of a file, indented."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # a FIFO would block
-        with os.fdopen(descriptor, "rb") as file:
+        with open_for_reading(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
             lines = file.read().decode("utf-8", "replace").splitlines()[-count:]
     except OSError as error:
@@ -4754,12 +4709,12 @@ def last_lines(path: str, count: int = 5) -> str:
     return "\n".join(f"  {printable(line)}" for line in lines)
 
 
-def wait_for_health(paths: Paths) -> tuple[Running, dict[str, Any]]:
+def wait_for_health(paths: Paths) -> tuple[Daemon, dict[str, Any]]:
     """Return the daemon and its /health once it answers; raise DaemonError with the log's end."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
-        daemon = find_daemon(paths)
-        health = health_of(daemon) if daemon else None
+        daemon = Daemon.find(paths)
+        health = daemon.health() if daemon else None
         if daemon and health:
             return daemon, health
         time.sleep(0.02)
@@ -4769,19 +4724,16 @@ def wait_for_health(paths: Paths) -> tuple[Running, dict[str, Any]]:
 def _become_daemon(descriptors: tuple[int, ...], arguments: list[str]) -> NoReturn:
     """In a forked child: run the program in a session without a terminal, as an orphan.
 
-    It gets the `descriptors` as 0, 1, 2 ... and no others.
+    It gets the `descriptors` as 0, 1, 2 ... and no others; their own numbers are higher.
     """
-    highest = min(descriptor_limit(), 1 << 16)
     try:
         os.setsid()
         if os.fork() == 0:              # not the session's leader: it never gets a terminal
             os.umask(0o077)
             os.chdir("/")
-            # First out of the way: a caller that closed its 0 to 3 has these numbers in use.
-            sources = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in descriptors]
-            for target, source in enumerate(sources):
+            for target, source in enumerate(descriptors):
                 os.dup2(source, target)
-            os.closerange(len(sources), highest)
+            os.closerange(len(descriptors), 1 << 16)
             # A new program, because what macOS loads into a process does not survive a fork
             # (python/cpython#105912).
             os.execv(arguments[0], arguments)
@@ -4806,9 +4758,8 @@ def spawn_daemon(paths: Paths) -> None:
         os.close(descriptor)
     os.waitpid(child, 0)
     with os.fdopen(read_end, "rb") as pipe:
-        poller = select.poll()
-        poller.register(pipe, select.POLLIN)
-        words = pipe.read().decode("utf-8", "replace") if poller.poll(START_S * 1000) else ""
+        ready = select.select([pipe], [], [], START_S)[0]
+        words = pipe.read().decode("utf-8", "replace") if ready else ""
     if words not in ("ready", "running"):
         raise DaemonError(words or "the daemon did not start; the log ends with\n"
                           + last_lines(paths.log))
@@ -4882,19 +4833,19 @@ def find_manager(home: str) -> Manager | None:
     return None
 
 
-def running_already(paths: Paths) -> Running | None:
+def running_already(paths: Paths) -> Daemon | None:
     """Return the daemon that runs and answers, or None when none does.  Raises DaemonError.
 
     Waits for one that is about to end, or to answer.
     """
-    daemon = find_daemon(paths)
+    daemon = Daemon.find(paths)
     if daemon is None:
         return None
-    if daemon.holder.elsewhere and not health_of(daemon):
+    if daemon.holder.elsewhere and not daemon.health():
         raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
-    until(lambda: not daemon.holder.is_same(Lock(paths.lock).look()) or health_of(daemon),
+    until(lambda: not daemon.holder.is_same(Lock(paths.lock).look()) or daemon.health(),
           DRAIN_S + 5 if daemon.holder.stopping else START_S)
-    return wait_for_health(paths)[0] if find_daemon(paths) else None
+    return wait_for_health(paths)[0] if Daemon.find(paths) else None
 
 
 def start_daemon(paths: Paths, home: str) -> str:
@@ -4959,7 +4910,7 @@ def send_signal(lock: Lock, holder: Holder, number: int) -> None:
 
 def stop_daemon(paths: Paths, home: str) -> str:
     """Stop the daemon; return what to print when its port is free.  Raises DaemonError."""
-    daemon, lock = find_daemon(paths), Lock(paths.lock)
+    daemon, lock = Daemon.find(paths), Lock(paths.lock)
     if not daemon:
         remove_files(paths.pid, paths.run)
         return "rrouter is not running"
@@ -5060,7 +5011,7 @@ def cmd_stop(context: Context) -> int:
 
 def cmd_restart(context: Context) -> int:
     """Stop the daemon and start it again, with its settings except what this shell sets."""
-    daemon = find_daemon(context.paths) or read_run(context.paths)      # it may have been killed
+    daemon = Daemon.find(context.paths) or Daemon.last(context.paths)   # it may have been killed
     if daemon and not find_manager(context.home):       # a service has an environment file
         for name in Settings._fields:
             variable = f"RROUTER_{name.upper()}"
@@ -5069,10 +5020,10 @@ def cmd_restart(context: Context) -> int:
     return cmd_stop(context) or cmd_start(context)
 
 
-def find_health(paths: Paths) -> tuple[Running | None, dict[str, Any] | None]:
+def find_health(paths: Paths) -> tuple[Daemon | None, dict[str, Any] | None]:
     """Return the live daemon and its /health, None for what does not exist."""
-    daemon = find_daemon(paths)
-    return daemon, health_of(daemon) if daemon else None
+    daemon = Daemon.find(paths)
+    return daemon, daemon.health() if daemon else None
 
 
 def _offline_mode(paths: Paths) -> str:
@@ -5182,7 +5133,7 @@ def check_mode(config: Config, mode: str) -> None:
 def set_mode(paths: Paths, mode: str) -> int:
     """Write the mode; return when every request that begins from now on is served by it."""
     paths.create()
-    daemon = find_daemon(paths)
+    daemon = Daemon.find(paths)
     try:
         config = read_config(paths)
     except RouterError as error:
@@ -5192,7 +5143,7 @@ def set_mode(paths: Paths, mode: str) -> int:
     else:
         check_mode(config, mode)
     write_file(paths.mode, mode + "\n")
-    health = health_of(daemon) if daemon and not daemon.holder.stopping else None
+    health = daemon.health() if daemon and not daemon.holder.stopping else None
     if daemon is None:
         print(f"mode {mode} (written; no rrouter is running)")
     elif daemon.holder.stopping:
@@ -5370,7 +5321,7 @@ def cmd_version(_: Context) -> int:
 OK, WARN, FAIL = "ok", "warn", "fail"
 
 
-def check_daemon(settings: Settings, daemon: Running | None,
+def check_daemon(settings: Settings, daemon: Daemon | None,
                  health: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     """Yield whether the daemon runs, and is this program; if none runs, who has its port."""
     if daemon and health:

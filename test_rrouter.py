@@ -7423,7 +7423,7 @@ class FalseFilesTest(DaemonTestBase):
             yield
 
     def find(self):
-        return rrouter.find_daemon(rrouter.Paths(str(self.home.root)))
+        return rrouter.Daemon.find(rrouter.Paths(str(self.home.root)))
 
     def test_files_alone_make_no_daemon(self):
         pid = self.sleeper().pid
@@ -7779,27 +7779,7 @@ class StateSavingTest(unittest.TestCase):
         self.state = rrouter.StateFile(str(self.path), log)
 
     def save(self, number):
-        self.state.save(lambda: dict(self.FINGERPRINT, whole=number))
-
-    def test_older_state_never_replaces_a_newer_one(self):
-        number, taken, gate = [1], threading.Event(), threading.Event()
-
-        def make():
-            state = dict(self.FINGERPRINT, whole=number[0])
-            taken.set()
-            gate.wait(WAIT_S)
-            return state
-
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            slow = pool.submit(self.state.save, make)
-            taken.wait(WAIT_S)
-            number[0] = 2
-            fast = pool.submit(self.save, 2)
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                fast.result(0.05)               # it waits for its turn
-            gate.set()
-            concurrent.futures.wait((slow, fast), WAIT_S)
-        self.assertEqual(json.loads(self.path.read_text())["whole"], 2)
+        self.state.save(dict(self.FINGERPRINT, whole=number))
 
     def test_what_was_saved_is_loaded(self):
         self.assertIsNone(self.state.load(self.FINGERPRINT))
