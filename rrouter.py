@@ -2199,10 +2199,7 @@ def read_file(path: str) -> bytes | None:
 
 
 def read_json(path: str) -> Any:
-    """Return what the JSON in a file says, None if nothing is at `path`.
-
-    Raises OSError, or ValueError if the content is not JSON.
-    """
+    """Return what the JSON in a file says, None without a file; raise OSError or ValueError."""
     content = read_file(path)
     try:
         return None if content is None else json.loads(content.decode("utf-8"))
@@ -2243,10 +2240,10 @@ def _write_all(descriptor: int, data: bytes) -> OSError | None:
 
 
 class Log:
-    """The log file, rotated by size.  Any thread may add lines; only the watcher writes them.
+    """The log file, rotated by size.  Any thread may add lines; one at a time writes them.
 
-    So a disk that hangs holds up no request; `kill -9` can lose the lines of the last POLL_S.
-    `open` and `flush` are for one thread at a time.
+    That is the watcher, so that a disk that hangs holds up no request; `kill -9` can lose the lines
+    of the last POLL_S.
     """
 
     HELD_MAX = 10_000       # lines; only while the disk hangs can so many be held
@@ -2259,7 +2256,6 @@ class Log:
         self.problem: str | None = None
         self._lock = threading.Lock()       # keeps the lines in the order of their times
         self._lines: deque[bytes] = deque(maxlen=self.HELD_MAX)
-        self._second, self._stamp = 0, ""   # of the last line
         self._descriptor: int | None = None
         self._is_stuck = False              # stderr accepts nothing
 
@@ -2267,12 +2263,10 @@ class Log:
         """Add one line; the caller has made everything printable that comes from outside."""
         with self._lock:
             now = time.time()
-            if self._second != int(now):
-                self._second = int(now)
-                self._stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
             if len(self._lines) == self.HELD_MAX:
                 self.problem = "rrouter.log: the disk does not respond: log lines are lost"
-            line = f"{self._stamp}.{int(now % 1 * 1000):03d} [{tag}] {text}\n"
+            line = f"{stamp}.{int(now % 1 * 1000):03d} [{tag}] {text}\n"
             self._lines.append(line.encode("utf-8", "replace"))
             many = len(self._lines) == self.MANY
         if many:
@@ -2283,8 +2277,7 @@ class Log:
         data = b"".join([self._lines.popleft() for _ in range(len(self._lines))])
         if not data:
             return
-        if self._descriptor is not None:
-            self._rotate_if_full(self._descriptor, len(data))
+        self._rotate_if_full(len(data))
         if self._descriptor is not None:
             self._note(_write_all(self._descriptor, data))
         if self._echo:
@@ -2309,10 +2302,7 @@ class Log:
         self.problem = problem
 
     def open(self) -> None:
-        """Open the file unless it is open and still at its path, because others rotate it too.
-
-        If that fails, `problem` says why.
-        """
+        """Open the file unless it is open and at its path: others rotate and remove files too."""
         with contextlib.suppress(OSError):
             if self._descriptor is not None and os.path.samestat(
                     os.stat(self._path), os.fstat(self._descriptor)):
@@ -2332,10 +2322,11 @@ class Log:
             os.dup2(descriptor, 2)      # the daemon's stderr, for messages of Python itself
         self._note(problem)
 
-    def _rotate_if_full(self, descriptor: int, coming: int) -> None:
+    def _rotate_if_full(self, coming: int) -> None:
         """Begin a new file if the next `coming` bytes do not fit; if that fails, keep the old."""
+        descriptor = self._descriptor
         with contextlib.suppress(OSError):
-            if os.fstat(descriptor).st_size + coming <= LOG_MAX_BYTES:
+            if descriptor is None or os.fstat(descriptor).st_size + coming <= LOG_MAX_BYTES:
                 return
             # Two processes may write the same file.  One of them rotates it; the other finds
             # another file at the path.  Closing the file in `open` releases the lock.
@@ -2463,9 +2454,9 @@ class StateFile:
         self.problem: str | None = None     #: why the last state could not be written
 
     def load(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the state that was saved with this `fingerprint`, or None without a file.
+        """Return the state saved with this `fingerprint`, None without a file.
 
-        Raises StateError if the file is unusable or was saved with another fingerprint.
+        Raises StateError if the file is unusable or has another fingerprint.
         """
         try:
             state = read_json(self._path)
@@ -2487,10 +2478,7 @@ class StateFile:
         self._saved = None
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the state, fingerprint included, unless it is the last saved.
-
-        Never raises; a failure is logged once.
-        """
+        """Write the state unless it is the last saved; a failure is logged once."""
         if state == self._saved:
             return
         try:
@@ -2551,9 +2539,8 @@ class RememberedHead:
 class OneCore:
     """Keeps the threads of the connections on one core of Linux while they have much to do.
 
-    Only one of them at a time runs Python code, and passing the interpreter lock from core to core
-    takes longer than most of what the lock is needed for.  When there is little to do, a thread is
-    better off on whichever core is free.
+    Passing the interpreter lock from core to core takes longer than most of what the lock is needed
+    for.  When there is little to do, a thread is better off on whichever core is free.
     """
 
     ACTIVE_MIN = 8                      # requests under way
@@ -2613,8 +2600,7 @@ def _ask_libc(function: str, *arguments: int) -> None:
 def use_one_heap() -> None:
     """Make glibc use one malloc arena, because it never returns the free end of the others.
 
-    To be called before there are threads.  The interpreter lock lets one thread allocate at a time
-    anyway.
+    To be called before there are threads.
     """
     _ask_libc("mallopt", -8, 1)         # M_ARENA_MAX in <malloc.h>
 
@@ -4143,13 +4129,13 @@ def until(condition: Callable[[], object], limit_s: float) -> bool:
     return True
 
 
-def own_place() -> tuple[str, int]:
-    """Return the host and the pid namespace of this process, 0 where the system has none."""
-    try:
+def own_place() -> str:
+    """Return host and pid namespace of this process, as words; 0 where the system has none."""
+    namespace = 0
+    with contextlib.suppress(OSError):
         namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        namespace = 0
-    return re.sub(r"\s", "_", socket.gethostname()) or "-", namespace
+    host = re.sub(r"\s", "_", socket.gethostname()) or "-"
+    return f"{host} {namespace}"
 
 
 class Holder(NamedTuple):
@@ -4157,16 +4143,16 @@ class Holder(NamedTuple):
 
     pid: int
     instance: str = ""          #: random, repeated in run.json and by /health
-    host: str = ""
-    pid_namespace: int = 0
+    place: str = ""             #: its host and pid namespace
     stopping: bool = False      #: accepts no more requests; those under way finish
 
     @property
     def elsewhere(self) -> str:
         """Where the process lives if its pid means nothing here, else ""."""
-        if not self.instance or (self.host, self.pid_namespace) == own_place():
+        if not self.instance or self.place == own_place():
             return ""
-        return f"in another container or on another host ({printable(self.host)})"
+        host = self.place.split()[0]
+        return f"in another container or on another host ({printable(host)})"
 
     @property
     def name(self) -> str:
@@ -4185,21 +4171,21 @@ class Lock:
     closing any descriptor of the file would release it.
     """
 
-    LINE = re.compile(r"([1-9][0-9]{0,8})(?: ([0-9a-f]+) (\S+) ([0-9]{1,20}))?( stopping)?\n")
+    LINE = re.compile(r"([1-9][0-9]{0,8})(?: ([0-9a-f]+) (\S+ [0-9]{1,20}))?( stopping)?\n")
     PATIENCE_S = 0.5        # for a command that looks, or a holder that has not written its line
 
     def __init__(self, path: str):
         self._path = path
         self._descriptor: int | None = None
-        self._holder: Holder | None = None      # this process, as the file names it
+        self._written = Holder(0)       # this process, as the file names it
         self.stopping = False           #: what `renew` says of this process
 
     def acquire(self, instance: str, patience_s: float = PATIENCE_S) -> bool:
-        """Lock the file for the life of this process; return False if another process holds it.
+        """Lock the file until this process ends; return False if another one holds it.
 
         Raises DaemonError.
         """
-        holder = Holder(os.getpid(), instance, *own_place())
+        holder = Holder(os.getpid(), instance, own_place())
         try:
             with contextlib.ExitStack() as failed:
                 descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -4208,14 +4194,14 @@ class Lock:
                     return False
                 self._write(descriptor, holder)     # at once, because it names the last holder
                 failed.pop_all()
-            self.release()              # a file that has left the path
-            self._descriptor = descriptor
-            return True
         except OSError as error:
             is_other = os.path.lexists(self._path) and not os.path.isfile(self._path)
             raise DaemonError(f"{self._path}: cannot be written: {reason_of(error)}: " + (
                 "it is no regular file: remove it" if is_other
                 else "check its permissions and free space")) from error
+        self.release()                  # a file that has left the path
+        self._descriptor = descriptor
+        return True
 
     def _try(self, descriptor: int, kind: int) -> bool:
         try:
@@ -4228,11 +4214,10 @@ class Lock:
         return True
 
     def _write(self, descriptor: int, holder: Holder) -> None:
-        words = [str(word) for word in holder[:4]] + ["stopping"] * holder.stopping
-        line = os.fsencode(" ".join(words) + "\n")
+        line = os.fsencode(" ".join(map(str, holder[:3])) + " stopping" * holder.stopping + "\n")
         os.pwrite(descriptor, line, 0)
         os.ftruncate(descriptor, len(line))
-        self._holder = holder
+        self._written = holder
 
     def is_removed(self) -> bool:
         """Return whether the file that this process holds has left its path."""
@@ -4244,34 +4229,29 @@ class Lock:
 
     def renew(self) -> None:
         """Correct the line if this process holds the lock: laptops change their host names."""
-        if self._descriptor is None or self._holder is None:
-            return
-        holder = Holder(*self._holder[:2], *own_place(), self.stopping)
-        if holder != self._holder:
+        holder = self._written._replace(place=own_place(), stopping=self.stopping)
+        if self._descriptor is not None and holder != self._written:
             with contextlib.suppress(OSError):
                 self._write(self._descriptor, holder)
 
     def look(self) -> Holder | None:
         """Return the process that holds the lock, or None.  Raises DaemonError."""
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)   # a FIFO would block
+            file = open_for_reading(self._path)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
                 return None
             raise DaemonError(f"{self._path}: {reason_of(error)}: it belongs to another user, who "
                               "may have run rrouter with your HOME: chown it to you") from error
-        try:
+        with file:
             deadline = time.monotonic() + self.PATIENCE_S
-            while time.monotonic() < deadline and not self._try(descriptor, fcntl.LOCK_SH):
+            while time.monotonic() < deadline and not self._try(file.fileno(), fcntl.LOCK_SH):
                 with contextlib.suppress(OSError):      # a FIFO that another command has open
-                    line = self.LINE.match(os.fsdecode(os.pread(descriptor, 512, 0)))
+                    line = self.LINE.match(os.fsdecode(os.pread(file.fileno(), 512, 0)))
                     if line:
-                        return Holder(int(line[1]), line[2] or "", line[3] or "",
-                                      int(line[4] or 0), bool(line[5]))
+                        return Holder(int(line[1]), line[2] or "", line[3] or "", bool(line[4]))
                 time.sleep(0.02)
-            return None
-        finally:
-            os.close(descriptor)
+        return None
 
     def release(self) -> None:
         """Release the lock."""
@@ -4421,8 +4401,8 @@ def listen(settings: Settings, router: Router) -> list[ProxyServer]:
                           f"cannot listen on {settings.listen_addr}: {reason_of(problem)}")
     router.addresses = [server.server_address[:2] for server in servers]    # type: ignore[misc]
     if all(is_loopback(host) for host, _ in router.addresses):
-        own = settings.host.lower().rstrip(".")
-        names = "localhost", "127.0.0.1", "::1", own, *settings.allowed_hosts
+        names = ("localhost", "127.0.0.1", "::1", settings.host.lower().rstrip("."),
+                 *settings.allowed_hosts)
         router.hosts = frozenset(f"[{name}]" if ":" in name else name for name in names)
     return servers
 
@@ -4440,21 +4420,15 @@ def who_starts() -> str:
 
 
 def report_start(ready: int, words: str) -> None:
-    """Report to `start` how it went, unless it was killed meanwhile.
-
-    It reads to the end of file, so after a failure `start` returns when this process has ended.
-    """
-    with contextlib.suppress(OSError):
+    """Report to `start` how it went; after a failure it waits until this process has ended."""
+    with contextlib.suppress(OSError):          # it was killed meanwhile
         os.write(ready, words.encode("utf-8", "replace"))
         if words == "ready":
-            os.close(ready)
+            os.close(ready)                     # `start` reads to the end of file
 
 
 def write_run_files(router: Router) -> bool:
-    """Write pid and run.json, which say where the daemon is; return False if that failed.
-
-    The daemon works without them as well.
-    """
+    """Write pid and run.json, without which the daemon works as well; return False on failure."""
     paths, settings = router.store.paths, router.settings
     run = {"host": settings.host, "port": settings.port, "upstream": settings.upstream,
            "pid": os.getpid(), "instance": router.instance, "startedBy": router.started_by,
@@ -4577,8 +4551,7 @@ def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[P
     try:
         number = signals.wait()
         while number == signal.SIGHUP and not signals.hang_up_ends:
-            router.store.snapshot()
-            log.write("START", "SIGHUP: files read again")
+            log.write("START", "SIGHUP: files read again")      # written after the watcher's look
             router.store.wake()
             number = signals.wait()
         log.write("STOP", f"{signal.Signals(number).name}: running requests may finish within "
@@ -4624,8 +4597,7 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
 def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     """Start the router; return 0, also where another one runs already.
 
-    `ready` is the descriptor on which `start` waits for one word: `ready`, `running`, or what is
-    wrong.
+    `start` waits on the descriptor `ready` for a word: `ready`, `running`, or what is wrong.
     """
     signals, lock, instance = Signals(), Lock(paths.lock), os.urandom(8).hex()
     signals.install()
@@ -4834,10 +4806,7 @@ def find_manager(home: str) -> Manager | None:
 
 
 def running_already(paths: Paths) -> Daemon | None:
-    """Return the daemon that runs and answers, or None when none does.  Raises DaemonError.
-
-    Waits for one that is about to end, or to answer.
-    """
+    """Return the daemon once it answers, None once none runs; raise DaemonError."""
     daemon = Daemon.find(paths)
     if daemon is None:
         return None
