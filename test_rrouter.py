@@ -6628,56 +6628,43 @@ class LeftoversTest(LoadTest):
         "hangup": (Response(hangup=True), 502, True),
         "garbage": (Response(raw=b"garbage\r\n"), 502, True),
         "cut": (stream(event("content_block_delta"), cut=True), 200, False)}
-    OTHERS = ("kept", "upload", "chunked", "leaves early", "leaves late", "leaves uploading",
-              "malformed")
-
     def respond(self, received):
         kind = received.target.rpartition("/")[2]
-        if kind in self.RESPONSES:
-            return self.RESPONSES[kind][0]
-        if kind == "upload":
-            return Response(200, b"%d" % len(received.body), framing="length")
         if kind == "silent":
             return Response(before=self.never)
         if kind == "pausing":
             return stream(event("content_block_delta"), event("message_stop"), gate=self.never)
-        return Response()
+        return self.RESPONSES.get(kind, (Response(),))[0]
 
     def act(self, number):
         """Make the request that the seed and its number choose."""
         dice = random.Random("%s %d" % (self.SEED, number))
-        kind = dice.choice((*self.RESPONSES, *self.OTHERS))
+        size = dice.randrange(200_000, 1_500_000)
+        post = functools.partial(request_bytes, "POST")
+        upload = post("/v1/plain", chat(padding="x" * size))
+        others = {
+            # kind: what is sent, the statuses that are awaited before the client leaves
+            "kept": (post("/v1/plain", chat()) * 3, [200] * 3),
+            "upload": (upload, [200]),
+            "chunked": (post("/v1/plain", fields=[("Transfer-Encoding", "chunked")])
+                        + b"%x\r\n%b\r\n0\r\n\r\n" % (size, bytes(size)), [200]),
+            "leaves uploading": (upload[:size // 2], []),
+            "leaves early": (post("/v1/silent", chat()), []),
+            "leaves late": (post("/v1/pausing", chat()), [200]),
+            "malformed": (b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", [400])}
+        kind = dice.choice((*self.RESPONSES, *others))
         if number % 40 == 0:
             put(self.rrouter.home, "mode", dice.choice(("antigravity", "claude", "auto")))
         if kind in self.RESPONSES:
             reply = self.rrouter.post(target="/v1/" + kind, padding="x" * dice.randrange(2000))
             self.assertEqual((reply.status, reply.complete), self.RESPONSES[kind][1:], kind)
             return
-        size = dice.randrange(200_000, 1_500_000)
+        data, statuses = others[kind]
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            if kind == "kept":
-                for _ in range(3):
-                    connection.sendall(request_bytes("POST", "/v1/plain", chat()))
-                    self.assertEqual(read_reply_from(reader).status, 200)
-            elif kind in ("upload", "leaves uploading"):
-                body = chat("other", padding="x" * size)
-                data = request_bytes("POST", "/v1/upload", body)
-                connection.sendall(data if kind == "upload" else data[:len(data) // 2])
-                if kind == "upload":
-                    self.assertEqual(read_reply_from(reader).body, b"%d" % len(body))
-            elif kind == "chunked":
-                connection.sendall(request_bytes("POST", "/v1/upload", None,
-                                                 (("Transfer-Encoding", "chunked"),)))
-                connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (size, bytes(size)))
-                self.assertEqual(read_reply_from(reader).body, b"%d" % size)
-            elif kind == "leaves early":
-                connection.sendall(request_bytes("POST", "/v1/silent", chat()))
-            elif kind == "leaves late":
-                connection.sendall(request_bytes("POST", "/v1/pausing", chat()))
-                self.assertEqual(read_head(reader)[0], 200)
-            else:
-                connection.sendall(b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n")
-                self.assertEqual(read_reply_from(reader).status, 400)
+            connection.sendall(data)
+            for status in statuses:
+                self.assertEqual(read_head(reader)[0] if kind == "leaves late"
+                                 else read_reply_from(reader).status, status)
 
     def test_threads_descriptors_and_memory_stay_as_they_were(self):
         if SOAKING:
@@ -6755,31 +6742,12 @@ class FewDescriptorsTest(LoopbackTest):
         self.assertNotIn("[ERROR]", poor.log())
 
 
-class Pace:
-    """A gate that opens after each of these gaps in turn, and after the last one never again."""
-
-    def __init__(self, *gaps_s):
-        self.gaps_s, self.due = iter(gaps_s), None
-
-    def wait(self, timeout_s):
-        now = time.monotonic()
-        if self.due is None:
-            self.due = now + next(self.gaps_s, float("inf"))
-        if now < self.due:
-            time.sleep(min(timeout_s, self.due - now))
-            return False
-        self.due = None
-        return True
-
-
 class LongStreamTest(RouterTest):
     """Gaps longer than the waits of rrouter end no response and hide no client that leaves."""
 
-    # With --soak two minutes, or as long as RROUTER_SOAK_STREAM_S says: an hour is 3600.
-    GAPS_S = (0.7, 1.1, 0.6)
-    if SOAKING:
-        GAPS_S = (15,) * (int(os.environ.get("RROUTER_SOAK_STREAM_S") or 120) // 15)
-    PING = event("ping")
+    PINGS, GAP_S = 3, 0.8
+    if SOAKING:             # two minutes, or as long as RROUTER_SOAK_STREAM_S says: an hour is 3600
+        PINGS, GAP_S = int(os.environ.get("RROUTER_SOAK_STREAM_S") or 120) // 15, 15
     config = {"modes": {"antigravity": {"mappings": []}, "claude": {"mappings": []}},
               "defaultMode": "claude", "auto": {"firstByteTimeoutSeconds": 0.5}}
 
@@ -6789,7 +6757,7 @@ class LongStreamTest(RouterTest):
         self.rrouter.home.write("mode", mode)
         before = len(self.upstream.received)
         connection = http.client.HTTPConnection("127.0.0.1", self.rrouter.port,
-                                                timeout=sum(self.GAPS_S) + WAIT_S)
+                                                timeout=self.PINGS * self.GAP_S + WAIT_S)
         self.addCleanup(connection.close)
         connection.request("POST", "/v1/messages", chat())
         self.upstream.wait(lambda upstream: len(upstream.received) > before)
@@ -6797,20 +6765,23 @@ class LongStreamTest(RouterTest):
 
     def test_gaps_end_nothing(self):
         if SOAKING:
-            print("soak: pings alone for %d s" % sum(self.GAPS_S), file=sys.stderr)
-        pings, first = [self.PING] * len(self.GAPS_S), event("content_block_delta")
-        silent = self.begin("claude", stream(before=Pace(sum(self.GAPS_S))))
-        ended = self.begin("auto", stream(first, *pings, event("message_stop"),
-                                          gate=Pace(*self.GAPS_S, 0)))
-        endless = self.begin("claude", stream(first, *pings, self.PING, gate=Pace(*self.GAPS_S)))
+            print("soak: pings alone for %d s" % (self.PINGS * self.GAP_S), file=sys.stderr)
+        first, ping, stop = event("content_block_delta"), event("ping"), event("message_stop")
+        pings, speak, go_on, never = [ping] * self.PINGS, self.gate(), self.gate(), self.gate()
+        go_on.set()
+        silent = self.begin("claude", stream(before=speak))
+        ended = self.begin("auto", stream(first, *pings, stop, pause_s=self.GAP_S))
+        endless = self.begin("claude", stream(first, *pings, ping, pause_s=self.GAP_S,
+                                              gate=[go_on] * (self.PINGS + 1) + [never]))
         for connection in (ended, endless):
             connection.response = response = connection.getresponse()
             self.addCleanup(response.close)
             self.assertEqual((response.status, receive(response, len(first))), (200, first))
-        for ping in pings:
+        for _ in pings:
             for connection in (ended, endless):
                 self.assertEqual(receive(connection.response, len(ping)), ping)
-        self.assertEqual(ended.response.read(), event("message_stop"))
+        speak.set()
+        self.assertEqual(ended.response.read(), stop)
         with contextlib.closing(silent.getresponse()) as response:
             self.assertEqual((response.status, response.read()),
                              (200, b"".join(stream().chunks)))
