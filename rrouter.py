@@ -2309,7 +2309,8 @@ class Log:
                 return
         descriptor = problem = None
         try:
-            os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):      # no `makedirs`: HOME may be away
+                os.mkdir(os.path.dirname(self._path), 0o700)
             # A FIFO without a reader would block.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
             descriptor = os.open(self._path, flags, 0o600)

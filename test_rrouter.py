@@ -6827,17 +6827,14 @@ class ListenTest(LoopbackTest):
             for command, status in commands.items():
                 home.run(command, check=status, timeout=WAIT_S)
 
-    def test_one_of_two_addresses_taken_is_enough_to_refuse(self):
+    def test_address_that_cannot_be_had_is_named(self):
+        """One of two is enough to refuse."""
         home = self.make_home()
         with socket.socket(socket.AF_INET6) as holder:
             holder.bind(("::1", home.port))
-            done = home.run("serve", check=1, timeout=WAIT_S * 2)
-        self.assertRegex(done.stderr, r"(?m)^rrouter: .*\b%d\b" % home.port)
-
-    def test_address_of_another_machine_is_refused(self):
-        home = self.make_home(env={"RROUTER_HOST": "203.0.113.1"})
-        done = home.run("serve", check=1, timeout=WAIT_S * 2)
-        self.assertRegex(done.stderr, r"(?m)^rrouter: .*203\.0\.113\.1")
+            for env, word in (({}, home.port), ({"RROUTER_HOST": "203.0.113.1"}, "203.0.113.1")):
+                done = home.run("serve", check=1, env=env, timeout=WAIT_S * 2)
+                self.assertRegex(done.stderr, r"(?m)^rrouter: .*\b%s\b" % word)
 
     @unittest.skipUnless(LINUX, "only Linux has all of 127/8 on loopback")
     def test_other_host_is_bound_as_given(self):
@@ -6848,29 +6845,25 @@ class ListenTest(LoopbackTest):
         self.assertIsNone(home.health())                # 127.0.0.1 is not bound
         home.run("status", check=0)
 
-    def ask(self, router, host):
-        with router.connect() as connection:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host)
-            return read_reply(connection)
+    # Two lines of /etc/hosts give one address twice.
+    TWICE = ("import socket\nreal = socket.getaddrinfo\nsocket.getaddrinfo ="
+             " lambda host, *others, **options: real('127.0.0.1', *others, **options) * 2")
 
-    def test_guard_holds_on_every_loopback_address_and_allows_the_names_given(self):
-        router = self.start_rrouter(self.start_upstream(), env={
-            "RROUTER_HOST": "127.0.0.1", "RROUTER_ALLOWED_HOSTS": "host.docker.internal, Box"})
-        for host in (b"host.docker.internal:8316", b"BOX.", b"localhost"):
-            self.assertEqual(self.ask(router, host).status, 200)
-        self.assert_error(self.ask(router, b"evil.com"), 403, "RROUTER_ALLOWED_HOSTS")
-        self.assertNotIn("quota", router.log())
-
-    def test_beyond_loopback_any_host_is_served_with_a_warning(self):
-        router = self.start_rrouter(self.start_upstream(), env={"RROUTER_HOST": "0.0.0.0"})
-        self.assertEqual(self.ask(router, b"box.lan").status, 200)
-        self.assertIn("can spend your quota", router.log())
-
-    def test_one_address_in_two_lines_of_etc_hosts_is_bound_once(self):
-        twice = ("import socket\nreal = socket.getaddrinfo\nsocket.getaddrinfo ="
-                 " lambda host, *others, **options: real('127.0.0.1', *others, **options) * 2")
-        router = self.start_rrouter(self.start_upstream(), env={"RROUTER_HOST": "box"}, code=twice)
-        self.assertEqual(self.ask(router, b"box").status, 200)
+    def test_guard_holds_on_loopback_addresses_alone_and_allows_the_names_given(self):
+        allowed = {"RROUTER_HOST": "127.0.0.1",
+                   "RROUTER_ALLOWED_HOSTS": "host.docker.internal, Box"}
+        for env, code, statuses, warns in (
+                (allowed, "", {b"host.docker.internal:8316": 200, b"BOX.": 200, b"localhost": 200,
+                               b"evil.com": 403}, False),
+                ({"RROUTER_HOST": "0.0.0.0"}, "", {b"box.lan": 200}, True),
+                ({"RROUTER_HOST": "box"}, self.TWICE, {b"box": 200}, False)):
+            router = self.start_rrouter(self.start_upstream(), env=env, code=code)
+            for host, status in statuses.items():
+                reply = read_reply_from(io.BytesIO(router.exchange(
+                    b"GET / HTTP/1.1\r\nHost: %b\r\nConnection: close\r\n\r\n" % host)))
+                self.assertEqual(reply.status, status, host)
+                self.assertEqual(b"RROUTER_ALLOWED_HOSTS" in reply.body, status == 403)
+            self.assertEqual("can spend your quota" in router.log(), warns)
 
 
 class DrainTest(LoopbackTest):
@@ -6934,22 +6927,45 @@ class DrainTest(LoopbackTest):
         self.assertEqual(starting.wait(WAIT_S * 2), 0)
         self.assertNotEqual(home.health()["pid"], pid)
 
-    def assert_ends_at_once(self):
+    def test_two_signals_at_the_same_time_end_it_at_once(self):
+        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+            self.rrouter.process.send_signal(number)
         self.rrouter.process.wait(WAIT_S)
         with contextlib.suppress(ConnectionResetError):
             self.assertFalse(read_chunks(self.reader)[1])
         self.rrouter.stop(expect=None)
 
-    def test_second_signal_ends_it_at_once(self):
-        self.rrouter.process.terminate()
-        self.wait_until_refused()
-        self.rrouter.process.terminate()
-        self.assert_ends_at_once()
 
-    def test_two_signals_at_the_same_time_are_two(self):
-        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
-            self.rrouter.process.send_signal(number)
-        self.assert_ends_at_once()
+class CutOffTest(LoopbackTest):
+    """Requests that the drain does not wait for."""
+
+    def test_second_signal_cuts_the_response_off_and_the_log_has_its_line(self):
+        for version in (b"1.1", b"1.0"):
+            with self.subTest(version):
+                upstream = self.start_upstream(stream(
+                    event("ping"), event("message_stop"), gate=self.gate(), framing="close"))
+                running = self.start_rrouter(upstream)
+                with running.connect() as connection, connection.makefile("rb") as reader:
+                    request = request_bytes(body=b'{"model":"m"}', port=running.port)
+                    connection.sendall(request.replace(b"HTTP/1.1", b"HTTP/" + version))
+                    self.assertEqual(read_head(reader)[0], 200)
+                    running.process.send_signal(signal.SIGTERM)
+                    wait_until(lambda: "[STOP] SIGTERM" in running.log())
+                    running.process.send_signal(signal.SIGTERM)
+                    self.assertEqual(running.process.wait(WAIT_S), 0)
+                    if version == b"1.0":               # without chunks a reset alone shows it
+                        self.assertRaises(ConnectionResetError, reader.read)
+                    else:
+                        self.assertFalse(read_chunks(reader)[1])
+                self.assertEqual(len(request_lines(running.log())), 1)
+
+    def test_connection_beyond_the_reserve_is_refused_in_words(self):
+        running = self.start_rrouter(
+            self.start_upstream(), limits={"CONNECTIONS_MAX": 2, "CONNECTIONS_RESERVE": 1})
+        with contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(running.connect()) for _ in range(4)]
+            refused = select.select(idle, [], [], WAIT_S)[0][0]
+            self.assert_error(read_reply(refused), 503, "too many connections (2)")
 
 
 class DaemonTestBase(LoopbackTest):
@@ -6989,6 +7005,15 @@ class DaemonTestBase(LoopbackTest):
             # One that lost the race for the lock, or has just released it, may still be ending.
             wait_until(lambda: processes(home) == [health["pid"]])
         return health["pid"]
+
+    @staticmethod
+    @contextlib.contextmanager
+    def held(home, line):
+        """Hold the lock of this home, with `line` (bytes) in it."""
+        with open(str(home.dir / "rrouter.lock"), "wb", buffering=0) as holder:
+            fcntl.flock(holder, fcntl.LOCK_EX)
+            holder.write(line)
+            yield
 
     def assert_nothing_left(self, home):
         self.assertEqual(processes(home), [])
@@ -7056,14 +7081,15 @@ class RunningDaemonTest(DaemonTestBase):
                     self.assertEqual(stat.S_IMODE(path.stat().st_mode),
                                      0o700 if path.is_dir() else 0o600)
 
-    def test_run_json_says_where_it_listens(self):
+    def test_run_json_says_where_it_listens_and_the_lock_who_it_is(self):
         run = json.loads(self.home.read("run.json"))
         expected = {"host": "localhost", "port": self.home.port, "pid": self.health["pid"],
                     "upstream": self.upstream.url, "startedBy": "start",
                     "instance": self.health["instance"]}
         self.assertEqual({name: run[name] for name in expected}, expected)
-        words = self.home.read("rrouter.lock").split()
-        self.assertEqual(words[:3], [str(run["pid"]), run["instance"], socket.gethostname()])
+        self.assertRegex(self.health["instance"], r"\A[0-9a-f]{16}\Z")
+        self.assertEqual(self.home.read("rrouter.lock"), "%d %s %s\n" % (
+            run["pid"], run["instance"], rrouter.own_place()))
 
     def test_it_is_found_whatever_port_the_shell_has(self):
         status, start = self.home.run_all(("status", "--json"), ("start",), check=0,
@@ -7111,9 +7137,9 @@ class RunningDaemonTest(DaemonTestBase):
         self.assertEqual((auto["switched"], auto["currentTarget"], auto["retryAt"]),
                          (False, "antigravity", None))
 
-    def test_hang_up_signal_does_not_end_it(self):
+    def test_hang_up_signal_lets_it_read_the_files_again(self):
         os.kill(self.health["pid"], signal.SIGHUP)
-        wait_until(lambda: "SIGHUP" in self.home.read("logs/rrouter.log"))
+        wait_until(lambda: "SIGHUP: files read again" in self.home.read("logs/rrouter.log"))
         self.assertEqual(self.assert_alone(self.home), self.health["pid"])
 
     def test_its_port_is_refused_to_another_rrouter(self):
@@ -7141,13 +7167,16 @@ class RunningDaemonTest(DaemonTestBase):
 
 class DaemonLifeTest(DaemonTestBase):
 
-    def home(self, *arguments, **options):
-        return self.new_home(self.addCleanup, *arguments, **options)
+    def started(self, *arguments, **options):
+        """Return a home and the pid of the daemon that `start` began in it."""
+        home = self.new_home(self.addCleanup, *arguments, **options)
+        home.run("start", check=0)
+        return home, self.assert_alone(home)
 
     def test_restart_starts_and_replaces_and_stop_leaves_nothing(self):
-        home = self.home()
+        home = self.new_home(self.addCleanup)
         home.run("restart", check=0)
-        first = self.assert_alone(home)
+        first, instance = self.assert_alone(home), home.health()["instance"]
         with socket.create_connection(("127.0.0.1", home.port), WAIT_S) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
                                b"Connection: close\r\n\r\n")
@@ -7155,34 +7184,36 @@ class DaemonLifeTest(DaemonTestBase):
         done = home.run("restart", check=0)
         self.assertNotIn("in use", done.stdout + done.stderr)
         self.assertNotEqual(self.assert_alone(home), first)
+        self.assertNotEqual(home.health()["instance"], instance)
         done = home.run("stop", check=0, env={"RROUTER_PORT": str(free_port())})
         self.assertRegex(done.stdout, "(?i)stopped")
         self.assert_nothing_left(home)
         home.run("status", check=3)
 
     def test_restart_keeps_port_host_and_upstream_except_what_the_shell_sets(self):
-        home = self.home(env={"RROUTER_HOST": "127.0.0.1", "RROUTER_ALLOWED_HOSTS": "a,b"})
+        home, _ = self.started(env={"RROUTER_HOST": "127.0.0.1", "RROUTER_ALLOWED_HOSTS": "a,b"})
         unset = dict.fromkeys(rrouter.DEFAULT_ENVIRONMENT, "")
-        home.run("start", check=0)
-        kept = ("host", "port", "upstream", "allowedHosts")
-        before = json.loads(home.read("run.json"))
+
+        def run_file():
+            return {name: value for name, value in json.loads(home.read("run.json")).items()
+                    if name != "instance"}
+
+        before = run_file()
+        self.assertEqual(before["allowedHosts"], "a,b")
         home.run("restart", check=0, env=unset)
-        after = json.loads(home.read("run.json"))
+        after = run_file()
         self.assertNotEqual(after["pid"], before["pid"])
-        self.assertEqual([after[name] for name in kept], [before[name] for name in kept])
-        self.assertEqual(after["allowedHosts"], "a,b")
+        self.assertEqual(after, dict(before, pid=after["pid"]))
         home.run("restart", check=0, env=dict(unset, RROUTER_UPSTREAM="http://127.0.0.1:9"))
-        after = json.loads(home.read("run.json"))
-        self.assertEqual((after["port"], after["upstream"]), (home.port, "http://127.0.0.1:9"))
+        after = run_file()
+        self.assertEqual(after, dict(before, pid=after["pid"], upstream="http://127.0.0.1:9"))
         os.kill(after["pid"], signal.SIGKILL)
         wait_until(lambda: home.run("status", env=unset).returncode == 3)
         home.run("restart", check=0, env=unset)
-        self.assertEqual(json.loads(home.read("run.json"))["port"], home.port)
+        self.assertEqual(run_file()["port"], home.port)
 
     def test_daemon_is_found_again_after_its_directory_was_removed(self):
-        home = self.home("auto")
-        home.run("start", check=0)
-        pid = self.assert_alone(home)
+        home, pid = self.started("auto")
         home.remove_directory()
         wait_until((home.dir / "run.json").exists)
         self.assertEqual(self.assert_alone(home), pid)
@@ -7198,10 +7229,25 @@ class DaemonLifeTest(DaemonTestBase):
         self.assertIn("stopped", home.run("stop", check=0, env=other).stdout)
         self.assert_nothing_left(home)
 
+    def test_home_that_is_away_is_left_alone_and_used_again_when_it_is_back(self):
+        home, pid = self.started("claude")
+        away = home.root.with_name(home.root.name + " away")
+        self.addCleanup(shutil.rmtree, str(away), ignore_errors=True)
+
+        def log_problems():
+            return [text for text in home.health()["problems"] if text.startswith("rrouter.log")]
+
+        for come_back in (lambda: away.rename(home.root), home.root.mkdir):
+            home.root.rename(away)
+            wait_until(log_problems)
+            self.assertFalse(home.root.exists())
+            come_back()
+            wait_until(lambda: not log_problems() and (home.dir / "run.json").exists())
+            self.assertEqual(self.assert_alone(home), pid)
+        self.assertIn("was removed", wait_until(lambda: home.read("logs/rrouter.log")))
+
     def test_directory_of_another_daemon_is_left_alone(self):
-        home = self.home()
-        home.run("start", check=0)
-        pid = self.assert_alone(home)
+        home, pid = self.started()
         with open(home.dir.with_name("lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             os.kill(pid, signal.SIGSTOP)
@@ -7210,7 +7256,7 @@ class DaemonLifeTest(DaemonTestBase):
             home.dir.with_name("lock").rename(home.dir / "rrouter.lock")
             os.kill(pid, signal.SIGCONT)
             wait_until((home.dir / "logs" / "rrouter.log").exists)
-            time.sleep(0.5)
+            time.sleep(0.5)                             # two rounds of the watcher
             self.assertFalse((home.dir / "run.json").exists())
             self.assertEqual(home.read("rrouter.lock"), "")
         wait_until((home.dir / "run.json").exists)
@@ -7218,9 +7264,7 @@ class DaemonLifeTest(DaemonTestBase):
 
     def test_killed_daemon_hinders_nothing_and_no_other_process_is_signalled(self):
         """The files it leaves may come to name another process."""
-        home, sleeper = self.home(), self.sleeper()
-        home.run("start", check=0)
-        killed = self.assert_alone(home)
+        (home, killed), sleeper = self.started(), self.sleeper()
         os.kill(killed, signal.SIGKILL)
         wait_until(lambda: home.health() is None)
         for name in ("rrouter.pid", "rrouter.lock", "run.json"):
@@ -7236,13 +7280,11 @@ class DaemonLifeTest(DaemonTestBase):
 
     def test_closed_standard_streams_do_no_harm(self):
         """The files opened next have their numbers, 0 to 2."""
-        home = self.home()
-        script = 'exec "$@" <&- >&- 2>&-'
-        shell = ["/bin/sh", "-c", script, "sh", sys.executable, RROUTER]
+        home = self.new_home(self.addCleanup)
+        shell = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, RROUTER]
         home.run("start", program=shell, check=0)
         self.assert_alone(home)
-        home.run("status", program=["/bin/sh", "-c", 'exec "$@" >&-', "sh", sys.executable,
-                                    RROUTER], check=0)
+        home.run("status", program=shell, check=0)
         home.run("stop", check=0)
         process = ending_with(self, home.begin("serve", program=shell))
         wait_until(home.health)
@@ -7253,17 +7295,17 @@ class DaemonLifeTest(DaemonTestBase):
             self.assertRegex(line, LOG_LINE)
 
     def test_zip_application_starts_and_stops(self):
-        home = self.home()
-        source = home.root / "source"
-        source.mkdir()
-        shutil.copy(RROUTER, str(source))
-        archive = str(home.root / "rrouter.pyz")
-        zipapp.create_archive(str(source), archive, main="rrouter:main")
-        program = [sys.executable, os.path.basename(archive)]
-        home.run("start", program=program, cwd=str(home.root), check=0)
+        home = self.new_home(self.addCleanup)
+        (home.root / "source").mkdir()
+        shutil.copy(RROUTER, str(home.root / "source"))
+        archive = home.root / "rrouter.pyz"
+        zipapp.create_archive(str(home.root / "source"), str(archive), main="rrouter:main")
+        options = {"program": [sys.executable, archive.name], "cwd": str(home.root), "check": 0}
+        home.run("start", **options)
         self.assert_alone(home)
-        home.run("stop", program=program, cwd=str(home.root), check=0)
+        home.run("stop", **options)
         self.assert_nothing_left(home)
+
 
 
 RUN_FILE = ('{"pid": %d, "instance": "%s", "host": "localhost", "port": 1, "startedBy": "start",'
@@ -7275,27 +7317,17 @@ NO_RUN_FILES = ("", "{", "[]", "7", '{"port": -1}', '{"pid": %(pid)d, "instance"
 class FalseFilesTest(DaemonTestBase):
     """Only a held lock makes a daemon; LockTest has the lines in it."""
 
-    LINE = "%%d 1f %s %d\n" % (
-        socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino if LINUX else 0)
-
     def setUp(self):
         self.home = self.new_home(self.addCleanup, "claude")
         self.lock = self.home.dir / "rrouter.lock"
-
-    @contextlib.contextmanager
-    def held(self, line):
-        """Hold the lock, with this line in it."""
-        self.lock.write_text(line)
-        with open(str(self.lock)) as holder:
-            fcntl.flock(holder, fcntl.LOCK_EX)
-            yield
+        self.line = "%d 1f " + rrouter.own_place() + "\n"
 
     def find(self):
         return rrouter.Daemon.find(rrouter.Paths(str(self.home.root)))
 
     def test_files_alone_make_no_daemon(self):
         pid = self.sleeper().pid
-        for name, line in (("rrouter.pid", "%d\n"), ("rrouter.lock", self.LINE),
+        for name, line in (("rrouter.pid", "%d\n"), ("rrouter.lock", self.line),
                            ("run.json", RUN_FILE.replace("%s", "1f"))):
             self.home.write(name, line % pid)
         self.assertIsNone(self.find())
@@ -7307,7 +7339,7 @@ class FalseFilesTest(DaemonTestBase):
                 (RUN_FILE % (pid + 1, "1f"), settings.port)]
         rows += [(text % {"pid": pid} if "%" in text else text, settings.port)
                  for text in NO_RUN_FILES]
-        with self.held(self.LINE % pid):
+        with self.held(self.home, (self.line % pid).encode()):
             for text, port in rows:
                 with self.subTest(text[:60]):
                     self.home.write("run.json", text)
@@ -7317,7 +7349,7 @@ class FalseFilesTest(DaemonTestBase):
     def test_start_beside_a_lock_that_names_no_process_fails_in_time(self):
         code = ("import sys; sys.path.insert(0, %r); import rrouter; rrouter.START_S = 1.2; "
                 "rrouter.main()" % str(HERE))
-        with self.held("0\n"):
+        with self.held(self.home, b"0\n"):
             done = self.home.run("start", program=[*PYTHON, "-c", code], start_new_session=True)
         self.assertEqual((done.returncode, done.stdout), (1, ""), done)
         self.assertRegex(done.stderr, r"\Arrouter: the daemon (does not answer|did not start)")
@@ -7702,29 +7734,12 @@ LOCK_LINES = (
 )
 
 
-class LockTest(unittest.TestCase):
+class LockTest(DaemonTestBase):
     """The lock names its holder, and a process elsewhere never gets a signal."""
 
     def setUp(self):
-        self.home = Home(mode="claude")
-        self.addCleanup(self.home.remove)
+        self.home = self.new_home(self.addCleanup, "claude")
         self.path = str(self.home.dir / "rrouter.lock")
-
-    @contextlib.contextmanager
-    def held(self, line):
-        """Hold the lock with `line` (bytes) in it."""
-        with open(self.path, "wb") as holder:
-            fcntl.flock(holder, fcntl.LOCK_EX)
-            holder.write(line)
-            holder.flush()
-            yield
-
-    def sleeper(self):
-        """Return a process that a signal would end."""
-        process = subprocess.Popen(["sleep", "600"])
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        return process
 
     @staticmethod
     def own_place():
@@ -7763,28 +7778,35 @@ class LockTest(unittest.TestCase):
         lock = rrouter.Lock(self.path)
         lock.PATIENCE_S = 0.05
         for line, holder in LOCK_LINES:
-            with self.subTest(line), self.held(line):
+            with self.subTest(line), self.held(self.home, line):
                 self.assertEqual(lock.look(), holder)
 
     def test_signal_goes_to_the_process_that_the_lock_names_just_now(self):
-        sleeper, lock, (host, namespace) = self.sleeper(), rrouter.Lock(self.path), self.own_place()
-        line = b"%d ab01 %b %d\n" % (sleeper.pid, host, namespace)
-        with self.held(line):
-            seen = lock.look()
-            for other in (seen._replace(instance="cd02"), seen._replace(stopping=True)):
-                rrouter.send_signal(lock, other, signal.SIGKILL)
-        rrouter.send_signal(lock, seen, signal.SIGKILL)             # the lock is free
-        with self.held(b"%d ab01 %b %d\n" % (sleeper.pid, host, namespace + 1)):
-            rrouter.send_signal(lock, lock.look(), signal.SIGKILL)  # the pid of another process
-        with self.held(line):
-            rrouter.send_signal(lock, seen, signal.SIGTERM)
-        self.assertEqual(sleeper.wait(WAIT_S), -signal.SIGTERM)
+        lock, (host, namespace) = rrouter.Lock(self.path), self.own_place()
+        for has_pidfd in (True, False):         # an old system has none
+            sleeper = self.sleeper()
+            line = b"%d ab01 %b %d\n" % (sleeper.pid, host, namespace)
+            if not has_pidfd and hasattr(os, "pidfd_open"):
+                self.addCleanup(setattr, os, "pidfd_open", os.pidfd_open)
+                del os.pidfd_open
+            with self.subTest(has_pidfd):
+                with self.held(self.home, line):
+                    seen = lock.look()
+                    for other in (seen._replace(instance="cd02"), seen._replace(stopping=True)):
+                        rrouter.send_signal(lock, other, signal.SIGKILL)
+                rrouter.send_signal(lock, seen, signal.SIGKILL)             # the lock is free
+                with self.held(self.home, line.replace(b" %d\n" % namespace, b" 1\n")):
+                    rrouter.send_signal(lock, lock.look(), signal.SIGKILL)  # another's pid
+                with self.held(self.home, line):
+                    rrouter.send_signal(lock, seen, signal.SIGTERM)
+                self.assertEqual(sleeper.wait(WAIT_S), -signal.SIGTERM)
 
     def test_daemon_elsewhere_is_named_and_left_alone(self):
         sleeper, (host, namespace) = self.sleeper(), self.own_place()
         for place in ((b"another.host", namespace), (host, namespace + 1)):
             where = "runs in another container or on another host (%s)" % place[0].decode()
-            with self.subTest(where), self.held(b"%d ab01 %b %d\n" % (sleeper.pid, *place)):
+            with self.subTest(where), self.held(
+                    self.home, b"%d ab01 %b %d\n" % (sleeper.pid, *place)):
                 self.home.write("run.json", "{}")
                 for command in ("stop", "restart", "start", "status"):
                     done = self.home.run(command, check=1)
@@ -7824,16 +7846,6 @@ class LockTest(unittest.TestCase):
 class DaemonNameTest(DaemonTestBase):
     """Commands recognise a daemon by its instance."""
 
-    def test_lock_run_file_and_health_have_the_same_instance(self):
-        home = self.new_home(self.addCleanup)
-        home.run("start", check=0)
-        pid, instance, *_ = home.read("rrouter.lock").split()
-        self.assertRegex(home.read("rrouter.lock"), r"\A\d+ [0-9a-f]{16} \S+ \d+\n\Z")
-        for named in (json.loads(home.read("run.json")), get_health(home.port)):
-            self.assertEqual((str(named["pid"]), named["instance"]), (pid, instance))
-        home.run("restart", check=0)
-        self.assertNotEqual(home.read("rrouter.lock").split()[1], instance)
-
     def test_daemon_of_a_version_that_wrote_its_pid_alone_is_stopped(self):
         home = self.new_home(self.addCleanup)
         home.run("start", check=0)
@@ -7848,12 +7860,10 @@ class DaemonNameTest(DaemonTestBase):
     def test_answer_of_another_rrouter_is_not_taken_for_the_daemons(self):
         with Running(self.upstream) as other:
             home = self.new_home(self.addCleanup, "claude", port=other.port)
-            with open(str(home.dir / "rrouter.lock"), "w") as holder:
-                fcntl.flock(holder, fcntl.LOCK_EX)
-                holder.write("%d ab01 %s\n" % (other.process.pid, rrouter.own_place()))
-                holder.flush()
-                self.assertRegex(home.run("status", check=1).stderr, "does not answer")
-                self.assertRegex(home.run("auto", check=1).stderr, "does not answer")
+            line = "%d ab01 %s\n" % (other.process.pid, rrouter.own_place())
+            with self.held(home, line.encode()):
+                for command in ("status", "auto"):
+                    self.assertRegex(home.run(command, check=1).stderr, "does not answer")
 
     def test_line_follows_a_host_that_is_renamed(self):
         name = self.new_home(self.addCleanup).root / "name"
@@ -7919,47 +7929,6 @@ class HangUpTest(unittest.TestCase):
             os.dup2(os.open(os.devnull, os.O_RDONLY), terminal)
             Running.wait_until(lambda: "SIGHUP: files read again" in self.log())
             self.assertEqual(get_health(self.home.port)["pid"], process.pid)
-
-    def test_without_a_terminal_the_files_are_read_again(self):
-        self.addCleanup(self.home.run, "stop")
-        self.home.run("start", check=0)
-        pid = get_health(self.home.port)["pid"]
-        os.kill(pid, signal.SIGHUP)
-        Running.wait_until(lambda: "SIGHUP: files read again" in self.log())
-        self.assertEqual(get_health(self.home.port)["pid"], pid)
-
-
-class CutOffTest(LoopbackTest):
-    """Requests that the drain does not wait for."""
-
-    def test_second_signal_cuts_the_response_off_and_the_log_has_its_line(self):
-        for version, end in (("1.1", "chunks"), ("1.0", "reset")):
-            with self.subTest(version):
-                upstream = self.start_upstream(stream(
-                    event("ping"), event("message_stop"), gate=self.gate(), framing="close"))
-                running = self.start_rrouter(upstream)
-                with running.connect() as connection, connection.makefile("rb") as reader:
-                    request = request_bytes(body=b'{"model":"m"}', port=running.port)
-                    connection.sendall(request.replace(b"HTTP/1.1", b"HTTP/" + version.encode()))
-                    self.assertEqual(read_head(reader)[0], 200)
-                    running.process.send_signal(signal.SIGTERM)
-                    wait_until(lambda: "[STOP] SIGTERM" in running.log())
-                    running.process.send_signal(signal.SIGTERM)
-                    self.assertEqual(running.process.wait(WAIT_S), 0)
-                    if end == "reset":
-                        with self.assertRaises(ConnectionResetError):
-                            reader.read()
-                    else:
-                        self.assertFalse(read_chunks(reader)[1])
-                self.assertEqual(len(request_lines(running.log())), 1)
-
-    def test_connection_beyond_the_reserve_is_refused_in_words(self):
-        running = self.start_rrouter(
-            self.start_upstream(), limits={"CONNECTIONS_MAX": 2, "CONNECTIONS_RESERVE": 1})
-        with contextlib.ExitStack() as stack:
-            idle = [stack.enter_context(running.connect()) for _ in range(4)]
-            refused = select.select(idle, [], [], WAIT_S)[0][0]
-            self.assert_error(read_reply(refused), 503, "too many connections (2)")
 
 
 # Command line #################################################################
