@@ -2372,16 +2372,12 @@ REFUSED_CONFIGS = (
 REFUSED_VALUES = (
     # JSON path, value found there, a pattern for the rest of the complaint
     ("modes.one.mappings[0]", "x", "object"),
-    ("modes.one.mappings[0]", {"rewrite": "x"}, "match: missing"),
-    ("modes.one.mappings[0].rewrite", True, "string.*true"),
     ("auto", [], "object"),
     ("auto.targets", ["one", "two", "spare"], "two"),
     ("auto.targets", ["one", 2], "found .*2"),
     ("auto.failureThreshold", 10 ** 30, "number"),
     ("auto.cooldownMinutes", 30, "list"),
-    ("auto.cooldownMinutes[1]", True, "found true"),
     ("auto.cooldownMinutes[1]", 1e300, "number"),
-    ("auto.firstByteTimeoutSeconds", 0, "number"),
     ("auto.firstByteTimeoutSeconds", 1e10, "number"),
 )
 
@@ -2389,22 +2385,16 @@ REFUSED_VALUES = (
 class ConfigContentTest(unittest.TestCase):
     """The content of config.json, in bytes, decides by itself; no file is read."""
 
-    def assert_refused(self, content, *patterns):
-        with self.assertRaises((rrouter.ConfigError, UnicodeDecodeError)) as caught:
-            rrouter.config_of(content)
-        complaint = rrouter.describe_config_error(caught.exception)
-        for pattern in (r"\Aconfig\.json:[^\0-\x1f]+\Z", *patterns):
-            self.assertRegex(complaint, pattern)
-
-    def test_content_that_is_not_one_json_object_is_refused_with_its_place(self):
-        for content, pattern in REFUSED_CONFIGS:
-            with self.subTest(content[:40]):
-                self.assert_refused(content, pattern)
-
-    def test_value_that_does_not_fit_is_refused_with_its_path(self):
-        for path, value, pattern in REFUSED_VALUES:
-            with self.subTest(path, value=value):
-                self.assert_refused(altered(path, value).encode(), re.escape(path), pattern)
+    def test_content_that_does_not_fit_is_refused_with_its_place(self):
+        rows = [(altered(path, value).encode(), re.escape(path) + ".*" + pattern)
+                for path, value, pattern in REFUSED_VALUES]
+        for content, pattern in (*REFUSED_CONFIGS, *rows):
+            with self.subTest(content[:40], pattern=pattern):
+                with self.assertRaises((rrouter.ConfigError, UnicodeDecodeError)) as caught:
+                    rrouter.config_of(content)
+                complaint = rrouter.describe_config_error(caught.exception)
+                self.assertRegex(complaint, r"\Aconfig\.json:[^\0-\x1f]+\Z")
+                self.assertRegex(complaint, pattern)
 
     def test_byte_order_mark_is_skipped(self):
         content = json.dumps(switchboard(6)).encode()
@@ -2550,20 +2540,6 @@ class SwitchboardTest(RouterTest):
     def problems(self):
         return " | ".join(self.rrouter.health()["problems"])
 
-    def mark_log(self):
-        """Return where the log goes on after a line of this very moment."""
-        mark = "/mark/%d" % random.getrandbits(64)
-        self.get(mark)
-        return wait_until(lambda: self.rrouter.log().partition(mark)[2] and len(self.rrouter.log()))
-
-    def wait_for_lines(self, before, tag, *words):
-        """Return the log's lines with this tag after `before`; wait for one with all of `words`."""
-        def lines():
-            return [line for line in self.rrouter.log()[before:].splitlines() if tag in line]
-        wait_until(
-            lambda: any(all(word in line for word in words) for line in lines()))
-        return lines()
-
 
 class FreshnessTest(SwitchboardTest):
     """A request that begins after a write has returned is served by what was written."""
@@ -2574,21 +2550,6 @@ class FreshnessTest(SwitchboardTest):
         reply = read_reply_from(reader)
         self.assertEqual(reply.status, 200)
         return reply.header("x-rrouter-model")
-
-    def test_each_of_many_writes_serves_the_next_request(self):
-        mode, number = "one", 0
-        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            for turn in range(80):
-                write = functools.partial(Home.write if turn % 4 < 2 else put, self.home)
-                if turn % 2:
-                    number += 1
-                    write("config.json", json.dumps(switchboard(number)))
-                else:
-                    mode = {"one": "two", "two": "one"}[mode]
-                    write("mode", mode + "\n")
-                expected = "%s-%03d" % (mode, number)
-                self.assertEqual(self.ask(connection, reader), expected, "turn %d" % turn)
-        self.assertEqual(self.served(), expected)
 
     # A file system whose time stamps are whole seconds.
     COARSE = ("import os, types\nreal = os.stat\ndef stat(path, **options):\n"
@@ -2734,7 +2695,7 @@ class ModeAndConfigTest(SwitchboardTest):
                 self.assertNotIn("\x1b", problems)
 
     def test_bad_config_leaves_the_last_good_one_in_force_and_is_logged_once(self):
-        before = self.mark_log()
+        before = len(self.rrouter.log())
         for content, mode, model, pattern in CONFIG_FILES:
             with self.subTest(content[:60]):
                 put(self.home, "mode", mode + "\n")
@@ -2747,8 +2708,8 @@ class ModeAndConfigTest(SwitchboardTest):
                 put(self.home, "config.json", json.dumps(switchboard(0)))
                 self.assertEqual(self.served(), "one-000")
         put(self.home, "mode", "two\n")
-        self.wait_for_lines(before, "[MODE]", "two")
-        lines = self.wait_for_lines(before, "[CONFIG]")
+        wait_until(lambda: "[MODE] one -> two" in self.rrouter.log()[before:])
+        lines = [line for line in self.rrouter.log()[before:].splitlines() if "[CONFIG]" in line]
         for _, _, _, pattern in CONFIG_FILES[:-1]:
             self.assertEqual(len([line for line in lines if re.search(pattern, line)]), 1, lines)
 
@@ -2763,26 +2724,6 @@ class ModeAndConfigTest(SwitchboardTest):
                 self.upstream.play(error(503))
                 self.assertEqual((self.served(), self.problems()), ("two-005", ""))
                 self.assertEqual(self.rrouter.health()["autoSwitch"]["switched"], threshold == 1)
-
-    def test_mode_that_the_config_comes_to_define_is_in_force_at_once(self):
-        put(self.home, "mode", "late\n")
-        self.assertEqual(self.served(), "spare-000")
-        self.assertIn("late", self.problems())
-        config = switchboard(0)
-        config["modes"]["late"] = {"mappings": [{"match": "*", "rewrite": "better"}]}
-        put(self.home, "config.json", json.dumps(config))
-        self.assertEqual((self.served(), self.problems()), ("better", ""))
-
-    def test_change_is_logged_once_with_and_without_requests(self):
-        before = self.mark_log()
-        put(self.home, "mode", "two\n")
-        for _ in range(5):
-            self.served()
-        put(self.home, "config.json", json.dumps(switchboard(4)))
-        self.wait_for_lines(before, "[CONFIG]")
-        self.assertEqual(len(self.wait_for_lines(before, "[MODE]", "two")), 1)
-        put(self.home, "mode", "spare\n")
-        self.wait_for_lines(before, "[MODE]", "spare")
 
     def test_directory_or_fifo_in_the_place_of_a_file_is_named_and_hangs_nothing(self):
         for name, good in (("mode", "one\n"), ("config.json", json.dumps(switchboard(0)))):
@@ -2808,7 +2749,7 @@ class ModeAndConfigTest(SwitchboardTest):
             self.assertEqual(self.served(), "two-000")
             gate.set()
             self.assertEqual(read_chunks(reader), (event("ping") + event("message_stop"), True))
-        self.wait_for_lines(0, "[REQ]", " m -> one one-000 200 ")
+        wait_until(lambda: " m -> one one-000 200 " in self.rrouter.log())
 
     def test_bad_config_at_the_start_means_the_embedded_default(self):
         router = self.start_rrouter(self.upstream, config="{")
@@ -6314,12 +6255,7 @@ class LoadTest(RouterTest):
 
     @classmethod
     def setUpClass(cls):
-        if resource:                    # macOS allows fewer sockets than these tests open
-            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-            wanted = 2048 if limits[1] == resource.RLIM_INFINITY else min(limits[1], 2048)
-            if limits[0] != resource.RLIM_INFINITY and limits[0] < wanted:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
-                cls.addClassCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        rrouter.raise_descriptor_limit()                # macOS allows fewer than these tests open
         super().setUpClass()
         cls.rrouter.process.send_signal(signal.SIGHUP)  # the last thread of the start answers it
         wait_until(lambda: "SIGHUP" in cls.rrouter.log())
@@ -6495,57 +6431,54 @@ class OneCoreTest(RouterTest):
         ("fewer requests", 7, 8, 0.2, 1.0, False))
 
     @contextlib.contextmanager
-    def threads(self):
-        """Yield the native ids of eight threads that run now and then."""
+    def thread(self):
+        """Yield the native id of a thread that runs now and then."""
         end, ids = threading.Event(), queue.SimpleQueue()
 
         def run():
             ids.put(threading.get_native_id())
-            while not end.is_set():
-                time.sleep(0.001)
+            while not end.wait(0.001):
+                pass
 
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            for _ in range(8):
-                pool.submit(run)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(run)
             try:
-                yield [ids.get(timeout=WAIT_S) for _ in range(8)]
+                yield ids.get(timeout=WAIT_S)
             finally:
                 end.set()
 
     def test_threads_share_a_core_from_a_load_on_and_part_at_a_lower_one(self):
         here, core, now, used_s = os.sched_getaffinity(0), rrouter.OneCore(), 1000.0, 50.0
-        with self.threads() as threads:
-            core.look(8, threads, now, used_s)      # the first look has nothing to compare with
+        with self.thread() as thread:
+            core.look(8, [thread] * 8, now, used_s)     # the first look has nothing to compare with
             for what, active, known, seconds, share, shared in self.LOOKS:
                 with self.subTest(what):
                     now, used_s = now + seconds, used_s + share * seconds
-                    core.look(active, threads[:known], now, used_s)
-                    places = {frozenset(os.sched_getaffinity(thread)) for thread in threads}
-                    self.assertEqual([len(place) for place in places],
-                                     [1 if shared else len(here)])
+                    core.look(active, [thread] * known, now, used_s)
+                    self.assertEqual(len(os.sched_getaffinity(thread)),
+                                     1 if shared else len(here))
                     self.assertEqual(os.sched_getaffinity(0), here)
             core.look(8, [2 ** 22 + 1] * 8, now + 1, used_s + 1)    # threads that have ended
 
     def test_cores_that_the_user_allows_are_kept_to(self):
         first, last = min(CORES), max(CORES)
 
-        def look_about(threads):
+        def look_about(thread):
             """Be the watcher: its own cores are changed as well."""
             core = rrouter.OneCore()
-            core.look(8, threads, 1000.0, 50.0)
+            core.look(8, [thread] * 8, 1000.0, 50.0)
             # cores allowed, share of a core used
             for number, (allowed, share) in enumerate(
                     (({first}, 1), ({last}, 1), ({first}, 0), (CORES, 0)), 1):
-                for thread in [threading.get_native_id(), *threads]:
-                    os.sched_setaffinity(thread, allowed)
-                core.look(8, threads, 1000.0 + number, 50.0 + share)
-                yield {frozenset(os.sched_getaffinity(thread)) for thread in threads}
-                time.sleep(0.01)        # the threads run where they may
+                for one in (threading.get_native_id(), thread):
+                    os.sched_setaffinity(one, allowed)
+                time.sleep(0.01)        # the thread runs where it may
+                core.look(8, [thread] * 8, 1000.0 + number, 50.0 + share)
+                yield os.sched_getaffinity(thread)
 
-        with self.threads() as threads, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            places = pool.submit(lambda: list(look_about(threads))).result(WAIT_S)
-        expected = {first}, {last}, {first}, CORES
-        self.assertEqual(places, [{frozenset(cores)} for cores in expected])
+        with self.thread() as thread, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            places = pool.submit(lambda: list(look_about(thread))).result(WAIT_S)
+        self.assertEqual(places, [{first}, {last}, {first}, CORES])
 
     def kept_to_one_core(self):
         """Return how many threads of the process keep to one core, and how many there are."""
@@ -6599,15 +6532,13 @@ class MemoryWithoutCollectorTest(RouterTest):
 class Megabytes:
     """As many numbered chunks of a megabyte; `sent` of them have been asked for."""
 
-    PAD = random.Random(1).getrandbits(8 * ((1 << 20) - 8)).to_bytes((1 << 20) - 8, "big")
-
     def __init__(self, count):
         self.count, self.sent = count, 0
 
     def __iter__(self):
-        for number in range(1, self.count + 1):
-            self.sent = number
-            yield b"%08d" % number + self.PAD
+        while self.sent < self.count:
+            self.sent += 1
+            yield b"%08d" % self.sent * (1 << 17)
 
     def wait_until_blocked(self):
         """Return when no more has been asked for during a while."""
@@ -6623,40 +6554,28 @@ class ParallelStreamsTest(LoadTest):
     SECONDS = 60 if SOAKING else 1
     SEED = os.environ.get("RROUTER_SOAK") or 20260129
 
-    def stream_of(self, chunks):
-        response = stream(b"", pause_s=self.PAUSE_S)
-        response.chunks = chunks
-        return response
-
     def events(self, mark):
         """Return the events of the stream `mark`, of all sizes."""
         dice = random.Random("%s %s" % (self.SEED, mark))
-        events = [event("message_start", message={"id": mark})]
-        for number in range(int(self.SECONDS / self.PAUSE_S)):
-            size = 20_000 if dice.random() < 0.02 else dice.randrange(200)
-            text = chr(dice.randrange(0x20, 0xd7ff)) * size
-            events.append(event("content_block_delta", index=number, delta={"text": text},
-                                mark=mark))
-        return [*events, event("message_stop", mark=mark)]
+        texts = [chr(dice.randrange(0x20, 0xd7ff)) * (20_000 if dice.random() < 0.02 else
+                                                      dice.randrange(200))
+                 for _ in range(int(self.SECONDS / self.PAUSE_S))]
+        return [event("content_block_delta", mark=mark, text=text) for text in texts] + [
+            event("message_stop", mark=mark)]
 
     def test_each_client_gets_all_events_of_its_own_stream(self):
         """Half of the streams begin in another mode."""
-        def client(mark):
-            with self.rrouter.connect() as connection:
-                connection.sendall(request_bytes("POST", "/v1/messages", chat(mark)))
-                return read_reply(connection)
-
         if SOAKING:
             print("soak: %d streams for %d s" % (self.STREAMS, self.SECONDS), file=sys.stderr)
         before, marks = self.at_rest(), ["mark-%d" % number for number in range(self.STREAMS)]
         self.upstream.clear()
-        self.upstream.default = lambda received: (
-            Response() if received.method == "GET" else self.stream_of(self.events(received.model)))
+        self.upstream.default = lambda received: Response() if received.method == "GET" else stream(
+            *self.events(received.model), pause_s=self.PAUSE_S)
         with concurrent.futures.ThreadPoolExecutor(self.STREAMS) as pool:
             replies = []
             for mode, some in (("claude", marks[::2]), ("auto", marks[1::2])):
                 self.rrouter.home.write("mode", mode)
-                replies += [(mark, pool.submit(client, mark)) for mark in some]
+                replies += [(mark, pool.submit(self.rrouter.post, mark)) for mark in some]
                 self.upstream.wait(lambda upstream: len(upstream.received) == len(replies))
             self.assertEqual(self.rrouter.health()["activeRequests"], self.STREAMS)
             for mark, reply in replies:
@@ -7144,21 +7063,9 @@ class RunningDaemonTest(DaemonTestBase):
         if LINUX:
             process = pathlib.Path("/proc", str(pid))
             fields = process.joinpath("stat").read_text().rpartition(")")[2].split()
-            parent, terminal = int(fields[1]), int(fields[4])
-            self.assertEqual(terminal, 0)
-            self.assertIn(parent, self.ancestors())
+            self.assertEqual(int(fields[4]), 0)         # no terminal
             self.assertEqual(os.readlink(str(process / "cwd")), "/")
             self.assertEqual(os.readlink(str(process / "fd" / "0")), "/dev/null")
-
-    @staticmethod
-    def ancestors():
-        """Return the pids above this process: one of them collects orphans."""
-        found, pid = {1}, os.getppid()
-        while pid > 1:
-            found.add(pid)
-            fields = pathlib.Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-            pid = int(fields[1])
-        return found
 
     def test_its_files_are_private(self):
         for path in [self.home.dir, *self.home.dir.rglob("*")]:
@@ -7174,8 +7081,9 @@ class RunningDaemonTest(DaemonTestBase):
                     "instance": self.health["instance"]}
         self.assertEqual({name: run[name] for name in expected}, expected)
         self.assertRegex(self.health["instance"], r"\A[0-9a-f]{16}\Z")
-        self.assertEqual(self.home.read("rrouter.lock"), "%d %s %s\n" % (
-            run["pid"], run["instance"], rrouter.own_place()))
+        self.assertEqual(self.home.read("rrouter.lock"), "%d %s %s %d\n" % (
+            run["pid"], run["instance"], socket.gethostname(),
+            os.stat("/proc/self/ns/pid").st_ino if LINUX else 0))
 
     def test_it_is_found_whatever_port_the_shell_has(self):
         status, start = self.home.run_all(("status", "--json"), ("start",), check=0,
@@ -7184,13 +7092,6 @@ class RunningDaemonTest(DaemonTestBase):
         for pattern in ("(?i)already running", r"\b%d\b" % self.health["pid"],
                         r"\b%d\b" % self.home.port):
             self.assertRegex(start.stdout, pattern)
-
-    def test_it_is_found_by_the_environment_where_run_json_is_no_help(self):
-        good = self.home.dir / "run.json"
-        self.addCleanup(good.rename(self.home.dir / "aside").rename, good)
-        put(self.home, "run.json", "{")
-        status = self.home.run("status", "--json", check=0)
-        self.assertEqual(json.loads(status.stdout)["pid"], self.health["pid"])
 
     def test_status_shows_mode_upstream_daemon_and_problems(self):
         put(self.home, "mode", "nosuch\n")
@@ -7457,18 +7358,12 @@ class FalseFilesTest(DaemonTestBase):
 
 
 class StartRaceTest(DaemonTestBase):
-    """Several starts at once, and starts interrupted by signals."""
-
-    ROUNDS = 100 if SOAKING else 6
-    SEED = os.environ.get("RROUTER_SOAK") or "20260129"
-    SIGNALS = "SIGTERM", "SIGHUP", "SIGINT", "SIGPIPE", "SIGKILL"
-    GROUP_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP"       # as Ctrl-C or a closed terminal sends them
 
     def test_starts_at_once_leave_one_daemon(self):
         home = self.new_home(self.addCleanup)
         for number in range(50 if SOAKING else 1):
             with self.subTest(round=number):
-                started = home.run_all(*[("start",)] * (2 if SOAKING else 4), check=0)
+                started = home.run_all(*[("start",)] * 4, check=0)
                 pid = self.assert_alone(home)
                 for done in started:
                     for word in (pid, home.port):
@@ -7476,58 +7371,16 @@ class StartRaceTest(DaemonTestBase):
                 home.run("stop", check=0)
                 self.assertIsNone(home.health())
 
-    def assert_no_traceback(self, printed):
-        """A SIGINT may show one while Python starts: until the program's last statement."""
-        call = RROUTER_TEXT.rindex('\nif __name__ == "__main__":')
-        last = RROUTER_TEXT.count("\n", 0, call) + 2
-        for block in printed.split("Traceback (most recent call last)")[1:]:
-            frames = re.findall(r'File "[^"]*rrouter\.py", line (\d+), in (\S+)', block)
-            starts = not frames or (int(frames[0][0]) < last and frames[0][1] == "<module>")
-            # An import that is interrupted leaves its file open, which -W error shows as well.
-            is_import = not frames and "ResourceWarning: unclosed file" in block
-            self.assertTrue(is_import or (starts and "KeyboardInterrupt" in block
-                                          and "_shutdown" not in block), printed)
-
-    def interrupt(self, home, command, dice, name, group):
-        """Begin the command and send the signal to it at some moment; return what was printed."""
-        with tempfile.TemporaryFile() as output:
-            process = home.begin(command, stdout=output, stderr=output, start_new_session=True)
-            with process:
-                time.sleep(dice.random() * 0.2)         # the moment is what the dice say
-                victims = [process.pid, *processes(home)]
-                with contextlib.suppress(ProcessLookupError):
-                    if group:
-                        os.killpg(process.pid, getattr(signal, name))
-                    else:
-                        os.kill(dice.choice(victims), getattr(signal, name))
-                if command == "serve" and process.poll() is None:
-                    process.terminate()
-                try:
-                    process.wait(WAIT_S * 5)
-                finally:
-                    process.kill()
-            output.seek(0)
-            return output.read().decode()
-
-    def test_start_works_after_a_command_that_was_interrupted(self):
-        if SOAKING:
-            print("soak: seed %s, %d interrupted starts" % (self.SEED, self.ROUNDS),
-                  file=sys.stderr)
-        home, dice = self.new_home(self.addCleanup), random.Random(self.SEED)
-        for number in range(self.ROUNDS):
-            command, group = ("start", "serve", "restart", "stop")[number % 4], number % 3 != 1
-            name = dice.choice(self.GROUP_SIGNALS if group else self.SIGNALS)
-            with self.subTest(round=number, command=command, signal=name, group=group):
-                printed = self.interrupt(home, command, dice, name, group)
-                if name != "SIGINT":
-                    self.assertNotIn("Traceback", printed)
-                self.assert_no_traceback(printed)
-                home.run("start", check=0)
-                self.assert_alone(home)
-                self.assert_no_traceback(home.read("logs/rrouter.log"))
-                if number % 2:
-                    home.run("stop", check=0)
-                    self.assertIsNone(home.health())
+    @unittest.skipUnless(LINUX, "needs /proc")
+    def test_daemon_whose_starter_is_killed_runs(self):
+        home = self.new_home(self.addCleanup)
+        starter = ending_with(self, home.begin("start"))
+        wait_until(lambda: set(processes(home)) - {starter.pid})
+        starter.kill()
+        self.assertEqual(starter.wait(WAIT_S), -signal.SIGKILL)
+        wait_until(home.health)
+        home.run("start", check=0)
+        self.assert_alone(home)
 
 
 class StateTest(DaemonTestBase):
@@ -7560,16 +7413,6 @@ class StateTest(DaemonTestBase):
     def setUp(self):
         self.upstream.clear()
 
-    def changed(self, change):
-        """Return state.json with `change` of every number and string."""
-        def walk(value):
-            if isinstance(value, dict):
-                return {key: walk(item) for key, item in value.items()}
-            if isinstance(value, list):
-                return [walk(item) for item in value]
-            return value if isinstance(value, bool) or value is None else change(value)
-        return json.dumps(walk(json.loads(self.saved)))
-
     def restarted(self, state, config=DEFAULT_CONFIG, mode=None):
         """Start with these files; return `autoSwitch` of /health and the new lines of the log."""
         put(self.home, "state.json", state)
@@ -7592,8 +7435,8 @@ class StateTest(DaemonTestBase):
             ("nothing", self.saved, DEFAULT_CONFIG, None, True),
             ("the rules were written", self.saved, rules, None, True),
             ("the auto section was written", self.saved, threshold, None, False),
-            ("other types", self.changed(lambda value: 7 if isinstance(value, str) else "x"),
-             DEFAULT_CONFIG, None, False),
+            ("the state lost its name", self.saved.replace('"whole"', '"hole"'), DEFAULT_CONFIG,
+             None, False),
             # last, because its new time stamp stays
             ("the mode was written", self.saved, DEFAULT_CONFIG, "auto\n", False))
         for what, state, config, mode, kept in rows:
@@ -7615,9 +7458,9 @@ class StateTest(DaemonTestBase):
         """The cooldown left is at most the longest one."""
         for years in (10, -10):
             with self.subTest(years=years):
-                auto, _ = self.restarted(self.changed(
-                    lambda value: value + years * 365 * 86400
-                    if isinstance(value, (int, float)) and 1e9 < value < 4e9 else value))
+                auto, _ = self.restarted(re.sub(
+                    r"\b\d{10}\.\d+", lambda found: str(float(found[0]) + years * 365 * 86400),
+                    self.saved))
                 self.assertLessEqual(auto["cooldownRemainingSeconds"] or 0, 240 * 60)
 
 
@@ -7665,18 +7508,12 @@ class LockTest(DaemonTestBase):
         lock.release()
         self.assertIsNone(other.look())
 
-    def test_lock_whose_line_cannot_be_written_can_be_taken_again(self):
-        lock = rrouter.Lock(self.path)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
-        self.addCleanup(signal.signal, signal.SIGXFSZ, signal.signal(
-            signal.SIGXFSZ, signal.SIG_IGN))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    def test_lock_that_cannot_be_written_leaves_no_descriptor_open(self):
+        os.mkfifo(self.path)
+        before = os.listdir("/dev/fd")
         with self.assertRaises(rrouter.DaemonError):
-            lock.acquire("ab01")
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        self.assertTrue(lock.acquire("ab01"))
-        lock.release()
+            rrouter.Lock(self.path).acquire("ab01")
+        self.assertEqual(os.listdir("/dev/fd"), before)
 
     def test_only_a_whole_line_is_believed(self):
         lock = rrouter.Lock(self.path)
@@ -7707,20 +7544,22 @@ class LockTest(DaemonTestBase):
 
     def test_daemon_elsewhere_is_named_and_left_alone(self):
         sleeper, (host, namespace) = self.sleeper(), self.own_place()
-        for place in ((b"another.host", namespace), (host, namespace + 1)):
+        for place, *commands in (((b"another.host", namespace), "stop", "restart", "start"),
+                                 ((host, namespace + 1), "stop", "status")):
             where = "runs in another container or on another host (%s)" % place[0].decode()
             with self.subTest(where), self.held(
                     self.home, b"%d ab01 %b %d\n" % (sleeper.pid, *place)):
                 self.home.write("run.json", "{}")
-                for command in ("stop", "restart", "start", "status"):
+                for command in commands:
                     done = self.home.run(command, check=1)
                     self.assertRegex(done.stderr, r"\Arrouter: rrouter [^\n]+\n\Z")
                     self.assertIn(where, done.stderr)
-                self.assertIn(where, self.home.run("check", check=1).stdout)
-                self.assertIn(where, self.home.run("auto", check=0).stdout)
-                self.assertEqual(self.home.read("mode"), "auto\n")
                 self.assertEqual(self.home.read("run.json"), "{}")
-                self.assertIsNone(sleeper.poll())
+        with self.held(self.home, b"%d ab01 another.host 1\n" % sleeper.pid):
+            self.assertIn("(another.host)", self.home.run("check", check=1).stdout)
+            self.assertIn("(another.host)", self.home.run("auto", check=0).stdout)
+            self.assertEqual(self.home.read("mode"), "auto\n")
+        self.assertIsNone(sleeper.poll())
 
     IN_NAMESPACE = "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"
 
@@ -9458,12 +9297,10 @@ class RightsTest(FaultTest):
                 self.addCleanup(directory.chmod, 0o700)
             self.assert_switches(router)
             self.wait_for_problems(router, "state.json")
-            for _ in range(3):                  # something new to save each time, and another look
+            for _ in range(3):                  # something new to save each time
                 self.upstream.play(error(503), error(503))
                 self.assertEqual(router.post().status, 503)
-                router.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: "SIGHUP" in router.log())
-            self.wait_for_problems(router, "state.json")
+                self.wait_for_problems(router, "state.json")
             self.assertEqual(router.log().count("state.json: cannot be written"), 1)
             for directory in (self.home.root, self.home.dir):
                 directory.chmod(0o700)
@@ -9485,7 +9322,7 @@ class RightsTest(FaultTest):
             wait_until(lambda: router.log().count("[REQ]") == 6)
             self.assertEqual(router.log().count("permission denied"), 1)        # config.json's line
 
-    def test_home_that_is_read_only_from_the_start(self):
+    def test_home_that_is_read_only_from_the_start_is_named(self):
         self.home.remove_directory()
         self.home.root.chmod(0o500)
         self.addCleanup(self.home.root.chmod, 0o700)
@@ -9508,12 +9345,12 @@ class RightsTest(FaultTest):
 
     @unittest.skipUnless(os.geteuid() == 0, "only root can give files away")
     def test_home_of_another_user_is_named(self):
+        for path in [self.home.dir, *self.home.dir.rglob("*")]:
+            os.chown(str(path), 65534, 65534)
         for rights in (0o700, 0o777):
-            with self.subTest(oct(rights)):
-                for path in [self.home.dir, *self.home.dir.rglob("*")]:
-                    os.chown(str(path), 65534, 65534)
-                self.home.dir.chmod(rights)
-                for command in ("serve", "claude"):
+            self.home.dir.chmod(rights)
+            for command in ("serve", "claude"):
+                with self.subTest(oct(rights), command=command):
                     self.assert_told(self.run_powerless(command), r"\.rrouter")
 
 
@@ -9525,10 +9362,6 @@ class LogGoneTest(FaultTest):
         logs = self.home.dir / "logs"
         file = logs / "rrouter.log"
 
-        def put_directory():
-            file.unlink()
-            file.mkdir()
-
         def put_file():
             shutil.rmtree(str(logs))
             logs.write_text("")
@@ -9538,8 +9371,7 @@ class LogGoneTest(FaultTest):
             file.symlink_to("/dev/full")
 
         ways = [(file.unlink, None), (lambda: shutil.rmtree(str(logs)), None),
-                (lambda: self.home.remove_directory(), None),
-                (put_directory, file.rmdir), (put_file, logs.unlink)]
+                (self.home.remove_directory, None), (put_file, logs.unlink)]
         return ways + [(point_at_full_device, file.unlink)] * os.path.exists("/dev/full")
 
     def watcher_looks(self, router):
