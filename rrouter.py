@@ -4682,16 +4682,23 @@ def last_lines(path: str, count: int = 5) -> str:
     return "\n".join(f"  {printable(line)}" for line in lines)
 
 
-def wait_for_health(paths: Paths) -> tuple[Daemon, dict[str, Any]]:
-    """Return the daemon and its /health once it answers; raise DaemonError with the log's end."""
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
+def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
+    """Return the daemon and its /health once it answers, None once none runs.
+
+    Raises DaemonError.
+    """
+    begin = time.monotonic()
+    while True:
         daemon = Daemon.find(paths)
         health = daemon.health() if daemon else None
-        if daemon and health:
-            return daemon, health
+        if not daemon or health:
+            return (daemon, health) if daemon and health else None
+        if daemon.holder.elsewhere:
+            raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
+        if time.monotonic() - begin > (DRAIN_S + 5 if daemon.holder.stopping else START_S):
+            raise DaemonError("the daemon does not answer; the log ends with\n"
+                              + last_lines(paths.log))
         time.sleep(0.02)
-    raise DaemonError("the daemon does not answer; the log ends with\n" + last_lines(paths.log))
 
 
 def _become_daemon(descriptors: tuple[int, ...], arguments: list[str]) -> NoReturn:
@@ -4806,23 +4813,11 @@ def find_manager(home: str) -> Manager | None:
     return None
 
 
-def running_already(paths: Paths) -> Daemon | None:
-    """Return the daemon once it answers, None once none runs; raise DaemonError."""
-    daemon = Daemon.find(paths)
-    if daemon is None:
-        return None
-    if daemon.holder.elsewhere and not daemon.health():
-        raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
-    until(lambda: not daemon.holder.is_same(Lock(paths.lock).look()) or daemon.health(),
-          DRAIN_S + 5 if daemon.holder.stopping else START_S)
-    return wait_for_health(paths)[0] if Daemon.find(paths) else None
-
-
 def start_daemon(paths: Paths, home: str) -> str:
     """Start the daemon unless one runs; return what to print.  Raises DaemonError, UsageError."""
-    daemon = running_already(paths)
-    if daemon:
-        return f"rrouter is already running ({daemon.holder.name}, port {daemon.port})"
+    found = wait_for_daemon(paths)
+    if found:
+        return f"rrouter is already running ({found[0].holder.name}, port {found[0].port})"
     settings = read_environment(dict(os.environ))
     addresses_of(settings)              # reports a name that does not exist
     manager = find_manager(home)
@@ -4834,7 +4829,11 @@ def start_daemon(paths: Paths, home: str) -> str:
         except OSError as error:
             raise DaemonError(f"{error.filename or 'cannot start a process'}: "
                               f"{reason_of(error)}") from error
-    daemon, health = wait_for_health(paths)
+    until(lambda: Daemon.find(paths), START_S)          # a service manager may not wait for it
+    found = wait_for_daemon(paths)
+    if not found:
+        raise DaemonError("the daemon did not start; the log ends with\n" + last_lines(paths.log))
+    daemon, health = found
     text = (f"rrouter runs (pid {daemon.pid}, port {daemon.port}, by {health['startedBy']}), "
             f"mode {health['mode']}")
     runs = Settings(daemon.host, daemon.port, health["upstreamURL"],
@@ -4858,24 +4857,20 @@ def _listens(host: str, port: int) -> bool:
 
 def send_signal(lock: Lock, holder: Holder, number: int) -> None:
     """Signal `holder` if it lives here and the lock still names it.  Raises DaemonError."""
-    descriptor = None
-    with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
-        # Opened before the look, so it cannot mean a later process with the same pid.
-        descriptor = os.pidfd_open(holder.pid)
-    try:
-        if holder.elsewhere or lock.look() != holder:
-            return
-        if descriptor is not None:
-            signal.pidfd_send_signal(descriptor, number)
-        else:
-            os.kill(holder.pid, number)
-    except ProcessLookupError:
-        pass
-    except PermissionError as error:
-        raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+    send: Callable[[int], None] = partial(os.kill, holder.pid)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
+            # Opened before the look, so it cannot mean a later process with the same pid.
+            descriptor = os.pidfd_open(holder.pid)
+            stack.callback(os.close, descriptor)
+            send = partial(signal.pidfd_send_signal, descriptor)
+        try:
+            if not holder.elsewhere and lock.look() == holder:
+                send(number)
+        except PermissionError as error:
+            raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
+        except ProcessLookupError:
+            pass
 
 
 def stop_daemon(paths: Paths, home: str) -> str:
