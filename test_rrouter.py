@@ -6932,21 +6932,13 @@ class DrainTest(LoopbackTest):
         self.assertEqual(starting.wait(WAIT_S * 2), 0)
         self.assertNotEqual(home.health()["pid"], pid)
 
-    def test_two_signals_at_the_same_time_end_it_at_once(self):
-        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
-            self.rrouter.process.send_signal(number)
-        self.rrouter.process.wait(WAIT_S)
-        with contextlib.suppress(ConnectionResetError):
-            self.assertFalse(read_chunks(self.reader)[1])
-        self.rrouter.stop(expect=None)
-
 
 class CutOffTest(LoopbackTest):
     """Requests that the drain does not wait for."""
 
     def test_second_signal_cuts_the_response_off_and_the_log_has_its_line(self):
-        for version in (b"1.1", b"1.0"):
-            with self.subTest(version):
+        for version, at_once in ((b"1.1", False), (b"1.0", False), (b"1.1", True)):
+            with self.subTest(version, at_once=at_once):
                 upstream = self.start_upstream(stream(
                     event("ping"), event("message_stop"), gate=self.gate(), framing="close"))
                 running = self.start_rrouter(upstream)
@@ -6954,9 +6946,12 @@ class CutOffTest(LoopbackTest):
                     request = request_bytes(body=b'{"model":"m"}', port=running.port)
                     connection.sendall(request.replace(b"HTTP/1.1", b"HTTP/" + version))
                     self.assertEqual(read_head(reader)[0], 200)
-                    running.process.send_signal(signal.SIGTERM)
-                    wait_until(lambda: "[STOP] SIGTERM" in running.log())
-                    running.process.send_signal(signal.SIGTERM)
+                    for number in [signal.SIGSTOP] * at_once + [signal.SIGTERM]:
+                        running.process.send_signal(number)
+                    if not at_once:
+                        wait_until(lambda: "[STOP] SIGTERM" in running.log())
+                    for number in (signal.SIGINT, signal.SIGCONT):
+                        running.process.send_signal(number)
                     self.assertEqual(running.process.wait(WAIT_S), 0)
                     if version == b"1.0":               # without chunks a reset alone shows it
                         self.assertRaises(ConnectionResetError, reader.read)
@@ -7265,6 +7260,15 @@ class DaemonLifeTest(DaemonTestBase):
         self.assertEqual(processes(home), [])
         self.assertIsNone(sleeper.poll())
 
+    def test_daemon_of_a_version_that_wrote_its_pid_alone_is_stopped(self):
+        home, pid = self.started()
+        home.write("rrouter.lock", "%d\n" % pid)
+        run = json.loads(home.read("run.json"))
+        del run["instance"]
+        home.write("run.json", json.dumps(run))
+        self.assertRegex(home.run("stop", check=0).stdout, r"stopped \(pid %d\)" % pid)
+        self.assert_nothing_left(home)
+
     def test_closed_standard_streams_do_no_harm(self):
         """The files opened next have their numbers, 0 to 2."""
         home = self.new_home(self.addCleanup)
@@ -7332,6 +7336,14 @@ class FalseFilesTest(DaemonTestBase):
                     self.home.write("run.json", text)
                     found = self.find()
                     self.assertEqual((found.pid, found.port), (pid, port))
+
+    def test_answer_of_another_rrouter_is_not_taken_for_the_daemons(self):
+        with Running(self.upstream) as other:
+            home = self.new_home(self.addCleanup, "claude", port=other.port)
+            line = "%d ab01 %s\n" % (other.process.pid, rrouter.own_place())
+            with self.held(home, line.encode()):
+                for command in ("status", "auto"):
+                    self.assertRegex(home.run(command, check=1).stderr, "does not answer")
 
     def test_start_beside_a_lock_that_names_no_process_fails_in_time(self):
         code = ("import sys; sys.path.insert(0, %r); import rrouter; rrouter.START_S = 1.2; "
@@ -7505,6 +7517,10 @@ class LockTest(DaemonTestBase):
         lock.renew()
         self.assertTrue(other.look().stopping)
         self.assertTrue(other.look().is_same(rrouter.Holder(os.getpid(), "ab01")))
+        self.addCleanup(setattr, socket, "gethostname", socket.gethostname)
+        socket.gethostname = lambda: "another name"
+        lock.renew()
+        self.assertEqual(other.look().place.split()[0], "another_name")
         lock.release()
         self.assertIsNone(other.look())
 
@@ -7584,41 +7600,6 @@ class LockTest(DaemonTestBase):
         self.assertEqual(self.home.run("antigravity", check=0).stdout.split()[:4],
                          ["mode", "antigravity", "(in", "force:"])
         self.assertIn("in another container", self.home.run("status", check=0).stdout)
-
-
-class DaemonNameTest(DaemonTestBase):
-    """Commands recognise a daemon by its instance."""
-
-    def test_daemon_of_a_version_that_wrote_its_pid_alone_is_stopped(self):
-        home = self.new_home(self.addCleanup)
-        home.run("start", check=0)
-        pid = self.assert_alone(home)
-        home.write("rrouter.lock", "%d\n" % pid)
-        run = json.loads(home.read("run.json"))
-        del run["instance"]
-        home.write("run.json", json.dumps(run))
-        self.assertRegex(home.run("stop", check=0).stdout, r"stopped \(pid %d\)" % pid)
-        self.assert_nothing_left(home)
-
-    def test_answer_of_another_rrouter_is_not_taken_for_the_daemons(self):
-        with Running(self.upstream) as other:
-            home = self.new_home(self.addCleanup, "claude", port=other.port)
-            line = "%d ab01 %s\n" % (other.process.pid, rrouter.own_place())
-            with self.held(home, line.encode()):
-                for command in ("status", "auto"):
-                    self.assertRegex(home.run(command, check=1).stderr, "does not answer")
-
-    def test_line_follows_a_host_that_is_renamed(self):
-        name = self.new_home(self.addCleanup).root / "name"
-        name.write_text("one")
-        code = "import pathlib, socket\nsocket.gethostname = pathlib.Path(%r).read_text" % str(name)
-        with Running(self.upstream, code=code, mode="claude") as router:
-            before = router.home.read("rrouter.lock").split()
-            self.assertEqual(before[2], "one")
-            name.write_text("another name")
-            router.wait_until(lambda: "another_name" in router.home.read("rrouter.lock"))
-            after = router.home.read("rrouter.lock").split()
-            self.assertEqual(after, [*before[:2], "another_name", before[3]])
 
 
 # Makes its standard input the controlling terminal, then runs a program.
