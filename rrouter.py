@@ -4690,9 +4690,11 @@ def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
     begin = time.monotonic()
     while True:
         daemon = Daemon.find(paths)
-        health = daemon.health() if daemon else None
-        if not daemon or health:
-            return (daemon, health) if daemon and health else None
+        if daemon is None:
+            return None
+        health = daemon.health()
+        if health:
+            return daemon, health
         if daemon.holder.elsewhere:
             raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
         if time.monotonic() - begin > (DRAIN_S + 5 if daemon.holder.stopping else START_S):

@@ -6827,6 +6827,15 @@ class ListenTest(LoopbackTest):
         self.assertEqual(processes(home), [])
         self.assertFalse((home.dir / "rrouter.pid").exists())
 
+    def test_lsof_names_the_owner_where_there_is_no_proc(self):
+        home = self.make_home()
+        (home.root / "lsof").write_text("#!/bin/sh\nprintf 'p47\\ncsome program\\nf3\\n'\n")
+        (home.root / "lsof").chmod(0o700)
+        self.addCleanup(setattr, os.path, "isdir", os.path.isdir)
+        self.addCleanup(os.environ.update, {"PATH": os.environ["PATH"]})
+        os.path.isdir, os.environ["PATH"] = lambda path: False, str(home.root)
+        self.assertEqual(rrouter.port_owner(1), "some program (pid 47)")
+
     def test_owner_and_upstream_that_drip_without_end_hold_up_no_command(self):
         for raw, commands in (
                 ((b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 300), {"start": 1, "status": 3}),
