@@ -2040,38 +2040,43 @@ def write_atomically(path: str, text: str, durable: bool = True) -> None:
         raise
 
 
+def open_for_reading(path: str) -> BinaryIO:
+    """Open a file to read its bytes, without waiting for a writer if it is a FIFO."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
 def read_file(path: str) -> bytes | None:
     """Return the bytes of a regular file, None if nothing is at `path`; else raise OSError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # a FIFO would block
+        file = open_for_reading(path)
     except FileNotFoundError:
         return None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
-        if status.st_size > FILE_MAX_BYTES:
-            raise OSError(errno.EFBIG, f"larger than {FILE_MAX_BYTES} bytes", path)
-        content = b""
-        while True:
-            more = os.read(descriptor, FILE_MAX_BYTES)
-            content += more
-            if not more or len(content) > FILE_MAX_BYTES:
-                return content
-    finally:
-        os.close(descriptor)
+        content = file.read(FILE_MAX_BYTES + 1)
+    if len(content) > FILE_MAX_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {FILE_MAX_BYTES} bytes", path)
+    return content
 
 
-def _signature(path: str) -> tuple[int, int, int, int] | int | None:
-    """Return a value that changes with each write of the file; None if it does not exist.
+def read_json(path: str) -> Any:
+    """Return what the JSON in a file says, None without a file; raise OSError or ValueError."""
+    content = read_file(path)
+    try:
+        return None if content is None else json.loads(content.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nesting that is too deep") from error
+
+
+def _signature(path: str) -> tuple[int, ...] | int | None:
+    """Return a value that changes with each write of the file; the number of an error instead.
 
     Compared by equality, because `mv` and `git checkout` can bring an older time.  The last member,
     the time of the last change of any kind, changes even if a writer sets the other time back.
     """
     try:
         status = os.stat(path)
-    except FileNotFoundError:
-        return None
     except OSError as error:
         return error.errno
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
@@ -2097,10 +2102,10 @@ def _write_all(descriptor: int, data: bytes) -> OSError | None:
 
 
 class Log:
-    """The log file, rotated by size.  Any thread may add lines; only the watcher writes them.
+    """The log file, rotated by size.  Any thread may add lines; one at a time writes them.
 
-    So a disk that hangs holds up no request; `kill -9` can lose the lines of the last POLL_S.
-    `open`, `reopen` and `flush` are for one thread at a time.
+    That is the watcher, so that a disk that hangs holds up no request; `kill -9` can lose the lines
+    of the last POLL_S.
     """
 
     HELD_MAX = 10_000       # lines; only while the disk hangs can so many be held
@@ -2113,20 +2118,17 @@ class Log:
         self.problem: str | None = None
         self._lock = threading.Lock()       # keeps the lines in the order of their times
         self._lines: deque[bytes] = deque(maxlen=self.HELD_MAX)
-        self._second, self._stamp = 0, ""   # of the last line
         self._descriptor: int | None = None
-        self._echo_stuck = False
+        self._is_stuck = False              # stderr accepts nothing
 
     def write(self, tag: str, text: str) -> None:
         """Add one line; the caller has made everything printable that comes from outside."""
         with self._lock:
             now = time.time()
-            if self._second != int(now):
-                self._second = int(now)
-                self._stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
             if len(self._lines) == self.HELD_MAX:
                 self.problem = "rrouter.log: the disk does not respond: log lines are lost"
-            line = f"{self._stamp}.{int(now % 1 * 1000):03d} [{tag}] {text}\n"
+            line = f"{stamp}.{int(now % 1 * 1000):03d} [{tag}] {text}\n"
             self._lines.append(line.encode("utf-8", "replace"))
             many = len(self._lines) == self.MANY
         if many:
@@ -2137,8 +2139,7 @@ class Log:
         data = b"".join([self._lines.popleft() for _ in range(len(self._lines))])
         if not data:
             return
-        if self._descriptor is not None:
-            self._rotate_if_full(self._descriptor, len(data))
+        self._rotate_if_full(len(data))
         if self._descriptor is not None:
             self._note(_write_all(self._descriptor, data))
         if self._echo:
@@ -2146,14 +2147,12 @@ class Log:
 
     def _write_stderr(self, data: bytes) -> None:
         """Write as much to stderr as it accepts: a terminal may be stopped, a pipe full."""
-        poller = select.poll()
-        poller.register(2, select.POLLOUT)
         # A pipe that is ready accepts PIPE_BUF bytes without blocking.
         for start in range(0, len(data), select.PIPE_BUF):
-            if not poller.poll(0 if self._echo_stuck else int(self.ECHO_S * 1000)):
-                self._echo_stuck = True
+            ready = select.select([], [2], [], 0 if self._is_stuck else self.ECHO_S)[1]
+            self._is_stuck = not ready
+            if self._is_stuck:
                 return
-            self._echo_stuck = False
             _write_all(2, data[start:start + select.PIPE_BUF])
 
     def _note(self, error: OSError | None) -> None:
@@ -2165,11 +2164,15 @@ class Log:
         self.problem = problem
 
     def open(self) -> None:
-        """Open the file; if that fails, `problem` says why."""
-        problem: OSError | None = None
-        descriptor = None
+        """Open the file unless it is open and at its path: others rotate and remove files too."""
+        with contextlib.suppress(OSError):
+            if self._descriptor is not None and os.path.samestat(
+                    os.stat(self._path), os.fstat(self._descriptor)):
+                return
+        descriptor = problem = None
         try:
-            os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):      # no `makedirs`: HOME may be away
+                os.mkdir(os.path.dirname(self._path), 0o700)
             # A FIFO without a reader would block.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
             descriptor = os.open(self._path, flags, 0o600)
@@ -2182,18 +2185,11 @@ class Log:
             os.dup2(descriptor, 2)      # the daemon's stderr, for messages of Python itself
         self._note(problem)
 
-    def reopen(self) -> None:
-        """Open the file at the path if it is another one: others rotate and remove files too."""
-        with contextlib.suppress(OSError):
-            if self._descriptor is not None and os.path.samestat(
-                    os.stat(self._path), os.fstat(self._descriptor)):
-                return
-        self.open()
-
-    def _rotate_if_full(self, descriptor: int, coming: int) -> None:
+    def _rotate_if_full(self, coming: int) -> None:
         """Begin a new file if the next `coming` bytes do not fit; if that fails, keep the old."""
+        descriptor = self._descriptor
         with contextlib.suppress(OSError):
-            if os.fstat(descriptor).st_size + coming <= LOG_MAX_BYTES:
+            if descriptor is None or os.fstat(descriptor).st_size + coming <= LOG_MAX_BYTES:
                 return
             # Two processes may write the same file.  One of them rotates it; the other finds
             # another file at the path.  Closing the file in `open` releases the lock.
@@ -2210,7 +2206,7 @@ class Store:
     """The user's config and mode, always read together and never stale.
 
     `changed(old, new, mode_written)` is called, one call at a time, before any thread gets the new
-    snapshot.  Call `load` before anything else.
+    snapshot, also for the first one.
     """
 
     def __init__(self, paths: Paths, log: Log, changed: Callable[[Snapshot, Snapshot, bool], None]):
@@ -2218,31 +2214,24 @@ class Store:
         self._lock = threading.Lock()
         self.condition = threading.Condition()      #: notified to let the watcher look at once
         self._config = config_of(None)
-        self._config_bytes: bytes | OSError | None = None
+        self._config_bytes: bytes | OSError | None = None   # or why they could not be read
         self._config_error: str | None = None
         self._word: str | None = None
         self._mode_error: str | None = None
-        self.mode_signature: tuple[int, ...] | int | None = None
+        self._mode_signature: object = None
         self._current = Snapshot(self._config, "", ())
-        self._seen: object = None
-
-    def load(self) -> Snapshot:
-        """Read the files for the first time; return config and mode."""
-        with self._lock:
-            seen = self._read()
-            new = self._compose()
-            self._log.write("MODE", new.mode)
-            return self._publish(new, seen)
+        self._seen: object = None       # the signatures of the files in `_current`
 
     def snapshot(self) -> Snapshot:
         """Return config and mode as they are now: every write before this call has its effect.
 
-        It takes no lock.  That holds without the interpreter lock too, because `_publish` stores
-        `_seen` after `_current`, and Python's attribute access is atomic (PEP 703).
+        It takes no lock unless a file has changed.  That holds without the interpreter lock too,
+        because `_reload` stores `_seen` last, and Python's attribute access is atomic (PEP 703).
         """
         if (_signature(self.paths.mode), _signature(self.paths.config)) == self._seen:
             return self._current
-        return self._reload()
+        with self._lock:
+            return self._reload()
 
     def wake(self) -> None:
         """Let the watcher look at once."""
@@ -2252,35 +2241,24 @@ class Store:
     def fingerprint(self) -> dict[str, Any]:
         """Return what ties a saved state to the mode file and to the `auto` section."""
         with self._lock:        # not between a new mode and the reset that it brings
-            written = self.mode_signature
-            return {"modeFile": list(written) if isinstance(written, tuple) else written,
-                    "auto": [list(value) if isinstance(value, tuple) else value
-                             for value in self._current.config.auto]}
+            values = {"modeFile": self._mode_signature, "auto": self._current.config.auto}
+        return dict(json.loads(json.dumps(values)))     # compared with what a file says: no tuples
 
     def _reload(self) -> Snapshot:
-        with self._lock:
-            old, old_signature = self._current, self.mode_signature
-            seen = self._read()
-            new, written = self._compose(), self.mode_signature != old_signature
-            if new.mode != old.mode:
-                self._log.write("MODE", f"{old.mode} -> {new.mode}")
-            if written or new != old:
-                self._changed(old, new, written)
-            return self._publish(new, seen)
-
-    def _read(self) -> tuple[Any, Any]:
-        """Read both files; return the signatures they had before."""
+        """Read both files and publish what they say; the signatures are those of before."""
         seen = _signature(self.paths.mode), _signature(self.paths.config)
+        old, old_signature = self._current, self._mode_signature
         self._read_config()
         self._read_mode(seen[0])
-        return seen
-
-    def _publish(self, new: Snapshot, seen: tuple[Any, Any]) -> Snapshot:
+        new, written = self._compose(), self._mode_signature != old_signature
+        if new.mode != old.mode:
+            self._log.write("MODE", f"{old.mode and old.mode + ' -> '}{new.mode}")
+        if written or new != old:
+            self._changed(old, new, written)
         self._current = new
-        # `_seen` last, because `snapshot` compares it without the lock.  A file that could not be
-        # read is read again by the next request.
+        # A file that could not be read is read again by the next request.
         readable = self._mode_error is None and not isinstance(self._config_bytes, OSError)
-        self._seen = (_if_stable(seen[0]), _if_stable(seen[1])) if readable else None
+        self._seen = tuple(map(_if_stable, seen)) if readable else None
         return new
 
     def _read_config(self) -> None:
@@ -2303,7 +2281,7 @@ class Store:
                 self._config_error = complaint
                 self._log.write("CONFIG", f"{complaint}; the previous config stays in force")
 
-    def _read_mode(self, signature: tuple[int, ...] | int | None) -> None:
+    def _read_mode(self, signature: object) -> None:
         try:
             content = read_file(self.paths.mode)
         except OSError as error:
@@ -2314,7 +2292,7 @@ class Store:
         if word != "":                  # else it is just being written
             self._word = word
             # chmod changes the last member, but does not write the mode.
-            self.mode_signature = signature[:3] if isinstance(signature, tuple) else signature
+            self._mode_signature = signature[:3] if isinstance(signature, tuple) else signature
 
     def _compose(self) -> Snapshot:
         config, word = self._config, self._word
@@ -2322,40 +2300,33 @@ class Store:
         problems = [self._config_error, *(f"config.json: {problem}" for problem in config.problems),
                     self._mode_error]
         if word == MODE_AUTO and word != mode:
-            complaint = f"config.json: {config.auto_error}"
-            problems += [] if complaint in problems else [complaint]
+            problems.append(f"config.json: {config.auto_error}")
         elif word is not None and word != mode:
             problems.append(f"{describe_unknown_mode(word, config.choices)}; {mode} is in force")
-        return Snapshot(config, mode, tuple(problem for problem in problems if problem))
+        return Snapshot(config, mode, tuple(dict.fromkeys(filter(None, problems))))
 
 
 class StateFile:
-    """state.json: the state of auto mode, kept over a restart.
-
-    One thread at a time writes it, and takes the state while it has the turn, so that an older
-    state never replaces a newer one.
-    """
+    """state.json: the state of auto mode, kept over a restart.  One thread alone writes it."""
 
     def __init__(self, path: str, log: Log):
         self._path, self._log = path, log
-        self._lock = threading.Lock()
         self._saved: dict[str, Any] | None = None
         self.problem: str | None = None     #: why the last state could not be written
 
     def load(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the state that was saved with this `fingerprint`, or None without a file.
+        """Return the state saved with this `fingerprint`, None without a file.
 
-        Raises StateError if the file is unusable or was saved with another fingerprint.
+        Raises StateError if the file is unusable or has another fingerprint.
         """
         try:
-            content = read_file(self._path)
-            if content is None:
-                return None
-            state = json.loads(content.decode("utf-8"))
+            state = read_json(self._path)
         except OSError as error:
             raise StateError(reason_of(error)) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise StateError("not the JSON that rrouter wrote") from error
+        if state is None:
+            return None
         if not isinstance(state, dict) or state.get("version") != 1:
             raise StateError("not written by this version of rrouter")
         for name, what in (("modeFile", "the mode file"), ("auto", "the auto section")):
@@ -2367,25 +2338,19 @@ class StateFile:
         """Let the next `save` write, because the file was removed."""
         self._saved = None
 
-    def save(self, make: Callable[[], dict[str, Any]]) -> None:
-        """Write the state that `make` returns, fingerprint included, unless it is the last saved.
-
-        Never raises; a failure is logged once.
-        """
-        with self._lock:
-            state = make()
-            if state == self._saved:
-                return
-            try:
-                text = json.dumps({"version": 1, **state}, indent=1)
-                write_atomically(self._path, text + "\n")
-                self._saved, self.problem = state, None
-            except OSError as error:
-                problem = (f"state.json: cannot be written: {reason_of(error)}: "
-                           "a restart forgets the cooldowns")
-                if problem != self.problem:
-                    self._log.write("AUTO", problem)
-                self.problem = problem
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the state unless it is the last saved; a failure is logged once."""
+        if state == self._saved:
+            return
+        try:
+            write_atomically(self._path, json.dumps({"version": 1, **state}, indent=1) + "\n")
+            self._saved, self.problem = state, None
+        except OSError as error:
+            problem = (f"state.json: cannot be written: {reason_of(error)}: "
+                       "a restart forgets the cooldowns")
+            if problem != self.problem:
+                self._log.write("AUTO", problem)
+            self.problem = problem
 
 
 # Resources ####################################################################
@@ -2425,21 +2390,18 @@ class RememberedHead:
         if not self._after:
             return head, end
         number = _NUMBER.match(data, end)
-        if not number or not data.startswith(self._after, number.end()):
+        if (not number or not data.startswith(self._after, number.end())
+                or int(number.group()) > BODY_MAX_BYTES):
             return None
-        length = int(number.group())
-        if length > BODY_MAX_BYTES:
-            return None
-        end = number.end() + len(self._after)
-        return (head if length == head.length else head._replace(length=length)), end
+        head = head._replace(length=int(number.group()))
+        return head, number.end() + len(self._after)
 
 
 class OneCore:
     """Keeps the threads of the connections on one core of Linux while they have much to do.
 
-    Only one of them at a time runs Python code, and passing the interpreter lock from core to core
-    takes longer than most of what the lock is needed for.  When there is little to do, a thread is
-    better off on whichever core is free.
+    Passing the interpreter lock from core to core takes longer than most of what the lock is needed
+    for.  When there is little to do, a thread is better off on whichever core is free.
     """
 
     ACTIVE_MIN = 8                      # requests under way
@@ -2464,26 +2426,22 @@ class OneCore:
         with contextlib.suppress(OSError):              # a sandbox may forbid it
             allowed = os.sched_getaffinity(0)           # each time, because the user may change it
             enough = min(active, len(threads)) >= self.ACTIVE_MIN
-            if not enough or busy < (self.BUSY if self._core is None else self.CALM):
-                if self._core is not None:
-                    self._core = None
-                    self._place(threads, allowed)
-                return
-            if self._core not in allowed:
-                self._core = self._core_of(threads[0])
-            if self._core in allowed:
-                self._place(threads, {self._core})
+            if enough and busy >= (self.BUSY if self._core is None else self.CALM):
+                if self._core not in allowed:
+                    self._core = self._core_of(threads[0])
+                if self._core in allowed:
+                    self._place(threads, {self._core})
+            elif self._core is not None:
+                self._core = None
+                self._place(threads, allowed)
 
     @staticmethod
     def _core_of(thread: int) -> int | None:
         """Return the core a busy thread last ran on: the kernel knows the fast cores."""
         # The thread may have ended, and not every system has /proc.
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            descriptor = os.open("/proc/self/task/%d/stat" % thread, os.O_RDONLY)
-            try:
-                return int(os.read(descriptor, 4096).rpartition(b")")[2].split()[36])
-            finally:
-                os.close(descriptor)
+        with contextlib.suppress(OSError, ValueError, IndexError), \
+                open(f"/proc/self/task/{thread}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[36])
         return None
 
     @staticmethod
@@ -2503,8 +2461,7 @@ def _ask_libc(function: str, *arguments: int) -> None:
 def use_one_heap() -> None:
     """Make glibc use one malloc arena, because it never returns the free end of the others.
 
-    To be called before there are threads.  The interpreter lock lets one thread allocate at a time
-    anyway.
+    To be called before there are threads.
     """
     _ask_libc("mallopt", -8, 1)         # M_ARENA_MAX in <malloc.h>
 
@@ -3489,7 +3446,7 @@ class Router:
 
     def load(self) -> None:
         """Read mode and config for the first time."""
-        self.failover.reset(self.store.load().config.auto, "")
+        self.store.snapshot()
 
     def load_state(self) -> None:
         """Continue with the failover state of before a restart if it fits; keep it from now on."""
@@ -3507,7 +3464,7 @@ class Router:
         """Write state.json if there is something new."""
         if self.keeps_state:
             # The fingerprint first: a reset by a mode written meanwhile must not be undone.
-            self.state.save(lambda: {**self.store.fingerprint(), **self.failover.save()})
+            self.state.save({**self.store.fingerprint(), **self.failover.save()})
 
     def watch(self) -> None:
         """Look at the files and at the clock; one step of the watcher."""
@@ -3891,13 +3848,13 @@ def until(condition: Callable[[], object], limit_s: float) -> bool:
     return True
 
 
-def own_place() -> tuple[str, int]:
-    """Return the host and the pid namespace of this process, 0 where the system has none."""
-    try:
+def own_place() -> str:
+    """Return host and pid namespace of this process, as words; 0 where the system has none."""
+    namespace = 0
+    with contextlib.suppress(OSError):
         namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        namespace = 0
-    return re.sub(r"\s", "_", socket.gethostname()) or "-", namespace
+    host = re.sub(r"\s", "_", socket.gethostname()) or "-"
+    return f"{host} {namespace}"
 
 
 class Holder(NamedTuple):
@@ -3905,16 +3862,16 @@ class Holder(NamedTuple):
 
     pid: int
     instance: str = ""          #: random, repeated in run.json and by /health
-    host: str = ""
-    pid_namespace: int = 0
+    place: str = ""             #: its host and pid namespace
     stopping: bool = False      #: accepts no more requests; those under way finish
 
     @property
     def elsewhere(self) -> str:
         """Where the process lives if its pid means nothing here, else ""."""
-        if not self.instance or (self.host, self.pid_namespace) == own_place():
+        if not self.instance or self.place == own_place():
             return ""
-        return f"in another container or on another host ({printable(self.host)})"
+        host = self.place.split()[0]
+        return f"in another container or on another host ({printable(host)})"
 
     @property
     def name(self) -> str:
@@ -3933,39 +3890,37 @@ class Lock:
     closing any descriptor of the file would release it.
     """
 
-    LINE = re.compile(r"([1-9][0-9]{0,8})(?: ([0-9a-f]+) (\S+) ([0-9]{1,20}))?( stopping)?\n")
+    LINE = re.compile(r"([1-9][0-9]{0,8})(?: ([0-9a-f]+) (\S+ [0-9]{1,20}))?( stopping)?\n")
     PATIENCE_S = 0.5        # for a command that looks, or a holder that has not written its line
 
     def __init__(self, path: str):
         self._path = path
         self._descriptor: int | None = None
-        self._holder: Holder | None = None      # this process, as the file names it
+        self._written = Holder(0)       # this process, as the file names it
         self.stopping = False           #: what `renew` says of this process
 
     def acquire(self, instance: str, patience_s: float = PATIENCE_S) -> bool:
-        """Lock the file for the life of this process; return False if another process holds it.
+        """Lock the file until this process ends; return False if another one holds it.
 
         Raises DaemonError.
         """
+        holder = Holder(os.getpid(), instance, own_place())
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
+            with contextlib.ExitStack() as failed:
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+                failed.callback(os.close, descriptor)
                 if not until(lambda: self._try(descriptor, fcntl.LOCK_EX), patience_s):
-                    os.close(descriptor)
                     return False
-                os.ftruncate(descriptor, 0)         # it named the last holder
-                self._write(descriptor, Holder(os.getpid(), instance, *own_place()))
-            except (OSError, DaemonError):
-                os.close(descriptor)
-                raise
-            self.release()              # a file that has left the path
-            self._descriptor = descriptor
-            return True
+                self._write(descriptor, holder)     # at once, because it names the last holder
+                failed.pop_all()
         except OSError as error:
             is_other = os.path.lexists(self._path) and not os.path.isfile(self._path)
             raise DaemonError(f"{self._path}: cannot be written: {reason_of(error)}: " + (
                 "it is no regular file: remove it" if is_other
                 else "check its permissions and free space")) from error
+        self.release()                  # a file that has left the path
+        self._descriptor = descriptor
+        return True
 
     def _try(self, descriptor: int, kind: int) -> bool:
         try:
@@ -3978,67 +3933,50 @@ class Lock:
         return True
 
     def _write(self, descriptor: int, holder: Holder) -> None:
-        words = [str(word) for word in holder[:4]] + ["stopping"] * holder.stopping
-        line = os.fsencode(" ".join(words) + "\n")
+        line = os.fsencode(" ".join(map(str, holder[:3])) + " stopping" * holder.stopping + "\n")
         os.pwrite(descriptor, line, 0)
         os.ftruncate(descriptor, len(line))
-        self._holder = holder
+        self._written = holder
 
     def is_removed(self) -> bool:
         """Return whether the file that this process holds has left its path."""
         try:
             return self._descriptor is not None and not os.path.samestat(
                 os.stat(self._path), os.fstat(self._descriptor))
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
 
     def renew(self) -> None:
         """Correct the line if this process holds the lock: laptops change their host names."""
-        if self._descriptor is None or self._holder is None:
-            return
-        holder = Holder(*self._holder[:2], *own_place(), self.stopping)
-        if holder != self._holder:
+        holder = self._written._replace(place=own_place(), stopping=self.stopping)
+        if self._descriptor is not None and holder != self._written:
             with contextlib.suppress(OSError):
                 self._write(self._descriptor, holder)
 
     def look(self) -> Holder | None:
         """Return the process that holds the lock, or None.  Raises DaemonError."""
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)   # a FIFO would block
+            file = open_for_reading(self._path)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
                 return None
             raise DaemonError(f"{self._path}: {reason_of(error)}: it belongs to another user, who "
                               "may have run rrouter with your HOME: chown it to you") from error
-        try:
+        with file:
             deadline = time.monotonic() + self.PATIENCE_S
-            while time.monotonic() < deadline and not self._try(descriptor, fcntl.LOCK_SH):
+            while time.monotonic() < deadline and not self._try(file.fileno(), fcntl.LOCK_SH):
                 with contextlib.suppress(OSError):      # a FIFO that another command has open
-                    line = self.LINE.match(os.fsdecode(os.pread(descriptor, 512, 0)))
+                    line = self.LINE.match(os.fsdecode(os.pread(file.fileno(), 512, 0)))
                     if line:
-                        return Holder(int(line[1]), line[2] or "", line[3] or "",
-                                      int(line[4] or 0), bool(line[5]))
+                        return Holder(int(line[1]), line[2] or "", line[3] or "", bool(line[4]))
                 time.sleep(0.02)
-            return None
-        finally:
-            os.close(descriptor)
+        return None
 
     def release(self) -> None:
         """Release the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def has_terminal() -> bool:
-    """Return whether this process has a controlling terminal."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
-        return True
-    except OSError:
-        return False
 
 
 class Signals:
@@ -4051,23 +3989,20 @@ class Signals:
     def install(self) -> None:
         """Catch SIGTERM, SIGINT and SIGHUP from now on; for the main thread."""
         self._read, self._write = os.pipe()
-        os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN     # by nohup
-        self.hang_up_ends = not ignored and has_terminal()
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # else we run under nohup
+            with contextlib.suppress(OSError):                      # there is no terminal
+                os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
+                self.hang_up_ends = True
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
 
-    def wait(self, timeout_s: float | None = None) -> bytes:
-        """Return the number of the next signal, b"" if none comes within `timeout_s`."""
-        poller = select.poll()
-        poller.register(self._read, select.POLLIN)
-        if not poller.poll(None if timeout_s is None else int(timeout_s * 1000)):
-            return b""
-        with contextlib.suppress(BlockingIOError):
-            return os.read(self._read, 1)       # one at a time: the second has another meaning
-        return b""
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Return the number of the next signal, 0 if none comes within `timeout_s`."""
+        if not select.select([self._read], [], [], timeout_s)[0]:
+            return 0
+        return os.read(self._read, 1)[0]        # one at a time: the second has another meaning
 
 
 def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
@@ -4085,22 +4020,6 @@ def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
                          "or an address or a name of this machine") from error
 
 
-def _port_owner_from_proc(port: int) -> str:
-    inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
-            rows = [line.split() for line in file][1:]
-            inodes |= {f"socket:[{row[9]}]" for row in rows
-                       if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
-    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
-        with contextlib.suppress(OSError):
-            for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
-                    name = read_file(f"/proc/{pid}/comm") or b""
-                    return f"{printable(name.decode('utf-8', 'replace').strip())} (pid {pid})"
-    return ""
-
-
 def run_program(command: Sequence[str], timeout_s: float) -> tuple[int, str]:
     """Run a program of the system; return its status and output, 127 and why if it cannot run."""
     import subprocess
@@ -4114,14 +4033,23 @@ def run_program(command: Sequence[str], timeout_s: float) -> tuple[int, str]:
 
 def port_owner(port: int) -> str:
     """Return name and pid of the program that listens on `port`, "" if they are not known."""
-    for command in (("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"),
-                    ("ss", "-Hltnp", f"sport = :{port}")):
-        output = run_program(command, timeout_s=3)[1]
-        found = (re.search(r"p(?P<pid>\d+)\nc(?P<name>[^\n]+)", output)
-                 or re.search(r'\("(?P<name>[^"]+)",pid=(?P<pid>\d+)', output))
-        if found:
-            return f"{printable(found['name'])} (pid {found['pid']})"
-    return _port_owner_from_proc(port)
+    if not os.path.isdir("/proc/net"):                  # macOS
+        output = run_program(("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"), 3)[1]
+        found = re.search(r"p(\d+)\nc([^\n]+)", output)
+        return f"{printable(found[2])} (pid {found[1]})" if found else ""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
+            rows = [line.split() for line in file][1:]
+            inodes |= {f"socket:[{row[9]}]" for row in rows
+                       if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
+        with contextlib.suppress(OSError):              # it has ended, or is not ours
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                        return f"{printable(file.read().strip())} (pid {pid})"
+    return ""
 
 
 @contextlib.contextmanager
@@ -4172,26 +4100,18 @@ def describe_taken(settings: Settings) -> str:
             "config)")
 
 
-def open_server(router: Router, family: int, address: Any) -> ProxyServer:
-    """Return a server that listens on `address`; raise OSError."""
-    server = ProxyServer(family, address, router)
-    try:
-        server.server_bind()
-        server.server_activate()
-    except OSError:
-        server.server_close()
-        raise
-    return server
-
-
 def listen(settings: Settings, router: Router) -> list[ProxyServer]:
     """Return the listening servers; raise DaemonError if an address is taken or none is ours."""
     servers: list[ProxyServer] = []
     problem: OSError | None = None
     for family, address in addresses_of(settings):
+        server = ProxyServer(family, address, router)
         try:
-            servers.append(open_server(router, family, address))
+            server.server_bind()
+            server.server_activate()
+            servers.append(server)
         except OSError as error:
+            server.server_close()
             problem = error
             if error.errno == errno.EADDRINUSE:
                 break
@@ -4203,8 +4123,8 @@ def listen(settings: Settings, router: Router) -> list[ProxyServer]:
                           f"cannot listen on {settings.listen_addr}: {reason_of(problem)}")
     router.addresses = [server.server_address[:2] for server in servers]    # type: ignore[misc]
     if all(is_loopback(host) for host, _ in router.addresses):
-        own = settings.host.lower().rstrip(".")
-        names = "localhost", "127.0.0.1", "::1", own, *settings.allowed_hosts
+        names = ("localhost", "127.0.0.1", "::1", settings.host.lower().rstrip("."),
+                 *settings.allowed_hosts)
         router.hosts = frozenset(f"[{name}]" if ":" in name else name for name in names)
     return servers
 
@@ -4222,21 +4142,15 @@ def who_starts() -> str:
 
 
 def report_start(ready: int, words: str) -> None:
-    """Report to `start` how it went, unless it was killed meanwhile.
-
-    It reads to the end of file, so after a failure `start` returns when this process has ended.
-    """
-    with contextlib.suppress(OSError):
+    """Report to `start` how it went; after a failure it waits until this process has ended."""
+    with contextlib.suppress(OSError):          # it was killed meanwhile
         os.write(ready, words.encode("utf-8", "replace"))
         if words == "ready":
-            os.close(ready)
+            os.close(ready)                     # `start` reads to the end of file
 
 
 def write_run_files(router: Router) -> bool:
-    """Write pid and run.json, which say where the daemon is; return False if that failed.
-
-    The daemon works without them as well.
-    """
+    """Write pid and run.json, without which the daemon works as well; return False on failure."""
     paths, settings = router.store.paths, router.settings
     run = {"host": settings.host, "port": settings.port, "upstream": settings.upstream,
            "pid": os.getpid(), "instance": router.instance, "startedBy": router.started_by,
@@ -4251,23 +4165,19 @@ def write_run_files(router: Router) -> bool:
     return True
 
 
-def raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files, 256 on macOS, as far as is useful."""
+def raise_descriptor_limit() -> int:
+    """Raise the limit of open files, 256 on macOS, as far as is useful; return it."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * CONNECTIONS_MAX
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    enough = 4 * CONNECTIONS_MAX
+    if soft == resource.RLIM_INFINITY:
+        return enough
+    wanted = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
+    if soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def descriptor_limit() -> int:
-    """Return how many files this process may have open."""
-    import resource
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+            return wanted
+    return soft
 
 
 class Watcher:
@@ -4280,7 +4190,8 @@ class Watcher:
 
     def __init__(self, router: Router, lock: Lock):
         self._router, self._lock = router, lock
-        self._ending = self._is_lost = self._is_unwritten = False
+        self._owns_files = router.keeps_state
+        self._ending = self._is_unwritten = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -4295,7 +4206,7 @@ class Watcher:
             with condition:
                 condition.wait(0 if self._ending else POLL_S)
             is_last = self._ending      # lines added before are written in this round
-            for step in (self._reclaim, self._lock.renew, self._router.watch, log.reopen,
+            for step in (self._reclaim, self._lock.renew, self._router.watch, log.open,
                          log.flush):
                 try:
                     step()
@@ -4304,20 +4215,18 @@ class Watcher:
 
     def _reclaim(self) -> None:
         """Write the files that name this daemon again if the user removed ~/.rrouter."""
+        if not self._owns_files:
+            return
         router, paths = self._router, self._router.store.paths
-        if self._lock.is_removed():
-            router.keeps_state = False      # the files may be another daemon's by now
-            self._is_lost = True
+        is_removed = self._lock.is_removed()
+        router.keeps_state = not is_removed         # else they may be another daemon's by now
+        if is_removed and os.path.isdir(os.path.dirname(paths.root)):   # else HOME itself is away
             with contextlib.suppress(DaemonError):
-                if os.path.isdir(os.path.dirname(paths.root)):      # else HOME itself is away
-                    paths.create()
-                    if self._lock.acquire(router.instance, patience_s=0):
-                        router.state.forget()
-                        self._is_unwritten = True
-                        router.log.write(
-                            "START", "~/.rrouter was removed: this daemon has it again")
-        elif self._is_lost:
-            router.keeps_state, self._is_lost = True, False
+                paths.create()
+                if self._lock.acquire(router.instance, patience_s=0):
+                    router.state.forget()
+                    self._is_unwritten = True
+                    router.log.write("START", "~/.rrouter was removed: this daemon has it again")
         if self._is_unwritten:
             self._is_unwritten = not write_run_files(router)
 
@@ -4326,19 +4235,6 @@ class Watcher:
         self._ending = True
         self._router.store.wake()
         self._thread.join(self.END_S)
-
-
-def wait_for_the_end(signals: Signals, router: Router) -> None:
-    """Return when a signal ends rrouter; if SIGHUP does not, read the files again on it."""
-    while True:
-        for number in signals.wait():
-            if number != signal.SIGHUP or signals.hang_up_ends:
-                router.log.write("STOP", f"{signal.Signals(number).name}: running requests may "
-                                         f"finish within {DRAIN_S} s")
-                return
-            router.store.snapshot()
-            router.log.write("START", "SIGHUP: files read again")
-            router.store.wake()
 
 
 def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
@@ -4355,7 +4251,7 @@ def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
             if not client.busy:
                 client.stop_reading(cut_off=False)
         # A closing terminal can send SIGHUP twice: by the kernel and by the shell.
-        if any(number != signal.SIGHUP for number in signals.wait(0.02)):
+        if signals.wait(0.02) not in (0, signal.SIGHUP):
             router.log.write("STOP", "second signal: ending at once")
             break
     for client in list(router.connections):
@@ -4372,21 +4268,27 @@ def remove_files(*paths: str) -> None:
 
 def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[ProxyServer],
                    watcher: Watcher) -> None:
-    """Wait for a signal, drain, and end the process."""
-    status = 1
+    """Serve until a signal says otherwise, drain, and end the process."""
+    log, status = router.log, 1
     try:
-        wait_for_the_end(signals, router)
+        number = signals.wait()
+        while number == signal.SIGHUP and not signals.hang_up_ends:
+            log.write("START", "SIGHUP: files read again")      # written after the watcher's look
+            router.store.wake()
+            number = signals.wait()
+        log.write("STOP", f"{signal.Signals(number).name}: running requests may finish within "
+                          f"{DRAIN_S} s")
         lock.stopping = True            # the watcher writes it down, because a disk may hang
         router.store.wake()
         drain(signals, router, servers)
-        router.log.write("STOP", f"rrouter ends, pid {os.getpid()}")
+        log.write("STOP", f"rrouter ends, pid {os.getpid()}")
         watcher.end()
         if router.keeps_state:
             remove_files(router.store.paths.pid, router.store.paths.run)
         lock.release()
         status = 0
     except Exception as error:          # a defect of ours
-        router.log.write("ERROR", describe_defect(error))
+        log.write("ERROR", describe_defect(error))
         watcher.end()
     finally:
         os._exit(status)    # threads of streams past the drain time would hold the interpreter up
@@ -4396,7 +4298,7 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
     """Load the files and listen; return the servers.  Raises DaemonError, UsageError."""
     log, settings = router.log, router.settings
     router.load()
-    spare = descriptor_limit() - CONNECTIONS_RESERVE - 24
+    spare = raise_descriptor_limit() - CONNECTIONS_RESERVE - 24
     router.connections_max = min(CONNECTIONS_MAX, max(1, spare // 2))
     servers = listen(settings, router)
     if owns_files:
@@ -4417,8 +4319,7 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
 def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     """Start the router; return 0, also where another one runs already.
 
-    `ready` is the descriptor on which `start` waits for one word: `ready`, `running`, or what is
-    wrong.
+    `start` waits on the descriptor `ready` for a word: `ready`, `running`, or what is wrong.
     """
     signals, lock, instance = Signals(), Lock(paths.lock), os.urandom(8).hex()
     signals.install()
@@ -4427,7 +4328,6 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     if ready is not None and not owns_files:
         report_start(ready, "running")
         return 0
-    raise_descriptor_limit()
     use_one_heap()
     log = Log(paths.log, echo=ready is None)
     router = Router(settings, paths, log, who_starts() if ready is None else "start")
@@ -4447,8 +4347,8 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     return 0
 
 
-class Running(NamedTuple):
-    """A live daemon, as its files describe it."""
+class Daemon(NamedTuple):
+    """A daemon, as its files describe it."""
 
     holder: Holder
     host: str
@@ -4462,42 +4362,40 @@ class Running(NamedTuple):
         """Its pid, where it lives."""
         return self.holder.pid
 
-
-def read_run(paths: Paths) -> Running | None:
-    """Return the daemon that run.json describes, live or killed; None without a usable file."""
-    try:
-        run = json.loads(read_file(paths.run) or b"{}")
-        holder = Holder(int(run["pid"]), str(run.get("instance", "")))
-        return Running(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
+    @classmethod
+    def last(cls, paths: Paths) -> Daemon | None:
+        """Return the one in run.json, live or killed; None without a usable file."""
+        try:
+            run = read_json(paths.run)
+            holder = Holder(int(run["pid"]), str(run.get("instance", "")))
+            return cls(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
                        str(run["upstream"]), str(run.get("allowedHosts", "")))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            return None
+
+    @classmethod
+    def find(cls, paths: Paths) -> Daemon | None:
+        """Return the live one, or None; without its run.json, on the port of the environment."""
+        holder, last = Lock(paths.lock).look(), cls.last(paths)
+        if holder is None:
+            return None
+        if last and holder.is_same(last.holder):
+            return last._replace(holder=holder)
+        settings = read_environment(dict(os.environ))
+        return cls(holder, settings.host, settings.port, "unknown")
+
+    def health(self) -> dict[str, Any] | None:
+        """Return its /health, or None if it does not answer, or another process does."""
+        health = ask_health(self.host, self.port)
+        if health and self.holder.is_same(Holder(health["pid"], health.get("instance", ""))):
+            return health
         return None
-
-
-def find_daemon(paths: Paths) -> Running | None:
-    """Return the live daemon, or None; without its run.json, on the port of the environment."""
-    holder, run = Lock(paths.lock).look(), read_run(paths)
-    if holder is None:
-        return None
-    if run and (run.pid, run.holder.instance) == (holder.pid, holder.instance):
-        return run._replace(holder=holder)
-    settings = read_environment(dict(os.environ))
-    return Running(holder, settings.host, settings.port, "unknown")
-
-
-def health_of(daemon: Running, timeout_s: float = 3) -> dict[str, Any] | None:
-    """Return /health of this very daemon, or None if it does not answer."""
-    health = ask_health(daemon.host, daemon.port, timeout_s)
-    if health is None or health.get("instance", "") != daemon.holder.instance:
-        return None
-    return health if health["pid"] == daemon.pid else None
 
 
 def last_lines(path: str, count: int = 5) -> str:
     """Return the last lines of a file, indented."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # a FIFO would block
-        with os.fdopen(descriptor, "rb") as file:
+        with open_for_reading(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
             lines = file.read().decode("utf-8", "replace").splitlines()[-count:]
     except OSError as error:
@@ -4505,34 +4403,40 @@ def last_lines(path: str, count: int = 5) -> str:
     return "\n".join(f"  {printable(line)}" for line in lines)
 
 
-def wait_for_health(paths: Paths) -> tuple[Running, dict[str, Any]]:
-    """Return the daemon and its /health once it answers; raise DaemonError with the log's end."""
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        daemon = find_daemon(paths)
-        health = health_of(daemon) if daemon else None
-        if daemon and health:
+def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
+    """Return the daemon and its /health once it answers, None once none runs.
+
+    Raises DaemonError.
+    """
+    begin = time.monotonic()
+    while True:
+        daemon = Daemon.find(paths)
+        if daemon is None:
+            return None
+        health = daemon.health()
+        if health:
             return daemon, health
+        if daemon.holder.elsewhere:
+            raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
+        if time.monotonic() - begin > (DRAIN_S + 5 if daemon.holder.stopping else START_S):
+            raise DaemonError("the daemon does not answer; the log ends with\n"
+                              + last_lines(paths.log))
         time.sleep(0.02)
-    raise DaemonError("the daemon does not answer; the log ends with\n" + last_lines(paths.log))
 
 
 def _become_daemon(descriptors: tuple[int, ...], arguments: list[str]) -> NoReturn:
     """In a forked child: run the program in a session without a terminal, as an orphan.
 
-    It gets the `descriptors` as 0, 1, 2 ... and no others.
+    It gets the `descriptors` as 0, 1, 2 ... and no others; their own numbers are higher.
     """
-    highest = min(descriptor_limit(), 1 << 16)
     try:
         os.setsid()
         if os.fork() == 0:              # not the session's leader: it never gets a terminal
             os.umask(0o077)
             os.chdir("/")
-            # First out of the way: a caller that closed its 0 to 3 has these numbers in use.
-            sources = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in descriptors]
-            for target, source in enumerate(sources):
+            for target, source in enumerate(descriptors):
                 os.dup2(source, target)
-            os.closerange(len(sources), highest)
+            os.closerange(len(descriptors), 1 << 16)
             # A new program, because what macOS loads into a process does not survive a fork
             # (python/cpython#105912).
             os.execv(arguments[0], arguments)
@@ -4557,9 +4461,8 @@ def spawn_daemon(paths: Paths) -> None:
         os.close(descriptor)
     os.waitpid(child, 0)
     with os.fdopen(read_end, "rb") as pipe:
-        poller = select.poll()
-        poller.register(pipe, select.POLLIN)
-        words = pipe.read().decode("utf-8", "replace") if poller.poll(START_S * 1000) else ""
+        ready = select.select([pipe], [], [], START_S)[0]
+        words = pipe.read().decode("utf-8", "replace") if ready else ""
     if words not in ("ready", "running"):
         raise DaemonError(words or "the daemon did not start; the log ends with\n"
                           + last_lines(paths.log))
@@ -4633,26 +4536,11 @@ def find_manager(home: str) -> Manager | None:
     return None
 
 
-def running_already(paths: Paths) -> Running | None:
-    """Return the daemon that runs and answers, or None when none does.  Raises DaemonError.
-
-    Waits for one that is about to end, or to answer.
-    """
-    daemon = find_daemon(paths)
-    if daemon is None:
-        return None
-    if daemon.holder.elsewhere and not health_of(daemon):
-        raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
-    until(lambda: not daemon.holder.is_same(Lock(paths.lock).look()) or health_of(daemon),
-          DRAIN_S + 5 if daemon.holder.stopping else START_S)
-    return wait_for_health(paths)[0] if find_daemon(paths) else None
-
-
 def start_daemon(paths: Paths, home: str) -> str:
     """Start the daemon unless one runs; return what to print.  Raises DaemonError, UsageError."""
-    daemon = running_already(paths)
-    if daemon:
-        return f"rrouter is already running ({daemon.holder.name}, port {daemon.port})"
+    found = wait_for_daemon(paths)
+    if found:
+        return f"rrouter is already running ({found[0].holder.name}, port {found[0].port})"
     settings = read_environment(dict(os.environ))
     addresses_of(settings)              # reports a name that does not exist
     manager = find_manager(home)
@@ -4664,7 +4552,11 @@ def start_daemon(paths: Paths, home: str) -> str:
         except OSError as error:
             raise DaemonError(f"{error.filename or 'cannot start a process'}: "
                               f"{reason_of(error)}") from error
-    daemon, health = wait_for_health(paths)
+    until(lambda: Daemon.find(paths), START_S)          # a service manager may not wait for it
+    found = wait_for_daemon(paths)
+    if not found:
+        raise DaemonError("the daemon did not start; the log ends with\n" + last_lines(paths.log))
+    daemon, health = found
     by = f", by {manager.name}" if manager else ""
     return f"rrouter runs on {health['listenAddr']} (pid {daemon.pid}{by}), mode {health['mode']}"
 
@@ -4679,29 +4571,25 @@ def _listens(host: str, port: int) -> bool:
 
 def send_signal(lock: Lock, holder: Holder, number: int) -> None:
     """Signal `holder` if it lives here and the lock still names it.  Raises DaemonError."""
-    descriptor = None
-    with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
-        # Opened before the look, so it cannot mean a later process with the same pid.
-        descriptor = os.pidfd_open(holder.pid)
-    try:
-        if holder.elsewhere or lock.look() != holder:
-            return
-        if descriptor is not None:
-            signal.pidfd_send_signal(descriptor, number)
-        else:
-            os.kill(holder.pid, number)
-    except ProcessLookupError:
-        pass
-    except PermissionError as error:
-        raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+    send: Callable[[int], None] = partial(os.kill, holder.pid)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
+            # Opened before the look, so it cannot mean a later process with the same pid.
+            descriptor = os.pidfd_open(holder.pid)
+            stack.callback(os.close, descriptor)
+            send = partial(signal.pidfd_send_signal, descriptor)
+        try:
+            if not holder.elsewhere and lock.look() == holder:
+                send(number)
+        except PermissionError as error:
+            raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
+        except ProcessLookupError:
+            pass
 
 
 def stop_daemon(paths: Paths, home: str) -> str:
     """Stop the daemon; return what to print when its port is free.  Raises DaemonError."""
-    daemon, lock = find_daemon(paths), Lock(paths.lock)
+    daemon, lock = Daemon.find(paths), Lock(paths.lock)
     if not daemon:
         remove_files(paths.pid, paths.run)
         return "rrouter is not running"
@@ -4969,10 +4857,10 @@ def cmd_serve(context: Context) -> int:
         raise
 
 
-def find_health(paths: Paths) -> tuple[Running | None, dict[str, Any] | None]:
+def find_health(paths: Paths) -> tuple[Daemon | None, dict[str, Any] | None]:
     """Return the live daemon and its /health, None for what does not exist."""
-    daemon = find_daemon(paths)
-    return daemon, health_of(daemon) if daemon else None
+    daemon = Daemon.find(paths)
+    return daemon, daemon.health() if daemon else None
 
 
 def print_rows(*rows: tuple[str, str], width: int = 10) -> None:
@@ -4992,7 +4880,7 @@ def describe_upstream(url: str) -> str:
     return f"{url}, {'' if _listens(parts.hostname or '', _port_of(parts)) else 'not '}reachable"
 
 
-def environment_of(daemon: Running) -> dict[str, str]:
+def environment_of(daemon: Daemon) -> dict[str, str]:
     """Return the RROUTER_* with which the daemon could have been started."""
     return {f"RROUTER_{name.upper()}": str(getattr(daemon, name)) for name in Settings._fields}
 
@@ -5023,7 +4911,7 @@ def cmd_stop(context: Context) -> None:
 
 def cmd_restart(context: Context) -> None:
     """Stop the daemon and start it again, with its settings except what this shell sets."""
-    daemon = find_daemon(context.paths) or read_run(context.paths)      # it may have been killed
+    daemon = Daemon.find(context.paths) or Daemon.last(context.paths)      # it may have been killed
     if daemon and not find_manager(context.home):       # a service has an environment file
         for name, value in environment_of(daemon).items():
             os.environ[name] = os.environ.get(name) or value
@@ -5036,7 +4924,7 @@ def find_mode(paths: Paths, health: dict[str, Any] | None) -> tuple[str, list[st
     """Return the mode in force, or that in which a daemon would start, and what is wrong."""
     if health:
         return health["mode"], health["problems"]
-    snapshot = Store(paths, Log(paths.log, echo=False), lambda *_: None).load()
+    snapshot = Store(paths, Log(paths.log, echo=False), lambda *_: None).snapshot()
     return snapshot.mode, list(snapshot.problems)
 
 
@@ -5081,7 +4969,7 @@ def print_status(holder: Holder, health: dict[str, Any]) -> None:
         *(("problem", printable(problem, 500)) for problem in health["problems"]))
 
 
-def describe_silence(daemon: Running) -> str:
+def describe_silence(daemon: Daemon) -> str:
     """Return what to say of a daemon that does not answer."""
     if daemon.holder.elsewhere:
         return (f"rrouter runs {daemon.holder.elsewhere} and does not answer here on port "
@@ -5154,7 +5042,7 @@ def set_mode(paths: Paths, mode: str) -> None:
         raise RouterError(why_not if mode == MODE_AUTO and why_not else
                           describe_unknown_mode(mode, choices) + nearest(mode, choices))
     write_file(paths.mode, mode + "\n")
-    after = health_of(daemon) if daemon and not daemon.holder.stopping else None
+    after = daemon.health() if daemon and not daemon.holder.stopping else None
     where = f"pid {daemon.pid}, port {daemon.port}" if daemon else ""
     if daemon is None or daemon.holder.stopping:
         note = f"written; {'rrouter is stopping' if daemon else 'no rrouter is running'}"
@@ -5183,17 +5071,12 @@ def cmd_mode(context: Context) -> None:
         set_mode(context.paths, os.fsencode(name).decode("utf-8", "replace").strip().lower())
 
 
-def open_log(path: str) -> BinaryIO:
-    """Return a log file, open for reading; raise OSError."""
-    return open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))
-
-
 def log_lines(path: str, word: bytes, count: int) -> list[bytes]:
     """Return the last `count` lines with `word` in the log and the rotated ones."""
     found: list[bytes] = []
     for name in (path, *(f"{path}.{number}" for number in range(1, LOG_FILES + 1))):
         if len(found) < count:
-            with contextlib.suppress(OSError), open_log(name) as file:
+            with contextlib.suppress(OSError), open_for_reading(name) as file:
                 older = deque((line for line in file if word in line), count - len(found))
                 found[:0] = older
     return found
@@ -5203,7 +5086,7 @@ def follow(path: str) -> Iterator[bytes]:
     """Yield the lines added to the log from now on, over rotation, without end."""
     position = os.stat(path).st_size
     while True:
-        with open_log(path) as file:
+        with open_for_reading(path) as file:
             file.seek(position)
             rest, is_same = b"", True
             while is_same:
@@ -5443,7 +5326,7 @@ def cmd_version(_: Context) -> None:
 
 # Command line: check ##########################################################
 
-def check_daemon(settings: Settings, daemon: Running | None,
+def check_daemon(settings: Settings, daemon: Daemon | None,
                  health: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     """Yield whether the daemon runs, and is this program; if none runs, who has its port."""
     if daemon and health:
