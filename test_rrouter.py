@@ -1477,488 +1477,299 @@ class TextTest(unittest.TestCase):
 
 def outcome(fault=None, status=None, **changes):
     """Return an Outcome of the fault with this name, and the usual status for it."""
-    usual = {None: 200, "TOO_LARGE": 400, "REJECTED": 400, "SHELF": 503, "NO_MESSAGE": 200,
-             "TIMEOUT": 504, "LEFT": 499, "STATUS": 529}
-    status = status or usual.get(fault, 502)
-    return rrouter.Outcome(Fault[fault] if fault else None, status, str(status))._replace(**changes)
-
-
-class JudgeTest(unittest.TestCase):
-
-    TABLE = (
-        # first,                         second,                        counts,         chosen
-        (outcome("STATUS"),              outcome(),                     (True, False),  1),
-        (outcome("SHELF"),               outcome(),                     (True, False),  1),
-        (outcome("NO_MESSAGE"),          outcome(),                     (True, False),  1),
-        (outcome("TIMEOUT"),             outcome(),                     (True, False),  1),
-        (outcome("TOO_LARGE"),           outcome(),                     (False, False), 1),
-        (outcome("REJECTED"),            outcome(),                     (False, False), 1),
-        (outcome("DROPPED"),             outcome(),                     (False, False), 1),
-        (outcome("STATUS"),              outcome("LEFT"),               (False, False), 0),
-        (outcome("STATUS", ended=60.0),  outcome("LEFT"),               (True, False),  0),
-        (outcome("STATUS", ended=59.9),  outcome("LEFT"),               (False, False), 0),
-        (outcome("DROPPED", ended=60.0), outcome("LEFT"),               (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("LEFT"),               (True, False),  0),
-        (outcome("STATUS", 500),         outcome("STATUS", 500),        (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("STATUS", 529),        (True, False),  1),
-        (outcome("STATUS", 529),         outcome("TIMEOUT"),            (False, True),  0),
-        (outcome("TIMEOUT"),             outcome("TIMEOUT"),            (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("DROPPED"),            (False, False), 0),
-        (outcome("DROPPED"),             outcome("TIMEOUT"),            (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("UNREACHABLE"),        (False, False), 0),
-        (outcome("TIMEOUT", keeps_400=True, status=400), outcome("STATUS", 429), (True, False), 0),
-        (outcome("STATUS", 429),         outcome("STATUS", keeps_400=True, status=400),
-         (False, False), 1),
-    )
-
-    def test_the_verdict_on_two_outcomes(self):
-        for first, second, counts, chosen in self.TABLE:
-            with self.subTest("%s, %s" % (first, second)):
-                self.assertEqual(tuple(rrouter.judge(first, second)), (counts, chosen))
-
-    # Each row is more useful to the client than the rows below it.
-    RANKS = (
-        (outcome("STATUS", 400), outcome("STATUS", 413), outcome("STATUS", 422),
-         outcome("STATUS", 402)),
-        (outcome("STATUS", 429),),
-        (outcome("STATUS", 401), outcome("STATUS", 403)),
-        (outcome("STATUS", 404),),
-        (outcome("STATUS", 500), outcome("STATUS", 529), outcome("STATUS", 408)),
-        (outcome("STATUS", 504),),
-        (outcome("SHELF", 503), outcome("SHELF", 429), outcome("SHELF", 400)),
-        (outcome("NO_MESSAGE", 200),),
-        (outcome("TIMEOUT"), outcome("DROPPED"), outcome("UNREACHABLE"), outcome("OWN", 503)),
-    )
-
-    def test_the_client_gets_the_more_useful_response(self):
-        for better in range(len(self.RANKS)):
-            for one, other in itertools.product(self.RANKS[better], repeat=2):
-                self.assertEqual(rrouter.judge(one, other).chosen, 0, (one, other))
-            for worse in range(better + 1, len(self.RANKS)):
-                for one, other in itertools.product(self.RANKS[better], self.RANKS[worse]):
-                    self.assertEqual(rrouter.judge(one, other).chosen, 0, (one, other))
-                    self.assertEqual(rrouter.judge(other, one).chosen, 1, (one, other))
-
-    def test_a_request_too_large_for_one_target_ranks_below_a_passing_failure_of_the_other(self):
-        for status, chosen in ((429, 1), (500, 1), (408, 1), (401, 0), (404, 0)):
-            with self.subTest(status):
-                verdict = rrouter.judge(outcome("TOO_LARGE"), outcome("STATUS", status))
-                self.assertEqual(verdict.chosen, chosen)
+    usual = {None: 200, "SHELF": 503, "NO_MESSAGE": 200, "TIMEOUT": 504, "STATUS": 429}
+    status = status or usual[fault]
+    return Outcome(Fault[fault] if fault else None, status, str(status))._replace(**changes)
 
 
 TARGETS = ("ag", "cl")
+STEP = re.compile(r"(?:(\d+)\*)?(?:(\w+)/)?([a-z+]+)(?::(\w+))?")
 
 
 class FailoverWalk(unittest.TestCase):
-    """Base of the walks: `request` and `requests` carry requests through the machine."""
+    """Base of the walks: requests go to the targets ag and cl, and minutes pass.
 
-    cooldowns_min = (30, 60, 120, 240)
+    The words of a walk: `ag` is a request that fails on ag and is rescued by cl; `ag+cl` fails on
+    both, `ok` on none; `late` fails after its first content, wherever it goes.  `ag:401` has
+    another status, `ag:TIMEOUT` another fault, `opus/ag` another model; `3*ag` is three requests,
+    `30m` half an hour.
+    """
 
     def setUp(self):
-        self.clock = FakeClock()
-        self.auto = rrouter.AutoSettings(
-            TARGETS, 3, 2, tuple(60.0 * minutes for minutes in self.cooldowns_min), 150.0)
+        self.clock, self.lines = FakeClock(), []
+        self.auto = rrouter.AutoSettings(TARGETS, 3, 2, (1800.0, 3600.0, 7200.0, 14400.0), 150.0)
         self.failover = rrouter.Failover(self.clock, self.auto)
 
-    def outcome(self, fault="STATUS", what="429", **changes):
-        """Return a failure that begins and ends now."""
-        return outcome(fault, what=what, began=self.clock.now, ended=self.clock.now, **changes)
+    def walk(self, steps):
+        """Take the steps; return the targets that the last request tried."""
+        tried = []
+        for step in steps.split():
+            if step.endswith("m"):
+                self.clock.advance(60 * int(step[:-1]))
+                continue
+            count, model, dead, failure = STEP.fullmatch(step).groups()
+            for _ in range(int(count or 1)):
+                tried = self.request(model or "opus", dead, failure or "429")
+        return tried
 
-    def request(self, dead=(), model="opus", **failure):
-        """Carry one request through, each attempt on a target in `dead` failing.
-
-        Return the targets that were tried.
-        """
+    def request(self, model, dead, failure):
         tickets = [self.failover.admit(model, TARGETS)]
+        if dead == "late":
+            ticket = self.failover.commit(tickets[0])[0]
+            self.charge(ticket, self.failure("NO_MESSAGE", direct=True))
+            return [ticket.target]
         if tickets[0].target in dead:
             tickets.append(self.failover.rescue(tickets[0], TARGETS))
-        outcomes = [self.outcome(**failure) if ticket.target in dead else outcome()
+        outcomes = [self.failure(failure) if ticket.target in dead else outcome()
                     for ticket in tickets]
         counts = rrouter.judge(*outcomes).counts if len(tickets) == 2 else (False,)
         for ticket, ended, counted in zip(tickets, outcomes, counts):
             if counted:
-                self.failover.charge(ticket, ended)
+                self.charge(ticket, ended)
             elif ended.fault is not None:
-                self.failover.release(ticket)
+                self.lines += self.failover.release(ticket)
             else:
-                self.failover.credit(self.failover.commit(ticket)[0])
+                ticket, lines = self.failover.commit(ticket)
+                self.lines += lines
+                self.failover.credit(ticket)
         return [ticket.target for ticket in tickets]
 
-    def requests(self, count, *dead, **options):
-        """Carry `count` requests through; return the targets that the last one tried."""
-        return [self.request(dead, **options) for _ in range(count)][-1]
+    def failure(self, how="429", **changes):
+        """Return a failure, a status or the name of a fault, that begins and ends now."""
+        fault, status = ("STATUS", int(how)) if how.isdigit() else (how, None)
+        times = {"began": self.clock.now, "ended": self.clock.now}
+        return outcome(fault, status, **{**times, **changes})
 
-    def opus_fails_alone(self):
-        """Let opus fail three times on ag while haiku succeeds in between."""
-        for _ in range(3):
-            self.request(("ag",), model="opus")
-            self.request((), model="haiku")
+    def charge(self, ticket, failure):
+        self.lines += self.failover.charge(ticket, failure)
 
-    def state(self, model=None):
-        """Return (target, switches, failures, timeouts, minutes left).
+    def admit(self, count=1):
+        """Return the tickets of requests that begin now."""
+        return [self.failover.admit("opus", TARGETS) for _ in range(count)]
 
-        Of the whole, or of a model that has switched alone; None if it has not.
+    def state(self):
+        """Return what /health shows of the whole, and of each model alone.
+
+        The words are the target, the switches, failures, timeouts, and the minutes left.
         """
-        seen = self.failover.report(True)
-        if model is not None:
-            seen = seen["models"].get(model)
-            if seen is None:
-                return None
-        return (seen["currentTarget"], seen["switchCount"], seen["failureCount"],
-                seen["timeoutCount"], round(seen["cooldownRemainingSeconds"] / 60, 1))
-
-    def pass_minutes(self, minutes):
-        self.clock.advance(60 * minutes)
-
-    def assert_over_without_requests(self, model=None):
-        """A clock set back, for good or for a while, never lengthens a cooldown.
-
-        Only the watcher looks at it in between.
-        """
-        saved, now = self.failover.save(), self.clock.now
-        for label, moves in (("back and right again", (-86400, 86400)),
-                             ("back for good", (-86400, 60 * 30)),
-                             ("back twice", (-86400, -86400, 60 * 30))):
-            with self.subTest(label):
-                for seconds in moves:
-                    self.clock.advance(seconds)
-                    self.failover.look_at_clock()
-                self.assertEqual(self.state(model)[4], 0)
-            self.failover.restore(saved)
-            self.clock.now = now
+        report = self.failover.report(True)
+        scopes = {"": report, **report["models"]}.items()
+        names = "currentTarget", "switchCount", "failureCount", "timeoutCount"
+        return ", ".join(" ".join(map(str, (
+            *filter(None, [model]), *(seen[name] for name in names),
+            round(seen["cooldownRemainingSeconds"] / 60)))) for model, seen in scopes)
 
 
-class WholeTargetWalk(FailoverWalk):
+ALONE = "opus/ag haiku/ok " * 3         # opus switches alone
+WALKS = (
+    # what holds, then steps and the state after them, by turns
+    ("three failures in a row switch though each was rescued",
+     "2*ag", "ag 0 2 0 0", "ag", "cl 1 0 0 30"),
+    ("two timeouts switch and have their own counter",
+     "2*ag ag:TIMEOUT", "ag 0 2 1 0", "ag:TIMEOUT", "cl 1 0 0 30"),
+    ("a success resets both counters", "2*ag ag:TIMEOUT ok", "ag 0 0 0 0"),
+    ("the probe that succeeds brings all back", "3*ag 30m ok", "ag 1 0 0 0"),
+    ("the probe that fails starts the next cooldown",
+     "3*ag 30m ag", "cl 2 0 0 60", "60m ag", "cl 3 0 0 120", "120m ag", "cl 4 0 0 240",
+     "240m ag", "cl 5 0 0 240"),
+    ("it resets the counters of the target that serves", "3*ag 2*cl 30m ag cl", "cl 2 1 0 60"),
+    ("a later failure of the stream that probed counts", "3*ag 30m late", "ag 1 1 0 0"),
+    ("a switch by the shelf lasts a minute, and raises no cooldown",
+     "ag:401 2*ag:SHELF ok", "cl 1 0 0 1", "1m ok 2*ag:SHELF ag", "cl 2 0 0 30"),
+    ("a probe of the shelf that fails as expected is no switch",
+     "3*ag:SHELF 1m ag:SHELF", "cl 1 0 0 1", "1m ag:401 1m ag:403 1m ag:404", "cl 1 0 0 1",
+     "1m ag:500", "cl 1 0 0 1", "1m ag", "cl 2 0 0 30"),
+    ("failures of the fallback switch back and cancel the cooldown",
+     "3*ag 2*cl", "cl 1 2 0 30", "cl", "ag 2 0 0 0"),
+    ("a direct failure does not switch back before the new target has answered",
+     "8*late", "cl 1 5 0 30", "ok 3*late", "ag 2 0 0 0"),
+    ("nothing moves while both targets fail",
+     "9*ag+cl 9*ag+cl:TIMEOUT 9*ag+cl:SHELF", "ag 0 0 0 0"),
+    ("each switch after an answer has a longer cooldown",
+     "3*ag 3*cl 3*ag", "cl 3 0 0 60", "3*cl 3*ag", "cl 5 0 0 120"),
+    ("a quiet time after the return resets the cooldown",
+     "3*ag 30m ok 59m 3*ag", "cl 2 0 0 60", "60m ok 120m 3*ag", "cl 3 0 0 30"),
+    ("a switch ends the quiet time of an earlier return",
+     "3*ag 30m ok 3*ag 60m ok 3*ag 120m ok 1m 3*ag", "cl 4 0 0 240", "240m ag", "cl 5 0 0 240",
+     "240m ag", "cl 6 0 0 240"),
+    ("a model that fails while others succeed switches alone",
+     ALONE, "ag 0 0 0 0, opus cl 1 0 0 30",
+     "30m opus/ag 60m opus/ag", "ag 0 0 0 0, opus cl 3 0 0 120", "120m opus/ok", "ag 0 0 0 0"),
+    ("a switch of the whole resets the counters of its models",
+     "2*opus/ag haiku/ag", "cl 1 0 0 30", "3*sonnet/cl haiku/ok opus/ag", "ag 2 1 0 0"),
+    ("a model alone stays alone while the whole moves and returns",
+     ALONE + "3*haiku/ag", "cl 1 0 0 30, opus cl 1 0 0 30",
+     "10m 3*haiku/cl", "ag 2 0 0 0, opus cl 1 0 0 20"),
+    ("a model that fails on the fallback goes to the other target alone until the whole follows",
+     "3*haiku/ag" + 3 * " opus/cl haiku/ok", "cl 1 0 0 30, opus ag 1 0 0 30", "30m haiku/ok",
+     "ag 1 0 0 0"),
+    ("a model alone does not return to the very target that fails it",
+     ALONE + "3*haiku/ag 3*opus/cl haiku/ok", "cl 1 0 0 30, opus ag 2 0 0 60"),
+)
 
-    def test_three_failures_in_a_row_switch_though_each_was_rescued(self):
-        self.assertEqual(self.requests(2, "ag"), ["ag", "cl"])
-        self.assertEqual(self.state(), ("ag", 0, 2, 0, 0))
-        self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
-        self.assertEqual(self.requests(1, "ag"), ["cl"])
 
-    def test_two_timeouts_switch_and_have_their_own_counter(self):
-        self.requests(2, "ag")
-        self.requests(1, "ag", fault="TIMEOUT")
-        self.assertEqual(self.state(), ("ag", 0, 2, 1, 0))
-        self.requests(1, "ag", fault="TIMEOUT")
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
-        self.assertEqual(self.failover.report(True)["reason"], "2 consecutive timeouts")
+class WalkTest(FailoverWalk):
+    """The rules one by one; ReferenceModelTest mixes them, and has all pairs of outcomes."""
 
-    def test_a_success_of_the_target_itself_resets_its_counters(self):
-        self.requests(2, "ag")
-        self.requests(1)
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+    def test_requests_lead_to_these_states(self):
+        for what, *turns in WALKS:
+            with self.subTest(what):
+                self.setUp()
+                for steps, state in zip(turns[::2], turns[1::2]):
+                    self.walk(steps)
+                    self.assertEqual(self.state(), state, steps)
 
-    def test_one_request_probes_and_its_success_brings_all_back(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        probe = self.failover.admit("opus", TARGETS)
-        self.assertEqual((probe.target, bool(probe.probe)), ("ag", True))
-        self.assertEqual(self.requests(5, "ag"), ["cl"])                    # others stay
-        self.assertEqual(self.failover.commit(probe)[1], ["RECOVERED: ag answers again"])
-        self.assertEqual(self.state(), ("ag", 1, 0, 0, 0))
+    def test_each_decision_has_its_line(self):
+        failed = "ag failed: 429 (1 of 3 HTTP errors in a row)"
+        for steps, expected in (
+                ("ag", [failed]),
+                ("2*ag:TIMEOUT", ["ag failed: 504 (1 of 2 timeouts in a row)",
+                                  "ag failed: 504 (2 of 2 timeouts in a row)",
+                                  "SWITCH ag -> cl: 2 consecutive timeouts; retry in 30m"]),
+                ("30m ag+cl 1m ag", ["PROBE of ag inconclusive; the next one in 1m",
+                                     "PROBE of ag failed: 429",
+                                     "SWITCH ag -> cl: failed a probe, last 429; retry in 60m"]),
+                ("60m ok", ["RECOVERED: ag answers again"]),
+                ("3*ag 3*cl:500", [
+                    "SWITCH cl -> ag: 3 consecutive HTTP errors, last 500"]),
+                (ALONE, ["SWITCH ag -> cl for opus: 3 consecutive HTTP errors, last 429; "
+                         "retry in 30m"]),
+                ("opus/cl", ["cl failed for opus: 429 (1 of 3 HTTP errors in a row)"]),
+                ("30m opus/ok", ["RECOVERED: ag answers again for opus"])):
+            with self.subTest(steps):
+                del self.lines[:]
+                self.walk(steps)
+                self.assertEqual(self.lines[-len(expected):], expected)
 
-    def test_a_failed_probe_starts_the_next_cooldown(self):
-        self.requests(3, "ag")
-        for switches, minutes in ((2, 60), (3, 120), (4, 240), (5, 240)):
-            self.pass_minutes(self.state()[4])
-            self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
-            self.assertEqual(self.state(), ("cl", switches, 0, 0, minutes))
+    def test_line_of_the_shelf_comes_only_if_its_response_changes(self):
+        self.walk("ag:401 2*ag:SHELF")
+        self.assertEqual(self.failover.report(True)["reason"],
+                         "3 consecutive HTTP errors, last 503, after 401")
+        for failure, expected in (("SHELF", []), ("401", ["PROBE of ag failed: 401"]), ("401", [])):
+            self.clock.advance(60)
+            ticket, = self.admit()
+            self.assertTrue(ticket.probe and ticket.quiet)
+            self.assertEqual(self.failover.charge(ticket, self.failure(failure)), expected)
 
-    def test_the_next_probe_after_a_neutral_one_comes_after_a_minute(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        probe = self.failover.admit("opus", TARGETS)
-        self.assertEqual(self.failover.admit("opus", TARGETS).target, "cl")
+    def test_one_request_probes_and_the_next_after_a_neutral_one_comes_after_a_minute(self):
+        self.walk("3*ag 30m")
+        probe, = self.admit()
+        self.assertEqual((probe.target, self.walk("5*ag")), ("ag", ["cl"]))
         self.failover.release(probe)
-        self.assertEqual(self.failover.admit("opus", TARGETS).target, "cl")
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 1))
-        self.pass_minutes(1)
-        self.assertEqual(self.failover.admit("opus", TARGETS).target, "ag")
-
-    def test_a_later_failure_of_the_stream_that_probed_counts(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        ticket, _ = self.failover.commit(self.failover.admit("opus", TARGETS))
-        self.failover.charge(ticket, self.outcome("NO_MESSAGE", direct=True))
-        self.assertEqual(self.state(), ("ag", 1, 1, 0, 0))
-
-    def test_a_direct_failure_does_not_switch_back_before_the_new_target_has_answered(self):
-        for _ in range(8):                          # three of ag, five of cl
-            self.failover.charge(self.failover.admit("opus", TARGETS), self.outcome(direct=True))
-        self.assertEqual((self.state()[0], self.state("opus")), ("cl", None))
-        self.requests(1)                            # cl answers
-        for _ in range(3):
-            self.failover.charge(self.failover.admit("opus", TARGETS), self.outcome(direct=True))
-        self.assertEqual(self.state()[0], "ag")
+        self.assertEqual((self.walk("ok"), self.state()), (["cl"], "cl 1 0 0 1"))
+        self.assertEqual(self.walk("1m ok"), ["ag"])
 
     def test_failures_of_one_event_count_once_whatever_the_order_of_their_rescues(self):
-        tickets = [self.failover.admit("opus", TARGETS) for _ in range(12)]
+        tickets, start = self.admit(7), self.clock.now
         for seconds in (1.9, 0.3, 2.2, 0.0, 1.0):
-            self.failover.charge(tickets.pop(), outcome(
-                "STATUS", began=self.clock.now - 5, ended=self.clock.now + seconds))
-        self.assertEqual(self.state(), ("ag", 0, 1, 0, 0))
-        self.failover.charge(tickets.pop(), outcome(        # 2 s later, but begun before
-            "STATUS", began=self.clock.now - 5, ended=self.clock.now + 4))
-        self.assertEqual(self.state(), ("ag", 0, 2, 0, 0))
-        self.failover.charge(tickets.pop(), outcome(        # within 2 s, but begun after
-            "STATUS", began=self.clock.now + 4.1, ended=self.clock.now + 4.2))
-        self.assertEqual(self.state()[:2], ("cl", 1))
+            self.charge(tickets.pop(), self.failure(began=start - 5, ended=start + seconds))
+        self.assertEqual(self.lines[4], "ag failed: 429 (the same event)")
+        self.assertEqual(self.state(), "ag 0 1 0 0")
+        for began, ended, state in ((-5, 4, "ag 0 2 0 0"),      # 2 s later, but begun before
+                                    (4.1, 4.2, "cl 1 0 0 30")):     # within 2 s, but begun after
+            self.charge(tickets.pop(), self.failure(began=start + began, ended=start + ended))
+            self.assertEqual(self.state(), state)
 
-    def test_a_shelf_costs_a_minute_and_does_not_lengthen_the_next_cooldown(self):
-        self.request(("ag",), what="401", status=401)
-        self.requests(2, "ag", fault="SHELF", what="503 auth_unavailable")
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 1))
-        self.assertEqual(self.failover.report(True)["reason"], (
-            "3 consecutive HTTP errors, last 503 auth_unavailable, after 401"))
-        self.requests(1)                            # cl answers, which raises N elsewhere
-        for failure in ({"fault": "SHELF"}, {"status": 401}, {"status": 404}, {"status": 500}):
-            self.pass_minutes(1)
-            self.assertEqual(self.requests(1, "ag", **failure), ["ag", "cl"])
-            self.assertEqual(self.state(), ("cl", 1, 0, 0, 1))
-        self.pass_minutes(1)
-        self.requests(1, "ag", status=429)          # not the shelf any more: a switch
-        self.assertEqual(self.state(), ("cl", 2, 0, 0, 30))
-
-    def test_a_probe_of_the_shelf_is_logged_only_if_its_response_changes(self):
-        self.requests(3, "ag", fault="SHELF", what="503 auth_unavailable")
-        for what, lines in (("503 auth_unavailable", 0), ("401", 1), ("401", 0)):
-            self.pass_minutes(1)
-            ticket = self.failover.admit("opus", TARGETS)
-            self.assertTrue(ticket.probe and ticket.quiet)
-            logged = self.failover.charge(ticket, self.outcome("SHELF", what))
-            self.assertEqual(len(logged), lines, what)
-
-    def test_failures_of_the_fallback_switch_back_and_cancel_the_cooldown(self):
-        self.requests(3, "ag")
-        self.requests(2, "cl")
-        self.assertEqual(self.state(), ("cl", 1, 2, 0, 30))
-        self.requests(1, "cl")
-        self.assertEqual(self.state(), ("ag", 2, 0, 0, 0))
-
-    def test_nothing_moves_while_both_targets_fail(self):
-        for failure in ({}, {"fault": "TIMEOUT"}, {"fault": "SHELF"}):
-            self.requests(10, "ag", "cl", **failure)
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-
-    def test_the_cooldown_grows_only_after_the_new_target_has_answered(self):
-        for switched in range(1, 4):
-            for _ in range(3):                      # ag fails, rescued by cl
-                self.request(("ag",))
-            self.assertEqual(self.state()[4], (30, 60, 120)[switched - 1])
-            for _ in range(3):
-                self.request(("cl",))               # and cl fails, rescued by ag
-
-    def test_a_quiet_time_after_the_return_resets_the_cooldown(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        self.requests(1)                            # the probe succeeds
-        self.pass_minutes(59)
-        self.requests(3, "ag")
-        self.assertEqual(self.state()[4], 60)
-        self.pass_minutes(60)
-        self.requests(1)
-        self.pass_minutes(120)
-        self.requests(3, "ag")
-        self.assertEqual(self.state()[4], 30)
-
-    def test_a_switch_ends_the_quiet_time_of_an_earlier_return(self):
-        for minutes in (30, 60, 120):
-            self.requests(3, "ag")
-            self.pass_minutes(minutes)
-            self.requests(1)                        # the probe succeeds
-        self.pass_minutes(1)
-        self.requests(3, "ag")
-        for minutes in (240, 240, 240):
-            self.assertEqual(self.state()[4], minutes)
-            self.pass_minutes(minutes)
-            self.requests(1, "ag")                  # the probe fails
-
-    RETRY_AFTER = (
-        # Retry-After in seconds,  cooldown in minutes
-        (None,                     30),
-        (0,                        1),
-        (600,                      10),
-        (86400,                    30),
-    )
+    def test_late_outcomes_from_before_a_switch_change_nothing(self):
+        early = self.admit(20)
+        for ticket in early + [self.failover.rescue(ticket, TARGETS) for ticket in early]:
+            self.charge(ticket, self.failure("500"))
+        self.failover.credit(early[0])
+        self.assertEqual(self.state(), "cl 1 0 0 30")
+        self.walk("30m")
+        probe, = self.admit()
+        self.walk("3*cl")                           # back on ag meanwhile
+        self.charge(probe, self.failure())
+        self.assertEqual(self.state(), "ag 2 0 0 0")
+        early = self.admit(9)
+        self.walk(ALONE)            # what it had under way does not take the whole along
+        for ticket in early:
+            self.charge(ticket, self.failure())
+        self.assertTrue(self.state().startswith("ag 2 0 0 0, opus cl 1 "), self.state())
 
     def test_retry_after_shortens_the_cooldown_but_never_lengthens_it(self):
-        for seconds, minutes in self.RETRY_AFTER:
+        for seconds, minutes in ((None, 30), (0, 1), (600, 10), (86400, 30)):
             with self.subTest(seconds):
                 self.setUp()
-                self.requests(3, "ag", retry_after_s=seconds)
-                self.assertEqual(self.state()[4], minutes)
+                for ticket in self.admit(3):
+                    self.charge(ticket, self.failure(retry_after_s=seconds))
+                self.assertEqual(self.state(), "cl 1 0 0 %d" % minutes)
 
-    def test_late_failures_from_before_a_switch_do_not_switch_back(self):
-        early = [self.failover.admit("opus", TARGETS) for _ in range(40)]
-        on_cl = [self.failover.rescue(ticket, TARGETS) for ticket in early]
-        for ticket in early + on_cl:
-            self.failover.charge(ticket, self.outcome(what="500"))
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
-
-    def test_a_late_success_of_the_failed_target_does_not_switch_back(self):
-        early = self.failover.admit("opus", TARGETS)
-        self.requests(3, "ag")
-        self.failover.credit(early)
-        self.assertEqual(self.state()[0], "cl")
-
-    def test_a_late_outcome_of_an_overtaken_probe_is_ignored(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        probe = self.failover.admit("opus", TARGETS)
-        self.requests(3, "cl")                      # back on ag meanwhile
-        self.failover.charge(probe, self.outcome(what="500"))
-        self.assertEqual(self.state(), ("ag", 2, 0, 0, 0))
-
-    def test_a_failed_probe_resets_the_counters_of_the_target_that_serves(self):
-        self.requests(3, "ag")
-        self.requests(2, "cl")
-        self.pass_minutes(30)
-        self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
-        self.assertEqual(self.requests(1, "cl"), ["cl", "ag"])
-        self.assertEqual(self.state()[:3], ("cl", 2, 1))
-
-    def test_a_clock_set_back_does_not_lengthen_the_cooldown_and_one_set_forward_ends_it(self):
-        self.requests(3, "ag")
+    def test_clock_set_back_does_not_lengthen_the_cooldown_and_one_set_forward_ends_it(self):
+        self.walk("3*ag")
         self.clock.advance(-86400 * 365)
-        self.assertEqual(self.state()[4], 30)
-        self.pass_minutes(31)
-        self.assertEqual(self.requests(1), ["ag"])
+        self.assertEqual(self.state(), "cl 1 0 0 30")
+        self.assertEqual(self.walk("31m ok"), ["ag"])
 
-    def test_a_clock_set_back_is_noticed_without_requests(self):
-        self.requests(3, "ag")
-        self.assert_over_without_requests()
+    def test_clock_set_back_is_noticed_without_requests(self):
+        for steps, state in (("3*ag", "cl 1 0 0 %d"), (ALONE, "ag 0 0 0 0, opus cl 1 0 0 %d")):
+            for moves in ((-86400, 86400), (-86400, 1800), (-86400, -86400, 1800)):
+                with self.subTest(steps, moves=moves):
+                    self.setUp()
+                    self.walk(steps)
+                    for seconds in moves:
+                        self.clock.advance(seconds)
+                        self.failover.look_at_clock()
+                    self.assertEqual(self.state(), state % 0)
 
-    def test_a_look_at_the_clock_ends_no_cooldown_and_moves_none(self):
+    def test_look_at_the_clock_ends_no_cooldown_and_moves_none(self):
         self.failover.look_at_clock()
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.requests(3, "ag")
+        self.walk("3*ag")
         saved = self.failover.save()
         for minutes, left in ((0, 30), (10, 20), (20, 0)):
-            self.pass_minutes(minutes)
+            self.clock.advance(60 * minutes)
             self.failover.look_at_clock()
-            self.assertEqual((self.state()[4], self.failover.save()), (left, saved))
+            self.assertEqual((self.state(), self.failover.save()), ("cl 1 0 0 %d" % left, saved))
 
     def test_reset_forgets_everything_and_earlier_outcomes(self):
-        early = [self.failover.admit("opus", TARGETS) for _ in range(3)]
-        self.requests(3, "ag")
-        self.assertEqual(self.failover.reset(self.auto, "mode auto"), ["RESET: mode auto; on ag"])
-        self.assertEqual(self.failover.reset(self.auto, "mode auto"), [])
+        early = self.admit(3)
+        self.walk("3*ag")
+        hasty = self.auto._replace(failure_threshold=1)
+        self.assertEqual(self.failover.reset(hasty, "mode auto"), ["RESET: mode auto; on ag"])
+        self.assertEqual(self.failover.reset(hasty, "mode auto"), [])
         for ticket in early:
-            self.failover.charge(ticket, self.outcome(what="500"))
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+            self.charge(ticket, self.failure("500"))
+        self.assertEqual(self.state(), "ag 0 0 0 0")
+        self.walk("ag")                             # by the new threshold
+        self.assertEqual(self.state(), "cl 1 0 0 30")
 
-    def test_thresholds_are_those_of_the_config(self):
-        self.failover.reset(self.auto._replace(failure_threshold=1), "test")
-        self.requests(1, "ag")
-        self.assertEqual(self.state()[0], "cl")
-
-
-class SingleModelWalk(FailoverWalk):
-
-    def test_a_model_that_fails_while_others_succeed_switches_alone(self):
-        self.opus_fails_alone()
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.assertEqual(self.state("opus"), ("cl", 1, 0, 0, 30))
-        self.assertEqual(self.request((), model="opus"), ["cl"])
-        self.assertEqual(self.request((), model="haiku"), ["ag"])
-
-    def test_its_probes_leave_the_other_models_alone(self):
-        self.opus_fails_alone()
-        for minutes in (30, 60, 120, 240):
-            self.pass_minutes(minutes)
-            self.assertEqual(self.request(("ag",), model="opus"), ["ag", "cl"])
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.pass_minutes(240)
-        self.assertEqual(self.request((), model="opus"), ["ag"])
-        self.assertIsNone(self.state("opus"))
-
-    def test_its_failures_from_before_its_switch_are_not_charged_to_the_whole(self):
-        early = [self.failover.admit("opus", TARGETS) for _ in range(10)]
-        self.opus_fails_alone()
-        for ticket in early:
-            self.failover.charge(ticket, self.outcome(what="500"))
-        self.assertEqual(self.state()[:2], ("ag", 0))
-
-    def test_a_switch_of_the_whole_resets_the_counters_of_its_models(self):
-        self.request(("ag",), model="opus")
-        self.request(("ag",), model="opus")
-        self.request(("ag",), model="haiku")        # the third in a row, of any model
-        self.assertEqual(self.state()[0], "cl")
-        self.requests(3, "cl", model="sonnet")      # and back
-        self.assertEqual(self.state()[0], "ag")
-        self.request((), model="haiku")
-        self.request(("ag",), model="opus")
-        self.assertIsNone(self.state("opus"))
-
-    def test_a_model_alone_stays_alone_while_the_whole_moves_and_returns(self):
-        self.opus_fails_alone()
-        self.requests(3, "ag", model="haiku")
-        self.assertEqual(self.state()[0], "cl")
-        self.pass_minutes(10)
-        self.requests(3, "cl", model="haiku")
-        self.assertEqual(self.state()[0], "ag")
-        self.assertEqual(self.state("opus"), ("cl", 1, 0, 0, 20))
-
-    def test_a_model_that_fails_on_the_fallback_switches_to_the_other_target_alone(self):
-        self.requests(3, "ag", model="haiku")
-        for _ in range(3):
-            self.request(("cl",), model="opus")
-            self.request((), model="haiku")
-        self.assertEqual(self.state("opus")[0], "ag")
-        self.pass_minutes(30)
-        self.request((), model="haiku")         # the probe of the whole succeeds: opus follows it
-        self.assertIsNone(self.state("opus"))
-
-    def test_a_model_alone_does_not_return_to_the_very_target_that_fails_it(self):
-        self.opus_fails_alone()
-        self.requests(3, "ag", model="haiku")       # the whole follows to cl
-        for _ in range(3):
-            self.request(("cl",), model="opus")
-        self.assertEqual(self.request((), model="opus"), ["ag"])
-        self.assertEqual(self.state("opus")[0], "ag")
-        self.assertEqual(self.request((), model="haiku"), ["cl"])
-
-    def test_a_clock_set_back_is_noticed_for_a_model_alone_too(self):
-        self.opus_fails_alone()
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.assert_over_without_requests("opus")
+    def test_targets_that_the_config_has_replaced_are_used_to_the_end_and_change_nothing(self):
+        early, = self.admit()
+        self.failover.reset(self.auto._replace(targets=("x", "cl"), failure_threshold=1), "test")
+        tickets = [*self.admit(), self.failover.rescue(early, TARGETS)]
+        self.assertEqual([ticket.target for ticket in tickets], ["ag", "cl"])
+        self.assertEqual(self.failover.current(None, TARGETS), "ag")
+        for ticket in tickets:
+            self.charge(ticket, self.failure())
+        self.assertEqual(self.state(), "x 0 0 0 0")
 
     def test_at_most_256_models_are_remembered_and_switched_ones_longest(self):
-        self.opus_fails_alone()
+        self.walk(ALONE)
         for number in range(400):
-            self.request(("ag",), model="m%d" % number)
-            self.request((), model="haiku")
-        self.assertEqual(self.state("opus")[0], "cl")
+            self.walk("m%d/ag haiku/ok" % number)
+        self.assertEqual(self.state(), "ag 0 0 0 0, opus cl 1 0 0 30")
         self.assertLessEqual(len(self.failover.save()["models"]), 256)
-
-    def test_the_257th_model_that_fails_is_counted_like_any_other(self):
+        self.setUp()
         for number in range(258):
-            for _ in range(3):
-                self.request(("ag",), model="m%d" % number)
-                self.request((), model="haiku")
-        self.assertEqual(self.state("m257")[0], "cl")
+            self.walk("m%d/ag haiku/ok " % number * 3)
+        self.assertIn("m257 cl 1 ", self.state())
         self.assertLessEqual(len(self.failover.report(True)["models"]), 256)
 
 
 class SavedStateTest(FailoverWalk):
+    """What state.json holds; StateTest has the file."""
 
     def test_a_restart_keeps_cooldowns_levels_and_models(self):
-        self.opus_fails_alone()
-        self.requests(3, "ag", model="haiku")
-        saved = json.loads(json.dumps(self.failover.save()))
-        self.pass_minutes(10)
-        revived = rrouter.Failover(self.clock, self.auto)
-        revived.restore(saved)
-        self.assertEqual(revived.report(True), self.failover.report(True))
+        self.walk(ALONE + "3*haiku/ag 10m")
+        before, revived = self.failover, rrouter.Failover(self.clock, self.auto)
+        revived.restore(json.loads(json.dumps(before.save())))
+        self.assertEqual(revived.report(True), before.report(True))
         self.failover = revived
-        self.pass_minutes(20)
-        self.request(("ag",), model="haiku")        # a failed probe: the second cooldown
-        self.assertEqual(self.state(), ("cl", 2, 0, 0, 60))
+        self.walk("20m haiku/ag")                   # a failed probe: the second cooldown
+        self.assertEqual(self.state(), "cl 2 0 0 60, opus cl 1 0 0 0")
 
     def test_control_characters_of_a_reason_are_escaped(self):
-        self.requests(3, "ag")
+        self.walk("3*ag")
         saved = self.failover.save()
         saved["whole"]["reason"] = "\x1b[2J"
         self.failover.restore(saved)
@@ -1980,7 +1791,7 @@ class SavedStateTest(FailoverWalk):
     )
 
     def test_foreign_content_is_refused_and_changes_nothing(self):
-        self.requests(3, "ag")
+        self.walk("3*ag")
         good, before = self.failover.save(), self.failover.report(True)
         rows = [(label, dict(good, whole=dict(good["whole"], **{member: value})))
                 for label, member, value in self.HOSTILE]
@@ -1993,7 +1804,6 @@ class SavedStateTest(FailoverWalk):
                 with self.assertRaises(rrouter.StateError):
                     self.failover.restore(content)
                 self.assertEqual(self.failover.report(True), before)
-
 
 
 # Auto mode against a reference model ##########################################
