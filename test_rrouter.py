@@ -4024,13 +4024,9 @@ HISTORY = [{"role": "assistant", "content": [
     {"type": "thinking", "thinking": "", "signature": "x"}, {"type": "text", "text": "x"}]}]
 
 
-def slowly(data):
+def slowly(data, *before):
     """Return an event stream that sends `data` every 20 ms."""
-    return sse(*(data,) * 999, pause_s=0.02)
-
-
-def retry_after(value, name="Retry-After"):
-    return error(429, fields=((name, value),))
+    return sse(*before, *(data,) * 999, pause_s=0.02)
 
 
 def target_of(received):
@@ -4110,8 +4106,9 @@ class AutoTest(RouterTest):
 
         Without one a target answers with a message.  `other` is for requests without a model.
         """
-        lists = (list(one) if isinstance(one, list) else one for one in (antigravity, claude, other))
-        self.scripts = dict(zip(("antigravity", "claude", None), lists))
+        self.scripts = {target: list(script) if isinstance(script, list) else script
+                        for target, script in (
+                            ("antigravity", antigravity), ("claude", claude), (None, other))}
 
     def script_anew(self, *responses, **targets):
         """Do the same with all state and all requests received cleared."""
@@ -4178,14 +4175,10 @@ class AutoTest(RouterTest):
             connection.close()
         wait_until(lambda: not self.rrouter.health()["activeRequests"])
 
-    def auto(self):
-        return self.rrouter.health()["autoSwitch"]
-
-    def trip(self, model=SONNET):
+    def trip(self):
         """Let antigravity fail until traffic switches to claude; it goes on failing afterwards."""
         self.script(error(429))
-        self.ask_for("ac ac ac", model)
-        self.assert_state("claude")
+        self.ask_for("ac ac ac")
 
     def assert_served(self, reply, by, attempts):
         """The reply is the whole message of one target, and its headers say so."""
@@ -4277,7 +4270,7 @@ SCRIPTS = (
 
     # A dropped connection, and a request too large for one target, are rescued and neutral.
     *(rescued("dropped", response, "connection dropped", failures=0) for response in (
-        HANG_UP, Response(raw=b"SSH-2.0-OpenSSH_9.6\r\n\r\n"),
+        HANG_UP, Response(hangup=True, reset=True), Response(raw=b"SSH-2.0-OpenSSH_9.6\r\n\r\n"),
         Response(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{} "),
         Response(raw=sse().head() + b"zz\r\n"), Response(200, b'{"type":"message"', cut=True),
         sse(START, PING, NO_TEXT, cut=True),
@@ -4342,11 +4335,12 @@ SCRIPTS = (
     # Three failures switch; the last one can shorten the cooldown.
     switches("429", error(429), cooldownSeconds=1800, switched=True, active=True, failureCount=0,
              reason="3 consecutive HTTP errors, last 429"),
-    switches("Retry-After", [retry_after("70"), error(429), retry_after("90.5")],
-             cooldownSeconds=90.5),
-    switches("retry-after-ms", retry_after("90500", "retry-after-ms"), cooldownSeconds=90.5),
-    switches("two lines", retry_after("90\r\nRetry-After: 90"), cooldownSeconds=90),
-    switches("a past date", retry_after("Fri, 27 Nov 2020 01:16:59 GMT"), cooldownSeconds=60),
+    switches("not the last", [RATE_LIMIT, RATE_LIMIT, error(500)], cooldownSeconds=1800),
+    *(switches(value, error(429, fields=((name, value),)), cooldownSeconds=seconds)
+      for name, value, seconds in (
+          ("Retry-After", "90.5", 90.5), ("retry-after-ms", "90500", 90.5),
+          ("Retry-After", "90\r\nRetry-After: 91", 90),
+          ("Retry-After", "Fri, 27 Nov 2020 01:16:59 GMT", 60))),
     switches("recorded: quota", error(429, "Your quota will reset after 20m3s."),
              cooldownSeconds=1203),
     switches("shelf", [error(401), SHELF_503, SHELF_503], cooldownSeconds=60,
@@ -4429,14 +4423,6 @@ class RescueTest(AutoTest):
         reply = self.rrouter.request("HEAD", "/v1/messages", chat())
         self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (200, "1"))
         self.assert_untouched()
-
-    def test_rule_matches_the_very_name_whatever_it_holds(self):
-        config = auto_config()
-        config["modes"]["antigravity"]["mappings"] = [
-            {"match": "claude-opus-4-8[1m]", "rewrite": "gemini-long"}]
-        self.configure(config)
-        self.assert_served(self.ask("claude-opus-4-8[1m]")[0], "antigravity", 1)
-        self.assertEqual(self.upstream.models(), ["gemini-long"])
 
 
 class HeldBackTest(AutoTest):
@@ -4524,7 +4510,7 @@ class NeutralTest(AutoTest):
             for response in self.FAILURES:
                 self.script(response, response)
                 self.assert_forwarded(response, mode)
-            self.assertFalse(self.auto()["active"])
+            self.assertFalse(self.rrouter.health()["autoSwitch"]["active"])
 
     def test_outcome_of_an_explicit_mode_does_not_reach_auto(self):
         self.set_mode("antigravity")
@@ -4579,7 +4565,7 @@ class ClientLeavesTest(AutoTest):
                 ("in a stream", 119, 0, sse(TALK, DELTA, gate=self.gate()), DELTA, {}),
                 ("in a stream", 121, 1, sse(TALK, DELTA, gate=self.gate()), DELTA, {}),
                 ("comments alone", 121, 1, slowly(COMMENT), b"", {}),
-                ("pings alone", 121, 1, sse(TALK, *slowly(PING).chunks, pause_s=0.02), DELTA, {})):
+                ("pings alone", 121, 1, slowly(PING, TALK), DELTA, {})):
             with self.subTest(label, seconds=seconds):
                 self.script_anew(response)
                 connection = self.begin_until(received, **members)
@@ -4640,15 +4626,13 @@ class SwitchTest(AutoTest):
         for _ in range(3):
             self.assertEqual((self.ask(OPUS)[1], self.ask(HAIKU)[1]), ("ac", "a"))
         self.assert_state("antigravity", switched=False, switchCount=0)
-        model = self.auto()["models"][OPUS]
+        model = self.rrouter.health()["autoSwitch"]["models"][OPUS]
         self.assertEqual((model["currentTarget"], model["switchCount"], model["cooldownSeconds"]),
                          ("claude", 1, 1800))
         self.assertEqual([self.ask(name)[1] for name in (OPUS, HAIKU, SONNET)], ["c", "a", "a"])
-        self.trip(model=HAIKU)                          # the whole, and opus keeps its own machine
-        self.assertEqual(self.auto()["models"][OPUS]["retryAt"], model["retryAt"])
         self.later(1801)
         self.script()
-        self.assertEqual([self.ask(name)[1] for name in (HAIKU, OPUS, OPUS)], ["a", "a", "a"])
+        self.ask_for("a", OPUS)
         self.assert_state("antigravity", models={})
 
     def test_auto_again_clears_everything(self):
@@ -4709,13 +4693,6 @@ class SilenceTest(AutoTest):
                 self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (status, "2"))
                 self.assertEqual(reply.header("x-rrouter-error"), "1" if status == 504 else None)
                 self.assert_untouched(timeoutCount=timeouts)
-
-    def test_client_that_leaves_during_the_rescue_leaves_the_timeout_counted(self):
-        self.script(self.silent(), self.silent())
-        connection = self.begin()
-        self.upstream.wait(lambda upstream: self.calls() == "ac")
-        self.leave(connection)
-        self.assert_untouched(timeoutCount=1)
 
     def test_nothing_else_has_a_limit(self):
         gate = self.gate()
@@ -4870,11 +4847,6 @@ class UpstreamAwayTest(AutoTest):
             self.ask_for("a")
         self.assert_untouched()
 
-    def test_client_that_leaves_ends_the_waiting(self):
-        with self.away():
-            self.leave(self.send_and_wait())
-        self.assertEqual(self.upstream.received, [])
-
     def test_second_attempt_does_not_wait_and_the_first_is_neutral(self):
         self.upstream.break_connections()
 
@@ -4887,19 +4859,6 @@ class UpstreamAwayTest(AutoTest):
         self.assert_untouched()
         with self.away():
             pass
-
-    def test_streams_of_an_upstream_that_is_killed_are_broken_off_neutrally(self):
-        self.script(sse(START + DELTA, STOP, gate=self.gate()))
-        streams = [self.begin_until(DELTA) for _ in range(4)]
-        self.upstream.break_connections(reset=True)
-        with self.away():
-            for connection in streams:
-                self.assertFalse(read_all(connection).endswith(b"0\r\n\r\n"))
-            waiting = [self.send() for _ in range(4)]
-            self.script()
-        for connection in waiting:
-            self.assert_served(read_reply(connection), "antigravity", 1)
-        self.assert_untouched()
 
     def test_request_is_sent_again_only_if_its_kept_connection_closes_within_a_second(self):
         for mode, seconds, calls, status in (("antigravity", 0, "aa", 200),
@@ -4972,7 +4931,7 @@ class RestartTest(AutoTest):
         self.later(61)
         self.ask_for("ac")
         self.assert_state("claude", switchCount=1)
-        self.assertTrue(50 < self.auto()["cooldownRemainingSeconds"] <= 60)
+        self.assertIn(self.rrouter.health()["autoSwitch"]["cooldownRemainingSeconds"], range(50, 61))
 
     def test_draining_rrouter_makes_no_second_attempt(self):
         gate = self.gate()
@@ -5146,7 +5105,8 @@ HEALTH = {
 AUTO_SWITCH = {
     "active": bool, "targets": list, "currentTarget": str, "switched": bool, "switchCount": int,
     "failureCount": int, "timeoutCount": int, "models": dict, "reason": type(None),
-    "switchedAt": type(None), "retryAt": type(None),
+    "switchedAt": type(None), "retryAt": type(None), "cooldownSeconds": int,
+    "cooldownRemainingSeconds": int,
 }
 
 
@@ -5164,6 +5124,7 @@ class StatusLineTest(LoopbackTest):
         ({"reason": "failed a probe, last 503 auth_unavailable, after 401",
           "cooldownRemainingSeconds": 59}, 0,
          "auto → claude (antigravity 503 auth_unavailable, 59s)"),
+        ({"cooldownRemainingSeconds": 60}, 0, "auto → claude (antigravity 429, 1m)"),
         ({"cooldownRemainingSeconds": 0}, 1,
          "auto → claude (antigravity 429, now), 1 problem: rrouter status"),
         (HOME, 2, "auto → antigravity, 2 problems: rrouter status"),
@@ -5196,35 +5157,26 @@ class HealthTest(RouterTest):
     def test_every_field_has_its_type_and_value(self):
         health = self.rrouter.health()
         for table, fields in ((HEALTH, health), (AUTO_SWITCH, health["autoSwitch"])):
-            for name, kind in table.items():
-                self.assertIs(type(fields[name]), kind, name)
-        self.assertLessEqual({"cooldownSeconds", "cooldownRemainingSeconds"},
-                             set(health["autoSwitch"]))
+            self.assertEqual({name: type(fields[name]) for name in table}, table)
         expected = {
             "status": "ok", "version": rrouter.__version__, "pid": self.rrouter.process.pid,
             "startedBy": "serve", "listenAddr": "localhost:%d" % self.rrouter.port,
             "upstreamURL": self.upstream.url, "problems": [], "activeRequests": 0}
         self.assertEqual({name: health[name] for name in expected}, expected)
         self.assertTrue(0 <= health["uptimeSeconds"] < 3600)
-
-    def test_current_target_is_the_mode_or_in_auto_the_target_that_serves(self):
-        for mode, target in (("antigravity", "antigravity"), ("claude", "claude"),
-                             ("auto", "antigravity")):
-            with self.subTest(mode):
-                self.rrouter.home.write("mode", mode + "\n")
-                health = self.rrouter.health()
-                self.assertEqual((health["mode"], health["currentTarget"], health["defaultMode"]),
-                                 (mode, target, "claude"))
-                auto = health["autoSwitch"]
-                self.assertEqual(
-                    (auto["active"], auto["targets"], auto["currentTarget"], auto["switched"]),
-                    (mode == "auto", ["antigravity", "claude"], "antigravity", False))
+        for mode in ("antigravity", "claude", "auto"):
+            self.rrouter.home.write("mode", mode + "\n")
+            health = self.rrouter.health()
+            auto = health["autoSwitch"]
+            self.assertEqual((health["mode"], health["currentTarget"], health["defaultMode"]),
+                             (mode, mode if mode != "auto" else "antigravity", "claude"))
+            self.assertEqual((auto["active"], auto["targets"], auto["currentTarget"]), (
+                mode == "auto", ["antigravity", "claude"], "antigravity"))
 
     def test_only_get_and_head_of_health_are_answered_here(self):
         for method, target, is_ours in (
                 ("GET", "/health", True), ("HEAD", "/health", True), ("GET", "/health?x=1", True),
-                ("POST", "/health", False), ("DELETE", "/health", False),
-                ("GET", "/health/x", False), ("GET", "/healthz", False), ("GET", "/", False)):
+                ("POST", "/health", False), ("GET", "/health/x", False), ("GET", "/healthz", False)):
             with self.subTest(method + " " + target):
                 self.upstream.clear()
                 data = request_bytes(method, target) + request_bytes("GET", "/next")
@@ -5236,42 +5188,31 @@ class HealthTest(RouterTest):
                     self.assertGreater(int(first.header("content-length")), 100)
                     self.assertEqual(bool(first.body), method == "GET")
 
-    def test_results_of_requests_are_counted_and_the_last_failure_is_kept(self):
-        def results():
-            return dict(self.rrouter.health()["requests"])
+    def test_requests_are_counted_by_their_results_and_the_last_failure_is_kept(self):
+        def counts():
+            health, names = self.rrouter.health(), ("answered", "rescued", "failed")
+            return [health["requestCount"], *(health["requests"][name] for name in names)]
 
-        before = results()
-        self.rrouter.post()
+        before, gate = counts(), self.gate()
+        self.upstream.play(Response(), Response(raw=b"HTTP/1.1 x\r\n\r\n"), error(429))
+        for _ in range(3):
+            self.rrouter.post()
         self.rrouter.home.write("mode", "auto\n")
         self.upstream.play(error(503), stream())
         self.rrouter.post()                         # rescued
-        self.rrouter.home.write("mode", "claude\n")
-        self.upstream.play(error(429))
-        self.rrouter.post()
-        after = results()
-        self.assertEqual([after[name] - before[name] for name in ("answered", "rescued", "failed")],
-                         [1, 1, 1])
-        failure = after["lastFailure"]
-        self.assertEqual((failure["target"], failure["what"]), ("claude", "429"))
+        for data in (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+                     b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n"):      # are not counted
+            self.converse(data, "GET")
+        self.assertEqual([after - past for past, after in zip(before, counts())], [4, 1, 1, 2])
+        failure = self.rrouter.health()["requests"]["lastFailure"]
+        self.assertEqual((failure["target"], failure["what"]), ("antigravity", "503"))
         self.assertRegex(failure["at"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
-
-    def test_proxied_requests_are_counted_and_no_others(self):
-        before, gate = self.rrouter.health()["requestCount"], self.gate()
-        self.upstream.play(Response(), error(500), Response(hangup=True), Response(hangup=True))
-        self.rrouter.post()
-        self.rrouter.post()
-        self.rrouter.request("POST", "/v1/messages", b"[]")
         self.upstream.clear()
-        self.get("/health")
-        self.get("/", (("Origin", "null"),))
-        self.converse(b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n", "GET")
-        self.converse(b"GET / HTTP/1.1\r\n\r\n", "GET")
         self.upstream.play(Response(before=gate))
         with self.rrouter.connect() as connection:
             connection.sendall(request_bytes("POST", "/", b"[]"))
             self.upstream.wait(lambda upstream: upstream.received)
-            health = self.rrouter.health()
-            self.assertEqual((health["requestCount"], health["activeRequests"]), (before + 4, 1))
+            self.assertEqual(self.rrouter.health()["activeRequests"], 1)
             gate.set()
             self.assertEqual(read_reply(connection).status, 200)
         self.assertEqual(self.rrouter.health()["activeRequests"], 0)
@@ -5279,7 +5220,7 @@ class HealthTest(RouterTest):
     def test_it_names_neither_user_nor_paths_nor_requests(self):
         """The problems of every file included."""
         home, canary = self.rrouter.home, "cAnArY"
-        self.upstream.play(error(500, canary), Response())
+        self.upstream.play(error(500, canary))
         self.rrouter.post(target="/v1/%s?%s" % (canary, canary), system=canary,
                           fields=(("X-Api-Key", canary),))
         home.write("config.json", "{")
@@ -5298,51 +5239,6 @@ class HealthTest(RouterTest):
         for secret in (canary, str(home.root), os.path.expanduser("~"), ".rrouter", "sk-test"):
             self.assertNotIn(secret, text)
         wait_until(lambda: not self.rrouter.health()["problems"])
-
-
-class WebPageTest(RouterTest):
-    """A web page tries to spend the user's quota; GuardTest has the plain cases."""
-
-    # A page can let a name it owns point to 127.0.0.1; its requests are then not cross-site.
-    FOREIGN_NAMES = (
-        "localtest.me", "localhost.localdomain", "ip6-localhost", "127.0.0.2", "127.000.000.001",
-        "[::ffff:127.0.0.1]", "[0:0:0:0:0:0:0:1]", "[::1%25lo]", "localhost..",
-        "localhost%00.evil.com", "localhost:8316.evil.com", "localhost:8316@evil.com",
-        "localhost\\.evil.com", "localhost;evil.com", "*", "%6cocalhost", "localhost:99999999")
-    REFUSED = (
-        "Sec-Fetch-Site: CROSS-SITE", "sec-fetch-site:cross-site",
-        "Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site", "Origin:",
-        "Origin: http://localhost https://evil.com", "Origin: http://localhost,https://evil.com",
-        "Origin: //localhost", "Origin: localhost", "Origin: ws://localhost",
-        "Origin: http://localhost/", "ORIGIN:\thttps://evil.com",
-        # a request that needs no preflight, in whose body another one hides
-        "Origin: null\r\nContent-Type: text/plain\r\nContent-Length: 38\r\n\r\n"
-        "GET /hidden HTTP/1.1\r\nHost: localhost")
-    SERVED = (
-        "Host: localhost.", "Host: localhost:", "Host: \tLocalHost:8316 ", "Host: 127.0.0.1.:8316",
-        "Host: localhost\r\nOrigin: HTTP://LOCALHOST:3000",
-        "Host: localhost\r\nOrigin: https://[::1]", "Host: localhost\r\nSec-Fetch-Site: same-site")
-
-    def test_name_that_resolves_to_this_machine_is_refused(self):
-        for name in self.FOREIGN_NAMES:
-            for head in ("GET /health HTTP/1.1\r\nHost: %s\r\n",
-                         "GET http://%s/health HTTP/1.1\r\nHost: localhost\r\n",
-                         "GET /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://%s\r\n",
-                         "POST / HTTP/1.0\r\nHost: %s\r\nSec-Fetch-Site: same-origin\r\n"):
-                with self.subTest(head % name):
-                    self.assert_refused((head % name + "\r\n").encode(), 400, 403)
-
-    def test_headers_of_browsers_count_in_any_case_and_on_any_line(self):
-        for lines in self.REFUSED:
-            with self.subTest(lines):
-                data = "POST / HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n" % lines
-                self.assert_refused(data.encode(), 403)
-
-    def test_unusual_spellings_of_this_machine_are_served(self):
-        for lines in self.SERVED:
-            with self.subTest(lines):
-                data = "GET / HTTP/1.1\r\n%s\r\n\r\n" % lines
-                self.assertEqual(self.converse(data.encode(), "GET")[0].status, 200)
 
 
 REQUEST_LINE = re.compile(
@@ -5365,19 +5261,15 @@ class RequestLineTest(RouterTest):
             act()
         wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
         count = self.rrouter.health()["requestCount"] - first
-
-        def found():
-            lines = [REQUEST_LINE.search(line) for line in request_lines(self.rrouter.log())]
-            self.assertNotIn(None, lines)
-            new = [line for line in lines if int(line["number"]) > first]
-            return sorted(new, key=lambda line: int(line["number"])) if len(new) >= count else None
-        lines = wait_until(found) if count else []
-        self.assertEqual([int(line["number"]) - first for line in lines],
-                         list(range(1, count + 1)))
-        return lines
+        wait_until(lambda: len(request_lines(self.rrouter.log())) == first + count)
+        lines = [REQUEST_LINE.search(line) for line in request_lines(self.rrouter.log())]
+        lines = sorted(lines, key=lambda line: int(line["number"]))
+        self.assertEqual([int(line["number"]) for line in lines], list(range(1, first + count + 1)))
+        return lines[first:]
 
     def leave(self):
         """Send a request and leave without its response."""
+        self.upstream.clear()
         self.upstream.play(Response(before=self.gate()))
         with self.rrouter.connect() as connection:
             connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
@@ -5390,8 +5282,7 @@ class RequestLineTest(RouterTest):
         post = self.rrouter.post
         lines = self.lines_of(
             lambda: post("claude-sonnet-4-5"), lambda: post("other"), post, post,
-            lambda: self.get("/v1/models?limit=1000"), self.rrouter.health, self.upstream.clear,
-            self.leave)
+            lambda: self.get("/v1/models?limit=1000"), self.rrouter.health, self.leave)
         names = "method", "path", "model", "target", "sent", "status"
         target = "/v1/messages", "claude-sonnet-5-5", "antigravity", GEMINI_SONNET
         self.assertEqual([line.group(*names) for line in lines], [
@@ -5408,32 +5299,35 @@ class RequestLineTest(RouterTest):
         self.assertNotIn("limit=", self.rrouter.log())
 
     def test_refused_request_has_a_line_with_its_status(self):
+        # The last one would need no preflight; its body, in which another one hides, goes unread.
         before = len(self.rrouter.log())
-        for data in (b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
-                     b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n"):
-            self.rrouter.exchange(data)
-        wait_until(lambda: "[REFUSED] 413 " in self.rrouter.log()[before:])
-        statuses = re.findall(r"\[REFUSED\] (\d+) \S", self.rrouter.log()[before:])
-        self.assertEqual(statuses, ["403", "400", "413"])
+        for number, (status, data) in enumerate((
+                (403, b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n"), (400, b"GET / HTTP/1.1\r\n\r\n"),
+                (431, b"GET / HTTP/1.1\r\nX: %b" % (b"x" * 70000)),
+                (413, b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n"),
+                (403, b"POST / HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n"
+                      b"Content-Length: 38\r\n\r\nGET /hidden HTTP/1.1\r\nHost: localhost"))):
+            self.assertEqual(self.assert_refused(data, status).header("x-rrouter-error"), "1")
+            statuses = wait_until(lambda: re.findall(
+                r"\[REFUSED\] (\d+) \S", self.rrouter.log()[before:])[number:])
+            self.assertEqual(statuses, [str(status)])
 
     def test_control_characters_are_escaped(self):
         models = ("a\x1b[2Jb", "a\nb 2026 [REQ] #99 forged", "a\r\nX-Forged: 1", "a\tb", "a\0b",
                   "a\x7fb", "a\x9bb", "a\u2028b", "a\u202eb", "\ud83d", "a\x85b")
-        targets = b"/\x1b[2J", b"/\x9b", "/한".encode(), b"/%1b%0a"
         before = len(self.rrouter.log())
 
         def ask():
             for model in models:
                 self.assertIsNone(self.rrouter.post(model).header("x-forged"))
-            for target in targets:
+            for target in (b"/\x1b[2J", b"/\x9b", "/한".encode(), b"/%1b%0a"):
                 self.rrouter.exchange(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n"
                                       b"Connection: close\r\n\r\n")
         self.assertGreaterEqual(len(self.lines_of(ask)), len(models))
         text = self.rrouter.log()[before:]
-        self.assertEqual(set(filter(lambda c: unicodedata.category(c) in (
-            "Cc", "Cf", "Cs", "Zl", "Zp"), text)), {"\n"})
-        self.assertFalse([line for line in text.split("\n")
-                          if line.startswith(("b 2026", "X-Forged"))])
+        self.assertEqual({c for c in text if unicodedata.category(c) in (
+            "Cc", "Cf", "Cs", "Zl", "Zp")}, {"\n"})
+        self.assertNotRegex(text, r"(?m)^(b 2026|X-Forged)")
 
 
 class SecretsTest(LoopbackTest):
@@ -5472,38 +5366,32 @@ class SecretsTest(LoopbackTest):
         failed = event("error", error={"type": words["chunk"], "message": words["chunk"]})
         signature = error(400, "Corrupted thought signature. " + words["answer"])
         broken = (
-            "HTTP/1.1 %(reason)s\r\n\r\n", "%(reason)s\r\n\r\n",
-            "HTTP/1.1 200 %(reason)s\r\n%(field)s\r\n\r\n",
-            "HTTP/1.1 200 OK\r\nX: a\rb %(field)s\r\n\r\n",
+            "HTTP/1.1 %(reason)s\r\n\r\n", "HTTP/1.1 200 %(reason)s\r\n%(field)s\r\n\r\n",
             "HTTP/1.1 200 OK\r\nContent-Length: %(field)s\r\n\r\n",
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: %(field)s\r\n\r\n",
-            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%(chunk)s\r\n",
-            "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n%(chunk)s")
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%(chunk)s\r\n")
         return [
             (Response(200, words["answer"].encode(), fields=fields, reason=words["reason"]),),
             (error(500, words["answer"], fields=fields),
              error(429, words["answer"], words["answer"], fields)),
-            (error(401, words["answer"], fields=fields), stream(chunk)),
             (error(502, "unknown provider for model " + words["answer"]),) * 2,
             (signature, stream(chunk)), (signature,) * 3, (stream(failed), stream(chunk)),
-            (stream(chunk, failed),), (stream(chunk, cut=True),), (Response(hangup=True),) * 2,
+            (stream(chunk, failed),), (stream(chunk, cut=True),), (HANG_UP,) * 2,
             *((Response(raw=(text % words).encode()),) * 2 for text in broken)]
 
     def malformed(self):
         """Return requests full of secrets that are refused."""
         start = "POST /v1/messages?key=%(query)s HTTP/1.1\r\nHost: localhost\r\n"
         lines = (
-            "Authorization %(header)s", "%(header)s", "X-Api-Key : %(header)s",
-            "Authorization: Bearer\r\n %(header)s", "Cookie: %(header)s\0",
-            "Content-Length: %(header)s", "Content-Length: 1\r\nContent-Length: %(header)s",
-            "Transfer-Encoding: %(header)s", "Expect: %(header)s", "Host: %(header)s",
-            "Origin: http://%(header)s", "Sec-Fetch-Site: cross-site\r\nReferer: %(header)s",
-            "Cookie: " + "%(header)s" * 4000, "Transfer-Encoding: chunked\r\n\r\n%(body)s",
-            "Transfer-Encoding: chunked\r\n\r\n3\r\n%(body)s\r\n0\r\n\r\n",
-            "Content-Length: 9999\r\n\r\n%(body)s", "Content-Length: 999999999\r\n\r\n%(body)s")
+            "%(header)s", "X-Api-Key : %(header)s", "Authorization: Bearer\r\n %(header)s",
+            "Cookie: %(header)s\0", "Content-Length: %(header)s", "Transfer-Encoding: %(header)s",
+            "Expect: %(header)s", "Host: %(header)s", "Origin: http://%(header)s",
+            "Sec-Fetch-Site: cross-site\r\nReferer: %(header)s", "Cookie: " + "%(header)s" * 4000,
+            "Transfer-Encoding: chunked\r\n\r\n%(body)s", "Content-Length: 9999\r\n\r\n%(body)s",
+            "Content-Length: 999999999\r\n\r\n%(body)s")
         others = (
-            "GET /x?key=%(query)s HTTP/9.9\r\nHost: localhost\r\n\r\n",
-            "GET /x?key=%(query)s\r\n\r\n", "%(query)s\r\n\r\n", "GET /x?%(query)s",
+            "GET /x?key=%(query)s HTTP/9.9\r\nHost: localhost\r\n\r\n", "%(query)s\r\n\r\n",
+            "GET /x?%(query)s",
             "TRACE /x?%(query)s HTTP/1.1\r\nHost: localhost\r\nCookie: %(header)s\r\n\r\n",
             "GET http://user:%(userinfo)s@localhost/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
             "CONNECT user:%(userinfo)s@localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -5539,9 +5427,9 @@ class SecretsTest(LoopbackTest):
                     self.upstream.clear()
                     self.upstream.play(*script)
                     router.request("POST", self.target, body, self.fields)
-                for data in self.malformed():
-                    router.exchange(data.encode("latin-1"), half_close=True)
                 self.break_off(router)
+            for data in self.malformed():
+                router.exchange(data.encode("latin-1"), half_close=True)
             for wanted in ("[AUTO]", "[HEAL]", " 502 ", " 499 ", "SWITCH"):
                 wait_until(lambda: wanted in router.log())
             outputs = home.run_all(("status",), ("status", "--json"), ("check",))
@@ -5607,7 +5495,6 @@ def ending_with(test, process):
 class LogFileTest(LoopbackTest):
     """Rotation, times and stderr; HangingDiskTest, FullDiskTest and LogGoneTest have the faults."""
 
-    LIMITS = {"LOG_MAX_BYTES": 100_000}
     # Rotation takes a while: both processes are in it at once.
     SLOW_DISK = ("import os, time\nreplace = os.replace\ndef slow(old, new):\n"
                  "    time.sleep(0.1 if '.log' in new else 0)\n    replace(old, new)\n"
@@ -5616,38 +5503,16 @@ class LogFileTest(LoopbackTest):
     def setUp(self):
         self.upstream = self.start_upstream(stream())
 
-    def fill(self, home):
-        """Leave an almost full log and two older ones; return {name: content}."""
-        logs = home.dir / "logs"
-        logs.mkdir(mode=0o700)
-        old = {"rrouter.log": (b"newest".ljust(79) + b"\n") * 1215, "rrouter.log.1": b"older\n",
-               "rrouter.log.2": b"oldest\n"}
-        for name, content in old.items():
-            (logs / name).write_bytes(content)
-        return old
-
-    def assert_rotated_once(self, home, old, numbers):
-        """The old files have moved on, and each numbered request has its line in one file."""
-        logs = home.dir / "logs"
-        files = {path.name: path.read_bytes() for path in logs.iterdir()}
-        self.assertEqual(set(files), {*old, "rrouter.log.3"})
-        self.assertEqual((files["rrouter.log.2"], files["rrouter.log.3"]),
-                         (old["rrouter.log.1"], old["rrouter.log.2"]))
-        self.assertTrue(files["rrouter.log.1"].startswith(old["rrouter.log"]))
-        text = (files["rrouter.log.1"][len(old["rrouter.log"]):] + files["rrouter.log"]).decode()
-        self.assertTrue(text.endswith("\n"))
-        self.assertEqual([line for line in text.splitlines() if not LOG_LINE.fullmatch(line)], [])
-        found = re.findall(r"\[REQ\] #\d+ GET /numbered/(\d+) 200 ", text)
-        self.assertEqual(sorted(map(int, found)), list(numbers))
-        self.assertIn(b"/numbered/", files["rrouter.log"])
-
     def test_two_processes_rotate_the_file_they_share_once_and_lose_no_line(self):
         home = self.make_home(self.upstream, "claude")
-        old, logs = self.fill(home), home.dir / "logs"
+        logs, full = home.dir / "logs", (b"newest".ljust(79) + b"\n") * 1215
+        logs.mkdir(mode=0o700)
+        for name, content in ((".log", full), (".log.1", b"older\n"), (".log.2", b"oldest\n")):
+            (logs / ("rrouter" + name)).write_bytes(content)
         beside = copy.copy(home)
         beside.port = free_port()
         beside.env = dict(home.env, RROUTER_PORT=str(beside.port))
-        options = {"code": self.SLOW_DISK, "limits": self.LIMITS}
+        options = {"code": self.SLOW_DISK, "limits": {"LOG_MAX_BYTES": 100_000}}
         with Running(self.upstream, home=home, **options) as one, \
                 Running(self.upstream, home=beside, **options) as other, \
                 concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -5659,25 +5524,15 @@ class LogFileTest(LoopbackTest):
             self.assertEqual(set(pool.map(ask, range(120))), {200})
             wait_until(lambda: len(os.listdir(str(logs))) == 4 and (logs / "rrouter.log").exists())
             self.assertEqual(set(pool.map(ask, range(120, 240))), {200})
-        self.assert_rotated_once(home, old, range(240))
+        newest, *rest = [path.read_bytes() for path in sorted(logs.iterdir())]
+        self.assertEqual((rest[1:], rest[0][:len(full)]), ([b"older\n", b"oldest\n"], full))
+        text = (rest[0][len(full):] + newest).decode()
+        self.assertTrue(text.endswith("\n"))
+        self.assertEqual([line for line in text.splitlines() if not LOG_LINE.fullmatch(line)], [])
+        found = re.findall(r"\[REQ\] #\d+ GET /numbered/(\d+) 200 ", text)
+        self.assertEqual(sorted(map(int, found)), list(range(240)))
+        self.assertIn(b"/numbered/", newest)
         self.assertEqual(stat.S_IMODE((logs / "rrouter.log").stat().st_mode), 0o600)
-
-    # Another process rotates the log %r just before this one locks it to do so.
-    OVERTAKEN = (
-        "import fcntl, os\nlog, real, done = %r, fcntl.flock, []\ndef flock(descriptor, how):\n"
-        "    if not done and os.path.samestat(os.fstat(descriptor), os.stat(log)):\n"
-        "        done.append(True)\n        for number in '21':\n"
-        "            os.replace(log + '.' + number, log + '.%%d' %% (int(number) + 1))\n"
-        "        os.replace(log, log + '.1')\n        os.close(os.open(log, os.O_CREAT, 0o600))\n"
-        "    return real(descriptor, how)\nfcntl.flock = flock")
-
-    def test_file_that_another_process_has_just_rotated_is_not_rotated_again(self):
-        home = self.make_home(self.upstream, "claude")
-        old, code = self.fill(home), self.OVERTAKEN % str(home.dir / "logs" / "rrouter.log")
-        with Running(self.upstream, home=home, code=code, limits=self.LIMITS) as router:
-            for number in range(80):
-                router.request("GET", "/numbered/%d" % number, None, ())
-        self.assert_rotated_once(home, old, range(80))
 
     def test_line_has_the_local_date_and_time_of_its_end(self):
         home = self.make_home(self.upstream, "claude", env={"TZ": "KST-9"})
@@ -5701,8 +5556,7 @@ class LogFileTest(LoopbackTest):
 
     def test_stderr_that_takes_nothing_stops_nothing(self):
         """A terminal after Ctrl-S, or a pager."""
-        home = self.make_home(self.upstream, "claude",
-                              dict(DEFAULT_CONFIG, auto={"failureThreshold": 1000}))
+        home = self.make_home(self.upstream, "claude")
         unread, stderr = os.pipe()
         with open(unread, "rb"), open(stderr, "wb") as writer:
             os.set_blocking(stderr, False)
@@ -5714,23 +5568,15 @@ class LogFileTest(LoopbackTest):
             router = Running.__new__(Running)           # only to ask it
             router.port, router.home = home.port, home
             wait_until(home.health)
-            for mode in ("claude", "auto", "antigravity"):
-                home.write("mode", mode + "\n")
-                if mode == "auto":
-                    self.upstream.play(error(500))
-                self.assertEqual(router.post().status, 200)
             with router.connect() as connection, connection.makefile("rb") as reader:
                 for _ in range(100):
                     connection.sendall(request_bytes(body=chat(), port=router.port))
                     self.assertEqual(read_reply_from(reader).status, 200)
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(WAIT_S), 0)
-        text = home.read("logs/rrouter.log")
-        numbers = [int(REQUEST_LINE.search(line)["number"]) for line in request_lines(text)]
-        self.assertEqual(sorted(numbers), list(range(1, 104)))
-        # The lines of one connection are in order.
-        self.assertEqual([number for number in numbers if number > 3], list(range(4, 104)))
-        self.assertIn("[AUTO]", text)
+        lines = request_lines(home.read("logs/rrouter.log"))
+        self.assertEqual([int(REQUEST_LINE.search(line)["number"]) for line in lines],
+                         list(range(1, 101)))           # those of one connection are in order
 
 
 # Load and long life ###########################################################
