@@ -1609,7 +1609,10 @@ WALKS = (
 
 
 class WalkTest(FailoverWalk):
-    """The rules one by one; ReferenceModelTest mixes them, and has all pairs of outcomes."""
+    """The rules one by one.
+
+    ReferenceModelTest mixes them, with requests side by side, and has all pairs of outcomes.
+    """
 
     def test_requests_lead_to_these_states(self):
         for what, *turns in WALKS:
@@ -1669,31 +1672,6 @@ class WalkTest(FailoverWalk):
                                     (4.1, 4.2, "cl 1 0 0 30")):     # within 2 s, but begun after
             self.charge(tickets.pop(), self.failure(began=start + began, ended=start + ended))
             self.assertEqual(self.state(), state)
-
-    def test_late_outcomes_from_before_a_switch_change_nothing(self):
-        early = self.admit(20)
-        for ticket in early + [self.failover.rescue(ticket, TARGETS) for ticket in early]:
-            self.charge(ticket, self.failure("500"))
-        self.failover.credit(early[0])
-        self.assertEqual(self.state(), "cl 1 0 0 30")
-        self.walk("30m")
-        probe, = self.admit()
-        self.walk("3*cl")                           # back on ag meanwhile
-        self.charge(probe, self.failure())
-        self.assertEqual(self.state(), "ag 2 0 0 0")
-        early = self.admit(9)
-        self.walk(ALONE)            # what it had under way does not take the whole along
-        for ticket in early:
-            self.charge(ticket, self.failure())
-        self.assertTrue(self.state().startswith("ag 2 0 0 0, opus cl 1 "), self.state())
-
-    def test_retry_after_shortens_the_cooldown_but_never_lengthens_it(self):
-        for seconds, minutes in ((None, 30), (0, 1), (600, 10), (86400, 30)):
-            with self.subTest(seconds):
-                self.setUp()
-                for ticket in self.admit(3):
-                    self.charge(ticket, self.failure(retry_after_s=seconds))
-                self.assertEqual(self.state(), "cl 1 0 0 %d" % minutes)
 
     def test_clock_set_back_does_not_lengthen_the_cooldown_and_one_set_forward_ends_it(self):
         self.walk("3*ag")
@@ -3965,11 +3943,6 @@ BROKEN_OFF = event("error", error={"type": "api_error", "message": "unexpected E
 DATA_ERROR = b'data: {"error":{"message":"boom"},"type":"error"}\n\n'
 
 
-def block(**content):
-    """Return the start of a content block."""
-    return event("content_block_start", index=0, content_block=content)
-
-
 def text_of(words):
     """Return an event with these words of a text."""
     return event("content_block_delta", index=0, delta={"type": "text_delta", "text": words})
@@ -3981,8 +3954,9 @@ def end_of(tokens, reason="end_turn"):
                  usage={"input_tokens": 0, "output_tokens": tokens})
 
 
-NO_TEXT, NO_MORE_TEXT = block(type="text", text=""), event("content_block_stop", index=0)
-DELTA = text_of("part one.")
+NO_TEXT = event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+NO_MORE_TEXT, DELTA = event("content_block_stop", index=0), text_of("part one.")
+TOOL = event("content_block_start", index=0, content_block={"type": "tool_use", "input": {}})
 
 
 def sse(*chunks, fields=(), **options):
@@ -4148,17 +4122,12 @@ class AutoTest(RouterTest):
             self.assertEqual(made, expected)
         return reply
 
-    def begin(self, model=SONNET, target="/v1/messages?beta=true", **members):
-        """Send a message; return the connection, its response unread, when the upstream has it."""
+    def begin(self, *arguments, until=b"", **members):
+        """Send a message; return the connection when the upstream has it, and `until` has come."""
         before = len(self.upstream.received)
-        connection = self.send(model, target, **members)
+        connection = self.send(*arguments, **members)
         self.upstream.wait(lambda upstream: len(upstream.received) > before)
-        return connection
-
-    def begin_until(self, marker, **members):
-        """Send a message; return the connection when `marker` has come."""
-        connection = self.begin(**members)
-        receive_until(connection, marker)
+        receive_until(connection, until)
         return connection
 
     def send(self, model=SONNET, target="/v1/messages?beta=true", **members):
@@ -4205,15 +4174,10 @@ class AutoTest(RouterTest):
         self.assertEqual(select.select([connection], [], [], seconds)[0], [])
 
 
-class Script(collections.namedtuple("Script", "what antigravity claude calls gets log state")):
-    """Responses of the targets, and what comes of the requests: a row of SCRIPTS.
-
-    `calls` are those made for each request; the last one `gets` the whole message of a target, a
-    scripted response, or rrouter's own error with a status.  The log then says `log`, and
-    autoSwitch of /health has `state`; nothing else is counted.
-    """
-
-    __slots__ = ()
+# The responses of the targets, and what comes of the requests: `calls` are those made for each, and
+# the last one `gets` the whole message of a target, a scripted response, or rrouter's own 502.  The
+# log then says `log`, and autoSwitch of /health has `state`; nothing else is counted.
+Script = collections.namedtuple("Script", "what antigravity claude calls gets log state")
 
 
 def rescued(what, response, failed, *, failures=1):
@@ -4255,7 +4219,6 @@ SCRIPTS = (
     rescued("recorded: error first", sse(OVERLOADED + b"\n"), "error event"),
     rescued("recorded: dropped after start", sse(START + b"\n", BROKEN_OFF), "error event"),
     rescued("error in an empty block", sse(START, NO_TEXT, DATA_ERROR), "error event"),
-    rescued("byte by byte", sse(*map(bytes, zip(PING + OVERLOADED))), "error event"),
     rescued("[DONE] alone", sse(b"data: [DONE]\n\n"), "empty message"),
     rescued("clean end after start", sse(START), "stream without content"),
     rescued("only pings and comments", sse(PING, COMMENT), "empty stream"),
@@ -4277,12 +4240,10 @@ SCRIPTS = (
         *(Response(raw=GOOD_BYTES[:end]) for end in range(1, BEFORE_CONTENT, 40)))),
     *(rescued(words, error(status, words), "%d too large" % status, failures=0)
       for status, words in (
-          (400, "prompt is too long: 210000 tokens > 200000 maximum"), (413, "whatever"),
-          (400, "Your input exceeds the context window of this model"),
+          (413, "whatever"), (400, "Your input exceeds the context window of this model"),
           (400, "The input token count (9) exceeds the maximum number of tokens allowed (8)."),
           (400, "Input is too long for requested model."), (400, "context length exceeded"),
-          (422, "capability_rejected: prompt_too_long"), (400, "Request too large"),
-          (400, "PROMPT TOKEN COUNT OF 9 exceeds"))),
+          (422, "capability_rejected: prompt_too_long"), (400, "Request too large"))),
     rescued("an outage in these words", error(500, "prompt is too long"), "500"),
 
     # What is good, or cannot be judged, is the response.
@@ -4300,7 +4261,6 @@ SCRIPTS = (
     kept("recorded: error after the end", sse(TALK, STOP, BROKEN_OFF), LATE, failures=1),
     kept("recorded: without its end", sse(TALK, PING), "(stream without its end)", failures=1),
     kept("in the chunk of the content", sse(TALK + OVERLOADED), LATE, failures=1),
-    kept("before the end", sse(START, DELTA, OVERLOADED, end_of(5), STOP), LATE, failures=1),
     kept("byte by byte", sse(START + DELTA, *map(bytes, zip(DATA_ERROR))), LATE, failures=1),
     kept("a broken message", Response(200, b"x" * (1024 * 1024 + 1), cut=True), "(the upstream"),
     *(kept("a broken stream", sse(GOOD_EVENTS[:end], cut=True), "(the upstream")
@@ -4393,7 +4353,6 @@ class ScriptTest(AutoTest):
 
 
 class RescueTest(AutoTest):
-    """What the table of scripts cannot say of one request."""
 
     def test_rescue_sends_the_original_body_by_the_other_targets_rules(self):
         self.script(error(500))
@@ -4415,7 +4374,7 @@ class RescueTest(AutoTest):
         self.assert_untouched(failureCount=2)
         for body in (b"{}", first + DATA_ERROR):
             self.assertEqual(self.rrouter.post(target=CHAT).body, body)
-        self.begin_until(first, target=CHAT)
+        self.begin(until=first, target=CHAT)
         self.assert_untouched()
 
     def test_response_to_head_is_not_judged(self):
@@ -4440,8 +4399,8 @@ class HeldBackTest(AutoTest):
                 self.assertEqual((reply.complete, reply.body), (True, b"".join(chunks)))
 
     def test_first_content_commits(self):
-        for first in (START + PING + DELTA, START + block(type="tool_use", name="f", input={}),
-                      START + end_of(5), (START + DELTA).replace(b"\n", b"\r\n"), PING * 30000):
+        for first in (START + PING + DELTA, START + TOOL, START + end_of(5), PING * 30000,
+                      (START + DELTA).replace(b"\n", b"\r\n")):
             with self.subTest(first[-60:]):
                 gate = self.gate()
                 self.script(sse(first, PING, STOP, gate=gate))
@@ -4455,21 +4414,18 @@ class HeldBackTest(AutoTest):
         packed = gzip.compress(START + DELTA + STOP)
         self.script(sse(packed[:9], packed[9:], gate=self.gate(),
                         fields=(("Content-Encoding", "gzip"),)))
-        self.begin_until(packed[:9])
+        self.begin(until=packed[:9])
 
 
 class NeutralTest(AutoTest):
     """A request that is not judged changes no counter."""
 
     def test_count_tokens_is_neutral(self):
-        self.script(error(500, "as it is"))
-        for _ in range(4):
+        self.script([error(429)] + [error(500)] * 4)
+        self.ask_for("ac")
+        for status in (500, 500, 500, 500, 200):
             reply = self.rrouter.post(target=COUNT_TOKENS)
-            self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (500, "1"))
-        self.assert_untouched()
-        self.ask()
-        self.script()
-        self.rrouter.post(target=COUNT_TOKENS)
+            self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (status, "1"))
         self.assert_untouched(failureCount=1)
 
     def test_request_without_a_model_is_neutral(self):
@@ -4516,7 +4472,7 @@ class NeutralTest(AutoTest):
         self.set_mode("antigravity")
         gate = self.gate()
         self.script(sse(PING, OVERLOADED, gate=gate))
-        connection = self.begin_until(PING)         # not held back
+        connection = self.begin(until=PING)         # not held back
         self.set_mode("auto")
         gate.set()
         receive_until(connection, b"0\r\n\r\n")
@@ -4527,7 +4483,7 @@ class NeutralTest(AutoTest):
             self.script(other=response)
             self.assert_forwarded(response, "antigravity", "gpt-9")
         self.script(other=sse(PING, STOP, gate=self.gate()))
-        self.begin_until(PING, model="gpt-9")
+        self.begin(until=PING, model="gpt-9")
         self.assert_untouched()
         self.trip()
         self.scripts[None] = error(500)
@@ -4568,7 +4524,7 @@ class ClientLeavesTest(AutoTest):
                 ("pings alone", 121, 1, slowly(PING, TALK), DELTA, {})):
             with self.subTest(label, seconds=seconds):
                 self.script_anew(response)
-                connection = self.begin_until(received, **members)
+                connection = self.begin(until=received, **members)
                 self.later(seconds)
                 self.leave(connection)
                 self.upstream.wait(lambda upstream: upstream.closed == 1)
@@ -4580,7 +4536,7 @@ class ClientLeavesTest(AutoTest):
             gates = [self.gate() for _ in range(3)]
             gates[0].set()
             self.script(sse(START + DELTA, late, PING, gate=gates))
-            connection = self.begin_until(DELTA)
+            connection = self.begin(until=DELTA)
             self.later(100)
             gates[1].set()
             receive_until(connection, late)
@@ -4591,7 +4547,7 @@ class ClientLeavesTest(AutoTest):
     def test_response_is_complete_with_message_stop(self):
         self.script([error(500), sse(START + DELTA + STOP, PING, gate=self.gate())])
         self.ask()
-        self.leave(self.begin_until(STOP))
+        self.leave(self.begin(until=STOP))
         self.assert_untouched()
 
     def test_client_that_left_before_the_failure_gets_no_second_attempt(self):
@@ -4741,7 +4697,7 @@ class ProbeTest(AutoTest):
         self.trip_and_wait()
         gate = self.gate()
         self.script([sse(START + DELTA, OVERLOADED, gate=gate)])
-        probe = self.begin_until(DELTA)
+        probe = self.begin(until=DELTA)
         self.assert_state("antigravity", switched=False, switchCount=1, failureCount=0)
         gate.set()
         receive_until(probe, b"0\r\n\r\n")
@@ -4838,6 +4794,11 @@ class UpstreamAwayTest(AutoTest):
                     connection = self.send_and_wait()
                 self.assert_served(read_reply(connection), target, 1)
 
+    def test_client_that_leaves_ends_the_waiting(self):
+        with self.away():
+            self.leave(self.send_and_wait())
+        self.assertEqual(self.upstream.received, [])
+
     def test_second_miss_in_a_row_is_not_to_be_retried(self):
         for _ in range(2):
             with self.away():
@@ -4917,21 +4878,7 @@ class TruncatedTlsTest(TlsTest, AutoTest):
         self.assertFalse(self.ask(stream=False)[0].complete)
 
 
-class RestartTest(AutoTest):
-    """The state, and a request under way, when rrouter ends."""
-
-    def test_switch_by_the_shelf_is_one_after_a_kill_too(self):
-        self.script(SHELF_503)
-        self.ask_for("ac ac ac")
-        state = self.rrouter.home.dir / "state.json"
-        wait_until(lambda: state.exists() and "auth_unavailable" in state.read_text())
-        self.rrouter.kill()
-        self.rrouter.start()
-        self.ask_for("c")
-        self.later(61)
-        self.ask_for("ac")
-        self.assert_state("claude", switchCount=1)
-        self.assertIn(self.rrouter.health()["autoSwitch"]["cooldownRemainingSeconds"], range(50, 61))
+class DrainingTest(AutoTest):
 
     def test_draining_rrouter_makes_no_second_attempt(self):
         gate = self.gate()
@@ -4947,6 +4894,7 @@ class RestartTest(AutoTest):
 
 
 class RandomFailuresTest(AutoTest):
+    """All responses that are rescued, in random order."""
 
     REQUESTS = 20_000 if SOAKING else 400
     FAILURES = tuple(row.antigravity for row in SCRIPTS if row.calls == "ac")
@@ -5049,7 +4997,8 @@ class HealingTest(AutoTest):
         return reply, self.calls()
 
     def test_history_is_healed_in_every_mode(self):
-        packed = Response(400, gzip.compress(NESTED.encode()), fields=(("Content-Encoding", "gzip"),))
+        packed = Response(400, gzip.compress(NESTED.encode()),
+                          fields=(("Content-Encoding", "gzip"),))
         for mode, target, model in (("antigravity", "antigravity", GEMINI_SONNET),
                                     ("claude", "claude", SONNET),
                                     ("auto", "antigravity", GEMINI_SONNET)):
@@ -5110,8 +5059,7 @@ AUTO_SWITCH = {
 }
 
 
-class StatusLineTest(LoopbackTest):
-    """GET /health?line."""
+class StatusLineTest(unittest.TestCase):
 
     AUTO = {"active": True, "targets": ["antigravity", "claude"], "currentTarget": "claude",
             "switched": True, "reason": "3 consecutive HTTP errors, last 429",
@@ -5142,15 +5090,6 @@ class StatusLineTest(LoopbackTest):
                     "mode": "claude", "problems": ["x"] * problems,
                     "autoSwitch": {**self.AUTO, **changes}}))
 
-    def test_it_is_one_line_of_text(self):
-        running = self.start_rrouter("http://127.0.0.1:9", mode="auto")
-        for target in ("/health?line", "/health?session=1&line"):
-            reply = running.request("GET", target, fields=())
-            self.assertEqual((reply.header("content-type"), reply.body.decode()),
-                             ("text/plain; charset=utf-8", "auto → antigravity\n"))
-        self.assertEqual(running.request("HEAD", "/health?line", fields=()).body, b"")
-        self.assertEqual(running.request("GET", "/health?lines", fields=()).json()["mode"], "auto")
-
 
 class HealthTest(RouterTest):
 
@@ -5173,10 +5112,18 @@ class HealthTest(RouterTest):
             self.assertEqual((auto["active"], auto["targets"], auto["currentTarget"]), (
                 mode == "auto", ["antigravity", "claude"], "antigravity"))
 
+    def test_status_line_is_one_line_of_text(self):
+        for target in ("/health?line", "/health?session=1&line"):
+            reply = self.get(target)
+            self.assertEqual((reply.header("content-type"), reply.body.decode()),
+                             ("text/plain; charset=utf-8", "antigravity\n"))
+        self.assertEqual(self.rrouter.request("HEAD", "/health?line", fields=()).body, b"")
+        self.assertEqual(self.get("/health?lines").json()["mode"], "antigravity")
+
     def test_only_get_and_head_of_health_are_answered_here(self):
         for method, target, is_ours in (
                 ("GET", "/health", True), ("HEAD", "/health", True), ("GET", "/health?x=1", True),
-                ("POST", "/health", False), ("GET", "/health/x", False), ("GET", "/healthz", False)):
+                ("POST", "/health", False), ("GET", "/health/x", False), ("GET", "/", False)):
             with self.subTest(method + " " + target):
                 self.upstream.clear()
                 data = request_bytes(method, target) + request_bytes("GET", "/next")
@@ -5217,12 +5164,8 @@ class HealthTest(RouterTest):
             self.assertEqual(read_reply(connection).status, 200)
         self.assertEqual(self.rrouter.health()["activeRequests"], 0)
 
-    def test_it_names_neither_user_nor_paths_nor_requests(self):
-        """The problems of every file included."""
-        home, canary = self.rrouter.home, "cAnArY"
-        self.upstream.play(error(500, canary))
-        self.rrouter.post(target="/v1/%s?%s" % (canary, canary), system=canary,
-                          fields=(("X-Api-Key", canary),))
+    def test_its_problems_name_neither_user_nor_paths(self):
+        home = self.rrouter.home
         home.write("config.json", "{")
         home.write("mode", "nosuch\n")
         logs = home.dir / "logs"
@@ -5236,7 +5179,7 @@ class HealthTest(RouterTest):
             (home.dir / "kept").rename(logs)
             (home.dir / "config.json").unlink()
             home.write("mode", self.mode + "\n")
-        for secret in (canary, str(home.root), os.path.expanduser("~"), ".rrouter", "sk-test"):
+        for secret in (str(home.root), os.path.expanduser("~"), ".rrouter"):
             self.assertNotIn(secret, text)
         wait_until(lambda: not self.rrouter.health()["problems"])
 
@@ -5302,7 +5245,7 @@ class RequestLineTest(RouterTest):
         # The last one would need no preflight; its body, in which another one hides, goes unread.
         before = len(self.rrouter.log())
         for number, (status, data) in enumerate((
-                (403, b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n"), (400, b"GET / HTTP/1.1\r\n\r\n"),
+                (400, b"GET / HTTP/1.1\r\n\r\n"),
                 (431, b"GET / HTTP/1.1\r\nX: %b" % (b"x" * 70000)),
                 (413, b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n"),
                 (403, b"POST / HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n"
@@ -5468,17 +5411,9 @@ class SecretsTest(LoopbackTest):
                                    files=router.home.dir)
 
     def test_password_in_the_environment_is_not_shown(self):
-        home, password = self.make_home(), self.words["environment"]
-        urls = [url % password for url in (
-            "http://user:%s@127.0.0.1:8317", "https://%s@host/x", "user:%s@host:8317",
-            "http:/user:%s@host")]
-        for url in urls:
-            with self.subTest(url), self.assertRaises(rrouter.UsageError) as caught:
-                rrouter.read_environment({"RROUTER_UPSTREAM": url})
-            self.assertIn("RROUTER_UPSTREAM", str(caught.exception))
-            self.assert_silent(str(caught.exception))
-        env = {"RROUTER_UPSTREAM": urls[0], "ANTHROPIC_API_KEY": password,
-               "HTTP_PROXY": "http://x:%s@127.0.0.1:9" % password}
+        home, word = self.make_home(), self.words["environment"]
+        env = {"RROUTER_UPSTREAM": "http://user:%s@127.0.0.1:8317" % word,
+               "ANTHROPIC_API_KEY": word, "HTTP_PROXY": "http://x:%s@127.0.0.1:9" % word}
         for done in home.run_all(("serve",), ("start",), ("check",), env=env):
             self.assertNotEqual(done.returncode, 0)
             self.assertIn("RROUTER_UPSTREAM", done.stdout + done.stderr)
