@@ -1572,7 +1572,6 @@ WALKS = (
     ("the probe that fails starts the next cooldown",
      "3*ag 30m ag", "cl 2 0 0 60", "60m ag", "cl 3 0 0 120", "120m ag", "cl 4 0 0 240",
      "240m ag", "cl 5 0 0 240"),
-    ("it resets the counters of the target that serves", "3*ag 2*cl 30m ag cl", "cl 2 1 0 60"),
     ("a later failure of the stream that probed counts", "3*ag 30m late", "ag 1 1 0 0"),
     ("a switch by the shelf lasts a minute, and raises no cooldown",
      "ag:401 2*ag:SHELF ok", "cl 1 0 0 1", "1m ok 2*ag:SHELF ag", "cl 2 0 0 30"),
@@ -1585,13 +1584,8 @@ WALKS = (
      "8*late", "cl 1 5 0 30", "ok 3*late", "ag 2 0 0 0"),
     ("nothing moves while both targets fail",
      "9*ag+cl 9*ag+cl:TIMEOUT 9*ag+cl:SHELF", "ag 0 0 0 0"),
-    ("each switch after an answer has a longer cooldown",
-     "3*ag 3*cl 3*ag", "cl 3 0 0 60", "3*cl 3*ag", "cl 5 0 0 120"),
     ("a quiet time after the return resets the cooldown",
      "3*ag 30m ok 59m 3*ag", "cl 2 0 0 60", "60m ok 120m 3*ag", "cl 3 0 0 30"),
-    ("a switch ends the quiet time of an earlier return",
-     "3*ag 30m ok 3*ag 60m ok 3*ag 120m ok 1m 3*ag", "cl 4 0 0 240", "240m ag", "cl 5 0 0 240",
-     "240m ag", "cl 6 0 0 240"),
     ("a model that fails while others succeed switches alone",
      ALONE, "ag 0 0 0 0, opus cl 1 0 0 30",
      "30m opus/ag 60m opus/ag", "ag 0 0 0 0, opus cl 3 0 0 120", "120m opus/ok", "ag 0 0 0 0"),
@@ -1600,9 +1594,6 @@ WALKS = (
     ("a model alone stays alone while the whole moves and returns",
      ALONE + "3*haiku/ag", "cl 1 0 0 30, opus cl 1 0 0 30",
      "10m 3*haiku/cl", "ag 2 0 0 0, opus cl 1 0 0 20"),
-    ("a model that fails on the fallback goes to the other target alone until the whole follows",
-     "3*haiku/ag" + 3 * " opus/cl haiku/ok", "cl 1 0 0 30, opus ag 1 0 0 30", "30m haiku/ok",
-     "ag 1 0 0 0"),
     ("a model alone does not return to the very target that fails it",
      ALONE + "3*haiku/ag 3*opus/cl haiku/ok", "cl 1 0 0 30, opus ag 2 0 0 60"),
 )
@@ -4166,8 +4157,8 @@ class AutoTest(RouterTest):
 
     def assert_untouched(self, **values):
         """Nothing has been counted but these."""
-        self.assert_state("antigravity", **{
-            "failureCount": 0, "timeoutCount": 0, "switchCount": 0, "models": {}, **values})
+        self.assert_state(**{"current": "antigravity", "failureCount": 0, "timeoutCount": 0,
+                             "switchCount": 0, "models": {}, **values})
 
     def assert_silent(self, connection, seconds=0.05):
         """The client gets nothing for a moment."""
@@ -4181,30 +4172,24 @@ Script = collections.namedtuple("Script", "what antigravity claude calls gets lo
 
 
 def rescued(what, response, failed, *, failures=1):
-    """Return the row of a response of antigravity that claude makes good."""
     return Script(what, response, None, "ac", "claude", "(antigravity failed: %s" % failed,
                   {"failureCount": failures})
 
 
 def kept(what, response, log="200", *, failures=0):
-    """Return the row of a response of antigravity that the client gets."""
     return Script(what, response, None, "a", response, log, {"failureCount": failures})
 
 
-def both(what, response, other, best, log=""):
-    """Return the row of a request that fails on both targets, which is neutral."""
+def both_fail(what, response, other, best, log=""):
     return Script(what, response, other, "ac", best, log, {})
 
 
 def switches(what, failures, **state):
-    """Return the row of three failures that switch."""
     return Script(what, failures, None, "ac ac ac", "claude", "SWITCH antigravity -> claude: 3 ", {
-        "currentTarget": "claude", "switchCount": 1, **state})
+        "current": "claude", "switchCount": 1, **state})
 
 
-GOOD_BYTES = whole("antigravity").wire()
-BEFORE_CONTENT = GOOD_BYTES.index(b"event: content_block_delta")
-GOOD_EVENTS = b"".join(whole("antigravity").chunks)
+GOOD_BYTES, GOOD_EVENTS = whole("antigravity").wire(), b"".join(whole("antigravity").chunks)
 BROKEN, TALK = sse(START, DELTA), START + NO_TEXT + DELTA
 LATE = "(error event in the stream)"
 RATE_LIMIT = error(429, "antigravity", fields=(("Retry-After", "9"), ("x-should-retry", "false")))
@@ -4237,7 +4222,7 @@ SCRIPTS = (
         Response(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{} "),
         Response(raw=sse().head() + b"zz\r\n"), Response(200, b'{"type":"message"', cut=True),
         sse(START, PING, NO_TEXT, cut=True),
-        *(Response(raw=GOOD_BYTES[:end]) for end in range(1, BEFORE_CONTENT, 40)))),
+        *(Response(raw=GOOD_BYTES[:end]) for end in range(1, GOOD_BYTES.index(b"by "), 40)))),
     *(rescued(words, error(status, words), "%d too large" % status, failures=0)
       for status, words in (
           (413, "whatever"), (400, "Your input exceeds the context window of this model"),
@@ -4250,6 +4235,7 @@ SCRIPTS = (
     *(kept("good message", plain(message("x"), *way)) for way in ENCODINGS),
     *(kept("more than a mebibyte", plain(b"x" * (1024 * 1024 + 1), *way)) for way in ENCODINGS),
     kept("no text, but tokens", plain(message(tokens=5))),
+    kept("text, but no tokens", plain(message("x", tokens=0))),
     kept("refusal", plain(message(tokens=0, stop_reason="refusal"))),
     kept("an encoding that is not read", plain(b"\x0b\x02\x80", "br")),
     kept("recorded: truncation that looks complete",
@@ -4270,15 +4256,15 @@ SCRIPTS = (
            "-> antigravity: 3 consecutive HTTP errors, last stream", {"switchCount": 2}),
 
     # If both fail, the client gets the more useful response byte for byte, and nothing counts.
-    both("the first wins a tie", RATE_LIMIT, error(429, "claude"), RATE_LIMIT),
-    both("the second is better", error(500), RATE_LIMIT, RATE_LIMIT, "(antigravity failed: 500)"),
-    both("the first is better", RATE_LIMIT, EMPTY_STREAM, RATE_LIMIT, "(claude failed: empty"),
-    both("both are empty", CUT_OFF, EMPTY_MESSAGE, CUT_OFF),
-    both("shelf and stream", EMPTY_STREAM, COOLING_429, COOLING_429),
-    both("an error beats a drop", HANG_UP, UNKNOWN_400, UNKNOWN_400),
-    both("both drop", HANG_UP, HANG_UP, 502, "connection dropped"),
-    both("too large, or busy", TOO_LARGE_400, RATE_LIMIT, RATE_LIMIT, "failed: 400 too large"),
-    both("unknown, or too large", error(404), TOO_LARGE_400, TOO_LARGE_400),
+    both_fail("the first wins a tie", RATE_LIMIT, error(429, "claude"), RATE_LIMIT),
+    both_fail("the second is better", error(500), RATE_LIMIT, RATE_LIMIT, "(antigravity failed: 500)"),
+    both_fail("the first is better", RATE_LIMIT, EMPTY_STREAM, RATE_LIMIT, "(claude failed: empty"),
+    both_fail("both are empty", CUT_OFF, EMPTY_MESSAGE, CUT_OFF),
+    both_fail("shelf and stream", EMPTY_STREAM, COOLING_429, COOLING_429),
+    both_fail("an error beats a drop", HANG_UP, UNKNOWN_400, UNKNOWN_400),
+    both_fail("both drop", HANG_UP, HANG_UP, 502, "connection dropped"),
+    both_fail("too large, or busy", TOO_LARGE_400, RATE_LIMIT, RATE_LIMIT, "failed: 400 too large"),
+    both_fail("unknown, or too large", error(404), TOO_LARGE_400, TOO_LARGE_400),
     *(Script("outage", response, response, "ac " * 4, response, "", {})
       for response in (error(500), SHELF_503)),
 
@@ -4288,7 +4274,7 @@ SCRIPTS = (
              {"failureCount": 1}) for response in (error(500), EMPTY_STREAM, REJECTION)),
     Script("healed in vain, then 429", [REJECTION, error(500)], error(429), "aac", REJECTION, "",
            {}),
-    both("healed on both in vain", REJECTION, REJECTION, REJECTION)._replace(calls="aacc"),
+    both_fail("healed on both in vain", REJECTION, REJECTION, REJECTION)._replace(calls="aacc"),
     Script("rescued and healed there", error(529), [REJECTION], "acc", "claude", "[HEAL]",
            {"failureCount": 1}),
 
@@ -4324,10 +4310,7 @@ class ScriptTest(AutoTest):
                 self.upstream.break_connections()       # a kept one that drops is sent to again
                 reply = self.ask_for(row.calls, messages=HISTORY)
                 self.assert_gets(reply, row)
-                state = dict(row.state)
-                current = state.pop("currentTarget", "antigravity")
-                self.assert_state(current, **{
-                    "failureCount": 0, "timeoutCount": 0, "switchCount": 0, "models": {}, **state})
+                self.assert_untouched(**row.state)
                 numbers.append((row, self.rrouter.health()["requestCount"]))
         rest = wait_until(lambda: "[REQ] #%d " % numbers[-1][1] in self.rrouter.log()
                           and self.rrouter.log())
@@ -4353,6 +4336,10 @@ class ScriptTest(AutoTest):
 
 
 class RescueTest(AutoTest):
+    """What SCRIPTS cannot say of the one or two attempts of a request."""
+
+    REQUESTS = 20_000 if SOAKING else 400
+    FAILURES = tuple(row.antigravity for row in SCRIPTS if row.calls == "ac")
 
     def test_rescue_sends_the_original_body_by_the_other_targets_rules(self):
         self.script(error(500))
@@ -4384,9 +4371,6 @@ class RescueTest(AutoTest):
         self.assert_untouched()
 
 
-class HeldBackTest(AutoTest):
-    """A response is held back as long as it can still fail; after that nothing waits."""
-
     def test_stream_is_held_back_until_its_first_content(self):
         for prelude in (PING + COMMENT + START + NO_TEXT + NO_MORE_TEXT, START + DELTA[:-1]):
             with self.subTest(prelude):
@@ -4416,6 +4400,40 @@ class HeldBackTest(AutoTest):
                         fields=(("Content-Encoding", "gzip"),)))
         self.begin(until=packed[:9])
 
+    def test_draining_rrouter_makes_no_second_attempt(self):
+        gate = self.gate()
+        self.script(error(500, "as it is", before=gate))
+        connection = self.begin()
+        self.rrouter.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: self.rrouter.home.health() is None)      # it accepts no more connections
+        gate.set()
+        self.assertEqual(read_reply(connection).body, error(500, "as it is").chunks[0])
+        self.assertEqual(self.calls(), "a")
+        self.rrouter.stop()
+        self.rrouter.start()
+
+    def test_clients_side_by_side_see_no_failure_that_the_other_target_could_avoid(self):
+        dice = random.Random(int(os.environ["RROUTER_SOAK"]) if SOAKING else 1)
+        failing = [dice.choice((None, "antigravity", "claude")) for _ in range(self.REQUESTS)]
+
+        def respond(received):
+            number, target = received.json()["number"], target_of(received)
+            if failing[number // 20] == target:
+                return self.FAILURES[number * 7919 % len(self.FAILURES)]
+            return sse(START, text_of("%d by %s" % (number, target)), STOP)
+
+        def is_served(number):
+            if number % 50 == 0:
+                self.shifts[0] += 1801
+            reply = self.rrouter.post((SONNET, OPUS, HAIKU)[number % 3], number=number)
+            words = text_of("%d by %s" % (number, reply.header("x-rrouter-target")))
+            return (reply.status, reply.complete, reply.body) == (200, True, START + words + STOP)
+
+        self.upstream.default = respond
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            served = list(pool.map(is_served, range(self.REQUESTS)))
+        self.assertEqual([number for number, good in enumerate(served) if not good], [])
+
 
 class NeutralTest(AutoTest):
     """A request that is not judged changes no counter."""
@@ -4438,17 +4456,15 @@ class NeutralTest(AutoTest):
                 self.assertIsNone(reply.header("x-rrouter-target"))
         self.assert_untouched()
 
-    def test_body_without_a_model_is_not_healed_however_it_is_cut(self):
+    def test_body_without_a_model_that_comes_in_pieces_is_not_healed(self):
         self.script(other=REJECTION)
-        body = json.dumps({"messages": HISTORY}).encode()
-        data = request_bytes(body=body)
-        for cut in (len(data) - len(body), len(data) - 9):
-            with self.rrouter.connect() as connection:
-                connection.sendall(data[:cut])
-                self.assert_silent(connection)      # or the kernel joins both segments
-                connection.sendall(data[cut:])
-                self.assertEqual(read_reply(connection).status, 400)
-        self.assertEqual(self.calls(), "--")
+        data = request_bytes(body=json.dumps({"messages": HISTORY}).encode())
+        with self.rrouter.connect() as connection:
+            connection.sendall(data[:-9])
+            self.assert_silent(connection)      # or the kernel joins both segments
+            connection.sendall(data[-9:])
+            self.assertEqual(read_reply(connection).status, 400)
+        self.assertEqual(self.calls(), "-")
 
     # Explicit modes, and names that both targets would get, have one attempt and no judge.
     FAILURES = (error(429), error(500), sse(OVERLOADED), EMPTY_STREAM, EMPTY_MESSAGE)
@@ -4488,23 +4504,6 @@ class NeutralTest(AutoTest):
         self.trip()
         self.scripts[None] = error(500)
         self.assert_forwarded(error(500), "claude", "gpt-9")
-
-
-class OneEventTest(AutoTest):
-
-    def test_forty_requests_that_fail_together_count_once_however_long_their_rescues_take(self):
-        gate, rescues = self.gate(), [self.gate() for _ in range(3)]
-        self.script(error(529, before=gate),
-                    [whole("claude", before=rescue) for rescue in rescues] + [None] * 37)
-        connections = [self.begin() for _ in range(40)]
-        gate.set()
-        for left, rescue in zip((3, 2, 1), rescues):
-            wait_until(lambda: self.rrouter.health()["activeRequests"] == left)
-            self.later(3)
-            rescue.set()
-        for connection in connections:
-            self.assert_served(read_reply(connection), "claude", 2)
-        self.assert_untouched(failureCount=1)
 
 
 class ClientLeavesTest(AutoTest):
@@ -4575,6 +4574,20 @@ class ClientLeavesTest(AutoTest):
 
 
 class SwitchTest(AutoTest):
+
+    def test_forty_requests_that_fail_together_count_once_however_long_their_rescues_take(self):
+        gate, rescues = self.gate(), [self.gate() for _ in range(3)]
+        self.script(error(529, before=gate),
+                    [whole("claude", before=rescue) for rescue in rescues] + [None] * 37)
+        connections = [self.begin() for _ in range(40)]
+        gate.set()
+        for left, rescue in zip((3, 2, 1), rescues):
+            wait_until(lambda: self.rrouter.health()["activeRequests"] == left)
+            self.later(3)
+            rescue.set()
+        for connection in connections:
+            self.assert_served(read_reply(connection), "claude", 2)
+        self.assert_untouched(failureCount=1)
 
     def test_exhausted_model_switches_and_recovers_alone(self):
         self.script(lambda received: error(429) if "opus" in received.model
@@ -4878,50 +4891,6 @@ class TruncatedTlsTest(TlsTest, AutoTest):
         self.assertFalse(self.ask(stream=False)[0].complete)
 
 
-class DrainingTest(AutoTest):
-
-    def test_draining_rrouter_makes_no_second_attempt(self):
-        gate = self.gate()
-        self.script(error(500, "as it is", before=gate))
-        connection = self.begin()
-        self.rrouter.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: self.rrouter.home.health() is None)      # it accepts no more connections
-        gate.set()
-        self.assertEqual(read_reply(connection).body, error(500, "as it is").chunks[0])
-        self.assertEqual(self.calls(), "a")
-        self.rrouter.stop()
-        self.rrouter.start()
-
-
-class RandomFailuresTest(AutoTest):
-    """All responses that are rescued, in random order."""
-
-    REQUESTS = 20_000 if SOAKING else 400
-    FAILURES = tuple(row.antigravity for row in SCRIPTS if row.calls == "ac")
-
-    def test_clients_side_by_side_see_no_failure_that_the_other_target_could_avoid(self):
-        dice = random.Random(int(os.environ["RROUTER_SOAK"]) if SOAKING else 1)
-        failing = [dice.choice((None, "antigravity", "claude")) for _ in range(self.REQUESTS)]
-
-        def respond(received):
-            number, target = received.json()["number"], target_of(received)
-            if failing[number // 20] == target:
-                return self.FAILURES[number * 7919 % len(self.FAILURES)]
-            return sse(START, text_of("%d by %s" % (number, target)), STOP)
-
-        def is_served(number):
-            if number % 50 == 0:
-                self.shifts[0] += 1801
-            reply = self.rrouter.post((SONNET, OPUS, HAIKU)[number % 3], number=number)
-            words = text_of("%d by %s" % (number, reply.header("x-rrouter-target")))
-            return (reply.status, reply.complete, reply.body) == (200, True, START + words + STOP)
-
-        self.upstream.default = respond
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            served = list(pool.map(is_served, range(self.REQUESTS)))
-        self.assertEqual([number for number, good in enumerate(served) if not good], [])
-
-
 # Healing ######################################################################
 
 INVALID_SIGNATURE = "messages.1.content.0: Invalid `signature` in `thinking` block"
@@ -4990,11 +4959,12 @@ class HealingTest(AutoTest):
         chat(messages=[{"type": "thinking"}, 7, None, {"content": 7}]),
         b'{"model":"claude-sonnet-5-5","messages":[{"content":[{"type":"thinking"}]}')
 
-    def send(self, body=conversation(*BEFORE)):
+    HISTORY = conversation(*BEFORE)
+
+    def send(self, body=HISTORY):
         """POST these bytes; return (reply, calls)."""
         self.upstream.clear()
-        reply = self.rrouter.request(body=body)
-        return reply, self.calls()
+        return self.rrouter.request(body=body), self.calls()
 
     def test_history_is_healed_in_every_mode(self):
         packed = Response(400, gzip.compress(NESTED.encode()),
@@ -5018,10 +4988,10 @@ class HealingTest(AutoTest):
 
     def test_request_without_thinking_and_other_refusals_are_not_sent_again(self):
         self.set_mode("antigravity")
-        refusal, history = error(400, INVALID_SIGNATURE), conversation(*self.BEFORE)
+        refusal = error(400, INVALID_SIGNATURE)
         for response, body in (*((refusal, body) for body in self.WITHOUT_THINKING),
-                               (error(400, "thinking.type: Field required"), history),
-                               (error(500, INVALID_SIGNATURE), history)):
+                               (error(400, "thinking.type: Field required"), self.HISTORY),
+                               (error(500, INVALID_SIGNATURE), self.HISTORY)):
             with self.subTest(body, status=response.status):
                 self.script(response)
                 reply, calls = self.send(body)
@@ -5256,17 +5226,14 @@ class RequestLineTest(RouterTest):
             self.assertEqual(statuses, [str(status)])
 
     def test_control_characters_are_escaped(self):
-        models = ("a\x1b[2Jb", "a\nb 2026 [REQ] #99 forged", "a\r\nX-Forged: 1", "a\tb", "a\0b",
-                  "a\x7fb", "a\x9bb", "a\u2028b", "a\u202eb", "\ud83d", "a\x85b")
         before = len(self.rrouter.log())
 
         def ask():
-            for model in models:
+            for model in "a\x1b[2Jb", "a\nb 2026 [REQ] #99", "a\r\nX-Forged: 1", "a\u202eb", "\ud83d":
                 self.assertIsNone(self.rrouter.post(model).header("x-forged"))
-            for target in (b"/\x1b[2J", b"/\x9b", "/한".encode(), b"/%1b%0a"):
-                self.rrouter.exchange(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n"
-                                      b"Connection: close\r\n\r\n")
-        self.assertGreaterEqual(len(self.lines_of(ask)), len(models))
+            for target in b"/\x1b[2J", b"/\x9b", "/한".encode():
+                self.rrouter.exchange(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % target, True)
+        self.assertGreaterEqual(len(self.lines_of(ask)), 5)
         text = self.rrouter.log()[before:]
         self.assertEqual({c for c in text if unicodedata.category(c) in (
             "Cc", "Cf", "Cs", "Zl", "Zp")}, {"\n"})
