@@ -1548,10 +1548,7 @@ class FailoverWalk(unittest.TestCase):
         return [self.failover.admit("opus", TARGETS) for _ in range(count)]
 
     def state(self):
-        """Return what /health shows of the whole, and of each model alone.
-
-        The words are the target, the switches, failures, timeouts, and the minutes left.
-        """
+        """Return target, switches, failures, timeouts, minutes left; also of each model alone."""
         report = self.failover.report(True)
         scopes = {"": report, **report["models"]}.items()
         names = "currentTarget", "switchCount", "failureCount", "timeoutCount"
@@ -1600,10 +1597,7 @@ WALKS = (
 
 
 class WalkTest(FailoverWalk):
-    """The rules one by one.
-
-    ReferenceModelTest mixes them, with requests side by side, and has all pairs of outcomes.
-    """
+    """The rules one by one; ReferenceModelTest mixes them, and has all pairs of outcomes."""
 
     def test_requests_lead_to_these_states(self):
         for what, *turns in WALKS:
@@ -1644,14 +1638,6 @@ class WalkTest(FailoverWalk):
             ticket, = self.admit()
             self.assertTrue(ticket.probe and ticket.quiet)
             self.assertEqual(self.failover.charge(ticket, self.failure(failure)), expected)
-
-    def test_one_request_probes_and_the_next_after_a_neutral_one_comes_after_a_minute(self):
-        self.walk("3*ag 30m")
-        probe, = self.admit()
-        self.assertEqual((probe.target, self.walk("5*ag")), ("ag", ["cl"]))
-        self.failover.release(probe)
-        self.assertEqual((self.walk("ok"), self.state()), (["cl"], "cl 1 0 0 1"))
-        self.assertEqual(self.walk("1m ok"), ["ag"])
 
     def test_failures_of_one_event_count_once_whatever_the_order_of_their_rescues(self):
         tickets, start = self.admit(7), self.clock.now
@@ -1730,19 +1716,14 @@ class SavedStateTest(FailoverWalk):
 
     def test_a_restart_keeps_cooldowns_levels_and_models(self):
         self.walk(ALONE + "3*haiku/ag 10m")
-        before, revived = self.failover, rrouter.Failover(self.clock, self.auto)
-        revived.restore(json.loads(json.dumps(before.save())))
-        self.assertEqual(revived.report(True), before.report(True))
-        self.failover = revived
+        before, saved = self.failover.report(True), json.loads(json.dumps(self.failover.save()))
+        saved["whole"]["reason"] += "\x1b[2J"           # from a file that anyone may have written
+        self.failover = rrouter.Failover(self.clock, self.auto)
+        self.failover.restore(saved)
+        self.assertEqual(self.failover.report(True), {
+            **before, "reason": before["reason"] + "\\x1b[2J"})
         self.walk("20m haiku/ag")                   # a failed probe: the second cooldown
         self.assertEqual(self.state(), "cl 2 0 0 60, opus cl 1 0 0 0")
-
-    def test_control_characters_of_a_reason_are_escaped(self):
-        self.walk("3*ag")
-        saved = self.failover.save()
-        saved["whole"]["reason"] = "\x1b[2J"
-        self.failover.restore(saved)
-        self.assertEqual(self.failover.report(True)["reason"], "\\x1b[2J")
 
     def test_foreign_content_is_refused_and_changes_nothing(self):
         self.walk("3*ag")
@@ -1965,7 +1946,7 @@ FAULTS = [(None, 200, "200"), (Fault.TIMEOUT, 504, "timeout"), (Fault.NO_MESSAGE
 SETTINGS = (3, 2, (1800.0, 3600.0, 7200.0, 14400.0)), (1, 1, (1800.0, 3600.0)), (2, 2, (30.0, 90.0))
 WAITS = 0.1, 1.0, 2.0, 3.0, 5.0, 60.0, 150.0, 4000.0
 # What a step does, and how often.  The last three end a response that has committed.
-ACTIONS = {"begin": 30, "attempt": 40, "wait": 16, "wait for probe": 8, "restart": 1, "reset": 0.5,
+ACTIONS = {"begin": 30, "attempt": 40, "wait": 16, "wait for probe": 8, "restart": 1,
            "credit": 8, "charge": 4, "release": 2}
 
 
@@ -2001,9 +1982,6 @@ class ReferenceWalk:
         elif action == "wait for probe":
             ends = [scope.retry_at for scope in self.model.scopes() if scope.switched]
             self.now = max(self.now, max(ends, default=0) + which - 1)
-        elif action == "reset":
-            self.real.reset(self.auto, "rrouter auto")
-            self.model = ReferenceFailover(self.clock, self.auto)
         elif action == "restart":
             saved, self.requests = json.loads(json.dumps(self.real.save())), []
             self.real = rrouter.Failover(self.clock, self.auto)
@@ -3913,7 +3891,6 @@ START = event("message_start", message={
     "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 3, "output_tokens": 0}})
 STOP = event("message_stop")
 OVERLOADED = event("error", error={"type": "overloaded_error", "message": "Overloaded"})
-BROKEN_OFF = event("error", error={"type": "api_error", "message": "unexpected EOF"})
 DATA_ERROR = b'data: {"error":{"message":"boom"},"type":"error"}\n\n'
 
 
@@ -4139,23 +4116,19 @@ class AutoTest(RouterTest):
 
     def assert_forwarded(self, reply, response, target, attempts=1):
         """The reply is this response of a target byte for byte."""
-        self.assertEqual((reply.status, reply.body, reply.complete, reply.header("x-rrouter-target"),
-                          reply.header("x-rrouter-attempts")),
-                         (response.status, b"".join(response.chunks), not response.cut, target,
-                          str(attempts)))
+        self.assertEqual((reply.status, reply.body, reply.complete), (
+            response.status, b"".join(response.chunks), not response.cut))
+        self.assertEqual((reply.header("x-rrouter-target"), reply.header("x-rrouter-attempts")),
+                         (target, str(attempts)))
         self.assertEqual(reply.fields[:len(response.fields)], response.fields)
 
-    def assert_state(self, current, **values):
-        """/health has `current` as the target, and `values` in autoSwitch (failureCount=2)."""
+    def assert_state(self, current="antigravity", **values):
+        """/health has `current` as the target, these values in autoSwitch, and no other counts."""
         health = self.rrouter.health()
-        found = {name: health["autoSwitch"][name] for name in values}
-        self.assertEqual((health["currentTarget"], health["autoSwitch"]["currentTarget"], found),
-                         (current, current, values))
-
-    def assert_untouched(self, **values):
-        """Nothing has been counted but these."""
-        self.assert_state(**{"current": "antigravity", "failureCount": 0, "timeoutCount": 0,
-                             "switchCount": 0, "models": {}, **values})
+        values = {"currentTarget": current, "failureCount": 0, "timeoutCount": 0, "switchCount": 0,
+                  "models": {}, **values}
+        self.assertEqual({name: health["autoSwitch"][name] for name in values}, values)
+        self.assertEqual(health["currentTarget"], current)
 
     def assert_silent(self, connection, seconds=0.05):
         """The client gets nothing for a moment."""
@@ -4164,8 +4137,8 @@ class AutoTest(RouterTest):
 
 # The responses of the targets, and what comes of the requests: `calls` are those made for each, as
 # `ask_for` reads them, and the last one `gets` the whole message of a target, a scripted response,
-# or rrouter's own 502.  The log then says `log`, and autoSwitch of /health has `state`; nothing else
-# is counted.
+# or rrouter's own 502.  The log then says `log`, and autoSwitch of /health has `state` and no other
+# counts.
 Script = collections.namedtuple("Script", "what antigravity claude calls gets log state")
 
 
@@ -4183,8 +4156,8 @@ def both_fail(what, response, other, best, log=""):
 
 
 def switches(what, failures, **state):
-    return Script(what, failures, None, "ac ac ac", "claude", "SWITCH antigravity -> claude: 3 ", {
-        "current": "claude", "switchCount": 1, **state})
+    return Script(what, failures, None, "ac ac ac", "claude", "SWITCH antigravity -> claude: 3 ",
+                  {"current": "claude", "switchCount": 1, **state})
 
 
 GOOD_BYTES, GOOD_EVENTS = whole("antigravity").wire(), b"".join(whole("antigravity").chunks)
@@ -4200,7 +4173,7 @@ SCRIPTS = (
         400, 401, 402, 403, 404, 408, 422, 429, 499, 500, 502, 503, 504, 529, 599)),
     rescued("recorded: blocked prompt", EMPTY_STREAM, "empty message"),
     rescued("recorded: error first", sse(OVERLOADED + b"\n"), "error event"),
-    rescued("recorded: dropped after start", sse(START + b"\n", BROKEN_OFF), "error event"),
+    rescued("recorded: dropped after start", sse(START + b"\n", DATA_ERROR), "error event"),
     rescued("error in an empty block", sse(START, NO_TEXT, DATA_ERROR), "error event"),
     rescued("[DONE] alone", sse(b"data: [DONE]\n\n"), "empty message"),
     rescued("clean end after start", sse(START), "stream without content"),
@@ -4227,22 +4200,21 @@ SCRIPTS = (
           (400, "The input token count (9) exceeds the maximum number of tokens allowed (8)."),
           (400, "Input is too long for requested model."), (400, "context length exceeded"),
           (422, "capability_rejected: prompt_too_long"), (400, "Request too large"))),
-    rescued("an outage in these words", error(500, "prompt is too long"), "500"),
 
     # What is good, or cannot be judged, is the response.
     *(kept("good message", plain(message("x"), *way)) for way in ENCODINGS),
     *(kept("more than a mebibyte", plain(b"x" * (1024 * 1024 + 1), *way)) for way in ENCODINGS),
-    kept("no text, but tokens", plain(message(tokens=5))),
     kept("text, but no tokens", plain(message("x", tokens=0))),
-    kept("refusal", plain(message(tokens=0, stop_reason="refusal"))),
     kept("an encoding that is not read", plain(b"\x0b\x02\x80", "br")),
+    kept("a compressed stream", sse(gzip.compress(OVERLOADED), fields=(
+        ("Content-Encoding", "gzip"),))),
     kept("recorded: truncation that looks complete",
          sse(TALK, NO_MORE_TEXT + end_of(0) + STOP)),
     Script("error of another rrouter", OF_A_ROUTER, None, "a a a a", OF_A_ROUTER, " 503 ", {}),
 
     # After the first content a failure is forwarded, and counts; a broken response is neutral.
     kept("recorded: overloaded", sse(TALK, PING, OVERLOADED), LATE, failures=1),
-    kept("recorded: error after the end", sse(TALK, STOP, BROKEN_OFF), LATE, failures=1),
+    kept("recorded: error after the end", sse(TALK, STOP, DATA_ERROR), LATE, failures=1),
     kept("recorded: without its end", sse(TALK, PING), "(stream without its end)", failures=1),
     kept("in the chunk of the content", sse(TALK + OVERLOADED), LATE, failures=1),
     kept("byte by byte", sse(START + DELTA, *map(bytes, zip(DATA_ERROR))), LATE, failures=1),
@@ -4289,7 +4261,6 @@ SCRIPTS = (
              cooldownSeconds=1203),
     switches("shelf", [error(401), SHELF_503, SHELF_503], cooldownSeconds=60,
              reason="3 consecutive HTTP errors, last 503 auth_unavailable, after 401"),
-    switches("cooling", [COOLING_429] * 3, cooldownSeconds=60),
     switches("unknown model", [UNKNOWN_400] * 3, cooldownSeconds=60,
              reason="3 consecutive HTTP errors, last 400 unknown provider for model "
                     + GEMINI_SONNET),
@@ -4323,7 +4294,7 @@ class ScriptTest(AutoTest):
                 self.upstream.break_connections()       # a kept one that drops is sent to again
                 reply = self.ask_for(row.calls, messages=HISTORY)
                 self.assert_gets(reply, row)
-                self.assert_untouched(**row.state)
+                self.assert_state(**row.state)
                 numbers.append((row, self.rrouter.health()["requestCount"]))
         rest = wait_until(lambda: "[REQ] #%d " % numbers[-1][1] in self.rrouter.log()
                           and self.rrouter.log())
@@ -4367,17 +4338,17 @@ class RescueTest(AutoTest):
         self.script([sse(), sse(COMMENT, DATA_ERROR), plain({}), sse(first, DATA_ERROR),
                      sse(first, b"", gate=self.gate())])
         self.ask_for("ac ac", target=CHAT)
-        self.assert_untouched(failureCount=2)
+        self.assert_state(failureCount=2)
         for body in (b"{}", first + DATA_ERROR):
             self.assertEqual(self.rrouter.post(target=CHAT).body, body)
         self.begin(until=first, target=CHAT)
-        self.assert_untouched()
+        self.assert_state()
 
     def test_response_to_head_is_not_judged(self):
         self.script(plain(b""))
         reply = self.rrouter.request("HEAD", "/v1/messages", chat())
         self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (200, "1"))
-        self.assert_untouched()
+        self.assert_state()
 
     def test_stream_is_held_back_until_its_first_content(self):
         gate = self.gate()
@@ -4399,13 +4370,7 @@ class RescueTest(AutoTest):
                     self.assertEqual(receive(response, len(first)), first)
                     gate.set()
                     self.assertEqual(response.read(), PING + STOP)
-        self.assert_untouched()
-
-    def test_compressed_stream_is_not_held_back(self):
-        packed = gzip.compress(START + DELTA + STOP)
-        self.script(sse(packed[:9], packed[9:], gate=self.gate(),
-                        fields=(("Content-Encoding", "gzip"),)))
-        self.begin(until=packed[:9])
+        self.assert_state()
 
     def test_draining_rrouter_makes_no_second_attempt(self):
         gate = self.gate()
@@ -4450,7 +4415,7 @@ class NeutralTest(AutoTest):
         for status in (500, 500, 500, 500, 200):
             reply = self.rrouter.post(target=COUNT_TOKENS)
             self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (status, "1"))
-        self.assert_untouched(failureCount=1)
+        self.assert_state(failureCount=1)
 
     def test_request_without_a_model_is_neutral(self):
         for response in (error(500), HANG_UP, sse(), REJECTION):
@@ -4460,7 +4425,7 @@ class NeutralTest(AutoTest):
                 reply = self.rrouter.request(method, target, body)
                 self.assertIn(reply.status, (response.status, 502))
                 self.assertIsNone(reply.header("x-rrouter-target"))
-        self.assert_untouched()
+        self.assert_state()
 
     def test_body_without_a_model_that_comes_in_pieces_is_not_healed(self):
         self.script(other=REJECTION)
@@ -4483,26 +4448,19 @@ class NeutralTest(AutoTest):
                 self.assert_forwarded(self.ask_for(mode[0]), response, mode)
             self.assertFalse(self.rrouter.health()["autoSwitch"]["active"])
 
-    def test_outcome_of_an_explicit_mode_does_not_reach_auto(self):
-        self.set_mode("antigravity")
-        gate = self.gate()
-        self.script(sse(PING, OVERLOADED, gate=gate))
-        connection = self.begin(until=PING)         # not held back
-        self.set_mode("auto")
-        gate.set()
-        receive_until(connection, b"0\r\n\r\n")
-        self.assert_untouched()
-
     def test_name_without_a_rule_goes_once_to_the_current_target(self):
         for response in self.FAILURES:
             self.script(other=response)
             self.assert_forwarded(self.ask_for("-", "gpt-9"), response, "antigravity")
         self.script(other=sse(PING, STOP, gate=self.gate()))
         self.begin(until=PING, model="gpt-9")
-        self.assert_untouched()
+        self.assert_state()
         self.trip()
         self.scripts[None] = error(500)
+        self.later(1801)
         self.assert_forwarded(self.ask_for("-", "gpt-9"), error(500), "claude")
+        self.ask_for("c", target=COUNT_TOKENS)
+        self.ask_for("ac")                          # the first that probes
 
 
 class ClientLeavesTest(AutoTest):
@@ -4526,26 +4484,25 @@ class ClientLeavesTest(AutoTest):
                 self.leave(connection)
                 self.upstream.wait(lambda upstream: upstream.closed == 1)
                 self.assertEqual(self.calls(), "a")
-                self.assert_untouched(timeoutCount=timeouts)
+                self.assert_state(timeoutCount=timeouts)
 
     def test_event_ends_the_silence(self):
-        for late in (text_of("later"), NO_MORE_TEXT):
-            gates = [self.gate() for _ in range(3)]
-            gates[0].set()
-            self.script(sse(START + DELTA, late, PING, gate=gates))
-            connection = self.begin(until=DELTA)
-            self.later(100)
-            gates[1].set()
-            receive_until(connection, late)
-            self.later(100)
-            self.leave(connection)
-            self.assert_untouched()
+        gates = [self.gate() for _ in range(3)]
+        gates[0].set()
+        self.script(sse(TALK, NO_MORE_TEXT, PING, gate=gates))
+        connection = self.begin(until=DELTA)
+        self.later(100)
+        gates[1].set()
+        receive_until(connection, NO_MORE_TEXT)
+        self.later(100)
+        self.leave(connection)
+        self.assert_state()
 
     def test_response_is_complete_with_message_stop(self):
         self.script([error(500), sse(START + DELTA + STOP, PING, gate=self.gate())])
         self.ask()
         self.leave(self.begin(until=STOP))
-        self.assert_untouched()
+        self.assert_state()
 
     def test_client_that_left_before_the_failure_gets_no_second_attempt(self):
         gate = self.gate()
@@ -4556,7 +4513,7 @@ class ClientLeavesTest(AutoTest):
             gate.set()
             self.leave()
             self.assertEqual(self.calls(), "a")
-            self.assert_untouched()
+            self.assert_state()
 
     def test_client_that_leaves_during_the_rescue_leaves_a_failure_after_60_s_counted(self):
         for seconds, failures in ((50, 0), (61, 1)):
@@ -4568,7 +4525,7 @@ class ClientLeavesTest(AutoTest):
                 gate.set()
                 self.upstream.wait(lambda upstream: self.calls() == "ac")
                 self.leave(connection)
-                self.assert_untouched(failureCount=failures)
+                self.assert_state(failureCount=failures)
 
 
 class SwitchTest(AutoTest):
@@ -4585,22 +4542,23 @@ class SwitchTest(AutoTest):
             rescue.set()
         for connection in connections:
             self.assert_served(read_reply(connection), "claude", 2)
-        self.assert_untouched(failureCount=1)
+        self.assert_state(failureCount=1)
 
     def test_exhausted_model_switches_and_recovers_alone(self):
         self.script(lambda received: error(429) if "opus" in received.model
                     else whole("antigravity"))
         for _ in range(3):
             self.assertEqual((self.ask(OPUS)[1], self.ask(HAIKU)[1]), ("ac", "a"))
-        self.assert_state("antigravity", switched=False, switchCount=0)
-        model = self.rrouter.health()["autoSwitch"]["models"][OPUS]
+        models = self.rrouter.health()["autoSwitch"]["models"]
+        self.assert_state(switched=False, models=models)
+        model = models[OPUS]
         self.assertEqual((model["currentTarget"], model["switchCount"], model["cooldownSeconds"]),
                          ("claude", 1, 1800))
         self.assertEqual([self.ask(name)[1] for name in (OPUS, HAIKU, SONNET)], ["c", "a", "a"])
         self.later(1801)
         self.script()
         self.ask_for("a", OPUS)
-        self.assert_state("antigravity", models={})
+        self.assert_state()
 
     def test_one_request_probes_while_all_others_stay(self):
         self.trip()
@@ -4614,23 +4572,13 @@ class SwitchTest(AutoTest):
         self.ask_for("c", OPUS)
         gate.set()
         self.assertEqual({read_reply(one).status for one in connections}, {200})
-        self.assert_state("claude", switchCount=2, cooldownSeconds=3600, failureCount=0)
+        self.assert_state("claude", switchCount=2, cooldownSeconds=3600)
         self.script(self.silent())
         self.later(3601)
         self.leave(self.begin())                        # a neutral probe
         self.ask_for("c")
         self.script()
         self.ask_for("61 a")
-
-    def test_only_messages_with_a_rule_probe(self):
-        self.trip()
-        self.later(1801)
-        self.upstream.clear()
-        for request in ("gpt-9",), (SONNET, COUNT_TOKENS):
-            self.assertEqual(self.rrouter.post(*request).header("x-rrouter-target"), "claude")
-        self.get()
-        self.assertEqual(self.calls(), "-c-")
-        self.ask_for("ac")
 
     def test_auto_again_clears_everything(self):
         for label, way in (
@@ -4648,7 +4596,7 @@ class SwitchTest(AutoTest):
                 gate.set()
                 self.assert_served(read_reply(late), "antigravity", 2)
                 self.ask_for("a")
-                self.assert_untouched()
+                self.assert_state()
 
 
 class SilenceTest(AutoTest):
@@ -4667,10 +4615,10 @@ class SilenceTest(AutoTest):
             with self.subTest(label):
                 self.script_anew(response)
                 self.assert_served(self.ask(stream="lines" not in label)[0], "claude", 2)
-                self.assert_untouched(timeoutCount=1)
+                self.assert_state(timeoutCount=1)
                 self.upstream.wait(lambda upstream: upstream.closed)    # not left running
         self.ask_for("ac")
-        self.assert_state("claude", timeoutCount=0, switchCount=1, cooldownSeconds=1800,
+        self.assert_state("claude", switchCount=1, cooldownSeconds=1800,
                           reason="2 consecutive timeouts")
 
     def test_request_without_stream_has_twice_the_limit(self):
@@ -4689,7 +4637,7 @@ class SilenceTest(AutoTest):
                 reply = self.ask()[0]
                 self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (status, "2"))
                 self.assertEqual(reply.header("x-rrouter-error"), "1" if status == 504 else None)
-                self.assert_untouched(timeoutCount=timeouts)
+                self.assert_state(timeoutCount=timeouts)
 
     def test_nothing_else_has_a_limit(self):
         gate = self.gate()
@@ -4722,7 +4670,7 @@ class SilenceTest(AutoTest):
                 process.send_signal(signal.SIGCONT)
             gate.set()
             self.assert_served(read_reply(connection), "antigravity", 1)
-        self.assert_untouched()
+        self.assert_state()
 
 
 class UpstreamAwayTest(AutoTest):
@@ -4776,7 +4724,7 @@ class UpstreamAwayTest(AutoTest):
                 self.assert_error(self.get(), 502)      # without a model: at once
             self.assertEqual(retries, [None, "false", "false"])
             self.ask_for("a")
-        self.assert_untouched()
+        self.assert_state()
 
     def test_second_attempt_does_not_wait_and_the_first_is_neutral(self):
         self.upstream.break_connections()
@@ -4787,7 +4735,7 @@ class UpstreamAwayTest(AutoTest):
 
         self.script(fail_and_go)
         self.assertEqual(self.ask_for("a").body, error(429, "last words").chunks[0])
-        self.assert_untouched()
+        self.assert_state()
         with self.away():
             pass
 
@@ -4807,7 +4755,7 @@ class UpstreamAwayTest(AutoTest):
                 gate.set()
                 self.assertEqual(read_reply(connection).status, status)
                 self.assertEqual(self.calls(), calls)
-        self.assert_untouched()
+        self.assert_state()
         wait_until(lambda: re.search(r"\[REQ\].*sent again", self.rrouter.log()))
 
 
@@ -4827,12 +4775,11 @@ class RequestLoopTest(AutoTest):
     def test_request_loop_unwinds_at_the_connection_limit(self):
         for mode, self.drops_headers in (("claude", False), ("auto", False), ("auto", True)):
             self.set_mode(mode)
-            before, start = self.rrouter.health()["requestCount"], time.monotonic()
+            before = self.rrouter.health()["requestCount"]
             self.assert_error(self.rrouter.post(), 503)
-            self.assertLess(time.monotonic() - start, 5)
             self.leave()
             self.assertLessEqual(self.rrouter.health()["requestCount"] - before, 40)
-        self.assert_untouched()
+        self.assert_state()
 
 
 class TruncatedTlsTest(TlsTest, AutoTest):
@@ -4843,7 +4790,7 @@ class TruncatedTlsTest(TlsTest, AutoTest):
         response.framing = "close"
         self.script(response)
         self.assert_served(self.ask(stream=False)[0], "claude", 2)
-        self.assert_untouched()
+        self.assert_state()
         self.set_mode("antigravity")
         self.assertFalse(self.ask(stream=False)[0].complete)
 
@@ -4887,7 +4834,6 @@ TEXT = (b'{"type":"text","text":"caf\\u00e9 \\ud83d \\u2028 {\\"type\\":\\"think
         b'"f":1E400,"f":1.50}')
 TOOL_USE = (b'{"type":"tool_use","id":"t","name":"f","input":{"type":"thinking","content":'
             b'[{"type":"thinking"},{"type":"redacted_thinking"}],"x":1e-7}}')
-TOOL_RESULT = b'{"type":"tool_result","tool_use_id":"t","content":[{"type":"text","text":"ok"}]}'
 SHORT_TEXT = b'{"type":"text","text":"(no content)"}'
 
 
@@ -4896,10 +4842,10 @@ def conversation(*contents, model=SONNET):
     turns = b",".join(
         b'{"role":"user","content":"go on"},{"role":"assistant","content":[%b]}' % b",".join(blocks)
         for blocks in contents)
-    return (b'{"model":"%b","messages":[%b,{"role":"user","content":[%b]}],'
+    return (b'{"model":"%b","messages":[%b,{"role":"user","content":[{"type":"tool_result"}]}],'
             b'"system":[{"type":"text","text":"thinking"}],"metadata":{"type":"thinking"},'
             b'"thinking":{"type":"adaptive","display":"omitted"},"max_tokens":9,"stream":true}' % (
-                model.encode(), turns, TOOL_RESULT))
+                model.encode(), turns))
 
 
 class HealingTest(AutoTest):
@@ -4926,22 +4872,22 @@ class HealingTest(AutoTest):
     def test_history_is_healed_in_every_mode(self):
         packed = Response(400, gzip.compress(NESTED.encode()),
                           fields=(("Content-Encoding", "gzip"),))
-        for mode, target, model in (("antigravity", "antigravity", GEMINI_SONNET),
-                                    ("claude", "claude", SONNET),
-                                    ("auto", "antigravity", GEMINI_SONNET)):
-            self.set_mode(mode)
-            for refusal in (error(400, INVALID_SIGNATURE), packed):
-                with self.subTest(mode=mode, refusal=refusal.fields):
-                    self.script(**{target: [refusal]})
-                    reply, calls = self.send()
-                    self.assert_served(reply, target, 1)
-                    self.assertEqual(calls, target[0] * 2)
-                    first, second = self.upstream.received
-                    self.assertEqual([first.body, second.body], [
-                        conversation(*self.BEFORE, model=model),
-                        conversation(*self.AFTER, model=model)])
-                    self.assertEqual(first[:2], second[:2])
-                    self.assertEqual(end_to_end(first.fields), end_to_end(second.fields))
+        for mode, target, model, refusal in (
+                ("antigravity", "antigravity", GEMINI_SONNET, error(400, INVALID_SIGNATURE)),
+                ("claude", "claude", SONNET, packed),
+                ("auto", "antigravity", GEMINI_SONNET, packed)):
+            with self.subTest(mode):
+                self.set_mode(mode)
+                self.script(**{target: [refusal]})
+                reply, calls = self.send()
+                self.assert_served(reply, target, 1)
+                self.assertEqual(calls, target[0] * 2)
+                first, second = self.upstream.received
+                self.assertEqual([first.body, second.body], [
+                    conversation(*self.BEFORE, model=model),
+                    conversation(*self.AFTER, model=model)])
+                self.assertEqual(first[:2], second[:2])
+                self.assertEqual(end_to_end(first.fields), end_to_end(second.fields))
 
     def test_request_without_thinking_and_other_refusals_are_not_sent_again(self):
         self.set_mode("antigravity")
@@ -5057,7 +5003,7 @@ class HealthTest(RouterTest):
             health, names = self.rrouter.health(), ("answered", "rescued", "failed")
             return [health["requestCount"], *(health["requests"][name] for name in names)]
 
-        before, gate = counts(), self.gate()
+        before = counts()
         self.upstream.play(Response(), Response(raw=b"HTTP/1.1 x\r\n\r\n"), error(429))
         for _ in range(3):
             self.rrouter.post()
@@ -5071,15 +5017,6 @@ class HealthTest(RouterTest):
         failure = self.rrouter.health()["requests"]["lastFailure"]
         self.assertEqual((failure["target"], failure["what"]), ("antigravity", "503"))
         self.assertRegex(failure["at"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
-        self.upstream.clear()
-        self.upstream.play(Response(before=gate))
-        with self.rrouter.connect() as connection:
-            connection.sendall(request_bytes("POST", "/", b"[]"))
-            self.upstream.wait(lambda upstream: upstream.received)
-            self.assertEqual(self.rrouter.health()["activeRequests"], 1)
-            gate.set()
-            self.assertEqual(read_reply(connection).status, 200)
-        self.assertEqual(self.rrouter.health()["activeRequests"], 0)
 
     def test_its_problems_name_neither_user_nor_paths(self):
         home = self.rrouter.home
@@ -5114,18 +5051,14 @@ def request_lines(text):
 
 class RequestLineTest(RouterTest):
 
-    def lines_of(self, *acts):
-        """Call each of `acts`; return the matches of REQUEST_LINE in the order of the numbers."""
-        first = self.rrouter.health()["requestCount"]
-        for act in acts:
-            act()
-        wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
-        count = self.rrouter.health()["requestCount"] - first
-        wait_until(lambda: len(request_lines(self.rrouter.log())) == first + count)
+    def lines(self):
+        """Return the matches of REQUEST_LINE by number, when all requests have their lines."""
+        count = self.rrouter.health()["requestCount"]
+        wait_until(lambda: len(request_lines(self.rrouter.log())) == count)
         lines = [REQUEST_LINE.search(line) for line in request_lines(self.rrouter.log())]
-        lines = sorted(lines, key=lambda line: int(line["number"]))
-        self.assertEqual([int(line["number"]) for line in lines], list(range(1, first + count + 1)))
-        return lines[first:]
+        lines.sort(key=lambda line: int(line["number"]))
+        self.assertEqual([int(line["number"]) for line in lines], list(range(1, count + 1)))
+        return lines
 
     def leave(self):
         """Send a request and leave without its response."""
@@ -5139,10 +5072,11 @@ class RequestLineTest(RouterTest):
     def test_each_request_has_one_line_at_its_end(self):
         self.upstream.play(Response(), Response(), error(529), Response(raw=b"HTTP/1.1 x\r\n\r\n"),
                            Response())
-        post = self.rrouter.post
-        lines = self.lines_of(
-            lambda: post("claude-sonnet-4-5"), lambda: post("other"), post, post,
-            lambda: self.get("/v1/models?limit=1000"), self.rrouter.health, self.leave)
+        for model in "claude-sonnet-4-5", "other", SONNET, SONNET:
+            self.rrouter.post(model)
+        self.get("/v1/models?limit=1000")
+        self.leave()
+        lines = self.lines()[-6:]
         names = "method", "path", "model", "target", "sent", "status"
         target = "/v1/messages", "claude-sonnet-5-5", "antigravity", GEMINI_SONNET
         self.assertEqual([line.group(*names) for line in lines], [
@@ -5173,15 +5107,12 @@ class RequestLineTest(RouterTest):
             self.assertEqual(statuses, [str(status)])
 
     def test_control_characters_are_escaped(self):
-        before = len(self.rrouter.log())
-
-        def ask():
-            for model in "\x1b[2J", "a\nb 2026 [REQ] #99", "a\r\nX-Forged: 1", "\u202e", "\ud83d":
-                self.assertIsNone(self.rrouter.post(model).header("x-forged"))
-            for target in b"/\x1b[2J", b"/\x9b", "/한".encode():
-                self.rrouter.exchange(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % target, True)
-        self.assertGreaterEqual(len(self.lines_of(ask)), 5)
-        text = self.rrouter.log()[before:]
+        for model in "\x1b[2J", "a\nb 2026 [REQ] #99", "a\r\nX-Forged: 1", "\u202e", "\ud83d":
+            self.assertIsNone(self.rrouter.post(model).header("x-forged"))
+        for target in b"/\x1b[2J", b"/\x9b", "/한".encode():
+            self.rrouter.exchange(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % target, True)
+        self.lines()
+        text = self.rrouter.log()
         self.assertEqual({c for c in text if unicodedata.category(c) in (
             "Cc", "Cf", "Cs", "Zl", "Zp")}, {"\n"})
         self.assertNotRegex(text, r"(?m)^(b 2026|X-Forged)")
@@ -5196,8 +5127,7 @@ class SecretsTest(LoopbackTest):
     def setUp(self):
         self.upstream = self.start_upstream()
         self.words = {place: "sk-%s-%08x" % (place, random.getrandbits(32)) for place in (
-            "header", "query", "body", "field", "answer", "reason", "chunk", "userinfo",
-            "environment")}
+            "header", "query", "body", "field", "answer", "reason", "chunk", "userinfo")}
         self.target = "/v1/messages?key=" + self.words["query"]
         self.fields = [(name, "Bearer " + self.words["header"]) for name in (
             "Authorization", "X-Api-Key", "Cookie", "Proxy-Authorization", "anthropic-beta",
@@ -5246,7 +5176,6 @@ class SecretsTest(LoopbackTest):
             "Content-Length: 999999999\r\n\r\n%(body)s")
         others = (
             "GET /x?key=%(query)s HTTP/9.9\r\nHost: localhost\r\n\r\n", "%(query)s\r\n\r\n",
-            "GET /x?%(query)s",
             "TRACE /x?%(query)s HTTP/1.1\r\nHost: localhost\r\nCookie: %(header)s\r\n\r\n",
             "GET http://user:%(userinfo)s@localhost/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
             "CONNECT user:%(userinfo)s@localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -5322,15 +5251,6 @@ class SecretsTest(LoopbackTest):
                 self.assert_silent(repr(reply), router.printed(), json.dumps(router.health()),
                                    files=router.home.dir)
 
-    def test_password_in_the_environment_is_not_shown(self):
-        home, word = self.make_home(), self.words["environment"]
-        env = {"RROUTER_UPSTREAM": "http://user:%s@127.0.0.1:8317" % word,
-               "ANTHROPIC_API_KEY": word, "HTTP_PROXY": "http://x:%s@127.0.0.1:9" % word}
-        for done in home.run_all(("serve",), ("start",), ("check",), env=env):
-            self.assertNotEqual(done.returncode, 0)
-            self.assertIn("RROUTER_UPSTREAM", done.stdout + done.stderr)
-            self.assert_silent(done.stdout, done.stderr, files=home.root)
-
 
 def ending_with(test, process):
     """Return the process, which ends with the test at the latest."""
@@ -5384,17 +5304,11 @@ class LogFileTest(LoopbackTest):
     def test_line_has_the_local_date_and_time_of_its_end(self):
         home = self.make_home(self.upstream, "claude", env={"TZ": "KST-9"})
         clock, midnight = home.root / "clock", calendar.timegm((2031, 12, 31, 15, 0, 0))
-
-        def set_clock(seconds):
-            (home.root / "next").write_text("%.3f" % seconds)
-            (home.root / "next").rename(clock)
-
-        set_clock(midnight - 0.5)
-        code = ("import time\ndef now():\n    with open(%r) as file:\n"
-                "        return float(file.read())\ntime.time = now" % str(clock))
+        clock.touch()
+        code = "import os, time\ntime.time = lambda: os.stat(%r).st_mtime" % str(clock)
         with Running(self.upstream, home=home, code=code, env=home.env) as router:
             for number, seconds in enumerate((-0.5, 0.25, 0.75, 60.0), 1):
-                set_clock(midnight + seconds)
+                os.utime(str(clock), (0, midnight + seconds))
                 router.post()
                 wait_until(lambda: len(request_lines(router.log())) == number)
         stamps = [LOG_LINE.fullmatch(line).group(1) for line in request_lines(router.log())]
