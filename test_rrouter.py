@@ -1583,6 +1583,8 @@ WALKS = (
      "9*ag+cl 9*ag+cl:TIMEOUT 9*ag+cl:SHELF", "ag 0 0 0 0"),
     ("a quiet time after the return resets the cooldown",
      "3*ag 30m ok 59m 3*ag", "cl 2 0 0 60", "60m ok 120m 3*ag", "cl 3 0 0 30"),
+    ("a clock set back does not lengthen the cooldown, and one set forward ends it",
+     "3*ag -525600m", "cl 1 0 0 30", "31m ok", "ag 1 0 0 0"),
     ("a model that fails while others succeed switches alone",
      ALONE, "ag 0 0 0 0, opus cl 1 0 0 30",
      "30m opus/ag 60m opus/ag", "ag 0 0 0 0, opus cl 3 0 0 120", "120m opus/ok", "ag 0 0 0 0"),
@@ -1650,12 +1652,6 @@ class WalkTest(FailoverWalk):
             self.charge(tickets.pop(), self.failure(began=start + began, ended=start + ended))
             self.assertEqual(self.state(), state)
 
-    def test_clock_set_back_does_not_lengthen_the_cooldown_and_one_set_forward_ends_it(self):
-        self.walk("3*ag")
-        self.clock.advance(-86400 * 365)
-        self.assertEqual(self.state(), "cl 1 0 0 30")
-        self.assertEqual(self.walk("31m ok"), ["ag"])
-
     def test_clock_set_back_is_noticed_without_requests(self):
         for steps, state in (("3*ag", "cl 1 0 0 %d"), (ALONE, "ag 0 0 0 0, opus cl 1 0 0 %d")):
             for moves in ((-86400, 86400), (-86400, 1800), (-86400, -86400, 1800)):
@@ -1666,15 +1662,6 @@ class WalkTest(FailoverWalk):
                         self.clock.advance(seconds)
                         self.failover.look_at_clock()
                     self.assertEqual(self.state(), state % 0)
-
-    def test_look_at_the_clock_ends_no_cooldown_and_moves_none(self):
-        self.failover.look_at_clock()
-        self.walk("3*ag")
-        saved = self.failover.save()
-        for minutes, left in ((0, 30), (10, 20), (20, 0)):
-            self.clock.advance(60 * minutes)
-            self.failover.look_at_clock()
-            self.assertEqual((self.state(), self.failover.save()), ("cl 1 0 0 %d" % left, saved))
 
     def test_reset_forgets_everything_and_earlier_outcomes(self):
         early = self.admit(3)
@@ -4175,7 +4162,6 @@ SCRIPTS = (
     rescued("recorded: error first", sse(OVERLOADED + b"\n"), "error event"),
     rescued("recorded: dropped after start", sse(START + b"\n", DATA_ERROR), "error event"),
     rescued("error in an empty block", sse(START, NO_TEXT, DATA_ERROR), "error event"),
-    rescued("[DONE] alone", sse(b"data: [DONE]\n\n"), "empty message"),
     rescued("clean end after start", sse(START), "stream without content"),
     rescued("only pings and comments", sse(PING, COMMENT), "empty stream"),
     rescued("an empty Content-Encoding",
@@ -4217,7 +4203,6 @@ SCRIPTS = (
     kept("recorded: error after the end", sse(TALK, STOP, DATA_ERROR), LATE, failures=1),
     kept("recorded: without its end", sse(TALK, PING), "(stream without its end)", failures=1),
     kept("in the chunk of the content", sse(TALK + OVERLOADED), LATE, failures=1),
-    kept("byte by byte", sse(START + DELTA, *map(bytes, zip(DATA_ERROR))), LATE, failures=1),
     kept("a broken message", Response(200, b"x" * (1024 * 1024 + 1), cut=True), "(the upstream"),
     *(kept("a broken stream", sse(GOOD_EVENTS[:end], cut=True), "(the upstream")
       for end in range(GOOD_EVENTS.index(NO_MORE_TEXT), len(GOOD_EVENTS) - len(STOP), 40)),
@@ -4242,8 +4227,8 @@ SCRIPTS = (
     Script("healed", [REJECTION], None, "aa a", "antigravity", "[HEAL]", {}),
     *(Script("healed in vain", [REJECTION, response], None, "aac", "claude", "failed: ",
              {"failureCount": 1}) for response in (error(500), EMPTY_STREAM, REJECTION)),
-    Script("healed in vain, then 429", [REJECTION, error(500)], error(429), "aac", REJECTION, "",
-           {}),
+    *(Script("healed in vain, then 429", [REJECTION, *rest], error(429), calls, REJECTION, "", {})
+      for rest, calls in (([error(500)], "aac"), ([HANG_UP] * 2, "aaac"))),
     both_fail("healed on both in vain", REJECTION, REJECTION, REJECTION)._replace(calls="aacc"),
     Script("rescued and healed there", error(529), [REJECTION], "acc", "claude", "[HEAL]",
            {"failureCount": 1}),
@@ -4580,6 +4565,17 @@ class SwitchTest(AutoTest):
         self.script()
         self.ask_for("61 a")
 
+    def test_clock_that_was_set_back_and_right_again_ends_a_cooldown(self):
+        self.trip()
+        for seconds in (-86400, 86400):
+            self.shifts[0] += seconds                   # of the time of day alone
+            for _ in range(2):          # the second line is written in a later round of the watcher
+                before = self.rrouter.log().count("[REFUSED]")
+                self.rrouter.request("GET", "/", None, (("Origin", "null"),))
+                wait_until(lambda: self.rrouter.log().count("[REFUSED]") > before)
+        self.script()
+        self.ask_for("a")
+
     def test_auto_again_clears_everything(self):
         for label, way in (
                 ("rrouter auto", lambda: self.rrouter.home.run("auto", check=0)),
@@ -4618,8 +4614,7 @@ class SilenceTest(AutoTest):
                 self.assert_state(timeoutCount=1)
                 self.upstream.wait(lambda upstream: upstream.closed)    # not left running
         self.ask_for("ac")
-        self.assert_state("claude", switchCount=1, cooldownSeconds=1800,
-                          reason="2 consecutive timeouts")
+        self.assert_state("claude", switchCount=1, reason="2 consecutive timeouts")
 
     def test_request_without_stream_has_twice_the_limit(self):
         self.script(self.silent())
@@ -4775,10 +4770,8 @@ class RequestLoopTest(AutoTest):
     def test_request_loop_unwinds_at_the_connection_limit(self):
         for mode, self.drops_headers in (("claude", False), ("auto", False), ("auto", True)):
             self.set_mode(mode)
-            before = self.rrouter.health()["requestCount"]
             self.assert_error(self.rrouter.post(), 503)
             self.leave()
-            self.assertLessEqual(self.rrouter.health()["requestCount"] - before, 40)
         self.assert_state()
 
 
@@ -4900,18 +4893,6 @@ class HealingTest(AutoTest):
                 reply, calls = self.send(body)
                 self.assertEqual((reply.status, reply.body, calls),
                                  (response.status, response.chunks[0], "a"))
-
-    def test_failed_healing_gives_the_original_response(self):
-        first = error(400, INVALID_SIGNATURE)
-        self.set_mode("claude")
-        for second in (first, TOO_LARGE_400, error(500), HANG_UP):
-            with self.subTest(status=second.status):
-                self.script(claude=[first, second, second])
-                reply, calls = self.send()
-                self.assertEqual((reply.status, reply.body), (400, first.chunks[0]))
-                self.assertEqual(end_to_end(reply.fields), first.fields)
-                # A reused connection that drops is stale: the request goes out once more.
-                self.assertIn(calls, ["cc", "ccc"][:1 + second.hangup])
 
 
 # /health, log lines, secrets ##################################################
@@ -5300,6 +5281,25 @@ class LogFileTest(LoopbackTest):
         self.assertEqual(sorted(map(int, found)), list(range(240)))
         self.assertIn(b"/numbered/", newest)
         self.assertEqual(stat.S_IMODE((logs / "rrouter.log").stat().st_mode), 0o600)
+
+    # Another process rotates the log %r just before this one locks it to do so.
+    OVERTAKEN = (
+        "import fcntl, os\nlog, real, done = %r, fcntl.flock, []\ndef flock(descriptor, how):\n"
+        "    if not done and os.path.samestat(os.fstat(descriptor), os.stat(log)):\n"
+        "        done.append(os.replace(log, log + '.1'))\n        open(log, 'a').close()\n"
+        "    return real(descriptor, how)\nfcntl.flock = flock")
+
+    def test_file_that_another_process_has_just_rotated_is_not_rotated_again(self):
+        home = self.make_home(self.upstream, "claude")
+        home.dir.mkdir(mode=0o700, exist_ok=True)
+        log = home.dir / "logs" / "rrouter.log"
+        log.parent.mkdir(mode=0o700)
+        log.write_bytes(b"x" * 100_000)
+        with Running(self.upstream, home=home, code=self.OVERTAKEN % str(log),
+                     limits={"LOG_MAX_BYTES": 100_000}) as router:
+            router.post()
+            wait_until(lambda: request_lines(log.read_text()))
+        self.assertEqual(sorted(os.listdir(str(log.parent))), ["rrouter.log", "rrouter.log.1"])
 
     def test_line_has_the_local_date_and_time_of_its_end(self):
         home = self.make_home(self.upstream, "claude", env={"TZ": "KST-9"})
