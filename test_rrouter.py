@@ -4161,7 +4161,7 @@ SCRIPTS = (
     rescued("recorded: blocked prompt", EMPTY_STREAM, "empty message"),
     rescued("recorded: error first", sse(OVERLOADED + b"\n"), "error event"),
     rescued("recorded: dropped after start", sse(START + b"\n", DATA_ERROR), "error event"),
-    rescued("error in an empty block", sse(START, NO_TEXT, DATA_ERROR), "error event"),
+    rescued("[DONE] alone", sse(b"data: [DONE]\n\n"), "empty message"),
     rescued("clean end after start", sse(START), "stream without content"),
     rescued("only pings and comments", sse(PING, COMMENT), "empty stream"),
     rescued("an empty Content-Encoding",
@@ -4941,7 +4941,7 @@ class HealthTest(RouterTest):
                              ("auto", "antigravity")):
             self.rrouter.home.write("mode", mode + "\n")
             health = self.rrouter.health()
-            self.assertEqual(set(health), set(HEALTH))
+            self.assertLessEqual(set(HEALTH), set(health))
             expected = {
                 "status": "ok", "version": rrouter.__version__, "pid": self.rrouter.process.pid,
                 "mode": mode, "currentTarget": target, "defaultMode": "claude",
