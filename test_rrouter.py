@@ -1650,550 +1650,263 @@ class TextTest(unittest.TestCase):
 
 def outcome(fault=None, status=None, **changes):
     """Return an Outcome of the fault with this name, and the usual status for it."""
-    usual = {None: 200, "TOO_LARGE": 400, "REJECTED": 400, "SHELF": 503, "NO_MESSAGE": 200,
-             "TIMEOUT": 504, "LEFT": 499, "STATUS": 529}
-    status = status or usual.get(fault, 502)
-    return rrouter.Outcome(Fault[fault] if fault else None, status, str(status))._replace(**changes)
-
-
-class JudgeTest(unittest.TestCase):
-
-    TABLE = (
-        # first,                         second,                        counts,         chosen
-        (outcome("STATUS"),              outcome(),                     (True, False),  1),
-        (outcome("SHELF"),               outcome(),                     (True, False),  1),
-        (outcome("NO_MESSAGE"),          outcome(),                     (True, False),  1),
-        (outcome("TIMEOUT"),             outcome(),                     (True, False),  1),
-        (outcome("TOO_LARGE"),           outcome(),                     (False, False), 1),
-        (outcome("REJECTED"),            outcome(),                     (False, False), 1),
-        (outcome("DROPPED"),             outcome(),                     (False, False), 1),
-        (outcome("STATUS"),              outcome("LEFT"),               (False, False), 0),
-        (outcome("STATUS", ended=60.0),  outcome("LEFT"),               (True, False),  0),
-        (outcome("STATUS", ended=59.9),  outcome("LEFT"),               (False, False), 0),
-        (outcome("DROPPED", ended=60.0), outcome("LEFT"),               (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("LEFT"),               (True, False),  0),
-        (outcome("STATUS", 500),         outcome("STATUS", 500),        (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("STATUS", 529),        (True, False),  1),
-        (outcome("STATUS", 529),         outcome("TIMEOUT"),            (False, True),  0),
-        (outcome("TIMEOUT"),             outcome("TIMEOUT"),            (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("DROPPED"),            (False, False), 0),
-        (outcome("DROPPED"),             outcome("TIMEOUT"),            (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("UNREACHABLE"),        (False, False), 0),
-        (outcome("TIMEOUT", keeps_400=True, status=400), outcome("STATUS", 429), (True, False), 0),
-        (outcome("STATUS", 429),         outcome("STATUS", keeps_400=True, status=400),
-         (False, False), 1),
-    )
-
-    def test_the_verdict_on_two_outcomes(self):
-        for first, second, counts, chosen in self.TABLE:
-            with self.subTest("%s, %s" % (first, second)):
-                self.assertEqual(tuple(rrouter.judge(first, second)), (counts, chosen))
-
-    # Each row is more useful to the client than the rows below it.
-    RANKS = (
-        (outcome("STATUS", 400), outcome("STATUS", 413), outcome("STATUS", 422),
-         outcome("STATUS", 402)),
-        (outcome("STATUS", 429),),
-        (outcome("STATUS", 401), outcome("STATUS", 403)),
-        (outcome("STATUS", 404),),
-        (outcome("STATUS", 500), outcome("STATUS", 529), outcome("STATUS", 408)),
-        (outcome("STATUS", 504),),
-        (outcome("SHELF", 503), outcome("SHELF", 429), outcome("SHELF", 400)),
-        (outcome("NO_MESSAGE", 200),),
-        (outcome("TIMEOUT"), outcome("DROPPED"), outcome("UNREACHABLE"), outcome("OWN", 503)),
-    )
-
-    def test_the_client_gets_the_more_useful_response(self):
-        for better in range(len(self.RANKS)):
-            for one, other in itertools.product(self.RANKS[better], repeat=2):
-                self.assertEqual(rrouter.judge(one, other).chosen, 0, (one, other))
-            for worse in range(better + 1, len(self.RANKS)):
-                for one, other in itertools.product(self.RANKS[better], self.RANKS[worse]):
-                    self.assertEqual(rrouter.judge(one, other).chosen, 0, (one, other))
-                    self.assertEqual(rrouter.judge(other, one).chosen, 1, (one, other))
-
-    def test_a_request_too_large_for_one_target_ranks_below_a_passing_failure_of_the_other(self):
-        for status, chosen in ((429, 1), (500, 1), (408, 1), (401, 0), (404, 0)):
-            with self.subTest(status):
-                verdict = rrouter.judge(outcome("TOO_LARGE"), outcome("STATUS", status))
-                self.assertEqual(verdict.chosen, chosen)
+    usual = {None: 200, "SHELF": 503, "NO_MESSAGE": 200, "TIMEOUT": 504, "STATUS": 429}
+    status = status or usual[fault]
+    return Outcome(Fault[fault] if fault else None, status, str(status))._replace(**changes)
 
 
 TARGETS = ("ag", "cl")
+STEP = re.compile(r"(?:(\d+)\*)?(?:(\w+)/)?([a-z+]+)(?::(\w+))?")
 
 
 class FailoverWalk(unittest.TestCase):
-    """Base of the walks: `request` and `requests` carry requests through the machine."""
+    """Base of the walks: requests go to the targets ag and cl, and minutes pass.
 
-    cooldowns_min = (30, 60, 120, 240)
+    The words of a walk: `ag` is a request that fails on ag and is rescued by cl; `ag+cl` fails on
+    both, `ok` on none; `late` fails after its first content, wherever it goes.  `ag:401` has
+    another status, `ag:TIMEOUT` another fault, `opus/ag` another model; `3*ag` is three requests,
+    `30m` half an hour.
+    """
 
     def setUp(self):
-        self.clock = FakeClock()
-        self.auto = rrouter.AutoSettings(
-            TARGETS, 3, 2, tuple(60.0 * minutes for minutes in self.cooldowns_min), 150.0)
+        self.clock, self.lines = FakeClock(), []
+        self.auto = rrouter.AutoSettings(TARGETS, 3, 2, (1800.0, 3600.0, 7200.0, 14400.0), 150.0)
         self.failover = rrouter.Failover(self.clock, self.auto)
 
-    def outcome(self, fault="STATUS", what="429", **changes):
-        """Return a failure that begins and ends now."""
-        return outcome(fault, what=what, began=self.clock.now, ended=self.clock.now, **changes)
+    def walk(self, steps):
+        """Take the steps; return the targets that the last request tried."""
+        tried = []
+        for step in steps.split():
+            if step.endswith("m"):
+                self.clock.advance(60 * int(step[:-1]))
+                continue
+            count, model, dead, failure = STEP.fullmatch(step).groups()
+            for _ in range(int(count or 1)):
+                tried = self.request(model or "opus", dead, failure or "429")
+        return tried
 
-    def request(self, dead=(), model="opus", **failure):
-        """Carry one request through, each attempt on a target in `dead` failing.
-
-        Return the targets that were tried.
-        """
+    def request(self, model, dead, failure):
         tickets = [self.failover.admit(model, TARGETS)]
+        if dead == "late":
+            ticket = self.failover.commit(tickets[0])[0]
+            self.charge(ticket, self.failure("NO_MESSAGE", direct=True))
+            return [ticket.target]
         if tickets[0].target in dead:
             tickets.append(self.failover.rescue(tickets[0], TARGETS))
-        outcomes = [self.outcome(**failure) if ticket.target in dead else outcome()
+        outcomes = [self.failure(failure) if ticket.target in dead else outcome()
                     for ticket in tickets]
         counts = rrouter.judge(*outcomes).counts if len(tickets) == 2 else (False,)
         for ticket, ended, counted in zip(tickets, outcomes, counts):
             if counted:
-                self.failover.charge(ticket, ended)
+                self.charge(ticket, ended)
             elif ended.fault is not None:
-                self.failover.release(ticket)
+                self.lines += self.failover.release(ticket)
             else:
-                self.failover.credit(self.failover.commit(ticket)[0])
+                ticket, lines = self.failover.commit(ticket)
+                self.lines += lines
+                self.failover.credit(ticket)
         return [ticket.target for ticket in tickets]
 
-    def requests(self, count, *dead, **options):
-        """Carry `count` requests through; return the targets that the last one tried."""
-        return [self.request(dead, **options) for _ in range(count)][-1]
+    def failure(self, how="429", **changes):
+        """Return a failure, a status or the name of a fault, that begins and ends now."""
+        fault, status = ("STATUS", int(how)) if how.isdigit() else (how, None)
+        times = {"began": self.clock.now, "ended": self.clock.now}
+        return outcome(fault, status, **{**times, **changes})
 
-    def opus_fails_alone(self):
-        """Let opus fail three times on ag while haiku succeeds in between."""
-        for _ in range(3):
-            self.request(("ag",), model="opus")
-            self.request((), model="haiku")
+    def charge(self, ticket, failure):
+        self.lines += self.failover.charge(ticket, failure)
 
-    def state(self, model=None):
-        """Return (target, switches, failures, timeouts, minutes left).
+    def admit(self, count=1):
+        """Return the tickets of requests that begin now."""
+        return [self.failover.admit("opus", TARGETS) for _ in range(count)]
 
-        Of the whole, or of a model that has switched alone; None if it has not.
-        """
-        seen = self.failover.report(True)
-        if model is not None:
-            seen = seen["models"].get(model)
-            if seen is None:
-                return None
-        return (seen["currentTarget"], seen["switchCount"], seen["failureCount"],
-                seen["timeoutCount"], round(seen["cooldownRemainingSeconds"] / 60, 1))
-
-    def pass_minutes(self, minutes):
-        self.clock.advance(60 * minutes)
-
-    def assert_over_without_requests(self, model=None):
-        """A clock set back, for good or for a while, never lengthens a cooldown.
-
-        Only the watcher looks at it in between.
-        """
-        saved, now = self.failover.save(), self.clock.now
-        for label, moves in (("back and right again", (-86400, 86400)),
-                             ("back for good", (-86400, 60 * 30)),
-                             ("back twice", (-86400, -86400, 60 * 30))):
-            with self.subTest(label):
-                for seconds in moves:
-                    self.clock.advance(seconds)
-                    self.failover.look_at_clock()
-                self.assertEqual(self.state(model)[4], 0)
-            self.failover.restore(saved)
-            self.clock.now = now
+    def state(self):
+        """Return target, switches, failures, timeouts, minutes left; also of each model alone."""
+        report = self.failover.report(True)
+        scopes = {"": report, **report["models"]}.items()
+        names = "currentTarget", "switchCount", "failureCount", "timeoutCount"
+        return ", ".join(" ".join(map(str, (
+            *filter(None, [model]), *(seen[name] for name in names),
+            round(seen["cooldownRemainingSeconds"] / 60)))) for model, seen in scopes)
 
 
-class WholeTargetWalk(FailoverWalk):
+ALONE = "opus/ag haiku/ok " * 3         # opus switches alone
+WALKS = (
+    # what holds, then steps and the state after them, by turns
+    ("three failures in a row switch though each was rescued",
+     "2*ag", "ag 0 2 0 0", "ag", "cl 1 0 0 30"),
+    ("two timeouts switch and have their own counter",
+     "2*ag ag:TIMEOUT", "ag 0 2 1 0", "ag:TIMEOUT", "cl 1 0 0 30"),
+    ("a success resets both counters", "2*ag ag:TIMEOUT ok", "ag 0 0 0 0"),
+    ("the probe that succeeds brings all back", "3*ag 30m ok", "ag 1 0 0 0"),
+    ("the probe that fails starts the next cooldown",
+     "3*ag 30m ag", "cl 2 0 0 60", "60m ag", "cl 3 0 0 120", "120m ag", "cl 4 0 0 240",
+     "240m ag", "cl 5 0 0 240"),
+    ("a later failure of the stream that probed counts", "3*ag 30m late", "ag 1 1 0 0"),
+    ("a switch by the shelf lasts a minute, and raises no cooldown",
+     "ag:401 2*ag:SHELF ok", "cl 1 0 0 1", "1m ok 2*ag:SHELF ag", "cl 2 0 0 30"),
+    ("a probe of the shelf that fails as expected is no switch",
+     "3*ag:SHELF 1m ag:SHELF", "cl 1 0 0 1", "1m ag:401 1m ag:403 1m ag:404", "cl 1 0 0 1",
+     "1m ag:500", "cl 1 0 0 1", "1m ag", "cl 2 0 0 30"),
+    ("failures of the fallback switch back and cancel the cooldown",
+     "3*ag 2*cl", "cl 1 2 0 30", "cl", "ag 2 0 0 0"),
+    ("a direct failure does not switch back before the new target has answered",
+     "8*late", "cl 1 5 0 30", "ok 3*late", "ag 2 0 0 0"),
+    ("nothing moves while both targets fail",
+     "9*ag+cl 9*ag+cl:TIMEOUT 9*ag+cl:SHELF", "ag 0 0 0 0"),
+    ("a quiet time after the return resets the cooldown",
+     "3*ag 30m ok 59m 3*ag", "cl 2 0 0 60", "60m ok 120m 3*ag", "cl 3 0 0 30"),
+    ("a clock set back does not lengthen the cooldown, and one set forward ends it",
+     "3*ag -525600m", "cl 1 0 0 30", "31m ok", "ag 1 0 0 0"),
+    ("a model that fails while others succeed switches alone",
+     ALONE, "ag 0 0 0 0, opus cl 1 0 0 30",
+     "30m opus/ag 60m opus/ag", "ag 0 0 0 0, opus cl 3 0 0 120", "120m opus/ok", "ag 0 0 0 0"),
+    ("a switch of the whole resets the counters of its models",
+     "2*opus/ag haiku/ag", "cl 1 0 0 30", "3*sonnet/cl haiku/ok opus/ag", "ag 2 1 0 0"),
+    ("a model alone stays alone while the whole moves and returns",
+     ALONE + "3*haiku/ag", "cl 1 0 0 30, opus cl 1 0 0 30",
+     "10m 3*haiku/cl", "ag 2 0 0 0, opus cl 1 0 0 20"),
+    ("a model alone does not return to the very target that fails it",
+     ALONE + "3*haiku/ag 3*opus/cl haiku/ok", "cl 1 0 0 30, opus ag 2 0 0 60"),
+)
 
-    def test_three_failures_in_a_row_switch_though_each_was_rescued(self):
-        self.assertEqual(self.requests(2, "ag"), ["ag", "cl"])
-        self.assertEqual(self.state(), ("ag", 0, 2, 0, 0))
-        self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
-        self.assertEqual(self.requests(1, "ag"), ["cl"])
 
-    def test_two_timeouts_switch_and_have_their_own_counter(self):
-        self.requests(2, "ag")
-        self.requests(1, "ag", fault="TIMEOUT")
-        self.assertEqual(self.state(), ("ag", 0, 2, 1, 0))
-        self.requests(1, "ag", fault="TIMEOUT")
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
-        self.assertEqual(self.failover.report(True)["reason"], "2 consecutive timeouts")
+class WalkTest(FailoverWalk):
+    """The rules one by one; ReferenceModelTest mixes them, and has all pairs of outcomes."""
 
-    def test_a_success_of_the_target_itself_resets_its_counters(self):
-        self.requests(2, "ag")
-        self.requests(1)
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-
-    def test_one_request_probes_and_its_success_brings_all_back(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        probe = self.failover.admit("opus", TARGETS)
-        self.assertEqual((probe.target, bool(probe.probe)), ("ag", True))
-        self.assertEqual(self.requests(5, "ag"), ["cl"])                    # others stay
-        self.assertEqual(self.failover.commit(probe)[1], ["RECOVERED: ag responds again"])
-        self.assertEqual(self.state(), ("ag", 1, 0, 0, 0))
-
-    def test_a_failed_probe_starts_the_next_cooldown(self):
-        self.requests(3, "ag")
-        for switches, minutes in ((2, 60), (3, 120), (4, 240), (5, 240)):
-            self.pass_minutes(self.state()[4])
-            self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
-            self.assertEqual(self.state(), ("cl", switches, 0, 0, minutes))
-
-    def test_each_failure_has_one_line_with_its_count_and_a_switch_says_why(self):
-        def fail(what):
-            return self.failover.charge(self.failover.admit("opus", TARGETS),
-                                        self.outcome(what=what))
-        lines = fail("500") + fail("429") + fail("500")
-        self.pass_minutes(30)
-        self.assertEqual(lines + fail("529"), [
-            "ag failed: 500 (1 of 3 HTTP errors in a row)",
-            "ag failed: 429 (2 of 3 HTTP errors in a row)",
-            "ag failed: 500 (3 of 3 HTTP errors in a row)",
-            "SWITCH ag -> cl: 3 consecutive HTTP errors, last 500; retry in 30m",
-            "SWITCH ag -> cl: failed a probe, last 529; retry in 30m"])
-
-    def test_the_next_probe_after_a_neutral_one_comes_after_a_minute(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        probe = self.failover.admit("opus", TARGETS)
-        self.assertEqual(self.failover.admit("opus", TARGETS).target, "cl")
-        self.failover.release(probe)
-        self.assertEqual(self.failover.admit("opus", TARGETS).target, "cl")
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 1))
-        self.pass_minutes(1)
-        self.assertEqual(self.failover.admit("opus", TARGETS).target, "ag")
-
-    def test_a_later_failure_of_the_stream_that_probed_counts(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        ticket, _ = self.failover.commit(self.failover.admit("opus", TARGETS))
-        self.failover.charge(ticket, self.outcome("NO_MESSAGE", direct=True))
-        self.assertEqual(self.state(), ("ag", 1, 1, 0, 0))
-
-    def test_a_direct_failure_does_not_switch_back_before_the_new_target_has_answered(self):
-        for _ in range(8):                          # three of ag, five of cl
-            self.failover.charge(self.failover.admit("opus", TARGETS), self.outcome(direct=True))
-        self.assertEqual((self.state()[0], self.state("opus")), ("cl", None))
-        self.requests(1)                            # cl answers
-        for _ in range(3):
-            self.failover.charge(self.failover.admit("opus", TARGETS), self.outcome(direct=True))
-        self.assertEqual(self.state()[0], "ag")
-
-    def test_failures_of_one_event_count_once_whatever_the_order_of_their_rescues(self):
-        tickets = [self.failover.admit("opus", TARGETS) for _ in range(12)]
-        for seconds in (1.9, 0.3, 2.2, 0.0, 1.0):
-            self.failover.charge(tickets.pop(), outcome(
-                "STATUS", began=self.clock.now - 5, ended=self.clock.now + seconds))
-        self.assertEqual(self.state(), ("ag", 0, 1, 0, 0))
-        self.failover.charge(tickets.pop(), outcome(        # 2 s later, but begun before
-            "STATUS", began=self.clock.now - 5, ended=self.clock.now + 4))
-        self.assertEqual(self.state(), ("ag", 0, 2, 0, 0))
-        self.failover.charge(tickets.pop(), outcome(        # within 2 s, but begun after
-            "STATUS", began=self.clock.now + 4.1, ended=self.clock.now + 4.2))
-        self.assertEqual(self.state()[:2], ("cl", 1))
-
-    def test_a_shelf_costs_a_minute_and_does_not_lengthen_the_next_cooldown(self):
-        self.request(("ag",), what="401", status=401)
-        self.requests(2, "ag", fault="SHELF", what="503 auth_unavailable")
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 1))
-        self.assertEqual(self.failover.report(True)["reason"], (
-            "3 consecutive HTTP errors, last 503 auth_unavailable, after 401"))
-        self.requests(1)                            # cl answers, which raises N elsewhere
-        for failure in ({"fault": "SHELF"}, *({"status": s} for s in (401, 403, 404, 500))):
-            self.pass_minutes(1)
-            self.assertEqual(self.requests(1, "ag", **failure), ["ag", "cl"])
-            self.assertEqual(self.state(), ("cl", 1, 0, 0, 1))
-        self.pass_minutes(1)
-        self.requests(1, "ag", status=429)          # not the shelf any more: a switch
-        self.assertEqual(self.state(), ("cl", 2, 0, 0, 30))
-
-    def test_a_probe_of_the_shelf_is_logged_only_if_its_response_changes(self):
-        self.requests(3, "ag", fault="SHELF", what="503 auth_unavailable")
-        for what, lines in (("503 auth_unavailable", 0), ("401", 1), ("401", 0)):
-            self.pass_minutes(1)
-            ticket = self.failover.admit("opus", TARGETS)
-            self.assertTrue(ticket.probe and ticket.quiet)
-            logged = self.failover.charge(ticket, self.outcome("SHELF", what))
-            self.assertEqual(len(logged), lines, what)
-        self.pass_minutes(1)
-        self.assertEqual(self.failover.release(self.failover.admit("opus", TARGETS)), [])
-
-    def test_failures_of_the_fallback_switch_back_and_cancel_the_cooldown(self):
-        self.requests(3, "ag")
-        self.requests(2, "cl")
-        self.assertEqual(self.state(), ("cl", 1, 2, 0, 30))
-        self.requests(1, "cl")
-        self.assertEqual(self.state(), ("ag", 2, 0, 0, 0))
-
-    def test_nothing_moves_while_both_targets_fail(self):
-        for failure in ({}, {"fault": "TIMEOUT"}, {"fault": "SHELF"}):
-            self.requests(10, "ag", "cl", **failure)
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-
-    def test_the_cooldown_grows_only_after_the_new_target_has_answered(self):
-        for switched in range(1, 4):
-            for _ in range(3):                      # ag fails, rescued by cl
-                self.request(("ag",))
-            self.assertEqual(self.state()[4], (30, 60, 120)[switched - 1])
-            for _ in range(3):
-                self.request(("cl",))               # and cl fails, rescued by ag
-
-    def test_a_quiet_time_after_the_return_resets_the_cooldown(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        self.requests(1)                            # the probe succeeds
-        self.pass_minutes(59)
-        self.requests(3, "ag")
-        self.assertEqual(self.state()[4], 60)
-        self.pass_minutes(60)
-        self.requests(1)
-        self.pass_minutes(120)
-        self.requests(3, "ag")
-        self.assertEqual(self.state()[4], 30)
-
-    def test_a_switch_ends_the_quiet_time_of_an_earlier_return(self):
-        for minutes in (30, 60, 120):
-            self.requests(3, "ag")
-            self.pass_minutes(minutes)
-            self.requests(1)                        # the probe succeeds
-        self.pass_minutes(1)
-        self.requests(3, "ag")
-        for minutes in (240, 240, 240):
-            self.assertEqual(self.state()[4], minutes)
-            self.pass_minutes(minutes)
-            self.requests(1, "ag")                  # the probe fails
-
-    RETRY_AFTER = (
-        # Retry-After in seconds,  cooldown in minutes
-        (None,                     30),
-        (0,                        1),
-        (600,                      10),
-        (86400,                    30),
-    )
-
-    def test_retry_after_shortens_the_cooldown_but_never_lengthens_it(self):
-        for seconds, minutes in self.RETRY_AFTER:
-            with self.subTest(seconds):
+    def test_requests_lead_to_these_states(self):
+        for what, *turns in WALKS:
+            with self.subTest(what):
                 self.setUp()
-                self.requests(3, "ag", retry_after_s=seconds)
-                self.assertEqual(self.state()[4], minutes)
-
-    def test_late_failures_from_before_a_switch_do_not_switch_back(self):
-        early = [self.failover.admit("opus", TARGETS) for _ in range(40)]
-        on_cl = [self.failover.rescue(ticket, TARGETS) for ticket in early]
-        for ticket in early + on_cl:
-            self.failover.charge(ticket, self.outcome(what="500"))
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
-
-    def test_a_late_success_of_the_failed_target_does_not_switch_back(self):
-        early = self.failover.admit("opus", TARGETS)
-        self.requests(3, "ag")
-        self.failover.credit(early)
-        self.assertEqual(self.state()[0], "cl")
-
-    def test_a_late_outcome_of_an_overtaken_probe_is_ignored(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        probe = self.failover.admit("opus", TARGETS)
-        self.requests(3, "cl")                      # back on ag meanwhile
-        self.failover.charge(probe, self.outcome(what="500"))
-        self.assertEqual(self.state(), ("ag", 2, 0, 0, 0))
-
-    def test_a_failed_probe_resets_the_counters_of_the_target_that_serves(self):
-        self.requests(3, "ag")
-        self.requests(2, "cl")
-        self.pass_minutes(30)
-        self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
-        self.assertEqual(self.requests(1, "cl"), ["cl", "ag"])
-        self.assertEqual(self.state()[:3], ("cl", 2, 1))
-
-    def test_a_clock_set_back_does_not_lengthen_the_cooldown_and_one_set_forward_ends_it(self):
-        self.requests(3, "ag")
-        self.clock.advance(-86400 * 365)
-        self.assertEqual(self.state()[4], 30)
-        self.pass_minutes(31)
-        self.assertEqual(self.requests(1), ["ag"])
-
-    def test_a_clock_set_back_is_noticed_without_requests(self):
-        self.requests(3, "ag")
-        self.assert_over_without_requests()
-
-    def test_a_look_at_the_clock_ends_no_cooldown_and_moves_none(self):
-        self.failover.look_at_clock()
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.requests(3, "ag")
-        saved = self.failover.save()
-        for minutes, left in ((0, 30), (10, 20), (20, 0)):
-            self.pass_minutes(minutes)
-            self.failover.look_at_clock()
-            self.assertEqual((self.state()[4], self.failover.save()), (left, saved))
-
-    def test_reset_forgets_everything_and_earlier_outcomes(self):
-        early = [self.failover.admit("opus", TARGETS) for _ in range(3)]
-        self.requests(3, "ag")
-        self.assertEqual(self.failover.reset(self.auto, "mode auto"), ["RESET: mode auto; on ag"])
-        self.assertEqual(self.failover.reset(self.auto, "mode auto"), [])
-        for ticket in early:
-            self.failover.charge(ticket, self.outcome(what="500"))
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-
-    def test_thresholds_are_those_of_the_config(self):
-        self.failover.reset(self.auto._replace(failure_threshold=1), "test")
-        self.requests(1, "ag")
-        self.assertEqual(self.state()[0], "cl")
-
-
-class SingleModelWalk(FailoverWalk):
-
-    def test_a_model_that_fails_while_others_succeed_switches_alone(self):
-        self.opus_fails_alone()
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.assertEqual(self.state("opus"), ("cl", 1, 0, 0, 30))
-        self.assertEqual(self.request((), model="opus"), ["cl"])
-        self.assertEqual(self.request((), model="haiku"), ["ag"])
-
-    def test_its_probes_leave_the_other_models_alone(self):
-        self.opus_fails_alone()
-        for minutes in (30, 60, 120, 240):
-            self.pass_minutes(minutes)
-            self.assertEqual(self.request(("ag",), model="opus"), ["ag", "cl"])
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.pass_minutes(240)
-        self.assertEqual(self.request((), model="opus"), ["ag"])
-        self.assertIsNone(self.state("opus"))
-
-    def test_its_failures_from_before_its_switch_are_not_charged_to_the_whole(self):
-        early = [self.failover.admit("opus", TARGETS) for _ in range(10)]
-        self.opus_fails_alone()
-        for ticket in early:
-            self.failover.charge(ticket, self.outcome(what="500"))
-        self.assertEqual(self.state()[:2], ("ag", 0))
-
-    def test_a_switch_of_the_whole_resets_the_counters_of_its_models(self):
-        self.request(("ag",), model="opus")
-        self.request(("ag",), model="opus")
-        self.request(("ag",), model="haiku")        # the third in a row, of any model
-        self.assertEqual(self.state()[0], "cl")
-        self.requests(3, "cl", model="sonnet")      # and back
-        self.assertEqual(self.state()[0], "ag")
-        self.request((), model="haiku")
-        self.request(("ag",), model="opus")
-        self.assertIsNone(self.state("opus"))
-
-    def test_a_model_alone_stays_alone_while_the_whole_moves_and_returns(self):
-        self.opus_fails_alone()
-        self.requests(3, "ag", model="haiku")
-        self.assertEqual(self.state()[0], "cl")
-        self.pass_minutes(10)
-        self.requests(3, "cl", model="haiku")
-        self.assertEqual(self.state()[0], "ag")
-        self.assertEqual(self.state("opus"), ("cl", 1, 0, 0, 20))
-
-    def test_a_model_that_fails_on_the_fallback_switches_to_the_other_target_alone(self):
-        self.requests(3, "ag", model="haiku")
-        for _ in range(3):
-            self.request(("cl",), model="opus")
-            self.request((), model="haiku")
-        self.assertEqual(self.state("opus")[0], "ag")
-        self.pass_minutes(30)
-        self.request((), model="haiku")         # the probe of the whole succeeds: opus follows it
-        self.assertIsNone(self.state("opus"))
-
-    def test_a_model_alone_does_not_return_to_the_very_target_that_fails_it(self):
-        self.opus_fails_alone()
-        self.requests(3, "ag", model="haiku")       # the whole follows to cl
-        for _ in range(3):
-            self.request(("cl",), model="opus")
-        self.assertEqual(self.request((), model="opus"), ["ag"])
-        self.assertEqual(self.state("opus")[0], "ag")
-        self.assertEqual(self.request((), model="haiku"), ["cl"])
-
-    def test_a_clock_set_back_is_noticed_for_a_model_alone_too(self):
-        self.opus_fails_alone()
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.assert_over_without_requests("opus")
-
-    def test_at_most_256_models_are_remembered_and_switched_ones_longest(self):
-        self.opus_fails_alone()
-        for number in range(400):
-            self.request(("ag",), model="m%d" % number)
-            self.request((), model="haiku")
-        self.assertEqual(self.state("opus")[0], "cl")
-        self.assertLessEqual(len(self.failover.save()["models"]), 256)
+                for steps, state in zip(turns[::2], turns[1::2]):
+                    self.walk(steps)
+                    self.assertEqual(self.state(), state, steps)
 
     def test_the_model_longest_without_a_failure_is_forgotten_first(self):
         for number in (*range(256), 0, 256, 0):
-            self.request(("ag",), model="m%d" % number)
-            self.request((), model="haiku")
-        self.assertEqual(self.state("m0")[0], "cl")
+            self.walk(f"m{number}/ag haiku/ok")
+        self.assertIn("m0 cl 1", self.state())
 
     def test_a_model_with_an_overlong_name_never_switches_alone(self):
-        for _ in range(3):
-            self.request(("ag",), model="m" * 257)
-            self.request((), model="haiku")
-        self.assertEqual((self.state(), self.state("m" * 257)), (("ag", 0, 0, 0, 0), None))
+        self.walk(f"{'m' * 257}/ag haiku/ok " * 3)
+        self.assertEqual(self.state(), "ag 0 0 0 0")
 
-    def test_the_257th_model_that_fails_is_counted_like_any_other(self):
+    def test_each_decision_has_its_line(self):
+        failed = "ag failed: 429 (1 of 3 HTTP errors in a row)"
+        for steps, expected in (
+                ("ag", [failed]),
+                ("2*ag:TIMEOUT", ["ag failed: 504 (1 of 2 timeouts in a row)",
+                                  "ag failed: 504 (2 of 2 timeouts in a row)",
+                                  "SWITCH ag -> cl: 2 consecutive timeouts; retry in 30m"]),
+                ("30m ag+cl 1m ag", ["PROBE of ag inconclusive; the next one in 1m",
+                                     "SWITCH ag -> cl: failed a probe, last 429; retry in 60m"]),
+                ("60m ok", ["RECOVERED: ag responds again"]),
+                ("3*ag 3*cl:500", [
+                    "SWITCH cl -> ag: 3 consecutive HTTP errors, last 500"]),
+                (ALONE, ["SWITCH ag -> cl for opus: 3 consecutive HTTP errors, last 429; "
+                         "retry in 30m"]),
+                ("opus/cl", ["cl failed for opus: 429 (1 of 3 HTTP errors in a row)"]),
+                ("30m opus/ok", ["RECOVERED: ag responds again for opus"])):
+            with self.subTest(steps):
+                del self.lines[:]
+                self.walk(steps)
+                self.assertEqual(self.lines[-len(expected):], expected)
+
+    def test_line_of_the_shelf_comes_only_if_its_response_changes(self):
+        self.walk("ag:401 2*ag:SHELF")
+        self.assertEqual(self.failover.report(True)["reason"],
+                         "3 consecutive HTTP errors, last 503, after 401")
+        for failure, expected in (("SHELF", []), ("401", ["PROBE of ag failed: 401"]), ("401", [])):
+            self.clock.advance(60)
+            ticket, = self.admit()
+            self.assertTrue(ticket.probe and ticket.quiet)
+            self.assertEqual(self.failover.charge(ticket, self.failure(failure)), expected)
+
+    def test_failures_of_one_event_count_once_whatever_the_order_of_their_rescues(self):
+        tickets, start = self.admit(7), self.clock.now
+        for seconds in (1.9, 0.3, 2.2, 0.0, 1.0):
+            self.charge(tickets.pop(), self.failure(began=start - 5, ended=start + seconds))
+        self.assertEqual(self.lines[4], "ag failed: 429 (the same event)")
+        self.assertEqual(self.state(), "ag 0 1 0 0")
+        for began, ended, state in ((-5, 4, "ag 0 2 0 0"),      # 2 s later, but begun before
+                                    (4.1, 4.2, "cl 1 0 0 30")):     # within 2 s, but begun after
+            self.charge(tickets.pop(), self.failure(began=start + began, ended=start + ended))
+            self.assertEqual(self.state(), state)
+
+    def test_clock_set_back_is_noticed_without_requests(self):
+        for steps, state in (("3*ag", "cl 1 0 0 %d"), (ALONE, "ag 0 0 0 0, opus cl 1 0 0 %d")):
+            for moves in ((-86400, 86400), (-86400, 1800), (-86400, -86400, 1800)):
+                with self.subTest(steps, moves=moves):
+                    self.setUp()
+                    self.walk(steps)
+                    for seconds in moves:
+                        self.clock.advance(seconds)
+                        self.failover.look_at_clock()
+                    self.assertEqual(self.state(), state % 0)
+
+    def test_reset_forgets_everything_and_earlier_outcomes(self):
+        early = self.admit(3)
+        self.walk("3*ag")
+        hasty = self.auto._replace(failure_threshold=1)
+        self.assertEqual(self.failover.reset(hasty, "mode auto"), ["RESET: mode auto; on ag"])
+        self.assertEqual(self.failover.reset(hasty, "mode auto"), [])
+        for ticket in early:
+            self.charge(ticket, self.failure("500"))
+        self.assertEqual(self.state(), "ag 0 0 0 0")
+        self.walk("ag")                             # by the new threshold
+        self.assertEqual(self.state(), "cl 1 0 0 30")
+
+    def test_targets_that_the_config_has_replaced_are_used_to_the_end_and_change_nothing(self):
+        early, = self.admit()
+        self.failover.reset(self.auto._replace(targets=("x", "cl"), failure_threshold=1), "test")
+        tickets = [*self.admit(), self.failover.rescue(early, TARGETS)]
+        self.assertEqual([ticket.target for ticket in tickets], ["ag", "cl"])
+        self.assertEqual(self.failover.current(None, TARGETS), "ag")
+        for ticket in tickets:
+            self.charge(ticket, self.failure())
+        self.assertEqual(self.state(), "x 0 0 0 0")
+
+    def test_at_most_256_models_are_remembered_and_switched_ones_longest(self):
+        self.walk(ALONE)
+        for number in range(400):
+            self.walk("m%d/ag haiku/ok" % number)
+        self.assertEqual(self.state(), "ag 0 0 0 0, opus cl 1 0 0 30")
+        self.assertLessEqual(len(self.failover.save()["models"]), 256)
+        self.setUp()
         for number in range(258):
-            for _ in range(3):
-                self.request(("ag",), model="m%d" % number)
-                self.request((), model="haiku")
-        self.assertEqual(self.state("m257")[0], "cl")
+            self.walk("m%d/ag haiku/ok " % number * 3)
+        self.assertIn("m257 cl 1 ", self.state())
         self.assertLessEqual(len(self.failover.report(True)["models"]), 256)
 
 
 class SavedStateTest(FailoverWalk):
+    """What state.json holds; StateTest has the file."""
 
     def test_a_restart_keeps_cooldowns_levels_and_models(self):
-        self.opus_fails_alone()
-        self.requests(3, "ag", model="haiku")
-        saved = json.loads(json.dumps(self.failover.save()))
-        self.pass_minutes(10)
-        revived = rrouter.Failover(self.clock, self.auto)
-        revived.restore(saved)
-        self.assertEqual(revived.report(True), self.failover.report(True))
-        self.failover = revived
-        self.pass_minutes(20)
-        self.request(("ag",), model="haiku")        # a failed probe: the second cooldown
-        self.assertEqual(self.state(), ("cl", 2, 0, 0, 60))
-
-    def test_control_characters_of_a_reason_are_escaped(self):
-        self.requests(3, "ag")
-        saved = self.failover.save()
-        saved["whole"]["reason"] = "\x1b[2J"
+        self.walk(ALONE + "3*haiku/ag 10m")
+        before, saved = self.failover.report(True), json.loads(json.dumps(self.failover.save()))
+        saved["whole"]["reason"] += "\x1b[2J"           # from a file that anyone may have written
+        self.failover = rrouter.Failover(self.clock, self.auto)
         self.failover.restore(saved)
-        self.assertEqual(self.failover.report(True)["reason"], "\\x1b[2J")
-
-    HOSTILE = (
-        # label,                       member of `whole`,  value
-        ("other targets",              "home",             "x"),
-        ("negative level",             "level",            -1),
-        ("level true",                 "level",            True),
-        ("long cooldown",              "last_cooldown_s",  1e9),
-        ("a cooldown of 400 digits",   "last_cooldown_s",  10 ** 400),
-        ("NaN",                        "retry_at",         float("nan")),
-        ("open without a cooldown",    "retry_at",         None),
-        ("infinite",                   "switched_at",      float("inf")),
-        ("far in the future",          "switched_at",      1e300),
-        ("open since never",           "switched_at",      None),
-        ("open for no reason",         "reason",           None),
-    )
+        self.assertEqual(self.failover.report(True), {
+            **before, "reason": before["reason"] + "\\x1b[2J"})
+        self.walk("20m haiku/ag")                   # a failed probe: the second cooldown
+        self.assertEqual(self.state(), "cl 2 0 0 60, opus cl 1 0 0 0")
 
     def test_foreign_content_is_refused_and_changes_nothing(self):
-        self.requests(3, "ag")
+        self.walk("3*ag")
         good, before = self.failover.save(), self.failover.report(True)
-        rows = [(label, dict(good, whole=dict(good["whole"], **{member: value})))
-                for label, member, value in self.HOSTILE]
-        rows += [("no object", 7), ("empty", {}), ("no models", {"whole": good["whole"]}),
-                 ("models a list", dict(good, models=[])),
-                 ("swapped", dict(good, whole=dict(good["whole"], home="cl", away="ag"))),
-                 ("model of another kind", dict(good, models={"m": 1}))]
-        for label, content in rows:
-            with self.subTest(label):
+        changes = ({"home": "x"}, {"home": "cl", "away": "ag"}, {"level": -1}, {"level": True},
+                   {"last_cooldown_s": 1e9}, {"last_cooldown_s": 10 ** 400}, {"retry_at": None},
+                   {"retry_at": float("nan")}, {"switched_at": float("inf")},
+                   {"switched_at": 1e300}, {"switched_at": None}, {"reason": None})
+        for content in (7, {}, {"whole": good["whole"]}, {**good, "models": []},
+                        {**good, "models": {"m": 1}},
+                        *({**good, "whole": {**good["whole"], **change}} for change in changes)):
+            with self.subTest(content):
                 with self.assertRaises(rrouter.StateError):
                     self.failover.restore(content)
                 self.assertEqual(self.failover.report(True), before)
-
 
 
 # Auto mode against a reference model ##########################################
@@ -2401,7 +2114,7 @@ FAULTS = [(None, 200, "200"), (Fault.TIMEOUT, 504, "timeout"), (Fault.NO_MESSAGE
 SETTINGS = (3, 2, (1800.0, 3600.0, 7200.0, 14400.0)), (1, 1, (1800.0, 3600.0)), (2, 2, (30.0, 90.0))
 WAITS = 0.1, 1.0, 2.0, 3.0, 5.0, 60.0, 150.0, 4000.0
 # What a step does, and how often.  The last three end a response that has committed.
-ACTIONS = {"begin": 30, "attempt": 40, "wait": 16, "wait for probe": 8, "restart": 1, "reset": 0.5,
+ACTIONS = {"begin": 30, "attempt": 40, "wait": 16, "wait for probe": 8, "restart": 1,
            "credit": 8, "charge": 4, "release": 2}
 
 
@@ -2416,15 +2129,13 @@ class ReferenceWalk:
         self.model = ReferenceFailover(self.clock, self.auto)
 
     def difference(self, steps):
-        """Return the steps up to the first difference and both states, or None."""
-        lines = []
-        for action, which, choice, seconds in steps:
-            self.take(action, which, choice, seconds)
+        """Return the steps up to the first difference and both states; "" if there is none."""
+        for number, step in enumerate(steps, 1):
+            self.take(*step)
             real, model = self.shown(self.real, 0), self.shown(self.model, 1)
-            lines.append((self.now, action, which, choice, seconds, *real))
             if real != model:
-                return "\n".join(map(str, [*lines, ("the model", *model)]))
-        return None
+                return "\n".join(map(str, [*steps[:number], real, "the model:", model]))
+        return ""
 
     def shown(self, side, number):
         report, tickets = side.report(True), [r.tickets[number] for r in self.requests]
@@ -2439,9 +2150,6 @@ class ReferenceWalk:
         elif action == "wait for probe":
             ends = [scope.retry_at for scope in self.model.scopes() if scope.switched]
             self.now = max(self.now, max(ends, default=0) + which - 1)
-        elif action == "reset":
-            self.real.reset(self.auto, "rrouter auto")
-            self.model = ReferenceFailover(self.clock, self.auto)
         elif action == "restart":
             saved, self.requests = json.loads(json.dumps(self.real.save())), []
             self.real = rrouter.Failover(self.clock, self.auto)
@@ -3783,12 +3491,7 @@ START = event("message_start", message={
     "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 3, "output_tokens": 0}})
 STOP = event("message_stop")
 OVERLOADED = event("error", error={"type": "overloaded_error", "message": "Overloaded"})
-BROKEN_OFF = event("error", error={"type": "api_error", "message": "unexpected EOF"})
-
-
-def block(**content):
-    """Return the start of a content block."""
-    return event("content_block_start", index=0, content_block=content)
+DATA_ERROR = b'data: {"error":{"message":"boom"},"type":"error"}\n\n'
 
 
 def text_of(words):
@@ -3802,22 +3505,19 @@ def end_of(tokens, reason="end_turn"):
                  usage={"input_tokens": 0, "output_tokens": tokens})
 
 
-NO_TEXT, NO_MORE_TEXT = block(type="text", text=""), event("content_block_stop", index=0)
-DELTA = text_of("part one.")
+NO_TEXT = event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+NO_MORE_TEXT, DELTA = event("content_block_stop", index=0), text_of("part one.")
+TOOL = event("content_block_start", index=0, content_block={"type": "tool_use", "input": {}})
 
 
-def events_of(target):
-    """Return the events of a message that says which target wrote it."""
-    return START, NO_TEXT, text_of("by " + target), NO_MORE_TEXT, end_of(7), STOP
-
-
-def sse(*chunks, **options):
+def sse(*chunks, fields=(), **options):
     """Return an event stream of these chunks."""
-    return Response(200, chunks, fields=SSE_FIELDS, **options)
+    return Response(200, chunks, fields=(*SSE_FIELDS, *fields), **options)
 
 
 def whole(target, **options):
-    return sse(*events_of(target), **options)
+    """Return an event stream with a message that says which target wrote it."""
+    return sse(START, NO_TEXT, text_of("by " + target), NO_MORE_TEXT, end_of(7), STOP, **options)
 
 
 def plain(content, encoding=None, encode=bytes):
@@ -3827,31 +3527,31 @@ def plain(content, encoding=None, encode=bytes):
     return Response(200, encode(body), fields=fields[:1 + bool(encoding)], framing="length")
 
 
-def message(*content, tokens=7, reason="end_turn", **members):
+def message(*texts, tokens=7, **members):
     """Return a message that is not streamed, as a dictionary."""
-    return {"id": "r", "type": "message", "role": "assistant", "model": "", "content": content,
-            "stop_reason": reason, "stop_sequence": None,
+    return {"id": "r", "type": "message", "role": "assistant", "model": "",
+            "content": [{"type": "text", "text": text} for text in texts],
+            "stop_reason": "end_turn", "stop_sequence": None,
             "usage": {"input_tokens": 0, "output_tokens": tokens}, **members}
 
 
-def text(words):
-    return {"type": "text", "text": words}
-
-
-QUOTA_429 = error(429, "You have exhausted your capacity on this model. Your quota will reset after"
-                  " 7200s.", "rate_limit_error")
 SHELF_503 = error(503, "auth_unavailable: no auth available (providers=antigravity, model=%s)"
                   % GEMINI_SONNET)
-COOLING_429 = error(429, "All credentials for model %s are cooling down" % GEMINI_SONNET,
-                    "rate_limit_error")
-UNKNOWN_400 = error(400, "unknown provider for model gemini-nope", "invalid_request_error")
-INVALID_KEY_401 = Response(401, b'{"error":"Invalid API key"}', framing="length")
+COOLING_429 = error(429, "All credentials for model %s are cooling down" % GEMINI_SONNET)
+UNKNOWN_400 = error(400, "unknown provider for model gemini-nope")
 EMPTY_STREAM = sse(START + b"\n", b"\n".join((NO_TEXT, NO_MORE_TEXT, end_of(0), STOP, b"\n")))
+EMPTY_MESSAGE = plain(message(tokens=0))                    # recorded, as the stream
+TOO_LARGE_400 = error(400, "prompt is too long: 210000 tokens > 200000 maximum")
+REJECTION = error(400, "messages.1.content.0: Invalid `signature` in `thinking` block")
+OF_A_ROUTER = error(503, fields=(("x-rrouter-error", "1"),))
+HANG_UP = Response(hangup=True)
+HISTORY = [{"role": "assistant", "content": [
+    {"type": "thinking", "thinking": "", "signature": "x"}, {"type": "text", "text": "x"}]}]
 
 
-def slowly(data):
+def slowly(data, *before):
     """Return an event stream that sends `data` every 20 ms."""
-    return sse(*(data,) * 999, pause_s=0.02)
+    return sse(*before, *(data,) * 999, pause_s=0.02)
 
 
 def target_of(received):
@@ -3862,14 +3562,7 @@ def target_of(received):
 
 def auto_config(**auto):
     """Return the default configuration with these values in its `auto` section."""
-    config = copy.deepcopy(DEFAULT_CONFIG)
-    config["auto"] = {"targets": ["antigravity", "claude"], **auto}
-    return config
-
-
-def upstream_fields(reply):
-    """Return the fields of a reply without those that rrouter adds."""
-    return [field for field in reply.fields if not field[0].lower().startswith("x-rrouter-")]
+    return {**copy.deepcopy(DEFAULT_CONFIG), "auto": {"targets": ["antigravity", "claude"], **auto}}
 
 
 def receive_until(connection, marker):
@@ -3916,7 +3609,6 @@ class AutoTest(RouterTest):
         super().setUp()
         self.script()
         self.upstream.default = self.answer
-        self.set_mode(self.mode)
 
     def later(self, seconds):
         """Let rrouter's clocks move on."""
@@ -3930,10 +3622,8 @@ class AutoTest(RouterTest):
 
     def configure(self, config):
         """Write config.json for the rest of this test."""
-        path = self.rrouter.home.dir / "config.json"
-        before = path.read_text() if path.exists() else None
-        self.addCleanup(lambda: path.unlink() if before is None
-                        else self.rrouter.home.write("config.json", before))
+        self.addCleanup(self.rrouter.home.write, "config.json",
+                        json.dumps(self.config or DEFAULT_CONFIG))
         self.rrouter.home.write("config.json", json.dumps(config))
 
     def script(self, antigravity=None, claude=None, other=None):
@@ -3941,7 +3631,9 @@ class AutoTest(RouterTest):
 
         Without one a target answers with a message.  `other` is for requests without a model.
         """
-        self.scripts = {"antigravity": antigravity, "claude": claude, None: other}
+        self.scripts = {target: list(script) if isinstance(script, list) else script
+                        for target, script in (
+                            ("antigravity", antigravity), ("claude", claude), (None, other))}
 
     def script_anew(self, *responses, **targets):
         """Do the same with all state and all requests received cleared."""
@@ -3957,7 +3649,7 @@ class AutoTest(RouterTest):
         if script is None:
             streamed = re.search(rb'"stream":\s*true', received.body)
             return (Response() if target is None else whole(target) if streamed
-                    else plain(message(text("by " + target))))
+                    else plain(message("by " + target)))
         return script(received) if callable(script) else script
 
     def silent(self):
@@ -3975,23 +3667,24 @@ class AutoTest(RouterTest):
         return reply, self.calls(before)
 
     def ask_for(self, calls, model=SONNET, **members):
-        """Post messages, for which these calls are made ("ac a"); return the last reply."""
+        """Post messages, for which these calls are made ("ac a"); return the last reply.
+
+        A number lets so many seconds pass.
+        """
         for expected in calls.split():
-            reply, made = self.ask(model, **members)
-            self.assertEqual(made, expected)
+            if expected.isdigit():
+                self.later(int(expected))
+            else:
+                reply, made = self.ask(model, **members)
+                self.assertEqual(made, expected)
         return reply
 
-    def begin(self, model=SONNET, target="/v1/messages?beta=true", **members):
-        """Send a message; return the connection, its response unread, when the upstream has it."""
+    def begin(self, *arguments, until=b"", **members):
+        """Send a message; return the connection when the upstream has it, and `until` has come."""
         before = len(self.upstream.received)
-        connection = self.send(model, target, **members)
+        connection = self.send(*arguments, **members)
         self.upstream.wait(lambda upstream: len(upstream.received) > before)
-        return connection
-
-    def begin_until(self, marker, **members):
-        """Send a message; return the connection when `marker` has come."""
-        connection = self.begin(**members)
-        receive_until(connection, marker)
+        receive_until(connection, until)
         return connection
 
     def send(self, model=SONNET, target="/v1/messages?beta=true", **members):
@@ -4008,149 +3701,223 @@ class AutoTest(RouterTest):
             connection.close()
         wait_until(lambda: not self.rrouter.health()["activeRequests"])
 
-    def auto(self):
-        return self.rrouter.health()["autoSwitch"]
-
-    def trip(self, model=SONNET):
+    def trip(self):
         """Let antigravity fail until traffic switches to claude; it goes on failing afterwards."""
         self.script(error(429))
-        self.ask_for("ac ac ac", model)
-        self.assert_state("claude")
+        self.ask_for("ac ac ac")
 
     def assert_served(self, reply, by, attempts):
         """The reply is the whole message of one target, and its headers say so."""
         self.assertEqual((reply.status, reply.complete), (200, True), reply)
         self.assertIn(reply.body, [b"".join(response.chunks) for response in
-                                   (whole(by), plain(message(text("by " + by))))])
+                                   (whole(by), plain(message("by " + by)))])
         self.assertEqual((reply.header("x-rrouter-target"), reply.header("x-rrouter-attempts")),
                          (by, str(attempts)))
 
-    def assert_state(self, current, **values):
-        """/health has `current` as the target, and `values` in autoSwitch (failureCount=2)."""
+    def assert_forwarded(self, reply, response, target, attempts=1):
+        """The reply is this response of a target byte for byte."""
+        self.assertEqual((reply.status, reply.body, reply.complete), (
+            response.status, b"".join(response.chunks), not response.cut))
+        self.assertEqual((reply.header("x-rrouter-target"), reply.header("x-rrouter-attempts")),
+                         (target, str(attempts)))
+        self.assertEqual(reply.fields[:len(response.fields)], response.fields)
+
+    def assert_state(self, current="antigravity", **values):
+        """/health has `current` as the target, these values in autoSwitch, and no other counts."""
         health = self.rrouter.health()
-        found = {name: health["autoSwitch"][name] for name in values}
-        self.assertEqual((health["currentTarget"], health["autoSwitch"]["currentTarget"], found),
-                         (current, current, values))
-
-    def assert_untouched(self):
-        self.assert_state("antigravity", failureCount=0, timeoutCount=0, switchCount=0, models={})
-
-    def assert_logged(self, pattern):
-        """A line of the log matches [AUTO] and then `pattern`."""
-        expression = re.compile(r"^.*\[AUTO\].*(?:%s)" % pattern, re.I | re.M)
-        wait_until(lambda: expression.search(self.rrouter.log()))
+        values = {"currentTarget": current, "failureCount": 0, "timeoutCount": 0, "switchCount": 0,
+                  "models": {}, **values}
+        self.assertEqual({name: health["autoSwitch"][name] for name in values}, values)
+        self.assertEqual(health["currentTarget"], current)
 
     def assert_silent(self, connection, seconds=0.05):
         """The client gets nothing for a moment."""
         self.assertEqual(select.select([connection], [], [], seconds)[0], [])
 
 
-DATA_ERROR = b'data: {"error":{"message":"boom"},"type":"error"}\n\n'
-FAILED_STREAMS = (
-    # label                             response of antigravity
-    ("recorded: blocked prompt",        EMPTY_STREAM),
-    ("recorded: error first",           sse(OVERLOADED + b"\n")),
-    ("recorded: dropped after start",   sse(START + b"\n", BROKEN_OFF)),
-    ("pings, comments, error",          sse(PING, COMMENT, PING, OVERLOADED)),
-    ("byte by byte",                    sse(*map(bytes, zip(PING + OVERLOADED)))),
-    ("CRLF",                            sse((START + OVERLOADED).replace(b"\n", b"\r\n"))),
-    ("no blank after the colon",        sse(OVERLOADED.replace(b": ", b":"))),
-    ("error without an event line",     sse(DATA_ERROR)),
-    ("error without a type",            sse(b'data: {"error":{"message":"boom"}}\n\n')),
-    ("error in an empty block",         sse(START, NO_TEXT, DATA_ERROR)),
-    ("[DONE] alone",                    sse(b"data: [DONE]\n\n")),
-    ("stop at once",                    sse(START, STOP)),
-    ("no tokens, no stop",              sse(START, end_of(0))),
-    ("clean end after start",           sse(START)),
-    ("only pings and comments",         sse(PING, COMMENT)),
-    ("nothing",                         sse()),
-    ("an empty Content-Encoding",       Response(200, OVERLOADED, fields=(
-                                            *SSE_FIELDS, ("Content-Encoding", "")))),
+# The responses of the targets, and what comes of the requests: `calls` are those made for each, as
+# `ask_for` reads them, and the last one `gets` the whole message of a target, a scripted response,
+# or rrouter's own 502.  The log then says `log`, and autoSwitch of /health has `state` and no other
+# counts.
+Script = collections.namedtuple("Script", "what antigravity claude calls gets log state")
+
+
+def rescued(what, response, failed, *, failures=1):
+    return Script(what, response, None, "ac", "claude", "(antigravity failed: %s" % failed,
+                  {"failureCount": failures})
+
+
+def kept(what, response, log="200", *, failures=0):
+    return Script(what, response, None, "a", response, log, {"failureCount": failures})
+
+
+def both_fail(what, response, other, best, log=""):
+    return Script(what, response, other, "ac", best, log, {})
+
+
+def switches(what, failures, **state):
+    return Script(what, failures, None, "ac ac ac", "claude", "SWITCH antigravity -> claude: 3 ",
+                  {"current": "claude", "switchCount": 1, **state})
+
+
+GOOD_BYTES, GOOD_EVENTS = whole("antigravity").wire(), b"".join(whole("antigravity").chunks)
+BROKEN, TALK = sse(START, DELTA), START + NO_TEXT + DELTA
+LATE = "(error event in the stream)"
+RATE_LIMIT = error(429, "antigravity", fields=(("Retry-After", "9"), ("x-should-retry", "false")))
+CUT_OFF = sse(PING, b": by antigravity\n\n", OVERLOADED)
+ENCODINGS = (None, bytes), ("gzip", gzip.compress), ("deflate", zlib.compress)
+
+SCRIPTS = (
+    # A failed attempt is answered by the other target.
+    *(rescued("status", error(status), status) for status in (
+        400, 401, 402, 403, 404, 408, 422, 429, 499, 500, 502, 503, 504, 529, 599)),
+    rescued("recorded: blocked prompt", EMPTY_STREAM, "empty message"),
+    rescued("recorded: error first", sse(OVERLOADED + b"\n"), "error event"),
+    rescued("recorded: dropped after start", sse(START + b"\n", DATA_ERROR), "error event"),
+    rescued("[DONE] alone", sse(b"data: [DONE]\n\n"), "empty message"),
+    rescued("clean end after start", sse(START), "stream without content"),
+    rescued("only pings and comments", sse(PING, COMMENT), "empty stream"),
+    rescued("an empty Content-Encoding",
+            sse(OVERLOADED, fields=(("Content-Encoding", ""),)), "error event"),
+    *(rescued("empty message", plain(message(tokens=0), *way), "empty message")
+      for way in ENCODINGS),
+    *(rescued("HTML", plain(b"<html>login</html>", *way), "not a message") for way in ENCODINGS),
+    rescued("cut JSON", plain(plain(message("x")).chunks[0][:-9]), "not a message"),
+    rescued("nothing", plain(b""), "empty response"),
+    rescued("error in a 200", plain({"error": {"message": "boom"}}), "error in a 2xx"),
+
+    # A dropped connection, and a request too large for one target, are rescued and neutral.
+    *(rescued("dropped", response, "connection dropped", failures=0) for response in (
+        HANG_UP, Response(hangup=True, reset=True), Response(raw=b"SSH-2.0-OpenSSH_9.6\r\n\r\n"),
+        Response(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{} "),
+        Response(raw=sse().head() + b"zz\r\n"), Response(200, b'{"type":"message"', cut=True),
+        sse(START, PING, NO_TEXT, cut=True),
+        *(Response(raw=GOOD_BYTES[:end]) for end in range(1, GOOD_BYTES.index(b"by "), 40)))),
+    *(rescued(words, error(status, words), "%d too large" % status, failures=0)
+      for status, words in (
+          (413, "whatever"), (400, "Your input exceeds the context window of this model"),
+          (400, "The input token count (9) exceeds the maximum number of tokens allowed (8)."),
+          (400, "Input is too long for requested model."), (400, "context length exceeded"),
+          (422, "capability_rejected: prompt_too_long"), (400, "Request too large"))),
+
+    # What is good, or cannot be judged, is the response.
+    *(kept("good message", plain(message("x"), *way)) for way in ENCODINGS),
+    *(kept("more than a mebibyte", plain(b"x" * (1024 * 1024 + 1), *way)) for way in ENCODINGS),
+    kept("text, but no tokens", plain(message("x", tokens=0))),
+    kept("an encoding that is not read", plain(b"\x0b\x02\x80", "br")),
+    kept("a compressed stream", sse(gzip.compress(OVERLOADED), fields=(
+        ("Content-Encoding", "gzip"),))),
+    kept("recorded: truncation that looks complete",
+         sse(TALK, NO_MORE_TEXT + end_of(0) + STOP)),
+    Script("error of another rrouter", OF_A_ROUTER, None, "a a a a", OF_A_ROUTER, " 503 ", {}),
+
+    # After the first content a failure is forwarded, and counts; a broken response is neutral.
+    kept("recorded: overloaded", sse(TALK, PING, OVERLOADED), LATE, failures=1),
+    kept("recorded: error after the end", sse(TALK, STOP, DATA_ERROR), LATE, failures=1),
+    kept("recorded: without its end", sse(TALK, PING), "(stream without its end)", failures=1),
+    kept("in the chunk of the content", sse(TALK + OVERLOADED), LATE, failures=1),
+    kept("a broken message", Response(200, b"x" * (1024 * 1024 + 1), cut=True), "(the upstream"),
+    *(kept("a broken stream", sse(GOOD_EVENTS[:end], cut=True), "(the upstream")
+      for end in range(GOOD_EVENTS.index(NO_MORE_TEXT), len(GOOD_EVENTS) - len(STOP), 40)),
+    Script("a target is left only after it has answered once", [BROKEN] * 3,
+           [BROKEN] * 4 + [None] + [BROKEN] * 3, "a a a c c c c c c c c a", "antigravity",
+           "-> antigravity: 3 consecutive HTTP errors, last stream", {"switchCount": 2}),
+
+    # If both fail, the client gets the more useful response byte for byte, and nothing counts.
+    both_fail("the first wins a tie", RATE_LIMIT, error(429, "claude"), RATE_LIMIT),
+    both_fail("the second is better", error(500), RATE_LIMIT, RATE_LIMIT, "(antigravity failed: "),
+    both_fail("the first is better", RATE_LIMIT, EMPTY_STREAM, RATE_LIMIT, "(claude failed: empty"),
+    both_fail("both are empty", CUT_OFF, EMPTY_MESSAGE, CUT_OFF),
+    both_fail("shelf and stream", EMPTY_STREAM, COOLING_429, COOLING_429),
+    both_fail("an error beats a drop", HANG_UP, UNKNOWN_400, UNKNOWN_400),
+    both_fail("both drop", HANG_UP, HANG_UP, 502, "connection dropped"),
+    both_fail("too large, or busy", TOO_LARGE_400, RATE_LIMIT, RATE_LIMIT, "failed: 400 too large"),
+    both_fail("unknown, or too large", error(404), TOO_LARGE_400, TOO_LARGE_400),
+    *(Script("outage", response, response, "ac " * 4, response, "", {})
+      for response in (error(500), SHELF_503)),
+
+    # A healed response is judged like any other, but the client gets the original 400.
+    Script("healed", [REJECTION], None, "aa a", "antigravity", "[HEAL]", {}),
+    *(Script("healed in vain", [REJECTION, response], None, "aac", "claude", "failed: ",
+             {"failureCount": 1}) for response in (error(500), EMPTY_STREAM, REJECTION)),
+    *(Script("healed in vain, then 429", [REJECTION, *rest], error(429), calls, REJECTION, "", {})
+      for rest, calls in (([error(500)], "aac"), ([HANG_UP] * 2, "aaac"))),
+    both_fail("healed on both in vain", REJECTION, REJECTION, REJECTION)._replace(calls="aacc"),
+    Script("rescued and healed there", error(529), [REJECTION], "acc", "claude", "[HEAL]",
+           {"failureCount": 1}),
+
+    # Three failures switch; the last one can shorten the cooldown.
+    switches("429", error(429), cooldownSeconds=1800, switched=True, active=True, failureCount=0,
+             reason="3 consecutive HTTP errors, last 429"),
+    switches("not the last", [RATE_LIMIT, RATE_LIMIT, error(500)], cooldownSeconds=1800),
+    *(switches(value, error(429, fields=((name, value),)), cooldownSeconds=seconds)
+      for name, value, seconds in (
+          ("Retry-After", "90.5", 90.5), ("retry-after-ms", "90500", 90.5),
+          ("Retry-After", "90\r\nRetry-After: 91", 90),
+          ("Retry-After", "Fri, 27 Nov 2020 01:16:59 GMT", 60))),
+    switches("recorded: quota", error(429, "Your quota will reset after 20m3s."),
+             cooldownSeconds=1203),
+    switches("shelf", [error(401), SHELF_503, SHELF_503], cooldownSeconds=60,
+             reason="3 consecutive HTTP errors, last 503 auth_unavailable, after 401"),
+    switches("unknown model", [UNKNOWN_400] * 3, cooldownSeconds=60,
+             reason="3 consecutive HTTP errors, last 400 unknown provider for model "
+                    + GEMINI_SONNET),
+    switches("real at last", [SHELF_503, SHELF_503, error(500)], cooldownSeconds=1800),
+
+    # After the cooldown one request probes; a neutral one is followed by the next after a minute.
+    *(Script("neutral probe", [error(429)] * 3 + [response], [None] * 3 + [other],
+             "ac ac ac 1801 %s c 61 a" % calls, "antigravity", "inconclusive; the next one in 1m",
+             {"switchCount": 1})
+      for response, other, calls in (
+          (HANG_UP, None, "ac"), (TOO_LARGE_400, None, "ac"), (error(500), error(500), "ac"),
+          (OF_A_ROUTER, None, "a"))),
+    Script("healed probe", [error(429)] * 3 + [REJECTION], None, "ac ac ac 1801 aa", "antigravity",
+           "RECOVERED: antigravity responds again", {"switchCount": 1}),
+    Script("a probe succeeds when it commits", [error(429)] * 3 + [BROKEN], None,
+           "ac ac ac 1801 a", BROKEN, "RECOVERED: ", {"switchCount": 1, "failureCount": 1}),
+    Script("a probe that fails", error(429), None, "ac ac ac 1801 ac 1801 c", "claude",
+           "SWITCH antigravity -> claude: failed a probe, last 429; retry in 60m",
+           {"current": "claude", "switchCount": 2, "cooldownSeconds": 3600}),
 )
-EMPTY_MESSAGE, BOOM = message(tokens=0), {"message": "boom"}      # the first one is recorded
-FAILED_MESSAGES = (
-    # content of the 200
-    EMPTY_MESSAGE, message(text(""), text(""), tokens=0), message(text("x"), error=BOOM),
-    {"type": "error", "error": BOOM}, {"error": BOOM}, {"choices": []}, b'[{"type":"message"}]',
-    plain(message(text("x"))).chunks[0][:-9], b"<html>login</html>", b"")
-GOOD_MESSAGES = (
-    # content of the 200
-    message(text("x")), message(tokens=0, reason="refusal"), message(tokens=0, reason="max_tokens"),
-    message(tokens=5), message(text("x"), tokens=0), message(text("x"), error=None),
-    message({"type": "tool_use", "name": "f"}, tokens=0), b"x" * (1024 * 1024 + 1))
-ENCODINGS = (
-    # Content-Encoding, function that encodes
-    (None, bytes), ("gzip", gzip.compress), ("deflate", zlib.compress))
-DROPPED = (
-    # label                             response of antigravity
-    ("no byte",                         Response(hangup=True)),
-    ("not HTTP",                        Response(raw=b"SSH-2.0-OpenSSH_9.6\r\n\r\n")),
-    ("half a head",                     Response(raw=b"HTTP/1.1 200 OK\r\nContent-Type: text/ev")),
-    ("two lengths",                     Response(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"
-                                                     b"Content-Length: 3\r\n\r\n{} ")),
-    ("a malformed chunk",               Response(raw=sse().head() + b"zz\r\n")),
-    ("before an event",                 sse(cut=True)),
-    ("before content",                  sse(START, PING, NO_TEXT, cut=True)),
-    ("before the end of a message",     Response(200, b'{"type":"message"', cut=True)),
-)
+
+
+class ScriptTest(AutoTest):
+    """What requests get, what counts, and what the log says of it, by the table SCRIPTS."""
+
+    def test_scripts_have_the_results_of_the_table(self):
+        numbers = []
+        for row in SCRIPTS:
+            with self.subTest(row.what, calls=row.calls, log=row.log):
+                self.script_anew(row.antigravity, row.claude)
+                self.upstream.break_connections()       # a kept one that drops is sent to again
+                reply = self.ask_for(row.calls, messages=HISTORY)
+                self.assert_gets(reply, row)
+                self.assert_state(**row.state)
+                numbers.append((row, self.rrouter.health()["requestCount"]))
+        rest = wait_until(lambda: "[REQ] #%d " % numbers[-1][1] in self.rrouter.log()
+                          and self.rrouter.log())
+        for row, number in numbers:
+            with self.subTest(row.what, log=row.log):
+                lines, end, rest = rest.partition(" [REQ] #%d " % number)
+                line, _, rest = rest.partition("\n")
+                self.assertIn(row.log, lines + end + line)
+
+    def assert_gets(self, reply, row):
+        attempts = len(set(row.calls.split()[-1]))      # without those of healing
+        if row.gets == 502:
+            self.assert_error(reply, 502, self.upstream.url)
+        elif isinstance(row.gets, str):
+            self.assert_served(reply, row.gets, attempts)
+        else:
+            target = "claude" if row.gets is row.claude is not row.antigravity else "antigravity"
+            self.assert_forwarded(reply, row.gets, target, attempts)
 
 
 class RescueTest(AutoTest):
-    """An attempt that fails before the client has a byte is answered by the other target."""
+    """What SCRIPTS cannot say of the one or two attempts of a request."""
 
-    def assert_rescued(self, response, failures, target="/v1/messages", **members):
-        """The other target answers; this many failures are counted."""
-        self.script_anew(response)
-        reply, calls = self.ask(target=target, **members)
-        self.assert_served(reply, "claude", 2)
-        self.assertIn(calls, ("ac", "aac"))     # a kept connection that drops is sent to again
-        self.assert_state("antigravity", failureCount=failures, timeoutCount=0)
-
-    def test_each_failing_status_is_rescued_and_counted(self):
-        for status in (400, 401, 402, 403, 404, 408, 422, 429, 499, 500, 502, 503, 504, 529, 599):
-            with self.subTest(status):
-                self.assert_rescued(error(status), 1)
-
-    def test_stream_without_content_is_rescued_and_counted(self):
-        for label, response in FAILED_STREAMS:
-            with self.subTest(label):
-                self.assert_rescued(response, 1)
-
-    def test_200_that_is_no_message_is_rescued_and_counted(self):
-        for content, encoding in itertools.product(FAILED_MESSAGES, ENCODINGS):
-            for streamed in (True, False):
-                with self.subTest(content, encoding=encoding[0], stream=streamed):
-                    self.assert_rescued(plain(content, *encoding), 1, stream=streamed)
-
-    def test_dropped_connection_is_rescued_and_neutral(self):
-        good = whole("antigravity").wire()
-        cuts = [("after %d bytes" % end, Response(raw=good[:end]))
-                for end in range(1, good.index(b"event: content_block_delta"), 20)]
-        for label, response in (*DROPPED, *cuts):
-            with self.subTest(label):
-                self.assert_rescued(response, 0)
-
-    def test_good_message_is_the_response(self):
-        cases = [(content, *encoding) for content in GOOD_MESSAGES for encoding in ENCODINGS]
-        for content, encoding, encode in [*cases, (b"\x0b\x02\x80", "br", bytes)]:
-            with self.subTest(str(content)[:99], encoding=encoding):
-                self.script(plain(content, encoding, encode))
-                reply = self.ask_for("a", stream=False)
-                self.assertEqual(reply.body, self.scripts["antigravity"].chunks[0])
-        self.script(plain(b""))
-        reply = self.rrouter.request("HEAD", "/v1/messages", chat())
-        self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (200, "1"))
-        self.assert_untouched()
-
-    def test_other_paths_are_judged_by_their_first_event(self):
-        self.assert_rescued(sse(), 1, CHAT)
-        self.assert_rescued(sse(COMMENT, b'data: {"error":{"message":"boom"}}\n\n'), 1, CHAT)
-        first = b'data: {"choices":[{"delta":{}}]}\n\n'
-        self.script_anew([plain({}), sse(first, DATA_ERROR), sse(first, b"", gate=self.gate())])
-        for body in (b"{}", first + DATA_ERROR):
-            self.assertEqual(self.rrouter.post(target=CHAT).body, body)
-        self.begin_until(first, target=CHAT)
-        self.assert_untouched()
+    REQUESTS = 20_000 if SOAKING else 400
+    FAILURES = tuple(row.antigravity for row in SCRIPTS if row.calls == "ac")
 
     def test_rescue_sends_the_original_body_by_the_other_targets_rules(self):
         self.script(error(500))
@@ -4164,277 +3931,134 @@ class RescueTest(AutoTest):
             received.fields.remove(("Content-Length", str(len(received.body))))
         self.assertEqual(first.fields, second.fields)
 
+    def test_other_paths_are_judged_by_their_first_event(self):
+        first = b'data: {"choices":[{"delta":{}}]}\n\n'
+        self.script([sse(), sse(COMMENT, DATA_ERROR), plain({}), sse(first, DATA_ERROR),
+                     sse(first, b"", gate=self.gate())])
+        self.ask_for("ac ac", target=CHAT)
+        self.assert_state(failureCount=2)
+        for body in (b"{}", first + DATA_ERROR):
+            self.assertEqual(self.rrouter.post(target=CHAT).body, body)
+        self.begin(until=first, target=CHAT)
+        self.assert_state()
 
-COMMITS = (
-    # label                     what the client gets at once
-    ("text",                    START + PING + DELTA),
-    ("thinking",                START + block(type="thinking", thinking="")),
-    ("a call",                  START + block(type="tool_use", name="f", input={})),
-    ("a block with text",       START + block(type="text", text="x")),
-    ("tokens",                  START + end_of(5)),
-    ("no number of tokens",     START + event("message_delta", delta={"stop_reason": "end_turn"})),
-    ("a refusal",               START + end_of(0, "refusal")),
-    ("max_tokens: 0",           START + end_of(0, "max_tokens")),
-    ("CRLF",                    (START + DELTA).replace(b"\n", b"\r\n")),
-    ("no event line",           b"data: " + DELTA.partition(b"data: ")[2]),
-    ("error null",              b'data: {"type":"content_block_delta","error":null}\n\n'),
-    ("text like an error",      START + text_of("\nevent: error\ndata: {}\n\n")),
-    ("a mebibyte",              PING * 30000),
-)
-
-
-class HeldBackTest(AutoTest):
-    """A response is held back as long as it can still fail; after that nothing waits."""
+    def test_response_to_head_is_not_judged(self):
+        self.script(plain(b""))
+        reply = self.rrouter.request("HEAD", "/v1/messages", chat())
+        self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (200, "1"))
+        self.assert_state()
 
     def test_stream_is_held_back_until_its_first_content(self):
-        for prelude in (START, PING + COMMENT, START + NO_TEXT + NO_MORE_TEXT, START + DELTA[:-1]):
-            with self.subTest(prelude):
-                gate, chunks = self.gate(), (prelude, *events_of("antigravity"))
-                self.script(sse(*chunks, gate=gate))
-                connection = self.begin()
-                self.assert_silent(connection)
-                gate.set()
-                reply = read_reply(connection)
-                self.assertEqual((reply.complete, reply.body), (True, b"".join(chunks)))
+        gate = self.gate()
+        response = sse(PING + COMMENT + START + NO_TEXT + NO_MORE_TEXT + DELTA[:-1], b"\n", STOP,
+                       gate=gate)
+        self.script(response)
+        connection = self.begin()
+        self.assert_silent(connection)
+        gate.set()
+        self.assert_forwarded(read_reply(connection), response, "antigravity")
 
     def test_first_content_commits(self):
-        for label, first in COMMITS:
-            with self.subTest(label):
+        for first in (START + PING + DELTA, START + TOOL, START + end_of(5), PING * 30000,
+                      (START + DELTA).replace(b"\n", b"\r\n")):
+            with self.subTest(first[-60:]):
                 gate = self.gate()
                 self.script(sse(first, PING, STOP, gate=gate))
                 with self.opened() as response:
                     self.assertEqual(receive(response, len(first)), first)
                     gate.set()
                     self.assertEqual(response.read(), PING + STOP)
-        self.assert_untouched()
+        self.assert_state()
 
-    def test_compressed_stream_is_not_held_back(self):
-        packed = gzip.compress(START + DELTA + STOP)
-        self.script(Response(200, (packed[:9], packed[9:]), gate=self.gate(), fields=(
-            *SSE_FIELDS, ("Content-Encoding", "gzip"))))
-        self.begin_until(packed[:9])
+    def test_draining_rrouter_makes_no_second_attempt(self):
+        gate = self.gate()
+        self.script(error(500, "as it is", before=gate))
+        connection = self.begin()
+        self.rrouter.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: self.rrouter.home.health() is None)      # it accepts no more connections
+        gate.set()
+        self.assert_forwarded(read_reply(connection), error(500, "as it is"), "antigravity")
+        self.rrouter.stop()
+        self.rrouter.start()
 
+    def test_clients_side_by_side_see_no_failure_that_the_other_target_could_avoid(self):
+        dice = random.Random(int(os.environ["RROUTER_SOAK"]) if SOAKING else 1)
+        failing = [dice.choice((None, "antigravity", "claude")) for _ in range(self.REQUESTS)]
 
-LATE_FAILURES = (
-    # label                             chunks
-    ("recorded: overloaded",            (START, NO_TEXT, PING, DELTA, OVERLOADED)),
-    ("recorded: without its end",       (START, NO_TEXT, PING, DELTA)),
-    ("recorded: error after the end",   (START + NO_TEXT + DELTA, NO_MORE_TEXT + end_of(0) + STOP,
-                                         BROKEN_OFF)),
-    ("without message_stop",            (START, DELTA, end_of(5))),
-    ("in the chunk of the content",     (START + DELTA + OVERLOADED,)),
-    ("before the end",                  (START, DELTA, OVERLOADED, end_of(5), STOP)),
-    ("error without an event line",     (START, DELTA, DATA_ERROR, STOP)),
-    ("byte by byte",                    (START + DELTA, *map(bytes, zip(OVERLOADED)))),
-    ("CRLF",                            ((START + DELTA + OVERLOADED).replace(b"\n", b"\r\n"),)),
-)
+        def respond(received):
+            number, target = received.json()["number"], target_of(received)
+            if failing[number // 20] == target:
+                return self.FAILURES[number * 7919 % len(self.FAILURES)]
+            return sse(START, text_of("%d by %s" % (number, target)), STOP)
 
+        def is_served(number):
+            if number % 50 == 0:
+                self.shifts[0] += 1801
+            reply = self.rrouter.post((SONNET, OPUS, HAIKU)[number % 3], number=number)
+            words = text_of("%d by %s" % (number, reply.header("x-rrouter-target")))
+            return (reply.status, reply.complete, reply.body) == (200, True, START + words + STOP)
 
-class LateFailureTest(AutoTest):
-    """A failure after the first content is forwarded as it is, and counts without a rescue."""
-
-    def assert_forwarded(self, response, complete):
-        self.script_anew(response)
-        reply = self.ask_for("a")
-        self.assertEqual((reply.status, reply.complete), (200, complete))
-        self.assertEqual(reply.body, b"".join(response.chunks))
-
-    def test_error_or_missing_end_counts(self):
-        for label, chunks in LATE_FAILURES:
-            with self.subTest(label):
-                self.assert_forwarded(sse(*chunks), True)
-                self.assert_state("antigravity", failureCount=1)
-
-    def test_broken_response_is_broken_off_and_neutral(self):
-        good = b"".join(events_of("antigravity"))
-        cuts = range(good.index(NO_MORE_TEXT), len(good) - len(STOP), 20)
-        for response in (Response(200, b"x" * (1024 * 1024 + 1), cut=True),
-                         *(sse(good[:end], cut=True) for end in cuts)):
-            self.assert_forwarded(response, False)
-            self.assert_untouched()
-
-    def test_recorded_truncation_that_looks_complete_is_a_success(self):
-        self.assert_forwarded(sse(START + NO_TEXT + DELTA, NO_MORE_TEXT + end_of(0) + STOP), True)
-        self.assert_untouched()
-
-    def test_target_switched_to_is_left_only_after_it_has_answered_once(self):
-        broken = sse(START, DELTA)
-        self.script(broken, [broken] * 4 + [None] + [broken] * 3)
-        self.ask_for("a a a" " c c c c" " c" " c c c" " a")
-
-    def test_client_that_leaves_after_message_stop_has_a_complete_response(self):
-        self.script([error(500), sse(START + DELTA + STOP, PING, gate=self.gate())])
-        self.ask()
-        self.leave(self.begin_until(STOP))
-        self.assert_untouched()
-
-
-TOO_LARGE = "prompt is too long: 210000 tokens > 200000 maximum"
-RANKED = (
-    # rank, response of a target: the client gets the one of the lower rank, or the first
-    *((0, lambda target, status=status: error(status, target, fields=(
-        ("Retry-After", "9"), ("x-should-retry", "false")))) for status in (400, 409, 422)),
-    (1, lambda target: error(429, target)),
-    *((2, lambda target, status=status: error(status, target)) for status in (401, 403)),
-    (3, lambda target: error(404, target)),
-    *((4, lambda target, status=status: error(status, target)) for status in (500, 529, 408)),
-    (5, lambda target: error(504, target)),
-    (6, lambda target: error(503, "auth_unavailable: no auth available " + target)),
-    (6, lambda target: error(429, "All credentials for model %s are cooling down" % target)),
-    (6, lambda target: error(429, target, "model_cooldown")),
-    (6, lambda target: error(400, "unknown provider for model " + target)),
-    (7, lambda target: sse(PING, b": %b\n\n" % target.encode(), OVERLOADED)),
-    (7, lambda target: plain({"error": target})),
-    (8, lambda target: Response(hangup=True)),
-)
-
-
-class BothFailTest(AutoTest):
-    """If both targets fail, the client gets the more useful response, and nothing counts."""
-
-    def test_more_useful_response_is_forwarded_byte_for_byte(self):
-        for (first, make_first), (second, make_second) in itertools.product(RANKED, repeat=2):
-            responses = make_first("antigravity"), make_second("claude")
-            with self.subTest([response.wire() for response in responses]):
-                self.script(*responses)
-                reply = self.ask()[0]
-                if min(first, second) == 8:
-                    self.assert_error(reply, 502, self.upstream.url)
-                    continue
-                best, target = list(zip(responses, ("antigravity", "claude")))[second < first]
-                self.assertEqual((reply.status, reply.body), (best.status, b"".join(best.chunks)))
-                self.assertEqual(upstream_fields(reply)[:len(best.fields)], best.fields)
-                self.assertEqual((reply.header("x-rrouter-target"),
-                                  reply.header("x-rrouter-attempts")), (target, "2"))
-        self.assert_untouched()
-
-    def test_too_large_for_one_target_ranks_below_429_and_5xx_of_the_other(self):
-        for refusal in (error(400, TOO_LARGE), error(413, "x"), error(422, "Input is too long")):
-            for other, best in ((error(429), 429), (error(500), 500), (error(529), 529),
-                                (error(404), refusal.status), (EMPTY_STREAM, refusal.status),
-                                (error(409), None)):
-                for pair in ((refusal, other), (other, refusal)):
-                    self.script(*pair)
-                    self.assertEqual(self.ask()[0].status, best or pair[0].status)
-        self.assert_untouched()
-
-    def test_outage_of_both_moves_nothing(self):
-        for response in (error(500), SHELF_503, Response(hangup=True)):
-            self.script(response, response)
-            for _ in range(11):
-                self.assertGreaterEqual(self.ask()[0].status, 500)
-            self.assert_untouched()
-        self.script()
-        self.ask_for("a")
-
-
-TOO_LARGE_WORDINGS = (
-    # status, message
-    (400, TOO_LARGE), (400, "Your input exceeds the context window of this model"),
-    (400, "The input token count (9) exceeds the maximum number of tokens allowed (8)."),
-    (400, "Input is too long for requested model."), (400, "PROMPT TOKEN COUNT OF 9 exceeds"),
-    (422, "capability_rejected: prompt_too_long"), (400, "context length exceeded"),
-    (400, "Request too large"), (413, "whatever"))
-REJECTION = error(400, "messages.1.content.0: Invalid `signature` in `thinking` block")
-HISTORY = [{"role": "assistant", "content": [
-    {"type": "thinking", "thinking": "", "signature": "x"}, text("x")]}]
-OF_A_ROUTER = error(503, fields=(("x-rrouter-error", "1"),))
+        self.upstream.default = respond
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            served = list(pool.map(is_served, range(self.REQUESTS)))
+        self.assertEqual([number for number, good in enumerate(served) if not good], [])
 
 
 class NeutralTest(AutoTest):
-    """An outcome that says nothing about the target changes no counter."""
-
-    def test_request_too_large_for_one_target_is_rescued_and_neutral(self):
-        for status, words in TOO_LARGE_WORDINGS:
-            with self.subTest(words):
-                self.script(error(status, words))
-                self.assert_served(self.ask()[0], "claude", 2)
-        self.assert_untouched()
-        self.script(error(500, TOO_LARGE))
-        self.ask()
-        self.assert_state("antigravity", failureCount=1)
-
-    def test_own_error_of_another_rrouter_is_forwarded_and_neutral(self):
-        self.script(OF_A_ROUTER)
-        reply = self.ask_for("a a a a")
-        self.assertEqual((reply.status, reply.header("x-rrouter-error")), (503, "1"))
-        self.assert_untouched()
+    """A request that is not judged changes no counter."""
 
     def test_count_tokens_is_neutral(self):
-        self.script(error(500, "as it is"))
-        for _ in range(4):
+        self.script([error(429)] + [error(500)] * 4)
+        self.ask_for("ac")
+        for status in (500, 500, 500, 500, 200):
             reply = self.rrouter.post(target=COUNT_TOKENS)
-            self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (500, "1"))
-        self.assert_untouched()
-        self.ask()
-        self.script()
-        self.rrouter.post(target=COUNT_TOKENS)
-        self.assert_state("antigravity", failureCount=1)
+            self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (status, "1"))
+        self.assert_state(failureCount=1)
 
     def test_request_without_a_model_is_neutral(self):
-        for response in (error(500), error(429), Response(hangup=True), sse(), REJECTION):
+        for response in (error(500), HANG_UP, sse(), REJECTION):
             self.script(other=response)
             for method, target, body in (("GET", "/v1/models", None), ("POST", "/v1/messages", b""),
-                                         ("POST", "/v1/messages", b'{"model":null}'),
-                                         ("POST", "/v1/messages", b'["model"]')):
+                                         ("POST", "/v1/messages", b'{"model":null}')):
                 reply = self.rrouter.request(method, target, body)
                 self.assertIn(reply.status, (response.status, 502))
                 self.assertIsNone(reply.header("x-rrouter-target"))
-        self.assert_untouched()
+        self.assert_state()
 
-    def test_body_without_a_model_is_not_healed_however_it_is_cut(self):
+    def test_body_without_a_model_that_comes_in_pieces_is_not_healed(self):
         self.script(other=REJECTION)
-        body = json.dumps({"messages": HISTORY}).encode()
-        data = request_bytes(body=body)
-        for cut in (len(data) - len(body), len(data) - 9):
-            with self.rrouter.connect() as connection:
-                connection.sendall(data[:cut])
-                self.assert_silent(connection)      # or the kernel joins both segments
-                connection.sendall(data[cut:])
-                self.assertEqual(read_reply(connection).status, 400)
-        self.assertEqual(self.calls(), "--")
+        data = request_bytes(body=json.dumps({"messages": HISTORY}).encode())
+        with self.rrouter.connect() as connection:
+            connection.sendall(data[:-9])
+            self.assert_silent(connection)      # or the kernel joins both segments
+            connection.sendall(data[-9:])
+            self.assertEqual(read_reply(connection).status, 400)
+        self.assertEqual(self.calls(), "-")
 
-    def test_healed_response_is_judged_and_the_client_gets_the_original_400(self):
-        for failure in (error(500), EMPTY_STREAM, error(429), REJECTION):
-            self.script_anew([REJECTION, failure])
-            self.assert_served(self.ask_for("aac", messages=HISTORY), "claude", 2)
-            self.assert_state("antigravity", failureCount=1)
-            self.script([REJECTION, failure], error(429))
-            self.assertEqual(self.ask_for("aac", messages=HISTORY).body, REJECTION.chunks[0])
-            self.assert_state("antigravity", failureCount=1)
+    # Explicit modes, and names that both targets would get, have one attempt and no judge.
+    FAILURES = (error(429), error(500), sse(OVERLOADED), EMPTY_STREAM, EMPTY_MESSAGE)
 
-    def test_refused_request_has_the_header_of_own_errors_and_a_line_in_the_log(self):
-        for status, data in ((400, b"GET /\r\n\r\n"),
-                             (403, b"GET / HTTP/1.1\r\nHost: evil\r\n\r\n"),
-                             (431, b"GET / HTTP/1.1\r\nX: %b" % (b"x" * 70000))):
-            self.assertEqual(self.assert_refused(data, status).header("x-rrouter-error"), "1")
-            wait_until(lambda: "[REFUSED] %d" % status in self.rrouter.log())
+    def test_explicit_mode_neither_rescues_nor_counts(self):
+        for mode in ("antigravity", "claude"):
+            self.set_mode(mode)
+            for response in self.FAILURES:
+                self.script(response, response)
+                self.assert_forwarded(self.ask_for(mode[0]), response, mode)
+            self.assertFalse(self.rrouter.health()["autoSwitch"]["active"])
 
-
-class OneEventTest(AutoTest):
-    """Failures of requests that ran side by side count once."""
-
-    def test_forty_requests_that_fail_together_count_once(self):
-        gate = self.gate()
-        self.script(error(529, before=gate))
-        connections = [self.begin() for _ in range(40)]
-        gate.set()
-        for connection in connections:
-            self.assert_served(read_reply(connection), "claude", 2)
-        self.assert_state("antigravity", failureCount=1, switchCount=0, models={})
-
-    def test_time_is_that_of_the_failure_however_long_the_rescue_takes(self):
-        gate, rescues = self.gate(), [self.gate() for _ in range(12)]
-        self.script(error(529, before=gate), [stream(before=rescue) for rescue in rescues])
-        for _ in rescues:
-            self.begin()
-        gate.set()
-        self.upstream.wait(lambda upstream: len(upstream.received) == 24)
-        for left, rescue in zip(range(11, -1, -1), rescues):
-            rescue.set()
-            wait_until(lambda: self.rrouter.health()["activeRequests"] == left)
-            self.later(1)
-        self.assert_state("antigravity", failureCount=1)
+    def test_name_without_a_rule_goes_once_to_the_current_target(self):
+        for response in self.FAILURES:
+            self.script(other=response)
+            self.assert_forwarded(self.ask_for("-", "gpt-9"), response, "antigravity")
+        self.script(other=sse(PING, STOP, gate=self.gate()))
+        self.begin(until=PING, model="gpt-9")
+        self.assert_state()
+        self.trip()
+        self.scripts[None] = error(500)
+        self.later(1801)
+        self.assert_forwarded(self.ask_for("-", "gpt-9"), error(500), "claude")
+        self.ask_for("c", target=COUNT_TOKENS)
+        self.ask_for("ac")                          # the first that probes
 
 
 class ClientLeavesTest(AutoTest):
@@ -4442,39 +4066,41 @@ class ClientLeavesTest(AutoTest):
 
     limits = {"TICK_S": 0.05}
 
-    def assert_counted(self, timeouts, seconds, response, received=b"", **members):
-        """A client receives these bytes and leaves after some time: so many timeouts count."""
-        self.script_anew(response)
-        connection = self.begin_until(received, **members)
-        self.later(seconds)
-        self.leave(connection)
-        self.upstream.wait(lambda upstream: upstream.closed == 1)
-        self.assertEqual(self.calls(), "a")
-        self.assert_state("antigravity", failureCount=0, timeoutCount=timeouts)
-
     def test_silence_of_120_s_that_the_client_ends_is_a_timeout(self):
-        for label, response, received in (
-                ("before the head", self.silent(), b""),
-                ("in a stream", sse(START + DELTA, DELTA, gate=self.gate()), DELTA),
-                ("comments alone", slowly(COMMENT), b""),
-                ("pings alone", sse(START + DELTA, *slowly(PING).chunks, pause_s=0.02), DELTA)):
-            for seconds, timeouts in ((0, 0), (119, 0), (121, 1)):
-                with self.subTest(label, seconds=seconds):
-                    self.assert_counted(timeouts, seconds, response, received)
-        self.assert_counted(0, 121, self.silent(), stream=False)
+        for label, seconds, timeouts, response, received, members in (
+                ("before the head", 110, 0, self.silent(), b"", {}),
+                ("before the head", 121, 1, self.silent(), b"", {}),
+                ("not a stream", 121, 0, self.silent(), b"", {"stream": False}),
+                ("in a stream", 110, 0, sse(TALK, DELTA, gate=self.gate()), DELTA, {}),
+                ("in a stream", 121, 1, sse(TALK, DELTA, gate=self.gate()), DELTA, {}),
+                ("comments alone", 121, 1, slowly(COMMENT), b"", {}),
+                ("pings alone", 121, 1, slowly(PING, TALK), DELTA, {})):
+            with self.subTest(label, seconds=seconds):
+                self.script_anew(response)
+                connection = self.begin(until=received, **members)
+                self.later(seconds)
+                self.leave(connection)
+                self.upstream.wait(lambda upstream: upstream.closed == 1)
+                self.assertEqual(self.calls(), "a")
+                self.assert_state(timeoutCount=timeouts)
 
     def test_event_ends_the_silence(self):
-        for late in (text_of("later"), NO_MORE_TEXT):
-            gates = [self.gate() for _ in range(3)]
-            gates[0].set()
-            self.script(sse(START + DELTA, late, PING, gate=gates))
-            connection = self.begin_until(DELTA)
-            self.later(100)
-            gates[1].set()
-            receive_until(connection, late)
-            self.later(100)
-            self.leave(connection)
-            self.assert_untouched()
+        gates = [self.gate() for _ in range(3)]
+        gates[0].set()
+        self.script(sse(TALK, NO_MORE_TEXT, PING, gate=gates))
+        connection = self.begin(until=DELTA)
+        self.later(100)
+        gates[1].set()
+        receive_until(connection, NO_MORE_TEXT)
+        self.later(100)
+        self.leave(connection)
+        self.assert_state()
+
+    def test_response_is_complete_with_message_stop(self):
+        self.script([error(500), sse(START + DELTA + STOP, PING, gate=self.gate())])
+        self.ask()
+        self.leave(self.begin(until=STOP))
+        self.assert_state()
 
     def test_client_that_left_before_the_failure_gets_no_second_attempt(self):
         gate = self.gate()
@@ -4485,10 +4111,10 @@ class ClientLeavesTest(AutoTest):
             gate.set()
             self.leave()
             self.assertEqual(self.calls(), "a")
-            self.assert_untouched()
+            self.assert_state()
 
     def test_client_that_leaves_during_the_rescue_leaves_a_failure_after_60_s_counted(self):
-        for seconds, failures in ((0, 0), (59, 0), (61, 1)):
+        for seconds, failures in ((50, 0), (61, 1)):
             with self.subTest(first_attempt_s=seconds):
                 gate = self.gate()
                 self.script_anew(error(500, before=gate), self.silent())
@@ -4497,72 +4123,71 @@ class ClientLeavesTest(AutoTest):
                 gate.set()
                 self.upstream.wait(lambda upstream: self.calls() == "ac")
                 self.leave(connection)
-                self.assert_state("antigravity", failureCount=failures, timeoutCount=0)
-
-
-def retry_after(value, name="Retry-After"):
-    return error(429, fields=((name, value),))
-
-
-COOLDOWNS = (
-    # seconds of at most 4 hours, last of three failures
-    (90, retry_after("90")), (90.5, retry_after("90.5")), (14400, retry_after("86400")),
-    (90, retry_after("90500", "retry-after-ms")), (90, retry_after("90\r\nRetry-After: 90")),
-    (60, retry_after("5")), (60, retry_after("Fri, 27 Nov 2020 01:16:59 GMT")),
-    (14400, retry_after("soon")), (3723, error(429, "Your quota will reset after 1h2m3s.")),
-    (7200, QUOTA_429), (14400, error(429)), (90, error(503, fields=(("Retry-After", "90"),))))
+                self.assert_state(failureCount=failures)
 
 
 class SwitchTest(AutoTest):
-    """Three failures in a row switch the target, or one model of it."""
 
-    def test_health_and_log_show_the_switch(self):
-        self.trip()
-        self.assert_state("claude", active=True, switched=True, switchCount=1, failureCount=0,
-                          timeoutCount=0, models={}, cooldownSeconds=1800,
-                          reason="3 consecutive HTTP errors, last 429")
-        self.assertTrue(1790 <= self.auto()["cooldownRemainingSeconds"] <= 1800)
-        self.assert_logged(r"antigravity.*\b429\b.*\b2\b")
-        self.assert_logged("SWITCH antigravity -> claude: 3 consecutive HTTP errors, last 429; "
-                           r"retry in 30m\b")
-        self.assertEqual((self.ask()[1], self.ask(HAIKU)[1]), ("c", "c"))
-
-    def test_cooldown_is_shortened_by_the_last_failure_but_never_lengthened(self):
-        self.configure(auto_config(cooldownMinutes=[240]))
-        for seconds, failure in COOLDOWNS:
-            with self.subTest(failure.fields + list(failure.chunks)):
-                self.script_anew([retry_after("70"), error(429), failure])
-                self.ask_for("ac ac ac")
-                self.assert_state("claude")
-                self.assertAlmostEqual(self.auto()["cooldownRemainingSeconds"], seconds, delta=5)
-
-    def test_target_that_fails_in_its_turn_is_left_at_once_and_the_next_cooldown_is_longer(self):
-        for seconds in (1800, 3600, 7200):
-            self.trip()
-            self.assert_state("claude", cooldownSeconds=seconds)
-            self.ask()
-            self.script(claude=error(503))
-            self.ask_for("ca ca ca")
-            self.assertFalse(self.auto()["retryAt"])
-        self.assert_state("antigravity", switchCount=6)
-        self.assert_logged("SWITCH claude -> antigravity: 3 consecutive HTTP errors, last 503")
+    def test_forty_requests_that_fail_together_count_once_however_long_their_rescues_take(self):
+        gate, rescues = self.gate(), [self.gate() for _ in range(3)]
+        self.script(error(529, before=gate),
+                    [whole("claude", before=rescue) for rescue in rescues] + [None] * 37)
+        connections = [self.begin() for _ in range(40)]
+        gate.set()
+        for left, rescue in zip((3, 2, 1), rescues):
+            wait_until(lambda: self.rrouter.health()["activeRequests"] == left)
+            self.later(3)
+            rescue.set()
+        for connection in connections:
+            self.assert_served(read_reply(connection), "claude", 2)
+        self.assert_state(failureCount=1)
 
     def test_exhausted_model_switches_and_recovers_alone(self):
         self.script(lambda received: error(429) if "opus" in received.model
                     else whole("antigravity"))
         for _ in range(3):
             self.assertEqual((self.ask(OPUS)[1], self.ask(HAIKU)[1]), ("ac", "a"))
-        self.assert_state("antigravity", switched=False, switchCount=0)
-        model = self.auto()["models"][OPUS]
+        models = self.rrouter.health()["autoSwitch"]["models"]
+        self.assert_state(switched=False, models=models)
+        model = models[OPUS]
         self.assertEqual((model["currentTarget"], model["switchCount"], model["cooldownSeconds"]),
                          ("claude", 1, 1800))
         self.assertEqual([self.ask(name)[1] for name in (OPUS, HAIKU, SONNET)], ["c", "a", "a"])
-        self.trip(model=HAIKU)                          # the whole, and opus keeps its own machine
-        self.assertEqual(self.auto()["models"][OPUS]["retryAt"], model["retryAt"])
         self.later(1801)
         self.script()
-        self.assertEqual([self.ask(name)[1] for name in (HAIKU, OPUS, OPUS)], ["a", "a", "a"])
-        self.assert_state("antigravity", models={})
+        self.ask_for("a", OPUS)
+        self.assert_state()
+
+    def test_one_request_probes_while_all_others_stay(self):
+        self.trip()
+        self.later(1801)
+        gate = self.gate()
+        self.script(error(500, before=gate))
+        self.upstream.clear()
+        connections = [self.send() for _ in range(9)]
+        self.upstream.wait(lambda upstream: len(upstream.received) == 9)
+        self.assertEqual(sorted(self.calls()), list("a" + "c" * 8))
+        self.ask_for("c", OPUS)
+        gate.set()
+        self.assertEqual({read_reply(one).status for one in connections}, {200})
+        self.assert_state("claude", switchCount=2, cooldownSeconds=3600)
+        self.script(self.silent())
+        self.later(3601)
+        self.leave(self.begin())                        # a neutral probe
+        self.ask_for("c")
+        self.script()
+        self.ask_for("61 a")
+
+    def test_clock_that_was_set_back_and_right_again_ends_a_cooldown(self):
+        self.trip()
+        for seconds in (-86400, 86400):
+            self.shifts[0] += seconds                   # of the time of day alone
+            for _ in range(2):          # the second line is written in a later round of the watcher
+                before = self.rrouter.log().count("[REFUSED]")
+                self.rrouter.request("GET", "/", None, (("Origin", "null"),))
+                wait_until(lambda: self.rrouter.log().count("[REFUSED]") > before)
+        self.script()
+        self.ask_for("a")
 
     def test_auto_again_clears_everything(self):
         for label, way in (
@@ -4580,7 +4205,7 @@ class SwitchTest(AutoTest):
                 gate.set()
                 self.assert_served(read_reply(late), "antigravity", 2)
                 self.ask_for("a")
-                self.assert_untouched()
+                self.assert_state()
 
 
 class SilenceTest(AutoTest):
@@ -4588,28 +4213,21 @@ class SilenceTest(AutoTest):
 
     config, limits = auto_config(firstByteTimeoutSeconds=0.3), {"TICK_S": 0.05}
 
-    def test_two_timeouts_switch(self):
-        self.script(self.silent())
-        for count in (1, 2):
-            self.assert_served(self.ask()[0], "claude", 2)
-            self.upstream.wait(lambda upstream: upstream.closed >= count)   # not left running
-            if count == 1:
-                self.assert_state("antigravity", timeoutCount=1, failureCount=0)
-        self.assert_state("claude", timeoutCount=0, switchCount=1)
-        self.assert_logged("SWITCH antigravity -> claude: 2 .*timeouts.*; retry in 30m")
-
     def test_limit_runs_until_the_first_content_or_the_last_byte(self):
         gate = self.gate()
         for label, response in (
                 ("half a head", Response(raw=(sse().head()[:40], b""), gate=gate)),
                 ("no content", sse(PING + START + NO_TEXT, STOP, gate=gate)),
                 ("half a message", Response(200, (b'{"type":', b"}"), gate=gate)),
-                ("comments for ever", slowly(COMMENT)), ("pings for ever", slowly(PING)),
+                ("pings for ever", slowly(PING)),
                 ("blank lines for ever", Response(200, (b"\n",) * 999, pause_s=0.02))):
             with self.subTest(label):
                 self.script_anew(response)
                 self.assert_served(self.ask(stream="lines" not in label)[0], "claude", 2)
-                self.assert_state("antigravity", timeoutCount=1, failureCount=0)
+                self.assert_state(timeoutCount=1)
+                self.upstream.wait(lambda upstream: upstream.closed)    # not left running
+        self.ask_for("ac")
+        self.assert_state("claude", switchCount=1, reason="2 consecutive timeouts")
 
     def test_request_without_stream_has_twice_the_limit(self):
         self.script(self.silent())
@@ -4620,22 +4238,14 @@ class SilenceTest(AutoTest):
 
     def test_timeout_counts_unless_the_other_target_is_silent_or_drops_too(self):
         for first, second, status, timeouts in (
-                (None, error(529), 529, 1), (None, error(400), 400, 1), (None, SHELF_503, 503, 1),
-                (error(529), None, 529, 0), (None, None, 504, 0),
-                (None, Response(hangup=True), 504, 0)):
+                (None, SHELF_503, 503, 1), (error(529), None, 529, 0), (None, None, 504, 0),
+                (None, HANG_UP, 504, 0)):
             with self.subTest([first and first.status, second and second.status]):
                 self.script_anew(first or self.silent(), second or self.silent())
                 reply = self.ask()[0]
                 self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (status, "2"))
                 self.assertEqual(reply.header("x-rrouter-error"), "1" if status == 504 else None)
-                self.assert_state("antigravity", failureCount=0, timeoutCount=timeouts)
-
-    def test_client_that_leaves_during_the_rescue_leaves_the_timeout_counted(self):
-        self.script(self.silent(), self.silent())
-        connection = self.begin()
-        self.upstream.wait(lambda upstream: self.calls() == "ac")
-        self.leave(connection)
-        self.assert_state("antigravity", failureCount=0, timeoutCount=1)
+                self.assert_state(timeoutCount=timeouts)
 
     def test_nothing_else_has_a_limit(self):
         gate = self.gate()
@@ -4668,145 +4278,7 @@ class SilenceTest(AutoTest):
                 process.send_signal(signal.SIGCONT)
             gate.set()
             self.assert_served(read_reply(connection), "antigravity", 1)
-        self.assert_untouched()
-
-
-class ShelfTest(AutoTest):
-    """After a shelf response asking again is free: the cooldown is one minute."""
-
-    def switch_by(self, *failures):
-        self.script_anew(list(failures))
-        self.ask_for("ac ac ac")
-        self.assert_state("claude", switched=True, switchCount=1)
-        self.script()
-
-    def test_switch_by_the_shelf_lasts_a_minute_and_does_not_raise_n(self):
-        model_cooldown = Response(429, b'{"error":{"code":"model_cooldown"}}', framing="length")
-        for failures, reason in (
-                ((error(500), SHELF_503, SHELF_503), "last 503 auth_unavailable, after 500"),
-                ((INVALID_KEY_401, SHELF_503, SHELF_503), "last 503 auth_unavailable, after 401"),
-                ((SHELF_503, error(500), SHELF_503), "last 503 auth_unavailable, after 500"),
-                ((error(401), COOLING_429, COOLING_429), "after 401"),
-                ((error(500), SHELF_503, model_cooldown), "after 500"),
-                ((UNKNOWN_400,) * 3, "last 400"), ((SHELF_503,) * 3, "last 503 auth_unavailable")):
-            with self.subTest(reason):
-                self.script_anew(error(500))
-                self.rrouter.post(target=COUNT_TOKENS)      # this alone shelves a credential
-                self.switch_by(*failures)
-                self.assert_state("claude", cooldownSeconds=60)
-                self.assertIn(reason, self.auto()["reason"])
-                self.later(61)
-                self.ask_for("a")
-                self.trip()
-                self.assert_state("claude", cooldownSeconds=1800, switchCount=2)
-        self.switch_by(SHELF_503, SHELF_503, error(500))
-        self.assert_state("claude", cooldownSeconds=1800)
-
-    def test_probe_that_fails_as_expected_starts_another_minute_and_is_no_switch(self):
-        self.switch_by(error(401), SHELF_503, SHELF_503)
-        before = self.auto()
-        for failure in (SHELF_503, error(401), error(403), error(404), error(500), COOLING_429):
-            self.later(61)
-            self.script(failure)
-            self.ask_for("ac c")
-            after = self.auto()
-            for name in ("switchCount", "switchedAt", "reason", "currentTarget"):
-                self.assertEqual(after[name], before[name], name)
-            self.assertTrue(50 < after["cooldownRemainingSeconds"] <= 60, after)
-        self.later(61)
-        self.script(error(429))             # a new failure is the next switch
-        self.ask_for("ac")
-        self.assert_state("claude", switchCount=2, cooldownSeconds=1800)
-
-    def decisions(self):
-        """Return the number of lines of auto mode, when all requests have theirs."""
-        count = self.rrouter.health()["requestCount"]
-        return wait_until(lambda: self.rrouter.log().count("[REQ]") == count
-                          and self.rrouter.log().count("[AUTO]"))
-
-    def test_probes_of_the_shelf_are_logged_when_the_response_changes(self):
-        self.switch_by(*(SHELF_503,) * 3)
-        for failure, is_logged in ((error(401), True), (SHELF_503, True), (SHELF_503, False),
-                                   (SHELF_503, False), (error(403), True), (error(403), False)):
-            before = self.decisions()
-            self.later(61)
-            self.script(failure)
-            self.ask_for("ac")
-            self.assertEqual(self.decisions() > before, is_logged, failure.status)
-
-
-class ProbeTest(AutoTest):
-    """After the cooldown one request probes the target that failed."""
-
-    def trip_and_wait(self):
-        self.set_mode("auto")
-        self.trip()
-        self.later(1801)
-        self.upstream.clear()
-
-    def test_successful_probe_recovers_the_target(self):
-        self.trip_and_wait()
-        self.script()
-        self.ask_for("a a")
-        self.assert_state("antigravity", switched=False, switchCount=1, failureCount=0)
-        self.assert_logged("probe of antigravity")
-        self.assert_logged("recover")
-
-    def test_probe_succeeds_when_it_commits(self):
-        self.trip_and_wait()
-        gate = self.gate()
-        self.script([sse(START + DELTA, OVERLOADED, gate=gate)])
-        probe = self.begin_until(DELTA)
-        self.assert_state("antigravity", switched=False, failureCount=0)
-        gate.set()
-        receive_until(probe, b"0\r\n\r\n")
-        self.assert_state("antigravity", switched=False, failureCount=1)
-
-    def test_one_request_probes_while_all_others_stay_and_its_failure_is_the_next_switch(self):
-        self.trip_and_wait()
-        gate = self.gate()
-        self.script(error(500, before=gate))
-        connections = [self.send() for _ in range(9)]
-        self.upstream.wait(lambda upstream: len(upstream.received) == 9)
-        self.assertEqual(sorted(self.calls()), list("a" + "c" * 8))
-        self.ask_for("c", OPUS)
-        gate.set()
-        self.assertEqual({read_reply(one).status for one in connections}, {200})
-        self.assert_state("claude", switchCount=2, cooldownSeconds=3600, failureCount=0)
-        self.ask_for("c")
-
-    def test_neutral_probe_is_followed_by_the_next_after_a_minute(self):
-        for label, antigravity, claude in (
-                ("dropped", Response(hangup=True), None), ("both fail", error(500), error(500)),
-                ("too large", error(400, TOO_LARGE), None), ("own error", OF_A_ROUTER, None),
-                ("the client leaves", self.silent(), None)):
-            with self.subTest(label):
-                self.trip_and_wait()
-                self.script(antigravity, claude)
-                if label == "the client leaves":
-                    self.leave(self.begin())
-                else:
-                    self.ask()
-                self.assertEqual(self.calls()[0], "a")
-                self.script()
-                self.ask_for("c")
-                self.assert_state("claude", switchCount=1)
-                self.later(61)
-                self.assert_served(self.ask_for("a"), "antigravity", 1)
-
-    def test_probe_that_needs_healing_recovers(self):
-        self.trip_and_wait()
-        self.script([REJECTION, None])
-        self.assert_served(self.ask_for("aa", messages=HISTORY), "antigravity", 1)
-        self.assert_state("antigravity", switched=False)
-
-    def test_only_messages_with_a_rule_probe(self):
-        self.trip_and_wait()
-        self.assertEqual([self.rrouter.post(*request).header("x-rrouter-target") for request in (
-            ("gpt-9",), (SONNET, COUNT_TOKENS))], ["claude", "claude"])
-        self.get()
-        self.assertEqual(self.calls(), "-c-")
-        self.ask_for("ac")
+        self.assert_state()
 
 
 class UpstreamAwayTest(AutoTest):
@@ -4844,12 +4316,14 @@ class UpstreamAwayTest(AutoTest):
         return reply
 
     def test_restart_of_the_upstream_is_survived_in_every_mode(self):
-        for mode, target in (("auto", "antigravity"), ("antigravity",) * 2, ("claude",) * 2):
+        for mode, target in (("auto", "antigravity"), ("claude", "claude")):
             with self.subTest(mode):
                 self.set_mode(mode)
                 with self.away():
+                    self.leave(self.send_and_wait())    # whose waiting ends with that
                     connection = self.send_and_wait()
                 self.assert_served(read_reply(connection), target, 1)
+                self.assertEqual(self.calls(), target[0])
 
     def test_second_miss_in_a_row_is_not_to_be_retried(self):
         for _ in range(2):
@@ -4858,12 +4332,7 @@ class UpstreamAwayTest(AutoTest):
                 self.assert_error(self.get(), 502)      # without a model: at once
             self.assertEqual(retries, [None, "false", "false"])
             self.ask_for("a")
-        self.assert_untouched()
-
-    def test_client_that_leaves_ends_the_waiting(self):
-        with self.away():
-            self.leave(self.send_and_wait())
-        self.assertEqual(self.upstream.received, [])
+        self.assert_state()
 
     def test_second_attempt_does_not_wait_and_the_first_is_neutral(self):
         self.upstream.break_connections()
@@ -4874,22 +4343,9 @@ class UpstreamAwayTest(AutoTest):
 
         self.script(fail_and_go)
         self.assertEqual(self.ask_for("a").body, error(429, "last words").chunks[0])
-        self.assert_untouched()
+        self.assert_state()
         with self.away():
             pass
-
-    def test_streams_of_an_upstream_that_is_killed_are_broken_off_neutrally(self):
-        self.script(sse(START + DELTA, STOP, gate=self.gate()))
-        streams = [self.begin_until(DELTA) for _ in range(4)]
-        self.upstream.break_connections(reset=True)
-        with self.away():
-            for connection in streams:
-                self.assertFalse(read_all(connection).endswith(b"0\r\n\r\n"))
-            waiting = [self.send() for _ in range(4)]
-            self.script()
-        for connection in waiting:
-            self.assert_served(read_reply(connection), "antigravity", 1)
-        self.assert_untouched()
 
     def test_request_is_sent_again_only_if_its_kept_connection_closes_within_a_second(self):
         for mode, seconds, calls, status in (("antigravity", 0, "aa", 200),
@@ -4907,7 +4363,7 @@ class UpstreamAwayTest(AutoTest):
                 gate.set()
                 self.assertEqual(read_reply(connection).status, status)
                 self.assertEqual(self.calls(), calls)
-        self.assert_untouched()
+        self.assert_state()
         wait_until(lambda: re.search(r"\[REQ\].*sent again", self.rrouter.log()))
 
 
@@ -4927,228 +4383,54 @@ class RequestLoopTest(AutoTest):
     def test_request_loop_unwinds_at_the_connection_limit(self):
         for mode, self.drops_headers in (("claude", False), ("auto", False), ("auto", True)):
             self.set_mode(mode)
-            before, start = self.rrouter.health()["requestCount"], time.monotonic()
-            reply = self.rrouter.post()
-            self.assert_error(reply, 503)
-            self.assertLess(time.monotonic() - start, 5)
+            self.assert_error(self.rrouter.post(), 503)
             self.leave()
-            self.assertLessEqual(self.rrouter.health()["requestCount"] - before, 40)
-        self.assert_untouched()
+        self.assert_state()
 
 
 class TruncatedTlsTest(TlsTest, AutoTest):
     """A TLS connection that ends without close_notify, as the scripted one does, is broken."""
 
     def test_response_that_ends_with_the_connection_is_broken(self):
-        response = plain(message(text("x")))
+        response = plain(message("x"))
         response.framing = "close"
         self.script(response)
         self.assert_served(self.ask(stream=False)[0], "claude", 2)
-        self.assert_untouched()
+        self.assert_state()
         self.set_mode("antigravity")
         self.assertFalse(self.ask(stream=False)[0].complete)
 
 
-class SingleAttemptTest(AutoTest):
-    """Explicit modes, and names that both targets would get, have one attempt and no judge."""
-
-    RESPONSES = (error(429, "as it is"), error(500), sse(OVERLOADED), sse(), EMPTY_STREAM,
-                 plain(EMPTY_MESSAGE), plain(b"<html>"))
-
-    def assert_forwarded(self, response, target, model=SONNET):
-        before = len(self.upstream.received)
-        reply = self.rrouter.post(model)
-        self.assertEqual((reply.status, reply.body, reply.complete),
-                         (response.status, b"".join(response.chunks), True))
-        self.assertEqual((reply.header("x-rrouter-target"), reply.header("x-rrouter-attempts"),
-                          len(self.upstream.received) - before), (target, "1", 1))
-
-    def test_explicit_mode_neither_rescues_nor_counts(self):
-        for mode in ("antigravity", "claude"):
-            self.set_mode(mode)
-            for response in self.RESPONSES:
-                self.script(response, response)
-                self.assert_forwarded(response, mode)
-            self.assertFalse(self.auto()["active"])
-
-    def test_outcome_of_an_explicit_mode_does_not_reach_auto(self):
-        self.set_mode("antigravity")
-        gate = self.gate()
-        self.script(sse(PING, OVERLOADED, gate=gate))
-        connection = self.begin_until(PING)         # not held back
-        self.set_mode("auto")
-        gate.set()
-        receive_until(connection, b"0\r\n\r\n")
-        self.assert_untouched()
-
-    def test_name_without_a_rule_goes_once_to_the_current_target(self):
-        for response in self.RESPONSES:
-            self.script(other=response)
-            self.assert_forwarded(response, "antigravity", "gpt-9")
-        self.script(other=sse(PING, STOP, gate=self.gate()))
-        self.begin_until(PING, model="gpt-9")
-        self.assert_untouched()
-        self.trip()
-        self.scripts[None] = error(500)
-        self.assert_forwarded(error(500), "claude", "gpt-9")
-
-    def test_rule_matches_the_very_name_whatever_it_holds(self):
-        config = auto_config()
-        config["modes"]["antigravity"]["mappings"] = [
-            {"match": "claude-opus-4-8[1m]", "rewrite": "gemini-long"}]
-        self.configure(config)
-        self.assert_served(self.ask("claude-opus-4-8[1m]")[0], "antigravity", 1)
-        self.assertEqual(self.upstream.models(), ["gemini-long"])
-
-
-class RestartTest(AutoTest):
-    """The state, and a request under way, when rrouter ends."""
-
-    def test_switch_by_the_shelf_is_one_after_a_kill_too(self):
-        self.script(SHELF_503)
-        self.ask_for("ac ac ac")
-        state = self.rrouter.home.dir / "state.json"
-        wait_until(lambda: state.exists() and "auth_unavailable" in state.read_text())
-        self.rrouter.kill()
-        self.rrouter.start()
-        self.ask_for("c")
-        self.later(61)
-        self.ask_for("ac")
-        self.assert_state("claude", switchCount=1)
-        self.assertTrue(50 < self.auto()["cooldownRemainingSeconds"] <= 60)
-
-    def test_draining_rrouter_makes_no_second_attempt(self):
-        gate = self.gate()
-        self.script(error(500, "as it is", before=gate))
-        connection = self.begin()
-        self.rrouter.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: self.rrouter.home.health() is None)      # it accepts no more connections
-        gate.set()
-        self.assertEqual(read_reply(connection).body, error(500, "as it is").chunks[0])
-        self.assertEqual(self.calls(), "a")
-        self.rrouter.stop()
-        self.rrouter.start()
-
-
-REAL = (*(error(status) for status in (401, 404, 429, 500, 529)), EMPTY_STREAM,
-        sse(PING, OVERLOADED), sse(), plain(EMPTY_MESSAGE))
-SHELVED = SHELF_503, COOLING_429, UNKNOWN_400
-INNOCENT = (*(response for _, response in DROPPED), error(400, TOO_LARGE))
-
-
-class RandomFailuresTest(AutoTest):
-    """Targets fail at random: no client sees a failure unless both fail, and traffic stays home."""
-
-    SEEDS = (int(os.environ["RROUTER_SOAK"]),) if SOAKING else (1, 2, 3)
-    REQUESTS = 20_000 if SOAKING else 400
-
-    def test_traffic_is_away_only_during_a_cooldown_that_three_failures_earned(self):
-        self.configure(auto_config(cooldownMinutes=[30]))
-        for seed in self.SEEDS:
-            with self.subTest(seed=seed):
-                self.set_mode("auto")
-                self.walk(random.Random(seed))
-
-    def walk(self, dice):
-        """Send requests one by one, with time passing in between.
-
-        `earned` has for the whole target (None) and for each model: the failures of home in a row
-        that claude rescued, and when the cooldown ends that they earned at most.
-        """
-        earned, seen = collections.defaultdict(lambda: (0, 0.0)), collections.Counter()
-        rates, good = [0, 0], [b"".join(events_of(target)) for target in ("antigravity", "claude")]
-        for number in range(self.REQUESTS):
-            if dice.random() < 0.1:
-                rates = [dice.choice((0, 0, 0.3, 1)) for _ in rates]
-            self.later(dice.choice((0, 0, 0, 1, 20, 61, 400, 1801)))
-            model = dice.choice((SONNET, SONNET, OPUS, HAIKU))
-            home, away = [dice.choice(dice.choice((REAL, REAL, SHELVED, INNOCENT)))
-                          if dice.random() < rate else None for rate in rates]
-            self.script(home, away)
-            now, alone = time.time() + self.shifts[0], self.auto()["models"].get(model)
-            reply, calls = self.ask(model)
-            calls, what = re.sub(r"(.)\1", r"\1", calls), (number, calls, dict(earned), reply)
-            served = reply.complete and reply.body in good
-            self.assertEqual(served, not (home and away), what)
-            if calls[0] == "c" and not home and not (
-                    alone and alone["currentTarget"] == "antigravity"):     # it probes claude
-                self.assertTrue(any(count >= 3 and now < end for count, end in
-                                    (earned[None], earned[model])), what)
-            for scope in (model,) if alone else (None, model):
-                earned[scope] = self.learned(*earned[scope], calls, home, away)
-            seen[calls, served] += 1
-        self.assertEqual(len(seen), 6, seen)            # a, c, ac, ca; ac and ca in vain
-
-    def learned(self, count, end, calls, home, away):
-        """Return what a scope has earned after a request that has shown this of the targets."""
-        now = time.time() + self.shifts[0]
-        if calls == "a":
-            return 0, 0.0
-        if calls[0] == "a" and (away or home in INNOCENT) and count >= 3:
-            return count, max(end, now + 60)            # after a neutral probe
-        if calls == "ac" and not away and home not in INNOCENT:
-            return count + 1, max(end, now + (60 if home in SHELVED else 1800))
-        return count, end
-
-    def test_clients_side_by_side_see_no_failure_that_the_other_target_could_avoid(self):
-        dice, failures = random.Random(self.SEEDS[0]), REAL + SHELVED + INNOCENT
-        failing = [dice.choice((None, "antigravity", "claude")) for _ in range(self.REQUESTS)]
-
-        def respond(received):
-            number, target = received.json()["number"], target_of(received)
-            if failing[number // 20] == target:
-                return failures[number * 7919 % len(failures)]
-            return sse(START, text_of("%d by %s" % (number, target)), STOP)
-
-        def is_served(number):
-            if number % 50 == 0:
-                self.shifts[0] += 1801
-            reply = self.rrouter.post((SONNET, OPUS, HAIKU)[number % 3], number=number)
-            words = text_of("%d by %s" % (number, reply.header("x-rrouter-target")))
-            return (reply.status, reply.complete, reply.body) == (200, True, START + words + STOP)
-
-        self.upstream.default = respond
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            served = list(pool.map(is_served, range(self.REQUESTS)))
-        self.assertEqual([number for number, good in enumerate(served) if not good], [])
-
-
 # Healing ######################################################################
 
-def nested(message):
-    """Return a refusal as Antigravity writes it: JSON in the message of Google's error."""
-    inner = json.dumps({"type": "error",
-                        "error": {"type": "invalid_request_error", "message": message}})
-    return json.dumps({"error": {"code": 400, "message": inner, "status": "INVALID_ARGUMENT"}})
-
-
-def refusal(wording):
-    """Return a 400 of this wording in Anthropic's shape; bytes are the whole body, in gzip."""
-    if isinstance(wording, str):
-        return error(400, wording, "invalid_request_error")
-    return Response(400, gzip.compress(wording), fields=[("Content-Encoding", "gzip")])
-
-
 INVALID_SIGNATURE = "messages.1.content.0: Invalid `signature` in `thinking` block"
-CORRUPTED_SIGNATURE = "Corrupted thought signature."
-SIGNATURE_REFUSALS = (
-    INVALID_SIGNATURE, nested(INVALID_SIGNATURE), CORRUPTED_SIGNATURE,
-    "messages.1.content.0.thinking.signature: Field required",
-    "messages.1.content.0: `thinking` or `redacted_thinking` blocks in the latest assistant "
-    "message cannot be modified. These blocks must remain as they were in the original response.",
-    "'thinking' or 'redacted_thinking' blocks in the latest assistant message cannot be modified",
-    "messages.3.content.1: Invalid data in `redacted_thinking` block",
-    "Invalid signature in redacted_thinking", "Invalid thought signature.",
-    "Thought signature is not valid",
-    b'{"error":{"code":400,"message":"Corrupted thought signature.","status":"INVALID_ARGUMENT"}}',
-)
-OTHER_RESPONSES = (
-    *(error(400, wording, "invalid_request_error") for wording in (
+NESTED = json.dumps({"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": json.dumps(
+    {"type": "error", "error": {"message": INVALID_SIGNATURE}})}})      # as Antigravity writes it
+
+
+class SignatureRefusalTest(unittest.TestCase):
+    """Which 400 rejects the thinking signatures of another backend."""
+
+    REFUSALS = (
+        INVALID_SIGNATURE, NESTED, "Corrupted thought signature.", "Invalid thought signature.",
+        "messages.1.content.0.thinking.signature: Field required",
+        "`thinking` or `redacted_thinking` blocks in the latest assistant message cannot be "
+        "modified. These blocks must remain as they were in the original response.",
+        "'thinking' or 'redacted_thinking' blocks in the latest assistant message cannot be "
+        "modified", "messages.3.content.1: Invalid data in `redacted_thinking` block",
+        "a thinking block with an invalid signature", "Invalid signature in redacted_thinking",
+        "Thought signature is not valid", "signature is bound to a different conversation")
+    OTHERS = (
         "prompt is too long: 210000 tokens > 200000 maximum", "thinking.type: Field required",
         "unknown provider for model gemini-claude-sonnet-4-5-thinking",
-        "thinking.budget_tokens: Input should be greater than or equal to 1024")),
-    error(500, INVALID_SIGNATURE), error(429, INVALID_SIGNATURE),
-)
+        "thinking.budget_tokens: Input should be greater than or equal to 1024")
+
+    def test_it_is_known_by_its_wording(self):
+        for wordings, expected in ((self.REFUSALS, True), (self.OTHERS, False)):
+            for wording in wordings:
+                with self.subTest(wording):
+                    self.assertEqual(rrouter.names_foreign_signature(wording.encode()), expected)
+
 
 # Blocks of a history as bytes: each block that stays must stay byte-identical.
 THINKING = b'{"type":"thinking","thinking":"so ]},{ \\"type\\":\\"text\\"","signature":"c2ln"}'
@@ -5158,7 +4440,7 @@ TEXT = (b'{"type":"text","text":"caf\\u00e9 \\ud83d \\u2028 {\\"type\\":\\"think
         b'"f":1E400,"f":1.50}')
 TOOL_USE = (b'{"type":"tool_use","id":"t","name":"f","input":{"type":"thinking","content":'
             b'[{"type":"thinking"},{"type":"redacted_thinking"}],"x":1e-7}}')
-TOOL_RESULT = b'{"type":"tool_result","tool_use_id":"t","content":[{"type":"text","text":"ok"}]}'
+SHORT_TEXT = b'{"type":"text","text":"(no content)"}'
 
 
 def conversation(*contents, model=SONNET):
@@ -5166,162 +4448,74 @@ def conversation(*contents, model=SONNET):
     turns = b",".join(
         b'{"role":"user","content":"go on"},{"role":"assistant","content":[%b]}' % b",".join(blocks)
         for blocks in contents)
-    return (b'{"model":"%b","messages":[%b,{"role":"user","content":[%b]}],'
+    return (b'{"model":"%b","messages":[%b,{"role":"user","content":[{"type":"tool_result"}]}],'
             b'"system":[{"type":"text","text":"thinking"}],"metadata":{"type":"thinking"},'
             b'"thinking":{"type":"adaptive","display":"omitted"},"max_tokens":9,"stream":true}' % (
-                model.encode(), turns, TOOL_RESULT))
-
-
-WITHOUT_THINKING = (
-    # request with nothing to remove
-    conversation([TEXT], [TOOL_USE]), chat(messages=[{"content": '"type":"thinking"'}]),
-    chat(thinking={"type": "enabled"}, messages=[]), chat(messages="thinking"),
-    chat(messages=[{"type": "thinking"}, 7, None, {"content": 7}]),
-    b'{"model":"claude-sonnet-5-5","messages":[{"content":[{"type":"thinking"}]}',
-)
+                model.encode(), turns))
 
 
 class HealingTest(AutoTest):
-    """A history with foreign signatures is sent again to the same target without its thinking."""
+    """A history with foreign signatures is sent again to the same target without its thinking.
 
-    BEFORE = ([THINKING, TEXT, TOOL_USE], [TEXT, REDACTED],
+    SCRIPTS has what comes of it in auto mode.
+    """
+
+    BEFORE = ([THINKING, TEXT, TOOL_USE], [TEXT, REDACTED], [REDACTED, THINKING_LATE],
               [REDACTED, THINKING, TEXT, THINKING_LATE], [TEXT], [TEXT, THINKING, THINKING, TEXT])
-    AFTER = ([TEXT, TOOL_USE], [TEXT], [TEXT], [TEXT], [TEXT, TEXT])
+    AFTER = ([TEXT, TOOL_USE], [TEXT], [SHORT_TEXT], [TEXT], [TEXT], [TEXT, TEXT])
+    WITHOUT_THINKING = (
+        conversation([TEXT], [TOOL_USE]), chat(messages="thinking"),
+        chat(messages=[{"type": "thinking"}, 7, None, {"content": 7}]),
+        b'{"model":"claude-sonnet-5-5","messages":[{"content":[{"type":"thinking"}]}')
+
     HISTORY = conversation(*BEFORE)
 
     def send(self, body=HISTORY):
-        """POST these bytes; return (reply, calls, what the upstream received)."""
-        before = len(self.upstream.received)
-        reply = self.rrouter.request(body=body)
-        return reply, self.calls(before), self.upstream.received[before:]
+        """POST these bytes; return (reply, calls)."""
+        self.upstream.clear()
+        return self.rrouter.request(body=body), self.calls()
 
-    def test_each_wording_is_healed_in_every_mode(self):
-        for mode, target, model in (("antigravity", "antigravity", GEMINI_SONNET),
-                                    ("claude", "claude", SONNET),
-                                    ("auto", "antigravity", GEMINI_SONNET)):
-            self.set_mode(mode)
-            for wording in SIGNATURE_REFUSALS:
-                with self.subTest(mode=mode, wording=wording):
-                    self.script(**{target: [refusal(wording), whole(target)]})
-                    reply, calls, received = self.send()
-                    self.assert_served(reply, target, 1)
-                    self.assertEqual(calls, target[0] * 2)
-                    self.assertEqual([r.body for r in received], [
-                        conversation(*self.BEFORE, model=model),
-                        conversation(*self.AFTER, model=model)])
-                    self.assertEqual(self.auto()["failureCount"], 0)
+    def test_history_is_healed_in_every_mode(self):
+        packed = Response(400, gzip.compress(NESTED.encode()),
+                          fields=(("Content-Encoding", "gzip"),))
+        for mode, target, model, refusal in (
+                ("antigravity", "antigravity", GEMINI_SONNET, error(400, INVALID_SIGNATURE)),
+                ("claude", "claude", SONNET, packed),
+                ("auto", "antigravity", GEMINI_SONNET, packed)):
+            with self.subTest(mode):
+                self.set_mode(mode)
+                self.script(**{target: [refusal]})
+                reply, calls = self.send()
+                self.assert_served(reply, target, 1)
+                self.assertEqual(calls, target[0] * 2)
+                first, second = self.upstream.received
+                self.assertEqual([first.body, second.body], [
+                    conversation(*self.BEFORE, model=model),
+                    conversation(*self.AFTER, model=model)])
+                self.assertEqual(first[:2], second[:2])
+                self.assertEqual(end_to_end(first.fields), end_to_end(second.fields))
 
-    def test_healed_request_keeps_its_head(self):
-        self.script(antigravity=[refusal(INVALID_SIGNATURE)])
-        first, second = self.send()[2]
-        self.assertEqual(first[:2], second[:2])
-        self.assertEqual(end_to_end(first.fields), end_to_end(second.fields))
-        self.assertEqual(second.header("content-length"), str(len(second.body)))
-
-    def test_empty_content_gets_a_short_text(self):
-        for blocks in ([THINKING], [REDACTED, THINKING], [THINKING_LATE, REDACTED]):
-            with self.subTest(blocks):
-                self.script(antigravity=[refusal(INVALID_SIGNATURE)])
-                healed = self.send(conversation([TEXT], blocks, [THINKING, TEXT]))[2][1]
-                content, = healed.json()["messages"][3]["content"]
-                self.assertEqual(content["type"], "text")
-                self.assertTrue(0 < len(content["text"].strip()) < 80, content)
-                start, end = conversation([TEXT], [b"|"], [TEXT], model=GEMINI_SONNET).split(b"|")
-                self.assertTrue(healed.body.startswith(start) and healed.body.endswith(end))
-
-    def test_body_with_white_space_is_healed(self):
-        document = json.loads(conversation([TEXT, THINKING], [REDACTED, TEXT], [THINKING, TEXT]))
-        for indent in (1, "\t"):
-            with self.subTest(indent=indent):
-                self.script(antigravity=[refusal(INVALID_SIGNATURE)])
-                body = json.dumps(document, indent=indent).encode()
-                sent, healed = self.send(body)[2]
-                expected = sent.json()
-                self.assertEqual(expected, {**document, "model": GEMINI_SONNET})
-                for message in expected["messages"]:
-                    if isinstance(message["content"], list):
-                        message["content"] = [block for block in message["content"]
-                                              if "thinking" not in block["type"]]
-                self.assertEqual(healed.json(), expected)
-                self.assertTrue(healed.body.endswith(body[body.index(b'"system"'):]))
-
-    def test_request_without_thinking_is_not_sent_again(self):
-        response = refusal(CORRUPTED_SIGNATURE)
-        self.script(antigravity=response)
+    def test_request_without_thinking_and_other_refusals_are_not_sent_again(self):
         self.set_mode("antigravity")
-        for body in WITHOUT_THINKING:
-            with self.subTest(body):
-                reply, calls, _ = self.send(body)
-                self.assertEqual((reply.status, reply.body, calls), (400, response.chunks[0], "a"))
-
-    def test_other_refusals_are_not_healed(self):
-        self.set_mode("antigravity")
-        for response in OTHER_RESPONSES:
-            with self.subTest(response.wire()):
-                self.script(antigravity=response)
-                reply, calls, _ = self.send()
+        refusal = error(400, INVALID_SIGNATURE)
+        for response, body in (*((refusal, body) for body in self.WITHOUT_THINKING),
+                               (error(400, "thinking.type: Field required"), self.HISTORY),
+                               (error(500, INVALID_SIGNATURE), self.HISTORY)):
+            with self.subTest(body, status=response.status):
+                self.script(response)
+                reply, calls = self.send(body)
                 self.assertEqual((reply.status, reply.body, calls),
                                  (response.status, response.chunks[0], "a"))
-
-    def test_failed_healing_gives_the_original_response(self):
-        first = refusal(INVALID_SIGNATURE)
-        for mode in ("antigravity", "claude"):
-            self.set_mode(mode)
-            for second in (first, refusal("prompt is too long"), error(500), error(429),
-                           Response(hangup=True)):
-                with self.subTest(mode=mode, status=second.status):
-                    self.script(**{mode: [first, second, second]})
-                    reply, calls, _ = self.send()
-                    self.assertEqual((reply.status, reply.body), (400, first.chunks[0]))
-                    self.assertEqual(end_to_end(reply.fields), first.fields)
-                    # A reused connection that drops is stale: the request goes out once more.
-                    self.assertIn(calls, [mode[0] * 2, mode[0] * 3][:1 + second.hangup])
-
-    def test_failed_healing_is_rescued_and_counts(self):
-        self.script(antigravity=refusal(CORRUPTED_SIGNATURE))
-        for count in (1, 2):
-            reply, calls, received = self.send()
-            self.assert_served(reply, "claude", 2)
-            self.assertEqual((calls, received[2].body), ("aac", self.HISTORY))
-            self.assert_state("antigravity", failureCount=count, timeoutCount=0, models={})
-
-    def test_failed_healing_on_both_gives_the_first_original_response(self):
-        first = refusal(CORRUPTED_SIGNATURE)
-        self.script(antigravity=first, claude=refusal(INVALID_SIGNATURE))
-        for _ in range(4):
-            reply, calls, _ = self.send()
-            self.assertEqual((reply.status, reply.body, calls), (400, first.chunks[0], "aacc"))
-        self.script(antigravity=[first, error(500)], claude=error(429))
-        reply, calls, _ = self.send()
-        self.assertEqual((reply.status, reply.body, calls), (400, first.chunks[0], "aac"))
-        self.assert_state("antigravity", failureCount=0, switchCount=0)
-
-    def test_rescue_that_is_refused_for_its_signatures_is_healed_there(self):
-        self.script(antigravity=error(529), claude=[refusal(INVALID_SIGNATURE)])
-        reply, calls, received = self.send()
-        self.assert_served(reply, "claude", 2)
-        self.assertEqual((calls, received[2].body), ("acc", conversation(*self.AFTER)))
-        self.assert_state("antigravity", failureCount=1)
 
 
 # /health, log lines, secrets ##################################################
 
-HEALTH = {
-    # field: type
-    "status": str, "version": str, "mode": str, "currentTarget": str, "defaultMode": str,
-    "requestCount": int, "activeRequests": int, "uptimeSeconds": int, "pid": int, "startedBy": str,
-    "listenAddr": str, "upstreamURL": str, "problems": list, "requests": dict, "instance": str,
-    "autoSwitch": dict,
-}
-AUTO_SWITCH = {
-    "active": bool, "targets": list, "currentTarget": str, "switched": bool, "switchCount": int,
-    "failureCount": int, "timeoutCount": int, "models": dict, "reason": type(None),
-    "switchedAt": type(None), "retryAt": type(None),
-}
+HEALTH = ("status", "version", "mode", "currentTarget", "defaultMode", "requestCount",
+          "activeRequests", "requests", "uptimeSeconds", "pid", "instance", "startedBy",
+          "listenAddr", "upstreamURL", "problems", "autoSwitch")
 
 
-class StatusLineTest(LoopbackTest):
-    """GET /health?line."""
+class StatusLineTest(unittest.TestCase):
 
     AUTO = {"active": True, "targets": ["antigravity", "claude"], "currentTarget": "claude",
             "switched": True, "reason": "3 consecutive HTTP errors, last 429",
@@ -5334,6 +4528,7 @@ class StatusLineTest(LoopbackTest):
         ({"reason": "failed a probe, last 503 auth_unavailable, after 401",
           "cooldownRemainingSeconds": 59}, 0,
          "auto → claude (antigravity 503 auth_unavailable, 59s)"),
+        ({"cooldownRemainingSeconds": 60}, 0, "auto → claude (antigravity 429, 1m)"),
         ({"cooldownRemainingSeconds": 0}, 1,
          "auto → claude (antigravity 429, now), 1 problem: rrouter status"),
         (HOME, 2, "auto → antigravity, 2 problems: rrouter status"),
@@ -5351,50 +4546,42 @@ class StatusLineTest(LoopbackTest):
                     "mode": "claude", "problems": ["x"] * problems,
                     "autoSwitch": {**self.AUTO, **changes}}))
 
-    def test_it_is_one_line_of_text(self):
-        running = self.start_rrouter("http://127.0.0.1:9", mode="auto")
-        for target in ("/health?line", "/health?session=1&line"):
-            reply = running.request("GET", target, fields=())
-            self.assertEqual((reply.header("content-type"), reply.body.decode()),
-                             ("text/plain; charset=utf-8", "auto → antigravity\n"))
-        self.assertEqual(running.request("HEAD", "/health?line", fields=()).body, b"")
-        self.assertEqual(running.request("GET", "/health?lines", fields=()).json()["mode"], "auto")
-
 
 class HealthTest(RouterTest):
 
-    def test_every_field_has_its_type_and_value(self):
-        health = self.rrouter.health()
-        for table, fields in ((HEALTH, health), (AUTO_SWITCH, health["autoSwitch"])):
-            for name, kind in table.items():
-                self.assertIs(type(fields[name]), kind, name)
-        self.assertLessEqual({"cooldownSeconds", "cooldownRemainingSeconds"},
-                             set(health["autoSwitch"]))
-        expected = {
-            "status": "ok", "version": rrouter.__version__, "pid": self.rrouter.process.pid,
-            "startedBy": "serve", "listenAddr": "localhost:%d" % self.rrouter.port,
-            "upstreamURL": self.upstream.url, "problems": [], "activeRequests": 0}
-        self.assertEqual({name: health[name] for name in expected}, expected)
-        self.assertTrue(0 <= health["uptimeSeconds"] < 3600)
-
-    def test_current_target_is_the_mode_or_in_auto_the_target_that_serves(self):
+    def test_every_field_has_its_value(self):
         for mode, target in (("antigravity", "antigravity"), ("claude", "claude"),
                              ("auto", "antigravity")):
-            with self.subTest(mode):
-                self.rrouter.home.write("mode", mode + "\n")
-                health = self.rrouter.health()
-                self.assertEqual((health["mode"], health["currentTarget"], health["defaultMode"]),
-                                 (mode, target, "claude"))
-                auto = health["autoSwitch"]
-                self.assertEqual(
-                    (auto["active"], auto["targets"], auto["currentTarget"], auto["switched"]),
-                    (mode == "auto", ["antigravity", "claude"], "antigravity", False))
+            self.rrouter.home.write("mode", mode + "\n")
+            health = self.rrouter.health()
+            self.assertLessEqual(set(HEALTH), set(health))
+            expected = {
+                "status": "ok", "version": rrouter.__version__, "pid": self.rrouter.process.pid,
+                "mode": mode, "currentTarget": target, "defaultMode": "claude",
+                "startedBy": "serve", "listenAddr": "localhost:%d" % self.rrouter.port,
+                "upstreamURL": self.upstream.url, "problems": [], "activeRequests": 0,
+                "autoSwitch": {
+                    "active": mode == "auto", "targets": ["antigravity", "claude"],
+                    "failureThreshold": 3, "timeoutThreshold": 2,
+                    "currentTarget": "antigravity", "switched": False, "switchCount": 0,
+                    "failureCount": 0, "timeoutCount": 0, "reason": None, "switchedAt": None,
+                    "retryAt": None, "cooldownSeconds": 0, "cooldownRemainingSeconds": 0,
+                    "models": {}}}
+            self.assertEqual({name: health[name] for name in expected}, expected)
+            self.assertIn(health["uptimeSeconds"], range(3600))
+
+    def test_status_line_is_one_line_of_text(self):
+        for target in ("/health?line", "/health?session=1&line"):
+            reply = self.get(target)
+            self.assertEqual((reply.header("content-type"), reply.body.decode()),
+                             ("text/plain; charset=utf-8", "antigravity\n"))
+        self.assertEqual(self.rrouter.request("HEAD", "/health?line", fields=()).body, b"")
+        self.assertEqual(self.get("/health?lines").json()["mode"], "antigravity")
 
     def test_only_get_and_head_of_health_are_answered_here(self):
         for method, target, is_ours in (
                 ("GET", "/health", True), ("HEAD", "/health", True), ("GET", "/health?x=1", True),
-                ("POST", "/health", False), ("DELETE", "/health", False),
-                ("GET", "/health/x", False), ("GET", "/healthz", False), ("GET", "/", False)):
+                ("POST", "/health", False), ("GET", "/health/x", False), ("GET", "/", False)):
             with self.subTest(method + " " + target):
                 self.upstream.clear()
                 data = request_bytes(method, target) + request_bytes("GET", "/next")
@@ -5406,67 +4593,28 @@ class HealthTest(RouterTest):
                     self.assertGreater(int(first.header("content-length")), 100)
                     self.assertEqual(bool(first.body), method == "GET")
 
-    def test_results_of_requests_are_counted_and_the_last_failure_is_kept(self):
-        def results():
-            return dict(self.rrouter.health()["requests"])
+    def test_requests_are_counted_by_their_results_and_the_last_failure_is_kept(self):
+        def counts():
+            health, names = self.rrouter.health(), ("answered", "rescued", "failed")
+            return [health["requestCount"], *(health["requests"][name] for name in names)]
 
-        before = results()
-        self.rrouter.post()
+        before = counts()
+        self.upstream.play(Response(), Response(raw=b"HTTP/1.1 x\r\n\r\n"), error(429))
+        for _ in range(3):
+            self.rrouter.post()
         self.rrouter.home.write("mode", "auto\n")
         self.upstream.play(error(503), stream())
         self.rrouter.post()                         # rescued
-        wait_until(lambda: "(antigravity failed: 503)" in self.rrouter.log())
-        self.rrouter.home.write("mode", "claude\n")
-        self.upstream.play(error(429))
-        self.rrouter.post()
-        after = results()
-        self.assertEqual([after[name] - before[name] for name in ("answered", "rescued", "failed")],
-                         [1, 1, 1])
-        failure = after["lastFailure"]
-        self.assertEqual((failure["target"], failure["what"]), ("claude", "429"))
+        for data in (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+                     b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n"):      # are not counted
+            self.converse(data, "GET")
+        self.assertEqual([after - past for past, after in zip(before, counts())], [4, 1, 1, 2])
+        failure = self.rrouter.health()["requests"]["lastFailure"]
+        self.assertEqual((failure["target"], failure["what"]), ("antigravity", "503"))
         self.assertRegex(failure["at"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
 
-    def test_failure_of_a_response_that_began_with_200_is_counted_and_named_in_the_log(self):
-        for mode, what, *responses in (
-                ("claude", "the upstream broke off in the middle of its response",
-                 Response(cut=True)),
-                ("auto", "not a message", Response(), Response())):
-            self.rrouter.home.write("mode", mode + "\n")
-            failed = self.rrouter.health()["requests"]["failed"]
-            self.upstream.play(*responses)
-            self.assertEqual(self.rrouter.post().status, 200)
-            after = self.rrouter.health()["requests"]
-            self.assertEqual((after["failed"], after["lastFailure"]["target"],
-                              after["lastFailure"]["what"]), (failed + 1, "claude", what))
-            wait_until(lambda: what in self.rrouter.log())
-
-    def test_proxied_requests_are_counted_and_no_others(self):
-        before, gate = self.rrouter.health()["requestCount"], self.gate()
-        self.upstream.play(Response(), error(500), Response(hangup=True), Response(hangup=True))
-        self.rrouter.post()
-        self.rrouter.post()
-        self.rrouter.request("POST", "/v1/messages", b"[]")
-        self.upstream.clear()
-        self.get("/health")
-        self.get("/", (("Origin", "null"),))
-        self.converse(b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n", "GET")
-        self.converse(b"GET / HTTP/1.1\r\n\r\n", "GET")
-        self.upstream.play(Response(before=gate))
-        with self.rrouter.connect() as connection:
-            connection.sendall(request_bytes("POST", "/", b"[]"))
-            self.upstream.wait(lambda upstream: upstream.received)
-            health = self.rrouter.health()
-            self.assertEqual((health["requestCount"], health["activeRequests"]), (before + 4, 1))
-            gate.set()
-            self.assertEqual(read_reply(connection).status, 200)
-        self.assertEqual(self.rrouter.health()["activeRequests"], 0)
-
-    def test_it_names_neither_user_nor_paths_nor_requests(self):
-        """The problems of every file included."""
-        home, canary = self.rrouter.home, "cAnArY"
-        self.upstream.play(error(500, canary), Response())
-        self.rrouter.post(target="/v1/%s?%s" % (canary, canary), system=canary,
-                          fields=(("X-Api-Key", canary),))
+    def test_its_problems_name_neither_user_nor_paths(self):
+        home = self.rrouter.home
         home.write("config.json", "{")
         home.write("mode", "nosuch\n")
         logs = home.dir / "logs"
@@ -5480,54 +4628,9 @@ class HealthTest(RouterTest):
             (home.dir / "kept").rename(logs)
             (home.dir / "config.json").unlink()
             home.write("mode", self.mode + "\n")
-        for secret in (canary, str(home.root), os.path.expanduser("~"), ".rrouter", "sk-test"):
+        for secret in (str(home.root), os.path.expanduser("~"), ".rrouter"):
             self.assertNotIn(secret, text)
         wait_until(lambda: not self.rrouter.health()["problems"])
-
-
-class WebPageTest(RouterTest):
-    """A web page tries to spend the user's quota; GuardTest has the plain cases."""
-
-    # A page can let a name it owns point to 127.0.0.1; its requests are then not cross-site.
-    FOREIGN_NAMES = (
-        "localtest.me", "localhost.localdomain", "ip6-localhost", "127.0.0.2", "127.000.000.001",
-        "[::ffff:127.0.0.1]", "[0:0:0:0:0:0:0:1]", "[::1%25lo]", "localhost..",
-        "localhost%00.evil.com", "localhost:8316.evil.com", "localhost:8316@evil.com",
-        "localhost\\.evil.com", "localhost;evil.com", "*", "%6cocalhost", "localhost:99999999")
-    REFUSED = (
-        "Sec-Fetch-Site: CROSS-SITE", "sec-fetch-site:cross-site",
-        "Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site", "Origin:",
-        "Origin: http://localhost https://evil.com", "Origin: http://localhost,https://evil.com",
-        "Origin: //localhost", "Origin: localhost", "Origin: ws://localhost",
-        "Origin: http://localhost/", "ORIGIN:\thttps://evil.com",
-        # a request that needs no preflight, in whose body another one hides
-        "Origin: null\r\nContent-Type: text/plain\r\nContent-Length: 38\r\n\r\n"
-        "GET /hidden HTTP/1.1\r\nHost: localhost")
-    SERVED = (
-        "Host: localhost.", "Host: localhost:", "Host: \tLocalHost:8316 ", "Host: 127.0.0.1.:8316",
-        "Host: localhost\r\nOrigin: HTTP://LOCALHOST:3000",
-        "Host: localhost\r\nOrigin: https://[::1]", "Host: localhost\r\nSec-Fetch-Site: same-site")
-
-    def test_name_that_resolves_to_this_machine_is_refused(self):
-        for name in self.FOREIGN_NAMES:
-            for head in ("GET /health HTTP/1.1\r\nHost: %s\r\n",
-                         "GET http://%s/health HTTP/1.1\r\nHost: localhost\r\n",
-                         "GET /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://%s\r\n",
-                         "POST / HTTP/1.0\r\nHost: %s\r\nSec-Fetch-Site: same-origin\r\n"):
-                with self.subTest(head % name):
-                    self.assert_refused((head % name + "\r\n").encode(), 400, 403)
-
-    def test_headers_of_browsers_count_in_any_case_and_on_any_line(self):
-        for lines in self.REFUSED:
-            with self.subTest(lines):
-                data = "POST / HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n" % lines
-                self.assert_refused(data.encode(), 403)
-
-    def test_unusual_spellings_of_this_machine_are_served(self):
-        for lines in self.SERVED:
-            with self.subTest(lines):
-                data = "GET / HTTP/1.1\r\n%s\r\n\r\n" % lines
-                self.assertEqual(self.converse(data.encode(), "GET")[0].status, 200)
 
 
 REQUEST_LINE = re.compile(
@@ -5543,26 +4646,18 @@ def request_lines(text):
 
 class RequestLineTest(RouterTest):
 
-    def lines_of(self, *acts):
-        """Call each of `acts`; return the matches of REQUEST_LINE in the order of the numbers."""
-        first = self.rrouter.health()["requestCount"]
-        for act in acts:
-            act()
-        wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
-        count = self.rrouter.health()["requestCount"] - first
-
-        def found():
-            lines = [REQUEST_LINE.search(line) for line in request_lines(self.rrouter.log())]
-            self.assertNotIn(None, lines)
-            new = [line for line in lines if int(line["number"]) > first]
-            return sorted(new, key=lambda line: int(line["number"])) if len(new) >= count else None
-        lines = wait_until(found) if count else []
-        self.assertEqual([int(line["number"]) - first for line in lines],
-                         list(range(1, count + 1)))
+    def lines(self):
+        """Return the matches of REQUEST_LINE by number, when all requests have their lines."""
+        count = self.rrouter.health()["requestCount"]
+        wait_until(lambda: len(request_lines(self.rrouter.log())) == count)
+        lines = [REQUEST_LINE.search(line) for line in request_lines(self.rrouter.log())]
+        lines.sort(key=lambda line: int(line["number"]))
+        self.assertEqual([int(line["number"]) for line in lines], list(range(1, count + 1)))
         return lines
 
     def leave(self):
         """Send a request and leave without its response."""
+        self.upstream.clear()
         self.upstream.play(Response(before=self.gate()))
         with self.rrouter.connect() as connection:
             connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
@@ -5572,11 +4667,11 @@ class RequestLineTest(RouterTest):
     def test_each_request_has_one_line_at_its_end(self):
         self.upstream.play(Response(), Response(), error(529), Response(raw=b"HTTP/1.1 x\r\n\r\n"),
                            Response())
-        post = self.rrouter.post
-        lines = self.lines_of(
-            lambda: post("claude-sonnet-4-5"), lambda: post("other"), post, post,
-            lambda: self.get("/v1/models?limit=1000"), self.rrouter.health, self.upstream.clear,
-            self.leave)
+        for model in "claude-sonnet-4-5", "other", SONNET, SONNET:
+            self.rrouter.post(model)
+        self.get("/v1/models?limit=1000")
+        self.leave()
+        lines = self.lines()[-6:]
         names = "method", "path", "model", "target", "sent", "status"
         target = "/v1/messages", "claude-sonnet-5-5", "antigravity", GEMINI_SONNET
         self.assertEqual([line.group(*names) for line in lines], [
@@ -5593,32 +4688,29 @@ class RequestLineTest(RouterTest):
         self.assertNotIn("limit=", self.rrouter.log())
 
     def test_refused_request_has_a_line_with_its_status(self):
+        # The last one would need no preflight; its body, in which another one hides, goes unread.
         before = len(self.rrouter.log())
-        for data in (b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
-                     b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n"):
-            self.rrouter.exchange(data)
-        wait_until(lambda: "[REFUSED] 413 " in self.rrouter.log()[before:])
-        statuses = re.findall(r"\[REFUSED\] (\d+) \S", self.rrouter.log()[before:])
-        self.assertEqual(statuses, ["403", "400", "413"])
+        for number, (status, data) in enumerate((
+                (400, b"GET / HTTP/1.1\r\n\r\n"),
+                (431, b"GET / HTTP/1.1\r\nX: %b" % (b"x" * 70000)),
+                (413, b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n"),
+                (403, b"POST / HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n"
+                      b"Content-Length: 38\r\n\r\nGET /hidden HTTP/1.1\r\nHost: localhost"))):
+            self.assertEqual(self.assert_refused(data, status).header("x-rrouter-error"), "1")
+            statuses = wait_until(lambda: re.findall(
+                r"\[REFUSED\] (\d+) \S", self.rrouter.log()[before:])[number:])
+            self.assertEqual(statuses, [str(status)])
 
     def test_control_characters_are_escaped(self):
-        models = ("a\x1b[2Jb", "a\nb 2026 [REQ] #99 forged", "a\r\nX-Forged: 1", "a\tb", "a\0b",
-                  "a\x7fb", "a\x9bb", "a\u2028b", "a\u202eb", "\ud83d", "a\x85b")
-        targets = b"/\x1b[2J", b"/\x9b", "/한".encode(), b"/%1b%0a"
-        before = len(self.rrouter.log())
-
-        def ask():
-            for model in models:
-                self.assertIsNone(self.rrouter.post(model).header("x-forged"))
-            for target in targets:
-                self.rrouter.exchange(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n"
-                                      b"Connection: close\r\n\r\n")
-        self.assertGreaterEqual(len(self.lines_of(ask)), len(models))
-        text = self.rrouter.log()[before:]
-        self.assertEqual(set(filter(lambda c: unicodedata.category(c) in (
-            "Cc", "Cf", "Cs", "Zl", "Zp"), text)), {"\n"})
-        self.assertFalse([line for line in text.split("\n")
-                          if line.startswith(("b 2026", "X-Forged"))])
+        for model in "\x1b[2J", "a\nb 2026 [REQ] #99", "a\r\nX-Forged: 1", "\u202e", "\ud83d":
+            self.assertIsNone(self.rrouter.post(model).header("x-forged"))
+        for target in b"/\x1b[2J", b"/\x9b", "/한".encode():
+            self.rrouter.exchange(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % target, True)
+        self.lines()
+        text = self.rrouter.log()
+        self.assertEqual({c for c in text if unicodedata.category(c) in (
+            "Cc", "Cf", "Cs", "Zl", "Zp")}, {"\n"})
+        self.assertNotRegex(text, r"(?m)^(b 2026|X-Forged)")
 
 
 class SecretsTest(LoopbackTest):
@@ -5627,17 +4719,14 @@ class SecretsTest(LoopbackTest):
     Each kind of place has its own word, so that a failure shows where the word came from.
     """
 
-    FIELDS = ("Authorization", "X-Api-Key", "Cookie", "Proxy-Authorization", "anthropic-beta",
-              "User-Agent", "Referer", "X-Claude-Code-Session-Id", "X-Anything")
-    PLACES = ("header", "query", "body", "field", "answer", "reason", "chunk", "userinfo",
-              "environment")
-
     def setUp(self):
         self.upstream = self.start_upstream()
-        self.words = {place: "sk-%s-%08x" % (place, random.getrandbits(32))
-                      for place in self.PLACES}
+        self.words = {place: "sk-%s-%08x" % (place, random.getrandbits(32)) for place in (
+            "header", "query", "body", "field", "answer", "reason", "chunk", "userinfo")}
         self.target = "/v1/messages?key=" + self.words["query"]
-        self.fields = [(name, "Bearer " + self.words["header"]) for name in self.FIELDS]
+        self.fields = [(name, "Bearer " + self.words["header"]) for name in (
+            "Authorization", "X-Api-Key", "Cookie", "Proxy-Authorization", "anthropic-beta",
+            "User-Agent", "Referer", "X-Claude-Code-Session-Id", "X-Anything")]
 
     def assert_silent(self, *texts, files=None):
         """None of the words is in these texts, nor in any file under the directory `files`."""
@@ -5657,38 +4746,31 @@ class SecretsTest(LoopbackTest):
         failed = event("error", error={"type": words["chunk"], "message": words["chunk"]})
         signature = error(400, "Corrupted thought signature. " + words["answer"])
         broken = (
-            "HTTP/1.1 %(reason)s\r\n\r\n", "%(reason)s\r\n\r\n",
-            "HTTP/1.1 200 %(reason)s\r\n%(field)s\r\n\r\n",
-            "HTTP/1.1 200 OK\r\nX: a\rb %(field)s\r\n\r\n",
+            "HTTP/1.1 %(reason)s\r\n\r\n", "HTTP/1.1 200 %(reason)s\r\n%(field)s\r\n\r\n",
             "HTTP/1.1 200 OK\r\nContent-Length: %(field)s\r\n\r\n",
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: %(field)s\r\n\r\n",
-            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%(chunk)s\r\n",
-            "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n%(chunk)s")
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%(chunk)s\r\n")
         return [
             (Response(200, words["answer"].encode(), fields=fields, reason=words["reason"]),),
             (error(500, words["answer"], fields=fields),
              error(429, words["answer"], words["answer"], fields)),
-            (error(401, words["answer"], fields=fields), stream(chunk)),
             (error(502, "unknown provider for model " + words["answer"]),) * 2,
             (signature, stream(chunk)), (signature,) * 3, (stream(failed), stream(chunk)),
-            (stream(chunk, failed),), (stream(chunk, cut=True),), (Response(hangup=True),) * 2,
+            (stream(chunk, failed),), (stream(chunk, cut=True),), (HANG_UP,) * 2,
             *((Response(raw=(text % words).encode()),) * 2 for text in broken)]
 
     def malformed(self):
         """Return requests full of secrets that are refused."""
         start = "POST /v1/messages?key=%(query)s HTTP/1.1\r\nHost: localhost\r\n"
         lines = (
-            "Authorization %(header)s", "%(header)s", "X-Api-Key : %(header)s",
-            "Authorization: Bearer\r\n %(header)s", "Cookie: %(header)s\0",
-            "Content-Length: %(header)s", "Content-Length: 1\r\nContent-Length: %(header)s",
-            "Transfer-Encoding: %(header)s", "Expect: %(header)s", "Host: %(header)s",
-            "Origin: http://%(header)s", "Sec-Fetch-Site: cross-site\r\nReferer: %(header)s",
-            "Cookie: " + "%(header)s" * 4000, "Transfer-Encoding: chunked\r\n\r\n%(body)s",
-            "Transfer-Encoding: chunked\r\n\r\n3\r\n%(body)s\r\n0\r\n\r\n",
-            "Content-Length: 9999\r\n\r\n%(body)s", "Content-Length: 999999999\r\n\r\n%(body)s")
+            "%(header)s", "X-Api-Key : %(header)s", "Authorization: Bearer\r\n %(header)s",
+            "Cookie: %(header)s\0", "Content-Length: %(header)s", "Transfer-Encoding: %(header)s",
+            "Expect: %(header)s", "Host: %(header)s", "Origin: http://%(header)s",
+            "Sec-Fetch-Site: cross-site\r\nReferer: %(header)s", "Cookie: " + "%(header)s" * 4000,
+            "Transfer-Encoding: chunked\r\n\r\n%(body)s", "Content-Length: 9999\r\n\r\n%(body)s",
+            "Content-Length: 999999999\r\n\r\n%(body)s")
         others = (
-            "GET /x?key=%(query)s HTTP/9.9\r\nHost: localhost\r\n\r\n",
-            "GET /x?key=%(query)s\r\n\r\n", "%(query)s\r\n\r\n", "GET /x?%(query)s",
+            "GET /x?key=%(query)s HTTP/9.9\r\nHost: localhost\r\n\r\n", "%(query)s\r\n\r\n",
             "TRACE /x?%(query)s HTTP/1.1\r\nHost: localhost\r\nCookie: %(header)s\r\n\r\n",
             "GET http://user:%(userinfo)s@localhost/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
             "CONNECT user:%(userinfo)s@localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -5724,9 +4806,9 @@ class SecretsTest(LoopbackTest):
                     self.upstream.clear()
                     self.upstream.play(*script)
                     router.request("POST", self.target, body, self.fields)
-                for data in self.malformed():
-                    router.exchange(data.encode("latin-1"), half_close=True)
                 self.break_off(router)
+            for data in self.malformed():
+                router.exchange(data.encode("latin-1"), half_close=True)
             for wanted in ("[AUTO]", "[HEAL]", " 502 ", " 499 ", "SWITCH"):
                 wait_until(lambda: wanted in router.log())
             outputs = home.run_all(("status",), ("status", "--json"), ("check",))
@@ -5738,19 +4820,19 @@ class SecretsTest(LoopbackTest):
 
     # Functions of the standard library that fail, with the secrets in the exception.
     DEFECTS = (
-        ("before the request is sent",
-         "import http.client\ndef connect(self):\n    frame, found = sys._getframe(), []\n"
+        # before the request is sent
+        ("import http.client\ndef connect(self):\n    frame, found = sys._getframe(), []\n"
          "    while frame: found, frame = found + [repr(frame.f_locals)], frame.f_back\n"
          "    raise RuntimeError(found)\nhttp.client.HTTPConnection.connect = connect"),
-        ("while the response is forwarded",
-         "import socket\nreal = socket.socket.sendall\ndef sendall(sock, data, *flags):\n"
+        # while the response is forwarded
+        ("import socket\nreal = socket.socket.sendall\ndef sendall(sock, data, *flags):\n"
          "    if b'crash' in bytes(data): raise RuntimeError(bytes(data))\n"
          "    return real(sock, data, *flags)\nsocket.socket.sendall = sendall"),
     )
 
     def test_defect_is_logged_with_its_place_and_without_values(self):
-        for what, code in self.DEFECTS:
-            with self.subTest(what), Running(self.upstream, code=code,
+        for code in self.DEFECTS:
+            with self.subTest(code), Running(self.upstream, code=code,
                                              env={"PYTHONDEVMODE": "1"}) as router:
                 self.upstream.play(Response(200, b'"crash %s"' % self.words["answer"].encode()))
                 body = chat("crash", system=self.words["body"])
@@ -5764,23 +4846,6 @@ class SecretsTest(LoopbackTest):
                 self.assert_silent(repr(reply), router.printed(), json.dumps(router.health()),
                                    files=router.home.dir)
 
-    def test_password_in_the_environment_is_not_shown(self):
-        home, password = self.make_home(), self.words["environment"]
-        urls = [url % password for url in (
-            "http://user:%s@127.0.0.1:8317", "https://%s@host/x", "user:%s@host:8317",
-            "http:/user:%s@host")]
-        for url in urls:
-            with self.subTest(url), self.assertRaises(rrouter.UsageError) as caught:
-                rrouter.read_environment({"RROUTER_UPSTREAM": url})
-            self.assertIn("RROUTER_UPSTREAM", str(caught.exception))
-            self.assert_silent(str(caught.exception))
-        env = {"RROUTER_UPSTREAM": urls[0], "ANTHROPIC_API_KEY": password,
-               "HTTP_PROXY": "http://x:%s@127.0.0.1:9" % password}
-        for done in home.run_all(("serve",), ("start",), ("check",), env=env):
-            self.assertNotEqual(done.returncode, 0)
-            self.assertIn("RROUTER_UPSTREAM", done.stdout + done.stderr)
-            self.assert_silent(done.stdout, done.stderr, files=home.root)
-
 
 def ending_with(test, process):
     """Return the process, which ends with the test at the latest."""
@@ -5792,7 +4857,6 @@ def ending_with(test, process):
 class LogFileTest(LoopbackTest):
     """Rotation, times and stderr; HangingDiskTest, FullDiskTest and LogGoneTest have the faults."""
 
-    LIMITS = {"LOG_MAX_BYTES": 100_000}
     # Rotation takes a while: both processes are in it at once.
     SLOW_DISK = ("import os, time\nreplace = os.replace\ndef slow(old, new):\n"
                  "    time.sleep(0.1 if '.log' in new else 0)\n    replace(old, new)\n"
@@ -5801,38 +4865,16 @@ class LogFileTest(LoopbackTest):
     def setUp(self):
         self.upstream = self.start_upstream(stream())
 
-    def fill(self, home):
-        """Leave an almost full log and two older ones; return {name: content}."""
-        logs = home.dir / "logs"
-        logs.mkdir(mode=0o700)
-        old = {"rrouter.log": (b"newest".ljust(79) + b"\n") * 1215, "rrouter.log.1": b"older\n",
-               "rrouter.log.2": b"oldest\n"}
-        for name, content in old.items():
-            (logs / name).write_bytes(content)
-        return old
-
-    def assert_rotated_once(self, home, old, numbers):
-        """The old files have moved on, and each numbered request has its line in one file."""
-        logs = home.dir / "logs"
-        files = {path.name: path.read_bytes() for path in logs.iterdir()}
-        self.assertEqual(set(files), {*old, "rrouter.log.3"})
-        self.assertEqual((files["rrouter.log.2"], files["rrouter.log.3"]),
-                         (old["rrouter.log.1"], old["rrouter.log.2"]))
-        self.assertTrue(files["rrouter.log.1"].startswith(old["rrouter.log"]))
-        text = (files["rrouter.log.1"][len(old["rrouter.log"]):] + files["rrouter.log"]).decode()
-        self.assertTrue(text.endswith("\n"))
-        self.assertEqual([line for line in text.splitlines() if not LOG_LINE.fullmatch(line)], [])
-        found = re.findall(r"\[REQ\] #\d+ GET /numbered/(\d+) 200 ", text)
-        self.assertEqual(sorted(map(int, found)), list(numbers))
-        self.assertIn(b"/numbered/", files["rrouter.log"])
-
     def test_two_processes_rotate_the_file_they_share_once_and_lose_no_line(self):
         home = self.make_home(self.upstream, "claude")
-        old, logs = self.fill(home), home.dir / "logs"
+        logs, full = home.dir / "logs", (b"newest".ljust(79) + b"\n") * 1215
+        logs.mkdir(mode=0o700)
+        for name, content in ((".log", full), (".log.1", b"older\n"), (".log.2", b"oldest\n")):
+            (logs / ("rrouter" + name)).write_bytes(content)
         beside = copy.copy(home)
         beside.port = free_port()
         beside.env = dict(home.env, RROUTER_PORT=str(beside.port))
-        options = {"code": self.SLOW_DISK, "limits": self.LIMITS}
+        options = {"code": self.SLOW_DISK, "limits": {"LOG_MAX_BYTES": 100_000}}
         with Running(self.upstream, home=home, **options) as one, \
                 Running(self.upstream, home=beside, **options) as other, \
                 concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -5844,40 +4886,43 @@ class LogFileTest(LoopbackTest):
             self.assertEqual(set(pool.map(ask, range(120))), {200})
             wait_until(lambda: len(os.listdir(str(logs))) == 4 and (logs / "rrouter.log").exists())
             self.assertEqual(set(pool.map(ask, range(120, 240))), {200})
-        self.assert_rotated_once(home, old, range(240))
+        newest, *rest = [path.read_bytes() for path in sorted(logs.iterdir())]
+        self.assertEqual((rest[1:], rest[0][:len(full)]), ([b"older\n", b"oldest\n"], full))
+        text = (rest[0][len(full):] + newest).decode()
+        self.assertTrue(text.endswith("\n"))
+        self.assertEqual([line for line in text.splitlines() if not LOG_LINE.fullmatch(line)], [])
+        found = re.findall(r"\[REQ\] #\d+ GET /numbered/(\d+) 200 ", text)
+        self.assertEqual(sorted(map(int, found)), list(range(240)))
+        self.assertIn(b"/numbered/", newest)
         self.assertEqual(stat.S_IMODE((logs / "rrouter.log").stat().st_mode), 0o600)
 
     # Another process rotates the log %r just before this one locks it to do so.
     OVERTAKEN = (
         "import fcntl, os\nlog, real, done = %r, fcntl.flock, []\ndef flock(descriptor, how):\n"
         "    if not done and os.path.samestat(os.fstat(descriptor), os.stat(log)):\n"
-        "        done.append(True)\n        for number in '21':\n"
-        "            os.replace(log + '.' + number, log + '.%%d' %% (int(number) + 1))\n"
-        "        os.replace(log, log + '.1')\n        os.close(os.open(log, os.O_CREAT, 0o600))\n"
+        "        done.append(os.replace(log, log + '.1'))\n        open(log, 'a').close()\n"
         "    return real(descriptor, how)\nfcntl.flock = flock")
 
     def test_file_that_another_process_has_just_rotated_is_not_rotated_again(self):
         home = self.make_home(self.upstream, "claude")
-        old, code = self.fill(home), self.OVERTAKEN % str(home.dir / "logs" / "rrouter.log")
-        with Running(self.upstream, home=home, code=code, limits=self.LIMITS) as router:
-            for number in range(80):
-                router.request("GET", "/numbered/%d" % number, None, ())
-        self.assert_rotated_once(home, old, range(80))
+        home.dir.mkdir(mode=0o700, exist_ok=True)
+        log = home.dir / "logs" / "rrouter.log"
+        log.parent.mkdir(mode=0o700)
+        log.write_bytes(b"x" * 100_000)
+        with Running(self.upstream, home=home, code=self.OVERTAKEN % str(log),
+                     limits={"LOG_MAX_BYTES": 100_000}) as router:
+            router.post()
+            wait_until(lambda: request_lines(log.read_text()))
+        self.assertEqual(sorted(os.listdir(str(log.parent))), ["rrouter.log", "rrouter.log.1"])
 
     def test_line_has_the_local_date_and_time_of_its_end(self):
         home = self.make_home(self.upstream, "claude", env={"TZ": "KST-9"})
         clock, midnight = home.root / "clock", calendar.timegm((2031, 12, 31, 15, 0, 0))
-
-        def set_clock(seconds):
-            (home.root / "next").write_text("%.3f" % seconds)
-            (home.root / "next").rename(clock)
-
-        set_clock(midnight - 0.5)
-        code = ("import time\ndef now():\n    with open(%r) as file:\n"
-                "        return float(file.read())\ntime.time = now" % str(clock))
+        clock.touch()
+        code = "import os, time\ntime.time = lambda: os.stat(%r).st_mtime" % str(clock)
         with Running(self.upstream, home=home, code=code, env=home.env) as router:
             for number, seconds in enumerate((-0.5, 0.25, 0.75, 60.0), 1):
-                set_clock(midnight + seconds)
+                os.utime(str(clock), (0, midnight + seconds))
                 router.post()
                 wait_until(lambda: len(request_lines(router.log())) == number)
         stamps = [LOG_LINE.fullmatch(line).group(1) for line in request_lines(router.log())]
@@ -5886,8 +4931,7 @@ class LogFileTest(LoopbackTest):
 
     def test_stderr_that_takes_nothing_stops_nothing(self):
         """A terminal after Ctrl-S, or a pager."""
-        home = self.make_home(self.upstream, "claude",
-                              dict(DEFAULT_CONFIG, auto={"failureThreshold": 1000}))
+        home = self.make_home(self.upstream, "claude")
         unread, stderr = os.pipe()
         with open(unread, "rb"), open(stderr, "wb") as writer:
             os.set_blocking(stderr, False)
@@ -5899,23 +4943,15 @@ class LogFileTest(LoopbackTest):
             router = Running.__new__(Running)           # only to ask it
             router.port, router.home = home.port, home
             wait_until(home.health)
-            for mode in ("claude", "auto", "antigravity"):
-                home.write("mode", mode + "\n")
-                if mode == "auto":
-                    self.upstream.play(error(500))
-                self.assertEqual(router.post().status, 200)
             with router.connect() as connection, connection.makefile("rb") as reader:
                 for _ in range(100):
                     connection.sendall(request_bytes(body=chat(), port=router.port))
                     self.assertEqual(read_reply_from(reader).status, 200)
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(WAIT_S), 0)
-        text = home.read("logs/rrouter.log")
-        numbers = [int(REQUEST_LINE.search(line)["number"]) for line in request_lines(text)]
-        self.assertEqual(sorted(numbers), list(range(1, 104)))
-        # The lines of one connection are in order.
-        self.assertEqual([number for number in numbers if number > 3], list(range(4, 104)))
-        self.assertIn("[AUTO]", text)
+        lines = request_lines(home.read("logs/rrouter.log"))
+        self.assertEqual([int(REQUEST_LINE.search(line)["number"]) for line in lines],
+                         list(range(1, 101)))           # those of one connection are in order
 
 
 # Load and long life ###########################################################
