@@ -5452,11 +5452,12 @@ def disconnect_claude(work: Installer, path: str) -> None:
     for name, member in reversed(work.settings[path].items()) if old else ():
         if is_written(edit_member(text, name, None)[1], member):
             text = edit_member(text, name, member[0])[0]
-    if text != old:
+    if path in work.files and text.encode("utf-8") == EMPTY_SETTINGS:
+        work.step(f"remove {path}", partial(os.unlink, path))
+    elif text != old:
         work.step(f"take back {', '.join(work.settings[path])} in {path}", partial(
             write_atomically, path, text, True, stat.S_IMODE(os.stat(path).st_mode)))
-    if text.encode("utf-8") != EMPTY_SETTINGS:
-        work.files.pop(path, None)      # now it is the user's
+    work.files.pop(path, None)          # what is left is the user's
     del work.settings[path]
     work.save()
 
@@ -5505,9 +5506,12 @@ def start_installed(work: Installer, manager: Manager | None) -> None:
     if manager:
         put_environment(work)
         work.put(manager.path, SERVICE_FILES[os.path.basename(manager.path)].encode("utf-8"))
-        if manager.name == "systemd":
-            enable = "systemctl", "--user", "enable", SYSTEMD_UNIT
-            work.step(f"run {' '.join(enable)}", partial(run_program, enable, MANAGER_S))
+        link = os.path.join(os.path.dirname(manager.path), "default.target.wants", SYSTEMD_UNIT)
+        if manager.name == "systemd" and not os.path.lexists(link):     # as `systemctl enable`
+            work.make_directory(os.path.dirname(link))
+            work.files[link] = ["", digest(b"link to " + os.fsencode(manager.path))]
+            work.save()
+            work.step(f"create {link}", partial(os.symlink, manager.path, link))
     verb = "restart" if find_daemon(work.paths) else "start"
     work.step(f"run {work.program} {verb}", start)
 
@@ -5577,10 +5581,13 @@ def remove_service(work: Installer, path: str, manager: Manager | None) -> None:
         work.step(f"stop the service of {manager.name}", manager.stop)
     work.take_back(path)
     link = os.path.join(os.path.dirname(path), "default.target.wants", SYSTEMD_UNIT)
-    if os.path.islink(link) and not os.path.exists(link):
+    if os.path.islink(link) and not os.path.exists(link):       # of 5.0.0, not recorded
         os.unlink(link)
         with contextlib.suppress(OSError):      # not empty
             os.rmdir(os.path.dirname(link))
+    if manager and manager.path == path and manager.name == "systemd":
+        work.step("have systemd forget it", partial(
+            run_program, manager.start_commands[0], MANAGER_S))
 
 
 def remove_data(work: Installer, purge: bool) -> None:
@@ -5621,12 +5628,13 @@ def uninstall(work: Installer, purge: bool) -> list[str]:
     if daemon:
         work.attempt(partial(work.step, f"stop rrouter ({daemon.holder.name})",
                              partial(stop_daemon, work.paths, work.home)))
-    files = sorted(reversed([*work.files.items()]),     # the program last: it can run again
-                   key=lambda item: work.program.startswith(item[0]))
-    for path, _ in files:
+    files = [*reversed(work.files)]
+    files.sort(key=work.program.startswith)     # the program last, because it can run again
+    for path in files:
+        needed = [*work.settings, *[work.program] * bool(work.failures)]
         if os.path.basename(path) in SERVICE_FILES:
             work.attempt(partial(remove_service, work, path, manager))
-        elif path != work.program or not work.failures:
+        elif not any(other.startswith(path) for other in needed):
             work.attempt(partial(work.take_back, path))
     work.attempt(partial(remove_data, work, purge))
     with contextlib.suppress(ValueError):
