@@ -5272,10 +5272,9 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
             files = {**dict.fromkeys(record["directories"], []), **files}
         if record.get("claude"):
             path = os.path.join(os.path.dirname(paths.root), ".claude", "settings.json")
-            env = (record["claude"]["before"] or {}).get("env", {})
-            url = json.dumps(env.get("ANTHROPIC_BASE_URL"))
+            url = (record["claude"]["before"] or {}).get("env", {}).get("ANTHROPIC_BASE_URL")
             settings[os.path.realpath(path)] = {"env.ANTHROPIC_BASE_URL": [
-                None if url == "null" else url, *map(json.dumps, record["claude"]["written"])]}
+                url and json.dumps(url), *map(json.dumps, record["claude"]["written"])]}
         "".join(itertools.chain(*files.values()))       # demands strings
         for text in itertools.chain(*(itertools.chain(*m.values()) for m in settings.values())):
             json.loads(text or "null")
@@ -5328,8 +5327,8 @@ class Installer:
         try:
             action()
         except (OSError, RouterError) as error:
-            self.failures.append(f"{error.filename}: {reason_of(error)}"
-                                 if isinstance(error, OSError) else str(error))
+            self.failures.append(str(error) if isinstance(error, RouterError) else
+                                 f"{error.filename2 or error.filename}: {reason_of(error)}")
 
     def make_directory(self, path: str) -> None:
         """Make a directory and its parents; in the end those that are empty are removed."""
@@ -5412,8 +5411,10 @@ def offer_no_proxy(work: Installer, text: str) -> dict[str, str]:
     if work.dry or not (sys.stdin.isatty() and sys.stdout.isatty()):
         print(f"{need}add it (on a terminal, this command offers to)")
         return {}
-    agreed = input(f"{need}write it? [Y/n] ").strip().lower() in ("", "y", "yes")
-    return {"env.NO_PROXY": value} if agreed else {}
+    with contextlib.suppress(EOFError):
+        if input(f"{need}write it? [Y/n] ").strip().lower() in ("", "y", "yes"):
+            return {"env.NO_PROXY": value}
+    return {}
 
 
 def is_written(text: str | None, member: list[Any]) -> bool:
@@ -5462,20 +5463,20 @@ def disconnect_claude(work: Installer, path: str) -> None:
     work.save()
 
 
-def find_senders(here: str, sessions: bool) -> Iterator[str]:
+def find_senders(here: str, home: str) -> Iterator[str]:
     """Yield the user's processes whose environment sends Claude Code to `here`.
 
-    With `sessions` each Claude Code, too, because it read the settings when it started.
+    With `home` each Claude Code of that HOME, too, because it read the settings when it started.
     """
     for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc/self") else ()):
         with contextlib.suppress(OSError):
             if int(pid) == os.getpid() or os.stat(f"/proc/{pid}").st_uid != os.getuid():
                 continue
             name, environment = ((read_file(f"/proc/{pid}/{file}") or b"").decode(
-                "utf-8", "replace").strip() for file in ("comm", "environ"))
-            if sessions and name == "claude" or re.search(
-                    rf"(?:\A|\0)ANTHROPIC_BASE_URL={here}(?:[/\0]|\Z)", environment):
-                yield f"{printable(name)} (pid {pid})"
+                "utf-8", "replace") for file in ("comm", "environ"))
+            if re.search(rf"(?:\A|\0)ANTHROPIC_BASE_URL={here}[/\0]", environment) or (
+                    name == "claude\n" and home and f"HOME={home}" in environment.split("\0")):
+                yield f"{printable(name.strip())} (pid {pid})"
 
 
 # ---- install and uninstall
@@ -5608,18 +5609,24 @@ def remove_data(work: Installer, purge: bool) -> None:
         work.step(f"remove {root}", partial(shutil.rmtree, root))
 
 
+def name_unrecorded(work: Installer) -> None:
+    """Note for the report what looks installed, although no record says so."""
+    print(f"  {work.paths.record} names no file, so none is removed; only the usual places have "
+          "been looked at")
+    config = os.path.join(work.home, ".config")
+    for path in (work.program, os.path.join(config, "rrouter.env"), unit_path(config),
+                 agent_path(work.home)):
+        if os.path.lexists(path):
+            work.leave(path, "not recorded as installed")
+
+
 def uninstall(work: Installer, purge: bool) -> list[str]:
     """Take back what `install` did, with `purge` what the daemon keeps, too; return what failed."""
     work.files, work.settings = read_record(work.paths)
     daemon, manager, had_claude = (
         find_daemon(work.paths), find_manager(work.home), bool(work.settings))
     if not work.files:
-        print(f"  {work.paths.record} names no file, so none is removed; only the usual places "
-              "have been looked at")
-        for path in (work.program, os.path.join(work.home, ".config", "rrouter.env"),
-                     unit_path(os.path.join(work.home, ".config")), agent_path(work.home)):
-            if os.path.lexists(path):
-                work.leave(path, "not recorded as installed")
+        name_unrecorded(work)
     ports = {str(daemon.port if daemon else DEFAULT_ENVIRONMENT["RROUTER_PORT"]),
              *re.findall(r':([0-9]+)\\"', json.dumps(work.settings))}
     here = rf"http://(?:localhost|127\.0\.0\.1|\[::1\]):(?:{'|'.join(ports)})"
@@ -5646,7 +5653,7 @@ def uninstall(work: Installer, purge: bool) -> list[str]:
     print(f"\n{'would be ' * work.dry}removed: {', '.join(removed) or 'nothing'}")
     for line in work.left:
         print(f"stays: {line}")
-    senders = ", ".join(find_senders(here, had_claude))
+    senders = ", ".join(find_senders(here, work.home if had_claude else ""))
     if senders:
         print(f"still pointing here: {senders}: end them, or in a shell `unset ANTHROPIC_BASE_URL`")
     return [f"not taken back: {failure}: mend that, then run `{work.program} uninstall` again"
@@ -5972,24 +5979,15 @@ def cmd_config(context: Context) -> int:
     return actions[context.arguments.action](context.paths)
 
 
-def _end(failures: list[str]) -> int:
+def cmd_install(context: Context) -> int:
+    """Install or upgrade this program for the user, or take back what was installed."""
+    arguments = context.arguments
+    work = Installer(context.home, context.paths, arguments.dry_run)
+    failures = (install(work, arguments.claude) if arguments.command == "install" else
+                uninstall(work, arguments.purge))
     for failure in failures:
         complain(failure)
-    return int(bool(failures))
-
-
-def cmd_install(context: Context) -> int:
-    """Install this program for the user, or upgrade it, and start it."""
-    arguments = context.arguments
-    return _end(install(Installer(context.home, context.paths, arguments.dry_run),
-                        arguments.claude))
-
-
-def cmd_uninstall(context: Context) -> int:
-    """Take back what `install` did."""
-    arguments = context.arguments
-    return _end(uninstall(Installer(context.home, context.paths, arguments.dry_run),
-                          arguments.purge))
+    return 1 if failures else 0
 
 
 HELP = """\
@@ -6076,8 +6074,9 @@ def check_daemon(settings: Settings, daemon: Running | None,
 
 def check_interpreter(program: str) -> Iterator[tuple[str, str]]:
     """Yield whether the Python that the installed program names still exists."""
-    with contextlib.suppress(OSError), open(program, encoding="utf-8", errors="replace") as file:
-        match = re.match(r"#!(?:/bin/sh\nexec )?'?([^'\n]*?)'?(?: \"\$0\".*)?\n", file.read(4096))
+    with contextlib.suppress(OSError, RouterError):
+        head = (content_of(program) or b"")[:4096].decode("utf-8", "replace")
+        match = re.match(r"#!(?:/bin/sh\nexec )?'?([^'\n]*?)'?(?: \"\$0\".*)?\n", head)
         if match:
             yield (OK if os.access(match[1], os.X_OK) else FAIL), (
                 f"program: {program}, run by {match[1]}: if that is gone, run install.sh again")
@@ -6291,7 +6290,7 @@ COMMANDS = (
             "install as ~/bin/rrouter and start, or upgrade",
             (("--claude", {"action": "store_true", "help": "point Claude Code here, too"}),
              ("--dry-run", {"action": "store_true", "help": "say what would be done"}))),
-    Command("uninstall",   (),                   cmd_uninstall,
+    Command("uninstall",   (),                   cmd_install,
             "take back what install did; --purge: data, too",
             (("--purge", {"action": "store_true", "help": "remove ~/.rrouter, too"}),
              ("--dry-run", {"action": "store_true", "help": "say what would be done"}))),

@@ -9528,6 +9528,7 @@ class ClaudeSettingsTest(InstallTest):
         ({"HTTPS_PROXY": "http://p"},           b"\n",   OURS),
         ({"http_proxy": "p", "NO_PROXY": "a"},  b"y\n",  "a," + OURS),
         ({"ALL_PROXY": "http://p"},             b"no\n", None),
+        ({"ALL_PROXY": "http://p"},             b"\4",   None),
         ({"https_proxy": "p", "no_proxy": "b, localhost"}, None, None),
     )
 
