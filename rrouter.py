@@ -5270,11 +5270,13 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
             files = {path: [entry["backup"] or "", *entry["sha256"]]
                      for path, entry in files.items()}
             files = {**dict.fromkeys(record["directories"], []), **files}
-        if record.get("claude"):
+        claude = record.get("claude")
+        if claude:
             path = os.path.join(os.path.dirname(paths.root), ".claude", "settings.json")
-            url = (record["claude"]["before"] or {}).get("env", {}).get("ANTHROPIC_BASE_URL")
+            url = (claude["before"] or {}).get("env", {}).get("ANTHROPIC_BASE_URL")
             settings[os.path.realpath(path)] = {"env.ANTHROPIC_BASE_URL": [
-                url and json.dumps(url), *map(json.dumps, record["claude"]["written"])]}
+                url and json.dumps(url), *map(json.dumps, claude["written"])]}
+            files[os.path.realpath(path)] = [claude["backup"] or "", claude["sha256"]]
         "".join(itertools.chain(*files.values()))       # demands strings
         for text in itertools.chain(*(itertools.chain(*m.values()) for m in settings.values())):
             json.loads(text or "null")
@@ -5455,10 +5457,14 @@ def disconnect_claude(work: Installer, path: str) -> None:
             text = edit_member(text, name, member[0])[0]
     if path in work.files and text.encode("utf-8") == EMPTY_SETTINGS:
         work.step(f"remove {path}", partial(os.unlink, path))
+    elif work.is_ours(path, old.encode("utf-8")):       # as 5.0.0 wrote it
+        work.take_back(path)
     elif text != old:
         work.step(f"take back {', '.join(work.settings[path])} in {path}", partial(
             write_atomically, path, text, True, stat.S_IMODE(os.stat(path).st_mode)))
-    work.files.pop(path, None)          # what is left is the user's
+    backup = work.files.pop(path, [""])[0]      # what is left is the user's
+    if os.path.lexists(backup):
+        work.leave(backup, "the settings before rrouter 5.0.0 changed them")
     del work.settings[path]
     work.save()
 

@@ -9396,13 +9396,16 @@ class ForeignFilesTest(InstallTest):
             if is_recorded:
                 home.put(home.settings, json.dumps(
                     {"model": "opus", "env": {"ANTHROPIC_BASE_URL": home.url}}).encode())
+                home.put(home.settings.with_name("backup"), b'{"model" : "opus"}')
                 home.write("install.json", json.dumps({
                     "files": {str(path): {
                         "backup": None, "sha256": [rrouter.digest(path.read_bytes())]}
                         for path in (home.program, home.unit)},
                     "directories": [str(home.home / name) for name in (
                         "bin", ".config", ".config/systemd", ".config/systemd/user")],
-                    "claude": {"before": {"env": {}}, "written": [home.url], "backup": None}}))
+                    "claude": {"before": {}, "written": [home.url],
+                               "sha256": rrouter.digest(home.settings.read_bytes()),
+                               "backup": str(home.settings.with_name("backup"))}}))
             if is_upgraded:
                 self.assertIn(f"{home.program} (before: 5.0.0)\n", home.do("install"))
                 self.assertEqual([path.read_bytes() for path in home.dir.glob("config.json*")],
@@ -9411,7 +9414,7 @@ class ForeignFilesTest(InstallTest):
             home.do("uninstall", "--purge")
             if is_recorded:
                 self.assertEqual([*home.tree()], [".claude", ".claude/settings.json"])
-                self.assertEqual(home.claude(), {"model": "opus", "env": {}})
+                self.assertEqual(home.settings.read_bytes(), b'{"model" : "opus"}')
             else:                           # not certain to be ours
                 self.assertEqual(home.program.read_bytes(), program)
 
