@@ -5239,13 +5239,11 @@ def program_bytes(interpreter: str) -> bytes:
 
 def content_of(path: str) -> bytes | None:
     """Return what a file holds or where a link leads, None for nothing; raise RouterError."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return None
-    if stat.S_ISLNK(mode):
+    if os.path.islink(path):
         return b"link to " + os.fsencode(os.readlink(path))
-    if not stat.S_ISREG(mode):
+    if not os.path.lexists(path):
+        return None
+    if not os.path.isfile(path):
         raise RouterError(f"{path}: not a regular file: move it away")
     with open(path, "rb") as file:
         return file.read()
@@ -5284,15 +5282,6 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RouterError(f"{paths.record}: not what rrouter wrote ({error}): repair it, or move "
                           "it away and remove by hand what is installed") from error
-
-
-def is_as_installed(home: str, path: str) -> bool:
-    """Return whether a file is as `install` left it, or was not installed by it."""
-    try:
-        written = read_record(Paths(home))[0].get(path)
-        return not written or digest(content_of(path) or b"") == written[-1]
-    except (OSError, RouterError):
-        return True
 
 
 class Installer:
@@ -5379,20 +5368,19 @@ class Installer:
     def take_back(self, path: str) -> None:
         """Remove what was installed, and put back what was there before; leave anything else."""
         self.remove_temporary(path)
-        backup = self.files[path][0] if self.files[path] else ""
-        if not self.files[path]:
+        backup, *written = self.files[path] or [""]
+        old = content_of(path) if written else None
+        if not written:
             if os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path):
                 self.step(f"remove {path}", partial(os.rmdir, path))
-        else:
-            old = content_of(path)
-            if old is not None and not self.is_ours(path, old):
-                self.leave(path, "changed since it was installed, or never replaced")
-                if os.path.lexists(backup):
-                    self.leave(backup, "what was there before")
-            elif os.path.lexists(backup):
-                self.step(f"put the old {path} back", partial(os.replace, backup, path))
-            elif old is not None:
-                self.step(f"remove {path}", partial(os.unlink, path))
+        elif old is not None and not self.is_ours(path, old):
+            self.leave(path, "changed since it was installed, or never replaced")
+            if os.path.lexists(backup):
+                self.leave(backup, "what was there before")
+        elif os.path.lexists(backup):
+            self.step(f"put the old {path} back", partial(os.replace, backup, path))
+        elif old is not None:
+            self.step(f"remove {path}", partial(os.unlink, path))
         del self.files[path]
         self.save()
 
@@ -5938,21 +5926,10 @@ def config_edit(paths: Paths) -> int:
 
 
 def keep_beside(path: str, content: bytes) -> str:
-    """Write `content` to a new file PATH.bak-YYYYmmdd-HHMMSS; return its path.  Raises OSError."""
-    name = f"{path}.bak-{time.strftime('%Y%m%d-%H%M%S')}"
-    for backup in [name, *(f"{name}-{number}" for number in range(2, 1000))]:
-        with contextlib.suppress(FileExistsError), open(backup, "xb", buffering=0) as file:
-            try:
-                os.chmod(backup, 0o600)
-                problem = _write_all(file.fileno(), content)
-                if problem is not None:
-                    raise problem
-                os.fsync(file.fileno())
-            except OSError:             # a full disk: leave no truncated backup
-                os.unlink(backup)
-                raise
-            return backup
-    raise FileExistsError(errno.EEXIST, "too many backups of this second", name)
+    """Write `content` to a new file beside `path`; return its path.  Raises OSError."""
+    spare = spare_name(path)
+    write_atomically(spare, content)
+    return spare
 
 
 def config_reset(paths: Paths) -> int:
@@ -6095,7 +6072,9 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
     manager, why = reach_manager(home)
     candidates = ([manager.path] if manager else
                   [unit_path(os.path.join(home, ".config")), agent_path(home)])
-    installed = [path for path in candidates if os.path.isfile(path)]
+    installed, files = [path for path in candidates if os.path.isfile(path)], {}
+    with contextlib.suppress(RouterError):
+        files = read_record(Paths(home))[0]
     if not installed:
         yield OK, ("service: none is installed; rrouter start forks a daemon, and nothing starts "
                    "it at the next login")
@@ -6103,7 +6082,7 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
         if not os.access(program, os.X_OK):
             yield FAIL, (f"service: {path} starts {program}, which does not exist: "
                          "run install.sh again")
-        elif not is_as_installed(home, path):
+        elif path in files and digest(content_of(path) or b"") != files[path][-1]:
             yield WARN, f"service: {path} is not what was installed: changed by you, or older"
         elif manager is None:
             yield WARN, f"service: {path} is installed, but {why}: rrouter start forks"
