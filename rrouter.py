@@ -5278,6 +5278,9 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
         "".join(itertools.chain(*files.values()))       # demands strings
         for text in itertools.chain(*(itertools.chain(*m.values()) for m in settings.values())):
             json.loads(text or "null")
+        program = os.path.join(os.path.dirname(paths.root), "bin", "rrouter")
+        if files and not any(map(program.startswith, files)):
+            raise ValueError("it is of another home directory")
         return files, settings
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RouterError(f"{paths.record}: not what rrouter wrote ({error}): repair it, or move "
@@ -5450,9 +5453,7 @@ def disconnect_claude(work: Installer, path: str) -> None:
     elif text != old:
         work.step(f"take back {', '.join(work.settings[path])} in {path}", partial(
             write_atomically, path, text, True, stat.S_IMODE(os.stat(path).st_mode)))
-    backup = work.files.pop(path, [""])[0]      # what is left is the user's
-    if os.path.lexists(backup):
-        work.leave(backup, "the settings before rrouter 5.0.0 changed them")
+    work.files.pop(path, None)          # what is left is the user's
     del work.settings[path]
     work.save()
 
@@ -6059,10 +6060,11 @@ def check_interpreter(program: str) -> Iterator[tuple[str, str]]:
     """Yield whether the Python that the installed program names still exists."""
     with contextlib.suppress(OSError, RouterError):
         head = (content_of(program) or b"")[:4096].decode("utf-8", "replace")
-        match = re.match(r"#!(?:/bin/sh\nexec )?'?([^'\n]*?)'?(?: \"\$0\".*)?\n", head)
+        match = re.match(r"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head)
         if match:
-            yield (OK if os.access(match[1], os.X_OK) else FAIL), (
-                f"program: {program}, run by {match[1]}: if that is gone, run install.sh again")
+            python = match[1] or match[2]
+            yield (OK if os.access(python, os.X_OK) else FAIL), (
+                f"program: {program}, run by {python}: if that is gone, run install.sh again")
 
 
 def check_service(home: str) -> Iterator[tuple[str, str]]:
