@@ -11,7 +11,7 @@ Usage: ./install.sh [--claude] [--dry-run]
 Finds a Python and runs `rrouter.py install` or `rrouter.py uninstall` with it: ~/bin/rrouter,
 ~/.rrouter, and a systemd user unit or a launchd agent.  Running it again upgrades.
 
-  --claude      also point Claude Code here, in its settings.json
+  --claude      also point Claude Code here, in its settings.json, with a status line
   --uninstall   stop rrouter and take back what was installed; ~/.rrouter stays
   --purge       with --uninstall: remove ~/.rrouter, too
   --dry-run     change nothing, say what would be done
@@ -19,8 +19,8 @@ Finds a Python and runs `rrouter.py install` or `rrouter.py uninstall` with it: 
 
 Environment:
   PYTHON        the Python to use (3.9 or newer); otherwise the first one found
-  RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST
-                if set, written to ~/.config/rrouter.env for the service, unless you wrote that file
+  RROUTER_*     those that are set go to ~/.config/rrouter.env for the service, unless you wrote or
+                changed that file
 EOF
 }
 
