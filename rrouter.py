@@ -5352,9 +5352,14 @@ class Installer:
         self.save()
         if spare:
             self.step(f"keep the old {path} as {spare}", partial(os.rename, path, spare))
-        if old != content:
-            self.step(f"{'install' if old is None or spare else 'replace'} {path}",
-                      partial(write_atomically, path, content, True, mode))
+        try:
+            if old != content:
+                self.step(f"{'install' if old is None or spare else 'replace'} {path}",
+                          partial(write_atomically, path, content, True, mode))
+        except OSError:
+            if spare:                   # a full disk
+                os.rename(spare, path)
+            raise
 
     def leave(self, path: str, what: str, command: str = "rm") -> None:
         """Note for the report that a path stays."""
@@ -5411,7 +5416,7 @@ def offer_no_proxy(work: Installer, text: str) -> dict[str, str]:
 
 
 def is_written(text: str | None, member: list[Any]) -> bool:
-    """Return whether a member still has a value that rrouter wrote, in whatever form."""
+    """Return whether a member still has a value that rrouter wrote, in any form."""
     return text is not None and json.loads(text) in map(json.loads, member[1:])
 
 

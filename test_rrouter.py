@@ -9287,6 +9287,14 @@ class ForeignFilesTest(InstallTest):
             home.do("uninstall", "--purge")
             self.assertEqual(home.tree(), before)
 
+    def test_it_stays_in_its_place_on_a_full_disk(self):
+        home = self.installation()
+        home.put(home.program, b"the old one", 0o755)
+        shell = ["/bin/sh", "-c", 'ulimit -f 16; exec "$@"', "sh", *PYTHON, RROUTER]
+        self.assertIn("ile too large", home.do("install", program=shell, status=1))
+        self.assertEqual([path.read_bytes() for path in home.program.parent.iterdir()],
+                         [b"the old one"])
+
     def test_what_was_changed_is_kept_and_named_and_rules_stay(self):
         home, rules = self.installation("systemd"), '{"modes": {"a": {"mappings": []}}}'
         home.write("config.json", rules)
