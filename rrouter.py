@@ -2018,8 +2018,9 @@ class Paths:
                               "its files there; set HOME to a directory you can write") from error
 
 
-def write_atomically(path: str, text: str, durable: bool = True) -> None:
-    """Write `text` to `path`, mode 0600: a reader sees the whole new content or the whole old one.
+def write_atomically(path: str, content: str | bytes, durable: bool = True,
+                     mode: int = 0o600) -> None:
+    """Write `content` to `path`: a reader sees the whole new content or the whole old one.
 
     A symbolic link stays, its target is replaced.  Unless `durable`, a crash of the machine may
     lose the content.  Raises OSError.
@@ -2029,7 +2030,9 @@ def write_atomically(path: str, text: str, durable: bool = True) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(text.encode("utf-8"))
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            if mode != 0o600:
+                os.fchmod(descriptor, mode)
             file.flush()
             if durable:                 # else a crash may leave the new name with no content
                 os.fsync(file.fileno())
@@ -2038,6 +2041,13 @@ def write_atomically(path: str, text: str, durable: bool = True) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def spare_name(path: str) -> str:
+    """Return PATH.bak-YYYYmmdd-HHMMSS, with a number if that exists already."""
+    name = f"{path}.bak-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(spare for spare in (name, *(f"{name}-{number}" for number in range(2, 1000)))
+                if not os.path.lexists(spare))
 
 
 def open_for_reading(path: str) -> BinaryIO:
@@ -4473,9 +4483,10 @@ MANAGER_S = DRAIN_S + 15        # a stop through the service manager includes th
 
 
 class Manager(NamedTuple):
-    """A service manager that has rrouter installed: its name and its commands."""
+    """A service manager: its name, where it finds the file that starts rrouter, its commands."""
 
     name: str
+    path: str
     start_commands: tuple[tuple[str, ...], ...]
     stop_command: tuple[str, ...]
     job_query: tuple[str, ...] = ()         #: launchd's: it succeeds while the job is loaded
@@ -4505,9 +4516,8 @@ class Manager(NamedTuple):
             raise DaemonError(f"{' '.join(command)} failed: {why}")
 
 
-def unit_path(home: str) -> str:
-    """Return where the systemd user unit is installed."""
-    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
+def unit_path(config: str) -> str:
+    """Return where the systemd user unit is installed, below ~/.config or what replaces it."""
     return os.path.join(config, "systemd", "user", SYSTEMD_UNIT)
 
 
@@ -4516,24 +4526,47 @@ def agent_path(home: str) -> str:
     return os.path.join(home, "Library", "LaunchAgents", LAUNCHD_LABEL + ".plist")
 
 
+def is_own_home(home: str) -> bool:
+    """Return whether this HOME is the user's, in which service managers work, and no try-out."""
+    import pwd
+    try:
+        return os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir) == os.path.realpath(home)
+    except KeyError:                            # a user that only a container knows
+        return False
+
+
+def reach_manager(home: str) -> tuple[Manager | None, str]:
+    """Return the service manager that serves this HOME and answers; else None and why."""
+    if not is_own_home(home):
+        return None, f"service managers serve your home directory, and HOME={home} is another one"
+    systemctl = ("systemctl", "--user")
+    status, output = run_program((*systemctl, "show-environment"), MANAGER_S)
+    if status == 0:
+        # Its own, not that of this shell; an odd value comes as $'...'.
+        config = re.search(r"(?m)^XDG_CONFIG_HOME=(?:\$')?(.+?)'?$", output)
+        return Manager("systemd", unit_path(config[1] if config else os.path.join(home, ".config")),
+                       ((*systemctl, "daemon-reload"), (*systemctl, "reset-failed", SYSTEMD_UNIT),
+                        (*systemctl, "start", SYSTEMD_UNIT)),
+                       (*systemctl, "stop", SYSTEMD_UNIT)), ""
+    asked, domain = "systemctl --user", f"gui/{os.getuid()}"
+    if status == 127:
+        asked = "launchctl"
+        status, output = run_program(("launchctl", "print", domain), MANAGER_S)
+    if status == 0:
+        # Loaded again at each start, because `kickstart` would use the plist as it was when loaded.
+        path, label = agent_path(home), f"{domain}/{LAUNCHD_LABEL}"
+        return Manager("launchd", path, (("launchctl", "bootstrap", domain, path),
+                                         ("launchctl", "kickstart", label)),
+                       ("launchctl", "bootout", label), ("launchctl", "print", label)), ""
+    why = printable(output.strip().rpartition("\n")[2]) or f"status {status}"
+    return None, ("neither systemd nor launchd is here" if status == 127 else
+                  f"{asked} does not answer: {why}")
+
+
 def find_manager(home: str) -> Manager | None:
     """Return the service manager that has rrouter installed and answers, or None."""
-    systemctl = ("systemctl", "--user")
-    if (os.path.isfile(unit_path(home))
-            and run_program((*systemctl, "show-environment"), MANAGER_S)[0] == 0):
-        return Manager("systemd", ((*systemctl, "daemon-reload"),
-                                   (*systemctl, "reset-failed", SYSTEMD_UNIT),
-                                   (*systemctl, "start", SYSTEMD_UNIT)),
-                       (*systemctl, "stop", SYSTEMD_UNIT))
-    domain = f"gui/{os.getuid()}"
-    if (os.path.isfile(agent_path(home))
-            and run_program(("launchctl", "print", domain), MANAGER_S)[0] == 0):
-        # Loaded again at each start, because `kickstart` would use the plist as it was when loaded.
-        label = f"{domain}/{LAUNCHD_LABEL}"
-        return Manager("launchd", (("launchctl", "bootstrap", domain, agent_path(home)),
-                                   ("launchctl", "kickstart", label)),
-                       ("launchctl", "bootout", label), ("launchctl", "print", label))
-    return None
+    manager = reach_manager(home)[0]
+    return manager if manager and os.path.isfile(manager.path) else None
 
 
 def start_daemon(paths: Paths, home: str) -> str:
@@ -4651,6 +4684,613 @@ def complain(*texts: object) -> None:
     for text in texts:
         line = f"rrouter: {text}"
         print(wrapped(line, 9) if sys.stderr.isatty() else line, file=sys.stderr)
+
+
+# Claude Code's settings #######################################################
+
+def claude_settings_path(home: str) -> str:
+    """Return where Claude Code keeps its settings."""
+    directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
+    return os.path.join(directory, "settings.json")
+
+
+def claude_environment(home: str) -> dict[str, str]:
+    """Return the `env` of Claude Code's settings.json, {} without one.
+
+    Raises ValueError if the file is not JSON.
+    """
+    try:
+        value = json.loads((read_file(claude_settings_path(home)) or b"{}").decode("utf-8-sig"))
+        return {str(key): str(item) for key, item in value["env"].items()}
+    except (KeyError, TypeError, AttributeError):
+        return {}
+    except OSError as error:
+        raise ValueError(reason_of(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON") from error
+
+
+def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | None]:
+    """Return settings in which a member has this JSON text, or is missing, and its old text.
+
+    `name` is one like `statusLine` or `env.NO_PROXY`.  No other byte changes, so that adding,
+    replacing and removing can each be undone.  Raises ValueError.
+    """
+    outer, _, name = name.rpartition(".")
+    position: int | None = _skip_space(text, int(text.startswith("\ufeff")))
+    if outer:
+        position = {key: start for key, start, _ in _walk(text, position or 0, "{")}.get(outer)
+    if position is None:
+        return text, None
+    members = [*_walk(text, position, "{")]
+    ends = [position + 1, *(end for _, _, end in members)]
+    index = max((index for index, member in enumerate(members) if member[0] == name), default=-1)
+    head, rest = text[:ends[index]], text[ends[index + 1]:]
+    if index >= 0:
+        _, start, end = members[index]
+        if value is not None:
+            head = text[:start] + value
+        elif index == 0 and len(members) > 1:
+            rest = rest.partition(",")[2]
+        return head + rest, text[start:end]
+    if value is not None:
+        rest = text[ends[-1]:]
+        gap = re.findall(r"\A\s*,?(\s*)" if len(members) > 1 else r"\A(\s*)",
+                         text[ends[-2 if members else 0]:])[0]
+        gap = "," + (gap or " ") if members else gap + "  " * ("\n" in gap)
+        rest = f"{gap}{json.dumps(name)}: {value}{rest}"
+    return head + rest, None
+
+
+def read_settings(path: str) -> str | None:
+    """Return settings that can be edited, None without a file; raise RouterError."""
+    try:
+        content = read_file(path)
+        if content is not None and not os.stat(path).st_mode & stat.S_IWUSR:
+            raise RouterError("is read-only")
+        text = (content or b"{}").decode("utf-8")
+        _parse_json(text.lstrip("\ufeff"))
+        edit_member(text, "env.", None)         # demands an object, and an object as its env
+        return None if content is None else text
+    except (OSError, ValueError, RouterError) as error:
+        why = reason_of(error) if isinstance(error, OSError) else error
+        raise RouterError(f"{path}: {why}: left as it is; repair it, then run this again"
+                          ) from error
+
+
+# Installation #################################################################
+
+SERVICE_FILES = {SYSTEMD_UNIT: """\
+# systemd user unit of rrouter, as `rrouter install` writes it.  Settings: lines such as
+# RROUTER_PORT=9000 in ~/.config/rrouter.env, in force from the next `rrouter restart` on.
+[Unit]
+Description=rrouter, the local router between Claude Code and CLIProxyAPI
+# Twelve starts in ten minutes and it stays down: a taken port is tried for about a minute.
+StartLimitIntervalSec=600
+StartLimitBurst=12
+
+[Service]
+Type=exec
+EnvironmentFile=-%h/.config/rrouter.env
+ExecStart=%h/bin/rrouter serve
+ExecReload=/bin/kill -HUP $MAINPID
+# 2 is a bad setting in the environment, which no restart mends.
+Restart=on-failure
+RestartSec=5
+RestartPreventExitStatus=2
+# Running streams get 30 seconds to finish.
+TimeoutStopSec=45
+# Only what an unprivileged user manager can apply, so that it starts in containers too.
+UMask=0077
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=default.target
+""", LAUNCHD_LABEL + ".plist": """\
+<?xml version="1.0" encoding="UTF-8"?>
+<!-- launchd agent of rrouter, as `rrouter install` writes it.  Settings: lines such as
+     RROUTER_PORT=9000 in ~/.config/rrouter.env, in force from the next `rrouter restart` on. -->
+<plist version="1.0"><dict>
+    <key>Label</key> <string>com.rrouter</string>
+    <!-- launchd expands neither ~ nor $HOME, so a shell does; exec makes rrouter the job. -->
+    <key>ProgramArguments</key> <array>
+        <string>/bin/sh</string> <string>-c</string>
+        <string>settings="$HOME/.config/rrouter.env"
+            if [ -r "$settings" ]; then set -a; . "$settings"; fi
+            exec "$HOME/bin/rrouter" serve</string>
+    </array>
+    <key>RunAtLoad</key> <true/>
+    <!-- Again after a failure, not after a clean stop; at most every 30 seconds. -->
+    <key>KeepAlive</key> <dict> <key>SuccessfulExit</key> <false/> </dict>
+    <key>ThrottleInterval</key> <integer>30</integer>
+    <!-- Running streams get 30 seconds to finish. -->
+    <key>ExitTimeOut</key> <integer>45</integer>
+    <!-- Streams must not wait for the throttled disk and timers of a background job. -->
+    <key>ProcessType</key> <string>Interactive</string>
+    <key>Umask</key> <integer>63</integer> <!-- 0077 -->
+</dict></plist>
+"""}
+# Where the SHA-256 of each unit, agent and default config.json of any version begins.
+SHIPPED = frozenset(("e069a7ce11869e8f", "781c947dfddcaab7", "c191a83396e676fd"))    # 5.0.0
+# Begins the zip application, so it must run under a Python that is too old for the rest.
+ZIP_MAIN = """\
+import sys
+if sys.version_info < (3, 9):
+    sys.exit("rrouter: Python %d.%d is too old: run install.sh again" % sys.version_info[:2])
+import rrouter
+rrouter.main()
+"""
+STABLE_DIRECTORIES = ("/usr/bin", "/usr/local/bin", "/opt/homebrew/bin")
+SHEBANG_MAX_BYTES = 120         # older kernels cut the line off at 127
+EMPTY_SETTINGS = b"{\n}\n"
+
+
+def stable_interpreter() -> str:
+    """Return the path of this Python that lasts: as PYTHON names it, or a link of the system."""
+    import shutil
+    links = (os.path.join(directory, "python3") for directory in STABLE_DIRECTORIES)
+    for path in (shutil.which(os.environ.get("PYTHON") or ""), *links):
+        if path and os.path.realpath(path) == os.path.realpath(sys.executable):
+            return os.path.abspath(path)
+    if sys.prefix != sys.base_prefix:           # a virtual environment may be removed
+        return os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
+    return sys.executable
+
+
+def program_bytes(interpreter: str) -> bytes:
+    """Return this program as a zip application: source and compiled module, for a fast start."""
+    import importlib.util
+    import io
+    import marshal
+    import shlex
+    import zipfile
+    loader = globals()["__loader__"]            # of the file, or of the zip application
+    source = loader.get_source(getattr(loader, "name", __name__))
+    # 1: an unchecked hash; zipimport silently ignores a time stamp from another time zone.
+    module = (importlib.util.MAGIC_NUMBER + struct.pack("<L", 1)
+              + importlib.util.source_hash(source.encode("utf-8"))
+              + marshal.dumps(compile(source, "rrouter.py", "exec", dont_inherit=True)))
+    line = f"#!{interpreter}\n"
+    if re.search(r"\s", interpreter) or len(os.fsencode(line)) > SHEBANG_MAX_BYTES:
+        line = f'#!/bin/sh\nexec {shlex.quote(interpreter)} "$0" "$@"\n'
+    archive = io.BytesIO()
+    archive.write(os.fsencode(line))
+    with zipfile.ZipFile(archive, "a") as file:
+        for name, content in (("__main__.py", ZIP_MAIN), ("rrouter.py", source),
+                              ("rrouter.pyc", module)):
+            file.writestr(zipfile.ZipInfo(name), content)
+    return archive.getvalue()
+
+
+def content_of(path: str) -> bytes | None:
+    """Return what a file holds or where a link leads, None for nothing; raise RouterError."""
+    if os.path.islink(path):
+        return b"link to " + os.fsencode(os.readlink(path))
+    if not os.path.lexists(path):
+        return None
+    if not os.path.isfile(path):
+        raise RouterError(f"{path}: not a regular file: move it away")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of a content."""
+    import hashlib
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str, list[Any]]]]:
+    """Return what was installed; raise RouterError if the record is not usable.
+
+    {path: [name of what was there before or "", digests of what was written]}, [] for a directory;
+    {settings.json of Claude Code: {member: [JSON text before or None, JSON texts written]}}.
+    """
+    try:
+        record = json.loads(read_file(paths.record) or b"{}")
+        files, settings = record.get("files", {}), record.get("settings", {})
+        if "directories" in record:     # of 5.0.0
+            files = {path: [entry["backup"] or "", *entry["sha256"]]
+                     for path, entry in files.items()}
+            files = {**dict.fromkeys(record["directories"], []), **files}
+        claude = record.get("claude")
+        if claude:
+            path = os.path.join(os.path.dirname(paths.root), ".claude", "settings.json")
+            url = (claude["before"] or {}).get("env", {}).get("ANTHROPIC_BASE_URL")
+            settings[os.path.realpath(path)] = {"env.ANTHROPIC_BASE_URL": [
+                url and json.dumps(url), *map(json.dumps, claude["written"])]}
+            files[os.path.realpath(path)] = [claude["backup"] or "", claude["sha256"]]
+        "".join(itertools.chain(*files.values()))       # demands strings
+        for text in itertools.chain(*(itertools.chain(*m.values()) for m in settings.values())):
+            json.loads(text or "null")
+        program = os.path.join(os.path.dirname(paths.root), "bin", "rrouter")
+        if files and not any(map(program.startswith, files)):
+            raise ValueError("it is of another home directory")
+        return files, settings
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise RouterError(f"{paths.record}: not what rrouter wrote ({error}): repair it, or move "
+                          "it away and remove by hand what is installed") from error
+
+
+class Installer:
+    """Puts files in their places and takes them back, as the record says.
+
+    The record is written before each change, so that a command that was killed can be run again or
+    taken back: a file is ours only if its digest is in the record.  A dry run changes nothing.
+    """
+
+    def __init__(self, home: str, paths: Paths, dry: bool) -> None:
+        self.home, self.paths, self.dry = home, paths, dry
+        self.program = os.path.join(home, "bin", "rrouter")
+        self.files: dict[str, list[str]] = {}
+        self.settings: dict[str, dict[str, list[Any]]] = {}
+        self.done: list[str] = []
+        self.left: list[str] = []       #: what stays, and how to remove it
+        self.failures: list[str] = []
+
+    def save(self) -> None:
+        """Write the record."""
+        if not self.dry:
+            record = {"files": self.files, "settings": self.settings}
+            write_atomically(self.paths.record, json.dumps(record, indent=2) + "\n")
+
+    def step(self, text: str, action: Callable[[], object]) -> None:
+        """Print what is done and do it; in a dry run print it only."""
+        print(f"  {'would ' * self.dry}{text}", flush=True)
+        self.done.append(text)
+        if not self.dry:
+            action()
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        """Do something; note for the report if that fails."""
+        try:
+            action()
+        except (OSError, RouterError) as error:
+            self.failures.append(str(error) if isinstance(error, RouterError) else
+                                 f"{error.filename2 or error.filename}: {reason_of(error)}")
+
+    def make_directory(self, path: str) -> None:
+        """Make a directory and its parents; in the end those that are empty are removed."""
+        if not os.path.isdir(path) and not (self.dry and path in self.files):
+            self.make_directory(os.path.dirname(path))
+            self.files[path] = []
+            self.save()
+            self.step(f"create {path}", partial(os.mkdir, path))
+
+    def is_ours(self, path: str, content: bytes) -> bool:
+        """Return whether rrouter wrote this content."""
+        sha256 = digest(content)
+        return sha256[:16] in SHIPPED or sha256 in self.files.get(path, ())[1:]
+
+    def put(self, path: str, content: bytes, mode: int = 0o644) -> None:
+        """Install a file.  What is there and not ours is kept beside it, and comes back later."""
+        old, written = content_of(path), self.files.get(path)
+        backup, spare, ours = written[0] if written else "", "", [digest(content)]
+        self.make_directory(os.path.dirname(path))
+        if old is not None and self.is_ours(path, old):
+            ours.insert(0, digest(old))
+        elif old is not None:
+            spare = backup if backup and not os.path.lexists(backup) else spare_name(path)
+            if backup or not written:   # a changed file of ours does not come back
+                backup = spare
+        self.files[path] = [backup, *ours]
+        self.save()
+        if spare:
+            self.step(f"keep the old {path} as {spare}", partial(os.rename, path, spare))
+        try:
+            if old != content:
+                self.step(f"{'install' if old is None or spare else 'replace'} {path}",
+                          partial(write_atomically, path, content, True, mode))
+        except OSError:
+            if spare:                   # a full disk
+                os.rename(spare, path)
+            raise
+
+    def leave(self, path: str, what: str, command: str = "rm") -> None:
+        """Note for the report that a path stays."""
+        import shlex
+        self.left.append(f"{path} ({what}): {command} {shlex.quote(path)}")
+
+    def remove_temporary(self, path: str) -> None:
+        """Remove what killed commands left beside a path, named as `write_atomically` names it."""
+        directory, name = os.path.split(path)
+        for other in os.listdir(directory) if os.path.isdir(directory) and not self.dry else ():
+            if re.fullmatch(re.escape(name) + r"\.\d+\.\d+\.tmp", other):
+                os.unlink(os.path.join(directory, other))
+
+    def take_back(self, path: str) -> None:
+        """Remove what was installed, and put back what was there before; leave anything else."""
+        self.remove_temporary(path)
+        backup, *written = self.files[path] or [""]
+        old = content_of(path) if written else None
+        if not written:
+            if os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path):
+                self.step(f"remove {path}", partial(os.rmdir, path))
+        elif old is not None and not self.is_ours(path, old):
+            self.leave(path, "changed since it was installed, or never replaced")
+            if os.path.lexists(backup):
+                self.leave(backup, "what was there before")
+        elif os.path.lexists(backup):
+            self.step(f"put the old {path} back", partial(os.replace, backup, path))
+        elif old is not None:
+            self.step(f"remove {path}", partial(os.unlink, path))
+        del self.files[path]
+        self.save()
+
+
+# ---- Claude Code
+
+def offer_no_proxy(work: Installer, text: str) -> dict[str, str]:
+    """Return NO_PROXY if Claude Code needs it to reach rrouter and the user wants it, else {}."""
+    settings = json.loads(text.lstrip("\ufeff")).get("env", {})
+    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    proxy = next((name for name in environment if environment[name] and name.upper() in (
+        "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")), None)
+    known = [environment.get(name) or "" for name in ("NO_PROXY", "no_proxy")]
+    if proxy is None or {"localhost", "*"} & set(re.split("[, ]+", ",".join(known))):
+        return {}
+    value = ",".join(filter(None, (known[0] or known[1], "localhost,127.0.0.1,::1")))
+    need = f'  {proxy} is set, so Claude Code needs "NO_PROXY": "{value}" in its env: '
+    if work.dry or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print(f"{need}add it (on a terminal, this command offers to)")
+        return {}
+    with contextlib.suppress(EOFError):
+        if input(f"{need}write it? [Y/n] ").strip().lower() in ("", "y", "yes"):
+            return {"env.NO_PROXY": value}
+    return {}
+
+
+def is_written(text: str | None, member: list[Any]) -> bool:
+    """Return whether a member still has a value that rrouter wrote, in any form."""
+    return text is not None and json.loads(text) in map(json.loads, member[1:])
+
+
+def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
+    """Point Claude Code here; unless `asked`, only renew what an earlier installation wrote."""
+    content = read_settings(path)
+    text = old = EMPTY_SETTINGS.decode() if content is None else content
+    members, command = work.settings.get(path, {}), f"curl -s '{url}/health?line'"
+    for name, value in {"env": {}, "env.ANTHROPIC_BASE_URL": url,
+                        "statusLine": {"type": "command", "command": command},
+                        **(offer_no_proxy(work, text) if asked else {})}.items():
+        new, now = json.dumps(value), edit_member(text, name, None)[1]
+        is_held = now is not None and is_written(now, members.get(name, []))
+        is_free = now is None or name not in ("env", "statusLine")
+        if (is_held or asked and is_free) and (now is None or json.loads(now) != value):
+            members[name] = [*members[name], new] if is_held else [now, new]
+            text = edit_member(text, name, new)[0]
+    if text != old:
+        work.settings[path] = members
+        if content is None:
+            work.put(path, EMPTY_SETTINGS, 0o600)
+        work.save()
+        mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o600
+        work.step(f"point Claude Code here in {path}",
+                  partial(write_atomically, path, text, True, mode))
+
+
+def disconnect_claude(work: Installer, path: str) -> None:
+    """Take out of Claude Code's settings what was written, to the byte if nothing else changed."""
+    text = old = read_settings(path) or ""
+    work.remove_temporary(path)
+    for name, member in reversed(work.settings[path].items()) if old else ():
+        if is_written(edit_member(text, name, None)[1], member):
+            text = edit_member(text, name, member[0])[0]
+    if path in work.files and text.encode("utf-8") == EMPTY_SETTINGS:
+        work.step(f"remove {path}", partial(os.unlink, path))
+    elif work.is_ours(path, old.encode("utf-8")):       # as 5.0.0 wrote it
+        work.take_back(path)
+    elif text != old:
+        work.step(f"take back {', '.join(work.settings[path])} in {path}", partial(
+            write_atomically, path, text, True, stat.S_IMODE(os.stat(path).st_mode)))
+    work.files.pop(path, None)          # what is left is the user's
+    del work.settings[path]
+    work.save()
+
+
+def find_senders(here: str, home: str) -> Iterator[str]:
+    """Yield the user's processes whose environment sends Claude Code to `here`.
+
+    With `home` each Claude Code of that HOME, too, because it read the settings when it started.
+    """
+    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc/self") else ()):
+        with contextlib.suppress(OSError):
+            if int(pid) == os.getpid() or os.stat(f"/proc/{pid}").st_uid != os.getuid():
+                continue
+            name, environment = ((read_file(f"/proc/{pid}/{file}") or b"").decode(
+                "utf-8", "replace") for file in ("comm", "environ"))
+            if re.search(rf"(?:\A|\0)ANTHROPIC_BASE_URL={here}[/\0]", environment) or (
+                    name == "claude\n" and home and f"HOME={home}" in environment.split("\0")):
+                yield f"{printable(name.strip())} (pid {pid})"
+
+
+# ---- install and uninstall
+
+def put_environment(work: Installer) -> None:
+    """Write for a service what this shell sets as RROUTER_*, and what an earlier one did."""
+    path = os.path.join(work.home, ".config", "rrouter.env")
+    old = content_of(path)
+    if old is not None and not work.is_ours(path, old):
+        print(f"  leave {path} as it is, because it is yours")
+        return
+    values = dict(re.findall(r"(?m)^(RROUTER_[A-Z_]+)='(.*)'$", (old or b"").decode("utf-8")))
+    values.update((name, os.environ[name]) for name in DEFAULT_ENVIRONMENT if os.environ.get(name))
+    if values:
+        text = "# Environment of the rrouter service, in force from the next restart on.\n"
+        text += "".join(f"{name}='{value}'\n" for name, value in values.items())
+        work.put(path, text.encode("utf-8"), 0o600)
+
+
+def start_installed(work: Installer, manager: Manager | None) -> None:
+    """Start the new program, by `manager` if there is one."""
+    def start() -> None:
+        status, output = run_program((work.program, verb), 3 * MANAGER_S)
+        if status:
+            raise DaemonError(output.strip().removeprefix("rrouter: "))
+        print("  " + output.strip().replace("\n", "\n  "))
+
+    if manager:
+        put_environment(work)
+        work.put(manager.path, SERVICE_FILES[os.path.basename(manager.path)].encode("utf-8"))
+        link = os.path.join(os.path.dirname(manager.path), "default.target.wants", SYSTEMD_UNIT)
+        if manager.name == "systemd" and not os.path.lexists(link):     # as `systemctl enable`
+            work.make_directory(os.path.dirname(link))
+            work.files[link] = ["", digest(b"link to " + os.fsencode(manager.path))]
+            work.save()
+            work.step(f"create {link}", partial(os.symlink, manager.path, link))
+    verb = "restart" if Daemon.find(work.paths) else "start"
+    work.step(f"run {work.program} {verb}", start)
+
+
+def report_installation(work: Installer, before: bytes | None, why: str) -> None:
+    """Print what was installed, what `check` says of it, and what to do next."""
+    import shutil
+    version = re.search(rb'(?m)^__version__ = "([^"]*)"', before or b"")
+    old = f" (before: {printable(version[1].decode('utf-8', 'replace'))})" if version else ""
+    print(f"\nrrouter {__version__} is installed as {work.program}{old}")
+    if why:
+        print(f"no service, because {why}")
+    print(run_program((work.program, "check"), MANAGER_S)[1].rstrip())
+    first, command = shutil.which("rrouter"), "rrouter"
+    if not first or os.path.realpath(first) != os.path.realpath(work.program):
+        command = work.program
+        print(f"hint: {first + ' comes first' if first else '~/bin is not'} in PATH: add this line "
+              'to the file that your shell reads at its start: export PATH="$HOME/bin:$PATH"')
+    if not work.settings:
+        print(f"hint: to point Claude Code here: {command} install --claude")
+    print(f"next: {command} status")
+
+
+def install(work: Installer, with_claude: bool) -> list[str]:
+    """Install this program for the user, or upgrade it, and start it; return what failed."""
+    if os.geteuid() == 0 and os.stat(work.home).st_uid != 0:
+        raise RouterError(f"HOME={work.home} belongs to another user: run this without sudo")
+    settings = read_environment(dict(os.environ))
+    if re.search(r"['\\]", settings.upstream):
+        raise UsageError(f"RROUTER_UPSTREAM={settings.upstream}: a service cannot get a quote")
+    asked = claude_settings_path(work.home) if with_claude else ""
+    if asked and not is_own_home(work.home) and not asked.startswith(work.home + "/"):
+        raise UsageError(f"{asked} is not in HOME={work.home}: unset CLAUDE_CONFIG_DIR")
+    work.files, work.settings = read_record(work.paths)
+    program, before = program_bytes(stable_interpreter()), content_of(work.program)
+    manager, why = reach_manager(work.home)
+    if not work.dry:
+        work.paths.create()
+    work.put(work.program, program, 0o755)
+    config, mode = work.paths.config, work.paths.mode
+    if digest(content_of(config) or b"")[:16] in SHIPPED:
+        spare = spare_name(config)
+        work.step(f"move {config}, which holds nothing but defaults, to {spare}",
+                  partial(os.rename, config, spare))
+    elif not os.path.lexists(config) and not os.path.lexists(mode):
+        work.step("set the mode to auto", partial(write_atomically, mode, "auto\n"))
+    start_installed(work, manager)
+    daemon = Daemon.find(work.paths)
+    if daemon:
+        settings = Settings(daemon.host, daemon.port, "")
+    if settings.host in ("0.0.0.0", "::"):
+        settings = settings._replace(host="localhost")
+    for path in filter(None, dict.fromkeys((*work.settings, asked and os.path.realpath(asked)))):
+        # Last, because nothing listened there before.
+        work.attempt(partial(connect_claude, work, path, f"http://{settings.listen_addr}",
+                             path == os.path.realpath(asked)))
+    if work.dry:
+        print("nothing has been changed")
+    else:
+        report_installation(work, before, why)
+    return [f"Claude Code is not pointed here: {failure}" for failure in work.failures]
+
+
+def remove_service(work: Installer, path: str, manager: Manager | None) -> None:
+    """Stop the service and remove its file, also where its manager does not answer."""
+    if manager and manager.path == path:
+        work.step(f"stop the service of {manager.name}", manager.stop)
+    work.take_back(path)
+    link = os.path.join(os.path.dirname(path), "default.target.wants", SYSTEMD_UNIT)
+    if os.path.islink(link) and not os.path.exists(link):       # of 5.0.0, not recorded
+        os.unlink(link)
+        with contextlib.suppress(OSError):      # not empty
+            os.rmdir(os.path.dirname(link))
+    if manager and manager.path == path and manager.name == "systemd":
+        work.step("have systemd forget it", partial(
+            run_program, manager.start_commands[0], MANAGER_S))
+
+
+def remove_data(work: Installer, purge: bool) -> None:
+    """Remove the record, and with `purge` all that is beside it, unless something failed."""
+    import shutil
+    root = work.paths.root
+    if work.failures or not os.path.lexists(root):
+        return
+    if not work.dry:
+        work.remove_temporary(work.paths.record)
+        remove_files(work.paths.record)
+    if not purge:
+        work.leave(root, "mode, config, state and logs", "rm -r")
+    elif os.path.islink(root):
+        work.leave(os.path.realpath(root), f"where {root} led", "rm -r")
+        work.step(f"remove {root}", partial(os.unlink, root))
+    else:
+        work.step(f"remove {root}", partial(shutil.rmtree, root))
+
+
+def name_unrecorded(work: Installer) -> None:
+    """Note for the report what looks installed, although no record says so."""
+    print(f"  {work.paths.record} names no file, so none is removed; only the usual places have "
+          "been looked at")
+    config = os.path.join(work.home, ".config")
+    for path in (work.program, os.path.join(config, "rrouter.env"), unit_path(config),
+                 agent_path(work.home)):
+        if os.path.lexists(path):
+            work.leave(path, "not recorded as installed")
+
+
+def uninstall(work: Installer, purge: bool) -> list[str]:
+    """Take back what `install` did, with `purge` what the daemon keeps, too; return what failed."""
+    work.files, work.settings = read_record(work.paths)
+    daemon, manager, had_claude = (
+        Daemon.find(work.paths), find_manager(work.home), bool(work.settings))
+    if not work.files:
+        name_unrecorded(work)
+    ports = {str(daemon.port if daemon else DEFAULT_ENVIRONMENT["RROUTER_PORT"]),
+             *re.findall(r':([0-9]+)\\"', json.dumps(work.settings))}
+    here = rf"http://(?:localhost|127\.0\.0\.1|\[::1\]):(?:{'|'.join(ports)})"
+    for path in list(work.settings):
+        work.attempt(partial(disconnect_claude, work, path))
+    if daemon:
+        work.attempt(partial(work.step, f"stop rrouter ({daemon.holder.name})",
+                             partial(stop_daemon, work.paths, work.home)))
+    files = [*reversed(work.files)]
+    files.sort(key=work.program.startswith)     # the program last, because it can run again
+    for path in files:
+        needed = [*work.settings, *[work.program] * bool(work.failures)]
+        if os.path.basename(path) in SERVICE_FILES:
+            work.attempt(partial(remove_service, work, path, manager))
+        elif not any(other.startswith(path) for other in needed):
+            work.attempt(partial(work.take_back, path))
+    work.attempt(partial(remove_data, work, purge))
+    with contextlib.suppress(ValueError):
+        url = claude_environment(work.home).get("ANTHROPIC_BASE_URL", "")
+        if re.match(here, url) and not (work.dry and had_claude):
+            work.left.append(f"{claude_settings_path(work.home)} sends Claude Code to {url}: take "
+                             "ANTHROPIC_BASE_URL out of it")
+    removed = [text[7:] for text in work.done if text.startswith("remove ")]
+    print(f"\n{'would be ' * work.dry}removed: {', '.join(removed) or 'nothing'}")
+    for line in work.left:
+        print(f"stays: {line}")
+    senders = ", ".join(find_senders(here, work.home if had_claude else ""))
+    if senders:
+        print(f"still pointing here: {senders}: end them, or in a shell `unset ANTHROPIC_BASE_URL`")
+    return [f"not taken back: {failure}: mend that, then run `{work.program} uninstall` again"
+            for failure in work.failures]
 
 
 # Demo #########################################################################
@@ -5171,21 +5811,10 @@ def config_edit(paths: Paths) -> None:
 
 
 def keep_beside(path: str, content: bytes) -> str:
-    """Write `content` to a new file PATH.bak-YYYYmmdd-HHMMSS; return its path.  Raises OSError."""
-    name = f"{path}.bak-{time.strftime('%Y%m%d-%H%M%S')}"
-    for backup in [name, *(f"{name}-{number}" for number in range(2, 1000))]:
-        with contextlib.suppress(FileExistsError), open(backup, "xb", buffering=0) as file:
-            try:
-                os.chmod(backup, 0o600)
-                problem = _write_all(file.fileno(), content)
-                if problem is not None:
-                    raise problem
-                os.fsync(file.fileno())
-            except OSError:             # a full disk: leave no truncated backup
-                os.unlink(backup)
-                raise
-            return backup
-    raise FileExistsError(errno.EEXIST, "too many backups of this second", name)
+    """Write `content` to a new file beside `path`; return its path.  Raises OSError."""
+    spare = spare_name(path)
+    write_atomically(spare, content)
+    return spare
 
 
 def config_reset(paths: Paths) -> None:
@@ -5241,6 +5870,17 @@ def cmd_completion(context: Context) -> None:
         print("autoload -U +X compinit bashcompinit && compinit && bashcompinit")
     print(COMPLETION % (" ".join(names), "\n".join(
         f"        {name}) choices='{' '.join(words)}' ;;" for name, words in after.items())))
+
+
+def cmd_install(context: Context) -> int:
+    """Install or upgrade this program for the user, or take back what was installed."""
+    arguments = context.arguments
+    work = Installer(context.home, context.paths, arguments.dry_run)
+    failures = (install(work, arguments.claude) if arguments.command == "install" else
+                uninstall(work, arguments.purge))
+    for failure in failures:
+        complain(failure)
+    return 1 if failures else 0
 
 
 HELP = """\
@@ -5342,37 +5982,40 @@ def check_daemon(settings: Settings, daemon: Daemon | None,
             yield FAIL, describe_taken(settings)
 
 
-def is_as_installed(home: str, path: str) -> bool:
-    """Return whether a file is as install.sh left it, or was not installed by it."""
-    import hashlib
-    try:
-        record = json.loads(read_file(Paths(home).record) or b"{}")
-        digest = hashlib.sha256(read_file(path) or b"").hexdigest()
-        return bool(digest == record["files"][path]["sha256"][-1])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return True
+def check_interpreter(program: str) -> Iterator[tuple[str, str]]:
+    """Yield whether the Python that the installed program names still exists."""
+    with contextlib.suppress(OSError, RouterError):
+        head = (content_of(program) or b"")[:4096].decode("utf-8", "replace")
+        match = re.match(r"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head)
+        if match:
+            python = match[1] or match[2]
+            yield (OK if os.access(python, os.X_OK) else FAIL), (
+                f"program: {program}, run by {python}: if that is gone, run install.sh again")
 
 
 def check_service(home: str) -> Iterator[tuple[str, str]]:
-    """Yield whether the service manager starts this program."""
+    """Yield which Python runs the installed program, and whether a service manager starts it."""
     program = os.path.join(home, "bin", "rrouter")
-    if not os.path.isfile(unit_path(home)) and not os.path.isfile(agent_path(home)):
+    yield from check_interpreter(program)
+    manager, why = reach_manager(home)
+    candidates = ([manager.path] if manager else
+                  [unit_path(os.path.join(home, ".config")), agent_path(home)])
+    installed, files = [path for path in candidates if os.path.isfile(path)], {}
+    with contextlib.suppress(RouterError):
+        files = read_record(Paths(home))[0]
+    if not installed:
         yield OK, ("service: none is installed; rrouter start forks a daemon, and nothing starts "
                    "it at the next login")
-    for path, name in ((unit_path(home), "systemd unit"), (agent_path(home), "launchd agent")):
-        if not os.path.isfile(path):
-            continue
+    for path in installed:
         if not os.access(program, os.X_OK):
-            yield FAIL, (f"service: {name} {path} starts {program}, which does not exist: "
+            yield FAIL, (f"service: {path} starts {program}, which does not exist: "
                          "run install.sh again")
-        elif not is_as_installed(home, path):
-            yield WARN, (f"service: {name} {path} is not what install.sh wrote: changed by you, "
-                         "or older")
-        elif find_manager(home) is None:
-            yield WARN, (f"service: {name} is installed, but its manager does not answer here: "
-                         "rrouter start forks")
+        elif path in files and digest(content_of(path) or b"") != files[path][-1]:
+            yield WARN, f"service: {path} is not what was installed: changed by you, or older"
+        elif manager is None:
+            yield WARN, f"service: {path} is installed, but {why}: rrouter start forks"
         else:
-            yield OK, f"service: {name} {path}"
+            yield OK, f"service: {manager.name}, {path}"
 
 
 def _points_here(url: str, settings: Settings) -> bool:
@@ -5382,28 +6025,6 @@ def _points_here(url: str, settings: Settings) -> bool:
                 and _port_of(parts) == settings.port)
     except ValueError:
         return False
-
-
-def claude_settings_path(home: str) -> str:
-    """Return where Claude Code keeps its settings."""
-    directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
-    return os.path.join(directory, "settings.json")
-
-
-def claude_environment(home: str) -> dict[str, str]:
-    """Return the `env` of Claude Code's settings.json, {} without one.
-
-    Raises ValueError if the file is not JSON.
-    """
-    try:
-        value = json.loads((read_file(claude_settings_path(home)) or b"{}").decode("utf-8"))
-        return {str(key): str(item) for key, item in value["env"].items()}
-    except (KeyError, TypeError, AttributeError):
-        return {}
-    except OSError as error:
-        raise ValueError(reason_of(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError("not JSON") from error
 
 
 def check_client(home: str, settings: Settings) -> Iterator[tuple[str, str]]:
@@ -5631,6 +6252,13 @@ COMMANDS = (
                          "help": "open it in $EDITOR; write the defaults; print where it is"}),
              ("--yes", {**FLAG, "help": argparse.SUPPRESS})),     # `reset` never asks
             "rrouter config | jq .auto"),
+    Command("install", (), cmd_install, "install as ~/bin/rrouter and start, or upgrade",
+            (("--claude", {**FLAG, "help": "point Claude Code here, too"}),
+             ("--dry-run", {**FLAG, "help": "say what would be done"})),
+            "rrouter install --claude"),
+    Command("uninstall", (), cmd_install, "take back what install did",
+            (("--purge", {**FLAG, "help": "remove ~/.rrouter, too"}),
+             ("--dry-run", {**FLAG, "help": "say what would be done"}))),
     Command("completion", (), cmd_completion, "print the completion for a shell",
             (("shell", {"choices": ("bash", "zsh", "fish")}),),
             'eval "$(rrouter completion bash)"'),

@@ -18,7 +18,6 @@ import base64
 import calendar
 import collections
 import concurrent.futures
-import configparser
 import contextlib
 import copy
 import ctypes
@@ -35,6 +34,7 @@ import mmap
 import os
 import pathlib
 import plistlib
+import pty
 import pwd
 import py_compile
 import queue
@@ -57,6 +57,7 @@ import types
 import unicodedata
 import unittest
 import zipapp
+import zipfile
 import zlib
 from unittest import mock
 
@@ -7245,11 +7246,14 @@ class CheckTest(RouterTest):
         unit.write_text("[Service]\n")
         program.write_text("")
         self.check("fail +service: .*starts .*/bin/rrouter, which does not exist")
+        program.write_text("#!/usr/bin/env python3\n")
         program.chmod(0o755)
-        self.check("warn +service: .*its manager does not answer here", PATH="")
-        record.write_text(json.dumps({"files": {str(unit): {"sha256": ["of another text"]}}}))
+        self.check("warn +service: .* is installed, but service managers serve",
+                   "ok +program: .*/bin/rrouter, run by /usr/bin/env: ", PATH="")
+        record.write_text(json.dumps({"files": {
+            str(program): ["", "its digest"], str(unit): ["", "digest of another text"]}}))
         self.addCleanup(record.unlink)
-        self.check("warn +service: .*is not what install.sh wrote")
+        self.check("warn +service: .*is not what was installed")
 
     def test_a_daemon_of_another_version_is_named(self):
         code = ("import sys; sys.path.insert(0, sys.argv[1]); import rrouter\n"
@@ -7261,828 +7265,886 @@ class CheckTest(RouterTest):
 # Installation #################################################################
 
 # Stands in for systemctl and launchctl: notes each request, and starts and stops the service with
-# the bare environment of a service.  Requests that contain the word in the file `fails` fail.
-# As with the real launchd, `bootout` returns before the job ends, perhaps with 36, and launchd
-# knows the job a while longer than its process lives.
-MANAGER = r'''
-import contextlib, os, signal, sys, time
-here, home = os.path.dirname(os.path.abspath(__file__)), os.environ["HOME"]
-asked = " ".join(sys.argv[1:])
+# a bare environment.  Requests that contain the text in the file `fails` fail.  As with the real
+# launchd, `bootout` returns before the job ends, with 36, and the job is known a while longer.
+MANAGER = r"""#!/bin/sh
+cd "${0%/*}" && printf '%s\n' "$*" >>asked
+if [ -e fails ]; then
+    case $* in *"$(cat fails)"*) echo 'scripted failure' >&2; exit 1 ;; esac
+fi
+[ -e environment ] || printf "HOME=\$'%s'\n" "$HOME" >environment
+config=$(sed -n 's/^XDG_CONFIG_HOME=//p' environment)
+unit=${config:-$HOME/.config}/systemd/user/rrouter.service
+running() { [ -s pid ] && kill -0 "$(cat pid)" 2>/dev/null; }
+stop() { ! running || kill "$(cat pid)"; while running; do sleep 0.01; done; rm -f pid; }
+start() {       # the subshell reaps the daemon at once, so that its end is seen
+    (env -i HOME="$HOME" PATH=/usr/bin:/bin "$@" & echo $! >pid; wait) >/dev/null 2>&1 &
+    until [ -s pid ]; do sleep 0.01; done
+}
+case $* in
+*show-environment) cat environment ;;
+*' stop '*) stop ;;
+print*/com.rrouter) running || [ -e leaving ] ;;
+*' start '*)
+    running || start sh -c 'set -a; . "$1"; SYSTEMD_EXEC_PID=$$ exec "$2" serve' sh \
+        "$HOME$(sed -n 's/^EnvironmentFile=-%h//p' "$unit")" \
+        "$HOME$(sed -n 's/^ExecStart=%h\(.*\) serve/\1/p' "$unit")" ;;
+bootstrap*)
+    ! running && [ ! -e leaving ] || exit 5
+    start XPC_SERVICE_NAME=com.rrouter "$PYTHON" -c 'import os, plistlib, sys
+with open(sys.argv[1], "rb") as file: words = plistlib.load(file)["ProgramArguments"]
+os.execv(words[0], words)' "$HOME/Library/LaunchAgents/com.rrouter.plist" ;;
+kickstart*) running || exit 3 ;;
+bootout*)
+    touch leaving
+    (sleep 0.1; stop; sleep 0.2; rm leaving) >/dev/null 2>&1 &
+    exit 36 ;;
+esac
+"""
 
-def note(name):
-    return os.path.join(here, name)
+# The installed program in most tests: its daemon starts fast, and its commands do nothing.
+STUB = '''#!/usr/bin/env python3
+"""rrouter: a local router between the tests and nothing."""
+import os, sys
+__version__ = "0.0.1"
 
-with open(note("asked"), "a") as file:
-    file.write(asked.replace(home, "~") + "\n")
-if os.path.exists(note("fails")):
-    with open(note("fails")) as file:
-        if file.read() in asked:
-            sys.exit("scripted failure")
+def serve(root, by):
+    import fcntl, socket
+    port, lock = int(os.environ["RROUTER_PORT"]), open(root + "rrouter.lock", "a+")
+    fcntl.flock(lock, fcntl.LOCK_EX)        # which the one before holds until it has ended
+    health = ('{"host": "%s", "port": %d, "pid": %d, "mode": "auto", "startedBy": "%s", '
+              '"autoSwitch": {}, "upstreamURL": "u", "upstream": "u", "listenAddr": ""}' % (
+                  os.environ.get("RROUTER_HOST") or "localhost", port, os.getpid(), by))
+    for name, text in (("run.json", health), ("rrouter.lock", "%d\\n" % os.getpid())):
+        with open(root + name, "w") as file:
+            file.write(text)
+    listener = socket.create_server(("127.0.0.1", port))
+    while True:
+        with listener.accept()[0] as connection:
+            connection.recv(65536)
+            connection.sendall(("HTTP/1.0 200 OK\\r\\n\\r\\n" + health).encode())
 
-def pid():
-    try:
-        with open(note("pid")) as file:
-            number = int(file.read())
-        os.kill(number, 0)
-        return number
-    except (OSError, ValueError):
-        return None
+def main():
+    root, verb = os.path.expanduser("~/.rrouter/"), sys.argv[1]
+    if verb == "restart":
+        with open(root + "rrouter.lock") as file:
+            os.kill(int(file.read()), 15)
+    if verb == "serve":
+        serve(root, "systemd" if "SYSTEMD_EXEC_PID" in os.environ else "launchd")
+    if verb in ("start", "restart") and not os.fork():
+        os.setsid()
+        os.closerange(0, 3)
+        serve(root, "start")
+    print("rrouter 0.0.1 did", *sys.argv[1:])
+'''
 
-def wait_for(condition, failure):
-    for _ in range(4000):
-        if condition():
-            return
-        time.sleep(0.01)
-    sys.exit(failure)
+# Runs commands of rrouter, each in a fork, because an import takes a tenth of a second.  They
+# install STUB.  A command is killed just before its change number `kill_at`, counted from 0.
+ZYGOTE = '''
+import hashlib, io, itertools, json, marshal, os, pwd, shutil, signal, subprocess, sys, types
+sys.path.insert(0, sys.argv[1])
+import rrouter, zipfile
+rrouter.__loader__ = types.SimpleNamespace(get_source=lambda _: sys.argv[2])
 
-def stop():
-    if pid():
-        os.kill(pid(), signal.SIGTERM)
-    wait_for(lambda: not pid(), "it does not end")
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(note("pid"))
+def run(words, env, output, kill_at):
+    os.environ.clear()
+    os.environ.update(env)
+    os.setsid()
+    os.dup2(os.open(os.devnull if os.path.isfile(output) else output, os.O_RDWR), 0)
+    os.dup2(os.open(output, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    sys.stdin, changes = open(0), itertools.count()
+    pwd.getpwuid = lambda _: types.SimpleNamespace(pw_dir=env["HOME_OF_USER"])
+    def count(event, _):
+        if (event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "subprocess.Popen")
+                and next(changes) == kill_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+    if kill_at is not None:
+        sys.addaudithook(count)
+    return rrouter.main(words)
 
-def start(command, **marks):
-    """Return when the process exists; a short one may have ended by then."""
-    stop()
-    marks.update(HOME=home, PATH="/usr/bin:/bin:/usr/sbin:/sbin")
-    if os.fork() == 0:      # the parent that reaps it at once, so that its end is seen
+for line in sys.stdin:
+    child, status = os.fork(), 70
+    if not child:
         try:
-            os.setsid()
-            for number in 0, 1, 2:
-                os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            daemon = os.posix_spawn(command[0], command, marks)
-            with open(note("new pid"), "w") as file:
-                file.write(str(daemon))
-            os.rename(note("new pid"), note("pid"))
-            os.waitpid(daemon, 0)
+            status = run(*json.loads(line))
+            sys.stdout.flush()
+        except SystemExit as end:
+            status = end.code
         finally:
-            os._exit(0)
-    wait_for(lambda: os.path.exists(note("pid")), "it does not start")
-
-unit = home + "/.config/systemd/user/rrouter.service"
-verb = [word for word in sys.argv[1:] if not word.startswith("-")][0]
-if verb == "print" and asked.endswith("com.rrouter"):
-    sys.exit(not pid() and not os.path.exists(note("leaving")))
-elif verb == "bootout":
-    open(note("leaving"), "w").close()
-    if os.fork() == 0:
-        for number in 0, 1, 2:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-        time.sleep(0.2)
-        stop()
-        time.sleep(0.4)
-        os.remove(note("leaving"))
-        os._exit(0)
-    if os.path.exists(note("slow")):
-        print("Boot-out failed: 36: Operation now in progress")
-        sys.exit(36)
-elif verb == "stop" or "disable --now" in asked:
-    stop()
-elif verb in ("start", "kickstart") and pid():
-    pass
-elif verb == "kickstart":
-    sys.exit("Could not find service")
-elif verb in ("start", "restart"):
-    with open(unit) as file:
-        lines = [line.rstrip().replace("%h", home) for line in file if "=" in line]
-    settings = dict(line.split("=", 1) for line in lines)
-    start(["/bin/sh", "-c",
-           '[ ! -e "$1" ] || { set -a; . "$1"; }; SYSTEMD_EXEC_PID=$$ exec "$2" serve', "sh",
-           settings["EnvironmentFile"].lstrip("-"), settings["ExecStart"].rpartition(" ")[0]],
-          INVOCATION_ID="0" * 32)
-elif verb == "bootstrap":
-    if pid() or os.path.exists(note("leaving")):
-        sys.exit("Bootstrap failed: 5: Input/output error")
-    import plistlib
-    with open(home + "/Library/LaunchAgents/com.rrouter.plist", "rb") as file:
-        start(plistlib.load(file)["ProgramArguments"], XPC_SERVICE_NAME="com.rrouter")
-'''
-
-# Answers the requests of install.sh at once and does nothing: for tests of files alone.
-STUB = r"""#!/usr/bin/env python3
-import sys
-RouterError = ValueError
-def read_environment(environ):
-    pass
-if sys.argv[1:] == ["--version"]:
-    print("rrouter 0.0.1")
-elif sys.argv[1:] == ["status", "--json"]:
-    print('{"startedBy": "start", "listenAddr": "localhost:8316"}')
-"""
-
-# Added to STUB: a daemon for a service manager.
-SLEEPER = """
-if sys.argv[1] == "serve":
-    import signal
-    signal.sigwait([signal.SIGTERM])
-"""
-
-# rrouter itself, compiled before: a start takes a third of the time.
-COMPILED = """#!/usr/bin/env python3
-import marshal
-with open(%r, "rb") as file:
-    exec(marshal.loads(file.read()[16:]))
-"""
-
-# Kills the whole installation just before the Python inside install.sh does KILL_AT.
-KILLER = '''
-import os, re, signal, sys
-def kill(event, details):
-    if (getattr(sys, "argv", [""])[0] == "-"
-            and event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
-            and re.search(os.environ["KILL_AT"], f"{event} {details[event == 'os.rename']}")):
-        os.killpg(0, signal.SIGKILL)
-sys.addaudithook(kill)
+            os._exit(status)
+    print(os.waitpid(child, 0)[1], flush=True)
 '''
 
 
-@functools.lru_cache(None)
+@functools.cache
 def light_python():
-    """Return an interpreter like this one that starts fast: its site-packages hold KILLER alone."""
-    root = pathlib.Path(tempfile.mkdtemp(prefix="rrouter-python-"))
+    """Return an interpreter like this one that starts fast, because it has no site-packages."""
+    root, real = pathlib.Path(tempfile.mkdtemp(prefix="rrouter-")), os.path.realpath(sys.executable)
     atexit.register(shutil.rmtree, str(root), True)
-    real = os.path.realpath(sys.executable)
-    # The directory of the standard library has the ABI in its name: python3.13t
-    packages = root / "lib" / os.path.basename(os.path.dirname(os.__file__)) / "site-packages"
-    packages.mkdir(parents=True)
-    (packages / "killer.py").write_text(KILLER)
-    (packages / "killer.pth").write_text(
-        "import os; os.environ.get('KILL_AT') and __import__('killer')\n")
-    (root / "pyvenv.cfg").write_text("home = %s\ninclude-system-site-packages = false\n"
-                                     % os.path.dirname(real))
+    (root / "pyvenv.cfg").write_text(
+        f"home = {os.path.dirname(real)}\ninclude-system-site-packages = false\n")
     (root / "bin").mkdir()
     (root / "bin" / "python3").symlink_to(real)
     return str(root / "bin" / "python3")
 
 
-class Installation(Home):
-    """An empty HOME with a space in its name, a clone, and stand-ins of the system's programs."""
+@functools.cache
+def zygote():
+    words = light_python(), "-c", ZYGOTE, os.path.dirname(compiled()), STUB
+    process = subprocess.Popen(words, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    atexit.register(process.communicate)
+    return process
 
-    def __init__(self, router, system="Linux", deaf=False):
+
+class Installation(Home):
+    """An empty HOME with a space in its name, and a stand-in for the manager of that name."""
+
+    PROGRAMS = {"systemd": "systemctl", "launchd": "launchctl"}
+
+    def __init__(self, manager=None):
         super().__init__()
-        self.home, self.clone, self.stand_ins = (
-            self.root / name for name in ("ho me", "a clone", "stand-ins"))
+        self.home, self.stand_ins = self.root / "ho me", self.root / "stand-ins"
+        self.home.mkdir()
         self.dir = self.home / ".rrouter"
         self.program = self.home / "bin" / "rrouter"
         self.unit = self.home / ".config" / "systemd" / "user" / "rrouter.service"
-        self.agent = self.home / "Library" / "LaunchAgents" / "com.rrouter.plist"
         self.environment = self.home / ".config" / "rrouter.env"
         self.settings = self.home / ".claude" / "settings.json"
-        self.url = "http://localhost:%d" % self.port
-        self.env.update(HOME=str(self.home), PYTHON=light_python(), SHELL="/bin/bash",
-                        PATH="%s:/usr/bin:/bin" % self.stand_ins)
-        for directory in (self.home, self.clone, self.stand_ins):
-            directory.mkdir()
-        for name in ("install.sh", "rrouter.service", "com.rrouter.plist"):
-            shutil.copy(str(HERE / name), str(self.clone))
-        (self.clone / "rrouter.py").write_text(router, encoding="utf-8")
-        self.stand_in("uname", "#!/bin/sh\necho %s\n" % system)
-        for name in ("systemctl", "launchctl"):
-            self.stand_in(name, "#!/bin/sh\nexec '%s' -IS \"${0%%/*}/manager.py\" \"$@\"\n"
-                          % sys.executable)
-        self.note("manager.py", MANAGER)
+        self.url = f"http://localhost:{self.port}"
+        self.env.update(HOME=str(self.home), HOME_OF_USER=str(self.home), PYTHON=light_python(),
+                        PATH=f"{self.stand_ins}:/usr/bin:/bin")
         self.note("asked", "")
-        if deaf:
-            self.note("fails", "")
-
-    def stand_in(self, name, text):
-        self.note(name, text)
-        (self.stand_ins / name).chmod(0o755)
+        for name, program in self.PROGRAMS.items():
+            self.note(program, MANAGER if manager == name else "#!/bin/sh\nexit 127\n")
 
     def note(self, name, text):
-        (self.stand_ins / name).write_text(text)
+        self.put(self.stand_ins / name, text.encode(), 0o755)
 
     def asked(self):
         """Return the orders to the service manager since the last call, without mere questions."""
-        lines = (self.stand_ins / "asked").read_text().splitlines()
+        lines = (self.stand_ins / "asked").read_text().replace(str(self.home), "~").splitlines()
         self.note("asked", "")
         return [line for line in lines
-                if not re.search(r"\b(show|print|reset-failed|enable gui)", line)]
+                if not re.search(r"\b(show|print|reset|daemon-reload|enable gui)", line)]
 
-    def install(self, *options, status=0, env=(), shell="sh"):
-        """Run install.sh to its end and return all it printed."""
-        printed = self.run(
-            *options, program=[*shell.split(), str(self.clone / "install.sh")], check=status,
-            env=env, cwd=str(self.root), stderr=subprocess.STDOUT, start_new_session=True).stdout
-        if "Traceback" in printed:
-            raise AssertionError(printed)
-        return printed
+    def do(self, *words, status=0, env=(), program=None, kill_at=None):
+        """Run a command of the rrouter that installs STUB, or of `program`; return all it printed.
+
+        With `kill_at`, return whether it was killed.
+        """
+        if program:
+            return self.run(*words, program=program, check=status, env=env,
+                            stderr=subprocess.STDOUT, cwd=str(self.root)).stdout
+        self.note("output", "")
+        ended = self.fork(words, env, str(self.stand_ins / "output"), kill_at)
+        printed = (self.stand_ins / "output").read_text()
+        if "Traceback" in printed or ended not in (status, kill_at is not None and -9):
+            raise AssertionError(f"{words}: status {ended}\n{printed}")
+        return printed if kill_at is None else ended == -9
+
+    def fork(self, words, env, output, kill_at=None):
+        request = words, {**self.env, **dict(env)}, output, kill_at
+        print(json.dumps(request), file=zygote().stdin, flush=True)
+        return os.waitstatus_to_exitcode(int(zygote().stdout.readline()))
 
     def rrouter(self, *arguments):
-        """Run the installed program; return what it printed on stdout."""
-        return self.run(*arguments, program=[str(self.program)], check=0).stdout
+        """Run the installed program; return what it printed."""
+        return self.do(*arguments, program=[str(self.program)])
+
+    def claude(self):
+        """Return the settings of Claude Code."""
+        return json.loads(self.settings.read_text(encoding="utf-8"))
 
     @staticmethod
     def put(path, content, mode=0o644):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         path.chmod(mode)
+        return path
 
     def tree(self, data=True):
         """Return all files under HOME as {name: (mode, content)}; with ~/.rrouter if `data`."""
         return {str(path.relative_to(self.home)): (
                     stat.S_IMODE(path.lstat().st_mode),
-                    os.readlink(str(path)) if path.is_symlink() else
+                    os.readlink(path) if path.is_symlink() else
                     path.read_bytes() if path.is_file() else None)
                 for path in sorted(self.home.rglob("*")) if data or ".rrouter" not in path.parts}
 
     def remove(self):
-        """Stop all processes and remove the files."""
-        if (self.stand_ins / "pid").exists():
-            self.note("fails", "nothing")
-            self.run("stop", program=[str(self.stand_ins / "systemctl")])
-        if (self.dir / "rrouter.pid").exists():
-            self.run("stop", program=[str(self.program)])
+        """Stop the daemon and remove the files."""
+        for name in (self.stand_ins / "pid", self.dir / "rrouter.lock"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(name.read_text().split()[0]), signal.SIGTERM)
         super().remove()
+
+
+DEFAULT_FILE = (rrouter.config_text(rrouter.config_of(None)) + "\n").encode()
 
 
 class InstallTest(unittest.TestCase):
     """Base of the tests that install."""
 
-    def installation(self, router=STUB, **options):
-        installation = Installation(router, **options)
+    def installation(self, manager=None):
+        installation = Installation(manager)
         self.addCleanup(installation.remove)
         return installation
 
-    def side_by_side(self, check, rows):
-        """Call `check` with each of the rows, all at once, because starts take most of the time."""
-        with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
-            for row, future in [(row, pool.submit(check, *row)) for row in rows]:
-                with self.subTest(row=row):
-                    future.result()
 
-    def assert_gone(self, home):
-        """Nothing is left in HOME, and nothing runs."""
-        self.assertEqual((home.tree(), home.health()), ({}, None))
+class ServiceFilesTest(InstallTest):
 
+    def test_the_files_of_the_repository_are_those_that_are_installed(self):
+        """A new default config.json is added to SHIPPED, and none is removed."""
+        for name, text in rrouter.SERVICE_FILES.items():
+            self.assertEqual((HERE / name).read_text(encoding="utf-8"), text, name)
+        self.assertIn(rrouter.digest(DEFAULT_FILE)[:16], rrouter.SHIPPED)
 
-class ServiceFilesTest(LoopbackTest):
-
-    def test_the_unit_starts_restarts_and_stops_as_promised(self):
-        unit = configparser.ConfigParser(interpolation=None)
-        unit.optionxform = str
-        unit.read(str(HERE / "rrouter.service"), encoding="utf-8")
-        service = unit["Service"]
-        self.assertEqual((service["Restart"], service["RestartPreventExitStatus"]),
-                         ("on-failure", "2"))
-        self.assertGreater(int(service["TimeoutStopSec"]), rrouter.DRAIN_S)
-        self.assertIn("-HUP $MAINPID", service["ExecReload"])
+    def test_they_restart_and_stop_as_promised(self):
+        unit, agent = rrouter.SERVICE_FILES.values()
+        numbers = {name: int(value) for name, value in re.findall(r"(?m)^(\w+)=([0-9]+)$", unit)}
+        agent = plistlib.loads(agent.encode())
+        self.assertIn("\nRestart=on-failure\n", unit)
+        self.assertEqual((numbers["RestartPreventExitStatus"], agent["KeepAlive"]),
+                         (2, {"SuccessfulExit": False}))
         # All the starts that are allowed fit into their interval: a taken port ends in `failed`.
-        self.assertLess(int(service["RestartSec"]) * int(unit["Unit"]["StartLimitBurst"]),
-                        int(unit["Unit"]["StartLimitIntervalSec"]))
-        self.assertEqual(unit["Install"]["WantedBy"], "default.target")
-
-    def test_the_agent_starts_restarts_and_stops_as_promised(self):
-        with open(str(HERE / "com.rrouter.plist"), "rb") as file:
-            agent = plistlib.load(file)
-        self.assertEqual(agent["Label"], "com.rrouter")
-        self.assertEqual(agent["KeepAlive"], {"SuccessfulExit": False})
-        self.assertGreaterEqual(agent["ThrottleInterval"], 10)
-        self.assertGreater(agent["ExitTimeOut"], rrouter.DRAIN_S)
-
-    def home_with_program(self):
-        """Return a Home with rrouter as ~/bin/rrouter."""
-        home = self.make_home(mode="claude")
-        (home.root / "bin").mkdir()
-        program = home.root / "bin" / "rrouter"
-        program.write_text("#!%s\n%s" % (sys.executable, RROUTER_TEXT), encoding="utf-8")
-        program.chmod(0o755)
-        return home
+        self.assertLess(numbers["RestartSec"] * numbers["StartLimitBurst"],
+                        numbers["StartLimitIntervalSec"])
+        self.assertGreater(min(numbers["TimeoutStopSec"], agent["ExitTimeOut"]), rrouter.DRAIN_S)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not here")
     def test_systemd_finds_nothing_wrong_with_the_unit(self):
-        home = self.home_with_program()
-        (home.root / "run").mkdir()
-        done = home.run(program=["systemd-analyze", "--user", "verify",
-                                 str(HERE / "rrouter.service")],
-                        env={"XDG_RUNTIME_DIR": str(home.root / "run")}, stderr=subprocess.STDOUT)
-        self.assertEqual((done.returncode, done.stdout), (0, ""))
+        home = self.installation()
+        home.put(home.root / "bin" / "rrouter", b"#!/bin/sh\n", 0o755)
+        env = {"HOME": str(home.root), "XDG_RUNTIME_DIR": str(home.root)}
+        self.assertEqual(home.do("--user", "verify", str(HERE / "rrouter.service"),
+                                 program=["systemd-analyze"], env=env), "")
 
-    @unittest.skipUnless(subprocess.run(
-        ["sh", "-c", "systemctl --user show-environment"], stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, timeout=WAIT_S).returncode == 0, "no systemd user manager here")
-    def test_a_real_user_manager_runs_the_unit(self):
-        """The unit has another name and this HOME, so that an installed rrouter stays untouched."""
-        home = self.home_with_program()
-        (home.root / ".config").mkdir()
-        (home.root / ".config" / "rrouter.env").write_text("RROUTER_PORT=%d\n" % home.port)
-        name = "rrouter-test-%d.service" % os.getpid()
-        unit = pathlib.Path(os.environ["XDG_RUNTIME_DIR"], "systemd", "user", name)
-        unit.parent.mkdir(parents=True, exist_ok=True)
-        text = (HERE / "rrouter.service").read_text(encoding="utf-8")
-        text = text.replace("=%h/bin/rrouter", '="%h/bin/rrouter"').replace(
-            "[Service]", '[Service]\nEnvironment="HOME=%h"')
-        unit.write_text(text.replace("%h", str(home.root)))
 
-        def systemctl(*words):
-            return subprocess.run(["systemctl", "--user", *words], stdout=subprocess.PIPE,
-                                  check=True, text=True, timeout=60).stdout
-        try:
-            systemctl("daemon-reload")
-            systemctl("start", name)
-            self.assertEqual(wait_until(home.health)["startedBy"], "systemd")
-            home.run("auto", check=0)
-            systemctl("reload", name)
-            systemctl("stop", name)
-            self.assertIn("Result=success", systemctl("show", "-p", "Result", name))
-        finally:
-            systemctl("stop", name)
-            unit.unlink()
-            systemctl("daemon-reload")
+class ProgramTest(InstallTest):
+    """The zip application."""
+
+    def setUp(self):
+        self.home = self.installation()
+        self.program = self.home.program
+
+    def call(self, function, *arguments, text=STUB, **env):
+        """Return what a function of rrouter returns; `text` is taken as its source."""
+        code = ("import os, sys, types; sys.path.insert(0, sys.argv[1])\nimport rrouter\n"
+                "rrouter.__loader__ = types.SimpleNamespace(get_source=lambda _: sys.argv[2])\n"
+                "rrouter.STABLE_DIRECTORIES = '/no', os.environ.get('STABLE', '/no')\n"
+                "print(repr(getattr(rrouter, sys.argv[3])(*sys.argv[4:])))")
+        return ast.literal_eval(self.home.do("-c", code, os.path.dirname(compiled()), text,
+                                             function, *arguments, program=[light_python()],
+                                             env=env))
+
+    def write(self, interpreter):
+        """Write ~/bin/rrouter with this interpreter in its first line; return its bytes."""
+        content = self.call("program_bytes", str(interpreter))
+        return self.home.put(self.program, content, 0o755).read_bytes()
+
+    def test_any_interpreter_runs_it_and_check_names_the_one_that_is_gone(self):
+        for name in ("my pythons", "l" * 120):
+            python = pathlib.Path(light_python()).with_name(name) / "python3"
+            python.parent.mkdir()
+            python.symlink_to(light_python())
+            self.assertEqual(self.write(python)[:10], b"#!/bin/sh\n")
+            self.assertEqual(self.home.rrouter("a b", "c"), "rrouter 0.0.1 did a b c\n")
+            line = f"program: {self.program}, run by {python}: if that is gone, run install.sh"
+            self.assertIn(f"ok    {line}", self.home.do("check", status=1))
+            shutil.rmtree(python.parent)
+            self.assertIn(f"fail  {line}", self.home.do("check", status=1))
+
+    def test_after_an_upgrade_of_python_the_source_runs_and_an_old_one_is_refused(self):
+        content = self.write(light_python())
+        self.assertEqual(content.partition(b"\n")[0], b"#!" + light_python().encode())
+        with zipfile.ZipFile(self.program) as archive:
+            module = archive.read("rrouter.pyc")
+        self.assertEqual(module[4:8], b"\1\0\0\0")      # no time stamp, no look at the source
+        self.home.put(self.program, content.replace(module[:4], b"\0\0\r\n"), 0o755)
+        self.assertEqual(self.home.rrouter("x"), "rrouter 0.0.1 did x\n")
+        for version in ((2, 7), (3, 8)):
+            code = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+            self.assertEqual(self.home.do("-c", code, rrouter.ZIP_MAIN, program=PYTHON, status=1),
+                             "rrouter: Python %d.%d is too old: run install.sh again\n" % version)
+
+    def test_no_file_beside_it_is_run(self):
+        self.write(light_python())
+        for name in ("json.py", "argparse.py", "rrouter.py"):
+            self.home.put(self.program.parent / name, b"raise SystemExit('run')")
+        self.assertEqual(self.home.rrouter("x"), "rrouter 0.0.1 did x\n")
+
+    def test_it_names_an_interpreter_that_lasts(self):
+        stable, mine = self.home.root / "python3", self.home.root / "mine"
+        for path in (stable, mine):
+            path.symlink_to(os.path.realpath(sys.executable))
+        self.assertEqual(
+            [self.call("stable_interpreter", STABLE=str(self.home.root), PYTHON=name)
+             for name in (str(mine), "/bin/sh", "")], [str(mine), str(stable), str(stable)])
+        chosen = self.call("stable_interpreter", PYTHON="")     # not the virtual environment
+        self.assertEqual((os.path.realpath(chosen), chosen == light_python()),
+                         (os.path.realpath(sys.executable), False))
 
 
 class InstallScriptTest(InstallTest):
-
-    def test_an_output_that_cannot_be_written_stops_it(self):
-        home = self.installation()
-        stopped = "install.sh: stopped, for nobody reads its output; run it again to go on\n"
-        full = "install.sh: [Errno 28] No space left on device\n"
-        # label, options, what stderr says
-        rows = [("closed pipe", ["--dry-run"], ""), ("closed pipe", [], stopped)]
-        if os.path.exists("/dev/full"):
-            rows.append(("full", ["--dry-run"], full))
-        for label, options, says in rows:
-            with self.subTest(label, options=options):
-                if label == "full":
-                    output = os.open("/dev/full", os.O_WRONLY)
-                else:
-                    reader, output = os.pipe()
-                    os.close(reader)
-                try:
-                    done = home.run(*options, program=["sh", str(home.clone / "install.sh")],
-                                    stdout=output, check=1)
-                finally:
-                    os.close(output)
-                self.assertEqual(done.stderr, says)
-        home.install()
-
-    OPTIONS = (
-        # options                       status  says
-        (["-h"],                        0,      "Usage: ./install.sh"),
-        (["--claud"],                   2,      "unknown option --claud"),
-        (["claude"],                    2,      "unknown option claude"),
-        (["--purge"],                   2,      "--purge goes with --uninstall"),
-        (["--uninstall", "--claude"],   2,      "--claude"),
-    )
-
-    def test_wrong_options_change_nothing(self):
-        home = self.installation()
-        for options, status, says in self.OPTIONS:
-            with self.subTest(options=options):
-                self.assertIn(says, home.install(*options, status=status))
-        self.assertEqual((home.tree(), home.asked()), ({}, []))
-
-    def test_a_dry_run_changes_nothing_and_every_shell_gives_the_same_plan(self):
-        home = self.installation()
-        plans = {home.install("--dry-run", "--claude", shell=shell)
-                 for shell in ("sh", "bash --posix", "busybox sh", "zsh --emulate sh")
-                 if shutil.which(shell.split()[0])}
-        self.assertEqual(len(plans), 1, plans)
-        plan = plans.pop()
-        for says in ("would install ~/bin/rrouter", "would run systemctl --user enable",
-                     "would set the mode to auto", "would set env.ANTHROPIC_BASE_URL"):
-            self.assertIn(says, plan)
-        created = re.findall("would create (.*)", plan)
-        self.assertIn("~/.config", created)
-        self.assertEqual(len(created), len(set(created)), created)
-        self.assertEqual((home.tree(), home.asked()), ({}, []))
-        home.put(home.program, b"another program\n", 0o755)
-        before = home.tree()
-        self.assertIn("would keep the old ~/bin/rrouter", home.install("--dry-run"))
-        self.assertEqual((home.tree(), home.asked()), (before, []))
-
-    def test_a_bad_setting_of_this_shell_stops_it_before_any_change(self):
-        home = self.installation(RROUTER_TEXT)
-        said = home.install(status=1, env={"RROUTER_PORT": "eighty"})
-        self.assertIn("RROUTER_PORT=eighty", said)
-        self.assertEqual(home.tree(), {})
-
-    def test_a_program_that_does_not_start_replaces_nothing(self):
-        home = self.installation(deaf=True)
-        home.install()
-        before = home.tree(data=False)
-        broken = STUB.replace('print("rrouter 0.0.1")', "sys.exit(1)")
-        (home.clone / "rrouter.py").write_text(broken)
-        self.assertIn("does not start here", home.install(status=1))
-        self.assertEqual(home.tree(data=False), before)
-
-    def test_a_daemon_that_does_not_start_leaves_the_settings_of_claude_code(self):
-        taken = "rrouter: port 8316 is taken by another program"
-        home = self.installation(
-            STUB + 'elif sys.argv[1] == "restart":\n    sys.exit("%s")\n' % taken, deaf=True)
-        self.assertIn(taken, home.install("--claude", status=1))
-        self.assertFalse(home.settings.exists())
-
-    def test_a_path_without_bin_is_named_with_the_remedy(self):
-        home = self.installation()
-        path = "%s:%s" % (home.program.parent, home.env["PATH"])
-        for shell, says in (("/bin/zsh", "~/.zshrc"), ("/usr/bin/fish", "fish_add_path")):
-            self.assertIn(says, home.install("--dry-run", env={"SHELL": shell}))
-        self.assertNotIn("PATH", home.install("--dry-run", env={"PATH": path}))
-
-
-class PythonChoiceTest(InstallTest):
+    """install.sh: the options, and the choice of Python."""
 
     def setUp(self):
-        self.home = self.installation(deaf=True)
+        self.home = self.installation()
         # Only the stand-ins and the tools of the script: the machine's interpreters are hidden.
-        self.tools = self.home.root / "tools"
-        self.tools.mkdir()
-        for tool in ("sh", "awk", "cat", "dirname", "id", "tail"):
-            (self.tools / tool).symlink_to(shutil.which(tool))
-        del self.home.env["PYTHON"]
-        self.home.env["PATH"] = "%s:%s" % (self.home.stand_ins, self.tools)
+        for tool in ("sh", "awk", "cat", "dirname", "tail", "uname"):
+            (self.home.stand_ins / tool).symlink_to(shutil.which(tool))
+        self.home.env.update(PYTHON="", PATH=str(self.home.stand_ins))
+        self.clone = self.home.put(
+            self.home.root / "a clone" / "rrouter.py",
+            b"import sys\nprint(*sys.argv[1:], sys.executable)").parent
+        shutil.copy(HERE / "install.sh", self.clone)
+        # An interpreter that believes to be 3.8.
+        self.python("python3", f'exec "{sys.executable}" -c \'import sys; sys.version_info = '
+                               '(3, 8, 18); exec(sys.argv[1])\' "$4"\n')
+        self.python("python3.13", "echo 'no such version' >&2; exit 127\n")
 
-    def old(self, name):
-        """Make an interpreter that believes to be 3.8."""
-        self.home.stand_in(name, '#!/bin/sh\nexec "%s" -c \'import sys; sys.version_info = '
-                           '(3, 8, 18); code = sys.argv.pop(1); exec(code)\' "$4" "$5" "$6"\n'
-                           % sys.executable)
+    def python(self, name, code=f'exec "{sys.executable}" "$@"\n'):
+        self.home.note(name, "#!/bin/sh\n" + code)
 
-    def broken(self, name):
-        self.home.stand_in(name, "#!/bin/sh\necho 'no such version' >&2\nexit 127\n")
+    def script(self, *options, shell="sh", **how):
+        program, *words = shell.split()
+        return self.home.do(*options, program=[shutil.which(program), *words,
+                                               str(self.clone / "install.sh")], **how)
 
-    def test_old_and_broken_ones_are_passed_over_and_a_shim_is_resolved(self):
-        self.old("python3")
-        self.broken("python3.13")
-        self.home.stand_in("python3.12", '#!/bin/sh\nexec "%s" "$@"\n' % sys.executable)
-        self.home.install()
-        line = self.home.program.read_text().split("\n")[0]
-        self.assertEqual(os.path.realpath(line[2:]), os.path.realpath(sys.executable))
-        self.assertEqual(stat.S_IMODE(self.home.program.stat().st_mode), 0o755)
+    OPTIONS = (
+        # options                        what rrouter.py gets
+        ((),                             "install"),
+        (("--claude", "--dry-run"),      "install --claude --dry-run"),
+        (("--dry-run", "--uninstall"),   "uninstall --dry-run"),
+        (("two words", "--purge"),       "install two words --purge"),
+    )
 
-    @unittest.skipIf(any(map(os.path.exists, ("/usr/local/bin/python3",
-                                              "/opt/homebrew/bin/python3"))), "one is always here")
+    def test_a_python_that_will_do_gets_the_options_in_every_shell(self):
+        self.python("python3.12")           # a shim, which is not what is printed
+        for shell in ("sh", "bash --posix", "busybox sh", "zsh --emulate sh"):
+            for options, words in self.OPTIONS if shutil.which(shell.split()[0]) else ():
+                with self.subTest(shell=shell, options=options):
+                    self.assertEqual(self.script(*options, shell=shell),
+                                     f"{words} {sys.executable}\n")
+        self.assertRegex(self.script("-h"), r"^Usage: ./install\.sh")
+
     def test_without_a_usable_one_all_that_were_found_are_named(self):
-        self.old("python3")
-        self.broken("python3.9")
-        said = self.home.install(status=1)
+        if any(map(os.path.exists, ("/usr/local/bin/python3", "/opt/homebrew/bin/python3"))):
+            self.skipTest("one is always here")
+        said = self.script(status=1)
         for says in ("3.9 or newer", "stand-ins/python3: is Python 3.8",
-                     "python3.9: no such version", "PYTHON"):
+                     "python3.13: no such version", "PYTHON"):
             self.assertIn(says, said)
-        self.assertEqual(self.home.tree(), {})
 
     def test_the_variable_overrides_the_search(self):
-        self.old("python3")
         for value, says in (("python3", "is Python 3.8"), ("/no/python", "not a program")):
-            self.assertIn(says, self.home.install(status=1, env={"PYTHON": value}))
-
-    def test_an_interpreter_with_a_space_in_its_path_runs_the_program(self):
-        spaced = self.home.root / "my pythons" / "python3"
-        spaced.parent.mkdir()
-        spaced.symlink_to(os.path.realpath(sys.executable))
-        self.home.env["PATH"] += ":/usr/bin:/bin"
-        said = self.home.install(env={"PYTHON": str(spaced)})
-        self.assertIn("Python: %s\n" % spaced, said)
-        self.assertIn(str(spaced), self.home.program.read_text().split("\n")[0])
-        self.assertEqual(self.home.rrouter("--version"), "rrouter 0.0.1\n")
+            self.assertIn(says, self.script(status=1, env={"PYTHON": value}))
+        self.assertEqual(self.script(env={"PYTHON": sys.executable}), f"install {sys.executable}\n")
 
 
 class InstalledLifeTest(InstallTest):
-    """From an empty HOME through an upgrade to the uninstallation, with the real daemon."""
+    """From an empty HOME through an upgrade to the end, with the real program."""
 
-    def installation(self, **options):
-        return super().installation(COMPILED % compiled(), **options)
-
-    def test_without_a_manager_the_daemon_is_forked(self):
-        home = self.installation(deaf=True)
-        said = home.install()
-        self.assertIn("systemctl --user does not answer: scripted failure", said)
-        self.assertIn('"ANTHROPIC_BASE_URL": "%s"' % home.url, said)
+    def test_it_needs_the_clone_no_longer_and_leaves_nothing(self):
+        home = self.installation()
+        copied = shutil.copy(RROUTER, home.root / "copied.py")
+        said = home.do("install", "--claude", program=[*PYTHON, copied])
+        os.unlink(copied)
+        for says in (f"\nrrouter {rrouter.__version__} is installed as {home.program}\n",
+                     "\nno service, because service managers serve your home directory",
+                     "\nok    daemon: ", "\nfail  upstream: ", "hint: ~/bin is not in PATH",
+                     f"\nnext: {home.program} status\n"):
+            self.assertIn(says, said)
         first = home.health()
         self.assertEqual((first["startedBy"], first["mode"], first["problems"]),
                          ("start", "auto", []))
         self.assertEqual([stat.S_IMODE(path.stat().st_mode) for path in (
-            home.dir, home.dir / "mode", home.dir / "config.json", home.program)],
+            home.dir, home.dir / "mode", home.dir / "install.json", home.program)],
             [0o700, 0o600, 0o600, 0o755])
-        self.assertFalse(home.unit.exists() or home.agent.exists() or home.settings.exists())
-        # The user's decisions since, and another version: the real file.
-        home.write("mode", "mine\n")
-        home.write("config.json", '{"modes": {"mine": {"mappings": []}}, "defaultMode": "mine"}')
-        (home.clone / "rrouter.py").write_text(RROUTER_TEXT, encoding="utf-8")
-        self.assertIn("upgrade ~/bin/rrouter", home.install())
-        self.assertEqual(home.program.read_text(encoding="utf-8").partition("\n")[2],
-                         RROUTER_TEXT.partition("\n")[2])
+        self.assertFalse((home.dir / "config.json").exists())
+        self.assertEqual(home.do("-c", home.claude()["statusLine"]["command"], program=["sh"]),
+                         "auto → antigravity\n")
+        home.write("mode", "claude\n")
+        home.env["PATH"] += f":{home.program.parent}"
+        del home.env["RROUTER_PORT"]        # the daemon has it, and keeps it
+        said = home.rrouter("install")
+        self.assertIn(f"{home.program} (before: {rrouter.__version__})\n", said)
+        self.assertTrue(said.endswith("\nnext: rrouter status\n"), said)
         second = home.health()
-        self.assertEqual((second["pid"] == first["pid"], second["mode"]), (False, "mine"))
-        home.install("--uninstall")
-        self.assertEqual(home.tree(data=False), {})
-        self.assertEqual(home.read("mode"), "mine\n")
-        self.assertIn("mine", home.read("config.json"))
-        self.assertIsNone(home.health())
-
-    def test_an_upgrade_keeps_the_settings_of_the_forked_daemon(self):
-        """It may run in another shell; what that one sets holds."""
-        home = self.installation(deaf=True)
-        home.install(env={"RROUTER_HOST": "127.0.0.1", "RROUTER_UPSTREAM": "http://127.0.0.1:9/a"})
-        del home.env["RROUTER_PORT"], home.env["RROUTER_UPSTREAM"]
-        for upstream, env in (("http://127.0.0.1:9/a", {}),
-                              ("http://h.invalid/b", {"RROUTER_UPSTREAM": "http://h.invalid/b"})):
-            with self.subTest(env=env):
-                self.assertIn("answers at http://127.0.0.1:%d" % home.port, home.install(env=env))
-                health = home.health()
-                self.assertEqual((health["listenAddr"], health["upstreamURL"]),
-                                 ("127.0.0.1:%d" % home.port, upstream))
-
-    def test_systemd_takes_over_from_the_forked_daemon(self):
-        home = self.installation(deaf=True)
-        home.install()
-        home.note("fails", "nothing")
-        home.asked()
-        self.assertIn("stop the running rrouter (started by start)", home.install("--claude"))
-        self.assertEqual(home.asked(), ["--user daemon-reload", "--user enable rrouter.service",
-                                        "--user restart rrouter.service"])
-        self.assertEqual(home.unit.read_bytes(), (HERE / "rrouter.service").read_bytes())
-        before = home.health()
-        self.assertEqual((before["startedBy"], before["mode"]), ("systemd", "auto"))
-        self.assertEqual(json.loads(home.settings.read_text()),
-                         {"env": {"ANTHROPIC_BASE_URL": home.url}})
-        home.rrouter("restart")
-        self.assertEqual([line for line in home.asked() if "reload" not in line],
-                         ["--user stop rrouter.service", "--user start rrouter.service"])
-        after = home.health()
-        self.assertEqual((after["startedBy"], after["pid"] == before["pid"]), ("systemd", False))
-        tree = home.tree(data=False)
-        plan = home.install("--uninstall", "--purge", "--dry-run")
-        for says in ("would remove ~/bin/rrouter", "would remove ~/.rrouter",
-                     "would put env.ANTHROPIC_BASE_URL", "would run systemctl --user disable"):
-            self.assertIn(says, plan)
-        self.assertEqual((home.tree(data=False), home.asked()), (tree, []))
-        home.install("--uninstall", "--purge")
-        self.assertEqual(home.asked(),
-                         ["--user disable --now rrouter.service", "--user daemon-reload"])
-        self.assert_gone(home)
-
-    def test_launchd_runs_it(self):
-        home = self.installation(system="Darwin")
-        bootstrap = "bootstrap gui/%d ~/Library/LaunchAgents/com.rrouter.plist" % os.getuid()
-        bootout = "bootout gui/%d/com.rrouter" % os.getuid()
-        home.install()
-        self.assertEqual((home.health()["startedBy"], home.asked()), ("launchd", [bootstrap]))
-        home.install()                  # `kickstart -k` would keep the old plist
-        self.assertEqual(home.asked(), [bootout, bootstrap])
-        home.rrouter("stop")
-        self.assertEqual((home.health(), home.asked()), (None, [bootout]))
-        home.rrouter("start")
-        self.assertEqual((home.health()["startedBy"], home.asked()[0]), ("launchd", bootstrap))
-        home.note("slow", "")
-        before = home.health()["pid"]
-        home.rrouter("restart")
-        self.assertNotEqual(home.health()["pid"], before)
-        self.assertEqual((home.health()["startedBy"], home.asked()[:2]),
-                         ("launchd", [bootout, bootstrap]))
-        (home.stand_ins / "slow").unlink()
-        home.install("--uninstall", "--purge")
-        self.assert_gone(home)
+        self.assertEqual((second["pid"] == first["pid"], second["mode"]), (False, "claude"))
+        home.env["ANTHROPIC_BASE_URL"] = home.url
+        said = home.rrouter("uninstall")
+        self.assertNotIn("still pointing here", said)       # it does not name itself
+        self.assertIn(f"stays: {home.dir} (mode, config, state and logs): rm -r '{home.dir}'\n",
+                      said)
+        removed = (home.settings, home.settings.parent, home.program, home.program.parent)
+        self.assertIn(f"\nremoved: {', '.join(map(str, removed))}\n", said)
+        self.assertEqual((home.tree(data=False), home.read("mode")), ({}, "claude\n"))
 
 
 class ServiceManagerTest(InstallTest):
-    """Orders to systemd, and the files of the service; the daemon is a stand-in."""
+    """What the manager is asked for; it starts STUB."""
 
-    def installation(self, started_by="systemd"):
-        return super().installation(STUB.replace('"start"', '"%s"' % started_by) + SLEEPER)
+    DOMAIN = f"gui/{os.getuid()}"
+    ORDERS = {
+        # manager: what it is asked for to stop, and to start
+        "systemd": ["--user stop rrouter.service", "--user start rrouter.service"],
+        # `kickstart -k` would keep the old agent, and `bootstrap` fails where it is still loaded.
+        "launchd": [f"bootout {DOMAIN}/com.rrouter",
+                    f"bootstrap {DOMAIN} ~/Library/LaunchAgents/com.rrouter.plist",
+                    f"kickstart {DOMAIN}/com.rrouter"],
+    }
 
-    ENVIRONMENTS = (
-        # port, upstream, host of the shell    lines of rrouter.env after the installation
-        (("", "http://h:1", ""),               "UPSTREAM='http://h:1'"),
-        (("9006", "http://h/a=b", "::1"),      "HOST='::1' PORT='9006' UPSTREAM='http://h/a=b'"),
-        (("9007", "", ""),                     "HOST='::1' PORT='9007' UPSTREAM='http://h/a=b'"),
+    def test_it_takes_over_from_the_forked_daemon(self):
+        for manager, (stop, *start) in self.ORDERS.items():
+            home, program = self.installation(), Installation.PROGRAMS[manager]
+            self.assertIn("no service, because neither systemd nor launchd", home.do("install"))
+            home.note(program, MANAGER)
+            home.do("install")
+            self.assertEqual(home.asked(), [])
+            home.do("restart")              # STUB has forked again
+            home.asked()
+            home.do("restart")
+            self.assertEqual((home.health()["startedBy"], home.asked()), (manager, [stop, *start]))
+            self.assertIn(f"would stop the service of {manager}", home.do("uninstall", "--dry-run"))
+            self.assertEqual((home.asked(), home.health()["startedBy"]), ([], manager))
+            home.do("uninstall", "--purge")
+            self.assertEqual((home.asked(), home.tree(), home.health()),
+                             ([stop, stop], {}, None))
+
+    CONFIGS = (
+        # XDG_CONFIG_HOME of the manager, of the installing shell, of the uninstalling one
+        ("its own", None,   None),
+        ("its own", "mine", "mine"),
+        ("",        "mine", None),
+        ("",        None,   "mine"),
     )
 
-    def test_an_upgrade_restarts_the_service_and_keeps_data_and_environment(self):
-        home, names = self.installation(), ("RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST")
-        for values, lines in self.ENVIRONMENTS:
-            with self.subTest(values=values):
-                home.asked()
-                home.install(env=zip(names, values))
-                self.assertEqual(sorted(home.environment.read_text().splitlines()[1:]),
-                                 ["RROUTER_" + line for line in lines.split()])
-                self.assertEqual(home.asked(), [
-                    "--user daemon-reload", "--user enable rrouter.service",
-                    "--user restart rrouter.service"])
-                for name in ("mode", "config.json", "state.json"):
-                    if (home.dir / name).exists():
-                        self.assertEqual(home.read(name), "decided since\n")
-                    home.write(name, "decided since\n")
+    def test_the_unit_is_where_the_manager_looks_and_found_again_from_any_shell(self):
+        for of_manager, *of_shells in self.CONFIGS:
+            home = self.installation("systemd")
+            directory = home.home / (of_manager or ".config")
+            home.note("environment", f"XDG_CONFIG_HOME=$'{directory}'\n" * bool(of_manager) + "A=B")
+            env = [{"XDG_CONFIG_HOME": str(home.home / name)} if name else {} for name in of_shells]
+            home.do("install", env=env[0])
+            self.assertTrue((directory / "systemd" / "user" / "rrouter.service").exists())
+            home.do("uninstall", "--purge", env=env[1])
+            self.assertEqual((home.asked(), home.tree()), (["--user stop rrouter.service"], {}))
 
-    def test_a_manager_out_of_reach_finds_no_unit_after_the_uninstallation(self):
-        home = self.installation()
-        home.install()
-        wanted = home.unit.parent / "default.target.wants" / "rrouter.service"
-        wanted.parent.mkdir()
-        wanted.symlink_to(home.unit)
+    def test_a_try_out_touches_neither_the_manager_nor_the_files_of_the_real_home(self):
+        for manager in self.ORDERS:
+            real, home = self.installation(manager), self.installation()
+            real.do("install", "--claude")
+            before, _ = real.tree(), real.asked()
+            home.env.update(PATH=real.env["PATH"], HOME_OF_USER=str(real.home),
+                            XDG_CONFIG_HOME=str(real.home / ".config"))
+            claude = {"CLAUDE_CONFIG_DIR": str(real.settings.parent)}
+            self.assertIn("settings.json is not in HOME=",
+                          home.do("install", "--claude", env=claude, status=2))
+            self.assertIn("\nno service, because service managers serve your home directory, ",
+                          home.do("install", env=claude))
+            home.do("install", "--claude")
+            home.do("restart")
+            home.do("uninstall", "--purge", env=claude)
+            self.assertEqual((real.tree(), (real.stand_ins / "asked").read_text(), home.tree()),
+                             (before, "", {}))
+
+    def test_a_manager_that_does_not_answer_is_a_sentence_and_finds_no_unit_in_the_end(self):
+        home = self.installation("systemd")
         home.note("fails", "")
-        home.install("--uninstall", "--purge")
+        self.assertIn("\nno service, because systemctl --user does not answer: scripted failure\n",
+                      home.do("install"))
+        self.assertFalse(home.unit.exists())
+        home.note("fails", "nothing")
+        home.do("install")
+        home.note("fails", "")
+        self.assertTrue((home.unit.parent / "default.target.wants").is_dir())
+        home.do("uninstall", "--purge")
         self.assertEqual(home.tree(), {})
 
-    def test_a_manager_that_cannot_start_it_is_replaced_by_the_fork(self):
-        home = self.installation("start")
-        home.note("fails", "enable")
-        said = home.install()
-        for says in ("scripted failure", "no service: systemd did not start it",
-                     "run rrouter start instead"):
-            self.assertIn(says, said)
-        self.assertFalse(home.unit.exists())
-
-    def test_files_of_the_user_stay_at_upgrade_and_uninstallation(self):
-        home = self.installation()
-        content = b"RROUTER_HOST='127.0.0.1'\nRROUTER_PORT='9000'\n"     # as install.sh writes it
-        home.put(home.environment, content)
-        said = home.install(env={"RROUTER_PORT": "9000", "RROUTER_UPSTREAM": ""})
-        self.assertIn("rrouter.env as it is: it is yours", said)
-        home.unit.write_bytes(home.unit.read_bytes() + b"# mine\n")
-        self.assertIn("rrouter.service as it is: changed since", home.install())
-        self.assertTrue(home.unit.read_bytes().endswith(b"# mine\n"))
-        home.install("--uninstall")
-        self.assertEqual(home.environment.read_bytes(), content)
-        self.assertEqual([path.name[:20] for path in home.unit.parent.iterdir()],
-                         ["rrouter.service.bak-"])
+    def test_a_service_gets_the_environment_of_each_installing_shell(self):
+        home, ports = self.installation("systemd"), (free_port(), free_port())
+        for env, lines in (
+                ({"PORT": ports[0], "UPSTREAM": "http://h/a=b", "HOST": "0.0.0.0"},
+                 f"PORT='{ports[0]}' UPSTREAM='http://h/a=b' HOST='0.0.0.0'"),
+                ({"PORT": ports[1], "UPSTREAM": "", "HOST": ""},
+                 f"PORT='{ports[1]}' UPSTREAM='http://h/a=b' HOST='0.0.0.0'")):
+            home.do("install", "--claude", env={f"RROUTER_{name}": str(env[name]) for name in env})
+            self.assertIn(f'"http://localhost:{env["PORT"]}"', home.settings.read_text())
+            self.assertEqual(sorted(home.environment.read_text().splitlines()[1:]),
+                             sorted(f"RROUTER_{line}" for line in lines.split()))
+        mine = home.environment.read_bytes() + b"export RROUTER_X=1\n"
+        home.put(home.environment, mine, 0o600)
+        self.assertIn(f"leave {home.environment} as it is, because it is yours", home.do("install"))
+        self.assertIn(f"stays: {home.environment} (changed since ", home.do("uninstall", "--purge"))
+        self.assertEqual(home.environment.read_bytes(), mine)
 
 
 class ForeignFilesTest(InstallTest):
-
-    def installation(self):
-        return super().installation(deaf=True)
+    """What others have put in the places of the installation."""
 
     def test_another_program_of_that_name_comes_back(self):
-        def check(label, make):
+        for make in (lambda path: path.write_bytes(b"\x7fELF\0\xff"),
+                     lambda path: path.symlink_to("/no/such/rrouter"),
+                     lambda path: path.symlink_to("../clone.py")):
             home = self.installation()
+            home.put(home.home / "clone.py", b'\n"""rrouter: a local router between')
             home.program.parent.mkdir()
             make(home.program)
-            before = home.tree(data=False)
-            self.assertIn("keep the old ~/bin/rrouter", home.install())
-            self.assertEqual(home.rrouter("--version"), "rrouter 0.0.1\n")
-            home.install("--uninstall")
-            self.assertEqual(home.tree(data=False), before)
+            before = home.tree()
+            self.assertIn(f"keep the old {home.program} as ", home.do("install"))
+            home.do("install")
+            self.assertEqual(home.rrouter("x"), "rrouter 0.0.1 did x\n")
+            home.do("uninstall", "--purge")
+            self.assertEqual(home.tree(), before)
 
-        self.side_by_side(check, (
-            ("a binary", lambda path: (path.write_bytes(b"\x7fELF\0\xff"), path.chmod(0o750))),
-            ("a dead link", lambda path: path.symlink_to("/no/such/rrouter"))))
-
-    def test_changes_made_since_are_kept_beside(self):
+    def test_it_stays_in_its_place_on_a_full_disk(self):
         home = self.installation()
-        home.install()
-        for options in ((), ("--uninstall",)):
-            changed = home.program.read_bytes() + b"# mine\n"
-            home.program.write_bytes(changed)
-            home.install(*options)
-            self.assertIn(changed, [path.read_bytes() for path in
-                                    home.program.parent.glob("rrouter.bak-*")])
-        self.assertFalse(home.program.exists())
+        home.put(home.program, b"the old one", 0o755)
+        shell = ["/bin/sh", "-c", 'ulimit -f 16; exec "$@"', "sh", *PYTHON, RROUTER]
+        self.assertIn("ile too large", home.do("install", program=shell, status=1))
+        self.assertEqual([path.read_bytes() for path in home.program.parent.iterdir()],
+                         [b"the old one"])
 
-    def test_a_directory_in_the_way_is_refused(self):
-        home = self.installation()
-        home.program.mkdir(parents=True)
-        self.assertIn("~/bin/rrouter: is a directory", home.install(status=1))
+    def test_what_was_changed_is_kept_and_named_and_rules_stay(self):
+        home, rules = self.installation("systemd"), '{"modes": {"a": {"mappings": []}}}'
+        home.write("config.json", rules)
+        home.do("install")
+        self.assertEqual((home.read("config.json"), (home.dir / "mode").exists()), (rules, False))
+        patched = home.program.read_bytes() + b"patched"
+        home.put(home.program, patched, 0o755)
+        home.put(home.unit, home.unit.read_bytes() + b"# mine\n")
+        self.assertIn(f"keep the old {home.unit} as ", home.do("install"))
+        kept = sorted(path.read_bytes()[-7:] for path in home.home.rglob("*.bak-*"))
+        self.assertEqual(kept, [b"# mine\n", b"patched"])
+        home.put(home.program, patched, 0o755)
+        self.assertIn(f"stays: {home.program} (changed since it was installed, or never replaced): "
+                      f"rm '{home.program}'\n", home.do("uninstall", "--purge"))
+        self.assertEqual(home.program.read_bytes(), patched)
+        self.assertEqual(len(list(home.home.rglob("*.bak-*"))), 2)
 
-    def test_an_uninstallation_leaves_files_that_were_not_installed(self):
+    def test_a_file_that_came_after_ours_is_not_replaced_by_an_older_one(self):
         home = self.installation()
-        home.put(home.program, b"#!/bin/sh\n", 0o755)
+        home.put(home.program, b"the first", 0o755)
+        home.do("install")
+        home.put(home.program, b"the second", 0o755)
+        said = home.do("uninstall", "--purge")
+        self.assertRegex(said, f"stays: {home.program}.bak-.* .what was there before.: rm ")
+        self.assertEqual(home.program.read_bytes(), b"the second")
+        home.do("install")
+        home.put(home.program, b"the third", 0o755)
+        home.do("install")
+        home.do("uninstall", "--purge")
+        self.assertEqual(home.program.read_bytes(), b"the third")
+        self.assertEqual(sorted(path.read_bytes() for path in home.program.parent.iterdir()),
+                         [b"the first", b"the second", b"the third"])
+
+    def test_what_cannot_be_right_is_refused_and_a_plan_changes_nothing(self):
+        home = self.installation("systemd")
+        plan = home.do("install", "--dry-run", "--claude")
+        for says in (f"would install {home.program}\n", "default.target.wants/rrouter.service\n",
+                     "would set the mode to auto", "would point Claude Code here in "):
+            self.assertIn(says, plan)
+        created = re.findall("would create (.*)", plan)
+        self.assertIn(str(home.unit.parent), created)
+        self.assertEqual(len(created), len(set(created)), created)
+        for name, value in (("RROUTER_PORT", "x"), ("RROUTER_UPSTREAM", "http://h/'")):
+            self.assertIn(f"{name}={value}: ", home.do("install", status=2, env={name: value}))
+        self.assertEqual((home.tree(), home.asked()), ({}, []))
+        for make in (os.mkdir, os.mkfifo):
+            home.program.parent.mkdir(exist_ok=True)
+            make(home.program)
+            self.assertIn("bin/rrouter: not a regular file: move it away",
+                          home.do("install", status=1))
+            self.assertEqual([*home.tree()], ["bin", "bin/rrouter"])
+            home.program.rmdir() if make is os.mkdir else home.program.unlink()
+        home.program.parent.rmdir()
+        for record in ("{", "[]", '{"files": 1}', '{"files": {"/x": [1]}}', '{"claude": 1}',
+                       '{"settings": {"/x": 1}}', '{"settings": {"/x": {"env": ["", "x"]}}}',
+                       '{"directories": [], "files": {"/x": {"sha256": 1, "backup": 1}}}',
+                       '{"files": {"/another home/bin/rrouter": ["", "its digest"]}}'):
+            home.write("install.json", record)
+            for command in ("install", "uninstall"):
+                self.assertIn("install.json: not what rrouter wrote", home.do(command, status=1))
+        self.assertEqual([*home.tree()], [".rrouter", ".rrouter/install.json"])
+        if os.getuid() == 0:
+            os.chown(home.home, 1, 1)
+            self.assertIn("run this without sudo", home.do("install", status=1))
+
+    def test_an_uninstallation_without_a_record_removes_nothing_and_says_what_it_found(self):
+        home = self.installation("systemd")
+        home.put(home.program, rrouter.ZIP_MAIN.encode(), 0o755)
+        home.put(home.unit, rrouter.SERVICE_FILES["rrouter.service"].encode())
         home.put(home.settings, b'{"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}')
-        before = home.tree(data=False)
-        said = home.install("--uninstall")
-        self.assertIn("not installed by install.sh", said)
-        self.assertIn("if it means rrouter, take it out", said)
-        self.assertEqual(home.tree(data=False), before)
+        before = home.tree()
+        said = home.do("uninstall", "--purge")
+        for says in ("install.json names no file", "removed: nothing\n",
+                     f"stays: {home.program} (not recorded as installed): rm '{home.program}'\n",
+                     f"stays: {home.unit} (not", f"stays: {home.settings} sends Claude Code to "):
+            self.assertIn(says, said)
+        self.assertEqual((home.tree(), home.asked()), (before, []))
 
-    def test_an_uninstallation_needs_neither_its_record_nor_readable_settings(self):
+    def test_temporary_files_of_killed_commands_go_and_all_others_stay(self):
         home = self.installation()
-        home.put(home.settings, b'{"env": {}, // mine\n}')
-        before = home.tree(data=False)
-        home.install()
-        (home.dir / "install.json").unlink()
-        home.install("--uninstall", "--purge")
-        self.assertFalse(home.program.exists() or home.dir.exists())
-        self.assertLessEqual(before.items(), home.tree(data=False).items())
+        home.do("install", "--claude")
+        for name in ("rrouter.12.34.tmp", "rrouter.tmp", "rrouter.x.1.tmp", "other.12.34.tmp"):
+            home.put(home.program.with_name(name), b"")
+            home.put(home.settings.with_name(name.replace("rrouter", "settings.json")), b"")
+        home.do("uninstall", "--purge")
+        self.assertEqual(sorted(path.name for path in home.home.rglob("*.tmp")), [
+            "other.12.34.tmp", "other.12.34.tmp", "rrouter.tmp", "rrouter.x.1.tmp",
+            "settings.json.tmp", "settings.json.x.1.tmp"])
+
+    def test_a_linked_data_directory_is_emptied_of_the_record_alone(self):
+        home = self.installation()
+        real = home.put(home.home / "else where" / "mine", b"").parent
+        home.dir.symlink_to(real)
+        home.do("install")
+        said = home.do("uninstall", "--purge")
+        self.assertIn(f"stays: {real} (where {home.dir} led): rm -r '{real}'\n", said)
+        self.assertFalse(home.dir.is_symlink() or (real / "install.json").exists())
+        self.assertTrue((real / "mine").exists() and (real / "mode").exists())
+
+    def test_an_installation_of_5_0_0_is_upgraded_and_uninstalled(self):
+        """In turn: by itself, and after an upgrade; the last has neither record nor settings."""
+        program = STUB.replace("0.0.1", "5.0.0").encode()
+        for is_upgraded, is_recorded in ((False, True), (True, True), (True, False)):
+            home, unit = self.installation("systemd"), rrouter.SERVICE_FILES["rrouter.service"]
+            home.put(home.program, program, 0o755)
+            home.put(home.unit, unit.encode())
+            home.put(home.dir / "config.json", DEFAULT_FILE)
+            if is_recorded:
+                home.put(home.settings, json.dumps(
+                    {"model": "opus", "env": {"ANTHROPIC_BASE_URL": home.url}}).encode())
+                home.put(home.settings.with_name("backup"), b'{"model" : "opus"}')
+                home.write("install.json", json.dumps({
+                    "files": {str(path): {
+                        "backup": None, "sha256": [rrouter.digest(path.read_bytes())]}
+                        for path in (home.program, home.unit)},
+                    "directories": [str(home.home / name) for name in (
+                        "bin", ".config", ".config/systemd", ".config/systemd/user")],
+                    "claude": {"before": {}, "written": [home.url],
+                               "sha256": rrouter.digest(home.settings.read_bytes()),
+                               "backup": str(home.settings.with_name("backup"))}}))
+            if is_upgraded:
+                self.assertIn(f"{home.program} (before: 5.0.0)\n", home.do("install"))
+                self.assertEqual([path.read_bytes() for path in home.dir.glob("config.json*")],
+                                 [DEFAULT_FILE])
+                self.assertFalse((home.dir / "config.json").exists())
+            home.do("uninstall", "--purge")
+            if is_recorded:
+                self.assertEqual([*home.tree()], [".claude", ".claude/settings.json"])
+                self.assertEqual(home.settings.read_bytes(), b'{"model" : "opus"}')
+            else:                           # not certain to be ours
+                self.assertEqual(home.program.read_bytes(), program)
 
 
 class ClaudeSettingsTest(InstallTest):
     """`--claude`, and the way back."""
 
-    URL = "http://localhost:8316"       # the address of the stub
+    TABS = '{\r\n\t"한국어": "\\ud55c",\r\n\t"env": {\r\n\t\t"A": "1"\r\n\t}\r\n}'
+    EDITS = (
+        # settings, member, what becomes of the settings
+        ("{\n}\n",         "x",     '{\n  "x": 0\n}\n'),
+        ("\ufeff {}",      "x",     '\ufeff {"x": 0}'),
+        ('{"a":[1.50]}',   "x",     '{"a":[1.50], "x": 0}'),
+        ('{"x" : "}"\n}',  "x",     '{"x" : 0\n}'),
+        (TABS,             "env.x", TABS.replace('"1"', '"1",\r\n\t\t"x": 0')),
+        (TABS,             "x",     TABS[:-3] + ',\r\n\t"x": 0\r\n}'),
+        ('{"env": {}, "env": {"x": [1e-7, 2]}}', "env.x", '{"env": {}, "env": {"x": 0}}'),
+        ('{"env": {\n}}',  "env.x", '{"env": {\n  "x": 0\n}}'),
+        ("{}",             "env.x", "{}"),
+    )
 
-    def installation(self, before):
-        """Return one with these bytes, if any, as settings.json."""
-        home = super().installation(deaf=True)
-        if before is not None:
-            home.put(home.settings, before, 0o640)
-        return home
+    def test_one_member_is_changed_and_no_other_byte(self):
+        for before, name, after in self.EDITS:
+            text, old = rrouter.edit_member(before, name, "0")
+            self.assertEqual(text, after)
+            self.assertEqual(rrouter.edit_member(text, name, old)[0], before)
+        for name, after in (("a", '{\n "b": 2}'), ("b", '{"a": 1 }')):
+            text = '{"a": 1 ,\n "b": 2}'
+            self.assertEqual(rrouter.edit_member(text, name, None),
+                             (after.replace("1 }", "1}"), {"a": "1", "b": "2"}[name]))
 
-    def install(self, home):
-        home.install("--claude")
-        return json.loads(home.settings.read_text(encoding="utf-8"))
+    CHANGES = (
+        # settings before, what is added after the installation, what is left in the end
+        (None,                               {},                   None),
+        (TABS,                               {},                   TABS),
+        ('\ufeff{"env":{"ANTHROPIC_BASE_URL":"x"},"z":[1.50,1e999]}', {}, ...),
+        ('{"statusLine": {"command": "mine"}, "env": {}}', {}, ...),
+        (None,                               {"model": "x"},       '{"model": "x"}'),
+        ('{"env": {"ANTHROPIC_BASE_URL": "y"}}', {"model": "x"},
+         '{"env": {"ANTHROPIC_BASE_URL": "y"}, "model": "x"}'),
+        ('{"a": 1}',                         {"env": {"B": "z"}},  '{"a": 1, "env": {"B": "z"}}'),
+        ('{"a": 1}',                         {"statusLine": 2},    '{"a": 1, "statusLine": 2}'),
+        ('{"env": {"ANTHROPIC_BASE_URL": "y"}}', {"env": {"ANTHROPIC_BASE_URL": "new"}},
+         '{"env": {"ANTHROPIC_BASE_URL": "new"}}'),
+    )
 
-    def test_the_key_is_set_in_the_form_of_the_file_and_taken_back(self):
-        tabs = '{\n\t"한국어": "값",\n\t"env": {\n\t\t"A": "1"\n\t}\n}'
-        key = '"ANTHROPIC_BASE_URL": "%s"' % self.URL
-
-        def check(before, after):
-            home = self.installation(before)
-            tree = home.tree(data=False)
-            home.install("--claude")
-            text = home.settings.read_text(encoding="utf-8")
-            if isinstance(after, str):
-                self.assertEqual(text, after)
-            else:
-                self.assertEqual(json.dumps(json.loads(text)), json.dumps(after))
+    def test_they_are_taken_back_to_the_byte_and_what_was_changed_since_stays(self):
+        for before, since, left in self.CHANGES:
+            home, left = self.installation(), before if left is ... else left
             if before is not None:
-                self.assertEqual(stat.S_IMODE(home.settings.stat().st_mode), 0o640)
-            backups = [path.read_bytes() for path in
-                       home.settings.parent.glob("settings.json.bak-*")]
-            self.assertEqual(backups, [before] if before is not None else [])
-            home.install("--uninstall")
-            self.assertEqual(home.tree(data=False), tree)
+                home.put(home.settings, before.encode(), 0o640)
+            home.do("install", "--claude", env={"RROUTER_PORT": str(free_port())})
+            home.do("install")              # on another port, which it keeps right
+            settings = json.loads(home.settings.read_text(encoding="utf-8-sig"))
+            self.assertEqual(settings["env"]["ANTHROPIC_BASE_URL"], home.url)
+            line = "mine" if before and "mine" in before else f"curl -s '{home.url}/health?line'"
+            self.assertEqual(settings["statusLine"]["command"], line)
+            self.assertEqual(stat.S_IMODE(home.settings.stat().st_mode), 0o640 if before else 0o600)
+            if since:
+                home.settings.write_text(json.dumps({**settings, **since}))
+            home.do("uninstall", "--purge")
+            if since:
+                self.assertEqual(home.claude(), json.loads(left))
+            else:
+                self.assertEqual([content for _, content in home.tree().values() if content],
+                                 [left.encode()] if left else [])
 
-        self.side_by_side(check, (
-            # settings.json before, and after
-            (None, '{\n  "env": {\n    %s\n  }\n}\n' % key),
-            (b'{"env": {}, "model": "opus"}\n',
-             {"env": {"ANTHROPIC_BASE_URL": self.URL}, "model": "opus"}),
-            (tabs.encode(), tabs.replace('"1"', '"1",\n\t\t' + key)),
-            (b'{"env":{"A":"1","ANTHROPIC_BASE_URL":"http://x","B":"2"},'
-             b'\n\t"z":[1.50,1e-7,"\\ud83d\xed\x95\x9c"]}',
-             {"env": {"A": "1", "ANTHROPIC_BASE_URL": self.URL, "B": "2"},
-              "z": [1.5, 1e-7, "\ud83d\ud55c"]})))
+    def test_settings_that_cannot_be_edited_are_left_and_all_else_goes_on(self):
+        home = self.installation()
+        for content, mode in ((b'{"a": 1, // why\n "env": {}}', 0o644), (b"[]", 0o644),
+                              (b'{"env": null}', 0o644), (b'{"a": NaN}', 0o644),
+                              (b'{"a": "\xff"}', 0o644), (b"[" * 100000, 0o644), (b"{}", 0o444)):
+            home.put(home.settings, content, mode)
+            said = home.do("install", "--claude", status=1)
+            self.assertIn(f"Claude Code is not pointed here: {home.settings}: ", said)
+            self.assertIn("is installed as ", said)
+            home.do("uninstall", "--purge")
+            self.assertEqual(home.tree(), {".claude": (0o755, None),
+                                           ".claude/settings.json": (mode, content)})
+            home.settings.unlink()
 
-    def test_settings_that_cannot_be_kept_are_refused_before_any_change(self):
-        def check(content):
-            home = self.installation(content)
-            before = home.tree()
-            self.assertIn("~/.claude/settings.json", home.install("--claude", status=1))
-            self.assertEqual(home.tree(), before)
+    def test_the_record_and_the_program_stay_while_something_cannot_be_taken_back(self):
+        home = self.installation()
+        home.do("install", "--claude")
+        good = home.settings.read_bytes()
+        home.put(home.settings, b"{")
+        said = home.do("uninstall", "--purge", status=1)
+        self.assertIn(f"not taken back: {home.settings}: 1:2: ", said)
+        self.assertIn(f"mend that, then run `{home.program} uninstall` again", said)
+        self.assertTrue(home.program.exists() and (home.dir / "install.json").exists())
+        home.put(home.settings, good)
+        home.do("uninstall", "--purge")
+        self.assertEqual(home.tree(), {})
 
-        self.side_by_side(check, [[content] for content in (
-            b'{"a": 1, // why\n "env": {}}', b"[]", b'{"env": null}', b'{"a": 1, "a": 2}',
-            b'{"a": 1e999}', b'{"a": "\xff"}', b"[" * 100000)])
+    def test_a_link_stays_one_and_the_record_knows_the_directory(self):
+        home = self.installation()
+        link = home.home / "claude's" / "settings.json"
+        real = home.put(home.home / "dot files" / "claude.json", b"{}", 0o600)
+        link.parent.mkdir()
+        link.symlink_to("../dot files/claude.json")
+        before = home.tree()
+        home.do("install", "--claude", env={"CLAUDE_CONFIG_DIR": str(link.parent)})
+        home.do("install", "--claude")
+        for path in (real, home.settings):
+            self.assertEqual(json.loads(path.read_text())["env"]["ANTHROPIC_BASE_URL"], home.url)
+        self.assertTrue(link.is_symlink())
+        home.do("uninstall", "--purge")
+        self.assertEqual(home.tree(), before)
 
-    def test_a_link_stays_one_a_new_port_is_written_and_the_first_value_comes_back(self):
-        home = self.installation(None)
-        real = home.home / "dot files" / "claude.json"
-        home.put(real, b'{"env": {"ANTHROPIC_BASE_URL": "http://x"}}', 0o600)
-        home.settings.parent.mkdir()
-        home.settings.symlink_to("../dot files/claude.json")
-        before = home.tree(data=False)
-        home.install("--claude")
-        (home.clone / "rrouter.py").write_text(STUB.replace("8316", "9000"))
-        home.install()                  # follows an earlier --claude
-        self.assertTrue(home.settings.is_symlink())
-        self.assertEqual(json.loads(real.read_text()),
-                         {"env": {"ANTHROPIC_BASE_URL": "http://localhost:9000"}})
-        home.install("--uninstall")
-        self.assertEqual(home.tree(data=False), before)
+    OURS = "localhost,127.0.0.1,::1"
+    PROXIES = (
+        # environment,                          typed,   NO_PROXY in the settings
+        ({},                                    None,    None),
+        ({"HTTPS_PROXY": "http://p"},           b"\n",   OURS),
+        ({"http_proxy": "p", "NO_PROXY": "a"},  b"y\n",  "a," + OURS),
+        ({"ALL_PROXY": "http://p"},             b"no\n", None),
+        ({"ALL_PROXY": "http://p"},             b"\4",   None),
+        ({"https_proxy": "p", "no_proxy": "b, localhost"}, None, None),
+    )
 
-    def test_other_changes_made_since_are_kept(self):
-        def check(before, since, left):
-            home = self.installation(before and json.dumps(before).encode())
-            home.settings.write_text(json.dumps(dict(self.install(home), **since)))
-            home.install("--uninstall")
-            self.assertEqual(json.loads(home.settings.read_text()), left)
+    def test_no_proxy_is_offered_where_a_proxy_is_set(self):
+        for env, typed, value in self.PROXIES:
+            home, (ours, its), said = self.installation(), pty.openpty(), b""
+            os.write(ours, typed or b"")
+            home.fork(("install", "--claude"), env, os.ttyname(its))
+            while b"next: " not in said:
+                said += os.read(ours, 65536)
+            os.close(ours)
+            os.close(its)
+            self.assertEqual(b"write it? [Y/n]" in said, typed is not None, said)
+            self.assertEqual(home.claude()["env"].get("NO_PROXY"), value)
+            home.do("uninstall", "--purge")
+            self.assertEqual(home.tree(), {})
+        said = home.do("install", "--claude", env={"HTTPS_PROXY": "http://p"})      # no terminal
+        self.assertIn(f'HTTPS_PROXY is set, so Claude Code needs "NO_PROXY": "{self.OURS}" in its '
+                      "env: add it", said)
+        self.assertNotIn("NO_PROXY", home.settings.read_text())
 
-        url = "ANTHROPIC_BASE_URL"
-        self.side_by_side(check, (
-            # before              added since          left in the end
-            (None,                {"model": "x"},      {"model": "x"}),
-            ({"env": {}},         {"model": "x"},      {"env": {}, "model": "x"}),
-            ({"env": {url: "y"}}, {"model": "x"},      {"env": {url: "y"}, "model": "x"}),
-            ({"a": 1},            {"env": {url: "z"}}, {"a": 1, "env": {url: "z"}})))
+    @unittest.skipUnless(PROC, "no /proc here")
+    def test_processes_that_still_point_here_are_named(self):
+        home, directory, pids = self.installation(), tempfile.mkdtemp(), []
+        self.addCleanup(shutil.rmtree, directory)
+        home.do("install", "--claude")
+        for name, url in (("shell", home.url), ("claude", "x"), ("none", "http://localhost:1")):
+            os.symlink(shutil.which("sleep"), os.path.join(directory, name))
+            process = home.begin("60", program=[os.path.join(directory, name)],
+                                 env={"ANTHROPIC_BASE_URL": url})
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+            pids.append(process.pid)
+        said = home.do("uninstall", "--purge").splitlines()[-1]
+        self.assertTrue(said.startswith("still pointing here: "), said)
+        self.assertEqual([f"(pid {pid})" in said for pid in pids], [True, True, False], said)
 
 
 class InterruptedInstallTest(InstallTest):
-    """A killed installation leaves all files in working order, and can go on or back."""
+    """A command that was killed at any change leaves a state from which both commands work."""
 
-    POINTS = (
-        # the option, the point at which it is killed, whether it is run again before the way back
-        ("--claude",    "rename .*install[.]json$",           False),
-        ("--claude",    "rename .*bin/rrouter[.]bak-",        True),
-        ("--claude",    "rename .*bin/rrouter$",              False),
-        ("--claude",    "rename .*settings[.]json[.]bak-",    False),
-        ("--claude",    "rename .*settings[.]json$",          False),
-        ("--uninstall", "rename .*settings[.]json$",          False),
-    )
+    OWN = b"[Service]\n# mine\n"
+    SETTINGS = b'{"statusLine":7,"env":{"NO_PROXY":"x","ANTHROPIC_BASE_URL":"http://x"}}'
 
-    def check(self, option, point, goes_on):
-        home = self.installation(deaf=True)
-        home.put(home.program, b"#!/bin/sh\necho the old one\n", 0o755)
-        home.put(home.settings, b'{"env": {"ANTHROPIC_BASE_URL": "http://x"}}')
-        before = home.tree()
-        if option == "--uninstall":
-            home.install("--claude")
-        home.install(option, status=-signal.SIGKILL, env={"KILL_AT": point})
-        self.assertIn(home.rrouter("--version"), ("the old one\n", "rrouter 0.0.1\n"))
-        self.assertIn(json.loads(home.settings.read_text())["env"]["ANTHROPIC_BASE_URL"],
-                      ("http://x", "http://localhost:8316"))
-        if goes_on:
-            home.install(option)
-            self.assertEqual(home.rrouter("--version"), "rrouter 0.0.1\n")
-        home.install("--uninstall", "--purge")
-        now = home.tree()
-        for name in set(now) - set(before):         # a copy of what is there anyway does no harm
-            self.assertEqual(now.pop(name), before[name.partition(".bak-")[0]])
-        self.assertEqual(now, before)
+    def setUp(self):
+        self.home = self.installation("systemd")
+        self.home.put(self.home.program, b"the old one", 0o755)
+        self.home.put(self.home.unit, self.OWN)
+        self.home.put(self.home.settings, self.SETTINGS)
+        self.before = self.home.tree()
 
-    def test_it_goes_on_or_back_from_every_point(self):
-        self.side_by_side(self.check, self.POINTS)
+    def kill(self, number, *words):
+        """Return whether the command was killed; what the user had is somewhere, whole."""
+        is_killed = self.home.do(*words, kill_at=number)
+        for path, content in (self.home.program, b"the old one"), (self.home.unit, self.OWN):
+            found = path.parent.glob(f"{path.name}*")
+            self.assertIn(content, [file.read_bytes() for file in found])
+        self.assertIn(self.home.claude()["env"]["ANTHROPIC_BASE_URL"], ("http://x", self.home.url))
+        return is_killed
+
+    def test_a_killed_command_goes_on_or_back_from_every_change(self):
+        for words in ("install", "--claude"), ("uninstall", "--purge"):
+            if words[0] == "uninstall":
+                self.home.do("install", "--claude")
+                self.home.do("stop")
+            start = shutil.copytree(self.home.home, self.home.root / words[0], symlinks=True)
+            for number in itertools.count():
+                is_killed = self.kill(number, *words)
+                if number % 4 == 0 and is_killed:
+                    self.home.do(*words)
+                self.home.do("uninstall", "--purge")
+                self.assertEqual(self.home.tree(), self.before, number)
+                if not is_killed:
+                    break
+                shutil.rmtree(self.home.home)
+                shutil.copytree(start, self.home.home, symlinks=True)
+            self.assertGreater(number, 12)
+
+    def test_an_edited_unit_and_port_survive_an_upgrade_that_is_killed(self):
+        self.home.do("install", "--claude")
+        edited = self.home.unit.read_bytes() + b"# edited\n"
+        for number in itertools.count():
+            self.home.put(self.home.unit, edited)
+            port = {"RROUTER_PORT": str(free_port())}
+            is_killed = self.home.do("install", env=port, kill_at=number)
+            self.assertIn(edited, [path.read_bytes() for path in self.home.unit.parent.iterdir()
+                                   if path.is_file()])
+            if not is_killed:
+                break
+            self.home.do("stop")
+        self.home.do("uninstall", "--purge")
+        self.assertEqual(self.home.settings.read_bytes(), self.SETTINGS)
+        self.assertEqual(self.home.program.read_bytes(), b"the old one")
 
 
 # Faults of the machine ########################################################
