@@ -7313,7 +7313,8 @@ def serve(root, by):
     port, lock = int(os.environ["RROUTER_PORT"]), open(root + "rrouter.lock", "a+")
     fcntl.flock(lock, fcntl.LOCK_EX)        # which the one before holds until it has ended
     health = ('{"host": "%s", "port": %d, "pid": %d, "mode": "auto", "startedBy": "%s", '
-              '"autoSwitch": {}, "upstreamURL": "u", "upstream": "u", "listenAddr": ""}' % (
+              '"autoSwitch": {}, "problems": [], "upstreamURL": "http://localhost:9", '
+              '"upstream": "http://localhost:9", "listenAddr": ""}' % (
                   os.environ.get("RROUTER_HOST") or "localhost", port, os.getpid(), by))
     for name, text in (("run.json", health), ("rrouter.lock", "%d\\n" % os.getpid())):
         with open(root + name, "w") as file:
