@@ -10847,7 +10847,7 @@ class SpliceFuzzTest(unittest.TestCase):
                 self.assertIsNone(rrouter.without_thinking(result), damaged)
                 self.assertLess(len(result), len(damaged) + 40)
 
-        run_cases("conversations", self.CASES // 2, case)
+        run_cases("conversations", self.CASES // 3, case)
 
 
 # Fuzz: files ##################################################################
