@@ -12,6 +12,8 @@ and plays the responses it was given.  Pure functions are tested by tables, with
 the test moves.
 """
 
+import __future__
+
 import ast
 import atexit
 import base64
@@ -22,6 +24,7 @@ import configparser
 import contextlib
 import copy
 import ctypes
+import dis
 import errno
 import faulthandler
 import fcntl
@@ -9965,46 +9968,30 @@ EFFECTS = frozenset((
 CLOCK_READS = frozenset(("now", "today", "utcnow"))         # of datetime
 
 
-def bound_names(node):
-    """Return the names that the statement or function binds, those of inner functions too."""
-    names = set()
-    for child in ast.walk(node):
-        if isinstance(child, ast.Name) and not isinstance(child.ctx, ast.Load):
-            names.add(child.id)
-        elif isinstance(child, ast.arg):
-            names.add(child.arg)
-        elif isinstance(child, ast.alias):
-            names.add((child.asname or child.name).partition(".")[0])
-        elif child is not node and getattr(child, "name", None):    # def, class, except
-            names.add(child.name)
-    return names
+def names_in(code):
+    """Return (the names that a code object binds, (name, line) of each name it takes from outside).
 
-
-def uses(node, local=frozenset()):
-    """Yield (name, line) of each name that the code of `node` takes from outside.
-
-    Annotations are left out, because they are never evaluated; a clock read or an import counts as
-    the use of the attribute or module; `threading.Lock` counts as nothing.
+    A clock read or an import counts as the use of the attribute or module; `threading.Lock` counts
+    as nothing.  Annotations are not in the code, because they are never evaluated.
     """
-    if isinstance(node, ast.Name):
-        if isinstance(node.ctx, ast.Load) and node.id not in local:
-            yield node.id, node.lineno
-        return
-    if isinstance(node, ast.Attribute):
-        if node.attr in CLOCK_READS:
-            yield node.attr, node.lineno
-        if node.attr == "Lock" and getattr(node.value, "id", "") == "threading":
-            return
-    if isinstance(node, ast.Import):
-        yield from ((alias.name.partition(".")[0], node.lineno) for alias in node.names)
-    if isinstance(node, ast.ImportFrom):
-        yield node.module.partition(".")[0], node.lineno
-    if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-        local = local | bound_names(node)
-    for field, value in ast.iter_fields(node):
-        for child in value if isinstance(value, list) else [value]:
-            if field not in ("annotation", "returns") and isinstance(child, ast.AST):
-                yield from uses(child, local)
+    bound, used, line = set(), [], code.co_firstlineno
+    instructions = [*dis.get_instructions(code)]
+    for index, instruction in enumerate(instructions):
+        line = getattr(instruction, "line_number", instruction.starts_line) or line
+        what, name = instruction.opname, instruction.argval
+        if what in ("STORE_NAME", "STORE_GLOBAL"):
+            bound.add(name)
+        elif what == "IMPORT_NAME" or name in CLOCK_READS and what in ("LOAD_ATTR", "LOAD_METHOD"):
+            used.append((name.partition(".")[0], line))
+        elif what in ("LOAD_NAME", "LOAD_GLOBAL") and (
+                name != "threading" or instructions[index + 1].argval != "Lock"):
+            used.append((name, line))
+    if code.co_name != "<module>":          # a class
+        used = [(name, line) for name, line in used if name not in bound]
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            used += names_in(inner)[1]
+    return bound, used
 
 
 def floor_plan_breaches(source):
@@ -10016,14 +10003,16 @@ def floor_plan_breaches(source):
     lines = source.splitlines()
     io_line = lines.index(IO_LINE) + 1
     first = next((number for number, line in enumerate(lines, 1) if re.match("# .* ##", line)), 0)
-    statements, breaches, defined_at = ast.parse(source).body, [], {}
-    for statement in statements:
-        named = isinstance(statement, (ast.FunctionDef, ast.ClassDef))
-        for name in [statement.name] if named else bound_names(statement):
+    parts, breaches, defined_at = [], [], {}
+    for statement in ast.parse(source).body:
+        code = compile(ast.Module([statement], []), "rrouter.py", "exec",
+                       __future__.annotations.compiler_flag)
+        parts.append((statement, *names_in(code)))
+        for name in parts[-1][1]:
             defined_at.setdefault(name, statement.lineno)
-    for statement in statements:
-        label = getattr(statement, "name", None) or ", ".join(sorted(bound_names(statement)))
-        for name, line in uses(statement):
+    for statement, bound, used in parts:
+        label = ", ".join(sorted(bound))
+        for name, line in used:
             if defined_at.get(name, 0) > statement.lineno:
                 breaches.append("%s, line %d: uses %s, which is defined below, in line %d" % (
                     label, line, name, defined_at[name]))
@@ -10183,21 +10172,48 @@ class Dice(random.Random):
                 members.insert(self.choice((0, 0, self.randrange(len(members) + 1))),
                                key + self.space() + ":" + self.space() + value)
             text = self.space() + self.group("{}", members) + self.space()
-        return self.damaged(text.encode()) if self.random() < 0.35 else text.encode()
+        return self.damaged_json(text.encode()) if self.random() < 0.35 else text.encode()
 
-    PIECES = (b",", b'"', b"\\", b"{", b"}", b"[", b"]", b":", b"\x1f", b"\x0b", b"//", b"\n",
-              b"\0", b"x", b"{}", b"\x0c", b"\xc2\xa0", b"\xff", b"\xc3", b"\xed\xa0\xbd", b"\x80",
-              b"\xf5")
-    NO_VALUES = (b"NaN", b"Infinity", b"-Infinity", b"nul", b"01", b"+1", b".5", b"1.", b"0x1",
-                 b"'a'", b"1 1")
+    # What damage inserts.
+    IN_JSON = (*(bytes((byte,)) for byte in b',"\\{}[]:\n\0\x1f\x0b\x0cx0+\xff\xc3\x80\xf5'), b"//",
+               b"{}", b"\xc2\xa0", b"\xed\xa0\xbd", b"\xef\xbb\xbf", b"NaN", b"Infinity",
+               b"-Infinity", b"nul", b"1.", b"0x1", b"'a'", b"1 1")
+    IN_HTTP = (*(bytes((byte,)) for byte in b'\n\r\0 \t\x0b\x7f:;,01x+-="(\xb2\xe9'), b"\r\n",
+               b"\r\n ", b"\r\n\r\n", b", ", b"0x", b"_0", b"f" * 17, b"x" * 300, b"chunked",
+               b"identity", b"\r\nContent-Length: 3", b"\r\nHost: evil.example",
+               b"\r\nTransfer-Encoding: chunked")
+    FRAMING = re.compile(
+        rb"(?im)^(?:content-length|transfer-encoding|host|connection):[^\r]*\r\n|HTTP/1\.[01]|"
+        rb"^[0-9a-f]+[^\r\n]*\r\n")
+    PIECE = re.compile(rb"\w+|\r\n|.", re.S)
 
-    def damaged(self, body):
-        at, piece = self.randrange(len(body) + 1), self.choice(self.PIECES)
-        return self.choice((
-            body[:at], body + piece, body[:at] + piece + body[at:], b"\xef\xbb\xbf" + body,
-            body[:at] + body[at + self.randrange(1, 9):], body[:at] + body[at:at + 9] + body[at:],
-            re.sub(rb"\b(null|true|1)\b", self.choice(self.NO_VALUES), body, count=1),
-            body.decode().encode(self.choice(("utf-16", "utf-16-le", "utf-32")))))
+    def damaged(self, data, inserts, found=()):
+        """Return `data` cut off, or a piece of it removed, repeated, replaced or put elsewhere.
+
+        The piece is in one of the matches `found`, if there are any, and has no mark.
+        """
+        if self.random() < 0.1:
+            return data[:self.randrange(len(data) + 1)]
+        start, end = self.choice(found).span() if found else (self.randrange(len(data) + 1), 0)
+        pieces = [*self.PIECE.finditer(data, start, end or start + 40)] or [re.match(b"", b"")]
+        piece, insert = self.choice(pieces), self.choice(inserts)
+        if MARK.search(piece.group().decode("latin-1")):
+            return data
+        before, after = data[:piece.start()], data[piece.end():]
+        return before + self.choice((
+            b"", insert, insert + piece.group(), piece.group() + insert, piece.group() * 2)) + after
+
+    def damaged_json(self, body):
+        if self.random() < 0.1:
+            return body.decode().encode(self.choice(("utf-8-sig", "utf-16", "utf-16-le", "utf-32")))
+        return self.damaged(body, self.IN_JSON)
+
+    def damaged_message(self, data):
+        for _ in range(self.choice((1, 1, 1, 2))):
+            found = [*self.FRAMING.finditer(data[:2000])]
+            data = self.damaged(data, self.IN_HTTP, found if self.random() < 0.7 else [
+                re.match(b"(?s).{0,2000}", data)])
+        return data
 
     KINDS = ("thinking", "thinking", "redacted_thinking", "text", "text", "tool_use",
              "tool_result", "Thinking", "thinking ", "redacted")
@@ -10287,7 +10303,7 @@ class Dice(random.Random):
         content = (self.space() + text + self.space()).encode()
         kind = self.random()
         if kind < 0.2:
-            return self.damaged(content)
+            return self.damaged_json(content)
         if kind < 0.26:
             return self.choice((
                 b"", b" \n", b"\0" * 64, content + content, b"\0" + content, b"\\\"" * 2000,
@@ -10385,54 +10401,6 @@ class Dice(random.Random):
         old = framing == "close" and self.random() < 0.5
         return interim + self.framed(b"HTTP/1.%d %b" % (not old, status), fields, body, framing,
                                      mark)
-
-    DAMAGES = tuple((re.compile(pattern), replacements) for pattern, replacements in (
-        (rb"(?i)(content-length):[ \t]*(\d+)", (
-            rb"\1: \2\r\n\1: 0", rb"\1: \2\r\n\1: \2", rb"\1 : \2", rb"\1: +\2", rb"\1: -\2",
-            rb"\1: 0x\2", rb"\1: \2, \2", rb"\1: \2\r\nTransfer-Encoding: chunked",
-            rb"\1:\r\n \2", rb"\1: \2\nX: y", rb"\1: 1_\2", rb"\1:", rb"\1: 1", b"\\1: \\2\x0b",
-            b"\\1: \xb2", rb"X:\r\1: \2", rb"\1: 1\2", b"\\1\0: \\2")),
-        (rb"(?i)(transfer-encoding):[ \t]*(chunked)", (
-            rb"\1: \2\r\nContent-Length: 3", rb"Content-Length: 0\r\n\1: \2", b"\\1: \x0b\\2",
-            rb"\1 : \2", rb"\1: x\2", rb"\1: identity, \2", rb"\1: \2, identity",
-            rb"\1: \2\r\n\1: identity", rb"\1:\r\n \2", rb"\1: \2;q=1", rb"\1: \2, \2",
-            rb"\1: ,\2", rb" \1: \2", rb"X: y\n\1: \2", rb"\1: 'chunked'", rb"X\1: \2")),
-        (rb"\r\n([0-9A-Fa-f]+)((?:[ \t]*;[^\r\n]*)?)\r\n", (
-            b"\r\n0x\\1\r\n", b"\r\n+\\1\r\n", b"\r\n-\\1\r\n", b"\r\n \\1\r\n", b"\r\n\\1 \r\n",
-            b"\r\n\\1\n", b"\n\\1\r\n", b"\r\n\\1;a\nb\r\n", b"\r\n\\1;\rb\r\n", b"\r\n1\\1\r\n",
-            b"\r\n\r\n", b"\r\n\\1_0\r\n", b"\r\n0\r\n", b"\r\nf0000000000000000\\1\r\n",
-            b"\\1\r\n", b"\r\n\\1\r\n\r\n", b"\r\n\\1;" + b"x" * 300 + b"\r\n")),
-        (rb"\r\n", (b"\n", b"\r", b"\r\r\n", b"\r\n ", b"\r\n\t", b" \r\n", b"\0\r\n",
-                    b"\r\n\r\n", b"\r\n: x\r\n", b"")),
-        (rb"HTTP/1\.[01]", (b"HTTP/1.1 ", b"HTTP/2.0", b"http/1.1", b"HTTP/1.2", b"HTTP/1.01",
-                            b"", b"HTTP/1.0", b"ICY")),
-        (rb"(?i)Host:([^\r\n]*)", (rb"Host:\1\r\nHost:\1", b"Host: evil.example", b"Host :x",
-                                   b"X: y", b"Host: ")),
-        (rb"(?m)^([\w-]+): ", (rb"\1 : ", rb"\1", b"\\1\xe9: ", rb"(\1): ", rb" \1: ", b"\\1:\0",
-                               b"\\1: \x7f")),
-    ))
-    ODD_BYTES = b"\r\n\0 \t:,;0159af\x7f\xff/\"\\{}"
-
-    def damaged_message(self, data):
-        """Return `data` truncated, or with one or two places changed outside of the marks."""
-        if self.random() < 0.1:
-            return data[:self.randrange(len(data))]
-        for _ in range(self.choice((1, 1, 1, 2))):
-            rows = [([*pattern.finditer(data[:2000])][:12], replacements)
-                    for pattern, replacements in self.DAMAGES]
-            rows = [row for row in rows if row[0]]
-            if rows and self.random() < 0.7:
-                found, replacements = self.choice(rows[:2] * 2 + rows)  # the framing most of all
-                match = self.choice(found)
-                change = match.expand(self.choice(replacements))
-                data = data[:match.start()] + change + data[match.end():]
-                continue
-            at, odd = self.randrange(min(len(data), 900)), self.choice(self.ODD_BYTES)
-            more, less = self.choice(((1, 0), (0, 1), (1, 1)))
-            marks = MARK.finditer(data[:2000].decode("latin-1"))
-            if not any(mark.start() - less < at < mark.end() for mark in marks):
-                data = data[:at] + bytes((odd,)) * more + data[at + less:]
-        return data
 
     def pieces(self, data):
         """Return `data` in pieces, cut at random places."""
@@ -10841,7 +10809,7 @@ class SpliceFuzzTest(unittest.TestCase):
                 self.assertIsNone(result, body)
             else:
                 self.assertRegex(result.decode(), r"\A%s\Z" % pattern)
-            damaged = dice.damaged(body)
+            damaged = dice.damaged_json(body)
             result = rrouter.without_thinking(damaged)
             if result:
                 self.assertIsNone(rrouter.without_thinking(result), damaged)
@@ -10973,55 +10941,17 @@ CLAUDE_WAIT_S = 30      # the net under each turn: Claude Code retries for three
 SHOW_TRANSCRIPT = os.environ.get("RROUTER_TRANSCRIPT") == "1" or "-v" in sys.argv
 
 
-class RecordingRelay:
-    """A relay to a port of 127.0.0.1 that changes no byte and keeps what each client sent."""
+def relay_to(port):
+    """Return an Upstream that records what Claude Code sends, and passes it to rrouter."""
+    def forward(request):
+        with socket.create_connection(("127.0.0.1", port), timeout=CLAUDE_WAIT_S * 2) as connection:
+            connection.sendall(request.head + request.body)
+            reply = read_reply(connection, request.method)
+        if reply is None or not reply.complete:
+            return Response(hangup=True)
+        return Response(reply.status, reply.body, fields=end_to_end(reply.fields), framing="length")
 
-    def __init__(self, target):
-        self.target, self.sent = target, []
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.listener.accept()
-                self.sent.append(bytearray())
-                threading.Thread(target=self._carry, args=(client, self.sent[-1]),
-                                 daemon=True).start()
-
-    def _carry(self, client, sent):
-        target = "127.0.0.1", self.target
-        with contextlib.suppress(OSError), client, socket.create_connection(target) as server:
-            while True:
-                for source in select.select([client, server], [], [])[0]:
-                    data = source.recv(65536)
-                    if not data:
-                        return
-                    if source is client:
-                        sent += data
-                    (server if source is client else client).sendall(data)
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
-    def take(self):
-        """Return the requests since the last call as Received; call it while the client waits."""
-        requests = []
-        for number, sent in enumerate(self.sent):
-            data = bytes(sent)
-            del sent[:]
-            while data:
-                head, _, rest = data.partition(b"\r\n\r\n")
-                start, *lines = head.decode("latin-1").split("\r\n")
-                fields = [tuple(line.split(": ", 1)) for line in lines]
-                length = int(value_of(fields, "content-length") or 0)
-                requests.append(Received(*start.split(" "), fields, rest[:length],
-                                         head + b"\r\n\r\n", number))
-                data = rest[length:]
-        return requests
+    return Upstream(forward)
 
 
 class Conversation:
@@ -11142,7 +11072,7 @@ class ClaudeCodeTest(RouterTest):
     @classmethod
     def setUpClass(cls):
         super().setUpClass()
-        cls.relay = RecordingRelay(cls.rrouter.port)
+        cls.relay = relay_to(cls.rrouter.port)
         cls.addClassCleanup(cls.relay.close)
         cls.home = tempfile.mkdtemp(prefix="claude test ")
         cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
@@ -11151,16 +11081,17 @@ class ClaudeCodeTest(RouterTest):
         super().setUp()
         self.upstream.default = lambda request: (
             streamed_reply(request) if is_turn(request) else error(404))
-        self.relay.take()
+        self.relay.clear()
 
     def switch(self, *command):
         self.rrouter.home.run(*command, check=0)
 
     def turn(self):
         """Return (requests of the client, requests at the upstream) of the turn just ended."""
-        received = list(filter(is_turn, self.upstream.received))
-        self.upstream.received.clear()
-        return list(filter(is_turn, self.relay.take())), received
+        turns = [list(filter(is_turn, side.received)) for side in (self.relay, self.upstream)]
+        self.relay.clear()
+        self.upstream.clear()
+        return turns
 
     def assert_forwarded(self, sent, received, model):
         """The upstream received what the client sent, except for the model's name."""
