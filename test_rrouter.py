@@ -144,15 +144,11 @@ class Response:
                  raw=None, stays=False, before=None, gate=None, pause_s=0, early=b"", unread=None,
                  hangup=False, cut=False, reset=False, close=False):
         self.status, self.fields, self.reason, self.framing = status, list(fields), reason, framing
-        self.chunks = self._parts(chunks)
-        self.raw, self.stays = None if raw is None else self._parts(raw), stays
+        self.chunks = (chunks,) if isinstance(chunks, bytes) else chunks
+        self.raw, self.stays = (raw,) if isinstance(raw, bytes) else raw, stays
         self.before, self.gate, self.pause_s = before, gate, pause_s
         self.early, self.unread = early, unread
         self.hangup, self.cut, self.reset, self.close = hangup, cut, reset, close
-
-    @staticmethod
-    def _parts(data):
-        return (data,) if isinstance(data, bytes) else data if iter(data) is data else tuple(data)
 
     def head(self):
         lines = ["HTTP/1.1 %d %s" % (self.status, self.reason)]
@@ -165,29 +161,25 @@ class Response:
             lines.append("Connection: close")
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
-    def pieces(self, method="GET"):
-        """Yield (number of the chunk, bytes) in order; the number is None for head and end."""
-        if self.raw is not None:
-            yield from enumerate(self.raw)
-            return
-        yield None, self.head()
-        if method == "HEAD" or self.framing == "none":
-            return
-        chunked = self.framing == "chunked"
-        for number, chunk in enumerate(self.chunks):
-            yield number, b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk
+    def steps(self, method="GET"):
+        """Yield the script: bytes to send, gates to wait for, seconds to wait."""
+        if self.raw is None:
+            yield self.head()
+            if method == "HEAD" or self.framing == "none":
+                return
+        chunked = self.raw is None and self.framing == "chunked"
+        for number, chunk in enumerate(self.chunks if self.raw is None else self.raw):
+            if isinstance(self.gate, list):
+                yield self.gate[number]
+            elif number:
+                yield self.gate or self.pause_s
+            yield b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk
         if chunked and not self.cut:
-            yield None, b"0\r\n\r\n"
+            yield b"0\r\n\r\n"
 
     def wire(self, method="GET"):
         """Return all bytes of the response."""
-        return b"".join(data for _, data in self.pieces(method))
-
-    def gate_of(self, number):
-        """Return the gate ahead of a chunk, or None."""
-        if isinstance(self.gate, list):
-            return self.gate[number] if number is not None else None
-        return self.gate if number else None
+        return b"".join(step for step in self.steps(method) if isinstance(step, bytes))
 
     @property
     def keeps_connection(self):
@@ -320,13 +312,14 @@ class Upstream:
                   for name, _, value in (line.partition(":") for line in lines)]
         with self.changed:
             self.heads += 1
-            response = self.queue[0] if self.queue else self.default
-            at_head = not callable(response) and (response.early or response.unread)
-            if at_head and self.queue:
-                self.queue.popleft()
+            response = self.queue.popleft() if self.queue else self.default
             self.changed.notify_all()
-        if at_head and not self._play_early(connection, response):
-            return False
+        if not callable(response):
+            connection.sendall(response.early)
+            if response.unread:
+                response.unread.wait(WAIT_S * 3)        # longer than the client waits
+            if response.early and response.hangup:
+                return False
         length = int(value_of(fields, "content-length") or 0)
         body = reader.read(length)
         if len(body) < length:
@@ -334,56 +327,39 @@ class Upstream:
         received = Received(*start.split(" "), fields, body, head, number)
         with self.changed:
             self.received.append(received)
-            if not at_head:
-                response = self.queue.popleft() if self.queue else self.default
             self.changed.notify_all()
         if callable(response):
             response = response(received)
-        return self._play(connection, response, received.method)
-
-    @staticmethod
-    def _play_early(connection, response):
-        """Play the part ahead of the request's body; return whether the body is to be read."""
-        connection.sendall(response.early)
-        if response.unread:
-            response.unread.wait(WAIT_S * 3)        # longer than the client waits
-        return not (response.early and response.hangup)
+        try:
+            return self._play(connection, response, received.method)
+        except OSError:
+            with self.changed:
+                self.closed += 1
+                self.changed.notify_all()
+            return False
 
     def _play(self, connection, response, method):
-        if response.before and not self._hold(connection, response.before):
-            return False
+        if response.before:
+            self._hold(connection, response.before)
         if response.reset:
             close_by_reset(connection)
         if response.hangup:
             return False
-        try:
-            for number, data in response.pieces(method):
-                gate = response.gate_of(number)
-                if gate and not self._hold(connection, gate):
-                    return False
-                if number and response.pause_s:
-                    time.sleep(response.pause_s)
-                connection.sendall(data)
-        except OSError:
-            self._count_closed()
-            return False
+        for step in response.steps(method):
+            if isinstance(step, (int, float)):
+                time.sleep(step)
+            elif hasattr(step, "wait"):
+                self._hold(connection, step)
+            elif step is not None:
+                connection.sendall(step)
         return response.keeps_connection
 
     def _hold(self, connection, gate):
-        """Wait until `gate` is set; return False if the other side leaves before."""
+        """Wait until `gate` is set; raise ConnectionError if the other side leaves before."""
+        peek = 0 if self.tls else socket.MSG_PEEK       # TLS cannot peek
         while not gate.wait(0.01):
-            if select.select([connection], [], [], 0)[0]:
-                with contextlib.suppress(OSError):
-                    if connection.recv(1, 0 if self.tls else socket.MSG_PEEK):  # TLS cannot peek
-                        continue
-                self._count_closed()
-                return False
-        return True
-
-    def _count_closed(self):
-        with self.changed:
-            self.closed += 1
-            self.changed.notify_all()
+            if select.select([connection], [], [], 0)[0] and not connection.recv(1, peek):
+                raise ConnectionAbortedError
 
 
 # rrouter as a process #########################################################
