@@ -31,6 +31,7 @@ import fcntl
 import functools
 import gzip
 import http.client
+import inspect
 import io
 import itertools
 import json
@@ -401,14 +402,6 @@ def compiled():
     return py_compile.compile(RROUTER, os.path.join(directory, "rrouter.pyc"), doraise=True)
 
 
-def altered_program(code, limits):
-    """Return a Python program: `code`, then rrouter's `serve` with `limits` for its constants."""
-    assert set(limits) <= set(vars(rrouter)), limits
-    return "\n".join((
-        "import sys", code, "sys.path[0] = %r" % os.path.dirname(compiled()), "import rrouter",
-        "vars(rrouter).update(%r)" % dict(limits), "sys.exit(rrouter.main(['serve']))"))
-
-
 def get_health(port, address="127.0.0.1"):
     """Return /health of the daemon on the port; None if nothing there speaks HTTP."""
     connection = http.client.HTTPConnection(address, port, timeout=WAIT_S)
@@ -532,10 +525,14 @@ class Running:
         self.start()
 
     def start(self):
-        if any(self.altered):
-            self.launch("-c", altered_program(*self.altered))
-        else:
+        code, limits = self.altered
+        if not code and not limits:
             self.launch(compiled(), "serve")
+            return
+        assert set(limits) <= set(vars(rrouter)), limits
+        self.launch("-c", "\n".join((
+            "import sys", code, "sys.path[0] = %r" % os.path.dirname(compiled()), "import rrouter",
+            "vars(rrouter).update(%r)" % dict(limits), "sys.exit(rrouter.main(['serve']))")))
 
     def launch(self, *arguments, **options):
         """Start Python with these arguments and wait for /health; end the process otherwise."""
@@ -10444,15 +10441,15 @@ def whole_reply(data, method):
 class FuzzedResponse:
     """The response to one attempt: its bytes, their meaning, and how the connection ends."""
 
-    def __init__(self, dice, mark, method, clean):
-        self.data, self.clean = dice.response(mark, method), clean
+    def __init__(self, dice, data, method, clean):
+        self.data, self.clean = data, clean
         self.early = dice.random() < 0.3        # it comes as soon as the head has arrived
         self.reset = not clean and dice.random() < 0.1
         if self.reset:
-            self.data = self.data[:dice.randrange(len(self.data))]
+            self.data = data[:dice.randrange(len(data))]
         elif not clean:
-            self.data = dice.damaged_message(self.data)
-        elif dice.random() < 0.2 and whole_reply(self.data, method)[0].framing != "close":
+            self.data = dice.damaged_message(data)
+        elif dice.random() < 0.2 and whole_reply(data, method)[0].framing != "close":
             # Unrequested bytes, which must not become the response to another request.
             self.data += b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\ntokZZZZZZxZZkot abcd"
         self.reply = None
@@ -10466,6 +10463,10 @@ class FuzzedResponse:
                           and dice.random() < 0.97)     # it may close without saying so
 
 
+NO_CASE = Case(b"", "", False, [FuzzedResponse(
+    Dice("no case", 0), b"HTTP/1.1 500 No Case\r\nContent-Length: 0\r\n\r\n", "GET", True)])
+
+
 class FuzzedTalk:
     """One client connection: its cases, the meaning of its bytes, the requests that arrived."""
 
@@ -10475,12 +10476,13 @@ class FuzzedTalk:
         count = dice.choice((1, 1, 2, 3, 5))
         for place in range(count):
             # A fault ends the connection as a rule: most of them are in the last case.
-            mark, last = "tok%sx%skot" % (self.key, "QRSTU"[place] * 2), place == count - 1
-            request = dice.request(mark.encode())
-            method, clean = request.split()[0].decode(), dice.random() < (0.4 if last else 0.98)
+            mark = ("tok%sx%skot" % (self.key, "QRSTU"[place] * 2)).encode()
+            often, seldom = (0.98, 0.9) if place < count - 1 else (0.4, 0.5)
+            request, clean = dice.request(mark), dice.random() < often
+            method = request.split()[0].decode()
             self.cases.append(Case(
                 request if clean else dice.damaged_message(request), method, clean,
-                [FuzzedResponse(dice, mark.encode(), method, dice.random() < (0.5 if last else 0.9))
+                [FuzzedResponse(dice, dice.response(mark, method), method, dice.random() < seldom)
                  for _ in range(2)]))
         self.data = b"".join(case.request for case in self.cases)
         self.meant, self.ends, reader = [], [0], io.BytesIO(self.data)
@@ -10497,9 +10499,9 @@ class FuzzedTalk:
         self.leaves_by_reset = dice.random() < 0.5
 
     def case_of(self, place):
-        """Return the case that responds to the request `place`; None if none fits its method."""
-        case = self.cases[place] if place < len(self.cases) else None
-        return case if case and case.method == self.meant[place].method else None
+        """Return the case that responds to the request `place`, NO_CASE if its method differs."""
+        case = (self.cases + [NO_CASE] * place)[place]
+        return case if case.method == self.meant[place].method else NO_CASE
 
     def place_of(self, method, target, fields):
         """Return which of the requests meant has arrived with this head; raise Malformed."""
@@ -10548,12 +10550,8 @@ class FuzzUpstream(Upstream):
             with self.changed:
                 attempt = talk.arrived.count(place)
                 talk.arrived.append(place)
-            case = talk.case_of(place)
-            if not case:
-                read_body(reader, "HTTP/1.1", fields)
-                connection.sendall(b"HTTP/1.1 500 No Case\r\nContent-Length: 0\r\n\r\n")
-                return True
-            response = case.responses[min(attempt, 1)]
+            responses = talk.case_of(place).responses
+            response = responses[min(attempt, len(responses) - 1)]
             if response.early:
                 self._send(connection, talk, response)
             body, framing = read_body(reader, "HTTP/1.1", fields)
@@ -10659,37 +10657,33 @@ class FuzzTest(RouterTest):
         run_cases("connections in mode " + mode, self.CASES // 5, case, threads=4)
 
     def judge(self, talk, client):
-        sound = True            # as long as nothing has gone wrong, responses are due
+        due = True              # as long as nothing has gone wrong, responses are due
         for place, meant in enumerate(talk.meant):
             case, count = talk.case_of(place), talk.arrived.count(place)
-            clean = sound and case is not None and all(c.clean for c in talk.cases[:place + 1])
-            given = case.responses[:max(1, count)] if case else []
+            given, due = case.responses[:max(1, count)], due and case.clean
             # On a connection that was used before, the request is sent once more.
             resent = any(not response.data or response.reset for response in given)
             self.assertLessEqual(count, (1 + (talk.mode == "auto")) * (1 + resent), "too often")
-            self.assertTrue(count or not clean, "request %d never arrived" % place)
-            must = clean and all(response.clean for response in given)
+            self.assertTrue(count or not due, "request %d never arrived" % place)
+            must = due and all(response.clean for response in given)
             if place >= len(client.replies):
                 self.assertFalse(must, "response %d is missing" % place)
                 if place == len(client.replies) and client.rest:
                     self.judge_broken(given, client.rest, meant.method)
-                sound = False
+                due = False
                 continue
             reply = client.replies[place]
             if self.is_own_error(reply):
                 self.assertFalse(must, "response %d is an error of rrouter: %r" % (place, reply))
-                sound = sound and reply.status == 502
+                due = due and reply.status == 502
                 continue
             self.assertTrue(count, "response %d without a request" % place)
-            if case is None:
-                self.assertEqual((reply.status, reply.reason), (500, "No Case"))
-                continue
             self.assertIn(self.seen_by_client(reply),
                           [self.seen_by_client(response.reply) for response in given
                            if response.reply], "no whole response of the upstream")
             self.assertEqual(bool(reply.header("x-rrouter-target")),
                              rrouter.find_model(meant.body) is not None)
-            sound = sound and "close" not in nominated(reply.fields)
+            due = due and "close" not in nominated(reply.fields)
         for reply in client.replies[len(talk.meant):]:
             self.assertTrue(self.is_own_error(reply) and not talk.whole and not client.rest,
                             "a response to nothing: %r" % (reply,))
@@ -11174,81 +11168,65 @@ SLOW = ("StartRaceTest", "ListenTest", "SilenceTest", "InstalledLifeTest", "Rand
         "FreshnessTest", "CheckTest", "ClaudeCodeTest")
 
 
+def is_test(value):
+    return (isinstance(value, type) and issubclass(value, unittest.TestCase)
+            and unittest.defaultTestLoader.getTestCaseNames(value))
+
+
 def run_side_by_side():
     """Run all test classes in WORKERS processes; return the exit status.
 
     Each worker takes the next class when it is done.
     """
-    loader, everything = unittest.defaultTestLoader, vars(sys.modules[__name__]).items()
-    names = [name for name, value in everything if isinstance(value, type)
-             and issubclass(value, unittest.TestCase) and loader.getTestCaseNames(value)]
+    names = [name for name, value in globals().items() if is_test(value)]
     names.sort(key=lambda name: SLOW.index(name) if name in SLOW else len(SLOW))
-    start = time.monotonic()
     compiled()                                          # once for all workers
-    numbers = os.pipe()
-    results = tempfile.TemporaryFile(mode="w+")         # noqa: SIM115 - the workers inherit it
+    start, numbers, results = time.monotonic(), os.pipe(), os.pipe()
     os.write(numbers[1], bytes(range(len(names))))      # a worker reads the number of a class
     os.close(numbers[1])
-    workers = []
     for _ in range(WORKERS):
         sys.stdout.flush()
-        workers.append(os.fork())
-        if not workers[-1]:
+        if not os.fork():
+            os.close(results[0])
             faulthandler.dump_traceback_later(RUN_S, exit=True)     # shows where it hangs
-            with results:
-                run_classes(names, numbers[0], results.fileno())
+            for number in iter(lambda: os.read(numbers[0], 1), b""):
+                os.write(results[1], run_class(names[number[0]]))
             sys.exit()
-    statuses = [os.waitpid(worker, 0)[1] for worker in workers]
-    os.close(numbers[0])
-    with results:
-        results.seek(0)
-        return report(names, [json.loads(line) for line in results], any(statuses),
-                      time.monotonic() - start)
-
-
-def run_classes(names, numbers, results):
-    """Run the classes whose numbers are read from `numbers`; write begin and end to `results`."""
-    for number in iter(lambda: os.read(numbers, 1), b""):
-        name, output, start = names[number[0]], io.StringIO(), time.monotonic()
-        os.write(results, (json.dumps({"name": name}) + "\n").encode())
-        suite = unittest.defaultTestLoader.loadTestsFromTestCase(vars(sys.modules[__name__])[name])
-        result = unittest.TextTestRunner(output, verbosity=0).run(suite)
-        row = {"name": name, "run": result.testsRun, "seconds": time.monotonic() - start,
-               "failures": len(result.failures) + len(result.unexpectedSuccesses),
-               "errors": len(result.errors), "skipped": len(result.skipped)}
-        os.write(results, (json.dumps(row) + "\n").encode())
-        printed = output.getvalue() if row["failures"] or row["errors"] else "." * row["run"]
-        os.write(2, printed.encode())
-
-
-def report(names, rows, crashed, seconds):
-    """Print what the rows of the workers add up to; return the exit status."""
-    begun, ended = {row["name"] for row in rows}, {row["name"] for row in rows if "run" in row}
-    slow = {row["name"] for row in rows if row.get("seconds", 0) > SLOW_S} - set(SLOW)
-    for what, some in (("not finished", begun - ended), ("not begun", set(names) - begun),
-                       ("slow, and not in SLOW", slow)):
+    os.close(results[1])
+    with open(results[0], encoding="utf-8") as lines:
+        rows = dict(map(json.loads, lines))
+    counts = {kind: sum(row[kind] for row in rows.values())
+              for kind in ("run", "failures", "errors", "skipped")}
+    unfinished = set(names) - set(rows)
+    slow = {name for name, row in rows.items() if row["seconds"] > SLOW_S} - set(SLOW)
+    for what, some in ("not finished", unfinished), ("slow, and not in SLOW", slow):
         if some:
             print("\n%s: %s" % (what, ", ".join(sorted(some))), file=sys.stderr)
-    counts = {kind: sum(row.get(kind, 0) for row in rows)
-              for kind in ("run", "failures", "errors", "skipped")}
-    bad = counts["failures"] or counts["errors"] or set(names) - ended or crashed
-    details = ", ".join("%s=%d" % (kind, counts[kind]) for kind in ("failures", "errors", "skipped")
-                        if counts[kind])
+    bad = bool(counts["failures"] or counts["errors"] or unfinished)
+    details = ", ".join("%s=%d" % item for item in [*counts.items()][1:] if item[1])
     print("\n%s\nRan %d tests in %.3fs\n\n%s%s" % (
-        "-" * 70, counts["run"], seconds, "FAILED" if bad else "OK", details and f" ({details})"),
-        file=sys.stderr)
-    return 1 if bad else 0
+        "-" * 70, counts["run"], time.monotonic() - start, "FAILED" if bad else "OK",
+        details and f" ({details})"), file=sys.stderr)
+    return int(bad)
+
+
+def run_class(name):
+    """Run a class and print its failures; return a line of JSON with what is to be counted."""
+    output, start = io.StringIO(), time.monotonic()
+    suite = unittest.defaultTestLoader.loadTestsFromTestCase(globals()[name])
+    result = unittest.TextTestRunner(output, verbosity=0).run(suite)
+    row = {"run": result.testsRun, "seconds": time.monotonic() - start,
+           "failures": len(result.failures) + len(result.unexpectedSuccesses),
+           "errors": len(result.errors), "skipped": len(result.skipped)}
+    printed = output.getvalue() if row["failures"] or row["errors"] else "." * row["run"]
+    os.write(2, printed.encode())
+    return (json.dumps([name, row]) + "\n").encode()
 
 
 def soaked_classes():
     """Return the names of the classes that do more with --soak: their text says so."""
-    text = pathlib.Path(__file__).read_text(encoding="utf-8")
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef):
-            first = min(part.lineno for part in (node, *node.decorator_list))
-            body = "\n".join(text.split("\n")[first - 1:node.end_lineno])
-            if re.search(r"\bSOAKING\b|\bfuzz_cases\(", body):
-                yield node.name
+    return [name for name, value in globals().items() if is_test(value)
+            and re.search(r"\bSOAKING\b|\bfuzz_cases\(", inspect.getsource(value))]
 
 
 if __name__ == "__main__":
