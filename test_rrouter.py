@@ -10905,16 +10905,52 @@ def find_claude():
 
 
 CLAUDE = find_claude()
-CLAUDE_ENV = {"ANTHROPIC_API_KEY": "sk-test", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-              "DISABLE_TELEMETRY": "1", "DISABLE_AUTOUPDATER": "1"}
 CLAUDE_WAIT_S = 30      # the net under each turn: Claude Code retries for three minutes
-SHOW_TRANSCRIPT = os.environ.get("RROUTER_TRANSCRIPT") == "1" or "-v" in sys.argv
+
+
+class Conversation(subprocess.Popen):
+    """One Claude Code process that gets one turn after the other; a context manager."""
+
+    def __init__(self, port, home):
+        super().__init__(
+            [CLAUDE, "-p", "--model", SONNET, "--verbose", "--input-format", "stream-json",
+             "--output-format", "stream-json"],
+            cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={"PATH": os.environ["PATH"], "HOME": home, "ANTHROPIC_API_KEY": "sk-test",
+                 "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % port, "DISABLE_TELEMETRY": "1",
+                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"})
+
+    def say(self, text):
+        """Return the text of the reply; fail if the turn ends in an error."""
+        watchdog, printed = threading.Timer(CLAUDE_WAIT_S, self.kill), []
+        watchdog.start()
+        try:
+            turn = {"type": "user", "message": {"role": "user", "content": text}}
+            self.stdin.write(json.dumps(turn).encode() + b"\n")
+            self.stdin.flush()
+            for line in self.stdout:
+                printed.append(line)
+                message = json.loads(line)
+                if message["type"] == "result" and not message["is_error"]:
+                    return message["result"]
+        finally:
+            watchdog.cancel()
+        raise AssertionError("Claude Code ended within a turn: %s" % b"".join(printed).decode())
+
+    def __exit__(self, *_):
+        with self.stdout:
+            self.stdin.close()
+            try:
+                self.wait(WAIT_S)
+            except subprocess.TimeoutExpired:
+                self.kill()
+                self.wait(WAIT_S)
 
 
 def relay_to(port):
     """Return an Upstream that records what Claude Code sends, and passes it to rrouter."""
     def forward(request):
-        with socket.create_connection(("127.0.0.1", port), timeout=CLAUDE_WAIT_S * 2) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=CLAUDE_WAIT_S) as connection:
             connection.sendall(request.head + request.body)
             reply = read_reply(connection, request.method)
         if reply is None or not reply.complete:
@@ -10924,58 +10960,6 @@ def relay_to(port):
     return Upstream(forward)
 
 
-class Conversation:
-    """One Claude Code process that gets one turn after the other; a context manager."""
-
-    def __init__(self, port, home):
-        self.errors = tempfile.TemporaryFile()     # noqa: SIM115
-        self.process = subprocess.Popen(
-            claude_command("--input-format", "stream-json", "--output-format", "stream-json",
-                           "--verbose"),
-            env=claude_env(port, home), cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.errors)
-
-    def say(self, text):
-        """Return the text of the reply; fail if the turn ends in an error."""
-        watchdog = threading.Timer(CLAUDE_WAIT_S, self.process.kill)
-        watchdog.start()
-        try:
-            turn = {"type": "user", "message": {"role": "user", "content": text}}
-            self.process.stdin.write(json.dumps(turn).encode() + b"\n")
-            self.process.stdin.flush()
-            for line in self.process.stdout:
-                message = json.loads(line)
-                if message["type"] == "result":
-                    if message["is_error"]:
-                        raise AssertionError("Claude Code: %s" % message)
-                    return message["result"]
-        finally:
-            watchdog.cancel()
-        self.errors.seek(0)
-        raise AssertionError("Claude Code ended within a turn: %s" % self.errors.read().decode())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with self.process.stdin, self.process.stdout, self.errors:
-            self.process.stdin.close()
-            try:
-                self.process.wait(WAIT_S)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(WAIT_S)
-
-
-def claude_command(*arguments):
-    return [CLAUDE, "-p", "--model", SONNET, *arguments]
-
-
-def claude_env(port, home):
-    return {**CLAUDE_ENV, "PATH": os.environ["PATH"], "HOME": home,
-            "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % port}
-
-
 def is_turn(request):
     """Return whether this is a turn; the client also sends `HEAD /api/hello` and count_tokens."""
     return request.method == "POST" and request.target.partition("?")[0] == "/v1/messages"
@@ -10983,7 +10967,9 @@ def is_turn(request):
 
 def streamed_reply(request, signature=None):
     """Return a streamed message `<model> heard <text>`; a `signature` puts a thinking first."""
-    text = "%s heard %r" % (request.model, last_user_text(request))
+    contents = [m["content"] for m in request.json()["messages"] if m["role"] == "user"]
+    last = contents[-1] if isinstance(contents[-1], str) else contents[-1][-1]["text"]
+    text = "%s heard %r" % (request.model, last)
     blocks = [({"type": "text", "text": ""}, {"type": "text_delta", "text": text})]
     if signature:
         blocks.insert(0, ({"type": "thinking", "thinking": "", "signature": ""},
@@ -10999,12 +10985,6 @@ def streamed_reply(request, signature=None):
     end = {"stop_reason": "end_turn", "stop_sequence": None}
     return stream(*events, event("message_delta", delta=end, usage={"output_tokens": 2}),
                   event("message_stop"))
-
-
-def last_user_text(request):
-    """Return the last text of the user in the request's messages."""
-    contents = [m["content"] for m in request.json()["messages"] if m["role"] == "user"]
-    return contents[-1] if isinstance(contents[-1], str) else contents[-1][-1]["text"]
 
 
 def refuse_foreign_signatures(request):
@@ -11036,32 +11016,26 @@ class ClaudeCodeTest(RouterTest):
     """The real Claude Code as the client; a relay ahead of rrouter keeps what it sent."""
 
     mode = "claude"
-    config = {**DEFAULT_CONFIG, "modes": {**DEFAULT_CONFIG["modes"], "fast": {
-        "mappings": [{"match": "claude-*", "rewrite": "gemini-3-flash"}]}}}
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.relay = relay_to(cls.rrouter.port)
-        cls.addClassCleanup(cls.relay.close)
-        cls.home = tempfile.mkdtemp(prefix="claude test ")
-        cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
+    config = {**DEFAULT_CONFIG, "auto": {"firstByteTimeoutSeconds": 2},
+              "modes": {**DEFAULT_CONFIG["modes"], "fast": {
+                  "mappings": [{"match": "claude-*", "rewrite": "gemini-3-flash"}]}}}
 
     def setUp(self):
         super().setUp()
         self.upstream.default = lambda request: (
             streamed_reply(request) if is_turn(request) else error(404))
-        self.relay.clear()
+        self.relay = relay_to(self.rrouter.port)
+        self.addCleanup(self.relay.close)
+        self.claude = Conversation(self.relay.port, str(self.rrouter.home.root))
+        self.addCleanup(self.claude.__exit__)
 
-    def switch(self, *command):
+    def turn(self, *command, text):
+        """Run a command and say `text`; return the reply and both sides' requests of this turn."""
         self.rrouter.home.run(*command, check=0)
-
-    def turn(self):
-        """Return (requests of the client, requests at the upstream) of the turn just ended."""
-        turns = [list(filter(is_turn, side.received)) for side in (self.relay, self.upstream)]
-        self.relay.clear()
-        self.upstream.clear()
-        return turns
+        for side in self.relay, self.upstream:
+            side.clear()
+        return (self.claude.say(text), list(filter(is_turn, self.relay.received)),
+                list(filter(is_turn, self.upstream.received)))
 
     def assert_forwarded(self, sent, received, model):
         """The upstream received what the client sent, except for the model's name."""
@@ -11081,75 +11055,48 @@ class ClaudeCodeTest(RouterTest):
     )
 
     def test_one_conversation_moves_between_models_without_a_restart(self):
-        transcript = []
-        with Conversation(self.relay.port, self.home) as claude:
-            for number, (command, model) in enumerate(self.TURNS, 1):
-                self.switch(*command)
-                text = claude.say("turn %d" % number)
-                (sent,), (received,) = self.turn()
-                transcript.append(
-                    "turn %d  rrouter %-10s client sent %s, upstream received %s, reply: %s" % (
-                        number, " ".join(command), sent.model, received.model, text))
-                with self.subTest(turn=number, command=command):
-                    self.assertEqual(text, "%s heard 'turn %d'" % (model, number))
-                    self.assert_forwarded(sent, received, model)
-                    roles = [message["role"] for message in received.json()["messages"]]
-                    self.assertEqual(roles.count("assistant"), number - 1)  # one conversation
-            self.assertIsNone(claude.process.poll())
-        if SHOW_TRANSCRIPT:
-            print("", *transcript, sep="\n", file=sys.stderr)
+        for number, (command, model) in enumerate(self.TURNS):
+            with self.subTest(command=command):
+                text, (sent,), (received,) = self.turn(*command, text="turn %d" % number)
+                if "-v" in sys.argv:
+                    print("\nrrouter %s: client sent %s, upstream received %s, reply: %s" % (
+                        " ".join(command), sent.model, received.model, text), file=sys.stderr)
+                self.assertEqual(text, "%s heard 'turn %d'" % (model, number))
+                self.assert_forwarded(sent, received, model)
+                roles = [message["role"] for message in received.json()["messages"]]
+                self.assertEqual(roles.count("assistant"), number)      # one conversation
 
     def test_failure_of_antigravity_is_rescued_unseen(self):
-        config = self.rrouter.home.read("config.json")
-        self.addCleanup(self.rrouter.home.write, "config.json", config)
         overloaded = {"type": "overloaded_error", "message": "Overloaded"}
         for failure in (
                 error(429, "Resource has been exhausted (e.g. check quota).", "rate_limit_error"),
                 stream(event("ping"), event("error", error=overloaded)),
                 Response(hangup=True), Response(before=self.gate())):
             with self.subTest(failure.wire()):
-                limit_s = 0.5 if failure.before else 60
-                self.rrouter.home.write("config.json", json.dumps(
-                    {**self.config, "auto": {"firstByteTimeoutSeconds": limit_s}}))
-                self.switch("auto")         # this also clears the counters
-                self.assert_rescued(failure)
-
-    def assert_rescued(self, failure):
-        """`claude -p` ends well although antigravity fails, after one call to each target."""
-        self.upstream.default = lambda request: (
-            error(404) if not is_turn(request) else
-            failure if request.model == GEMINI_SONNET else streamed_reply(request))
-        pooled = self.upstream.connections
-        done = subprocess.run(
-            claude_command("say a word"), env=claude_env(self.relay.port, self.home),
-            cwd=self.home, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=CLAUDE_WAIT_S)
-        sent, received = self.turn()
-        self.assertEqual((done.returncode, done.stdout, done.stderr),
-                         (0, SONNET + " heard 'say a word'\n", ""))
-        self.assertEqual(len(sent), 1)
-        models = [request.model for request in received]
-        if failure.hangup and len(models) == 3 and received[0].connection <= pooled:
-            del models[0]                   # the idle connection seemed stale: sent once more
-        self.assertEqual(models, [GEMINI_SONNET, SONNET])
+                self.upstream.default = lambda request: (
+                    error(404) if not is_turn(request) else
+                    failure if request.model == GEMINI_SONNET else streamed_reply(request))
+                pooled = self.upstream.connections
+                text, sent, received = self.turn("auto", text="a word")     # clears the counters
+                self.assertEqual((text, len(sent)), (SONNET + " heard 'a word'", 1))
+                models = [request.model for request in received]
+                if failure.hangup and len(models) == 3 and received[0].connection <= pooled:
+                    del models[0]           # the idle connection seemed stale: sent once more
+                self.assertEqual(models, [GEMINI_SONNET, SONNET])
 
     def test_foreign_signatures_are_healed_in_both_directions(self):
         self.upstream.default = refuse_foreign_signatures
-        with Conversation(self.relay.port, self.home) as claude:
-            for command, model, calls in (("ag", GEMINI_SONNET, 1), ("claude", SONNET, 2),
-                                          ("ag", GEMINI_SONNET, 2)):
-                self.switch(command)
-                with self.subTest(command, calls=calls):
-                    self.assertEqual(claude.say("now " + command),
-                                     "%s heard 'now %s'" % (model, command))
-                    (sent,), received = self.turn()
-                    self.assertEqual(len(received), calls)
-                    self.assert_forwarded(sent, received[0], model)
-                    if calls == 2:
-                        first, healed = received
-                        self.assertEqual(healed.json(), {
-                            **first.json(), "messages": messages_without_thinking(first)})
-                        self.assertEqual(fields_without_host(healed), fields_without_host(sent))
+        for command, model, calls in (("ag", GEMINI_SONNET, 1), ("claude", SONNET, 2),
+                                      ("ag", GEMINI_SONNET, 2)):
+            with self.subTest(command, calls=calls):
+                text, (sent,), received = self.turn(command, text="now " + command)
+                self.assertEqual((text, len(received)), (f"{model} heard 'now {command}'", calls))
+                self.assert_forwarded(sent, received[0], model)
+                if calls == 2:
+                    first, healed = received
+                    self.assertEqual(healed.json(), {
+                        **first.json(), "messages": messages_without_thinking(first)})
+                    self.assertEqual(fields_without_host(healed), fields_without_host(sent))
 
 
 # Running them #################################################################
