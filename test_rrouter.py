@@ -365,38 +365,30 @@ class Upstream:
 
 # rrouter as a process #########################################################
 
-PORT_MARKS = collections.deque()    # UDP sockets: other workers see the last ports as taken
+PORTS = itertools.count()
 
 
 def free_port():
     """Return a port that is free on both loopback addresses and that no other test will use.
 
-    It is below the range of outgoing connections: one of them could take it before its use.
+    It is below the range of outgoing connections: one of them could take it before its use.  The
+    workers, whose pids follow one another, begin far apart.
     """
     while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        mark = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        port = 10_000 + (os.getpid() * 331 + next(PORTS)) % 22_000
         with socket.socket() as four, socket.socket(socket.AF_INET6) as six:
             try:
-                mark.bind(("127.0.0.1", port))
                 four.bind(("127.0.0.1", port))
                 six.bind(("::1", port))
             except OSError as problem:
                 if problem.errno in (errno.EADDRINUSE, errno.EACCES):
-                    mark.close()
                     continue                        # any other error: a machine without IPv6
-        PORT_MARKS.append(mark.detach())
-        while len(PORT_MARKS) > 16:
-            os.close(PORT_MARKS.popleft())
         return port
 
 
 @functools.cache
 def compiled():
-    """Return the path of rrouter.py compiled once, which most processes of the suite run.
-
-    Python compiles a main script at each start: half of the time of a start.
-    """
+    """Return the path of rrouter.py compiled, because Python compiles a main script at each start."""
     directory, owner = tempfile.mkdtemp(prefix="rrouter test "), os.getpid()
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(directory, ignore_errors=True))
     return py_compile.compile(RROUTER, os.path.join(directory, "rrouter.pyc"), doraise=True)
@@ -463,8 +455,7 @@ class Home:
     def command(self, *arguments, program=None, env=(), **options):
         """Return what subprocess needs to run a command, as (arguments, options).
 
-        `program` (a list) replaces Python and the compiled rrouter.py; standard input is empty
-        unless the options say something else.
+        `program` (a list) replaces Python and the compiled rrouter.py.
         """
         options = {"stdin": subprocess.DEVNULL, "env": {**self.env, **dict(env)}, **options}
         return [*(program or (*PYTHON, compiled())), *arguments], options
@@ -559,10 +550,7 @@ class Running:
         return health is not None and health["pid"] == self.process.pid
 
     def stop(self, expect=0):
-        """End the process by SIGTERM, and check its exit status and that it left no traceback.
-
-        Any status will do if `expect` is None.  The second call does nothing.
-        """
+        """End the process by SIGTERM, check its exit status (unless None) and for a traceback."""
         if self.output.closed:
             return
         if self.process.poll() is None:
@@ -600,13 +588,8 @@ class Running:
 
     def connect(self, family=socket.AF_INET):
         """Return a raw socket to rrouter."""
-        connection = socket.socket(family)
-        connection.settimeout(WAIT_S)
-        try:
-            connection.connect(("127.0.0.1" if family == socket.AF_INET else "::1", self.port))
-        except OSError:
-            connection.close()
-            raise
+        address = "127.0.0.1" if family == socket.AF_INET else "::1"
+        connection = socket.create_connection((address, self.port), WAIT_S)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
