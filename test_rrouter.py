@@ -10413,7 +10413,7 @@ class FuzzedResponse:
     """The response to one attempt: its bytes, their meaning, and how the connection ends."""
 
     def __init__(self, dice, data, method, clean):
-        self.data, self.clean = data, clean
+        self.data, self.clean, self.reply = data, clean, None
         self.early = dice.random() < 0.3        # it comes as soon as the head has arrived
         self.reset = not clean and dice.random() < 0.1
         if self.reset:
@@ -10423,7 +10423,6 @@ class FuzzedResponse:
         elif dice.random() < 0.2 and whole_reply(data, method)[0].framing != "close":
             # Unrequested bytes, which must not become the response to another request.
             self.data += b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\ntokZZZZZZxZZkot abcd"
-        self.reply = None
         try:
             self.reply, self.end = whole_reply(self.data, method)
             self.body = self.reply.body
@@ -10433,13 +10432,25 @@ class FuzzedResponse:
                           and "close" not in nominated(self.reply.fields)
                           and dice.random() < 0.97)     # it may close without saying so
 
+    def send(self, connection, dice):
+        """Send the response in pieces, bytes that nobody requested together with its last piece."""
+        *pieces, last = dice.pieces(self.data[:self.end]) or [b""]
+        for piece in (*pieces, last + self.data[self.end:]):
+            connection.sendall(piece)
+        if self.reset:
+            close_by_reset(connection)
+
 
 NO_CASE = Case(b"", "", False, [FuzzedResponse(
     Dice("no case", 0), b"HTTP/1.1 500 No Case\r\nContent-Length: 0\r\n\r\n", "GET", True)])
 
 
 class FuzzedTalk:
-    """One client connection: its cases, the meaning of its bytes, the requests that arrived."""
+    """One client connection: its cases, the meaning of its bytes, and both sides of what happens.
+
+    `arrived` lists the requests at the upstream by their places, `replies` what the client received
+    up to `rest`, the bytes that are no whole response.
+    """
 
     def __init__(self, dice, mode):
         self.dice, self.mode, self.arrived, self.cases = dice, mode, [], []
@@ -10455,19 +10466,19 @@ class FuzzedTalk:
                 request if clean else dice.damaged_message(request), method, clean,
                 [FuzzedResponse(dice, dice.response(mark, method), method, dice.random() < seldom)
                  for _ in range(2)]))
-        self.data = b"".join(case.request for case in self.cases)
-        self.meant, self.ends, reader = [], [0], io.BytesIO(self.data)
+        self.sent = b"".join(case.request for case in self.cases)
+        self.meant, self.ends, reader = [], [0], io.BytesIO(self.sent)
         with contextlib.suppress(Malformed):
             while not (self.meant and self.meant[-1].close):
                 self.meant.append(read_request(reader))
                 self.ends.append(reader.tell())
-        # Whether no byte after the last request has a meaning.
-        self.whole = self.ends[-1] == len(self.data) or bool(self.meant and self.meant[-1].close)
-        self.pipelined = dice.random() < 0.4
-        # The client leaves after so many bytes, in one of two ways.
-        leaves = self.data and dice.random() < 0.05
-        self.leaves_after = dice.randrange(len(self.data) + 1) if leaves else None
-        self.leaves_by_reset = dice.random() < 0.5
+        leaves = self.sent and dice.random() < 0.05
+        self.leaves_after = dice.randrange(len(self.sent) + 1) if leaves else None
+        self.data, self.rest, self.replies, self.ended = b"", b"", [], ""
+
+    def __str__(self):
+        return "\n".join("%r\n  responses: %s" % (case.request[:999], ", then ".join(
+            repr(response.data[:999]) for response in case.responses)) for case in self.cases)
 
     def case_of(self, place):
         """Return the case that responds to the request `place`, NO_CASE if its method differs."""
@@ -10489,16 +10500,51 @@ class FuzzedTalk:
         body = self.meant[place].body
         start, end, name = rrouter.find_model(body) or (0, 0, None)
         new = rrouter.decide_route(config_with(), "antigravity", name).model
-        if new != name:
-            spliced = b"".join(rrouter.splice(body, start, end, new))
-            return (spliced, body) if self.mode == "auto" else (spliced,)
-        return (body,)
+        if new == name:
+            return (body,)
+        spliced = b"".join(rrouter.splice(body, start, end, new))
+        return (spliced, body) if self.mode == "auto" else (spliced,)
 
-    def __str__(self):
-        return "requests sent %s:\n%s" % (
-            "at once" if self.pipelined else "one by one",
-            "\n".join("%r\n  responses: %s" % (case.request[:999], ", then ".join(
-                repr(response.data[:999]) for response in case.responses)) for case in self.cases))
+    def converse(self, connection):
+        """Send the bytes in pieces, the requests at once or one by one, and read the replies."""
+        count, ends = len(self.meant), [*self.ends, len(self.sent)]
+        parts = [(self.sent[start:end], min(number, count))
+                 for number, (start, end) in enumerate(zip(ends, ends[1:]), 1)]
+        if self.leaves_after is not None:
+            parts = [(self.sent[:self.leaves_after], self.leaves_after > ends[1])]
+        elif self.dice.random() < 0.4:
+            parts = [(self.sent, count)]
+        for data, due in parts:
+            with contextlib.suppress(ConnectionError):
+                for piece in self.dice.pieces(data):
+                    connection.sendall(piece)
+            self.read(connection, due)
+        if self.leaves_after is None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+            self.read(connection, count + 1)
+        elif self.dice.random() < 0.5:
+            reset(connection)
+
+    def read(self, connection, due):
+        """Read until there are `due` replies or the connection has ended."""
+        while len(self.replies) < due:
+            place = len(self.replies)
+            with contextlib.suppress(Unfinished):
+                method = self.meant[place].method if place < len(self.meant) else "GET"
+                reply, end = whole_reply(self.rest, method)
+                if reply.framing != "close" or self.ended == "closed":
+                    self.replies.append(reply)
+                    self.rest = self.rest[end:]
+                    continue
+            if self.ended:
+                return
+            try:
+                block = connection.recv(1 << 20)
+                self.data, self.rest = self.data + block, self.rest + block
+                self.ended = "" if block else "closed"
+            except ConnectionError:
+                self.ended = "reset"
 
 
 class FuzzUpstream(Upstream):
@@ -10509,88 +10555,32 @@ class FuzzUpstream(Upstream):
         self.talks, self.faults = {}, []
 
     def _exchange(self, connection, reader, number):
-        head, talk, response = b"", None, None
+        head = talk = response = None
         if not reader.peek(1):
             return False
         try:
             method, target, _, fields = head = read_request_head(reader)
             talk = self.talks[min(marks_in(repr(head).encode()), default=None)]
             place = talk.place_of(method, target, fields)
-            if values(fields, "host") != [self.url[7:]]:
-                raise Malformed("Host")
             with self.changed:
                 attempt = talk.arrived.count(place)
                 talk.arrived.append(place)
             responses = talk.case_of(place).responses
-            response = responses[min(attempt, len(responses) - 1)]
+            response, dice = responses[:attempt + 1][-1], Dice(talk.key, len(talk.arrived))
             if response.early:
-                self._send(connection, talk, response)
+                response.send(connection, dice)
             body, framing = read_body(reader, "HTTP/1.1", fields)
-            if framing == "chunked" or body not in talk.bodies_of(place):
-                raise Malformed("a body that the client did not mean: %r" % body[:2000])
+            if (framing == "chunked" or body not in talk.bodies_of(place)
+                    or values(fields, "host") != [self.url[7:]]):
+                raise Malformed("Host or a body that the client did not mean: %r" % body[:2000])
         except (Malformed, KeyError) as problem:
-            leaves = talk and talk.leaves_after is not None or response and response.early
-            if not (leaves and isinstance(problem, Unfinished)):
+            may_break = talk and talk.leaves_after is not None or response and response.early
+            if not (may_break and isinstance(problem, Unfinished)):
                 self.faults.append("the upstream received %r of %r\n%s" % (problem, head, talk))
             return False
         if not response.early:
-            self._send(connection, talk, response)
+            response.send(connection, dice)
         return response.lasts
-
-    @staticmethod
-    def _send(connection, talk, response):
-        dice = Dice(talk.key, len(talk.arrived))
-        *pieces, last = dice.pieces(response.data[:response.end]) or [b""]
-        for piece in (*pieces, last + response.data[response.end:]):
-            connection.sendall(piece)
-        if response.reset:
-            close_by_reset(connection)
-
-
-class FuzzClient:
-    """Carries one talk through: sends its bytes and reads its replies."""
-
-    def __init__(self, talk, connection):
-        self.meant, self.connection = talk.meant, connection
-        self.data, self.rest, self.replies, self.ended = b"", b"", [], ""
-        count, ends = len(talk.meant), [*talk.ends, len(talk.data)]
-        parts = [(talk.data[start:end], min(number, count))
-                 for number, (start, end) in enumerate(zip(ends, ends[1:]), 1)]
-        if talk.pipelined:
-            parts = [(talk.data, count)]
-        if talk.leaves_after is not None:
-            parts = [(talk.data[:talk.leaves_after], talk.leaves_after > ends[1])]
-        for data, due in parts:
-            with contextlib.suppress(ConnectionError):
-                for piece in talk.dice.pieces(data):
-                    connection.sendall(piece)
-            self.read(due)
-        if talk.leaves_after is None:
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_WR)
-            self.read(count + 1)
-        elif talk.leaves_by_reset:
-            reset(connection)
-
-    def read(self, due):
-        """Read until there are `due` replies or the connection has ended."""
-        while len(self.replies) < due:
-            place = len(self.replies)
-            with contextlib.suppress(Unfinished):
-                reply, end = whole_reply(
-                    self.rest, self.meant[place].method if place < len(self.meant) else "GET")
-                if reply.framing != "close" or self.ended == "closed":
-                    self.replies.append(reply)
-                    self.rest = self.rest[end:]
-                    continue
-            if self.ended:
-                return
-            try:
-                block = self.connection.recv(1 << 20)
-                self.data, self.rest = self.data + block, self.rest + block
-                self.ended = "" if block else "closed"
-            except ConnectionError:
-                self.ended = "reset"
 
 
 class FuzzTest(RouterTest):
@@ -10616,18 +10606,18 @@ class FuzzTest(RouterTest):
             self.upstream.talks[talk.key] = talk
             try:
                 with self.rrouter.connect() as connection:
-                    client = FuzzClient(talk, connection)
-                self.assertLessEqual(marks_in(client.data), {talk.key}, "cross-talk")
+                    talk.converse(connection)
+                self.assertLessEqual(marks_in(talk.data), {talk.key}, "cross-talk")
                 if talk.leaves_after is None:   # else its bytes may still arrive
-                    self.judge(talk, client)
+                    self.judge(talk)
                     del self.upstream.talks[talk.key]
             except Exception as problem:
-                raise AssertionError("%r, %s" % (problem, talk)) from problem
+                raise AssertionError("%r\n%s" % (problem, talk)) from problem
             self.assertEqual(self.upstream.faults, [])
 
         run_cases("connections in mode " + mode, self.CASES // 5, case, threads=4)
 
-    def judge(self, talk, client):
+    def judge(self, talk):
         due = True              # as long as nothing has gone wrong, responses are due
         for place, meant in enumerate(talk.meant):
             case, count = talk.case_of(place), talk.arrived.count(place)
@@ -10637,13 +10627,13 @@ class FuzzTest(RouterTest):
             self.assertLessEqual(count, (1 + (talk.mode == "auto")) * (1 + resent), "too often")
             self.assertTrue(count or not due, "request %d never arrived" % place)
             must = due and all(response.clean for response in given)
-            if place >= len(client.replies):
+            if place >= len(talk.replies):
                 self.assertFalse(must, "response %d is missing" % place)
-                if place == len(client.replies) and client.rest:
-                    self.judge_broken(given, client.rest, meant.method)
+                if place == len(talk.replies) and talk.rest:
+                    self.judge_broken(given, talk.rest, meant.method)
                 due = False
                 continue
-            reply = client.replies[place]
+            reply = talk.replies[place]
             if self.is_own_error(reply):
                 self.assertFalse(must, "response %d is an error of rrouter: %r" % (place, reply))
                 due = due and reply.status == 502
@@ -10655,8 +10645,9 @@ class FuzzTest(RouterTest):
             self.assertEqual(bool(reply.header("x-rrouter-target")),
                              rrouter.find_model(meant.body) is not None)
             due = due and "close" not in nominated(reply.fields)
-        for reply in client.replies[len(talk.meant):]:
-            self.assertTrue(self.is_own_error(reply) and not talk.whole and not client.rest,
+        whole = talk.ends[-1] == len(talk.sent) or talk.meant and talk.meant[-1].close
+        for reply in talk.replies[len(talk.meant):]:
+            self.assertTrue(self.is_own_error(reply) and not whole and not talk.rest,
                             "a response to nothing: %r" % (reply,))
 
     @staticmethod
