@@ -10179,42 +10179,36 @@ class Dice(random.Random):
         """Return (a content, a pattern of what healing must leave of it)."""
         blocks, kept = [], []
         for _ in range(self.choice((1, 1, 2, 3, 5))):
-            kind, second = self.choice(self.KINDS), self.choice(self.KINDS)
-            members = [self.member(self.choice(("text", "thinking", "signature", "data", "x")),
-                                   self.value(2)) for _ in range(self.randrange(3))]
-            members.append(self.member("content", '[{"type":"thinking","thinking":"nested"}]'))
-            members.insert(self.randrange(len(members)), self.member("type", self.string(kind)))
-            members += [self.member("type", self.string(second))] * (self.random() < 0.1)
+            kind = self.choice(self.KINDS)
+            members = self.sample([
+                self.member("type", self.string(kind)), self.member("text", self.value(2)),
+                self.member("content", '[{"type":"thinking","thinking":"nested"}]')], 3)
+            second = self.choice(('"text"', '"thinking"'))      # the first one counts
+            members += [self.member("type", second)] * (self.random() < 0.1)
             block = self.group("{}", members)
             if self.random() < 0.1:
                 kind = block = self.choice(self.NO_BLOCKS)
             blocks.append(block)
             kept += [block] * (kind not in ("thinking", "redacted_thinking"))
-        content = self.group("[]", blocks)
+        content, comma = self.group("[]", blocks), SPACE + "," + SPACE
         if self.random() < 0.2:
             content = self.choice(('"thinking"', "null", "7", '{"type":"thinking"}', "[]"))
         elif len(kept) < len(blocks):
             kept = kept or ['{"type":"text","text":"(no content)"}']
-            comma = SPACE + "," + SPACE
             return content, r"\[%s]" % (SPACE + comma.join(map(re.escape, kept)) + SPACE)
         return content, re.escape(content)
 
     def conversation(self):
         """Return (a body with messages, a pattern of what healing must leave of it)."""
-        messages = []
-        for _ in range(self.randrange(4)):
-            members = [self.member(key, self.value(2))
-                       for key in ("role", "id", "thinking")[:self.randrange(4)]]
-            members.insert(self.randrange(len(members) + 1), self.member("content", "\1"))
-            messages.append(self.group("{}", members))
-        members = [self.member(key, self.value(2))
-                   for key in ("model", "max_tokens", "stream", "tools")]
-        members.append(self.member("system", '[{"type":"thinking","thinking":"no message"}]'))
-        members = self.sample(members, self.randrange(6))
-        members.insert(self.randrange(len(members) + 1),
-                       self.member("messages", self.group("[]", messages)))
-        if self.random() < 0.1:
-            members.append(self.member("messages", '[{"content":[{"type":"thinking"}]}]'))
+        messages = [self.group("{}", self.sample([
+            self.member("role", self.value(2)), self.member("thinking", self.value(2)),
+            self.member("content", "\1")], 3)) for _ in range(self.randrange(4))]
+        members = self.sample([
+            self.member("system", '[{"type":"thinking","thinking":"no message"}]'),
+            self.member("max_tokens", self.value(2)),
+            self.member("messages", self.group("[]", messages))], 3)
+        members.append(self.member(self.choice(("messages", "model")),      # the first one counts
+                                   '[{"content":[{"type":"thinking"}]}]'))
         body, *parts = (self.space() + self.group("{}", members) + self.space()).split("\1")
         pattern = re.escape(body)
         for part in parts:
