@@ -10128,7 +10128,7 @@ class Dice(random.Random):
             text = self.space() + self.group("{}", members) + self.space()
         return self.damaged_json(text.encode()) if self.random() < 0.35 else text.encode()
 
-    # What damage inserts.
+    # Inserted by damage.
     IN_JSON = (*(bytes((byte,)) for byte in b',"\\{}[]:\n\0\x1f\x0b\x0cx0+\xff\xc3\x80\xf5'), b"//",
                b"{}", b"\xc2\xa0", b"\xed\xa0\xbd", b"\xef\xbb\xbf", b"NaN", b"Infinity",
                b"-Infinity", b"nul", b"1.", b"0x1", b"'a'", b"1 1")
@@ -10424,8 +10424,8 @@ NO_CASE = Case(b"", "", False, [FuzzedResponse(
 class FuzzedTalk:
     """One client connection: its cases, the meaning of its bytes, and both sides of what happens.
 
-    `arrived` lists the requests at the upstream by their places, `replies` what the client received
-    up to `rest`, the bytes that are no whole response.
+    `arrived` lists the requests at the upstream by their places, `replies` the whole responses that
+    the client received, `rest` the bytes after them.
     """
 
     def __init__(self, dice, mode):
