@@ -10130,11 +10130,12 @@ class Dice(random.Random):
 
     # Inserted by damage.
     IN_JSON = (*(bytes((byte,)) for byte in b',"\\{}[]:\n\0\x1f\x0b\x0cx0+\xff\xc3\x80\xf5'), b"//",
-               b"{}", b"\xc2\xa0", b"\xed\xa0\xbd", b"\xef\xbb\xbf", b"NaN", b"Infinity",
-               b"-Infinity", b"nul", b"1.", b"0x1", b"'a'", b"1 1")
+               b"{}", b"\xc2\xa0", b"\xed\xa0\xbd", b"\xef\xbb\xbf")
+    NO_VALUES = (b"NaN", b"Infinity", b"-Infinity", b"nul", b"01", b"+1", b".5", b"1.", b"0x1",
+                 b"'a'", b"1 1")
     IN_HTTP = (*(bytes((byte,)) for byte in b'\n\r\0 \t\x0b\x7f:;,01x+-="(\xb2\xe9'), b"\r\n",
-               b"\r\n ", b"\r\n\r\n", b", ", b"0x", b"_0", b"f" * 17, b"x" * 300, b"chunked",
-               b"identity", b"\r\nContent-Length: 3", b"\r\nHost: evil.example",
+               b"\r\n ", b"\r\n\r\n", b", ", b"0x", b"_0", b"f" * 17, b"x" * 300, b", chunked",
+               b"identity, ", b", identity", b"\r\nContent-Length: 3", b"\r\nHost: evil.example",
                b"\r\nTransfer-Encoding: chunked")
     FRAMING = re.compile(
         rb"(?im)^(?:content-length|transfer-encoding|host|connection):[^\r]*\r\n|HTTP/1\.[01]|"
@@ -10144,12 +10145,17 @@ class Dice(random.Random):
     def damaged(self, data, inserts, found=()):
         """Return `data` cut off, or a piece of it removed, repeated, replaced or put elsewhere.
 
-        The piece is in one of the matches `found`, if there are any, and has no mark.
+        The piece is one of the matches `found` or in it, if there are any, and has no mark.
         """
         if self.random() < 0.1:
             return data[:self.randrange(len(data) + 1)]
-        start, end = self.choice(found).span() if found else (self.randrange(len(data) + 1), 0)
-        pieces = [*self.PIECE.finditer(data, start, end or start + 40)] or [re.match(b"", b"")]
+        if found:
+            match = self.choice(found)
+            pieces = [match, *self.PIECE.finditer(data, *match.span())]
+        else:
+            start = self.randrange(len(data) + 1)
+            pieces = [*self.PIECE.finditer(data, start, start + 40)] or [
+                re.compile(b"").match(data, start)]
         piece, insert = self.choice(pieces), self.choice(inserts)
         if MARK.search(piece.group().decode("latin-1")):
             return data
@@ -10158,9 +10164,10 @@ class Dice(random.Random):
             b"", insert, insert + piece.group(), piece.group() + insert, piece.group() * 2)) + after
 
     def damaged_json(self, body):
-        if self.random() < 0.1:
-            return body.decode().encode(self.choice(("utf-8-sig", "utf-16", "utf-16-le", "utf-32")))
-        return self.damaged(body, self.IN_JSON)
+        odd = re.sub(rb"\b(?:null|true|1)\b", self.choice(self.NO_VALUES), body, count=1)
+        return self.choice((
+            odd, odd, body + self.choice(self.IN_JSON), *[self.damaged(body, self.IN_JSON)] * 4,
+            body.decode().encode(self.choice(("utf-8-sig", "utf-16", "utf-16-le", "utf-32")))))
 
     def damaged_message(self, data):
         for _ in range(self.choice((1, 1, 1, 2))):
