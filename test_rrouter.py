@@ -106,21 +106,24 @@ def value_of(fields, name):
     return ", ".join(values(fields, name)) or None
 
 
-class Received(collections.namedtuple(
-        "Received", "method target version fields body head connection")):
-    """One request as the upstream received it.
-
-    `fields` is a list of (name, value) in order, `head` the exact bytes, `connection` a number.
-    """
+class Message:
+    """What requests and responses share: `fields`, a list of (name, value) in order, and `body`."""
 
     __slots__ = ()
-    model = property(lambda self: self.json().get("model"))
 
     def header(self, name):
         return value_of(self.fields, name)
 
     def json(self):
         return json.loads(self.body)
+
+
+class Received(Message, collections.namedtuple(
+        "Received", "method target version fields body head connection")):
+    """One request as the upstream received it: `head` are its bytes, `connection` is a number."""
+
+    __slots__ = ()
+    model = property(lambda self: self.json().get("model"))
 
 
 class Response:
@@ -739,19 +742,14 @@ def read_chunks(reader):
         return problem.body, False
 
 
-class Reply(collections.namedtuple("Reply", "status reason fields body complete interim framing")):
+class Reply(Message, collections.namedtuple(
+        "Reply", "status reason fields body complete interim framing")):
     """One response as the client received it.
 
     `complete` is False where it was broken off; `interim` lists the heads of 1xx responses.
     """
 
     __slots__ = ()
-
-    def header(self, name):
-        return value_of(self.fields, name)
-
-    def json(self):
-        return json.loads(self.body)
 
 
 def read_reply(connection, method="GET"):
