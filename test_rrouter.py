@@ -9935,7 +9935,7 @@ def names_in(code):
         what, name = instruction.opname, instruction.argval
         if what in ("STORE_NAME", "STORE_GLOBAL"):
             bound.add(name)
-        elif what == "IMPORT_NAME" or name in CLOCK_READS and what in ("LOAD_ATTR", "LOAD_METHOD"):
+        elif what == "IMPORT_NAME" or what in ("LOAD_ATTR", "LOAD_METHOD") and name in CLOCK_READS:
             used.append((name.partition(".")[0], line))
         elif what in ("LOAD_NAME", "LOAD_GLOBAL") and (
                 name != "threading" or instructions[index + 1].argval != "Lock"):
@@ -10596,6 +10596,7 @@ class FuzzTest(RouterTest):
             self.assertEqual(self.upstream.faults, [])
 
         run_cases("connections in mode " + mode, self.CASES // 5, case, threads=4)
+        self.assertEqual(self.upstream.faults, [])          # of clients that had left
 
     def judge(self, talk):
         due = True              # as long as nothing has gone wrong, responses are due
