@@ -10453,7 +10453,7 @@ class FuzzedTalk:
             while not (self.meant and self.meant[-1].close):
                 self.meant.append(read_request(reader))
                 self.ends.append(reader.tell())
-        leaves = self.sent and dice.random() < 0.05
+        leaves = self.sent and dice.random() < 0.1
         self.leaves_after = dice.randrange(len(self.sent) + 1) if leaves else None
         self.data, self.rest, self.replies, self.ended = b"", b"", [], ""
 
