@@ -107,7 +107,7 @@ def value_of(fields, name):
 
 
 class Message:
-    """What requests and responses share: `fields`, a list of (name, value) in order, and `body`."""
+    """A request or a response with `fields`, a list of (name, value) in order, and a `body`."""
 
     __slots__ = ()
 
