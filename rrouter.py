@@ -1493,11 +1493,10 @@ def judge(first: Outcome, second: Outcome) -> Verdict:
 
 
 # The attributes of a Breaker that a restart keeps, and their types.
-SAVED: dict[str, tuple[type, ...]] = {
-    "home": (str,), "away": (str,), "answered": (bool,), "on_shelf": (bool,), "level": (int,),
-    "switch_count": (int,), "last_cooldown_s": (float, int), "returned_at": (float, int),
-    "reason": (str,), "switched_at": (float, int), "retry_at": (float, int)}
-MAY_BE_NONE = "returned_at", "reason", "switched_at", "retry_at"    # of an open one the first alone
+SAVED: dict[str, Callable[[Any], Any]] = {
+    "home": str, "away": str, "answered": bool, "on_shelf": bool, "level": int,
+    "switch_count": int, "last_cooldown_s": float, "returned_at": float,
+    "reason": str, "switched_at": float, "retry_at": float}
 
 
 # One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
@@ -1531,16 +1530,17 @@ class Breaker:
     for the log.  Not locked.
     """
 
-    def __init__(self, targets: tuple[str, str], serial: Iterator[int], label: str = "") -> None:
+    def __init__(self, auto: AutoSettings, serial: Iterator[int], model: str = "") -> None:
+        self._auto = auto
         self._serial = serial           # numbers of one sequence, so that a ticket fits one machine
+        self._label = f" for {printable(model)}" if model else ""
         self._counted_at: deque[float] = deque(maxlen=EVENTS_REMEMBERED)    # times of failures
-        self.label = label              #: " for MODEL", or ""
         self.probe = 0                  # number of the latest probe
         self.level = 0                  # index of the next cooldown
         self.switch_count = 0
         self.last_cooldown_s = 0.0
         self.returned_at: float | None = None
-        self.close(targets)
+        self.close(auto.targets)
 
     def close(self, targets: tuple[str, str]) -> None:
         """Start again on the first of `targets`; N and the number of switches stay."""
@@ -1561,15 +1561,14 @@ class Breaker:
         self.real_failure = ""          # the first one in the row that the shelf did not cause
 
     @property
+    def order(self) -> tuple[str, str]:
+        """The targets, the one whose turn it is first."""
+        return (self.home, self.away) if self.state == CLOSED else (self.away, self.home)
+
+    @property
     def current(self) -> str:
         """The target whose turn it is."""
-        return self.home if self.state == CLOSED else self.away
-
-    def _is_same_event(self, outcome: Outcome) -> bool:
-        """Return whether an event that was counted may have caused this failure too."""
-        # By the times of the failures: their rescues, which decide what counts, differ in length.
-        return any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
-                   for at in self._counted_at)
+        return self.order[0]
 
     def remaining_s(self, now: float) -> float:
         """Return the seconds until home may be probed, within the cooldown if the clock was set."""
@@ -1593,26 +1592,27 @@ class Breaker:
         """Return to home, because its probe has committed."""
         self.close((self.home, self.away))
         self.returned_at = now
-        return [f"RECOVERED: {self.home} responds again{self.label}"]
+        return [f"RECOVERED: {self.home} responds again{self._label}"]
 
     def succeed(self, ticket: Ticket) -> None:
         """Count a success of `ticket.target`."""
         if ticket.target == self.current:
             self.start_counting()
-            self.level += not self.answered and not self.on_shelf
+            self.level += self.state != CLOSED and not self.answered and not self.on_shelf
             self.answered = True
 
-    def fail(self, now: float, ticket: Ticket, outcome: Outcome, auto: AutoSettings,
-             followed: str) -> list[str]:
+    def fail(self, now: float, ticket: Ticket, outcome: Outcome, followed: str = "") -> list[str]:
         """Count a failure of `ticket.target`; once closed, the scope gets the target `followed`."""
         if self.is_probe(ticket):
-            return self._fail_probe(now, outcome, auto)
-        failed = f"{ticket.target} failed{self.label}: {outcome.what}"
+            return self._fail_probe(now, outcome)
+        failed = f"{ticket.target} failed{self._label}: {outcome.what}"
         if ticket.generation != self.generation or ticket.target != self.current:
             return [failed]
-        if self._is_same_event(outcome):
+        # By the times of the failures: their rescues, which decide what counts, differ in length.
+        if any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
+               for at in self._counted_at):
             return [failed + " (the same event)"]
-        count, limit, name = self._count(outcome, auto)
+        count, limit, name = self._count(outcome)
         of_limit = f" of {limit}" if count <= limit else ""
         lines = [f"{failed} ({count}{of_limit} {name} in a row)"]
         if count < limit or (outcome.direct and not self.answered):
@@ -1623,32 +1623,30 @@ class Breaker:
         if outcome.fault is Fault.SHELF and self.real_failure:
             reason += f", after {self.real_failure}"
         if self.state != CLOSED and followed == self.away:
-            # Closed, it would follow to the very target that it leaves.
-            self.close((self.away, self.home))
+            self.close(self.order)      # it would follow to the very target that it leaves
         if self.state == CLOSED:
-            return lines + self._open(now, reason, outcome, auto)
-        self.close((self.home, self.away))
-        self.returned_at = now
+            return lines + self._open(now, reason, outcome)
+        self.recover(now)
         self.switch_count += 1
-        return [*lines, f"SWITCH {self.away} -> {self.home}{self.label}: {reason}"]
+        return [*lines, f"SWITCH {self.away} -> {self.home}{self._label}: {reason}"]
 
-    def _count(self, outcome: Outcome, auto: AutoSettings) -> tuple[int, int, str]:
+    def _count(self, outcome: Outcome) -> tuple[int, int, str]:
         """Count a failure; return (how many in a row, how many switch, their name)."""
         self._counted_at.append(outcome.ended)
         if outcome.fault is not Fault.SHELF:
             self.real_failure = self.real_failure or outcome.what
         if outcome.fault is Fault.TIMEOUT:
             self.timeouts += 1
-            return self.timeouts, auto.timeout_threshold, "timeouts"
+            return self.timeouts, self._auto.timeout_threshold, "timeouts"
         self.failures += 1
-        return self.failures, auto.failure_threshold, "HTTP errors"
+        return self.failures, self._auto.failure_threshold, "HTTP errors"
 
-    def _open(self, now: float, reason: str, outcome: Outcome, auto: AutoSettings) -> list[str]:
+    def _open(self, now: float, reason: str, outcome: Outcome) -> list[str]:
         """Leave home, or stay away from it, for the next cooldown."""
         if self.returned_at is not None and now - self.returned_at >= 2 * self.last_cooldown_s:
             self.level = 0
         self.returned_at = None
-        cooldown_s = auto.cooldowns_s[min(self.level, len(auto.cooldowns_s) - 1)]
+        cooldown_s = self._auto.cooldowns_s[:self.level + 1][-1]
         shortest_s = min(cooldown_s, RECHECK_S)
         on_shelf = outcome.fault is Fault.SHELF
         if on_shelf:
@@ -1663,20 +1661,20 @@ class Breaker:
         self.switch_count += 1
         self.reason, self.switched_at = reason, now
         self.retry_at, self.last_cooldown_s = now + cooldown_s, cooldown_s
-        return [f"SWITCH {self.home} -> {self.away}{self.label}: {reason}; "
+        return [f"SWITCH {self.home} -> {self.away}{self._label}: {reason}; "
                 f"retry in {span(cooldown_s)}"]
 
-    def _fail_probe(self, now: float, outcome: Outcome, auto: AutoSettings) -> list[str]:
+    def _fail_probe(self, now: float, outcome: Outcome) -> list[str]:
         still_on_shelf = outcome.fault is Fault.SHELF or (outcome.fault is Fault.STATUS and (
             outcome.status in (401, 403, 404) or outcome.status >= 500))
         if not (self.on_shelf and still_on_shelf):
             self._counted_at.append(outcome.ended)
-            return self._open(now, f"failed a probe, last {outcome.what}", outcome, auto)
+            return self._open(now, f"failed a probe, last {outcome.what}", outcome)
         self._postpone_probe(now)
         if outcome.what == self.shelf_said:
             return []
         self.shelf_said = outcome.what
-        return [f"PROBE of {self.home} failed{self.label}: {outcome.what}"]
+        return [f"PROBE of {self.home} failed{self._label}: {outcome.what}"]
 
     def _postpone_probe(self, now: float) -> None:
         self.state = OPEN
@@ -1687,7 +1685,7 @@ class Breaker:
         self._postpone_probe(now)
         if ticket.quiet:                # its begin was not logged either
             return []
-        return [f"PROBE of {self.home} inconclusive{self.label}; "
+        return [f"PROBE of {self.home} inconclusive{self._label}; "
                 f"the next one in {span(self.remaining_s(now))}"]
 
     def report(self, now: float) -> dict[str, Any]:
@@ -1703,31 +1701,28 @@ class Breaker:
 
     def save(self) -> dict[str, Any]:
         """Return what a restart keeps; the counters and a probe under way are lost."""
-        return dict({name: getattr(self, name) for name in SAVED}, open=self.state != CLOSED)
+        return {name: getattr(self, name) for name in SAVED}
 
-    def restore(self, saved: Any, longest_s: float) -> None:
+    def restore(self, saved: Any) -> None:
         """Take over what `save` returned; raise StateError if it does not fit.
 
-        `saved` comes from a file that anyone may have written; an older one has no `on_shelf`.
+        `saved` comes from a file that anyone may have written.
         """
-        if not isinstance(saved, dict):
-            raise StateError("expected an object")
-        values: dict[str, Any] = {name: saved.get(name) for name in SAVED}
-        values["on_shelf"] = saved.get("on_shelf", False)
-        may_be_none = MAY_BE_NONE[:1] if saved.get("open") else MAY_BE_NONE
-        for name, kinds in SAVED.items():
-            value = values[name]
-            if value is None and name in may_be_none:
-                continue
-            if type(value) not in kinds:        # not isinstance: a bool is an int
-                raise StateError(f"{name}: expected {kinds[0].__name__}")
-            if kinds[-1] is int and not 0 <= value < 1e11:
-                raise StateError(f"{name}: expected a number within reason")
-        if ({values["home"], values["away"]} != {self.home, self.away}
-                or values["last_cooldown_s"] > longest_s):
-            raise StateError("the targets or cooldowns are not those of config.json")
+        try:
+            values: dict[str, Any] = {
+                name: None if saved[name] is None else convert(saved[name])
+                for name, convert in SAVED.items()}
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise StateError("not the state that rrouter wrote") from error
+        absent = {name for name, value in values.items() if value is None} - {"returned_at"}
+        if (absent not in (set(), {"reason", "switched_at", "retry_at"})
+                or {values["home"], values["away"]} != set(self._auto.targets)
+                or values["last_cooldown_s"] > max(self._auto.cooldowns_s)
+                or not all(0 <= value < 1e11 for value in values.values()
+                           if isinstance(value, (int, float)))):
+            raise StateError("not the state that rrouter wrote")
         vars(self).update(values, reason=values["reason"] and printable(values["reason"]))
-        self.state = OPEN if saved.get("open") else CLOSED
+        self.state = CLOSED if absent else OPEN
 
 
 class Failover:
@@ -1744,7 +1739,7 @@ class Failover:
         self._clear(auto)
 
     def _clear(self, auto: AutoSettings) -> None:
-        self._auto, self._whole = auto, Breaker(auto.targets, self._serial)
+        self._auto, self._whole = auto, Breaker(auto, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
 
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
@@ -1806,7 +1801,7 @@ class Failover:
             if breaker is self._whole:
                 self._follow()
             else:
-                self._align(breaker)
+                breaker.close(self._whole.order)
             return self._ticket(ticket.target, ticket.model, self._auto.targets), lines
 
     def credit(self, ticket: Ticket) -> None:
@@ -1816,7 +1811,6 @@ class Failover:
             own = self._models.get(ticket.model)
             if own is not None:
                 own.succeed(ticket)
-                self._align(own)
 
     def charge(self, ticket: Ticket, outcome: Outcome) -> list[str]:
         """Count a failure.
@@ -1827,15 +1821,13 @@ class Failover:
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
             if own is not None and (ticket.alone or (own.state != CLOSED and not ticket.probe)):
-                lines = own.fail(now, ticket, outcome, self._auto, whole.current)
-                self._align(own)
-                return lines
+                return own.fail(now, ticket, outcome, followed=whole.current)
             switches = whole.switch_count
             fresh = ticket.generation == whole.generation and ticket.target == whole.current
-            lines = whole.fail(now, ticket, outcome, self._auto, whole.home)
+            lines = whole.fail(now, ticket, outcome)
             if whole.switch_count != switches:
                 self._follow()
-            elif fresh:
+            elif fresh and len(ticket.model) <= MODEL_NAME_MAX:
                 lines += self._charge_model(now, ticket, outcome)
             return lines
 
@@ -1854,41 +1846,24 @@ class Failover:
 
     def _charge_model(self, now: float, ticket: Ticket, outcome: Outcome) -> list[str]:
         """Count a failure of the whole target for its model too; logged only if that switches."""
-        if len(ticket.model) > MODEL_NAME_MAX:
-            return []
         own = self._models.get(ticket.model)
         if own is None:
             if len(self._models) >= MODELS_REMEMBERED:
                 # The one longest unseen goes, if possible one that is not switched.
                 closed = (m for m, other in self._models.items() if other.state == CLOSED)
                 del self._models[next(closed, next(iter(self._models)))]
-            own = Breaker(self._ordered(), self._serial, f" for {printable(ticket.model)}")
-            self._models[ticket.model] = own
+            own = self._models[ticket.model] = Breaker(self._auto, self._serial, ticket.model)
+            own.close(self._whole.order)
         self._models.move_to_end(ticket.model)
         own.answered = self._whole.answered     # they are on the same target
-        ticket = ticket._replace(generation=own.generation)
-        lines = own.fail(now, ticket, outcome, self._auto, own.home)
-        own.answered = own.answered or own.state == CLOSED
-        return lines[1:]
-
-    def _ordered(self) -> tuple[str, str]:
-        """Return the targets, the one that serves the whole first."""
-        whole = self._whole
-        return (whole.home, whole.away) if whole.state == CLOSED else (whole.away, whole.home)
-
-    def _align(self, own: Breaker) -> None:
-        """Let a model follow the whole target unless it is switched alone, to another target."""
-        first, second = self._ordered()
-        if ((own.state == CLOSED and own.home != first)
-                or (own.state != CLOSED and own.away == first == self._whole.home)):
-            own.close((first, second))
+        return own.fail(now, ticket._replace(generation=own.generation), outcome)[1:]
 
     def _follow(self) -> None:
-        """Reset the counters of the models, because the whole target has switched."""
+        """Let the models that are not switched alone follow the whole target, with new counters."""
+        targets = self._whole.order
         for own in self._models.values():
-            if own.state == CLOSED:
-                own.start_counting()
-            self._align(own)
+            if own.state == CLOSED or own.away == targets[0] == self._whole.home:
+                own.close(targets)
 
     def report(self, active: bool) -> dict[str, Any]:
         """Return the `autoSwitch` object of /health."""
@@ -1908,21 +1883,18 @@ class Failover:
                     "models": {model: own.save() for model, own in self._models.items()
                                if own.state != CLOSED or own.level}}
 
-    def restore(self, saved: Any) -> None:
+    def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `save` returned; if it does not fit, change nothing, raise StateError."""
-        longest_s = max(self._auto.cooldowns_s)
-        if not isinstance(saved, dict) or not isinstance(saved.get("models"), dict):
-            raise StateError("expected an object with whole and models")
-        whole = Breaker(self._auto.targets, self._serial)
-        whole.restore(saved.get("whole"), longest_s)
-        if whole.home != self._auto.targets[0]:
-            raise StateError(f"whole.home: expected {self._auto.targets[0]}")
-        models: OrderedDict[str, Breaker] = OrderedDict()
-        for model, own in list(saved["models"].items())[:MODELS_REMEMBERED]:
-            models[model] = Breaker(self._auto.targets, self._serial, f" for {printable(model)}")
-            models[model].restore(own, longest_s)
+        whole, models = Breaker(self._auto, self._serial), saved.get("models")
+        whole.restore(saved.get("whole"))
+        if whole.home != self._auto.targets[0] or not isinstance(models, dict):
+            raise StateError("not the state that rrouter wrote")
+        restored: OrderedDict[str, Breaker] = OrderedDict()
+        for model, own in models.items():
+            restored[model] = Breaker(self._auto, self._serial, model)
+            restored[model].restore(own)
         with self._lock:
-            self._whole, self._models = whole, models
+            self._whole, self._models = whole, restored
 
 
 def slow_failure(outcome: Outcome) -> str:
@@ -1942,9 +1914,8 @@ def failed_side(auto: dict[str, Any]) -> tuple[str, str, str]:
     """
     failed = next(name for name in auto["targets"] if name != auto["currentTarget"])
     reason = auto["reason"] or ""
-    return (failed, re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row",
-                           reason),
-            printable(re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", reason), 40))
+    why = re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row", reason)
+    return failed, why, printable(re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", reason), 40)
 
 
 def until_probe(auto: dict[str, Any]) -> str:
@@ -1959,27 +1930,20 @@ def counted(auto: dict[str, Any]) -> str:
                      for kind in ("failure", "timeout") if auto[kind + "Count"])
 
 
-def scope_note(auto: dict[str, Any]) -> str:
-    """Return " (antigravity 429, 23m)": which target failed, how, and when it is probed."""
-    if not auto["switched"]:
-        return ""
-    failed, _, what = failed_side(auto)
-    return f" ({failed} {what}, {until_probe(auto)})"
-
-
 def status_line(health: dict[str, Any]) -> str:
     """Return /health in one line: auto → claude (antigravity 429, 23m)."""
-    auto = health["autoSwitch"]
-    if auto["active"]:
-        scopes = {"auto": auto, **auto["models"]}
-        parts = [f"{printable(name, 40)} → {own['currentTarget']}{scope_note(own)}"
-                 for name, own in itertools.islice(scopes.items(), STATUS_SCOPES)]
-        hidden = len(scopes) - len(parts)
-        parts += [f"{hidden} more"] if hidden else []
-    else:
-        parts = [health["mode"]]
-    count = len(health["problems"])
-    parts += [f"{count} problem{'s' * (count > 1)}: rrouter status"] if count else []
+    auto, problems = health["autoSwitch"], len(health["problems"])
+    scopes = {"auto": auto, **auto["models"]} if auto["active"] else {}
+    parts = [] if scopes else [health["mode"]]
+    for name, own in itertools.islice(scopes.items(), STATUS_SCOPES):
+        parts.append(f"{printable(name, 40)} → {own['currentTarget']}")
+        if own["switched"]:
+            failed, _, what = failed_side(own)
+            parts[-1] += f" ({failed} {what}, {until_probe(own)})"
+    if len(scopes) > STATUS_SCOPES:
+        parts.append(f"{len(scopes) - STATUS_SCOPES} more")
+    if problems:
+        parts.append(f"{problems} problem{'s' * (problems > 1)}: rrouter status")
     return ", ".join(parts)
 
 

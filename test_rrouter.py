@@ -1897,11 +1897,12 @@ class SavedStateTest(FailoverWalk):
     def test_foreign_content_is_refused_and_changes_nothing(self):
         self.walk("3*ag")
         good, before = self.failover.save(), self.failover.report(True)
-        changes = ({"home": "x"}, {"home": "cl", "away": "ag"}, {"level": -1}, {"level": True},
+        changes = ({"home": "x"}, {"home": "cl", "away": "ag"}, {"home": None}, {"level": -1},
+                   {"level": []}, {"level": "x"}, {"level": float("inf")}, {"level": None},
                    {"last_cooldown_s": 1e9}, {"last_cooldown_s": 10 ** 400}, {"retry_at": None},
                    {"retry_at": float("nan")}, {"switched_at": float("inf")},
                    {"switched_at": 1e300}, {"switched_at": None}, {"reason": None})
-        for content in (7, {}, {"whole": good["whole"]}, {**good, "models": []},
+        for content in ({}, {"whole": good["whole"]}, {**good, "models": []},
                         {**good, "models": {"m": 1}},
                         *({**good, "whole": {**good["whole"], **change}} for change in changes)):
             with self.subTest(content):
