@@ -23,7 +23,7 @@ The path of a request, each step a method or function of that name in this file:
         without_thinking              sent once more if the target rejects the history
       judge                         after a second attempt, on the other target: which failure
                                     counts, and which response the client gets
-    Exchange._answer, _relay      the response is forwarded as it arrives (ResponseWriter)
+    Exchange._relay               the response is forwarded as it arrives (ResponseWriter)
       Failover.commit               a probe succeeds, because the client gets its response
       Exchange._settle              Failover learns the outcome (credit, charge, release)
       Exchange._end                 the request is counted as ended and logged (Exchange._line);
@@ -1612,7 +1612,15 @@ class Breaker:
         if any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
                for at in self._counted_at):
             return [failed + " (the same event)"]
-        count, limit, name = self._count(outcome)
+        self._counted_at.append(outcome.ended)
+        if outcome.fault is Fault.TIMEOUT:
+            self.timeouts += 1
+            count, limit, name = self.timeouts, self._auto.timeout_threshold, "timeouts"
+        else:
+            self.failures += 1
+            count, limit, name = self.failures, self._auto.failure_threshold, "HTTP errors"
+        if outcome.fault is not Fault.SHELF:
+            self.real_failure = self.real_failure or outcome.what
         of_limit = f" of {limit}" if count <= limit else ""
         lines = [f"{failed} ({count}{of_limit} {name} in a row)"]
         if count < limit or (outcome.direct and not self.answered):
@@ -1629,17 +1637,6 @@ class Breaker:
         self.recover(now)
         self.switch_count += 1
         return [*lines, f"SWITCH {self.away} -> {self.home}{self._label}: {reason}"]
-
-    def _count(self, outcome: Outcome) -> tuple[int, int, str]:
-        """Count a failure; return (how many in a row, how many switch, their name)."""
-        self._counted_at.append(outcome.ended)
-        if outcome.fault is not Fault.SHELF:
-            self.real_failure = self.real_failure or outcome.what
-        if outcome.fault is Fault.TIMEOUT:
-            self.timeouts += 1
-            return self.timeouts, self._auto.timeout_threshold, "timeouts"
-        self.failures += 1
-        return self.failures, self._auto.failure_threshold, "HTTP errors"
 
     def _open(self, now: float, reason: str, outcome: Outcome) -> list[str]:
         """Leave home, or stay away from it, for the next cooldown."""
@@ -2948,8 +2945,7 @@ class ClientConnection(Wire):
         """
         data, self.held = bytes(self.held), b""
         self.busy = self._asks_head = False
-        self.limit(idle_s)
-        deadline, seen = None, 0
+        deadline, seen = 0.0, 0
         while True:
             if data.startswith(b"\r\n"):        # RFC 9112 §2.2: ignored before a request
                 data, seen = data[2:], 0
@@ -2959,9 +2955,9 @@ class ClientConnection(Wire):
                 if head is not None:
                     return head
                 deadline = deadline or time.monotonic() + HEAD_S
-                self.limit(max(0.001, deadline - time.monotonic()))
-            more = self._receive(self.receive)
-            if deadline is not None and (more is None or time.monotonic() > deadline):
+            left_s = max(0.001, deadline - time.monotonic()) if deadline else idle_s
+            more = self._receive(left_s, self.receive)
+            if deadline and (more is None or time.monotonic() > deadline):
                 raise RequestError(408, f"request head not complete within {HEAD_S:.0f} s")
             if not more:
                 return None
@@ -2987,32 +2983,39 @@ class ClientConnection(Wire):
         self._last_head.remember(data[:end], head)
         return head
 
-    def _receive(self, receive: Callable[[], T]) -> T | None:
+    def _receive(self, limit_s: float, receive: Callable[[], T]) -> T | None:
         """Return what `receive` returns, None if nothing came in time; raise ClientGone."""
         try:
+            self.limit(limit_s)
             return receive()
         except NOTHING_CAME:
             return None
         except OSError as error:
             raise ClientGone() from error
 
+    def _receive_body(self, receive: Callable[[], T]) -> T:
+        received = self._receive(BODY_STALL_S, receive)
+        if received is None:
+            raise RequestError(408, f"request body without progress for {BODY_STALL_S:.0f} s")
+        if not received:
+            raise ClientGone()
+        return received
+
     def read_body(self, head: RequestHead) -> BytesLike:
         """Return the whole body of the request; raise RequestError, ClientGone."""
-        if head.length == 0:
-            return b""
-        if head.expects_continue and not self.held:
+        length, have = head.length, len(self.held)
+        if head.expects_continue and length != 0 and not have:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self._read_chunks() if head.length is None else self._read_fixed(head.length)
-
-    def _read_fixed(self, length: int) -> BytesLike:
-        if len(self.held) >= length:
+        if length is None:
+            return self._read_chunks()
+        if length <= have:
             whole, self.held = self.held[:length], bytes(self.held[length:])
             return whole
         # Memory grows with what has come, not with what is claimed: from a part, by doubling.
         size = length
-        while size > max(len(self.held), BODY_STEP_BYTES):
+        while size > max(have, BODY_STEP_BYTES):
             size = (size + 1) // 2
-        have, body = len(self.held), bytearray(size)
+        body = bytearray(size)
         body[:have], self.held = self.held, b""
         while have < length:
             if have == len(body):
@@ -3036,15 +3039,6 @@ class ClientConnection(Wire):
         self.held = decoder.rest
         return body
 
-    def _receive_body(self, receive: Callable[[], T]) -> T:
-        self.limit(BODY_STALL_S)        # only here, because each change is a system call
-        received = self._receive(receive)
-        if received is None:
-            raise RequestError(408, f"request body without progress for {BODY_STALL_S:.0f} s")
-        if not received:
-            raise ClientGone("the client left before the end of its request")
-        return received
-
     def has_left(self) -> bool:
         """Return whether the client has closed its connection.
 
@@ -3054,16 +3048,14 @@ class ClientConnection(Wire):
         """
         if self._read_shut:
             return False
+        poller = select.poll()          # `select` fails with descriptors over 1023
+        poller.register(self.sock, getattr(select, "POLLRDHUP", 0))
         try:
-            if not self.sock.recv(1, PEEK_NOW):
-                return True
+            return not self.sock.recv(1, PEEK_NOW) or bool(poller.poll(0))
         except BlockingIOError:
             return False
         except OSError:
             return True
-        poller = select.poll()          # `select` fails with descriptors over 1023
-        poller.register(self.sock, getattr(select, "POLLRDHUP", 0))
-        return bool(poller.poll(0))
 
     def stop_reading(self, cut_off: bool) -> None:
         """Let a wait for the next request end; called from another thread.
@@ -3115,6 +3107,7 @@ class ClientConnection(Wire):
                 self.limit(max(0.001, deadline - time.monotonic()))
                 if not self.sock.recv(RECEIVE_BYTES):
                     break
+
 
 class ResponseWriter:
     """One response on its way to the client: the upstream's head, our fields, framed payload.
@@ -3199,11 +3192,10 @@ class Attempt:
         self.route = route
         self.ticket = ticket            #: until Failover knows the outcome
         self.response: Response | None = None
-        self.error: UpstreamError | None = None
+        self.error: UpstreamError       #: in place of a response
         self.watch: Watch               #: of the latest send
         self.outcome = LEFT             #: LEFT until the attempt has ended
         self.notes: list[str] = []      #: for the line in the log
-        self.healed = False             #: sent again without thinking blocks
         self._upstream, self._request, self._limit_s = upstream, request, limit_s
         self._scan: StreamScan | None = None    # of an event stream that is judged
         self._began = 0.0               # of the latest send, in Unix seconds
@@ -3212,22 +3204,22 @@ class Attempt:
     def run(self) -> None:
         """Send the request, healed if its history needs that; raise ClientGone."""
         self._send(self._request.body, self._request.found)
-        rejection = self.response
-        if rejection is None or self.outcome.fault is not Fault.REJECTED:
+        rejection, is_rejected = self.response, self.outcome.fault is Fault.REJECTED
+        body = without_thinking(self._request.body) if is_rejected else None
+        if body is None or rejection is None:
             return
-        body = without_thinking(self._request.body)
-        if body is None:
-            return
-        self.healed = True
+        self.notes.append(f"{self.route.target} rejected thinking blocks of another backend: "
+                          "sent again without them")
         self._send(body, find_model(body))
-        if self.outcome.fault is None:
+        fault = self.outcome.fault
+        if fault is None:
             rejection.close()
             return
         self.close()
-        self.response, self.error, self._scan = rejection, None, None
-        self.outcome = self.outcome._replace(status=400, keeps_400=True)
-        if self.outcome.fault is Fault.REJECTED:    # although it has no such history any more
-            self.outcome = self.outcome._replace(fault=Fault.STATUS)
+        self.response, self._scan = rejection, None
+        if fault is Fault.REJECTED:     # although it has no such history any more
+            fault = Fault.STATUS
+        self.outcome = self.outcome._replace(fault=fault, status=400, keeps_400=True)
 
     def _send(self, body: BytesLike, found: tuple[int, int, str] | None) -> None:
         """Send `body` once and receive as much as must be known before the client gets a byte."""
@@ -3239,7 +3231,7 @@ class Attempt:
         length = b"%d" % sum(map(len, pieces)) if after else b""
         outbound = Outbound(request.head.method, [before + length + after, *pieces],
                             request.client.send_interim if request.head.http11 else None)
-        self.response = self.error = self._scan = None
+        self.response = self._scan = None
         self.watch = Watch(request.client.has_left, self._limit_s)
         self._began, self._active_at = time.time(), time.monotonic()
         try:
@@ -3259,11 +3251,19 @@ class Attempt:
         """
         head, request = response.head, self._request
         is_judged = self.ticket is not None and request.head.method != "HEAD"
-        if is_judged and head.status < 300 and head.is_event_stream and not head.coding:
-            return self._hold_stream(response)
-        if (is_judged and head.status < 300 and request.is_message and not head.is_event_stream
+        is_success = is_judged and head.status < 300
+        if is_success and head.is_event_stream and not head.coding:
+            scan = self._scan = StreamScan(request.is_message)
+            while not (scan.committed or scan.defect):
+                response.ahead += self.receive(response)
+            return scan.defect
+        if (is_success and request.is_message and not head.is_event_stream
                 and head.coding in Response.CODINGS):
-            return self._hold_message(response)
+            while not response.complete and len(response.ahead) <= READ_AHEAD_MAX_BYTES:
+                response.ahead += response.receive(self.watch)
+            text = response.text()
+            is_whole = response.complete and len(text) <= READ_AHEAD_MAX_BYTES
+            return message_defect(text) if is_whole else ""
         if (is_judged and head.status >= 400) or (head.status == 400 and request.model is not None):
             watch = Watch(request.client.has_left, READ_AHEAD_S)
             watch.start()
@@ -3271,21 +3271,6 @@ class Attempt:
         else:
             response.take_held()        # broken chunks right after the head can still be rescued
         return ""
-
-    def _hold_stream(self, response: Response) -> str:
-        """Read an event stream up to the event that decides."""
-        scan = self._scan = StreamScan(self._request.is_message)
-        while not (scan.committed or scan.defect):
-            response.ahead += self.receive(response)
-        return scan.defect
-
-    def _hold_message(self, response: Response) -> str:
-        """Read a message that is not streamed to its end."""
-        while not response.complete and len(response.ahead) <= READ_AHEAD_MAX_BYTES:
-            response.ahead += response.receive(self.watch)
-        text = response.text()
-        is_whole = response.complete and len(text) <= READ_AHEAD_MAX_BYTES
-        return message_defect(text) if is_whole else ""
 
     def _read_outcome(self, response: Response, defect: str) -> Outcome:
         """Return how the attempt ended, as far as it is known before the client gets a byte."""
@@ -3307,8 +3292,8 @@ class Attempt:
     def receive(self, response: Response) -> bytes:
         """Return more of the response, after a look at what it says about the target."""
         payload, scan = response.receive(self.watch), self._scan
-        events = scan.events if scan is not None else -1
         if scan is not None:
+            events = scan.events
             scan.feed(payload)
             if response.complete:
                 scan.finish()
@@ -3401,10 +3386,8 @@ class Router:
 
     def _changed(self, old: Snapshot, new: Snapshot, mode_written: bool) -> None:
         """Clear the failover state when the user asks for it: by the mode or the auto section."""
-        if old.mode != new.mode:
-            why = f"mode {new.mode}"
-        elif mode_written:
-            why = f"mode {new.mode} written again"
+        if old.mode != new.mode or mode_written:
+            why = f"mode {new.mode}" + " written again" * (old.mode == new.mode)
         elif old.config.auto != new.config.auto:
             why = "the auto section of config.json changed"
         else:
@@ -3418,10 +3401,6 @@ class Router:
             host == peer[0] or (host in ("0.0.0.0", "::") and own[0] == peer[0]))
             for host, port in self.addresses)
 
-    def load(self) -> None:
-        """Read mode and config for the first time."""
-        self.store.snapshot()
-
     def load_state(self) -> None:
         """Continue with the failover state of before a restart if it fits; keep it from now on."""
         self.keeps_state = True
@@ -3434,12 +3413,6 @@ class Router:
         except StateError as error:
             self.log.write("AUTO", f"state.json set aside: {error}")
 
-    def save_state(self) -> None:
-        """Write state.json if there is something new."""
-        if self.keeps_state:
-            # The fingerprint first: a reset by a mode written meanwhile must not be undone.
-            self.state.save({**self.store.fingerprint(), **self.failover.save()})
-
     def watch(self) -> None:
         """Look at the files and at the clock; one step of the watcher."""
         # First, because the rest takes long while threads contend for the interpreter lock.
@@ -3447,7 +3420,9 @@ class Router:
         self._one_core.look(self._active, threads, time.monotonic(), os.times().user)
         self.store.snapshot()
         self.failover.look_at_clock()
-        self.save_state()
+        if self.keeps_state:
+            # The fingerprint first: a reset by a mode written meanwhile must not be undone.
+            self.state.save({**self.store.fingerprint(), **self.failover.save()})
         self.upstream.prune()
         (count, when), now = self._trimmed, time.monotonic()
         if not self._active and self._requests != count and now - when >= TRIM_S:
@@ -3486,19 +3461,19 @@ class Exchange:
         """Carry the request through; raise ClientGone if the connection cannot carry another."""
         self._started, self._number = time.monotonic(), self._router.begin()
         try:
-            self._answer(self._forward(self._router.store.snapshot()))
-        except ClientGone:
-            self._leave()
+            chosen = self._chosen = self._forward(self._router.store.snapshot())
+            if chosen.response is None:
+                self._report(chosen.error)
+            else:
+                self._relay(chosen, chosen.response)
+        except Exception as error:
+            if isinstance(error, ClientGone):
+                self._leave()
+            else:                       # a defect of ours
+                self._end(500, "internal error")
             if self._writer is not None:
                 self._writer.break_off()
             raise
-        except Exception as error:      # a defect of ours
-            self._end(500, "internal error")
-            if self._writer is None:
-                raise
-            self._router.log.write("ERROR", describe_defect(error))
-            self._writer.break_off()
-            raise ClientGone("the response was broken off") from error
 
     # ---- Up to the response
 
@@ -3535,28 +3510,9 @@ class Exchange:
         attempt = Attempt(self._router.upstream, self._request, route, ticket, limit_s)
         self._attempts.append(attempt)
         attempt.run()
-        if attempt.healed:
-            self._router.log.write("HEAL", f"#{self._number} {route.target} rejected thinking "
-                                   "blocks of another backend: sent again without them")
-        slow = slow_failure(attempt.outcome)
-        if slow:
-            self._router.log.write("SLOW", f"#{self._number} {route.target}: {slow}")
         return attempt
 
     # ---- From the response on
-
-    def _answer(self, attempt: Attempt) -> None:
-        """Send the client the response of the attempt, or its error."""
-        self._chosen = attempt
-        if attempt.error is not None:
-            self._report(attempt.error)
-        elif attempt.response is not None:
-            try:
-                self._relay(attempt, attempt.response)
-            except UpstreamError as error:
-                attempt.fail_late(Fault.DROPPED, f"the upstream {error}")
-                self._end(attempt.response.head.status)
-                raise ClientGone("the response was broken off") from error
 
     def _relay(self, attempt: Attempt, response: Response) -> None:
         """Forward the response as it comes; its outcome is settled before its end is sent."""
@@ -3577,13 +3533,17 @@ class Exchange:
                 writer.send(payload, is_last=True)
                 return
             writer.send(payload, is_last=False)
-            payload = attempt.receive(response)
+            try:
+                payload = attempt.receive(response)
+            except UpstreamError as error:
+                attempt.fail_late(Fault.DROPPED, f"the upstream {error}")
+                self._end(response.head.status)
+                raise ClientGone() from error
 
     def _report(self, error: UpstreamError) -> None:
         """Send the client the error that replaces a response."""
-        upstream = self._router.upstream
+        upstream, fields = self._router.upstream, self._reply_fields()
         self._end(error.http_status, f"the upstream {error}")
-        fields = self._reply_fields()
         # Without it Claude Code retries for three silent minutes.
         if (isinstance(error, UpstreamUnreachable) and self._request.model is not None
                 and upstream.miss(self._started)):
@@ -3608,15 +3568,13 @@ class Exchange:
     def _settle(self, attempt: Attempt, counts: bool = False) -> None:
         """Report a judged attempt to Failover, once: it counts, has succeeded, or is neutral."""
         ticket, attempt.ticket = attempt.ticket, None
-        lines: list[str] = []
+        failover = self._router.failover
         if ticket is None:
             return
-        if counts:
-            lines = self._router.failover.charge(ticket, attempt.outcome)
-        elif attempt.is_complete:
-            self._router.failover.credit(ticket)
-        else:
-            lines = self._router.failover.release(ticket)
+        if not counts and attempt.is_complete:
+            failover.credit(ticket)
+            return
+        lines = failover.charge(ticket, attempt.outcome) if counts else failover.release(ticket)
         self._router.log_decisions(lines, self._number)
 
     def _leave(self) -> None:
@@ -3660,16 +3618,13 @@ class Exchange:
             route = (self._chosen or self._attempts[-1]).route
             routed = f"{printable(model)} -> {route.target} {printable(route.model or '')} "
         for attempt in self._attempts:
+            outcome = attempt.outcome
             if self._chosen not in (None, attempt):
-                notes.append(f"{attempt.route.target} failed: {attempt.outcome.what}")
-            notes += attempt.notes
-            if attempt.outcome.direct:
-                notes.append(attempt.outcome.what)
-        if note:
-            notes.append(note)
+                notes.append(f"{attempt.route.target} failed: {outcome.what}")
+            notes += [*attempt.notes, outcome.what if outcome.direct else "", slow_failure(outcome)]
         line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
         line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
-        return line + "".join(f" ({note})" for note in notes)
+        return line + "".join(f" ({text})" for text in [*notes, note] if text)
 
 
 class ProxyHandler(socketserver.BaseRequestHandler):
@@ -3679,25 +3634,17 @@ class ProxyHandler(socketserver.BaseRequestHandler):
     its buffered reader would hide bytes from `has_left`.
     """
 
-    def __init__(self, *arguments: Any, router: Router) -> None:
-        self._router = router
-        self._checked: Fields | None = None     # fields of the last head that was checked
-        self._outbound = b"", b""
-        super().__init__(*arguments)    # the standard frame: setup, handle, finish
-
-    def setup(self) -> None:
-        """Take the connection."""
-        self._client = ClientConnection(self.request)
-        try:
-            self._client.set_up(WRITE_STALL_S)
-        except OSError as error:        # macOS: reset already
-            raise ClientGone() from error
+    server: ProxyServer
+    _checked: Fields | None = None      # fields of the last head that was checked
+    _outbound = b"", b""                # what that head becomes upstream
 
     def handle(self) -> None:
         """Carry requests through until one side ends the connection."""
+        self._client, self._router = ClientConnection(self.request), self.server.router
         connections = self._router.connections
         connections.add(self._client)
         try:
+            self._client.set_up(WRITE_STALL_S)
             beyond = len(connections) - self._router.connections_max
             self._is_crowded = beyond > 0           # only /health is answered, and once
             if beyond > CONNECTIONS_RESERVE:
@@ -3705,7 +3652,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
             else:
                 while self._handle_request():
                     pass
-        except ClientGone:
+        except (ClientGone, OSError):   # macOS: reset before it was accepted
             pass
         finally:
             connections.discard(self._client)
@@ -3726,6 +3673,8 @@ class ProxyHandler(socketserver.BaseRequestHandler):
             head = client.read_head(LINGER_S if self._is_crowded else IDLE_S)
             if head is None:
                 return False
+            if self._is_crowded or router.draining:
+                head = head._replace(keep_alive=False)
             self._admit(head)
             is_health = head.path == "/health" and head.method in ("GET", "HEAD")
             if self._is_crowded and not is_health:
@@ -3738,7 +3687,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
                 patience = Patience(client.has_left) if found else None
                 request = Request(client, head, self._outbound, body, found, patience)
                 Exchange(router, request).run()
-            if head.keep_alive and not router.draining and not self._is_crowded:
+            if head.keep_alive and not router.draining:
                 return True
         except RequestError as error:
             self._refuse(error)
@@ -3764,9 +3713,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         text = json.dumps(health, indent=2)
         if b"line" in head.target.partition(b"?")[2].split(b"&"):
             text, content_type = status_line(health), b"text/plain; charset=utf-8"
-        fields = b"Cache-Control: no-store\r\n"
-        if not head.keep_alive or self._router.draining or self._is_crowded:
-            fields += CLOSE
+        fields = b"Cache-Control: no-store\r\n" + (b"" if head.keep_alive else CLOSE)
         self._client.send_whole(200, text.encode("utf-8") + b"\n", fields, content_type)
 
 
@@ -3780,8 +3727,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, family: int, address: Any, router: Router) -> None:
         self.address_family = family
-        self._router, self._complained_at = router, 0.0
-        super().__init__(address, partial(ProxyHandler, router=router), bind_and_activate=False)
+        self.router, self._complained_at = router, 0.0
+        super().__init__(address, ProxyHandler, bind_and_activate=False)
 
     def server_bind(self) -> None:
         """Bind without asking for the host's name, which can take 35 s on macOS."""
@@ -3798,16 +3745,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 if time.monotonic() - self._complained_at > 60:
                     self._complained_at = time.monotonic()
-                    self._router.log.write(
+                    self.router.log.write(
                         "ERROR", f"cannot accept connections: {reason_of(error)}")
                 time.sleep(0.1)
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a defect of ours in one line."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, (ConnectionError, ClientGone)):
-            self._router.log.write("ERROR", describe_defect(error))
+        self.router.log.write("ERROR", describe_defect(sys.exc_info()[1]))
 
 
 # Daemon #######################################################################
@@ -4271,7 +4216,7 @@ def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[P
 def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
     """Load the files and listen; return the servers.  Raises DaemonError, UsageError."""
     log, settings = router.log, router.settings
-    router.load()
+    router.store.snapshot()             # reads mode and config for the first time
     spare = raise_descriptor_limit() - CONNECTIONS_RESERVE - 24
     router.connections_max = min(CONNECTIONS_MAX, max(1, spare // 2))
     servers = listen(settings, router)
@@ -5353,7 +5298,7 @@ def demo_router(home: str) -> Iterator[Router]:
         upstream.daemon_threads = True
         settings = Settings("127.0.0.1", 0, f"http://127.0.0.1:{upstream.server_address[1]}")
         router = Router(settings, paths, Log(paths.log, echo=False), "demo")
-        router.load()
+        router.store.snapshot()
         with listen(settings, router)[0] as server:
             router.settings = settings._replace(port=server.server_port)
             for each in (upstream, server):
