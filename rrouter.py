@@ -1515,9 +1515,9 @@ SAVED: dict[str, Callable[[Any], Any]] = {
 #              a switch that the shelf caused
 #   HALF_OPEN  the probe is neutral                         OPEN         the next one after a minute
 #   HALF_OPEN  success or failure of away                   as in OPEN
-#   any        outcome of the target that does not serve    same         nothing
-#   any        failure of an attempt from before a switch   same         nothing
-#   any        failure of the same event as the last one    same         nothing
+#   any        outcome of the target that does not serve,   same         nothing
+#              of an attempt from before a switch, or of
+#              the same event as a failure before
 #
 # HTTP failures and timeouts are counted apart.  N returns to the first cooldown when twice the last
 # cooldown has passed since the return to home, without a switch.
@@ -1846,9 +1846,7 @@ class Failover:
         own = self._models.get(ticket.model)
         if own is None:
             if len(self._models) >= MODELS_REMEMBERED:
-                # The one longest unseen goes, if possible one that is not switched.
-                closed = (m for m, other in self._models.items() if other.state == CLOSED)
-                del self._models[next(closed, next(iter(self._models)))]
+                self._models.popitem(last=False)        # the one longest without a failure
             own = self._models[ticket.model] = Breaker(self._auto, self._serial, ticket.model)
             own.close(self._whole.order)
         self._models.move_to_end(ticket.model)
@@ -1905,10 +1903,7 @@ def slow_failure(outcome: Outcome) -> str:
 
 
 def failed_side(auto: dict[str, Any]) -> tuple[str, str, str]:
-    """Return which target was left, why, and the last failure alone.
-
-    For example: antigravity, `gave 3 HTTP errors in a row, last 429`, `429`.
-    """
+    """Return the target that was left, why (gave 3 HTTP errors in a row, last 429), and `429`."""
     failed = next(name for name in auto["targets"] if name != auto["currentTarget"])
     reason = auto["reason"] or ""
     why = re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row", reason)
@@ -3192,7 +3187,7 @@ class Attempt:
         self.route = route
         self.ticket = ticket            #: until Failover knows the outcome
         self.response: Response | None = None
-        self.error: UpstreamError       #: in place of a response
+        self.error: UpstreamError       #: instead of a response
         self.watch: Watch               #: of the latest send
         self.outcome = LEFT             #: LEFT until the attempt has ended
         self.notes: list[str] = []      #: for the line in the log
@@ -3204,8 +3199,9 @@ class Attempt:
     def run(self) -> None:
         """Send the request, healed if its history needs that; raise ClientGone."""
         self._send(self._request.body, self._request.found)
-        rejection, is_rejected = self.response, self.outcome.fault is Fault.REJECTED
-        body = without_thinking(self._request.body) if is_rejected else None
+        rejection, request = self.response, self._request
+        is_rejected = self.outcome.fault is Fault.REJECTED and request.found is not None
+        body = without_thinking(request.body) if is_rejected else None
         if body is None or rejection is None:
             return
         self.notes.append(f"{self.route.target} rejected thinking blocks of another backend: "
@@ -3217,9 +3213,8 @@ class Attempt:
             return
         self.close()
         self.response, self._scan = rejection, None
-        if fault is Fault.REJECTED:     # although it has no such history any more
-            fault = Fault.STATUS
-        self.outcome = self.outcome._replace(fault=fault, status=400, keeps_400=True)
+        self.outcome = self.outcome._replace(       # REJECTED without such a history is any 400
+            fault=Fault.STATUS if fault is Fault.REJECTED else fault, status=400, keeps_400=True)
 
     def _send(self, body: BytesLike, found: tuple[int, int, str] | None) -> None:
         """Send `body` once and receive as much as must be known before the client gets a byte."""
@@ -3245,10 +3240,7 @@ class Attempt:
             self.outcome = Outcome(fault, error.http_status, error.what, self._began, time.time())
 
     def _hold_back(self, response: Response) -> str:
-        """Read as much of the response as decides whether the client gets it.
-
-        Returns the defect of a 2xx that is of no use to the client, else "".
-        """
+        """Read as much as decides whether the client gets the response; return a defect or ""."""
         head, request = response.head, self._request
         is_judged = self.ticket is not None and request.head.method != "HEAD"
         is_success = is_judged and head.status < 300
@@ -3283,8 +3275,6 @@ class Attempt:
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
-            if fault is Fault.REJECTED and self._request.found is None:
-                fault = Fault.STATUS
             retry_after_s = read_retry_after(
                 head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
         return Outcome(fault, head.status, what, self._began, ended, retry_after_s)
@@ -3379,8 +3369,7 @@ class Router:
     def log_decisions(self, lines: list[str], number: int = 0) -> None:
         """Log decisions of auto mode, and let the watcher save what has come of them."""
         for line in lines:
-            with_number = number and "SWITCH" not in line
-            self.log.write("AUTO", f"#{number} {line}" if with_number else line)
+            self.log.write("AUTO", f"#{number} {line}" if number and "SWITCH" not in line else line)
         if lines:
             self.store.wake()
 
@@ -3646,9 +3635,10 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         try:
             self._client.set_up(WRITE_STALL_S)
             beyond = len(connections) - self._router.connections_max
-            self._is_crowded = beyond > 0           # only /health is answered, and once
+            full = RequestError(503, f"too many connections ({self._router.connections_max})")
+            self._full = full if beyond > 0 else None   # then only /health is answered, and once
             if beyond > CONNECTIONS_RESERVE:
-                self._refuse(self._too_many())
+                self._refuse(full)
             else:
                 while self._handle_request():
                     pass
@@ -3670,15 +3660,15 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         """Carry one request through; return whether the connection can carry another."""
         client, router = self._client, self._router
         try:
-            head = client.read_head(LINGER_S if self._is_crowded else IDLE_S)
+            head = client.read_head(LINGER_S if self._full else IDLE_S)
             if head is None:
                 return False
-            if self._is_crowded or router.draining:
+            if self._full or router.draining:
                 head = head._replace(keep_alive=False)
             self._admit(head)
             is_health = head.path == "/health" and head.method in ("GET", "HEAD")
-            if self._is_crowded and not is_health:
-                raise self._too_many()
+            if self._full and not is_health:
+                raise self._full
             body = client.read_body(head)
             if is_health:
                 self._report_health(head)
@@ -3700,9 +3690,6 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         client.linger()
         return False
 
-    def _too_many(self) -> RequestError:
-        return RequestError(503, f"too many connections ({self._router.connections_max})")
-
     def _refuse(self, error: RequestError) -> None:
         """Send the error, and log it."""
         self._router.log.write("REFUSED", f"{error.http_status} {error.logged}")
@@ -3721,7 +3708,6 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     """One listening socket; a thread for each of its connections."""
 
     request_queue_size = BACKLOG
-    daemon_threads = True
     allow_reuse_address = True          # TIME_WAIT would keep a restart off the port
     allow_reuse_port = False            # else two could share it, each with half of the requests
 

@@ -1867,13 +1867,7 @@ class WalkTest(FailoverWalk):
             self.charge(ticket, self.failure())
         self.assertEqual(self.state(), "x 0 0 0 0")
 
-    def test_at_most_256_models_are_remembered_and_switched_ones_longest(self):
-        self.walk(ALONE)
-        for number in range(400):
-            self.walk("m%d/ag haiku/ok" % number)
-        self.assertEqual(self.state(), "ag 0 0 0 0, opus cl 1 0 0 30")
-        self.assertLessEqual(len(self.failover.save()["models"]), 256)
-        self.setUp()
+    def test_at_most_256_models_are_remembered(self):
         for number in range(258):
             self.walk("m%d/ag haiku/ok " % number * 3)
         self.assertIn("m257 cl 1 ", self.state())
