@@ -3623,13 +3623,14 @@ class ProxyHandler(socketserver.BaseRequestHandler):
     its buffered reader would hide bytes from `has_left`.
     """
 
-    server: ProxyServer
+    server: Any                         # the ProxyServer that accepted the connection
     _checked: Fields | None = None      # fields of the last head that was checked
     _outbound = b"", b""                # what that head becomes upstream
 
     def handle(self) -> None:
         """Carry requests through until one side ends the connection."""
-        self._client, self._router = ClientConnection(self.request), self.server.router
+        self._client = ClientConnection(self.request)
+        self._router: Router = self.server.router
         connections = self._router.connections
         connections.add(self._client)
         try:
