@@ -1589,7 +1589,7 @@ class Breaker:
         return self.state == HALF_OPEN and ticket.probe == self.probe
 
     def recover(self, now: float) -> list[str]:
-        """Return to home, because its probe has committed."""
+        """Return to home; the line says so of a probe that has committed."""
         self.close((self.home, self.away))
         self.returned_at = now
         return [f"RECOVERED: {self.home} responds again{self._label}"]
