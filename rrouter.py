@@ -23,7 +23,7 @@ The path of a request, each step a method or function of that name in this file:
         without_thinking              sent once more if the target rejects the history
       judge                         after a second attempt, on the other target: which failure
                                     counts, and which response the client gets
-    Exchange._answer, _relay      the response is forwarded as it arrives (ResponseWriter)
+    Exchange._relay               the response is forwarded as it arrives (ResponseWriter)
       Failover.commit               a probe succeeds, because the client gets its response
       Exchange._settle              Failover learns the outcome (credit, charge, release)
       Exchange._end                 the request is counted as ended and logged (Exchange._line);
@@ -1493,11 +1493,10 @@ def judge(first: Outcome, second: Outcome) -> Verdict:
 
 
 # The attributes of a Breaker that a restart keeps, and their types.
-SAVED: dict[str, tuple[type, ...]] = {
-    "home": (str,), "away": (str,), "answered": (bool,), "on_shelf": (bool,), "level": (int,),
-    "switch_count": (int,), "last_cooldown_s": (float, int), "returned_at": (float, int),
-    "reason": (str,), "switched_at": (float, int), "retry_at": (float, int)}
-MAY_BE_NONE = "returned_at", "reason", "switched_at", "retry_at"    # of an open one the first alone
+SAVED: dict[str, Callable[[Any], Any]] = {
+    "home": str, "away": str, "answered": bool, "on_shelf": bool, "level": int,
+    "switch_count": int, "last_cooldown_s": float, "returned_at": float,
+    "reason": str, "switched_at": float, "retry_at": float}
 
 
 # One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
@@ -1516,9 +1515,9 @@ MAY_BE_NONE = "returned_at", "reason", "switched_at", "retry_at"    # of an open
 #              a switch that the shelf caused
 #   HALF_OPEN  the probe is neutral                         OPEN         the next one after a minute
 #   HALF_OPEN  success or failure of away                   as in OPEN
-#   any        outcome of the target that does not serve    same         nothing
-#   any        failure of an attempt from before a switch   same         nothing
-#   any        failure of the same event as the last one    same         nothing
+#   any        outcome of the target that does not serve,   same         nothing
+#              of an attempt from before a switch, or of
+#              the same event as a failure before
 #
 # HTTP failures and timeouts are counted apart.  N returns to the first cooldown when twice the last
 # cooldown has passed since the return to home, without a switch.
@@ -1531,16 +1530,17 @@ class Breaker:
     for the log.  Not locked.
     """
 
-    def __init__(self, targets: tuple[str, str], serial: Iterator[int], label: str = "") -> None:
+    def __init__(self, auto: AutoSettings, serial: Iterator[int], model: str = "") -> None:
+        self._auto = auto
         self._serial = serial           # numbers of one sequence, so that a ticket fits one machine
+        self._label = f" for {printable(model)}" if model else ""
         self._counted_at: deque[float] = deque(maxlen=EVENTS_REMEMBERED)    # times of failures
-        self.label = label              #: " for MODEL", or ""
         self.probe = 0                  # number of the latest probe
         self.level = 0                  # index of the next cooldown
         self.switch_count = 0
         self.last_cooldown_s = 0.0
         self.returned_at: float | None = None
-        self.close(targets)
+        self.close(auto.targets)
 
     def close(self, targets: tuple[str, str]) -> None:
         """Start again on the first of `targets`; N and the number of switches stay."""
@@ -1561,15 +1561,14 @@ class Breaker:
         self.real_failure = ""          # the first one in the row that the shelf did not cause
 
     @property
+    def order(self) -> tuple[str, str]:
+        """The targets, the one whose turn it is first."""
+        return (self.home, self.away) if self.state == CLOSED else (self.away, self.home)
+
+    @property
     def current(self) -> str:
         """The target whose turn it is."""
-        return self.home if self.state == CLOSED else self.away
-
-    def _is_same_event(self, outcome: Outcome) -> bool:
-        """Return whether an event that was counted may have caused this failure too."""
-        # By the times of the failures: their rescues, which decide what counts, differ in length.
-        return any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
-                   for at in self._counted_at)
+        return self.order[0]
 
     def remaining_s(self, now: float) -> float:
         """Return the seconds until home may be probed, within the cooldown if the clock was set."""
@@ -1590,29 +1589,38 @@ class Breaker:
         return self.state == HALF_OPEN and ticket.probe == self.probe
 
     def recover(self, now: float) -> list[str]:
-        """Return to home, because its probe has committed."""
+        """Return to home; the line says so of a probe that has committed."""
         self.close((self.home, self.away))
         self.returned_at = now
-        return [f"RECOVERED: {self.home} responds again{self.label}"]
+        return [f"RECOVERED: {self.home} responds again{self._label}"]
 
     def succeed(self, ticket: Ticket) -> None:
         """Count a success of `ticket.target`."""
         if ticket.target == self.current:
             self.start_counting()
-            self.level += not self.answered and not self.on_shelf
+            self.level += self.state != CLOSED and not self.answered and not self.on_shelf
             self.answered = True
 
-    def fail(self, now: float, ticket: Ticket, outcome: Outcome, auto: AutoSettings,
-             followed: str) -> list[str]:
+    def fail(self, now: float, ticket: Ticket, outcome: Outcome, followed: str = "") -> list[str]:
         """Count a failure of `ticket.target`; once closed, the scope gets the target `followed`."""
         if self.is_probe(ticket):
-            return self._fail_probe(now, outcome, auto)
-        failed = f"{ticket.target} failed{self.label}: {outcome.what}"
+            return self._fail_probe(now, outcome)
+        failed = f"{ticket.target} failed{self._label}: {outcome.what}"
         if ticket.generation != self.generation or ticket.target != self.current:
             return [failed]
-        if self._is_same_event(outcome):
+        # By the times of the failures: their rescues, which decide what counts, differ in length.
+        if any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
+               for at in self._counted_at):
             return [failed + " (the same event)"]
-        count, limit, name = self._count(outcome, auto)
+        self._counted_at.append(outcome.ended)
+        if outcome.fault is Fault.TIMEOUT:
+            self.timeouts += 1
+            count, limit, name = self.timeouts, self._auto.timeout_threshold, "timeouts"
+        else:
+            self.failures += 1
+            count, limit, name = self.failures, self._auto.failure_threshold, "HTTP errors"
+        if outcome.fault is not Fault.SHELF:
+            self.real_failure = self.real_failure or outcome.what
         of_limit = f" of {limit}" if count <= limit else ""
         lines = [f"{failed} ({count}{of_limit} {name} in a row)"]
         if count < limit or (outcome.direct and not self.answered):
@@ -1623,32 +1631,19 @@ class Breaker:
         if outcome.fault is Fault.SHELF and self.real_failure:
             reason += f", after {self.real_failure}"
         if self.state != CLOSED and followed == self.away:
-            # Closed, it would follow to the very target that it leaves.
-            self.close((self.away, self.home))
+            self.close(self.order)      # it would follow to the very target that it leaves
         if self.state == CLOSED:
-            return lines + self._open(now, reason, outcome, auto)
-        self.close((self.home, self.away))
-        self.returned_at = now
+            return lines + self._open(now, reason, outcome)
+        self.recover(now)
         self.switch_count += 1
-        return [*lines, f"SWITCH {self.away} -> {self.home}{self.label}: {reason}"]
+        return [*lines, f"SWITCH {self.away} -> {self.home}{self._label}: {reason}"]
 
-    def _count(self, outcome: Outcome, auto: AutoSettings) -> tuple[int, int, str]:
-        """Count a failure; return (how many in a row, how many switch, their name)."""
-        self._counted_at.append(outcome.ended)
-        if outcome.fault is not Fault.SHELF:
-            self.real_failure = self.real_failure or outcome.what
-        if outcome.fault is Fault.TIMEOUT:
-            self.timeouts += 1
-            return self.timeouts, auto.timeout_threshold, "timeouts"
-        self.failures += 1
-        return self.failures, auto.failure_threshold, "HTTP errors"
-
-    def _open(self, now: float, reason: str, outcome: Outcome, auto: AutoSettings) -> list[str]:
+    def _open(self, now: float, reason: str, outcome: Outcome) -> list[str]:
         """Leave home, or stay away from it, for the next cooldown."""
         if self.returned_at is not None and now - self.returned_at >= 2 * self.last_cooldown_s:
             self.level = 0
         self.returned_at = None
-        cooldown_s = auto.cooldowns_s[min(self.level, len(auto.cooldowns_s) - 1)]
+        cooldown_s = self._auto.cooldowns_s[:self.level + 1][-1]
         shortest_s = min(cooldown_s, RECHECK_S)
         on_shelf = outcome.fault is Fault.SHELF
         if on_shelf:
@@ -1663,20 +1658,20 @@ class Breaker:
         self.switch_count += 1
         self.reason, self.switched_at = reason, now
         self.retry_at, self.last_cooldown_s = now + cooldown_s, cooldown_s
-        return [f"SWITCH {self.home} -> {self.away}{self.label}: {reason}; "
+        return [f"SWITCH {self.home} -> {self.away}{self._label}: {reason}; "
                 f"retry in {span(cooldown_s)}"]
 
-    def _fail_probe(self, now: float, outcome: Outcome, auto: AutoSettings) -> list[str]:
+    def _fail_probe(self, now: float, outcome: Outcome) -> list[str]:
         still_on_shelf = outcome.fault is Fault.SHELF or (outcome.fault is Fault.STATUS and (
             outcome.status in (401, 403, 404) or outcome.status >= 500))
         if not (self.on_shelf and still_on_shelf):
             self._counted_at.append(outcome.ended)
-            return self._open(now, f"failed a probe, last {outcome.what}", outcome, auto)
+            return self._open(now, f"failed a probe, last {outcome.what}", outcome)
         self._postpone_probe(now)
         if outcome.what == self.shelf_said:
             return []
         self.shelf_said = outcome.what
-        return [f"PROBE of {self.home} failed{self.label}: {outcome.what}"]
+        return [f"PROBE of {self.home} failed{self._label}: {outcome.what}"]
 
     def _postpone_probe(self, now: float) -> None:
         self.state = OPEN
@@ -1687,7 +1682,7 @@ class Breaker:
         self._postpone_probe(now)
         if ticket.quiet:                # its begin was not logged either
             return []
-        return [f"PROBE of {self.home} inconclusive{self.label}; "
+        return [f"PROBE of {self.home} inconclusive{self._label}; "
                 f"the next one in {span(self.remaining_s(now))}"]
 
     def report(self, now: float) -> dict[str, Any]:
@@ -1703,31 +1698,28 @@ class Breaker:
 
     def save(self) -> dict[str, Any]:
         """Return what a restart keeps; the counters and a probe under way are lost."""
-        return dict({name: getattr(self, name) for name in SAVED}, open=self.state != CLOSED)
+        return {name: getattr(self, name) for name in SAVED}
 
-    def restore(self, saved: Any, longest_s: float) -> None:
+    def restore(self, saved: Any) -> None:
         """Take over what `save` returned; raise StateError if it does not fit.
 
-        `saved` comes from a file that anyone may have written; an older one has no `on_shelf`.
+        `saved` comes from a file that anyone may have written.
         """
-        if not isinstance(saved, dict):
-            raise StateError("expected an object")
-        values: dict[str, Any] = {name: saved.get(name) for name in SAVED}
-        values["on_shelf"] = saved.get("on_shelf", False)
-        may_be_none = MAY_BE_NONE[:1] if saved.get("open") else MAY_BE_NONE
-        for name, kinds in SAVED.items():
-            value = values[name]
-            if value is None and name in may_be_none:
-                continue
-            if type(value) not in kinds:        # not isinstance: a bool is an int
-                raise StateError(f"{name}: expected {kinds[0].__name__}")
-            if kinds[-1] is int and not 0 <= value < 1e11:
-                raise StateError(f"{name}: expected a number within reason")
-        if ({values["home"], values["away"]} != {self.home, self.away}
-                or values["last_cooldown_s"] > longest_s):
-            raise StateError("the targets or cooldowns are not those of config.json")
+        try:
+            values: dict[str, Any] = {
+                name: None if saved[name] is None else convert(saved[name])
+                for name, convert in SAVED.items()}
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise StateError("not the state that rrouter wrote") from error
+        absent = {name for name, value in values.items() if value is None} - {"returned_at"}
+        if (absent not in (set(), {"reason", "switched_at", "retry_at"})
+                or {values["home"], values["away"]} != set(self._auto.targets)
+                or values["last_cooldown_s"] > max(self._auto.cooldowns_s)
+                or not all(0 <= value < 1e11 for value in values.values()
+                           if isinstance(value, (int, float)))):
+            raise StateError("not the state that rrouter wrote")
         vars(self).update(values, reason=values["reason"] and printable(values["reason"]))
-        self.state = OPEN if saved.get("open") else CLOSED
+        self.state = CLOSED if absent else OPEN
 
 
 class Failover:
@@ -1744,7 +1736,7 @@ class Failover:
         self._clear(auto)
 
     def _clear(self, auto: AutoSettings) -> None:
-        self._auto, self._whole = auto, Breaker(auto.targets, self._serial)
+        self._auto, self._whole = auto, Breaker(auto, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
 
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
@@ -1806,7 +1798,7 @@ class Failover:
             if breaker is self._whole:
                 self._follow()
             else:
-                self._align(breaker)
+                breaker.close(self._whole.order)
             return self._ticket(ticket.target, ticket.model, self._auto.targets), lines
 
     def credit(self, ticket: Ticket) -> None:
@@ -1816,7 +1808,6 @@ class Failover:
             own = self._models.get(ticket.model)
             if own is not None:
                 own.succeed(ticket)
-                self._align(own)
 
     def charge(self, ticket: Ticket, outcome: Outcome) -> list[str]:
         """Count a failure.
@@ -1827,15 +1818,13 @@ class Failover:
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
             if own is not None and (ticket.alone or (own.state != CLOSED and not ticket.probe)):
-                lines = own.fail(now, ticket, outcome, self._auto, whole.current)
-                self._align(own)
-                return lines
+                return own.fail(now, ticket, outcome, followed=whole.current)
             switches = whole.switch_count
             fresh = ticket.generation == whole.generation and ticket.target == whole.current
-            lines = whole.fail(now, ticket, outcome, self._auto, whole.home)
+            lines = whole.fail(now, ticket, outcome)
             if whole.switch_count != switches:
                 self._follow()
-            elif fresh:
+            elif fresh and len(ticket.model) <= MODEL_NAME_MAX:
                 lines += self._charge_model(now, ticket, outcome)
             return lines
 
@@ -1854,41 +1843,22 @@ class Failover:
 
     def _charge_model(self, now: float, ticket: Ticket, outcome: Outcome) -> list[str]:
         """Count a failure of the whole target for its model too; logged only if that switches."""
-        if len(ticket.model) > MODEL_NAME_MAX:
-            return []
         own = self._models.get(ticket.model)
         if own is None:
             if len(self._models) >= MODELS_REMEMBERED:
-                # The one longest unseen goes, if possible one that is not switched.
-                closed = (m for m, other in self._models.items() if other.state == CLOSED)
-                del self._models[next(closed, next(iter(self._models)))]
-            own = Breaker(self._ordered(), self._serial, f" for {printable(ticket.model)}")
-            self._models[ticket.model] = own
+                self._models.popitem(last=False)        # the one longest without a failure
+            own = self._models[ticket.model] = Breaker(self._auto, self._serial, ticket.model)
+            own.close(self._whole.order)
         self._models.move_to_end(ticket.model)
         own.answered = self._whole.answered     # they are on the same target
-        ticket = ticket._replace(generation=own.generation)
-        lines = own.fail(now, ticket, outcome, self._auto, own.home)
-        own.answered = own.answered or own.state == CLOSED
-        return lines[1:]
-
-    def _ordered(self) -> tuple[str, str]:
-        """Return the targets, the one that serves the whole first."""
-        whole = self._whole
-        return (whole.home, whole.away) if whole.state == CLOSED else (whole.away, whole.home)
-
-    def _align(self, own: Breaker) -> None:
-        """Let a model follow the whole target unless it is switched alone, to another target."""
-        first, second = self._ordered()
-        if ((own.state == CLOSED and own.home != first)
-                or (own.state != CLOSED and own.away == first == self._whole.home)):
-            own.close((first, second))
+        return own.fail(now, ticket._replace(generation=own.generation), outcome)[1:]
 
     def _follow(self) -> None:
-        """Reset the counters of the models, because the whole target has switched."""
+        """Let the models that are not switched alone follow the whole target, with new counters."""
+        targets = self._whole.order
         for own in self._models.values():
-            if own.state == CLOSED:
-                own.start_counting()
-            self._align(own)
+            if own.state == CLOSED or own.away == targets[0] == self._whole.home:
+                own.close(targets)
 
     def report(self, active: bool) -> dict[str, Any]:
         """Return the `autoSwitch` object of /health."""
@@ -1908,21 +1878,18 @@ class Failover:
                     "models": {model: own.save() for model, own in self._models.items()
                                if own.state != CLOSED or own.level}}
 
-    def restore(self, saved: Any) -> None:
+    def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `save` returned; if it does not fit, change nothing, raise StateError."""
-        longest_s = max(self._auto.cooldowns_s)
-        if not isinstance(saved, dict) or not isinstance(saved.get("models"), dict):
-            raise StateError("expected an object with whole and models")
-        whole = Breaker(self._auto.targets, self._serial)
-        whole.restore(saved.get("whole"), longest_s)
-        if whole.home != self._auto.targets[0]:
-            raise StateError(f"whole.home: expected {self._auto.targets[0]}")
-        models: OrderedDict[str, Breaker] = OrderedDict()
-        for model, own in list(saved["models"].items())[:MODELS_REMEMBERED]:
-            models[model] = Breaker(self._auto.targets, self._serial, f" for {printable(model)}")
-            models[model].restore(own, longest_s)
+        whole, models = Breaker(self._auto, self._serial), saved.get("models")
+        whole.restore(saved.get("whole"))
+        if whole.home != self._auto.targets[0] or not isinstance(models, dict):
+            raise StateError("not the state that rrouter wrote")
+        restored: OrderedDict[str, Breaker] = OrderedDict()
+        for model, own in models.items():
+            restored[model] = Breaker(self._auto, self._serial, model)
+            restored[model].restore(own)
         with self._lock:
-            self._whole, self._models = whole, models
+            self._whole, self._models = whole, restored
 
 
 def slow_failure(outcome: Outcome) -> str:
@@ -1936,15 +1903,11 @@ def slow_failure(outcome: Outcome) -> str:
 
 
 def failed_side(auto: dict[str, Any]) -> tuple[str, str, str]:
-    """Return which target was left, why, and the last failure alone.
-
-    For example: antigravity, `gave 3 HTTP errors in a row, last 429`, `429`.
-    """
+    """Return the target that was left, why (gave 3 HTTP errors in a row, last 429), and `429`."""
     failed = next(name for name in auto["targets"] if name != auto["currentTarget"])
     reason = auto["reason"] or ""
-    return (failed, re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row",
-                           reason),
-            printable(re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", reason), 40))
+    why = re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row", reason)
+    return failed, why, printable(re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", reason), 40)
 
 
 def until_probe(auto: dict[str, Any]) -> str:
@@ -1959,27 +1922,20 @@ def counted(auto: dict[str, Any]) -> str:
                      for kind in ("failure", "timeout") if auto[kind + "Count"])
 
 
-def scope_note(auto: dict[str, Any]) -> str:
-    """Return " (antigravity 429, 23m)": which target failed, how, and when it is probed."""
-    if not auto["switched"]:
-        return ""
-    failed, _, what = failed_side(auto)
-    return f" ({failed} {what}, {until_probe(auto)})"
-
-
 def status_line(health: dict[str, Any]) -> str:
     """Return /health in one line: auto → claude (antigravity 429, 23m)."""
-    auto = health["autoSwitch"]
-    if auto["active"]:
-        scopes = {"auto": auto, **auto["models"]}
-        parts = [f"{printable(name, 40)} → {own['currentTarget']}{scope_note(own)}"
-                 for name, own in itertools.islice(scopes.items(), STATUS_SCOPES)]
-        hidden = len(scopes) - len(parts)
-        parts += [f"{hidden} more"] if hidden else []
-    else:
-        parts = [health["mode"]]
-    count = len(health["problems"])
-    parts += [f"{count} problem{'s' * (count > 1)}: rrouter status"] if count else []
+    auto, problems = health["autoSwitch"], len(health["problems"])
+    scopes = {"auto": auto, **auto["models"]} if auto["active"] else {}
+    parts = [] if scopes else [health["mode"]]
+    for name, own in itertools.islice(scopes.items(), STATUS_SCOPES):
+        parts.append(f"{printable(name, 40)} → {own['currentTarget']}")
+        if own["switched"]:
+            failed, _, what = failed_side(own)
+            parts[-1] += f" ({failed} {what}, {until_probe(own)})"
+    if len(scopes) > STATUS_SCOPES:
+        parts.append(f"{len(scopes) - STATUS_SCOPES} more")
+    if problems:
+        parts.append(f"{problems} problem{'s' * (problems > 1)}: rrouter status")
     return ", ".join(parts)
 
 
@@ -2984,8 +2940,7 @@ class ClientConnection(Wire):
         """
         data, self.held = bytes(self.held), b""
         self.busy = self._asks_head = False
-        self.limit(idle_s)
-        deadline, seen = None, 0
+        deadline, seen = 0.0, 0
         while True:
             if data.startswith(b"\r\n"):        # RFC 9112 §2.2: ignored before a request
                 data, seen = data[2:], 0
@@ -2995,9 +2950,9 @@ class ClientConnection(Wire):
                 if head is not None:
                     return head
                 deadline = deadline or time.monotonic() + HEAD_S
-                self.limit(max(0.001, deadline - time.monotonic()))
-            more = self._receive(self.receive)
-            if deadline is not None and (more is None or time.monotonic() > deadline):
+            left_s = max(0.001, deadline - time.monotonic()) if deadline else idle_s
+            more = self._receive(left_s, self.receive)
+            if deadline and (more is None or time.monotonic() > deadline):
                 raise RequestError(408, f"request head not complete within {HEAD_S:.0f} s")
             if not more:
                 return None
@@ -3023,32 +2978,39 @@ class ClientConnection(Wire):
         self._last_head.remember(data[:end], head)
         return head
 
-    def _receive(self, receive: Callable[[], T]) -> T | None:
+    def _receive(self, limit_s: float, receive: Callable[[], T]) -> T | None:
         """Return what `receive` returns, None if nothing came in time; raise ClientGone."""
         try:
+            self.limit(limit_s)
             return receive()
         except NOTHING_CAME:
             return None
         except OSError as error:
             raise ClientGone() from error
 
+    def _receive_body(self, receive: Callable[[], T]) -> T:
+        received = self._receive(BODY_STALL_S, receive)
+        if received is None:
+            raise RequestError(408, f"request body without progress for {BODY_STALL_S:.0f} s")
+        if not received:
+            raise ClientGone()
+        return received
+
     def read_body(self, head: RequestHead) -> BytesLike:
         """Return the whole body of the request; raise RequestError, ClientGone."""
-        if head.length == 0:
-            return b""
-        if head.expects_continue and not self.held:
+        length, have = head.length, len(self.held)
+        if head.expects_continue and length != 0 and not have:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self._read_chunks() if head.length is None else self._read_fixed(head.length)
-
-    def _read_fixed(self, length: int) -> BytesLike:
-        if len(self.held) >= length:
+        if length is None:
+            return self._read_chunks()
+        if length <= have:
             whole, self.held = self.held[:length], bytes(self.held[length:])
             return whole
         # Memory grows with what has come, not with what is claimed: from a part, by doubling.
         size = length
-        while size > max(len(self.held), BODY_STEP_BYTES):
+        while size > max(have, BODY_STEP_BYTES):
             size = (size + 1) // 2
-        have, body = len(self.held), bytearray(size)
+        body = bytearray(size)
         body[:have], self.held = self.held, b""
         while have < length:
             if have == len(body):
@@ -3072,15 +3034,6 @@ class ClientConnection(Wire):
         self.held = decoder.rest
         return body
 
-    def _receive_body(self, receive: Callable[[], T]) -> T:
-        self.limit(BODY_STALL_S)        # only here, because each change is a system call
-        received = self._receive(receive)
-        if received is None:
-            raise RequestError(408, f"request body without progress for {BODY_STALL_S:.0f} s")
-        if not received:
-            raise ClientGone("the client left before the end of its request")
-        return received
-
     def has_left(self) -> bool:
         """Return whether the client has closed its connection.
 
@@ -3090,16 +3043,14 @@ class ClientConnection(Wire):
         """
         if self._read_shut:
             return False
+        poller = select.poll()          # `select` fails with descriptors over 1023
+        poller.register(self.sock, getattr(select, "POLLRDHUP", 0))
         try:
-            if not self.sock.recv(1, PEEK_NOW):
-                return True
+            return not self.sock.recv(1, PEEK_NOW) or bool(poller.poll(0))
         except BlockingIOError:
             return False
         except OSError:
             return True
-        poller = select.poll()          # `select` fails with descriptors over 1023
-        poller.register(self.sock, getattr(select, "POLLRDHUP", 0))
-        return bool(poller.poll(0))
 
     def stop_reading(self, cut_off: bool) -> None:
         """Let a wait for the next request end; called from another thread.
@@ -3151,6 +3102,7 @@ class ClientConnection(Wire):
                 self.limit(max(0.001, deadline - time.monotonic()))
                 if not self.sock.recv(RECEIVE_BYTES):
                     break
+
 
 class ResponseWriter:
     """One response on its way to the client: the upstream's head, our fields, framed payload.
@@ -3235,11 +3187,10 @@ class Attempt:
         self.route = route
         self.ticket = ticket            #: until Failover knows the outcome
         self.response: Response | None = None
-        self.error: UpstreamError | None = None
+        self.error: UpstreamError       #: instead of a response
         self.watch: Watch               #: of the latest send
         self.outcome = LEFT             #: LEFT until the attempt has ended
         self.notes: list[str] = []      #: for the line in the log
-        self.healed = False             #: sent again without thinking blocks
         self._upstream, self._request, self._limit_s = upstream, request, limit_s
         self._scan: StreamScan | None = None    # of an event stream that is judged
         self._began = 0.0               # of the latest send, in Unix seconds
@@ -3248,22 +3199,22 @@ class Attempt:
     def run(self) -> None:
         """Send the request, healed if its history needs that; raise ClientGone."""
         self._send(self._request.body, self._request.found)
-        rejection = self.response
-        if rejection is None or self.outcome.fault is not Fault.REJECTED:
+        rejection, request = self.response, self._request
+        is_rejected = self.outcome.fault is Fault.REJECTED and request.found is not None
+        body = without_thinking(request.body) if is_rejected else None
+        if body is None or rejection is None:
             return
-        body = without_thinking(self._request.body)
-        if body is None:
-            return
-        self.healed = True
+        self.notes.append(f"{self.route.target} rejected thinking blocks of another backend: "
+                          "sent again without them")
         self._send(body, find_model(body))
-        if self.outcome.fault is None:
+        fault = self.outcome.fault
+        if fault is None:
             rejection.close()
             return
         self.close()
-        self.response, self.error, self._scan = rejection, None, None
-        self.outcome = self.outcome._replace(status=400, keeps_400=True)
-        if self.outcome.fault is Fault.REJECTED:    # although it has no such history any more
-            self.outcome = self.outcome._replace(fault=Fault.STATUS)
+        self.response, self._scan = rejection, None
+        self.outcome = self.outcome._replace(       # REJECTED without such a history is any 400
+            fault=Fault.STATUS if fault is Fault.REJECTED else fault, status=400, keeps_400=True)
 
     def _send(self, body: BytesLike, found: tuple[int, int, str] | None) -> None:
         """Send `body` once and receive as much as must be known before the client gets a byte."""
@@ -3275,7 +3226,7 @@ class Attempt:
         length = b"%d" % sum(map(len, pieces)) if after else b""
         outbound = Outbound(request.head.method, [before + length + after, *pieces],
                             request.client.send_interim if request.head.http11 else None)
-        self.response = self.error = self._scan = None
+        self.response = self._scan = None
         self.watch = Watch(request.client.has_left, self._limit_s)
         self._began, self._active_at = time.time(), time.monotonic()
         try:
@@ -3289,17 +3240,22 @@ class Attempt:
             self.outcome = Outcome(fault, error.http_status, error.what, self._began, time.time())
 
     def _hold_back(self, response: Response) -> str:
-        """Read as much of the response as decides whether the client gets it.
-
-        Returns the defect of a 2xx that is of no use to the client, else "".
-        """
+        """Read as much as decides whether the client gets the response; return a defect or ""."""
         head, request = response.head, self._request
         is_judged = self.ticket is not None and request.head.method != "HEAD"
-        if is_judged and head.status < 300 and head.is_event_stream and not head.coding:
-            return self._hold_stream(response)
-        if (is_judged and head.status < 300 and request.is_message and not head.is_event_stream
+        is_success = is_judged and head.status < 300
+        if is_success and head.is_event_stream and not head.coding:
+            scan = self._scan = StreamScan(request.is_message)
+            while not (scan.committed or scan.defect):
+                response.ahead += self.receive(response)
+            return scan.defect
+        if (is_success and request.is_message and not head.is_event_stream
                 and head.coding in Response.CODINGS):
-            return self._hold_message(response)
+            while not response.complete and len(response.ahead) <= READ_AHEAD_MAX_BYTES:
+                response.ahead += response.receive(self.watch)
+            text = response.text()
+            is_whole = response.complete and len(text) <= READ_AHEAD_MAX_BYTES
+            return message_defect(text) if is_whole else ""
         if (is_judged and head.status >= 400) or (head.status == 400 and request.model is not None):
             watch = Watch(request.client.has_left, READ_AHEAD_S)
             watch.start()
@@ -3307,21 +3263,6 @@ class Attempt:
         else:
             response.take_held()        # broken chunks right after the head can still be rescued
         return ""
-
-    def _hold_stream(self, response: Response) -> str:
-        """Read an event stream up to the event that decides."""
-        scan = self._scan = StreamScan(self._request.is_message)
-        while not (scan.committed or scan.defect):
-            response.ahead += self.receive(response)
-        return scan.defect
-
-    def _hold_message(self, response: Response) -> str:
-        """Read a message that is not streamed to its end."""
-        while not response.complete and len(response.ahead) <= READ_AHEAD_MAX_BYTES:
-            response.ahead += response.receive(self.watch)
-        text = response.text()
-        is_whole = response.complete and len(text) <= READ_AHEAD_MAX_BYTES
-        return message_defect(text) if is_whole else ""
 
     def _read_outcome(self, response: Response, defect: str) -> Outcome:
         """Return how the attempt ended, as far as it is known before the client gets a byte."""
@@ -3334,8 +3275,6 @@ class Attempt:
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
-            if fault is Fault.REJECTED and self._request.found is None:
-                fault = Fault.STATUS
             retry_after_s = read_retry_after(
                 head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
         return Outcome(fault, head.status, what, self._began, ended, retry_after_s)
@@ -3343,8 +3282,8 @@ class Attempt:
     def receive(self, response: Response) -> bytes:
         """Return more of the response, after a look at what it says about the target."""
         payload, scan = response.receive(self.watch), self._scan
-        events = scan.events if scan is not None else -1
         if scan is not None:
+            events = scan.events
             scan.feed(payload)
             if response.complete:
                 scan.finish()
@@ -3430,17 +3369,14 @@ class Router:
     def log_decisions(self, lines: list[str], number: int = 0) -> None:
         """Log decisions of auto mode, and let the watcher save what has come of them."""
         for line in lines:
-            with_number = number and "SWITCH" not in line
-            self.log.write("AUTO", f"#{number} {line}" if with_number else line)
+            self.log.write("AUTO", f"#{number} {line}" if number and "SWITCH" not in line else line)
         if lines:
             self.store.wake()
 
     def _changed(self, old: Snapshot, new: Snapshot, mode_written: bool) -> None:
         """Clear the failover state when the user asks for it: by the mode or the auto section."""
-        if old.mode != new.mode:
-            why = f"mode {new.mode}"
-        elif mode_written:
-            why = f"mode {new.mode} written again"
+        if old.mode != new.mode or mode_written:
+            why = f"mode {new.mode}" + " written again" * (old.mode == new.mode)
         elif old.config.auto != new.config.auto:
             why = "the auto section of config.json changed"
         else:
@@ -3454,10 +3390,6 @@ class Router:
             host == peer[0] or (host in ("0.0.0.0", "::") and own[0] == peer[0]))
             for host, port in self.addresses)
 
-    def load(self) -> None:
-        """Read mode and config for the first time."""
-        self.store.snapshot()
-
     def load_state(self) -> None:
         """Continue with the failover state of before a restart if it fits; keep it from now on."""
         self.keeps_state = True
@@ -3470,12 +3402,6 @@ class Router:
         except StateError as error:
             self.log.write("AUTO", f"state.json set aside: {error}")
 
-    def save_state(self) -> None:
-        """Write state.json if there is something new."""
-        if self.keeps_state:
-            # The fingerprint first: a reset by a mode written meanwhile must not be undone.
-            self.state.save({**self.store.fingerprint(), **self.failover.save()})
-
     def watch(self) -> None:
         """Look at the files and at the clock; one step of the watcher."""
         # First, because the rest takes long while threads contend for the interpreter lock.
@@ -3483,7 +3409,9 @@ class Router:
         self._one_core.look(self._active, threads, time.monotonic(), os.times().user)
         self.store.snapshot()
         self.failover.look_at_clock()
-        self.save_state()
+        if self.keeps_state:
+            # The fingerprint first: a reset by a mode written meanwhile must not be undone.
+            self.state.save({**self.store.fingerprint(), **self.failover.save()})
         self.upstream.prune()
         (count, when), now = self._trimmed, time.monotonic()
         if not self._active and self._requests != count and now - when >= TRIM_S:
@@ -3522,19 +3450,19 @@ class Exchange:
         """Carry the request through; raise ClientGone if the connection cannot carry another."""
         self._started, self._number = time.monotonic(), self._router.begin()
         try:
-            self._answer(self._forward(self._router.store.snapshot()))
-        except ClientGone:
-            self._leave()
+            chosen = self._chosen = self._forward(self._router.store.snapshot())
+            if chosen.response is None:
+                self._report(chosen.error)
+            else:
+                self._relay(chosen, chosen.response)
+        except Exception as error:
+            if isinstance(error, ClientGone):
+                self._leave()
+            else:                       # a defect of ours
+                self._end(500, "internal error")
             if self._writer is not None:
                 self._writer.break_off()
             raise
-        except Exception as error:      # a defect of ours
-            self._end(500, "internal error")
-            if self._writer is None:
-                raise
-            self._router.log.write("ERROR", describe_defect(error))
-            self._writer.break_off()
-            raise ClientGone("the response was broken off") from error
 
     # ---- Up to the response
 
@@ -3571,28 +3499,9 @@ class Exchange:
         attempt = Attempt(self._router.upstream, self._request, route, ticket, limit_s)
         self._attempts.append(attempt)
         attempt.run()
-        if attempt.healed:
-            self._router.log.write("HEAL", f"#{self._number} {route.target} rejected thinking "
-                                   "blocks of another backend: sent again without them")
-        slow = slow_failure(attempt.outcome)
-        if slow:
-            self._router.log.write("SLOW", f"#{self._number} {route.target}: {slow}")
         return attempt
 
     # ---- From the response on
-
-    def _answer(self, attempt: Attempt) -> None:
-        """Send the client the response of the attempt, or its error."""
-        self._chosen = attempt
-        if attempt.error is not None:
-            self._report(attempt.error)
-        elif attempt.response is not None:
-            try:
-                self._relay(attempt, attempt.response)
-            except UpstreamError as error:
-                attempt.fail_late(Fault.DROPPED, f"the upstream {error}")
-                self._end(attempt.response.head.status)
-                raise ClientGone("the response was broken off") from error
 
     def _relay(self, attempt: Attempt, response: Response) -> None:
         """Forward the response as it comes; its outcome is settled before its end is sent."""
@@ -3613,13 +3522,17 @@ class Exchange:
                 writer.send(payload, is_last=True)
                 return
             writer.send(payload, is_last=False)
-            payload = attempt.receive(response)
+            try:
+                payload = attempt.receive(response)
+            except UpstreamError as error:
+                attempt.fail_late(Fault.DROPPED, f"the upstream {error}")
+                self._end(response.head.status)
+                raise ClientGone() from error
 
     def _report(self, error: UpstreamError) -> None:
         """Send the client the error that replaces a response."""
-        upstream = self._router.upstream
+        upstream, fields = self._router.upstream, self._reply_fields()
         self._end(error.http_status, f"the upstream {error}")
-        fields = self._reply_fields()
         # Without it Claude Code retries for three silent minutes.
         if (isinstance(error, UpstreamUnreachable) and self._request.model is not None
                 and upstream.miss(self._started)):
@@ -3644,15 +3557,13 @@ class Exchange:
     def _settle(self, attempt: Attempt, counts: bool = False) -> None:
         """Report a judged attempt to Failover, once: it counts, has succeeded, or is neutral."""
         ticket, attempt.ticket = attempt.ticket, None
-        lines: list[str] = []
+        failover = self._router.failover
         if ticket is None:
             return
-        if counts:
-            lines = self._router.failover.charge(ticket, attempt.outcome)
-        elif attempt.is_complete:
-            self._router.failover.credit(ticket)
-        else:
-            lines = self._router.failover.release(ticket)
+        if not counts and attempt.is_complete:
+            failover.credit(ticket)
+            return
+        lines = failover.charge(ticket, attempt.outcome) if counts else failover.release(ticket)
         self._router.log_decisions(lines, self._number)
 
     def _leave(self) -> None:
@@ -3696,16 +3607,13 @@ class Exchange:
             route = (self._chosen or self._attempts[-1]).route
             routed = f"{printable(model)} -> {route.target} {printable(route.model or '')} "
         for attempt in self._attempts:
+            outcome = attempt.outcome
             if self._chosen not in (None, attempt):
-                notes.append(f"{attempt.route.target} failed: {attempt.outcome.what}")
-            notes += attempt.notes
-            if attempt.outcome.direct:
-                notes.append(attempt.outcome.what)
-        if note:
-            notes.append(note)
+                notes.append(f"{attempt.route.target} failed: {outcome.what}")
+            notes += [*attempt.notes, outcome.what if outcome.direct else "", slow_failure(outcome)]
         line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
         line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
-        return line + "".join(f" ({note})" for note in notes)
+        return line + "".join(f" ({text})" for text in [*notes, note] if text)
 
 
 class ProxyHandler(socketserver.BaseRequestHandler):
@@ -3715,33 +3623,27 @@ class ProxyHandler(socketserver.BaseRequestHandler):
     its buffered reader would hide bytes from `has_left`.
     """
 
-    def __init__(self, *arguments: Any, router: Router) -> None:
-        self._router = router
-        self._checked: Fields | None = None     # fields of the last head that was checked
-        self._outbound = b"", b""
-        super().__init__(*arguments)    # the standard frame: setup, handle, finish
-
-    def setup(self) -> None:
-        """Take the connection."""
-        self._client = ClientConnection(self.request)
-        try:
-            self._client.set_up(WRITE_STALL_S)
-        except OSError as error:        # macOS: reset already
-            raise ClientGone() from error
+    server: Any                         # the ProxyServer that accepted the connection
+    _checked: Fields | None = None      # fields of the last head that was checked
+    _outbound = b"", b""                # what that head becomes upstream
 
     def handle(self) -> None:
         """Carry requests through until one side ends the connection."""
+        self._client = ClientConnection(self.request)
+        self._router: Router = self.server.router
         connections = self._router.connections
         connections.add(self._client)
         try:
+            self._client.set_up(WRITE_STALL_S)
             beyond = len(connections) - self._router.connections_max
-            self._is_crowded = beyond > 0           # only /health is answered, and once
+            full = RequestError(503, f"too many connections ({self._router.connections_max})")
+            self._full = full if beyond > 0 else None   # then only /health is answered, and once
             if beyond > CONNECTIONS_RESERVE:
-                self._refuse(self._too_many())
+                self._refuse(full)
             else:
                 while self._handle_request():
                     pass
-        except ClientGone:
+        except (ClientGone, OSError):   # macOS: reset before it was accepted
             pass
         finally:
             connections.discard(self._client)
@@ -3759,13 +3661,15 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         """Carry one request through; return whether the connection can carry another."""
         client, router = self._client, self._router
         try:
-            head = client.read_head(LINGER_S if self._is_crowded else IDLE_S)
+            head = client.read_head(LINGER_S if self._full else IDLE_S)
             if head is None:
                 return False
+            if self._full or router.draining:
+                head = head._replace(keep_alive=False)
             self._admit(head)
             is_health = head.path == "/health" and head.method in ("GET", "HEAD")
-            if self._is_crowded and not is_health:
-                raise self._too_many()
+            if self._full and not is_health:
+                raise self._full
             body = client.read_body(head)
             if is_health:
                 self._report_health(head)
@@ -3774,7 +3678,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
                 patience = Patience(client.has_left) if found else None
                 request = Request(client, head, self._outbound, body, found, patience)
                 Exchange(router, request).run()
-            if head.keep_alive and not router.draining and not self._is_crowded:
+            if head.keep_alive and not router.draining:
                 return True
         except RequestError as error:
             self._refuse(error)
@@ -3787,9 +3691,6 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         client.linger()
         return False
 
-    def _too_many(self) -> RequestError:
-        return RequestError(503, f"too many connections ({self._router.connections_max})")
-
     def _refuse(self, error: RequestError) -> None:
         """Send the error, and log it."""
         self._router.log.write("REFUSED", f"{error.http_status} {error.logged}")
@@ -3800,9 +3701,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         text = json.dumps(health, indent=2)
         if b"line" in head.target.partition(b"?")[2].split(b"&"):
             text, content_type = status_line(health), b"text/plain; charset=utf-8"
-        fields = b"Cache-Control: no-store\r\n"
-        if not head.keep_alive or self._router.draining or self._is_crowded:
-            fields += CLOSE
+        fields = b"Cache-Control: no-store\r\n" + (b"" if head.keep_alive else CLOSE)
         self._client.send_whole(200, text.encode("utf-8") + b"\n", fields, content_type)
 
 
@@ -3810,14 +3709,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     """One listening socket; a thread for each of its connections."""
 
     request_queue_size = BACKLOG
-    daemon_threads = True
     allow_reuse_address = True          # TIME_WAIT would keep a restart off the port
     allow_reuse_port = False            # else two could share it, each with half of the requests
 
     def __init__(self, family: int, address: Any, router: Router) -> None:
         self.address_family = family
-        self._router, self._complained_at = router, 0.0
-        super().__init__(address, partial(ProxyHandler, router=router), bind_and_activate=False)
+        self.router, self._complained_at = router, 0.0
+        super().__init__(address, ProxyHandler, bind_and_activate=False)
 
     def server_bind(self) -> None:
         """Bind without asking for the host's name, which can take 35 s on macOS."""
@@ -3834,16 +3732,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 if time.monotonic() - self._complained_at > 60:
                     self._complained_at = time.monotonic()
-                    self._router.log.write(
+                    self.router.log.write(
                         "ERROR", f"cannot accept connections: {reason_of(error)}")
                 time.sleep(0.1)
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a defect of ours in one line."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, (ConnectionError, ClientGone)):
-            self._router.log.write("ERROR", describe_defect(error))
+        self.router.log.write("ERROR", describe_defect(sys.exc_info()[1]))
 
 
 # Daemon #######################################################################
@@ -4307,7 +4203,7 @@ def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[P
 def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
     """Load the files and listen; return the servers.  Raises DaemonError, UsageError."""
     log, settings = router.log, router.settings
-    router.load()
+    router.store.snapshot()             # reads mode and config for the first time
     spare = raise_descriptor_limit() - CONNECTIONS_RESERVE - 24
     router.connections_max = min(CONNECTIONS_MAX, max(1, spare // 2))
     servers = listen(settings, router)
@@ -5389,7 +5285,7 @@ def demo_router(home: str) -> Iterator[Router]:
         upstream.daemon_threads = True
         settings = Settings("127.0.0.1", 0, f"http://127.0.0.1:{upstream.server_address[1]}")
         router = Router(settings, paths, Log(paths.log, echo=False), "demo")
-        router.load()
+        router.store.snapshot()
         with listen(settings, router)[0] as server:
             router.settings = settings._replace(port=server.server_port)
             for each in (upstream, server):

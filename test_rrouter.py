@@ -1889,13 +1889,7 @@ class WalkTest(FailoverWalk):
             self.charge(ticket, self.failure())
         self.assertEqual(self.state(), "x 0 0 0 0")
 
-    def test_at_most_256_models_are_remembered_and_switched_ones_longest(self):
-        self.walk(ALONE)
-        for number in range(400):
-            self.walk("m%d/ag haiku/ok" % number)
-        self.assertEqual(self.state(), "ag 0 0 0 0, opus cl 1 0 0 30")
-        self.assertLessEqual(len(self.failover.save()["models"]), 256)
-        self.setUp()
+    def test_at_most_256_models_are_remembered(self):
         for number in range(258):
             self.walk("m%d/ag haiku/ok " % number * 3)
         self.assertIn("m257 cl 1 ", self.state())
@@ -1919,11 +1913,12 @@ class SavedStateTest(FailoverWalk):
     def test_foreign_content_is_refused_and_changes_nothing(self):
         self.walk("3*ag")
         good, before = self.failover.save(), self.failover.report(True)
-        changes = ({"home": "x"}, {"home": "cl", "away": "ag"}, {"level": -1}, {"level": True},
+        changes = ({"home": "x"}, {"home": "cl", "away": "ag"}, {"home": None}, {"level": -1},
+                   {"level": []}, {"level": "x"}, {"level": float("inf")}, {"level": None},
                    {"last_cooldown_s": 1e9}, {"last_cooldown_s": 10 ** 400}, {"retry_at": None},
                    {"retry_at": float("nan")}, {"switched_at": float("inf")},
                    {"switched_at": 1e300}, {"switched_at": None}, {"reason": None})
-        for content in (7, {}, {"whole": good["whole"]}, {**good, "models": []},
+        for content in ({}, {"whole": good["whole"]}, {**good, "models": []},
                         {**good, "models": {"m": 1}},
                         *({**good, "whole": {**good["whole"], **change}} for change in changes)):
             with self.subTest(content):
@@ -3860,13 +3855,13 @@ SCRIPTS = (
       for response in (error(500), SHELF_503)),
 
     # A healed response is judged like any other, but the client gets the original 400.
-    Script("healed", [REJECTION], None, "aa a", "antigravity", "[HEAL]", {}),
+    Script("healed", [REJECTION], None, "aa a", "antigravity", "sent again without", {}),
     *(Script("healed in vain", [REJECTION, response], None, "aac", "claude", "failed: ",
              {"failureCount": 1}) for response in (error(500), EMPTY_STREAM, REJECTION)),
     *(Script("healed in vain, then 429", [REJECTION, *rest], error(429), calls, REJECTION, "", {})
       for rest, calls in (([error(500)], "aac"), ([HANG_UP] * 2, "aaac"))),
     both_fail("healed on both in vain", REJECTION, REJECTION, REJECTION)._replace(calls="aacc"),
-    Script("rescued and healed there", error(529), [REJECTION], "acc", "claude", "[HEAL]",
+    Script("rescued and healed there", error(529), [REJECTION], "acc", "claude", "sent again",
            {"failureCount": 1}),
 
     # Three failures switch; the last one can shorten the cooldown.
@@ -4833,7 +4828,7 @@ class SecretsTest(LoopbackTest):
                 self.break_off(router)
             for data in self.malformed():
                 router.exchange(data.encode("latin-1"), half_close=True)
-            for wanted in ("[AUTO]", "[HEAL]", " 502 ", " 499 ", "SWITCH"):
+            for wanted in ("[AUTO]", "sent again", " 502 ", " 499 ", "SWITCH"):
                 wait_until(lambda: wanted in router.log())
             outputs = home.run_all(("status",), ("status", "--json"), ("check",))
             self.assert_silent(router.printed(), *(done.stdout + done.stderr for done in outputs),
@@ -7081,7 +7076,7 @@ class StartReportTest(LoopbackTest):
         self.assertEqual(router.post().status, 429)
         words = "CLIProxyAPI waited 0 s before this 429; set max-retry-interval: 8"
         self.assertIn(words, run_here(router.home, "status").stdout)
-        wait_until(lambda: "[SLOW] #1 antigravity: " + words in router.log())
+        wait_until(lambda: f"({words})\n" in router.log())
 
 
 # Check ########################################################################
