@@ -5420,10 +5420,7 @@ def cmd_demo(context: Any) -> None:
         if context.arguments.stay:
             with contextlib.suppress(KeyboardInterrupt):
                 print(DEMO_STAY.format(url=f"http://{router.settings.listen_addr}"), flush=True)
-                while True:
-                    router.watch()
-                    router.log.flush()
-                    time.sleep(POLL_S)
+                signal.pause()
 
 
 # Command line #################################################################
@@ -5607,8 +5604,7 @@ def cmd_start(context: Context) -> None:
     daemon, health = find_health(context.paths)
     if not daemon or not health:
         return
-    rows = [row for row in status_rows(daemon, health)
-            if row[0] in ("upstream", "problem")]
+    rows = [row for row in status_rows(daemon, health) if row[0] in ("upstream", "problem")]
     runs, remedy = environment_of(daemon), "`rrouter restart`"
     if daemon.started_by in ("systemd", "launchd"):
         remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
@@ -5625,11 +5621,6 @@ def cmd_start(context: Context) -> None:
     print_rows(*rows)
 
 
-def cmd_stop(context: Context) -> None:
-    """Stop the daemon."""
-    print(stop_daemon(context.paths, context.home))
-
-
 def cmd_restart(context: Context) -> None:
     """Stop the daemon and start it again, with its settings except what this shell sets."""
     daemon = Daemon.find(context.paths) or Daemon.last(context.paths)      # it may have been killed
@@ -5637,7 +5628,7 @@ def cmd_restart(context: Context) -> None:
         for name, value in environment_of(daemon).items():
             os.environ[name] = os.environ.get(name) or value
     read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
-    cmd_stop(context)
+    print(stop_daemon(context.paths, context.home))
     cmd_start(context)
 
 
@@ -5735,11 +5726,11 @@ def cmd_explain(context: Context) -> None:
             raise RouterError("no model has passed yet: name one, as in `rrouter explain "
                               "claude-sonnet-5-5`")
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
-        rows = []
+        print(printable(model))
         for mode, rules in config.modes.items():
             rule = match_rule(rules, model)
             text = f"{rule.rewrite} (rule {rule.match})" if rule else f"{model} (no rule matches)"
-            rows.append((f"  {mode}", printable(text)))
+            print_rows((f"  {mode}", printable(text)), width=15)
         if not config.auto_error:
             first, second = config.auto.targets
             text = f"{first} first, {second} if it fails"
@@ -5748,9 +5739,7 @@ def cmd_explain(context: Context) -> None:
             elif health and health["autoSwitch"]["active"]:
                 auto = health["autoSwitch"]
                 text = describe_target(auto["models"].get(model, auto))
-            rows.append((f"  {MODE_AUTO}", text))
-        print(printable(model))
-        print_rows(*rows, width=15)
+            print_rows((f"  {MODE_AUTO}", text), width=15)
     mode = find_mode(context.paths, health)[0]
     show(f"in force: mode {mode}", 0, mode)
 
@@ -5796,9 +5785,8 @@ def cmd_config(context: Context) -> None:
     elif action == "path":
         print(paths.config)
     else:
-        is_there = os.path.exists(paths.config)
-        print(paths.config + " (does not exist: these are the defaults)" * (not is_there),
-              file=sys.stderr)
+        note = "" if os.path.exists(paths.config) else " (does not exist: these are the defaults)"
+        print(paths.config + note, file=sys.stderr)
         config = read_config(paths)
         complain(*(f"config.json: {problem}" for problem in config.problems))
         print(config_text(config))
@@ -6173,7 +6161,8 @@ COMMANDS = (
             hidden=(("--ready-descriptor", {"type": int}),)),
     Command("start", (), cmd_start, "start the daemon, by systemd or launchd",
             "RROUTER_PORT=8400 rrouter start"),
-    Command("stop", (), cmd_stop, "stop it; running requests finish first"),
+    Command("stop", (), lambda context: print(stop_daemon(context.paths, context.home)),
+            "stop it; running requests finish first"),
     Command("restart", (), cmd_restart, "stop and start"),
     Command("status [--json] [--watch]", (), cmd_status, "show mode, target, requests and problems",
             "rrouter status --json | jq .currentTarget"),
@@ -6242,15 +6231,13 @@ def run_command(argv: list[str] | None) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit status, or exit with it where `argv` is None."""
     try:
-        try:
-            status = run_command(argv)
-        finally:
-            # From here on Ctrl-C ends it at once: Python would show a traceback while it ends.
-            if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
+        status = run_command(argv)
     except KeyboardInterrupt:
         status = 130
     if argv is None:                    # the caller in a zip application drops what `main` returns
+        # From here on Ctrl-C ends it at once: Python would show a traceback while it ends.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.exit(status)
     return status
 

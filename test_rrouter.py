@@ -6785,7 +6785,6 @@ class CopiedFileTest(LoopbackTest):
 
 
 class EnvironmentTest(CommandTest):
-    """Values are judged by ReadEnvironmentTest; these commands need them."""
 
     def test_an_unknown_mode_is_shown_and_written_in_any_script_and_locale(self):
         locales = {}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -6803,9 +6802,9 @@ class EnvironmentTest(CommandTest):
     def test_a_link_that_leads_nowhere_is_named_as_such(self):
         for target in ("nowhere", ".rrouter"):
             self.home.dir.symlink_to(target)
-            for command in ("start", "ag"):
-                self.assert_fails(self.home.run(command), 1, r"\.rrouter: .*leads nowhere: remove")
-            self.assertIn("not running", self.home.run("status", check=3).stdout)
+            for done in (self.home.run("start"), self.run_here("ag")):
+                self.assert_fails(done, 1, r"\.rrouter: .*leads nowhere: remove")
+            self.assertIn("not running", self.run_here("status", check=3).stdout)
             self.home.dir.unlink()
 
     def test_a_terminal_that_is_gone_only_silences_the_echo(self):
@@ -6819,11 +6818,9 @@ class EnvironmentTest(CommandTest):
         self.assertEqual(process.wait(WAIT_S), 0)
 
     def test_a_bad_value_ends_serve_start_and_restart_with_status_2(self):
-        commands = ("serve",), ("start",), ("restart",)
-        ended = self.home.run_all(*commands, env={"RROUTER_PORT": "abc"}, timeout=WAIT_S * 2)
-        for arguments, done in zip(commands, ended):
-            with self.subTest(arguments):
-                self.assert_fails(done, 2, "RROUTER_PORT=abc: .*65535")
+        for command in ("serve", "start", "restart"):
+            self.assert_fails(self.run_here(command, RROUTER_PORT="abc"), 2,
+                              "RROUTER_PORT=abc: .*65535")
         self.assertEqual(processes(self.home), [])
 
 
