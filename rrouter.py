@@ -5632,9 +5632,9 @@ def cmd_restart(context: Context) -> None:
     cmd_start(context)
 
 
-def show_cleared(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Print what a mode command has cleared, from `autoSwitch` before and after."""
-    if before["active"] and not after["switched"] and not after["models"]:
+def show_cleared(before: dict[str, Any]) -> None:
+    """Print what a mode command has cleared, from `autoSwitch` before it."""
+    if before["active"]:
         notes = [f"cooldown of {failed_side(own)[0]}{f' for {printable(name)}' if name else ''} "
                  f"({failed_side(own)[2]}, {until_probe(own)})"
                  for name, own in {"": before, **before["models"]}.items() if own["switched"]]
@@ -5669,7 +5669,7 @@ def set_mode(paths: Paths, mode: str) -> None:
         raise DaemonError(f"mode {mode} is written to {paths.mode}, but {why}")
     show(f"mode {mode} ({note})", 0, mode)
     if before and after:
-        show_cleared(before["autoSwitch"], after["autoSwitch"])
+        show_cleared(before["autoSwitch"])
 
 
 def cmd_mode(context: Context) -> None:
@@ -5753,10 +5753,12 @@ def config_edit(paths: Paths) -> None:
         write_file(paths.config, config_text(config_of(None)) + "\n")
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
-        subprocess.check_call([*shlex.split(editor), paths.config])
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        why = reason_of(error) if isinstance(error, OSError) else error
-        raise RouterError(f"editor {printable(editor)}: {why}: set VISUAL or EDITOR") from error
+        status = subprocess.call([*shlex.split(editor), paths.config])
+        why = f"ended with status {status}" if status else ""
+    except (OSError, ValueError) as error:
+        why = reason_of(error) if isinstance(error, OSError) else str(error)
+    if why:
+        raise RouterError(f"editor {printable(editor)}: {why}: set VISUAL or EDITOR")
     complain(*(f"config.json: {problem}" for problem in read_config(paths).problems))
     print(f"{paths.config} is valid")
 
@@ -5836,7 +5838,7 @@ def cmd_install(context: Context) -> int:
 HELP = """\
 rrouter %s - local router between the Claude Code CLI and CLIProxyAPI
 
-usage: rrouter COMMAND            new here? rrouter demo
+usage: rrouter COMMAND             new here? rrouter demo
 
 %s
 
@@ -5911,7 +5913,7 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
 def cmd_help(context: Context) -> None:
     """Print the help, or that of one command."""
     if context.arguments.word is None:
-        rows = "\n".join(f"  {', '.join([row.usage, *row.aliases]):31} {row.help}"
+        rows = "\n".join(f"  {', '.join([row.usage, *row.aliases]):32} {row.help}"
                          for row in context.commands)
         print(HELP % (__version__, rows, LOG_MAX_BYTES >> 20))
     else:
@@ -6180,7 +6182,7 @@ COMMANDS = (
             "print, edit or reset the config, or its path", "rrouter config | jq .auto",
             (("--yes", {"action": "store_true"}),)),    # `reset` never asks
     Command("install [--claude] [--dry-run]", (), cmd_install,
-            "install as ~/bin/rrouter and start, or upgrade", "rrouter install --claude"),
+            "install to ~/bin and start, or upgrade", "rrouter install --claude"),
     Command("uninstall [--purge] [--dry-run]", (), cmd_install, "take back what install did"),
     Command("completion bash|zsh|fish", (), cmd_completion, "print the completion for a shell",
             'eval "$(rrouter completion bash)"'),

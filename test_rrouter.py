@@ -6776,12 +6776,9 @@ class CopiedFileTest(LoopbackTest):
         for name in ("argparse", "calendar", "email", "json", "socket", "zlib"):
             (folder / f"{name}.py").write_text("raise SystemExit('imported')\n")
         for command in ("help", "config", "start", "check", "stop"):
-            with self.subTest(command):
-                done = subprocess.run([*PYTHON, str(folder / "rrouter"), command], text=True,
-                                      env=home.env, stdin=subprocess.DEVNULL, timeout=60,
-                                      capture_output=True)
-                self.assertNotIn("imported", done.stdout + done.stderr)
-                self.assertEqual(done.returncode, int(command == "check"), done)
+            done = home.run(command, program=[*PYTHON, str(folder / "rrouter")],
+                            check=int(command == "check"))
+            self.assertNotIn("imported", done.stdout + done.stderr)
 
 
 class EnvironmentTest(CommandTest):
@@ -6854,13 +6851,9 @@ class DemoTest(LoopbackTest):
                 *self.arguments, "--stay", program=PYTHON, stdout=subprocess.PIPE,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)))
             with process.stdout:
-                printed = b""
-                while b"curl" not in printed:
-                    line = process.stdout.readline()
-                    self.assertTrue(line, printed)
-                    printed += line
-                url = re.search(rb"ANTHROPIC_BASE_URL=http://127.0.0.1:(\d+) ", printed)
-                self.assertEqual(get_health(int(url.group(1)))["mode"], "auto")
+                found = (re.search(rb"curl http://127.0.0.1:(\d+)/", line)
+                         for line in process.stdout)
+                self.assertEqual(get_health(int(next(filter(None, found))[1]))["mode"], "auto")
                 process.send_signal(number)
                 self.assertEqual(process.wait(WAIT_S), status)
             self.assertEqual(list(self.home.root.iterdir()), [])
