@@ -5667,7 +5667,7 @@ def set_mode(paths: Paths, mode: str) -> None:
     else:
         why = f"the daemon is in mode {after['mode']}" if after else describe_silence(daemon)
         raise DaemonError(f"mode {mode} is written to {paths.mode}, but {why}")
-    show(f"mode {mode} ({note})", 0, mode)
+    show(f"mode {mode} ({note})", 5, mode)
     if before and after:
         show_cleared(before["autoSwitch"])
 
