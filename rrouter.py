@@ -5450,13 +5450,6 @@ class Context(NamedTuple):
     commands: tuple[Command, ...]           #: COMMANDS
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Return the question whether another word was meant, "" if none resembles it."""
-    import difflib
-    found = difflib.get_close_matches(word, list(words), 1)
-    return f"; did you mean '{found[0]}'?" if found else ""
-
-
 def read_config(paths: Paths) -> Config:
     """Return the config in config.json, the defaults without the file; raise RouterError."""
     try:
@@ -5537,6 +5530,13 @@ def describe_target(auto: dict[str, Any]) -> str:
             f"tries {failed} again {when if when == 'now' else 'in ' + when}")
 
 
+def trouble_rows(health: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return whether the upstream of /health is reachable, and the problems."""
+    is_there = _listens(*address_in(health["upstreamURL"]))
+    return [("upstream", f"{health['upstreamURL']}, {'' if is_there else 'not '}reachable"),
+            *(("problem", printable(problem, 500)) for problem in health["problems"])]
+
+
 def status_rows(daemon: Daemon, health: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield /health for people."""
     auto, counts = health["autoSwitch"], health["requests"]
@@ -5553,9 +5553,7 @@ def status_rows(daemon: Daemon, health: dict[str, Any]) -> Iterator[tuple[str, s
     if failure:
         what = f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}"
         yield "failure", "; ".join(filter(None, (what, failure.get("slow"))))
-    is_there = _listens(*address_in(health["upstreamURL"]))
-    yield "upstream", f"{health['upstreamURL']}, {'' if is_there else 'not '}reachable"
-    yield from (("problem", printable(problem, 500)) for problem in health["problems"])
+    yield from trouble_rows(health)
 
 
 def describe_silence(daemon: Daemon | None) -> str:
@@ -5604,8 +5602,7 @@ def cmd_start(context: Context) -> None:
     daemon, health = find_health(context.paths)
     if not daemon or not health:
         return
-    rows = [row for row in status_rows(daemon, health) if row[0] in ("upstream", "problem")]
-    runs, remedy = environment_of(daemon), "`rrouter restart`"
+    rows, runs, remedy = trouble_rows(health), environment_of(daemon), "`rrouter restart`"
     if daemon.started_by in ("systemd", "launchd"):
         remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
     for name in runs:
@@ -5657,7 +5654,7 @@ def set_mode(paths: Paths, mode: str) -> None:
         choices, auto_error = before.get("modes", []), ""
     if mode not in choices:
         raise RouterError(f"config.json: {auto_error}" if mode == MODE_AUTO and auto_error else
-                          f"mode {describe_unknown_mode(mode, choices)}{nearest(mode, choices)}")
+                          f"mode {describe_unknown_mode(mode, choices)}")
     write_file(paths.mode, mode + "\n")
     daemon, after = find_health(paths)
     if after and after["mode"] == mode:
@@ -5890,9 +5887,12 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
     rows = {name: row for row in commands for name in (row.name, *row.aliases)}
     first, *rest = words or ["help"]
     if first not in rows:
+        import difflib
         hint = HINTS.get(first.lstrip("-").partition("=")[0])
-        raise UsageError(f"no command '{printable(first, 40)}'" + (
-            f"; use `{hint}`" if hint else nearest(first, rows) or "; see `rrouter help`"))
+        similar = difflib.get_close_matches(first, rows, 1)
+        raise UsageError(f"no command '{printable(first, 40)}'; " + (
+            f"use `{hint}`" if hint else
+            f"did you mean '{similar[0]}'?" if similar else "see `rrouter help`"))
     row = rows[first]
     parser = Parser(prog=f"rrouter {row.name}", description=f"rrouter {row.name}: {row.help}",
                     epilog=f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False)
