@@ -5688,28 +5688,23 @@ def log_lines(path: str, word: bytes) -> Iterator[bytes]:
             yield from (line for line in file if word in line)
 
 
-def follow(path: str, position: int) -> Iterator[bytes]:
-    """Yield the lines of the log after `position`, over rotation, without end."""
-    import subprocess
-    with subprocess.Popen(("tail", "-c", f"+{position + 1}", "-F", path), stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL) as tail:
-        try:
-            yield from tail.stdout or ()
-        finally:
-            tail.kill()
-
-
 def cmd_logs(context: Context) -> None:
     """Print the last lines of the log; with -f also those that come, until Ctrl-C."""
+    import subprocess
     path, word = context.paths.log, b"[AUTO]" * context.arguments.auto
     if not os.path.exists(path):
         raise RouterError(f"{path} does not exist: `rrouter start` begins it")
     lines: Iterable[bytes] = deque(log_lines(path, word), LOG_SHOWN)
-    if context.arguments.f:
-        lines = itertools.chain(lines, follow(path, os.path.getsize(path)))
-    for line in lines:
-        if word in line:
-            print(line.decode("utf-8", "replace"), end="", flush=True)
+    with contextlib.ExitStack() as stack:
+        if context.arguments.f:
+            command = ("tail", "-c", f"+{os.path.getsize(path) + 1}", "-F", path)   # -F: rotation
+            tail = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE,
+                                                        stderr=subprocess.DEVNULL))
+            stack.callback(tail.kill)
+            lines = itertools.chain(lines, tail.stdout or ())
+        for line in lines:
+            if word in line:
+                print(line.decode("utf-8", "replace"), end="", flush=True)
 
 
 def cmd_explain(context: Context) -> None:
@@ -5922,20 +5917,6 @@ def cmd_help(context: Context) -> None:
 
 # Command line: check ##########################################################
 
-def check_daemon(settings: Settings, daemon: Daemon | None,
-                 health: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Yield whether the daemon runs, and is this program; if none runs, who has its port."""
-    if daemon and health:
-        yield OK, f"daemon: {daemon.holder.name} on {settings.listen_addr}"
-        if health["version"] != __version__:
-            yield WARN, (f"version: the daemon is {printable(str(health['version']))}, this "
-                         f"program {__version__}: rrouter restart")
-    else:
-        yield FAIL, f"daemon: {describe_silence(daemon)}"
-        if daemon is None and _listens(settings.host, settings.port):
-            yield FAIL, describe_taken(settings)
-
-
 def check_interpreter(program: str) -> Iterator[tuple[str, str]]:
     """Yield whether the Python that the installed program names still exists."""
     with contextlib.suppress(OSError, RouterError):
@@ -6119,9 +6100,17 @@ def check_targets(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def run_checks(context: Context) -> Iterator[tuple[str, str]]:
     """Yield (level, text) of each check; the text begins with a label and a colon."""
     daemon, health = find_health(context.paths)
-    settings = (Settings(daemon.host, daemon.port, health["upstreamURL"]) if daemon and health
-                else read_environment(dict(os.environ)))
-    yield from check_daemon(settings, daemon, health)
+    if daemon and health:
+        settings = Settings(daemon.host, daemon.port, health["upstreamURL"])
+        yield OK, f"daemon: {daemon.holder.name} on {settings.listen_addr}"
+        if health["version"] != __version__:
+            yield WARN, (f"version: the daemon is {printable(str(health['version']))}, this "
+                         f"program {__version__}: rrouter restart")
+    else:
+        settings = read_environment(dict(os.environ))
+        yield FAIL, f"daemon: {describe_silence(daemon)}"
+        if daemon is None and _listens(settings.host, settings.port):
+            yield FAIL, describe_taken(settings)
     config, path = None, context.paths.config
     try:
         config = read_config(context.paths)

@@ -6469,8 +6469,7 @@ class CommandLineTest(CommandTest):
 
     def test_wrong_uses_are_status_2_and_what_to_use_is_named(self):
         for line, words in USAGE_ERRORS:
-            with self.subTest(line):
-                self.assert_fails(self.run_here(*line.split()), 2, re.escape(words))
+            self.assert_fails(self.run_here(*line.split()), 2, re.escape(words))
         self.assert_fails(self.run_here(""), 2, "no command ''")
         self.assertFalse(self.home.dir.exists())
 
@@ -6527,10 +6526,9 @@ class CommandLineTest(CommandTest):
         for command, mode in (("antigravity", "antigravity"), ("claude", "claude"), ("a", "auto"),
                               ("ag", "antigravity"), ("c", "claude"), ("auto", "auto"),
                               ("mode two", "two"), ("mode ONE", "one")):
-            with self.subTest(command):
-                done = self.run_here(*command.split(), check=0)
-                self.assertEqual(self.home.read("mode"), mode + "\n")
-                self.assertEqual(done.stdout, f"mode {mode} (written; daemon {NOT_RUNNING})\n")
+            done = self.run_here(*command.split(), check=0)
+            self.assertEqual(self.home.read("mode"), mode + "\n")
+            self.assertEqual(done.stdout, f"mode {mode} (written; daemon {NOT_RUNNING})\n")
         self.assertEqual(self.run_here("mode", check=0).stdout, "one\n")
 
     def test_an_unknown_mode_is_refused_and_the_known_ones_are_named(self):
@@ -6585,10 +6583,9 @@ class CommandLineTest(CommandTest):
 
     def test_closed_standard_streams_give_no_traceback(self):
         for closed in (">&-", ">&- 2>&-", "<&-"):
-            with self.subTest(closed):
-                self.home.run(check=0, program=[
-                    "/bin/sh", "-c", 'exec "$0" "$@" claude ' + closed, *PYTHON, compiled()])
-                self.assertEqual(self.home.read("mode"), "claude\n")
+            self.home.run(check=0, program=[
+                "/bin/sh", "-c", 'exec "$0" "$@" claude ' + closed, *PYTHON, compiled()])
+            self.assertEqual(self.home.read("mode"), "claude\n")
 
     def test_a_home_that_cannot_be_used_is_named(self):
         """Permissions do not stop root, so a file stands where the directory should be."""
@@ -6890,8 +6887,7 @@ class AutoCommandTest(AutoTest):
         self.assertIn("cleared: cooldown of antigravity (429, 30m)\n", self.say("claude"))
 
     def test_explain_needs_no_request_for_a_name_that_is_given(self):
-        self.assertRegex(self.say("explain", "other"),
-                         "auto: +no rescue, because both targets get the same name")
+        self.assertRegex(self.say("explain", "other"), "auto: +no rescue, because both targets get")
         self.assertRegex(self.say("explain", SONNET), "auto: +antigravity\n")
 
     def test_watch_draws_the_status_anew_until_it_is_interrupted(self):
@@ -7032,13 +7028,11 @@ class CheckTest(RouterTest):
     def test_a_sound_setup_is_ok_in_every_line(self):
         self.assertEqual(self.check(r"ok +upstream: .* accepts the key", r"ok +config: ",
                                     ANTHROPIC_BASE_URL=self.url), [])
-        self.assertEqual({request.method for request in self.upstream.received}, {"GET"})
-        for request in self.upstream.received:
-            self.assertEqual(request.target, "/v1/models")
-            self.assertEqual(request.header("authorization"), "Bearer sk-secret-token")
-            names = " ".join(name.lower() for name, _ in request.fields)
-            self.assertNotIn("anthropic", names)        # with those the upstream disguises names
-            self.assertNotIn("claude-cli", request.header("user-agent") or "")
+        request, = self.upstream.received
+        self.assertEqual((request.method, request.target), ("GET", "/v1/models"))
+        self.assertEqual(request.header("authorization"), "Bearer sk-secret-token")
+        # With Anthropic's headers the upstream disguises names.
+        self.assertNotRegex(str(request.fields), "(?i)anthropic|claude-cli")
 
     def test_proxies_of_the_environment_are_ignored(self):
         self.assertEqual(self.rrouter.post().status, 200)
@@ -7138,9 +7132,7 @@ class CheckTest(RouterTest):
         done = run_here(self.home, "check", "--json")
         report = json.loads(done.stdout)
         self.assertEqual((done.returncode, report["status"]), (1, "fail"))
-        rows = {row["check"]: row for row in report["checks"]}
-        self.assertEqual((rows["upstream"]["level"], rows["config"]),
-                         ("fail", {"level": "ok", "check": "config", "text": "the defaults"}))
+        self.assertIn({"level": "ok", "check": "config", "text": "the defaults"}, report["checks"])
 
     def test_missing_usage_headers_are_named_where_health_knows_of_them(self):
         health = {"autoSwitch": {"switched": False, "models": {}},
