@@ -6583,9 +6583,9 @@ class CommandLineTest(CommandTest):
 
     def test_closed_standard_streams_give_no_traceback(self):
         for closed in (">&-", ">&- 2>&-", "<&-"):
-            self.home.run(check=0, program=[
+            done = self.home.run(check=0, program=[
                 "/bin/sh", "-c", 'exec "$0" "$@" claude ' + closed, *PYTHON, compiled()])
-            self.assertEqual(self.home.read("mode"), "claude\n")
+            self.assertEqual((self.home.read("mode"), done.stderr), ("claude\n", ""))
 
     def test_a_home_that_cannot_be_used_is_named(self):
         """Permissions do not stop root, so a file stands where the directory should be."""
