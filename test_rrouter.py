@@ -6510,14 +6510,15 @@ class CommandLineTest(CommandTest):
                         self.assertEqual("m%s\033[0m" % word in done.stdout, colours)
 
     def test_only_a_terminal_gets_lines_that_fit_into_it(self):
-        env = {"COLUMNS": "60", "NO_COLOR": "1"}
-        for command in ("check", "explain claude-opus-5-5", "mode nosuch"):
+        for command, columns, width in (("check", 100, 80), ("explain claude-opus-5-5", 60, 60),
+                                        ("mode nosuch", 60, 60)):
             for terminal in (True, False):
                 with self.subTest(command, terminal=terminal):
-                    done = self.run_here(*command.split(), terminal=terminal, **env)
+                    done = self.run_here(*command.split(), terminal=terminal, NO_COLOR="1",
+                                         COLUMNS=str(columns))
                     lines = [line for line in (done.stdout + done.stderr).splitlines()
                              if "/rrouter" not in line]
-                    self.assertEqual(max(map(len, lines)) <= 60, terminal)
+                    self.assertEqual(max(map(len, lines)) <= width, terminal)
 
     def test_every_name_of_a_mode_sets_it(self):
         board = switchboard(0)
@@ -6928,13 +6929,14 @@ class LogsTest(CommandTest):
         with process.stdout as lines:
             self.assertEqual(lines.readline(), b"old [AUTO]\n")
             with log.open("a") as file:
-                file.write("other\none [AUTO]\n")
+                file.write("one [AUTO]\nother\n")
             self.assertEqual(lines.readline(), b"one [AUTO]\n")
             log.rename(log.with_suffix(".log.1"))
             self.home.write("logs/rrouter.log", "two [AUTO]\n")
             self.assertEqual(lines.readline(), b"two [AUTO]\n")
             process.send_signal(signal.SIGINT)
             self.assertEqual((lines.read(), process.wait(WAIT_S)), (b"", 130))
+        self.assertEqual(processes(self.home), [])
 
 
 class StartReportTest(LoopbackTest):
@@ -6953,11 +6955,12 @@ class StartReportTest(LoopbackTest):
         self.assertRegex(again, "\n".join((
             r"\Arrouter is already running .*", "upstream: .*", "note:     RROUTER_PORT=%d of this "
             "shell is not in force: `rrouter restart`", "next")) % other)
-        again = home.run("start", check=0, env={"RROUTER_PORT": "abc"}).stdout
-        self.assertRegex(again, r"already running .*\n.*\nnote:     RROUTER_PORT=abc: expected a ")
         home.env["RROUTER_UPSTREAM"] = upstream.url
         self.assertRegex(home.run("restart", check=0).stdout,
                          r"\A.*stopped.*\n.*runs on.*\nupstream: %s, reachable\n\Z" % upstream.url)
+        again = home.run("start", check=0, env={"RROUTER_PORT": "abc"}).stdout
+        self.assertRegex(again, r"(?s)already running .*, reachable\nnote:     RROUTER_PORT=abc: "
+                                r"expected [^\n]*\nnext:     rrouter check\n\Z")
 
     def test_only_what_cliproxyapi_repeats_by_itself_is_a_late_failure(self):
         for fault, status, took_s, is_late in (
