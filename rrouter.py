@@ -72,7 +72,7 @@ import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, Union
 
 __version__ = "5.0.0"
 
@@ -709,7 +709,7 @@ def describe_config_error(error: Exception) -> str:
 
 def describe_unknown_mode(mode: str, choices: Iterable[str]) -> str:
     """Return what to say of a mode that cannot be set."""
-    return (f"mode '{printable(mode, 40)}' is not defined by config.json "
+    return (f"'{printable(mode, 40)}' is not defined by config.json "
             f"(defined: {', '.join(choices)})")
 
 
@@ -2268,7 +2268,8 @@ class Store:
         if word == MODE_AUTO and word != mode:
             problems.append(f"config.json: {config.auto_error}")
         elif word is not None and word != mode:
-            problems.append(f"{describe_unknown_mode(word, config.choices)}; {mode} is in force")
+            unknown = describe_unknown_mode(word, config.choices)
+            problems.append(f"mode: {unknown}; {mode} is in force")
         return Snapshot(config, mode, tuple(dict.fromkeys(filter(None, problems))))
 
 
@@ -4555,31 +4556,27 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 COLOURS = {OK: 32, WARN: 33, FAIL: 31, "antigravity": 36, "claude": 35, MODE_AUTO: 34}
 
 
-def painted(word: str) -> str:
-    """Return `word` in its colour where stdout shows colours."""
-    env = os.environ.get
-    shows = not env("NO_COLOR") and (env("FORCE_COLOR") not in (None, "", "0") or (
-        sys.stdout.isatty() and env("TERM") != "dumb"))
-    return f"\033[{COLOURS[word]}m{word}\033[0m" if shows and word in COLOURS else word
-
-
-def wrapped(text: str, indent: int) -> str:
-    """Return `text`, its first line as wide as the terminal; `grep` in a pipe gets it whole."""
-    import shutil
-    import textwrap
-    first, *rest = text.split("\n")
-    if sys.stdout.isatty() or os.environ.get("COLUMNS"):
+def show(text: str, indent: int = 0, word: str = "", to: TextIO | None = None) -> None:
+    """Print `text`; a terminal gets its first line wrapped, and `word` in its colour."""
+    stream, env = to or sys.stdout, os.environ.get
+    is_terminal = stream.isatty()
+    if is_terminal:
+        import shutil
+        import textwrap
+        first, newline, rest = text.partition("\n")
         width = max(40, min(80, shutil.get_terminal_size().columns))
-        first = textwrap.fill(first, width, subsequent_indent=" " * indent,
-                              break_long_words=False, break_on_hyphens=False)
-    return "\n".join([first, *rest])
+        text = textwrap.fill(first, width, subsequent_indent=" " * indent,
+                             break_long_words=False, break_on_hyphens=False) + newline + rest
+    forced, barred = env("FORCE_COLOR", "0") not in ("", "0"), env("NO_COLOR")
+    if word in COLOURS and not barred and (forced or (is_terminal and env("TERM") != "dumb")):
+        text = text.replace(word, f"\033[{COLOURS[word]}m{word}\033[0m", 1)
+    print(text, file=stream, flush=True)
 
 
 def complain(*texts: object) -> None:
-    """Print lines on stderr that name rrouter; a terminal gets them wrapped."""
+    """Print lines on stderr that name rrouter."""
     for text in texts:
-        line = f"rrouter: {text}"
-        print(wrapped(line, 9) if sys.stderr.isatty() else line, file=sys.stderr)
+        show(f"rrouter: {text}", 9, to=sys.stderr)
 
 
 # Claude Code's settings #######################################################
@@ -5271,7 +5268,7 @@ def demo_request(port: int) -> str:
         response.read()
         target, name, tries = (response.headers[f"x-rrouter-{field}"]
                                for field in ("target", "model", "attempts"))
-        return f"{response.status} {painted(target)} {name}" + ", 2 tries" * (tries == "2")
+        return f"{response.status} {target} {name}" + ", 2 tries" * (tries == "2")
 
 
 @contextlib.contextmanager
@@ -5308,19 +5305,18 @@ def cmd_demo(context: Any) -> None:
             DemoUpstream.refuses = refuses
             if mode:
                 write_atomically(router.store.paths.mode, mode)
-            print(wrapped(title, 0), flush=True)
+            show(title)
             left_s = router.failover.report(True)["cooldownRemainingSeconds"]
             time.sleep(DEMO_PAUSE_S if refuses else max(DEMO_PAUSE_S, left_s))
-            print(f"  {demo_request(router.settings.port)}\n{wrapped(f'  {meaning}', 2)}")
+            result = demo_request(router.settings.port)
+            show(f"  {result}", 2, result.split()[1])
+            show(f"  {meaning}", 2)
         name = os.path.basename(sys.argv[0])
         print(DEMO_END.format(rrouter=name if name == "rrouter" else f"python3 {sys.argv[0]}"))
         if context.arguments.stay:
-            print(DEMO_STAY.format(url=f"http://{router.settings.listen_addr}"), flush=True)
             with contextlib.suppress(KeyboardInterrupt):
-                while True:
-                    router.watch()
-                    router.log.flush()
-                    time.sleep(POLL_S)
+                print(DEMO_STAY.format(url=f"http://{router.settings.listen_addr}"), flush=True)
+                signal.pause()
 
 
 # Command line #################################################################
@@ -5328,22 +5324,17 @@ def cmd_demo(context: Any) -> None:
 class Command(NamedTuple):
     """A row of COMMANDS."""
 
-    name: str
+    usage: str                              #: name and arguments: `config [edit|reset|path]`
     aliases: tuple[str, ...]
     run: Callable[[Any], int | None]        #: gets a Context, returns the exit status, None for 0
     help: str
-    arguments: tuple[tuple[str, dict[str, Any]], ...] = ()      #: as `add_argument` takes them
-    example: str = ""
+    example: str = ""                       #: "" for the name alone
+    hidden: tuple[tuple[str, dict[str, Any]], ...] = ()     #: as `add_argument` takes them
 
     @property
-    def usage(self) -> str:
-        """Its line in the help: `config [edit|reset|path]`."""
-        words = [self.name]
-        for name, options in self.arguments:
-            if options.get("help") is not argparse.SUPPRESS:
-                word = "|".join(options.get("choices", ())) or options.get("metavar", "")
-                words.append(f"[{name if name[:1] == '-' else word}]")
-        return " ".join(words)
+    def name(self) -> str:
+        """The first word of its usage."""
+        return self.usage.split()[0]
 
 
 class Context(NamedTuple):
@@ -5351,15 +5342,8 @@ class Context(NamedTuple):
 
     home: str
     paths: Paths
-    arguments: argparse.Namespace
+    arguments: argparse.Namespace           #: `word` is the one that is no option
     commands: tuple[Command, ...]           #: COMMANDS
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Return the question whether another word was meant, "" if none resembles it."""
-    import difflib
-    found = difflib.get_close_matches(word, list(words), 1)
-    return f"; did you mean '{found[0]}'?" if found else ""
 
 
 def read_config(paths: Paths) -> Config:
@@ -5372,10 +5356,10 @@ def read_config(paths: Paths) -> Config:
                           "config reset`") from error
 
 
-def write_file(path: str, text: str) -> None:
+def write_file(path: str, content: str | bytes) -> None:
     """Write a file of ~/.rrouter for a command; raise RouterError."""
     try:
-        write_atomically(path, text)
+        write_atomically(path, content)
     except OSError as error:
         raise RouterError(f"{path}: cannot be written: {reason_of(error)}: check its permissions "
                           "and free space") from error
@@ -5396,64 +5380,24 @@ def cmd_serve(context: Context) -> int:
 def find_health(paths: Paths) -> tuple[Daemon | None, dict[str, Any] | None]:
     """Return the live daemon and its /health, None for what does not exist."""
     daemon = Daemon.find(paths)
-    return daemon, daemon.health() if daemon else None
+    return daemon, daemon.health() if daemon and not daemon.holder.stopping else None
 
 
 def print_rows(*rows: tuple[str, str], width: int = 10) -> None:
     """Print labels and texts in two columns, a text that is a mode in its colour."""
     for label, text in rows:
-        line = wrapped(f"{label and label + ':':{width}}{text}", width)
-        print(line.replace(text, painted(text), 1))
+        show(f"{label and label + ':':{width}}{text}", width, text)
 
 
-def _port_of(parts: urllib.parse.SplitResult) -> int:
-    return parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def describe_upstream(url: str) -> str:
-    """Return the upstream's URL and whether something listens there."""
+def address_in(url: str) -> tuple[str, int]:
+    """Return the host and the port of a URL; raise ValueError."""
     parts = urllib.parse.urlsplit(url)
-    return f"{url}, {'' if _listens(parts.hostname or '', _port_of(parts)) else 'not '}reachable"
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def environment_of(daemon: Daemon) -> dict[str, str]:
     """Return the RROUTER_* with which the daemon could have been started."""
     return {f"RROUTER_{name.upper()}": str(getattr(daemon, name)) for name in Settings._fields}
-
-
-def cmd_start(context: Context) -> None:
-    """Start the daemon; say what is not well."""
-    print(start_daemon(context.paths, context.home))
-    daemon, health = find_health(context.paths)
-    if not daemon or not health:
-        return
-    upstream = describe_upstream(health["upstreamURL"])
-    runs = environment_of(daemon._replace(upstream=health["upstreamURL"]))
-    remedy = "`rrouter restart`"
-    if daemon.started_by in ("systemd", "launchd"):
-        remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
-    bad = [("problem", printable(problem, 500)) for problem in health["problems"]]
-    bad += [("note", f"{name}={value} of this shell is not in force: {remedy}")
-            for name, value in os.environ.items() if name in runs and value
-            and read_environment({**runs, name: value}) != read_environment(runs)]
-    bad += [("next", "rrouter check")] if bad or "not reachable" in upstream else []
-    print_rows(("upstream", upstream), *bad)
-
-
-def cmd_stop(context: Context) -> None:
-    """Stop the daemon."""
-    print(stop_daemon(context.paths, context.home))
-
-
-def cmd_restart(context: Context) -> None:
-    """Stop the daemon and start it again, with its settings except what this shell sets."""
-    daemon = Daemon.find(context.paths) or Daemon.last(context.paths)      # it may have been killed
-    if daemon and not find_manager(context.home):       # a service has an environment file
-        for name, value in environment_of(daemon).items():
-            os.environ[name] = os.environ.get(name) or value
-    read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
-    cmd_stop(context)
-    cmd_start(context)
 
 
 def find_mode(paths: Paths, health: dict[str, Any] | None) -> tuple[str, list[str]]:
@@ -5466,9 +5410,8 @@ def find_mode(paths: Paths, health: dict[str, Any] | None) -> tuple[str, list[st
 
 def local_time(text: str) -> str:
     """Return a time of /health as the clock here shows it, with the date unless it is today."""
-    when = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(
-        tzinfo=datetime.timezone.utc).astimezone()
-    is_today = when.date() == datetime.datetime.now().date()
+    when = datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone()
+    is_today = when.date() == datetime.date.today()
     return when.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M")
 
 
@@ -5483,121 +5426,148 @@ def describe_target(auto: dict[str, Any]) -> str:
             f"tries {failed} again {when if when == 'now' else 'in ' + when}")
 
 
-def print_status(holder: Holder, health: dict[str, Any]) -> None:
-    """Print /health of the daemon for people."""
-    auto, counts, failure = (
-        health["autoSwitch"], health["requests"], health["requests"]["lastFailure"])
-    starters = {"serve": "`rrouter serve`", "start": "`rrouter start`"}
-    print_rows(
-        ("mode", health["mode"]),
-        ("target", describe_target(auto) if auto["active"] else health["currentTarget"]),
-        *(("", f"{printable(model)}: {describe_target(own)}")
-          for model, own in auto["models"].items()),
-        ("daemon", f"{holder.name}, {health['listenAddr']}, up "
-                   f"{datetime.timedelta(seconds=health['uptimeSeconds'])}, "
-                   f"started by {starters.get(health['startedBy'], health['startedBy'])}"),
-        ("requests", f"{counts['answered']} answered, {counts['rescued']} rescued, "
-                     f"{counts['failed']} failed, {health['activeRequests']} running"),
-        *([("failure", "; ".join(filter(None, (
-            f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}",
-            failure.get("slow")))))] if failure else []),
-        ("upstream", describe_upstream(health["upstreamURL"])),
-        *(("problem", printable(problem, 500)) for problem in health["problems"]))
+def trouble_rows(health: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return whether the upstream of /health is reachable, and the problems."""
+    is_there = _listens(*address_in(health["upstreamURL"]))
+    return [("upstream", f"{health['upstreamURL']}, {'' if is_there else 'not '}reachable"),
+            *(("problem", printable(problem, 500)) for problem in health["problems"])]
 
 
-def describe_silence(daemon: Daemon) -> str:
-    """Return what to say of a daemon that does not answer."""
-    if daemon.holder.elsewhere:
-        return (f"rrouter runs {daemon.holder.elsewhere} and does not answer here on port "
-                f"{daemon.port}: ask it there")
-    return (f"pid {daemon.pid} runs but does not answer on port {daemon.port}: see `rrouter logs`, "
-            "or `rrouter restart`")
+def status_rows(daemon: Daemon, health: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield /health for people."""
+    auto, counts = health["autoSwitch"], health["requests"]
+    starter, failure = health["startedBy"], counts["lastFailure"]
+    yield "mode", health["mode"]
+    yield "target", describe_target(auto) if auto["active"] else health["currentTarget"]
+    for model, own in auto["models"].items():
+        yield "", f"{printable(model)}: {describe_target(own)}"
+    yield "daemon", (f"{daemon.holder.name}, {health['listenAddr']}, up "
+                     f"{datetime.timedelta(seconds=health['uptimeSeconds'])}, started by "
+                     + (f"`rrouter {starter}`" if starter in ("serve", "start") else starter))
+    yield "requests", (f"{counts['answered']} answered, {counts['rescued']} rescued, "
+                       f"{counts['failed']} failed, {health['activeRequests']} running")
+    if failure:
+        what = f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}"
+        yield "failure", "; ".join(filter(None, (what, failure.get("slow"))))
+    yield from trouble_rows(health)
+
+
+def describe_silence(daemon: Daemon | None) -> str:
+    """Return why there is no /health, and what to do."""
+    if daemon is None:
+        return "not running: `rrouter start` starts it"
+    if daemon.holder.stopping:
+        return f"{daemon.holder.name} is stopping: running requests finish first"
+    remedy = "ask it there" if daemon.holder.elsewhere else "see `rrouter logs`, then restart"
+    return f"{daemon.holder.name} does not answer here on port {daemon.port}: {remedy}"
 
 
 def show_status(paths: Paths, as_json: bool) -> int:
     """Print the status once; return the exit status."""
     daemon, health = find_health(paths)
-    is_stopping = daemon is not None and daemon.holder.stopping
-    if daemon and health and not is_stopping:
+    if daemon and health:
         if as_json:
             print(json.dumps(health, indent=2))
         else:
-            print_status(daemon.holder, health)
+            print_rows(*status_rows(daemon, health))
         return 0
-    if daemon and not is_stopping:
-        raise DaemonError(describe_silence(daemon))
-    how = (f"{daemon.holder.name} is stopping: running requests finish first" if daemon else
-           "not running; start it with `rrouter start`")
-    if as_json:
-        complain(how)
+    is_silent = daemon is not None and not daemon.holder.stopping
+    if as_json or is_silent:
+        complain(describe_silence(daemon))
     else:
         mode, problems = find_mode(paths, None)
-        print_rows(("mode", mode), ("daemon", how), *(("problem", text) for text in problems))
-    return 3
+        print_rows(("mode", mode), ("daemon", describe_silence(daemon)),
+                   *(("problem", problem) for problem in problems))
+    return 1 if is_silent else 3
 
 
 def cmd_status(context: Context) -> int:
     """Print mode, target, daemon, requests, upstream and problems; with --watch every second."""
     arguments = context.arguments
     while arguments.watch:
-        if sys.stdout.isatty():
-            print("\033[H\033[2J", end="")
-        try:
-            show_status(context.paths, arguments.json)
-        except DaemonError as error:
-            complain(error)
+        print("\033[H\033[2J" * sys.stdout.isatty(), end="")
+        show_status(context.paths, arguments.json)
         print(flush=True)
         time.sleep(1)
     return show_status(context.paths, arguments.json)
 
 
-def describe_cleared(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Return the line on what a mode command has cleared, from `autoSwitch` before and after."""
-    if not before["active"] or after["switched"] or after["models"]:
-        return ""
-    notes = [f"cooldown of {failed_side(own)[0]}{f' for {printable(name)}' if name else ''} "
-             f"({failed_side(own)[2]}, {until_probe(own)})"
-             for name, own in {"": before, **before["models"]}.items() if own["switched"]]
-    notes += [f"{text} of {before['currentTarget']}" for text in [counted(before)] if text]
-    return wrapped(f"cleared: {', '.join(notes)}", 9) + "\n" if notes else ""
+def cmd_start(context: Context) -> None:
+    """Start the daemon; say what is not well."""
+    print(start_daemon(context.paths, context.home))
+    daemon, health = find_health(context.paths)
+    if not daemon or not health:
+        return
+    rows, runs, remedy = trouble_rows(health), environment_of(daemon), "`rrouter restart`"
+    if daemon.started_by in ("systemd", "launchd"):
+        remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
+    for name in runs:
+        value = os.environ.get(name) or runs[name]
+        try:
+            if read_environment({**runs, name: value}) != read_environment(runs):
+                rows.append(("note", f"{name}={printable(value)} of this shell is not in force: "
+                                     f"{remedy}"))
+        except UsageError as error:
+            rows.append(("note", str(error)))
+    if len(rows) > 1 or "not reachable" in rows[0][1]:
+        rows.append(("next", "rrouter check"))
+    print_rows(*rows)
+
+
+def cmd_restart(context: Context) -> None:
+    """Stop the daemon and start it again, with its settings except what this shell sets."""
+    daemon = Daemon.find(context.paths) or Daemon.last(context.paths)      # it may have been killed
+    if daemon and not find_manager(context.home):       # a service has an environment file
+        for name, value in environment_of(daemon).items():
+            os.environ[name] = os.environ.get(name) or value
+    read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
+    print(stop_daemon(context.paths, context.home))
+    cmd_start(context)
+
+
+def show_cleared(before: dict[str, Any]) -> None:
+    """Print what a mode command has cleared, from `autoSwitch` before it."""
+    if before["active"]:
+        notes = [f"cooldown of {failed_side(own)[0]}{f' for {printable(name)}' if name else ''} "
+                 f"({failed_side(own)[2]}, {until_probe(own)})"
+                 for name, own in {"": before, **before["models"]}.items() if own["switched"]]
+        notes += [f"{text} of {before['currentTarget']}" for text in [counted(before)] if text]
+        if notes:
+            show(f"cleared: {', '.join(notes)}", 9)
 
 
 def set_mode(paths: Paths, mode: str) -> None:
     """Write the mode; return when every request that begins from now on is served by it."""
     paths.create()
-    daemon, before = find_health(paths)
+    before = find_health(paths)[1]
     try:
         config = read_config(paths)
-        choices, why_not = config.choices, f"config.json: {config.auto_error}"
+        choices, auto_error = config.choices, config.auto_error
     except RouterError as error:
         if not before:
             raise
         complain(error)         # the daemon continues with the last good config
-        choices, why_not = before.get("modes", []), ""
+        choices, auto_error = before.get("modes", []), ""
     if mode not in choices:
-        raise RouterError(why_not if mode == MODE_AUTO and why_not else
-                          describe_unknown_mode(mode, choices) + nearest(mode, choices))
+        raise RouterError(f"config.json: {auto_error}" if mode == MODE_AUTO and auto_error else
+                          f"mode {describe_unknown_mode(mode, choices)}")
     write_file(paths.mode, mode + "\n")
-    after = daemon.health() if daemon and not daemon.holder.stopping else None
-    where = f"pid {daemon.pid}, port {daemon.port}" if daemon else ""
-    if daemon is None or daemon.holder.stopping:
-        note = f"written; {'rrouter is stopping' if daemon else 'no rrouter is running'}"
-    elif after and after["mode"] == mode:
-        note = f"in force: {where}"
-    elif daemon.holder.elsewhere and after is None:
-        note = f"written; rrouter runs {daemon.holder.elsewhere} and reads it there"
+    daemon, after = find_health(paths)
+    if after and after["mode"] == mode:
+        note = f"in force: pid {after['pid']}, {after['listenAddr']}"
+    elif after is None and (not daemon or daemon.holder.stopping or daemon.holder.elsewhere):
+        note = f"written; daemon {describe_silence(daemon)}"
     else:
-        raise DaemonError(f"mode {mode} is written to {paths.mode}, but the daemon ({where}) " + (
-            f"is in mode {after['mode']}: see `rrouter status`" if after else
-            "does not answer: `rrouter restart`"))
-    print(f"mode {painted(mode)} ({note})")
+        why = f"the daemon is in mode {after['mode']}" if after else describe_silence(daemon)
+        raise DaemonError(f"mode {mode} is written to {paths.mode}, but {why}")
+    show(f"mode {mode} ({note})", 5, mode)
     if before and after:
-        print(describe_cleared(before["autoSwitch"], after["autoSwitch"]), end="")
+        show_cleared(before["autoSwitch"])
 
 
 def cmd_mode(context: Context) -> None:
     """Print the mode, or set the one that is named, perhaps by the command itself."""
-    name = vars(context.arguments).get("name", context.arguments.command)
+    name = vars(context.arguments).get("word", context.arguments.command)
     if name is None:
         mode, problems = find_mode(context.paths, find_health(context.paths)[1])
         print(mode)
@@ -5607,63 +5577,48 @@ def cmd_mode(context: Context) -> None:
         set_mode(context.paths, os.fsencode(name).decode("utf-8", "replace").strip().lower())
 
 
-def log_lines(path: str, word: bytes, count: int) -> list[bytes]:
-    """Return the last `count` lines with `word` in the log and the rotated ones."""
-    found: list[bytes] = []
-    for name in (path, *(f"{path}.{number}" for number in range(1, LOG_FILES + 1))):
-        if len(found) < count:
-            with contextlib.suppress(OSError), open_for_reading(name) as file:
-                older = deque((line for line in file if word in line), count - len(found))
-                found[:0] = older
-    return found
-
-
-def follow(path: str) -> Iterator[bytes]:
-    """Yield the lines added to the log from now on, over rotation, without end."""
-    position = os.stat(path).st_size
-    while True:
-        with open_for_reading(path) as file:
-            file.seek(position)
-            rest, is_same = b"", True
-            while is_same:
-                with contextlib.suppress(OSError):      # the new file may not exist yet
-                    status = os.stat(path)
-                    is_same = (os.path.samestat(status, os.fstat(file.fileno()))
-                               and status.st_size >= file.tell())
-                *lines, rest = (rest + file.read()).split(b"\n")
-                yield from (line + b"\n" for line in lines)
-                if is_same:
-                    time.sleep(POLL_S)
-        position = 0
+def log_lines(path: str, word: bytes) -> Iterator[bytes]:
+    """Yield the lines with `word` in the log, those of the rotated files first."""
+    for name in [*(f"{path}.{number}" for number in range(LOG_FILES, 0, -1)), path]:
+        with contextlib.suppress(OSError), open_for_reading(name) as file:
+            yield from (line for line in file if word in line)
 
 
 def cmd_logs(context: Context) -> None:
     """Print the last lines of the log; with -f also those that come, until Ctrl-C."""
-    arguments, path = context.arguments, context.paths.log
-    word = b"[AUTO]" if arguments.auto else b""
+    import subprocess
+    path, word = context.paths.log, b"[AUTO]" * context.arguments.auto
     if not os.path.exists(path):
         raise RouterError(f"{path} does not exist: `rrouter start` begins it")
-    lines: Iterable[bytes] = log_lines(path, word, LOG_SHOWN)
-    for line in itertools.chain(lines, follow(path) if arguments.follow else ()):
-        if word in line:
-            print(line.decode("utf-8", "replace"), end="", flush=True)
+    lines: Iterable[bytes] = deque(log_lines(path, word), LOG_SHOWN)
+    with contextlib.ExitStack() as stack:
+        if context.arguments.f:
+            command = ("tail", "-c", f"+{os.path.getsize(path) + 1}", "-F", path)   # -F: rotation
+            tail = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE,
+                                                        stderr=subprocess.DEVNULL))
+            stack.callback(tail.kill)
+            lines = itertools.chain(lines, tail.stdout or ())
+        for line in lines:
+            if word in line:
+                print(line.decode("utf-8", "replace"), end="", flush=True)
 
 
 def cmd_explain(context: Context) -> None:
     """Print what becomes of a model name, or of those that passed lately, in each mode."""
     config, health = read_config(context.paths), find_health(context.paths)[1]
-    models = [context.arguments.model]
+    models = [context.arguments.word]
     if models == [None]:
-        lines = b"".join(reversed(log_lines(context.paths.log, b"[REQ] ", 1000)))
+        lines = b"".join(reversed(deque(log_lines(context.paths.log, b"[REQ] "), 1000)))
         models = re.findall(r"#\d+ \S+ \S+ (\S+) -> ", lines.decode("utf-8", "replace"))
         if not models:
             raise RouterError("no model has passed yet: name one, as in `rrouter explain "
                               "claude-sonnet-5-5`")
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
-        found = {mode: match_rule(rules, model) for mode, rules in config.modes.items()}
-        rows = [(f"  {mode}", printable(f"{rule.rewrite} (rule {rule.match})" if rule else
-                                        f"{model} (no rule matches)"))
-                for mode, rule in found.items()]
+        print(printable(model))
+        for mode, rules in config.modes.items():
+            rule = match_rule(rules, model)
+            text = f"{rule.rewrite} (rule {rule.match})" if rule else f"{model} (no rule matches)"
+            print_rows((f"  {mode}", printable(text)), width=15)
         if not config.auto_error:
             first, second = config.auto.targets
             text = f"{first} first, {second} if it fails"
@@ -5672,19 +5627,9 @@ def cmd_explain(context: Context) -> None:
             elif health and health["autoSwitch"]["active"]:
                 auto = health["autoSwitch"]
                 text = describe_target(auto["models"].get(model, auto))
-            rows.append((f"  {MODE_AUTO}", text))
-        print(printable(model))
-        print_rows(*rows, width=15)
-    print(f"in force: mode {painted(find_mode(context.paths, health)[0])}")
-
-
-def config_show(paths: Paths) -> None:
-    """Print the effective config on stdout, its path on stderr."""
-    missing = "" if os.path.exists(paths.config) else " (does not exist: these are the defaults)"
-    print(paths.config + missing, file=sys.stderr)
-    config = read_config(paths)
-    complain(*(f"config.json: {problem}" for problem in config.problems))
-    print(config_text(config))
+            print_rows((f"  {MODE_AUTO}", text), width=15)
+    mode = find_mode(context.paths, health)[0]
+    show(f"in force: mode {mode}", 0, mode)
 
 
 def config_edit(paths: Paths) -> None:
@@ -5697,45 +5642,44 @@ def config_edit(paths: Paths) -> None:
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
         status = subprocess.call([*shlex.split(editor), paths.config])
+        why = f"ended with status {status}" if status else ""
     except (OSError, ValueError) as error:
-        why = reason_of(error) if isinstance(error, OSError) else error
-        raise RouterError(f"editor {printable(editor)}: {why}: set VISUAL or EDITOR") from error
-    if status:
-        raise RouterError(f"editor {printable(editor)} ended with status {status}")
+        why = reason_of(error) if isinstance(error, OSError) else str(error)
+    if why:
+        raise RouterError(f"editor {printable(editor)}: {why}: set VISUAL or EDITOR")
     complain(*(f"config.json: {problem}" for problem in read_config(paths).problems))
     print(f"{paths.config} is valid")
-
-
-def keep_beside(path: str, content: bytes) -> str:
-    """Write `content` to a new file beside `path`; return its path.  Raises OSError."""
-    spare = spare_name(path)
-    write_atomically(spare, content)
-    return spare
 
 
 def config_reset(paths: Paths) -> None:
     """Write the defaults; keep an existing file beside them unless it equals them."""
     paths.create()
-    try:
-        content = read_file(paths.config)
-        with contextlib.suppress(ConfigError, UnicodeDecodeError):
-            if config_of(content) == config_of(None):
-                content = None          # nothing would be lost
-        if content is not None:
-            print(f"kept: {keep_beside(paths.config, content)}")
-    except OSError as error:
-        raise RouterError(f"{paths.config}: cannot be copied beside itself: {reason_of(error)}: "
-                          "check permissions and free space, or move it away") from error
-    write_file(paths.config, config_text(config_of(None)) + "\n")
+    defaults, old = config_of(None), None
+    with contextlib.suppress(RouterError):
+        old = read_config(paths)
+    if old != defaults:
+        spare = spare_name(paths.config)
+        write_file(spare, read_file(paths.config) or b"")
+        print(f"kept: {spare}")
+    write_file(paths.config, config_text(defaults) + "\n")
     print(f"{paths.config} holds the defaults")
 
 
 def cmd_config(context: Context) -> None:
-    """Print, edit or reset the config, or print its path."""
-    actions: dict[str | None, Callable[[Paths], None]] = {
-        None: config_show, "edit": config_edit, "reset": config_reset,
-        "path": lambda paths: print(paths.config)}
-    actions[context.arguments.action](context.paths)
+    """Print, edit or reset the effective config, or print its path, on stderr beside the config."""
+    action, paths = context.arguments.word, context.paths
+    if action == "edit":
+        config_edit(paths)
+    elif action == "reset":
+        config_reset(paths)
+    elif action == "path":
+        print(paths.config)
+    else:
+        note = "" if os.path.exists(paths.config) else " (does not exist: these are the defaults)"
+        print(paths.config + note, file=sys.stderr)
+        config = read_config(paths)
+        complain(*(f"config.json: {problem}" for problem in config.problems))
+        print(config_text(config))
 
 
 COMPLETION = """\
@@ -5752,20 +5696,20 @@ complete -F _rrouter rrouter"""
 
 def cmd_completion(context: Context) -> None:
     """Print what the shell needs to complete commands."""
-    shell, names = context.arguments.shell, [row.name for row in context.commands]
-    after = {row.name: re.findall(r"[\[|]([a-z-]+)", row.usage) for row in context.commands}
+    names = " ".join(row.name for row in context.commands)
+    after = {row.name: " ".join(re.findall(r"[\[| ]([a-z-]+)", row.usage))
+             for row in context.commands}
     with contextlib.suppress(RouterError):
-        after.update(help=names, mode=read_config(context.paths).choices)
-    if shell == "fish":
-        print("complete -c rrouter -f -n __fish_use_subcommand -a '" + " ".join(names) + "'")
+        after.update(help=names, mode=" ".join(read_config(context.paths).choices))
+    if context.arguments.word == "fish":
+        print(f"complete -c rrouter -f -n __fish_use_subcommand -a '{names}'")
         for name, words in after.items():
-            print(f"complete -c rrouter -f -n '__fish_seen_subcommand_from {name}' "
-                  f"-a '{' '.join(words)}'")
+            print(f"complete -c rrouter -f -n '__fish_seen_subcommand_from {name}' -a '{words}'")
         return
-    if shell == "zsh":
+    if context.arguments.word == "zsh":
         print("autoload -U +X compinit bashcompinit && compinit && bashcompinit")
-    print(COMPLETION % (" ".join(names), "\n".join(
-        f"        {name}) choices='{' '.join(words)}' ;;" for name, words in after.items())))
+    print(COMPLETION % (names, "\n".join(
+        f"        {name}) choices='{words}' ;;" for name, words in after.items())))
 
 
 def cmd_install(context: Context) -> int:
@@ -5782,7 +5726,7 @@ def cmd_install(context: Context) -> int:
 HELP = """\
 rrouter %s - local router between the Claude Code CLI and CLIProxyAPI
 
-usage: rrouter COMMAND          new here? rrouter demo
+usage: rrouter COMMAND             new here? rrouter demo
 
 %s
 
@@ -5803,15 +5747,6 @@ examples
 exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
 
-def help_text(commands: tuple[Command, ...]) -> str:
-    """Return what `rrouter help` prints of `commands`."""
-    rows = []
-    for row in commands:
-        names = [", ".join([usage, *row.aliases]) for usage in (row.usage, f"{row.name} [...]")]
-        rows.append(f"  {names[len(names[0]) > 28]:29} {row.help}")
-    return HELP % (__version__, "\n".join(rows), LOG_MAX_BYTES >> 20)
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ours."""
 
@@ -5822,12 +5757,20 @@ class Parser(argparse.ArgumentParser):
 
 # Words that people try, and the command that does it.
 HINTS = {
-    "port": "RROUTER_PORT=8400 rrouter start", "host": "RROUTER_HOST=ADDRESS rrouter start",
-    "upstream": "RROUTER_UPSTREAM=URL rrouter start", "daemon": "rrouter start",
-    "run": "rrouter serve", "kill": "rrouter stop", "reload": "rrouter restart",
-    "doctor": "rrouter check", "test": "rrouter demo", "tail": "rrouter logs -f",
+    "port": "RROUTER_PORT=8400 rrouter start", "daemon": "rrouter start", "run": "rrouter serve",
+    "upstream": "RROUTER_UPSTREAM=URL rrouter start", "kill": "rrouter stop",
+    "doctor": "rrouter check", "test": "rrouter demo", "reload": "rrouter restart",
     "modes": "rrouter mode NAME", "switch": "rrouter mode NAME", "models": "rrouter explain",
     "gemini": "rrouter antigravity"}
+ARGUMENTS = {
+    "--auto": "decisions of auto mode alone", "--claude": "point Claude Code here, too",
+    "--dry-run": "say what would be done", "--json": "print JSON",
+    "--purge": "remove ~/.rrouter, too", "--stay": "keep it running until Ctrl-C",
+    "--watch": "again each second until Ctrl-C", "-f": "go on until Ctrl-C",
+    "COMMAND": "its arguments, an example", "NAME": "the mode to set",
+    "MODEL": "as Claude Code sends it; without it, those that passed lately",
+    "bash|zsh|fish": "your shell",
+    "edit|reset|path": "open it in $EDITOR; write the defaults; print where it is"}
 
 
 def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.Namespace:
@@ -5835,48 +5778,40 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
     rows = {name: row for row in commands for name in (row.name, *row.aliases)}
     first, *rest = words or ["help"]
     if first not in rows:
+        import difflib
         hint = HINTS.get(first.lstrip("-").partition("=")[0])
-        raise UsageError(f"no command '{printable(first, 40)}'" + (
-            f"; use `{hint}`" if hint else nearest(first, rows) or "; see `rrouter help`"))
+        similar = difflib.get_close_matches(first, rows, 1)
+        raise UsageError(f"no command '{printable(first, 40)}'; " + (
+            f"use `{hint}`" if hint else
+            f"did you mean '{similar[0]}'?" if similar else "see `rrouter help`"))
     row = rows[first]
     parser = Parser(prog=f"rrouter {row.name}", description=f"rrouter {row.name}: {row.help}",
                     epilog=f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False)
     parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
-    for argument, options in row.arguments:
-        parser.add_argument(argument, **options)
+    for argument in row.usage.split()[1:]:
+        word = argument.strip("[]")
+        if word[0] == "-":
+            parser.add_argument(word, action="store_true", help=ARGUMENTS[word])
+        else:
+            parser.add_argument("word", nargs="?" if word != argument else None, metavar=word,
+                                choices=word.split("|") if "|" in word else None,
+                                help=ARGUMENTS[word])
+    for name, options in row.hidden:
+        parser.add_argument(name, help=argparse.SUPPRESS, **options)
     return parser.parse_args(rest)
 
 
 def cmd_help(context: Context) -> None:
     """Print the help, or that of one command."""
-    if context.arguments.name is None:
-        print(help_text(context.commands))
+    if context.arguments.word is None:
+        rows = "\n".join(f"  {', '.join([row.usage, *row.aliases]):32} {row.help}"
+                         for row in context.commands)
+        print(HELP % (__version__, rows, LOG_MAX_BYTES >> 20))
     else:
-        parse_command([context.arguments.name, "--help"], context.commands)
-
-
-def cmd_version(_: Context) -> None:
-    """Print the version."""
-    print(f"rrouter {__version__}")
+        parse_command([context.arguments.word, "--help"], context.commands)
 
 
 # Command line: check ##########################################################
-
-def check_daemon(settings: Settings, daemon: Daemon | None,
-                 health: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Yield whether the daemon runs, and is this program; if none runs, who has its port."""
-    if daemon and health:
-        yield OK, f"daemon: {daemon.holder.name} on {settings.listen_addr}"
-        if health["version"] != __version__:
-            yield WARN, (f"version: the daemon is {printable(str(health['version']))}, this "
-                         f"program {__version__}: rrouter restart")
-    elif daemon:
-        yield FAIL, f"daemon: {describe_silence(daemon)}"
-    else:
-        yield FAIL, "daemon: not running: rrouter start"
-        if _listens(settings.host, settings.port):
-            yield FAIL, describe_taken(settings)
-
 
 def check_interpreter(program: str) -> Iterator[tuple[str, str]]:
     """Yield whether the Python that the installed program names still exists."""
@@ -5916,64 +5851,61 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
 
 def _points_here(url: str, settings: Settings) -> bool:
     try:
-        parts = urllib.parse.urlsplit(url)
-        return (parts.hostname in ("localhost", "127.0.0.1", "::1", settings.host)
-                and _port_of(parts) == settings.port)
+        host, port = address_in(url)
+        return host in ("localhost", "127.0.0.1", "::1", settings.host) and port == settings.port
     except ValueError:
         return False
 
 
 def check_client(home: str, settings: Settings) -> Iterator[tuple[str, str]]:
-    """Yield whether Claude Code sends its requests here: by its settings, and by this shell."""
-    path, in_shell = claude_settings_path(home), os.environ.get("ANTHROPIC_BASE_URL", "")
+    """Yield whether Claude Code sends its requests here: by its settings, else by this shell."""
+    path, wanted = claude_settings_path(home), f"http://localhost:{settings.port}"
     try:
-        environment = claude_environment(home)
+        in_file = claude_environment(home)
     except ValueError as error:
         yield WARN, f"claude code: cannot read {path}: {error}"
         return
-    in_file = environment.get("ANTHROPIC_BASE_URL", "")
-    url, where = (in_file, path) if in_file else (in_shell, f"this shell, not {path}")
-    is_plain = _points_here(url, settings) and "@" not in url.split("/")[2]
+    both = {**os.environ, **in_file}
+    url = both.get("ANTHROPIC_BASE_URL", "")
+    where = path if "ANTHROPIC_BASE_URL" in in_file else f"this shell, not {path}"
+    leads_here = _points_here(url, settings)
+    is_plain = leads_here and "@" not in url.split("/")[2]
     shown = printable(url if is_plain else _without_password(url))
-    wanted = f"http://localhost:{settings.port}"
+    proxy = next((name for name, value in both.items() if value and name.lower() in (
+        "http_proxy", "https_proxy", "all_proxy")), "")
+    exempt = both.get("NO_PROXY") or both.get("no_proxy") or ""
     if not url:
         yield WARN, f'claude code: set {{"env": {{"ANTHROPIC_BASE_URL": "{wanted}"}}}} in {path}'
-    elif not _points_here(url, settings):
-        yield WARN, f"claude code: goes elsewhere, to {shown}, by {where}: set {wanted}"
-    elif not re.fullmatch("http://[^/]+(/|/@[^/]+/?)?", url):
-        yield WARN, (f"claude code: {shown}, by {where}, does not work: set {wanted}, to which "
-                     "only /@MODE may be added")
+    elif not leads_here or not re.fullmatch("http://[^/]+(/|/@[^/]+/?)?", url):
+        yield WARN, (f"claude code: {shown}, by {where}, does not lead here: set {wanted}, to "
+                     "which only /@MODE may be added")
     else:
         yield OK, f"claude code: goes to {shown}, by {where}"
-        both = {**os.environ, **environment}
-        proxy = next((name for name, value in both.items() if value and name.lower() in (
-            "http_proxy", "https_proxy", "all_proxy")), "")
-        exempt = both.get("NO_PROXY") or both.get("no_proxy") or ""
         if proxy and not re.search(r"(^|[,\s])(localhost|127\.0\.0\.1|\*)($|[,:\s])", exempt):
             yield WARN, (f"proxy: {proxy} is set without NO_PROXY, so no request of Claude Code "
                          'reaches rrouter: add "NO_PROXY": "localhost,127.0.0.1,::1" to env in '
                          f"{path}")
-    if in_file and in_shell and not _points_here(in_shell, settings):
-        yield WARN, (f"shell: ANTHROPIC_BASE_URL={printable(_without_password(in_shell))} points "
-                     "elsewhere: unset it, also in your shell's start files")
 
 
 def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
-    """Return (status, body) of /v1/models; raise UpstreamUnreachable, OSError, HTTPException."""
+    """Return (status, body) of /v1/models; raise UpstreamUnreachable."""
     path = upstream.base_path.decode("ascii") + "/v1/models"
-    with contextlib.closing(upstream.open()) as connection, total_limit(connection.sock, LIST_S):
-        connection.request("GET", path, headers=fields)
-        response = connection.getresponse()
-        return response.status, response.read(READ_AHEAD_MAX_BYTES)
+    try:
+        with contextlib.closing(upstream.open()) as connection, \
+                total_limit(connection.sock, LIST_S):
+            connection.request("GET", path, headers=fields)
+            response = connection.getresponse()
+            return response.status, response.read(READ_AHEAD_MAX_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        raise UpstreamUnreachable("gives no HTTP response in time") from error
 
 
-def alias_blocks(names: list[str], known: Collection[str]) -> str:
+def alias_blocks(names: list[str], known: list[str]) -> str:
     """Return the lines for CLIProxyAPI's config.yaml that make `names` mean the like of `known`."""
+    import difflib
     entries = []
     for name in names:
-        words = {*name.split("-")} - {"thinking"}
-        found = max(known, key=lambda known: len(words & {*known.split("-")}),
-                    default="AN-ID-OF-ANTIGRAVITY")
+        found = [*difflib.get_close_matches(name, known, 1, 0), "AN-ID-OF-ANTIGRAVITY"][0]
         entries += [f'- name: "{printable(found, 80)}"', f'  alias: "{printable(name)}"']
         # Without this the id itself disappears; a claude- id then means the other channel alone.
         entries += [] if found.startswith("claude-") else ["  fork: true"]
@@ -6007,61 +5939,51 @@ def check_models(config: Config, body: bytes) -> Iterator[tuple[str, str]]:
         + alias_blocks(missing, known))
 
 
-def _client_key(home: str) -> tuple[str, str]:
-    """Return the variable that holds the client's key, and the key; "" for what is missing."""
-    environment = dict(os.environ)
-    with contextlib.suppress(ValueError):
-        environment = dict(claude_environment(home), **environment)
-    name = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
-    key = environment.get(name, "")
-    return name, key if printable(key, 4096) == key else ""
-
-
 def check_upstream(home: str, settings: Settings,
                    config: Config | None) -> Iterator[tuple[str, str]]:
     """Yield whether the upstream answers, accepts the client's key, and knows the rules' names."""
-    name, key = _client_key(home)
-    fields = {"Authorization": f"Bearer {key}"} if key else {}
-    label, body = f"upstream: {settings.upstream}", b"is rrouter itself"
+    environment, label = dict(os.environ), f"upstream: {settings.upstream}"
+    with contextlib.suppress(ValueError):
+        environment = {**claude_environment(home), **environment}
+    variable = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
+    key = environment.get(variable, "")
+    key = key if key.isascii() and key.isprintable() else ""        # no other fits into a header
+    status, body = 502, b"is rrouter itself"
     try:
-        # Without Anthropic's headers: CLIProxyAPI responds to those with disguised names.
-        status = 502
         if not _points_here(settings.upstream, settings):
-            status, body = get_models(Upstream(settings.upstream, lambda _: False), fields)
+            # Without Anthropic's headers: CLIProxyAPI responds to those with disguised names.
+            status, body = get_models(Upstream(settings.upstream, lambda _: False),
+                                      {"Authorization": f"Bearer {key}"} if key else {})
     except UpstreamUnreachable as error:
         remedy = error.remedy if "certificate" not in str(error) else (
             "if a private CA signed it, set SSL_CERT_FILE to the file of that CA, also for the "
             "daemon, and `rrouter restart`")
         yield FAIL, f"{label} {error}: {remedy}"
         return
-    except (OSError, http.client.HTTPException):
-        yield FAIL, f"{label} gives no HTTP response in time: is that CLIProxyAPI?"
-        return
     if status == 502 and b"is rrouter itself" in body:
         yield FAIL, f"{label} is rrouter itself: set RROUTER_UPSTREAM to the address of CLIProxyAPI"
     elif status in (401, 403):
-        refused = "the key of Claude Code" if key else "a request without a key"
         words = printable(" ".join(body.decode("utf-8", "replace").split()), 200)
         words = words.replace(key, "***") if key else words
-        yield FAIL, (f"{label} refuses {refused} ({status} {words}): compare api-keys (version 8: "
-                     "access.api-keys) in CLIProxyAPI's config with "
-                     f"{name or 'ANTHROPIC_AUTH_TOKEN, which Claude Code has to send'}")
+        yield FAIL, (f"{label} refuses {'the' if key else 'a request without a'} key ({status} "
+                     f"{words}): compare api-keys (version 8: access.api-keys) in CLIProxyAPI's "
+                     "config with "
+                     f"{variable or 'ANTHROPIC_AUTH_TOKEN, which Claude Code has to send'}")
     elif status != 200:
         yield WARN, f"{label} answers /v1/models with {status}: cannot compare the rules with it"
     else:
         yield OK, f"{label} answers{' and accepts the key' if key else ''}"
-        if config is not None:
-            yield from check_models(config, body)
+        yield from check_models(config, body) if config else ()
 
 
 def check_targets(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield which target CLIProxyAPI has blocked, by the failures that rrouter has seen."""
     auto, failure = health["autoSwitch"], health["requests"]["lastFailure"]
-    seen = [(failed_side(own)[0], own["reason"]) for own in (auto, *auto["models"].values())
-            if own["switched"]]
+    seen = {failed_side(own)[0]: own["reason"] for own in (auto, *auto["models"].values())
+            if own["switched"]}
     if failure and not seen:
-        seen = [(failure["target"], f"{failure['what']}, {local_time(failure['at'])}")]
-    for target, why in dict(seen).items():
+        seen[failure["target"]] = f"{failure['what']}, {local_time(failure['at'])}"
+    for target, why in seen.items():
         if any(name in why for _, _, name in SHELF_WORDINGS):
             yield WARN, (f"target: CLIProxyAPI blocks the credential of {target} for a while "
                          f"({printable(why)}): after 401 log in there again, after 429 wait")
@@ -6074,21 +5996,27 @@ def check_targets(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def run_checks(context: Context) -> Iterator[tuple[str, str]]:
     """Yield (level, text) of each check; the text begins with a label and a colon."""
     daemon, health = find_health(context.paths)
-    settings = (Settings(daemon.host, daemon.port, health["upstreamURL"]) if daemon and health
-                else read_environment(dict(os.environ)))
-    yield from check_daemon(settings, daemon, health)
-    config = None
+    if daemon and health:
+        settings = Settings(daemon.host, daemon.port, health["upstreamURL"])
+        yield OK, f"daemon: {daemon.holder.name} on {settings.listen_addr}"
+        if health["version"] != __version__:
+            yield WARN, (f"version: the daemon is {printable(str(health['version']))}, this "
+                         f"program {__version__}: rrouter restart")
+    else:
+        settings = read_environment(dict(os.environ))
+        yield FAIL, f"daemon: {describe_silence(daemon)}"
+        if daemon is None and _listens(settings.host, settings.port):
+            yield FAIL, describe_taken(settings)
+    config, path = None, context.paths.config
     try:
         config = read_config(context.paths)
-        path = context.paths.config
         yield OK, f"config: {path if os.path.exists(path) else 'the defaults'}"
-        for problem in config.problems:
-            yield WARN, f"config: {problem}"
+        yield from ((WARN, f"config: {problem}") for problem in config.problems)
     except RouterError as error:
         yield FAIL, f"config: {error}"
     mode, problems = find_mode(context.paths, health)
-    problems = [problem for problem in problems if not problem.startswith("config.json")]
-    yield (WARN if problems else OK), f"mode: {'; '.join([mode, *problems])}"
+    yield OK, f"mode: {mode}"
+    yield from ((WARN, text) for text in problems if not text.startswith("config.json"))
     yield from check_service(context.home)
     yield from check_client(context.home, settings)
     yield from check_upstream(context.home, settings, config)
@@ -6102,9 +6030,9 @@ def cmd_check(context: Context) -> int:
         label, _, rest = text.partition(": ")
         found.append({"level": level, "check": label, "text": rest})
         if not context.arguments.json:
-            print(wrapped(f"{level:5} {text}", 6).replace(level, painted(level), 1), flush=True)
+            show(f"{level:5} {text}", 6, level)
     levels = [row["level"] for row in found]
-    worst = FAIL if FAIL in levels else WARN if WARN in levels else OK
+    worst = next((level for level in (FAIL, WARN) if level in levels), OK)
     if context.arguments.json:
         print(json.dumps({"status": worst, "checks": found}, indent=2))
     else:
@@ -6114,71 +6042,51 @@ def cmd_check(context: Context) -> int:
     return 1 if worst == FAIL else 0
 
 
-FLAG = {"action": "store_true"}
-JSON = ("--json", {**FLAG, "help": "print JSON"})
 COMMANDS = (
-    Command("demo", (), cmd_demo, "show it at work: no account, no network, 10 s",
-            (("--stay", {**FLAG, "help": "keep it running until Ctrl-C"}),)),
+    Command("demo [--stay]", (), cmd_demo, "show it at work: no account, no network, 10 s"),
     Command("serve", (), cmd_serve, "run in the foreground; log to stderr too",
-            (("--ready-descriptor", {"type": int, "help": argparse.SUPPRESS}),)),
-    Command("start", (), cmd_start, "start the daemon, by systemd or launchd if there", (),
+            hidden=(("--ready-descriptor", {"type": int}),)),
+    Command("start", (), cmd_start, "start the daemon, by systemd or launchd",
             "RROUTER_PORT=8400 rrouter start"),
-    Command("stop", (), cmd_stop, "stop it; running requests finish first"),
+    Command("stop", (), lambda context: print(stop_daemon(context.paths, context.home)),
+            "stop it; running requests finish first"),
     Command("restart", (), cmd_restart, "stop and start"),
-    Command("status", (), cmd_status, "show mode, target, requests and problems",
-            (JSON, ("--watch", {**FLAG, "help": "again each second until Ctrl-C"})),
+    Command("status [--json] [--watch]", (), cmd_status, "show mode, target, requests and problems",
             "rrouter status --json | jq .currentTarget"),
     Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
     Command("auto", ("a",), cmd_mode, "let failures decide; again: end the cooldowns"),
-    Command("mode", (), cmd_mode, "print the mode, or set any mode of config.json",
-            (("name", {"nargs": "?", "metavar": "NAME", "help": "the mode to set"}),),
+    Command("mode [NAME]", (), cmd_mode, "print the mode, or set any of config.json",
             "rrouter mode claude"),
-    Command("explain", (), cmd_explain, "what becomes of a model name in each mode",
-            (("model", {"nargs": "?", "metavar": "MODEL",
-                        "help": "as Claude Code sends it; without it, those that passed lately"}),),
+    Command("explain [MODEL]", (), cmd_explain, "what becomes of a model name in each mode",
             "rrouter explain claude-opus-5-5"),
-    Command("logs", (), cmd_logs, "print the end of the log",
-            (("-f", {**FLAG, "dest": "follow", "help": "go on until Ctrl-C"}),
-             ("--auto", {**FLAG, "help": "decisions of auto mode alone"})),
+    Command("logs [-f] [--auto]", (), cmd_logs, "print the end of the log",
             "rrouter logs -f --auto"),
-    Command("check", ("health", "--check"), cmd_check, "examine all, with remedies", (JSON,)),
-    Command("config", (), cmd_config, "print, edit or reset the config, print its path",
-            (("action", {"nargs": "?", "choices": ("edit", "reset", "path"),
-                         "help": "open it in $EDITOR; write the defaults; print where it is"}),
-             ("--yes", {**FLAG, "help": argparse.SUPPRESS})),     # `reset` never asks
-            "rrouter config | jq .auto"),
-    Command("install", (), cmd_install, "install as ~/bin/rrouter and start, or upgrade",
-            (("--claude", {**FLAG, "help": "point Claude Code here, too"}),
-             ("--dry-run", {**FLAG, "help": "say what would be done"})),
-            "rrouter install --claude"),
-    Command("uninstall", (), cmd_install, "take back what install did",
-            (("--purge", {**FLAG, "help": "remove ~/.rrouter, too"}),
-             ("--dry-run", {**FLAG, "help": "say what would be done"}))),
-    Command("completion", (), cmd_completion, "print the completion for a shell",
-            (("shell", {"choices": ("bash", "zsh", "fish")}),),
+    Command("check [--json]", ("health", "--check"), cmd_check, "examine all, with remedies"),
+    Command("config [edit|reset|path]", (), cmd_config,
+            "print, edit or reset the config, or its path", "rrouter config | jq .auto",
+            (("--yes", {"action": "store_true"}),)),    # `reset` never asks
+    Command("install [--claude] [--dry-run]", (), cmd_install,
+            "install to ~/bin and start, or upgrade", "rrouter install --claude"),
+    Command("uninstall [--purge] [--dry-run]", (), cmd_install, "take back what install did"),
+    Command("completion bash|zsh|fish", (), cmd_completion, "print the completion for a shell",
             'eval "$(rrouter completion bash)"'),
-    Command("help", ("-h", "--help"), cmd_help, "show this text, or the help of a command",
-            (("name", {"nargs": "?", "metavar": "COMMAND", "help": "its arguments, an example"}),),
+    Command("help [COMMAND]", ("-h", "--help"), cmd_help, "show this text, or that of a command",
             "rrouter help config"),
-    Command("version", ("-V", "--version"), cmd_version, "print the version"),
+    Command("version", ("-V", "--version"), lambda _: print(f"rrouter {__version__}"),
+            "print the version"),
 )
-
-
-def open_standard_streams() -> None:
-    """Open /dev/null where 0, 1 or 2 is closed: else the next file opened would get its number."""
-    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
 
 
 def run_command(argv: list[str] | None) -> int:
     """Run one command; return its exit status."""
-    open_standard_streams()
+    descriptor = 0
+    while descriptor <= 2:          # else the next file opened would get the number of a closed one
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
     os.umask(os.umask(0o077) & 0o077)       # an odd one would keep even us from our files
@@ -6197,12 +6105,10 @@ def run_command(argv: list[str] | None) -> int:
     except RouterError as error:
         complain(error)
         return error.exit_code
-    except BrokenPipeError:             # the reader of our output left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # else the flush at exit would fail again
-        complain(f"{error.filename or 'output'}: {reason_of(error)}")
+        if not isinstance(error, BrokenPipeError):      # that only means that our reader left
+            complain(f"{error.filename or 'output'}: {reason_of(error)}")
         return 1
     except Exception as error:          # once, for all commands: no traceback reaches a user
         complain(describe_defect(error))
@@ -6212,15 +6118,13 @@ def run_command(argv: list[str] | None) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit status, or exit with it where `argv` is None."""
     try:
-        try:
-            status = run_command(argv)
-        finally:
-            # From here on Ctrl-C ends it at once: Python would show a traceback while it ends.
-            if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
+        status = run_command(argv)
     except KeyboardInterrupt:
         status = 130
     if argv is None:                    # the caller in a zip application drops what `main` returns
+        # From here on Ctrl-C ends it at once: Python would show a traceback while it ends.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.exit(status)
     return status
 
