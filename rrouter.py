@@ -5458,8 +5458,10 @@ def describe_silence(daemon: Daemon | None) -> str:
         return "not running: `rrouter start` starts it"
     if daemon.holder.stopping:
         return f"{daemon.holder.name} is stopping: running requests finish first"
-    remedy = "ask it there" if daemon.holder.elsewhere else "see `rrouter logs`, then restart"
-    return f"{daemon.holder.name} does not answer here on port {daemon.port}: {remedy}"
+    if daemon.holder.elsewhere:
+        return f"rrouter runs {daemon.holder.elsewhere}: ask it there"
+    return (f"rrouter ({daemon.holder.name}) does not answer on port {daemon.port}: see "
+            "`rrouter logs`, then `rrouter restart`")
 
 
 def show_status(paths: Paths, as_json: bool) -> int:
