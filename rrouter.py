@@ -2019,6 +2019,13 @@ class Paths:
                 "can write")) from error
 
 
+def remove_files(*paths: str) -> None:
+    """Remove files that may not exist."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
 def write_atomically(path: str, content: str | bytes, durable: bool = True,
                      mode: int = 0o600) -> None:
     """Write `content` to `path`: a reader sees the whole new content or the whole old one.
@@ -2028,20 +2035,17 @@ def write_atomically(path: str, content: str | bytes, durable: bool = True,
     """
     path = os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             if mode != 0o600:
-                os.fchmod(descriptor, mode)
+                os.fchmod(file.fileno(), mode)
             file.flush()
             if durable:                 # else a crash may leave the new name with no content
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    finally:
+        remove_files(temporary)         # there is none after the replacement
 
 
 def spare_name(path: str) -> str:
@@ -2071,15 +2075,6 @@ def read_file(path: str) -> bytes | None:
     return content
 
 
-def read_json(path: str) -> Any:
-    """Return what the JSON in a file says, None without a file; raise OSError or ValueError."""
-    content = read_file(path)
-    try:
-        return None if content is None else json.loads(content.decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError("nesting that is too deep") from error
-
-
 def is_at(path: str, descriptor: int) -> bool:
     """Return whether the open file is still the one at `path`: others rotate and remove files."""
     try:
@@ -2101,23 +2096,12 @@ def _signature(path: str) -> tuple[int, ...] | int | None:
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
-def _if_stable(signature: object) -> object:
-    """Return `signature`, or what equals nothing while the next write may not change it."""
-    if isinstance(signature, tuple):
-        settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
-        if time.time() - signature[3] / 1e9 < settled_s:
-            return object()
-    return signature
-
-
-def _write_all(descriptor: int, data: bytes) -> OSError | None:
-    """Write `data`, in one piece if the system lets; return the error that ended it early."""
-    try:
-        while data:
-            data = data[os.write(descriptor, data):]
-    except OSError as error:
-        return error
-    return None
+def _is_settled(signature: tuple[int, ...] | int | None) -> bool:
+    """Return whether the next write of the file changes its signature."""
+    if not isinstance(signature, tuple):
+        return True
+    settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
+    return time.time() - signature[3] / 1e9 >= settled_s
 
 
 def open_log(path: str) -> int:
@@ -2133,7 +2117,7 @@ class Log:
     """
 
     HELD_MAX = 10_000       # lines; only while the disk hangs can so many be held
-    ECHO_S = 0.2            # how long to wait, once, for a stderr that accepts nothing
+    ECHO_S = 0.1            # how long a stderr that accepts nothing may hold up a flush
 
     def __init__(self, path: str, echo: bool):
         self._path, self._echo = path, echo
@@ -2141,7 +2125,6 @@ class Log:
         self._lock = threading.Lock()       # keeps the lines in the order of their times
         self._lines: deque[bytes] = deque(maxlen=self.HELD_MAX)
         self._descriptor: int | None = None
-        self._is_stuck = False              # stderr accepts nothing
 
     def write(self, tag: str, text: str) -> None:
         """Add one line; the caller has made everything printable that comes from outside."""
@@ -2159,27 +2142,33 @@ class Log:
             return
         self._rotate_if_full(len(data))
         if self._descriptor is not None:
-            self._note(_write_all(self._descriptor, data))
+            with self._noting_problem():
+                rest = data
+                while rest:             # written in one piece if the system lets
+                    rest = rest[os.write(self._descriptor, rest):]
         if self._echo:
             self._write_stderr(data)
 
     def _write_stderr(self, data: bytes) -> None:
         """Write as much to stderr as it accepts: a terminal may be stopped, a pipe full."""
         # A pipe that is ready accepts PIPE_BUF bytes without blocking.
-        for start in range(0, len(data), select.PIPE_BUF):
-            ready = select.select([], [2], [], 0 if self._is_stuck else self.ECHO_S)[1]
-            self._is_stuck = not ready
-            if self._is_stuck:
-                return
-            _write_all(2, data[start:start + select.PIPE_BUF])
+        with contextlib.suppress(OSError):
+            for start in range(0, len(data), select.PIPE_BUF):
+                if not select.select([], [2], [], self.ECHO_S)[1]:
+                    return
+                os.write(2, data[start:start + select.PIPE_BUF])
 
-    def _note(self, error: OSError | None) -> None:
-        """Keep the problem for /health; say it once on stderr, with the path."""
-        problem = f"rrouter.log: {reason_of(error)}: log lines are lost" if error else None
-        if problem and not self.problem:        # /health has no path, because it names the user
-            line = f"rrouter: {problem} ({self._path})\n"
-            self._write_stderr(line.encode("utf-8", "replace"))
-        self.problem = problem
+    @contextlib.contextmanager
+    def _noting_problem(self) -> Iterator[None]:
+        """Keep an OSError for /health; say it once on stderr, with the path."""
+        try:
+            yield
+            self.problem = None
+        except OSError as error:
+            problem = f"rrouter.log: {reason_of(error)}: log lines are lost"
+            if not self.problem:        # /health has no path, because it names the user
+                self._write_stderr(os.fsencode(f"rrouter: {problem} ({self._path})\n"))
+            self.problem = problem
 
     def open(self) -> None:
         """Open the file unless it is open and at its path."""
@@ -2188,15 +2177,12 @@ class Log:
                 return
             os.close(self._descriptor)
             self._descriptor = None
-        try:
+        with self._noting_problem():
             with contextlib.suppress(FileExistsError):      # no `makedirs`: HOME may be away
                 os.mkdir(os.path.dirname(self._path), 0o700)
             self._descriptor = open_log(self._path)
             if not self._echo:
                 os.dup2(self._descriptor, 2)    # the daemon's, for messages of Python itself
-            self._note(None)
-        except OSError as error:
-            self._note(error)
 
     def _rotate_if_full(self, coming: int) -> None:
         """Begin a new file if the next `coming` bytes do not fit; if that fails, keep the old."""
@@ -2269,9 +2255,9 @@ class Store:
         if written or new != old:
             self._changed(old, new, written)
         self._current = new
-        # A file that could not be read is read again by the next request.
+        # The next request reads again a file that could not be read or is not settled.
         readable = self._mode_error is None and not isinstance(self._config_bytes, OSError)
-        self._seen = tuple(map(_if_stable, seen)) if readable else None
+        self._seen = seen if readable and all(map(_is_settled, seen)) else None
         return new
 
     def _read_config(self) -> None:
@@ -2296,13 +2282,11 @@ class Store:
 
     def _read_mode(self, signature: object) -> None:
         try:
-            content = read_file(self.paths.mode)
+            word = mode_word(read_file(self.paths.mode))
+            self._mode_error = None
         except OSError as error:
-            self._mode_error = f"mode: {reason_of(error)}: the mode in force stays"
-            return
-        self._mode_error = None
-        word = mode_word(content)
-        if word != "":                  # else it is just being written
+            word, self._mode_error = "", f"mode: {reason_of(error)}: the mode in force stays"
+        if word != "":                  # else it is just being written, or unknown
             self._word = word
             # chmod changes the last member, but does not write the mode.
             self._mode_signature = signature[:3] if isinstance(signature, tuple) else signature
@@ -2328,15 +2312,12 @@ class StateFile:
         self.problem: str | None = None             #: why the last state could not be written
 
     def load(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the state saved with this `fingerprint`, None without a file.
-
-        Raises StateError if the file is unusable or has another fingerprint.
-        """
+        """Return the state saved with this `fingerprint`, None without a file; raise StateError."""
         try:
-            state = read_json(self._path)
+            state = json.loads(read_file(self._path) or b"null")
         except OSError as error:
             raise StateError(reason_of(error)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StateError("not the JSON that rrouter wrote") from error
         if state is None:
             return None
@@ -3880,10 +3861,7 @@ class Lock:
         self._written = Holder(0)       # this process, as the file names it
 
     def acquire(self, instance: str, patience_s: float = PATIENCE_S) -> bool:
-        """Lock the file until this process ends; return False if another one holds it.
-
-        Raises DaemonError.
-        """
+        """Lock the file until this process ends, False if another one does.  Raises DaemonError."""
         holder = Holder(os.getpid(), instance, own_place())
         try:
             with contextlib.ExitStack() as failed:
@@ -4142,7 +4120,7 @@ def raise_descriptor_limit() -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = 4 * CONNECTIONS_MAX
     if soft == resource.RLIM_INFINITY or soft >= enough:
-        return enough
+        return max(soft, enough)        # Linux writes infinity as -1
     with contextlib.suppress(OSError, ValueError):
         wanted = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
@@ -4151,10 +4129,7 @@ def raise_descriptor_limit() -> int:
 
 
 class Watcher(threading.Thread):
-    """Does, every POLL_S or when woken, what no request may wait for.
-
-    Once it runs, it alone writes the log and the state.
-    """
+    """Does, every POLL_S or when woken, what no request waits for; alone writes log and state."""
 
     END_S = 1               # for the last round; a disk that hangs would take for ever
 
@@ -4224,23 +4199,14 @@ def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
     until(lambda: not router.connections, CUT_OFF_S)    # each request writes its line
 
 
-def remove_files(*paths: str) -> None:
-    """Remove files that may not exist."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-
-
 def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[ProxyServer],
                    watcher: Watcher) -> None:
     """Serve until a signal says otherwise, drain, and end the process."""
     log, status = router.log, 1
     try:
-        number = signals.wait()
-        while number == signal.SIGHUP and not signals.hang_up_ends:
+        while (number := signals.wait()) == signal.SIGHUP and not signals.hang_up_ends:
             log.write("START", "SIGHUP: files read again")      # written after the watcher's look
             router.store.wake()
-            number = signals.wait()
         log.write("STOP", f"{signal.Signals(number).name}: running requests may finish within "
                           f"{DRAIN_S} s")
         drain(signals, router, servers)
@@ -4329,11 +4295,11 @@ class Daemon(NamedTuple):
     def last(cls, paths: Paths) -> Daemon | None:
         """Return the one in run.json, live or killed; None without a usable file."""
         try:
-            run = read_json(paths.run)
+            run = json.loads(read_file(paths.run) or b"null")
             holder = Holder(int(run["pid"]), str(run.get("instance", "")))
             return cls(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
                        str(run["upstream"]), str(run.get("allowedHosts", "")))
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
     @classmethod
@@ -4366,10 +4332,7 @@ def end_of_log(paths: Paths) -> str:
 
 
 def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
-    """Return the daemon and its /health once it answers, None once none runs.
-
-    Raises DaemonError.
-    """
+    """Return the daemon and its /health once it answers, None once none runs, or raise."""
     begin = time.monotonic()
     while True:
         daemon = Daemon.find(paths)
@@ -4385,40 +4348,27 @@ def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
         time.sleep(0.02)
 
 
-def _become_daemon(descriptors: tuple[int, ...], arguments: list[str]) -> NoReturn:
-    """In a forked child: run the program in a session without a terminal, as an orphan.
-
-    It gets the `descriptors` as 0, 1, 2 ... and no others; their own numbers are higher.
-    """
-    try:
-        os.setsid()
-        if os.fork() == 0:              # not the session's leader: it never gets a terminal
-            os.umask(0o077)
-            os.chdir("/")
-            for target, source in enumerate(descriptors):
-                os.dup2(source, target)
-            os.closerange(len(descriptors), 1 << 16)
-            # A new program, because what macOS loads into a process does not survive a fork
-            # (python/cpython#105912).
-            os.execv(arguments[0], arguments)
-    finally:
-        os._exit(1)
-
-
 def spawn_daemon(paths: Paths) -> None:
     """Run `serve` as a daemon; return when it listens or finds another one.  Raises DaemonError."""
+    import subprocess
     paths.create()
     program = os.path.abspath(__file__ if os.path.isfile(__file__) else sys.argv[0])
-    arguments = [sys.executable, program, "serve", "--ready-descriptor", "3"]
     read_end, write_end = os.pipe()
     log = open_log(paths.log)
-    null = os.open(os.devnull, os.O_RDWR)
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        _become_daemon((null, log, log, write_end), arguments)
-    for descriptor in (write_end, log, null):
-        os.close(descriptor)
+        try:
+            os.setsid()     # the daemon is not the session's leader, so it never gets a terminal
+            # A new program, because what macOS loads into a process does not survive a fork
+            # (python/cpython#105912).
+            _orphan = subprocess.Popen(
+                (sys.executable, program, "serve", "--ready-descriptor", str(write_end)), cwd="/",
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[write_end], umask=0o077)
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    os.close(log)
     os.waitpid(child, 0)
     with os.fdopen(read_end, "rb") as pipe:
         ready = select.select([pipe], [], [], START_S)[0]
@@ -4544,7 +4494,7 @@ def _listens(host: str, port: int) -> bool:
 def send_signal(lock: Lock, holder: Holder, number: int) -> None:
     """Signal `holder` if it lives here and the lock still names it.  Raises DaemonError."""
     send: Callable[[int], None] = partial(os.kill, holder.pid)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, contextlib.suppress(ProcessLookupError):
         with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
             # Opened before the look, so it cannot mean a later process with the same pid.
             descriptor = os.pidfd_open(holder.pid)
@@ -4555,8 +4505,6 @@ def send_signal(lock: Lock, holder: Holder, number: int) -> None:
                 send(number)
         except PermissionError as error:
             raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
-        except ProcessLookupError:
-            pass
 
 
 def stop_daemon(paths: Paths, home: str) -> str:
