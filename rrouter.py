@@ -2122,18 +2122,16 @@ class Log:
     def __init__(self, path: str, echo: bool):
         self._path, self._echo = path, echo
         self.problem: str | None = None
-        self._lock = threading.Lock()       # keeps the lines in the order of their times
         self._lines: deque[bytes] = deque(maxlen=self.HELD_MAX)
         self._descriptor: int | None = None
 
     def write(self, tag: str, text: str) -> None:
         """Add one line; the caller has made everything printable that comes from outside."""
-        with self._lock:
-            now = datetime.datetime.fromtimestamp(time.time())
-            if len(self._lines) == self.HELD_MAX:
-                self.problem = "rrouter.log: the disk does not respond: log lines are lost"
-            line = f"{now.isoformat(' ', 'milliseconds')} [{tag}] {text}\n"
-            self._lines.append(line.encode("utf-8", "replace"))
+        now = datetime.datetime.fromtimestamp(time.time())
+        if len(self._lines) == self.HELD_MAX:
+            self.problem = "rrouter.log: the disk does not respond: log lines are lost"
+        line = f"{now.isoformat(' ', 'milliseconds')} [{tag}] {text}\n"
+        self._lines.append(line.encode("utf-8", "replace"))
 
     def flush(self) -> None:
         """Write the lines added so far."""
@@ -2286,7 +2284,7 @@ class Store:
             self._mode_error = None
         except OSError as error:
             word, self._mode_error = "", f"mode: {reason_of(error)}: the mode in force stays"
-        if word != "":                  # else it is just being written, or unknown
+        if word != "":                  # else it is unreadable or just being written
             self._word = word
             # chmod changes the last member, but does not write the mode.
             self._mode_signature = signature[:3] if isinstance(signature, tuple) else signature
@@ -2296,10 +2294,9 @@ class Store:
         mode = config.resolve(word if word is not None else config.default_mode)
         problems = [self._config_error, *(f"config.json: {problem}" for problem in config.problems),
                     self._mode_error]
-        if word == MODE_AUTO and word != mode:
-            problems.append(f"config.json: {config.auto_error}")
-        elif word is not None and word != mode:
-            problems.append(f"{describe_unknown_mode(word, config.choices)}; {mode} is in force")
+        if word is not None and word != mode:
+            problems.append(f"config.json: {config.auto_error}" if word == MODE_AUTO else
+                            f"{describe_unknown_mode(word, config.choices)}; {mode} is in force")
         return Snapshot(config, mode, tuple(dict.fromkeys(filter(None, problems))))
 
 
@@ -2434,11 +2431,7 @@ return_free_memory = partial(_ask_libc, "malloc_trim", 0)
 
 
 def outlive_main_script(run: Callable[[], None]) -> None:
-    """Call `run` in a thread that outlives the main script.
-
-    Python keeps the syntax tree of the script, 8 MB, until it has ended.  The interpreter waits for
-    the thread before it finalizes anything.
-    """
+    """Call `run` in a thread that outlives the main script, whose syntax tree takes 8 MB."""
     if (3, 12) <= sys.version_info < (3, 12, 2):    # no thread starts there after it (gh-113964)
         run()
     else:
@@ -3832,8 +3825,7 @@ class Holder(NamedTuple):
         """Where the process lives if its pid means nothing here, else ""."""
         if not self.instance or self.place == own_place():
             return ""
-        host = self.place.split()[0]
-        return f"in another container or on another host ({printable(host)})"
+        return f"in another container or on another host ({printable(self.place.split()[0])})"
 
     @property
     def name(self) -> str:
@@ -3936,27 +3928,24 @@ class Lock:
 class Signals:
     """Signals as bytes in a pipe, because a handler can run in the middle of anything."""
 
-    def __init__(self) -> None:
-        self._read = self._write = -1
-        self.hang_up_ends = False       #: SIGHUP means that our terminal closed, not "read again"
+    hang_up_ends = False        #: SIGHUP means that our terminal closed, not "read again"
 
     def install(self) -> None:
         """Catch SIGTERM, SIGINT and SIGHUP from now on; for the main thread."""
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
+        self._read, write_end = os.pipe()
+        os.set_blocking(write_end, False)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # else we run under nohup
             with contextlib.suppress(OSError):                      # there is no terminal
                 os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
                 self.hang_up_ends = True
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Return the number of the next signal, 0 if none comes within `timeout_s`."""
-        if not select.select([self._read], [], [], timeout_s)[0]:
-            return 0
-        return os.read(self._read, 1)[0]        # one at a time: the second has another meaning
+        is_there = select.select([self._read], [], [], timeout_s)[0]
+        return os.read(self._read, 1)[0] if is_there else 0     # the second has another meaning
 
 
 def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
@@ -4026,7 +4015,8 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | N
     several = {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}
     for address in several.get(host, (host,)):
         connection = http.client.HTTPConnection(address, port, timeout=timeout_s)
-        try:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, RecursionError), \
+                contextlib.closing(connection):
             connection.connect()
             with total_limit(connection.sock, timeout_s):
                 connection.request("GET", "/health", headers={"Host": "localhost"})
@@ -4034,10 +4024,6 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | N
             if (isinstance(health, dict) and "autoSwitch" in health
                     and isinstance(health.get("pid"), int)):
                 return health
-        except (OSError, http.client.HTTPException, ValueError):
-            continue
-        finally:
-            connection.close()
     return None
 
 
@@ -4087,9 +4073,7 @@ def who_starts() -> str:
     """Return what started this process in the foreground: systemd, launchd, or `serve` by hand."""
     if os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()):
         return "systemd"
-    if os.environ.get("XPC_SERVICE_NAME", "0") == LAUNCHD_LABEL:
-        return "launchd"
-    return "serve"
+    return "launchd" if os.environ.get("XPC_SERVICE_NAME") == LAUNCHD_LABEL else "serve"
 
 
 def report_start(ready: int, words: str) -> None:
@@ -4131,8 +4115,6 @@ def raise_descriptor_limit() -> int:
 class Watcher(threading.Thread):
     """Does, every POLL_S or when woken, what no request waits for; alone writes log and state."""
 
-    END_S = 1               # for the last round; a disk that hangs would take for ever
-
     def __init__(self, router: Router, lock: Lock):
         super().__init__(daemon=True)
         self._router, self._lock = router, lock
@@ -4173,7 +4155,7 @@ class Watcher(threading.Thread):
         """Let it save and log the rest in a last round."""
         self._ending = True
         self._router.store.wake()
-        self.join(self.END_S)
+        self.join(1)            # a disk that hangs would take for ever
 
 
 def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
@@ -4199,9 +4181,9 @@ def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
     until(lambda: not router.connections, CUT_OFF_S)    # each request writes its line
 
 
-def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[ProxyServer],
+def run_to_the_end(signals: Signals, router: Router, servers: list[ProxyServer],
                    watcher: Watcher) -> None:
-    """Serve until a signal says otherwise, drain, and end the process."""
+    """Serve until a signal says otherwise, drain, and end the process, which frees the lock."""
     log, status = router.log, 1
     try:
         while (number := signals.wait()) == signal.SIGHUP and not signals.hang_up_ends:
@@ -4218,7 +4200,6 @@ def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[P
         watcher.end()
         if router.keeps_state:
             remove_files(router.store.paths.pid, router.store.paths.run)
-        lock.release()
     finally:
         os._exit(status)    # threads of streams past the drain time would hold the interpreter up
 
@@ -4272,7 +4253,7 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     watcher.start()
     if ready is not None:
         report_start(ready, "ready")
-    outlive_main_script(partial(run_to_the_end, signals, lock, router, servers, watcher))
+    outlive_main_script(partial(run_to_the_end, signals, router, servers, watcher))
     return 0
 
 
@@ -4484,11 +4465,10 @@ def start_daemon(paths: Paths, home: str) -> str:
 
 
 def _listens(host: str, port: int) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         socket.create_connection((host, port), timeout=1).close()
         return True
-    except OSError:
-        return False
+    return False
 
 
 def send_signal(lock: Lock, holder: Holder, number: int) -> None:
@@ -4529,8 +4509,7 @@ def stop_daemon(paths: Paths, home: str) -> str:
         holder = lock.look()
         if holder and daemon.holder.is_same(holder):
             send_signal(lock, holder, signal.SIGKILL)
-        text = (f"rrouter killed (pid {daemon.pid}), because it did not stop within "
-                f"{DRAIN_S + 5} s")
+        text = f"rrouter killed (pid {daemon.pid}): it did not stop within {DRAIN_S + 5} s"
         if not until(is_gone, 5):
             raise DaemonError(f"pid {daemon.pid} does not end: find out what holds it")
         remove_files(paths.pid, paths.run)
