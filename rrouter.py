@@ -2045,7 +2045,7 @@ def write_atomically(path: str, content: str | bytes, durable: bool = True,
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
-        remove_files(temporary)         # there is none after the replacement
+        remove_files(temporary)         # gone already after the replacement
 
 
 def spare_name(path: str) -> str:
@@ -2423,10 +2423,10 @@ def _ask_libc(function: str, *arguments: int) -> None:
         getattr(ctypes.CDLL(None), function)(*arguments)
 
 
-# One malloc arena (M_ARENA_MAX in <malloc.h>), because glibc never returns the free end of the
+# Make glibc use one malloc arena (M_ARENA_MAX), because it never returns the free end of the
 # others; before there are threads.
 use_one_heap = partial(_ask_libc, "mallopt", -8, 1)
-# What Python has freed and the C library keeps goes back to the system.
+# Return to the system what Python has freed and the C library keeps.
 return_free_memory = partial(_ask_libc, "malloc_trim", 0)
 
 
