@@ -5263,8 +5263,6 @@ class ParallelStreamsTest(LoadTest):
 
     def test_each_client_gets_all_events_of_its_own_stream(self):
         """Half of the streams begin in another mode."""
-        if SOAKING:
-            print("soak: %d streams for %d s" % (self.STREAMS, self.SECONDS), file=sys.stderr)
         before, marks = self.at_rest(), ["mark-%d" % number for number in range(self.STREAMS)]
         self.upstream.clear()
         self.upstream.default = lambda received: Response() if received.method == "GET" else stream(
@@ -5465,8 +5463,6 @@ class LongStreamTest(RouterTest):
         return connection
 
     def test_gaps_end_nothing(self):
-        if SOAKING:
-            print("soak: pings alone for %d s" % (self.PINGS * self.GAP_S), file=sys.stderr)
         first, ping, stop = event("content_block_delta"), event("ping"), event("message_stop")
         pings, speak, go_on, never = [ping] * self.PINGS, self.gate(), self.gate(), self.gate()
         go_on.set()
