@@ -50,6 +50,7 @@ import enum
 import errno
 import fcntl
 import fnmatch
+import glob
 import http.client
 import http.server
 import ipaddress
@@ -1967,11 +1968,18 @@ class Paths:
                     os.chmod(directory, 0o700)
         except OSError as error:
             path = error.filename or self.root
-            if os.path.islink(path) and not os.path.exists(path):
-                raise DaemonError(f"{path}: a symbolic link that leads nowhere: remove it, or "
-                                  "create its target") from error
-            raise DaemonError(f"{path}: {reason_of(error)}: rrouter keeps "
-                              "its files there; set HOME to a directory you can write") from error
+            raise DaemonError(f"{path}: " + (
+                "a symbolic link that leads nowhere: remove it, or create its target"
+                if os.path.islink(path) and not os.path.exists(path) else
+                f"{reason_of(error)}: rrouter keeps its files there; set HOME to a directory you "
+                "can write")) from error
+
+
+def remove_files(*paths: str) -> None:
+    """Remove files that may not exist."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def write_atomically(path: str, content: str | bytes, durable: bool = True,
@@ -1983,20 +1991,17 @@ def write_atomically(path: str, content: str | bytes, durable: bool = True,
     """
     path = os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             if mode != 0o600:
-                os.fchmod(descriptor, mode)
+                os.fchmod(file.fileno(), mode)
             file.flush()
             if durable:                 # else a crash may leave the new name with no content
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    finally:
+        remove_files(temporary)         # gone already after the replacement
 
 
 def spare_name(path: str) -> str:
@@ -2026,13 +2031,12 @@ def read_file(path: str) -> bytes | None:
     return content
 
 
-def read_json(path: str) -> Any:
-    """Return what the JSON in a file says, None without a file; raise OSError or ValueError."""
-    content = read_file(path)
+def is_at(path: str, descriptor: int) -> bool:
+    """Return whether the open file is still the one at `path`: others rotate and remove files."""
     try:
-        return None if content is None else json.loads(content.decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError("nesting that is too deep") from error
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def _signature(path: str) -> tuple[int, ...] | int | None:
@@ -2048,23 +2052,17 @@ def _signature(path: str) -> tuple[int, ...] | int | None:
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
-def _if_stable(signature: object) -> object:
-    """Return `signature`, or what equals nothing while the next write may not change it."""
-    if isinstance(signature, tuple):
-        settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
-        if time.time() - signature[3] / 1e9 < settled_s:
-            return object()
-    return signature
+def _is_settled(signature: tuple[int, ...] | int | None) -> bool:
+    """Return whether the next write of the file changes its signature."""
+    if not isinstance(signature, tuple):
+        return True
+    settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
+    return time.time() - signature[3] / 1e9 >= settled_s
 
 
-def _write_all(descriptor: int, data: bytes) -> OSError | None:
-    """Write `data`, in one piece if the system lets; return the error that ended it early."""
-    try:
-        while data:
-            data = data[os.write(descriptor, data):]
-    except OSError as error:
-        return error
-    return None
+def open_log(path: str) -> int:
+    """Open the log file, without waiting for a reader if it is a FIFO; return its descriptor."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
 
 
 class Log:
@@ -2075,30 +2073,21 @@ class Log:
     """
 
     HELD_MAX = 10_000       # lines; only while the disk hangs can so many be held
-    MANY = 1_000            # lines that wake the watcher early
-    ECHO_S = 0.2            # how long to wait, once, for a stderr that accepts nothing
+    ECHO_S = 0.1            # how long a stderr that accepts nothing may hold up a flush
 
     def __init__(self, path: str, echo: bool):
         self._path, self._echo = path, echo
-        self.wake: Callable[[], None] = lambda: None    #: wakes the watcher; must not block
         self.problem: str | None = None
-        self._lock = threading.Lock()       # keeps the lines in the order of their times
         self._lines: deque[bytes] = deque(maxlen=self.HELD_MAX)
         self._descriptor: int | None = None
-        self._is_stuck = False              # stderr accepts nothing
 
     def write(self, tag: str, text: str) -> None:
         """Add one line; the caller has made everything printable that comes from outside."""
-        with self._lock:
-            now = time.time()
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-            if len(self._lines) == self.HELD_MAX:
-                self.problem = "rrouter.log: the disk does not respond: log lines are lost"
-            line = f"{stamp}.{int(now % 1 * 1000):03d} [{tag}] {text}\n"
-            self._lines.append(line.encode("utf-8", "replace"))
-            many = len(self._lines) == self.MANY
-        if many:
-            self.wake()
+        now = datetime.datetime.fromtimestamp(time.time())
+        if len(self._lines) == self.HELD_MAX:
+            self.problem = "rrouter.log: the disk does not respond: log lines are lost"
+        line = f"{now.isoformat(' ', 'milliseconds')} [{tag}] {text}\n"
+        self._lines.append(line.encode("utf-8", "replace"))
 
     def flush(self) -> None:
         """Write the lines added so far."""
@@ -2107,49 +2096,47 @@ class Log:
             return
         self._rotate_if_full(len(data))
         if self._descriptor is not None:
-            self._note(_write_all(self._descriptor, data))
+            with self._noting_problem():
+                rest = data
+                while rest:             # written in one piece if the system lets
+                    rest = rest[os.write(self._descriptor, rest):]
         if self._echo:
             self._write_stderr(data)
 
     def _write_stderr(self, data: bytes) -> None:
         """Write as much to stderr as it accepts: a terminal may be stopped, a pipe full."""
         # A pipe that is ready accepts PIPE_BUF bytes without blocking.
-        for start in range(0, len(data), select.PIPE_BUF):
-            ready = select.select([], [2], [], 0 if self._is_stuck else self.ECHO_S)[1]
-            self._is_stuck = not ready
-            if self._is_stuck:
-                return
-            _write_all(2, data[start:start + select.PIPE_BUF])
+        with contextlib.suppress(OSError):
+            for start in range(0, len(data), select.PIPE_BUF):
+                if not select.select([], [2], [], self.ECHO_S)[1]:
+                    return
+                os.write(2, data[start:start + select.PIPE_BUF])
 
-    def _note(self, error: OSError | None) -> None:
-        """Keep the problem for /health; say it once on stderr, with the path."""
-        problem = f"rrouter.log: {reason_of(error)}: log lines are lost" if error else None
-        if problem and not self.problem:        # /health has no path, because it names the user
-            line = f"rrouter: {problem} ({self._path})\n"
-            self._write_stderr(line.encode("utf-8", "replace"))
-        self.problem = problem
+    @contextlib.contextmanager
+    def _noting_problem(self) -> Iterator[None]:
+        """Keep an OSError for /health; say it once on stderr, with the path."""
+        try:
+            yield
+            self.problem = None
+        except OSError as error:
+            problem = f"rrouter.log: {reason_of(error)}: log lines are lost"
+            if not self.problem:        # /health has no path, because it names the user
+                self._write_stderr(os.fsencode(f"rrouter: {problem} ({self._path})\n"))
+            self.problem = problem
 
     def open(self) -> None:
-        """Open the file unless it is open and at its path: others rotate and remove files too."""
-        with contextlib.suppress(OSError):
-            if self._descriptor is not None and os.path.samestat(
-                    os.stat(self._path), os.fstat(self._descriptor)):
+        """Open the file unless it is open and at its path."""
+        if self._descriptor is not None:
+            if is_at(self._path, self._descriptor):
                 return
-        descriptor = problem = None
-        try:
+            os.close(self._descriptor)
+            self._descriptor = None
+        with self._noting_problem():
             with contextlib.suppress(FileExistsError):      # no `makedirs`: HOME may be away
                 os.mkdir(os.path.dirname(self._path), 0o700)
-            # A FIFO without a reader would block.
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-            descriptor = os.open(self._path, flags, 0o600)
-        except OSError as error:
-            problem = error
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-        self._descriptor = descriptor
-        if descriptor is not None and not self._echo:
-            os.dup2(descriptor, 2)      # the daemon's stderr, for messages of Python itself
-        self._note(problem)
+            self._descriptor = open_log(self._path)
+            if not self._echo:
+                os.dup2(self._descriptor, 2)    # the daemon's, for messages of Python itself
 
     def _rotate_if_full(self, coming: int) -> None:
         """Begin a new file if the next `coming` bytes do not fit; if that fails, keep the old."""
@@ -2160,7 +2147,7 @@ class Log:
             # Two processes may write the same file.  One of them rotates it; the other finds
             # another file at the path.  Closing the file in `open` releases the lock.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.stat(self._path), os.fstat(descriptor)):
+            if is_at(self._path, descriptor):
                 for number in range(LOG_FILES - 1, 0, -1):
                     with contextlib.suppress(FileNotFoundError):
                         os.replace(f"{self._path}.{number}", f"{self._path}.{number + 1}")
@@ -2222,9 +2209,9 @@ class Store:
         if written or new != old:
             self._changed(old, new, written)
         self._current = new
-        # A file that could not be read is read again by the next request.
+        # The next request reads again a file that could not be read or is not settled.
         readable = self._mode_error is None and not isinstance(self._config_bytes, OSError)
-        self._seen = tuple(map(_if_stable, seen)) if readable else None
+        self._seen = seen if readable and all(map(_is_settled, seen)) else None
         return new
 
     def _read_config(self) -> None:
@@ -2249,13 +2236,11 @@ class Store:
 
     def _read_mode(self, signature: object) -> None:
         try:
-            content = read_file(self.paths.mode)
+            word = mode_word(read_file(self.paths.mode))
+            self._mode_error = None
         except OSError as error:
-            self._mode_error = f"mode: {reason_of(error)}: the mode in force stays"
-            return
-        self._mode_error = None
-        word = mode_word(content)
-        if word != "":                  # else it is just being written
+            word, self._mode_error = "", f"mode: {reason_of(error)}: the mode in force stays"
+        if word != "":                  # else it is unreadable or just being written
             self._word = word
             # chmod changes the last member, but does not write the mode.
             self._mode_signature = signature[:3] if isinstance(signature, tuple) else signature
@@ -2274,23 +2259,20 @@ class Store:
 
 
 class StateFile:
-    """state.json: the state of auto mode, kept over a restart.  One thread alone writes it."""
+    """state.json: the state of auto mode, kept over a restart.  Only the watcher writes it."""
 
     def __init__(self, path: str, log: Log):
         self._path, self._log = path, log
-        self._saved: dict[str, Any] | None = None
-        self.problem: str | None = None     #: why the last state could not be written
+        self.saved: dict[str, Any] | None = None    #: in the file; None lets `save` write again
+        self.problem: str | None = None             #: why the last state could not be written
 
     def load(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the state saved with this `fingerprint`, None without a file.
-
-        Raises StateError if the file is unusable or has another fingerprint.
-        """
+        """Return the state saved with this `fingerprint`, None without a file; raise StateError."""
         try:
-            state = read_json(self._path)
+            state = json.loads(read_file(self._path) or b"null")
         except OSError as error:
             raise StateError(reason_of(error)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StateError("not the JSON that rrouter wrote") from error
         if state is None:
             return None
@@ -2301,17 +2283,13 @@ class StateFile:
                 raise StateError(f"{what} was written since")
         return state
 
-    def forget(self) -> None:
-        """Let the next `save` write, because the file was removed."""
-        self._saved = None
-
     def save(self, state: dict[str, Any]) -> None:
         """Write the state unless it is the last saved; a failure is logged once."""
-        if state == self._saved:
+        if state == self.saved:
             return
         try:
             write_atomically(self._path, json.dumps({"version": 1, **state}, indent=1) + "\n")
-            self._saved, self.problem = state, None
+            self.saved, self.problem = state, None
         except OSError as error:
             problem = (f"state.json: cannot be written: {reason_of(error)}: "
                        "a restart forgets the cooldowns")
@@ -2343,11 +2321,8 @@ class RememberedHead:
     def remember(self, data: bytes, head: RequestHead) -> None:
         """Keep `head`, which was parsed from `data`."""
         number = _ONE_LENGTH.search(data)
-        if number:
-            self._before, self._after = data[:number.start(1)], data[number.end(1):]
-        else:
-            self._before, self._after = data, b""
-        self._head = head
+        begin, end = number.span(1) if number else (len(data), len(data))
+        self._before, self._after, self._head = data[:begin], data[end:], head
 
     def match(self, data: bytes) -> tuple[RequestHead, int] | None:
         """Return (head, its size in bytes) if `data` begins with the same head, else None."""
@@ -2360,8 +2335,7 @@ class RememberedHead:
         if (not number or not data.startswith(self._after, number.end())
                 or int(number.group()) > BODY_MAX_BYTES):
             return None
-        head = head._replace(length=int(number.group()))
-        return head, number.end() + len(self._after)
+        return head._replace(length=int(number.group())), number.end() + len(self._after)
 
 
 class OneCore:
@@ -2371,51 +2345,33 @@ class OneCore:
     for.  When there is little to do, a thread is better off on whichever core is free.
     """
 
-    ACTIVE_MIN = 8                      # requests under way
-    BUSY, CALM = 0.2, 0.1               # share of one core: where this begins, and where it ends
-    PERIOD_S = POLL_S * 0.9             # a shorter time proves nothing
+    REQUESTS, BUSY = 8, 0.2             # from which this pays: under way, share of a core in use
 
     def __init__(self) -> None:
-        self._core: int | None = None   # the core that the threads keep to
+        self._shared = False            # the threads keep to one core
         self._seen = 0.0, 0.0
 
     def look(self, active: int, threads: list[int], now: float, used_s: float) -> None:
-        """Decide again; not to be called from one of `threads`, which are native ids.
+        """Decide again, with `active` requests under way; not to be called from one of `threads`.
 
-        `active` is the number of requests under way.  `now` (time.monotonic) and `used_s` show how
-        busy the process was since the last call: processor time in user mode, because the kernel
-        does not need the interpreter lock.
+        Those are native ids.  `now` (time.monotonic) and `used_s` show how busy the process was:
+        processor time in user mode, because the kernel does not need the interpreter lock.
         """
-        if now - self._seen[0] < self.PERIOD_S or not hasattr(os, "sched_setaffinity"):
-            return
-        busy = (used_s - self._seen[1]) / (now - self._seen[0])
-        self._seen = now, used_s
-        with contextlib.suppress(OSError):              # a sandbox may forbid it
-            allowed = os.sched_getaffinity(0)           # each time, because the user may change it
-            enough = min(active, len(threads)) >= self.ACTIVE_MIN
-            if enough and busy >= (self.BUSY if self._core is None else self.CALM):
-                if self._core not in allowed:
-                    self._core = self._core_of(threads[0])
-                if self._core in allowed:
-                    self._place(threads, {self._core})
-            elif self._core is not None:
-                self._core = None
-                self._place(threads, allowed)
-
-    @staticmethod
-    def _core_of(thread: int) -> int | None:
-        """Return the core a busy thread last ran on: the kernel knows the fast cores."""
-        # The thread may have ended, and not every system has /proc.
-        with contextlib.suppress(OSError, ValueError, IndexError), \
-                open(f"/proc/self/task/{thread}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[36])
-        return None
-
-    @staticmethod
-    def _place(threads: list[int], cores: Iterable[int]) -> None:
-        for thread in threads:
-            with contextlib.suppress(OSError):          # it has ended
-                os.sched_setaffinity(thread, cores)
+        period_s, busy_s = now - self._seen[0], used_s - self._seen[1]
+        if period_s < POLL_S / 2 or not hasattr(os, "sched_setaffinity"):
+            return                      # a short time proves nothing
+        was_shared, self._seen = self._shared, (now, used_s)
+        self._shared = min(active, len(threads)) >= self.REQUESTS and busy_s >= self.BUSY * period_s
+        if self._shared or was_shared:
+            with contextlib.suppress(OSError):          # a sandbox may forbid it, or has no /proc
+                cores = os.sched_getaffinity(0)         # the user may change it
+                if self._shared:        # where one of them last ran: the kernel knows fast cores
+                    status = read_file(f"/proc/self/task/{threads[0]}/stat") or b""
+                    core = status.rpartition(b")")[2].split()[36:37]
+                    cores = cores.intersection(map(int, core)) or cores
+                for thread in threads:
+                    with contextlib.suppress(OSError):  # it has ended
+                        os.sched_setaffinity(thread, cores)
 
 
 def _ask_libc(function: str, *arguments: int) -> None:
@@ -2425,25 +2381,15 @@ def _ask_libc(function: str, *arguments: int) -> None:
         getattr(ctypes.CDLL(None), function)(*arguments)
 
 
-def use_one_heap() -> None:
-    """Make glibc use one malloc arena, because it never returns the free end of the others.
-
-    To be called before there are threads.
-    """
-    _ask_libc("mallopt", -8, 1)         # M_ARENA_MAX in <malloc.h>
-
-
-def return_free_memory() -> None:
-    """Return to the system what Python has freed and the C library keeps."""
-    _ask_libc("malloc_trim", 0)
+# Make glibc use one malloc arena (M_ARENA_MAX), because it never returns the free end of the
+# others; before there are threads.
+use_one_heap = partial(_ask_libc, "mallopt", -8, 1)
+# Return to the system what Python has freed and the C library keeps.
+return_free_memory = partial(_ask_libc, "malloc_trim", 0)
 
 
 def outlive_main_script(run: Callable[[], None]) -> None:
-    """Call `run` in a thread that outlives the main script.
-
-    Python keeps the syntax tree of the script, 8 MB, until it has ended.  The interpreter waits for
-    the thread before it finalizes anything.
-    """
+    """Call `run` in a thread that outlives the main script, whose syntax tree takes 8 MB."""
     if (3, 12) <= sys.version_info < (3, 12, 2):    # no thread starts there after it (gh-113964)
         run()
     else:
@@ -3777,8 +3723,7 @@ class Holder(NamedTuple):
         """Where the process lives if its pid means nothing here, else ""."""
         if not self.instance or self.place == own_place():
             return ""
-        host = self.place.split()[0]
-        return f"in another container or on another host ({printable(host)})"
+        return f"in another container or on another host ({printable(self.place.split()[0])})"
 
     @property
     def name(self) -> str:
@@ -3804,13 +3749,9 @@ class Lock:
         self._path = path
         self._descriptor: int | None = None
         self._written = Holder(0)       # this process, as the file names it
-        self.stopping = False           #: what `renew` says of this process
 
     def acquire(self, instance: str, patience_s: float = PATIENCE_S) -> bool:
-        """Lock the file until this process ends; return False if another one holds it.
-
-        Raises DaemonError.
-        """
+        """Lock the file until this process ends, False if another one does.  Raises DaemonError."""
         holder = Holder(os.getpid(), instance, own_place())
         try:
             with contextlib.ExitStack() as failed:
@@ -3847,15 +3788,11 @@ class Lock:
 
     def is_removed(self) -> bool:
         """Return whether the file that this process holds has left its path."""
-        try:
-            return self._descriptor is not None and not os.path.samestat(
-                os.stat(self._path), os.fstat(self._descriptor))
-        except OSError as error:
-            return isinstance(error, FileNotFoundError)
+        return self._descriptor is not None and not is_at(self._path, self._descriptor)
 
-    def renew(self) -> None:
+    def renew(self, stopping: bool) -> None:
         """Correct the line if this process holds the lock: laptops change their host names."""
-        holder = self._written._replace(place=own_place(), stopping=self.stopping)
+        holder = self._written._replace(place=own_place(), stopping=stopping)
         if self._descriptor is not None and holder != self._written:
             with contextlib.suppress(OSError):
                 self._write(self._descriptor, holder)
@@ -3889,27 +3826,24 @@ class Lock:
 class Signals:
     """Signals as bytes in a pipe, because a handler can run in the middle of anything."""
 
-    def __init__(self) -> None:
-        self._read = self._write = -1
-        self.hang_up_ends = False       #: SIGHUP means that our terminal closed, not "read again"
+    hang_up_ends = False        #: SIGHUP means that our terminal closed, not "read again"
 
     def install(self) -> None:
         """Catch SIGTERM, SIGINT and SIGHUP from now on; for the main thread."""
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
+        self._read, write_end = os.pipe()
+        os.set_blocking(write_end, False)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # else we run under nohup
             with contextlib.suppress(OSError):                      # there is no terminal
                 os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
                 self.hang_up_ends = True
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Return the number of the next signal, 0 if none comes within `timeout_s`."""
-        if not select.select([self._read], [], [], timeout_s)[0]:
-            return 0
-        return os.read(self._read, 1)[0]        # one at a time: the second has another meaning
+        is_there = select.select([self._read], [], [], timeout_s)[0]
+        return os.read(self._read, 1)[0] if is_there else 0     # the second has another meaning
 
 
 def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
@@ -3944,18 +3878,17 @@ def port_owner(port: int) -> str:
         output = run_program(("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"), 3)[1]
         found = re.search(r"p(\d+)\nc([^\n]+)", output)
         return f"{printable(found[2])} (pid {found[1]})" if found else ""
-    inodes = set()
+    links = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
-            rows = [line.split() for line in file][1:]
-            inodes |= {f"socket:[{row[9]}]" for row in rows
-                       if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
-    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
+            links |= {f"socket:[{row[9]}]" for row in map(str.split, file)
+                      if row[1].endswith(f":{port:04X}") and row[3] == "0A"}
+    for path in glob.iglob("/proc/[0-9]*/fd/*") if links else ():
         with contextlib.suppress(OSError):              # it has ended, or is not ours
-            for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
-                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-                        return f"{printable(file.read().strip())} (pid {pid})"
+            if os.readlink(path) in links:
+                pid = path.split("/")[2]
+                name = read_file(f"/proc/{pid}/comm") or b""
+                return f"{printable(name.decode('utf-8', 'replace').strip())} (pid {pid})"
     return ""
 
 
@@ -3980,7 +3913,8 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | N
     several = {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}
     for address in several.get(host, (host,)):
         connection = http.client.HTTPConnection(address, port, timeout=timeout_s)
-        try:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, RecursionError), \
+                contextlib.closing(connection):
             connection.connect()
             with total_limit(connection.sock, timeout_s):
                 connection.request("GET", "/health", headers={"Host": "localhost"})
@@ -3988,10 +3922,6 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | N
             if (isinstance(health, dict) and "autoSwitch" in health
                     and isinstance(health.get("pid"), int)):
                 return health
-        except (OSError, http.client.HTTPException, ValueError):
-            continue
-        finally:
-            connection.close()
     return None
 
 
@@ -4010,24 +3940,22 @@ def describe_taken(settings: Settings) -> str:
 def listen(settings: Settings, router: Router) -> list[ProxyServer]:
     """Return the listening servers; raise DaemonError if an address is taken or none is ours."""
     servers: list[ProxyServer] = []
-    problem: OSError | None = None
+    why = ""
     for family, address in addresses_of(settings):
-        server = ProxyServer(family, address, router)
+        servers.append(ProxyServer(family, address, router))
         try:
-            server.server_bind()
-            server.server_activate()
-            servers.append(server)
+            servers[-1].server_bind()
+            servers[-1].server_activate()
         except OSError as error:
-            server.server_close()
-            problem = error
             if error.errno == errno.EADDRINUSE:
-                break
-            router.log.write("START", f"not listening on {address[0]}: {reason_of(error)}")
-    if problem is not None and (problem.errno == errno.EADDRINUSE or not servers):
-        for server in servers:
-            server.server_close()
-        raise DaemonError(describe_taken(settings) if problem.errno == errno.EADDRINUSE else
-                          f"cannot listen on {settings.listen_addr}: {reason_of(problem)}")
+                for server in servers:
+                    server.server_close()
+                raise DaemonError(describe_taken(settings)) from error
+            servers.pop().server_close()
+            why = reason_of(error)
+            router.log.write("START", f"not listening on {address[0]}: {why}")
+    if not servers:
+        raise DaemonError(f"cannot listen on {settings.listen_addr}: {why}")
     router.addresses = [server.server_address[:2] for server in servers]    # type: ignore[misc]
     if all(is_loopback(host) for host, _ in router.addresses):
         names = ("localhost", "127.0.0.1", "::1", settings.host.lower().rstrip("."),
@@ -4043,9 +3971,7 @@ def who_starts() -> str:
     """Return what started this process in the foreground: systemd, launchd, or `serve` by hand."""
     if os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()):
         return "systemd"
-    if os.environ.get("XPC_SERVICE_NAME", "0") == LAUNCHD_LABEL:
-        return "launchd"
-    return "serve"
+    return "launchd" if os.environ.get("XPC_SERVICE_NAME") == LAUNCHD_LABEL else "serve"
 
 
 def report_start(ready: int, words: str) -> None:
@@ -4056,8 +3982,8 @@ def report_start(ready: int, words: str) -> None:
             os.close(ready)                     # `start` reads to the end of file
 
 
-def write_run_files(router: Router) -> bool:
-    """Write pid and run.json, without which the daemon works as well; return False on failure."""
+def write_run_files(router: Router) -> None:
+    """Write pid and run.json, without which the daemon works as well."""
     paths, settings = router.store.paths, router.settings
     run = {"host": settings.host, "port": settings.port, "upstream": settings.upstream,
            "pid": os.getpid(), "instance": router.instance, "startedBy": router.started_by,
@@ -4068,8 +3994,6 @@ def write_run_files(router: Router) -> bool:
     except OSError as error:
         router.log.write("ERROR", f"{paths.run}: {reason_of(error)}: "
                                   "other commands may not find this daemon")
-        return False
-    return True
 
 
 def raise_descriptor_limit() -> int:
@@ -4077,44 +4001,34 @@ def raise_descriptor_limit() -> int:
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = 4 * CONNECTIONS_MAX
-    if soft == resource.RLIM_INFINITY:
-        return enough
-    wanted = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
-    if soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            return wanted
+    if soft == resource.RLIM_INFINITY or soft >= enough:
+        return max(soft, enough)        # Linux writes infinity as -1
+    with contextlib.suppress(OSError, ValueError):
+        wanted = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
     return soft
 
 
-class Watcher:
-    """The thread that does, every POLL_S or when woken, what no request may wait for.
-
-    Once it runs, it alone writes the log and the state.
-    """
-
-    END_S = 1               # for the last round; a disk that hangs would take for ever
+class Watcher(threading.Thread):
+    """Does, every POLL_S or when woken, what no request waits for; alone writes log and state."""
 
     def __init__(self, router: Router, lock: Lock):
+        super().__init__(daemon=True)
         self._router, self._lock = router, lock
         self._owns_files = router.keeps_state
-        self._ending = self._is_unwritten = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._ending = False
 
-    def start(self) -> None:
-        """Begin; the log wakes it when it holds many lines."""
-        self._router.log.wake = self._router.store.wake
-        self._thread.start()
-
-    def _run(self) -> None:
-        condition, log = self._router.store.condition, self._router.log
+    def run(self) -> None:
+        """Take the steps until `end`; a defect in one stops no other."""
+        router, condition, log = self._router, self._router.store.condition, self._router.log
         is_last = False
         while not is_last:
             with condition:
                 condition.wait(0 if self._ending else POLL_S)
             is_last = self._ending      # lines added before are written in this round
-            for step in (self._reclaim, self._lock.renew, self._router.watch, log.open,
-                         log.flush):
+            for step in (self._reclaim, partial(self._lock.renew, router.draining), router.watch,
+                         log.open, log.flush):
                 try:
                     step()
                 except Exception as error:  # of any kind: without the watcher the log would end
@@ -4131,22 +4045,21 @@ class Watcher:
             with contextlib.suppress(DaemonError):
                 paths.create()
                 if self._lock.acquire(router.instance, patience_s=0):
-                    router.state.forget()
-                    self._is_unwritten = True
+                    router.state.saved = None
+                    write_run_files(router)
                     router.log.write("START", "~/.rrouter was removed: this daemon has it again")
-        if self._is_unwritten:
-            self._is_unwritten = not write_run_files(router)
 
     def end(self) -> None:
         """Let it save and log the rest in a last round."""
         self._ending = True
         self._router.store.wake()
-        self._thread.join(self.END_S)
+        self.join(1)            # a disk that hangs would take for ever
 
 
 def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
     """Accept no connection, and wait for the requests under way; a second signal ends the wait."""
     router.draining = True
+    router.store.wake()         # the watcher writes it into the lock, because a disk may hang
     for server in servers:
         with contextlib.suppress(OSError):
             server.socket.shutdown(socket.SHUT_RDWR)    # refuses at once, and wakes the loop
@@ -4166,37 +4079,25 @@ def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
     until(lambda: not router.connections, CUT_OFF_S)    # each request writes its line
 
 
-def remove_files(*paths: str) -> None:
-    """Remove files that may not exist."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-
-
-def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[ProxyServer],
+def run_to_the_end(signals: Signals, router: Router, servers: list[ProxyServer],
                    watcher: Watcher) -> None:
-    """Serve until a signal says otherwise, drain, and end the process."""
+    """Serve until a signal says otherwise, drain, and end the process, which frees the lock."""
     log, status = router.log, 1
     try:
-        number = signals.wait()
-        while number == signal.SIGHUP and not signals.hang_up_ends:
+        while (number := signals.wait()) == signal.SIGHUP and not signals.hang_up_ends:
             log.write("START", "SIGHUP: files read again")      # written after the watcher's look
             router.store.wake()
-            number = signals.wait()
         log.write("STOP", f"{signal.Signals(number).name}: running requests may finish within "
                           f"{DRAIN_S} s")
-        lock.stopping = True            # the watcher writes it down, because a disk may hang
-        router.store.wake()
         drain(signals, router, servers)
         log.write("STOP", f"rrouter ends, pid {os.getpid()}")
-        watcher.end()
-        if router.keeps_state:
-            remove_files(router.store.paths.pid, router.store.paths.run)
-        lock.release()
         status = 0
     except Exception as error:          # a defect of ours
         log.write("ERROR", describe_defect(error))
+    try:
         watcher.end()
+        if router.keeps_state:
+            remove_files(router.store.paths.pid, router.store.paths.run)
     finally:
         os._exit(status)    # threads of streams past the drain time would hold the interpreter up
 
@@ -4226,14 +4127,14 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
 def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     """Start the router; return 0, also where another one runs already.
 
-    `start` waits on the descriptor `ready` for a word: `ready`, `running`, or what is wrong.
+    `start` waits on the descriptor `ready` for a word: `ready`, or what is wrong.
     """
     signals, lock, instance = Signals(), Lock(paths.lock), os.urandom(8).hex()
     signals.install()
     paths.create()
     owns_files = lock.acquire(instance)
     if ready is not None and not owns_files:
-        report_start(ready, "running")
+        report_start(ready, "ready")
         return 0
     use_one_heap()
     log = Log(paths.log, echo=ready is None)
@@ -4250,7 +4151,7 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     watcher.start()
     if ready is not None:
         report_start(ready, "ready")
-    outlive_main_script(partial(run_to_the_end, signals, lock, router, servers, watcher))
+    outlive_main_script(partial(run_to_the_end, signals, router, servers, watcher))
     return 0
 
 
@@ -4273,11 +4174,11 @@ class Daemon(NamedTuple):
     def last(cls, paths: Paths) -> Daemon | None:
         """Return the one in run.json, live or killed; None without a usable file."""
         try:
-            run = read_json(paths.run)
+            run = json.loads(read_file(paths.run) or b"null")
             holder = Holder(int(run["pid"]), str(run.get("instance", "")))
             return cls(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
                        str(run["upstream"]), str(run.get("allowedHosts", "")))
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
     @classmethod
@@ -4299,22 +4200,18 @@ class Daemon(NamedTuple):
         return None
 
 
-def last_lines(path: str, count: int = 5) -> str:
-    """Return the last lines of a file, indented."""
+def end_of_log(paths: Paths) -> str:
+    """Return the last lines of the log, for a message."""
     try:
-        with open_for_reading(path) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            lines = file.read().decode("utf-8", "replace").splitlines()[-count:]
+        with open_for_reading(paths.log) as file:
+            lines = [line.decode("utf-8", "replace").rstrip() for line in deque(file, 5)]
     except OSError as error:
-        lines = [f"{path}: {reason_of(error)}"]
-    return "\n".join(f"  {printable(line)}" for line in lines)
+        lines = [f"{paths.log}: {reason_of(error)}"]
+    return "\n  ".join(["the log ends with", *map(printable, lines)])
 
 
 def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
-    """Return the daemon and its /health once it answers, None once none runs.
-
-    Raises DaemonError.
-    """
+    """Return the daemon and its /health once it answers, None once none runs, or raise."""
     begin = time.monotonic()
     while True:
         daemon = Daemon.find(paths)
@@ -4326,56 +4223,42 @@ def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
         if daemon.holder.elsewhere:
             raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
         if time.monotonic() - begin > (DRAIN_S + 5 if daemon.holder.stopping else START_S):
-            raise DaemonError("the daemon does not answer; the log ends with\n"
-                              + last_lines(paths.log))
+            raise DaemonError(f"the daemon does not answer; {end_of_log(paths)}")
         time.sleep(0.02)
-
-
-def _become_daemon(descriptors: tuple[int, ...], arguments: list[str]) -> NoReturn:
-    """In a forked child: run the program in a session without a terminal, as an orphan.
-
-    It gets the `descriptors` as 0, 1, 2 ... and no others; their own numbers are higher.
-    """
-    try:
-        os.setsid()
-        if os.fork() == 0:              # not the session's leader: it never gets a terminal
-            os.umask(0o077)
-            os.chdir("/")
-            for target, source in enumerate(descriptors):
-                os.dup2(source, target)
-            os.closerange(len(descriptors), 1 << 16)
-            # A new program, because what macOS loads into a process does not survive a fork
-            # (python/cpython#105912).
-            os.execv(arguments[0], arguments)
-    finally:
-        os._exit(1)
 
 
 def spawn_daemon(paths: Paths) -> None:
     """Run `serve` as a daemon; return when it listens or finds another one.  Raises DaemonError."""
+    import subprocess
     paths.create()
     program = os.path.abspath(__file__ if os.path.isfile(__file__) else sys.argv[0])
-    arguments = [sys.executable, program, "serve", "--ready-descriptor", "3"]
     read_end, write_end = os.pipe()
-    # A FIFO in its place would block.
-    log = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
-    null = os.open(os.devnull, os.O_RDWR)
+    log = open_log(paths.log)
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        _become_daemon((null, log, log, write_end), arguments)
-    for descriptor in (write_end, log, null):
-        os.close(descriptor)
+        try:
+            os.setsid()     # the daemon is not the session's leader, so it never gets a terminal
+            # A new program, because what macOS loads into a process does not survive a fork
+            # (python/cpython#105912).
+            _orphan = subprocess.Popen(
+                (sys.executable, program, "serve", "--ready-descriptor", str(write_end)), cwd="/",
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[write_end], umask=0o077)
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    os.close(log)
     os.waitpid(child, 0)
     with os.fdopen(read_end, "rb") as pipe:
         ready = select.select([pipe], [], [], START_S)[0]
         words = pipe.read().decode("utf-8", "replace") if ready else ""
-    if words not in ("ready", "running"):
-        raise DaemonError(words or "the daemon did not start; the log ends with\n"
-                          + last_lines(paths.log))
+    if words != "ready":
+        raise DaemonError(words or f"the daemon did not start; {end_of_log(paths)}")
 
 
 SYSTEMD_UNIT = "rrouter.service"
+UNIT_PATH = f"systemd/user/{SYSTEMD_UNIT}"      # below ~/.config or what replaces it
+AGENT_PATH = f"Library/LaunchAgents/{LAUNCHD_LABEL}.plist"      # below the home directory
 MANAGER_S = DRAIN_S + 15        # a stop through the service manager includes the drain
 
 
@@ -4396,31 +4279,18 @@ class Manager(NamedTuple):
 
     def stop(self) -> None:
         """Ask for the stop; raise DaemonError if the manager refuses."""
-        if not self.job_query:
-            self._demand(self.stop_command)
-            return
-        # `bootout` may report 36 although the job stops, and returns before the job is unloaded;
-        # until then `bootstrap` would fail with 5.
-        output = run_program(self.stop_command, MANAGER_S)[1]
-        if not until(lambda: run_program(self.job_query, MANAGER_S)[0], MANAGER_S):
-            raise DaemonError(f"{' '.join(self.stop_command)} did not unload the job within "
-                              f"{MANAGER_S} s: {printable(output.strip())}")
+        self._demand(self.stop_command, self.job_query)
 
-    def _demand(self, command: tuple[str, ...]) -> None:
+    @staticmethod
+    def _demand(command: Sequence[str], job_query: Sequence[str] = ()) -> None:
         status, output = run_program(command, MANAGER_S)
+        if job_query:
+            # `bootout` may report 36 although the job stops, and returns before the job is
+            # unloaded; until then `bootstrap` would fail with 5.
+            status = not until(lambda: run_program(job_query, MANAGER_S)[0], MANAGER_S)
         if status:
             why = printable(output.strip()) or f"status {status}"
             raise DaemonError(f"{' '.join(command)} failed: {why}")
-
-
-def unit_path(config: str) -> str:
-    """Return where the systemd user unit is installed, below ~/.config or what replaces it."""
-    return os.path.join(config, "systemd", "user", SYSTEMD_UNIT)
-
-
-def agent_path(home: str) -> str:
-    """Return where the launchd agent is installed."""
-    return os.path.join(home, "Library", "LaunchAgents", LAUNCHD_LABEL + ".plist")
 
 
 def is_own_home(home: str) -> bool:
@@ -4441,7 +4311,8 @@ def reach_manager(home: str) -> tuple[Manager | None, str]:
     if status == 0:
         # Its own, not that of this shell; an odd value comes as $'...'.
         config = re.search(r"(?m)^XDG_CONFIG_HOME=(?:\$')?(.+?)'?$", output)
-        return Manager("systemd", unit_path(config[1] if config else os.path.join(home, ".config")),
+        directory = config[1] if config else os.path.join(home, ".config")
+        return Manager("systemd", os.path.join(directory, UNIT_PATH),
                        ((*systemctl, "daemon-reload"), (*systemctl, "reset-failed", SYSTEMD_UNIT),
                         (*systemctl, "start", SYSTEMD_UNIT)),
                        (*systemctl, "stop", SYSTEMD_UNIT)), ""
@@ -4451,7 +4322,7 @@ def reach_manager(home: str) -> tuple[Manager | None, str]:
         status, output = run_program(("launchctl", "print", domain), MANAGER_S)
     if status == 0:
         # Loaded again at each start, because `kickstart` would use the plist as it was when loaded.
-        path, label = agent_path(home), f"{domain}/{LAUNCHD_LABEL}"
+        path, label = os.path.join(home, AGENT_PATH), f"{domain}/{LAUNCHD_LABEL}"
         return Manager("launchd", path, (("launchctl", "bootstrap", domain, path),
                                          ("launchctl", "kickstart", label)),
                        ("launchctl", "bootout", label), ("launchctl", "print", label)), ""
@@ -4485,24 +4356,23 @@ def start_daemon(paths: Paths, home: str) -> str:
     until(lambda: Daemon.find(paths), START_S)          # a service manager may not wait for it
     found = wait_for_daemon(paths)
     if not found:
-        raise DaemonError("the daemon did not start; the log ends with\n" + last_lines(paths.log))
+        raise DaemonError(f"the daemon did not start; {end_of_log(paths)}")
     daemon, health = found
     by = f", by {manager.name}" if manager else ""
     return f"rrouter runs on {health['listenAddr']} (pid {daemon.pid}{by}), mode {health['mode']}"
 
 
 def _listens(host: str, port: int) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         socket.create_connection((host, port), timeout=1).close()
         return True
-    except OSError:
-        return False
+    return False
 
 
 def send_signal(lock: Lock, holder: Holder, number: int) -> None:
     """Signal `holder` if it lives here and the lock still names it.  Raises DaemonError."""
     send: Callable[[int], None] = partial(os.kill, holder.pid)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, contextlib.suppress(ProcessLookupError):
         with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
             # Opened before the look, so it cannot mean a later process with the same pid.
             descriptor = os.pidfd_open(holder.pid)
@@ -4513,8 +4383,6 @@ def send_signal(lock: Lock, holder: Holder, number: int) -> None:
                 send(number)
         except PermissionError as error:
             raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
-        except ProcessLookupError:
-            pass
 
 
 def stop_daemon(paths: Paths, home: str) -> str:
@@ -4539,8 +4407,7 @@ def stop_daemon(paths: Paths, home: str) -> str:
         holder = lock.look()
         if holder and daemon.holder.is_same(holder):
             send_signal(lock, holder, signal.SIGKILL)
-        text = (f"rrouter killed (pid {daemon.pid}), because it did not stop within "
-                f"{DRAIN_S + 5} s")
+        text = f"rrouter killed (pid {daemon.pid}): it did not stop within {DRAIN_S + 5} s"
         if not until(is_gone, 5):
             raise DaemonError(f"pid {daemon.pid} does not end: find out what holds it")
         remove_files(paths.pid, paths.run)
@@ -5140,8 +5007,8 @@ def name_unrecorded(work: Installer) -> None:
     print(f"  {work.paths.record} names no file, so none is removed; only the usual places have "
           "been looked at")
     config = os.path.join(work.home, ".config")
-    for path in (work.program, os.path.join(config, "rrouter.env"), unit_path(config),
-                 agent_path(work.home)):
+    for path in (work.program, os.path.join(config, "rrouter.env"), os.path.join(config, UNIT_PATH),
+                 os.path.join(work.home, AGENT_PATH)):
         if os.path.lexists(path):
             work.leave(path, "not recorded as installed")
 
@@ -5832,7 +5699,7 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
     yield from check_interpreter(program)
     manager, why = reach_manager(home)
     candidates = ([manager.path] if manager else
-                  [unit_path(os.path.join(home, ".config")), agent_path(home)])
+                  [os.path.join(home, ".config", UNIT_PATH), os.path.join(home, AGENT_PATH)])
     installed, files = [path for path in candidates if os.path.isfile(path)], {}
     with contextlib.suppress(RouterError):
         files = read_record(Paths(home))[0]

@@ -41,7 +41,6 @@ import plistlib
 import pty
 import pwd
 import py_compile
-import queue
 import random
 import re
 import select
@@ -60,7 +59,6 @@ import time
 import types
 import unicodedata
 import unittest
-import zipapp
 import zipfile
 import zlib
 from unittest import mock
@@ -2352,6 +2350,27 @@ class ReadFileTest(unittest.TestCase):
                     rrouter.read_file(directory)
             self.assertEqual(len(os.listdir("/dev/fd")), len(before))
 
+    def test_file_is_settled_when_its_next_write_gives_it_another_time(self):
+        for changed_ns, age_s, settled in (
+                (10 ** 18 + 1, 0.04, False), (10 ** 18 + 1, 0.06, True),
+                (10 ** 18, 1.9, False), (10 ** 18, 2.1, True)):     # whole seconds
+            with mock.patch.object(rrouter.time, "time", lambda: changed_ns / 1e9 + age_s):
+                self.assertEqual(rrouter._is_settled((0, 0, 0, changed_ns)), settled)
+        self.assertTrue(rrouter._is_settled(errno.ENOENT))
+
+    def test_each_write_is_noticed_though_time_stamps_are_whole_seconds(self):
+        """Newer kernels change the time stamp at each write, so that nothing else shows this."""
+        signature, home = rrouter._signature, Home(config=switchboard(0))
+        self.addCleanup(home.remove)
+        paths = rrouter.Paths(str(home.root))
+        store = rrouter.Store(paths, rrouter.Log(paths.log, echo=False), lambda *_: None)
+        with mock.patch.object(rrouter, "_signature", lambda path: tuple(
+                value // 10 ** 9 * 10 ** 9 if value > 10 ** 15 else value
+                for value in signature(path))):
+            for mode in ("one", "two") * 9:
+                home.write("mode", mode + "\n")
+                self.assertEqual(store.snapshot().mode, mode)
+
     def test_mode_word_is_read_in_the_encodings_that_shells_write(self):
         for content, word in MODE_WORDS:
             with self.subTest(content):
@@ -2359,15 +2378,12 @@ class ReadFileTest(unittest.TestCase):
 
 
 class LogQueueTest(unittest.TestCase):
-    """Lines that are not yet written."""
 
-    def test_many_lines_wake_the_writer_once_and_too_many_are_a_problem(self):
-        log, calls = rrouter.Log("/nonexistent/rrouter.log", echo=False), []
-        log.wake = lambda: calls.append(None)
-        for count, woken in ((log.MANY - 1, 0), (1, 1), (log.HELD_MAX - log.MANY, 1)):
-            for _ in range(count):
-                log.write("REQ", "line")
-            self.assertEqual((len(calls), log.problem), (woken, None))
+    def test_too_many_lines_that_are_not_yet_written_are_a_problem(self):
+        log = rrouter.Log("/nonexistent/rrouter.log", echo=False)
+        for _ in range(log.HELD_MAX):
+            log.write("REQ", "line")
+        self.assertIsNone(log.problem)
         log.write("REQ", "line")
         self.assertRegex(log.problem, "^rrouter.log: .*lines are lost$")
 
@@ -2402,15 +2418,10 @@ class StateSavingTest(unittest.TestCase):
     def save(self, number):
         self.state.save(dict(self.FINGERPRINT, whole=number))
 
-    def test_what_was_saved_is_loaded(self):
+    def test_unusable_file_and_state_of_other_files_are_set_aside(self):
         self.assertIsNone(self.state.load(self.FINGERPRINT))
         self.save(7)
-        self.assertEqual(list(json.loads(self.path.read_text())),
-                         ["version", "modeFile", "auto", "whole"])
         self.assertEqual(self.state.load(self.FINGERPRINT)["whole"], 7)
-
-    def test_unusable_file_and_state_of_other_files_are_set_aside(self):
-        self.save(7)
         good = self.path.read_text()
         for content, change, pattern in (
                 (good, {"modeFile": [1, 2, 4]}, "the mode file was written"),
@@ -2424,12 +2435,12 @@ class StateSavingTest(unittest.TestCase):
                 self.path.write_text(content)
                 self.state.load(dict(self.FINGERPRINT, **change))
 
-    def test_same_state_is_written_again_only_after_forget(self):
+    def test_same_state_is_written_again_only_after_it_was_lost(self):
         self.save(7)
-        for number, forgotten, written in ((7, False, False), (8, False, True), (8, True, True)):
+        for number, lost, written in ((7, False, False), (8, False, True), (8, True, True)):
             self.path.unlink(missing_ok=True)
-            if forgotten:
-                self.state.forget()
+            if lost:
+                self.state.saved = None
             self.save(number)
             self.assertEqual(self.path.exists(), written)
 
@@ -2477,33 +2488,6 @@ class FreshnessTest(SwitchboardTest):
         self.assertEqual(reply.status, 200)
         return reply.header("x-rrouter-model")
 
-    # A file system whose time stamps are whole seconds.
-    COARSE = ("import os, types\nreal = os.stat\ndef stat(path, **options):\n"
-              "    found = real(path, **options)\n"
-              "    values = {n: getattr(found, n) for n in dir(found) if n.startswith('st_')}\n"
-              "    for name in ('st_mtime_ns', 'st_ctime_ns'):\n"
-              "        values[name] -= values[name] % 10 ** 9\n"
-              "    return types.SimpleNamespace(**values)\nos.stat = stat")
-
-    def test_each_write_is_noticed_though_time_stamps_are_whole_seconds(self):
-        """Newer kernels change the time stamp at each write, so that nothing else shows this."""
-        router = self.start_rrouter(self.upstream, "one", switchboard(0), code=self.COARSE)
-        with router.connect() as connection, connection.makefile("rb") as reader:
-            for turn in range(30):
-                mode = ("two", "one")[turn % 2]
-                router.home.write("mode", mode + "\n")
-                self.assertEqual(self.ask(connection, reader), mode + "-000")
-
-    def test_removed_files_mean_the_defaults(self):
-        (self.home.dir / "mode").unlink()
-        self.assertEqual(self.served(), "spare-000")
-        self.home.write("mode", "two\n")
-        (self.home.dir / "config.json").unlink()
-        self.assertEqual(self.served(), SONNET)
-        self.assertEqual(self.rrouter.health()["mode"], "claude")
-        self.home.write("mode", "antigravity\n")
-        self.assertEqual(self.served(), GEMINI_SONNET)
-
     def test_every_way_to_write_is_noticed(self):
         root, mode, config = self.home.root, self.home.dir / "mode", self.home.dir / "config.json"
         aside, target = root / "aside", root / "target"
@@ -2545,7 +2529,9 @@ class FreshnessTest(SwitchboardTest):
                 ("a link", lambda: by_link("two\n"), "two-001"),
                 ("the file of the link", lambda: target.write_text("one\n"), "one-001"),
                 ("another home", lambda: by_other_home("two\n"), "two-001"),
-                ("in that home", lambda: mode.write_text("one\n"), "one-001")):
+                ("in that home", lambda: mode.write_text("one\n"), "one-001"),
+                ("no config", config.unlink, SONNET),
+                ("a mode of the defaults", lambda: mode.write_text("antigravity"), GEMINI_SONNET)):
             with self.subTest(label):
                 time.sleep(rrouter.SETTLED_S)   # what is so old is no longer read each time
                 self.served()
@@ -2586,7 +2572,6 @@ class FreshnessTest(SwitchboardTest):
 
 MODE_FILES = (
     # content, mode in force, the word that `problems` names (None: no problem)
-    (b"  TWO \r\n\n", "two", None),
     (b"\tAuto", "auto", None),
     (b" \n", "one", None),
     (b"one two\n", "spare", "one two"),
@@ -5026,15 +5011,6 @@ class LoadTest(RouterTest):
                 return
             self.assertLess(time.monotonic(), end, "%s have become %s" % (before, after))
 
-    def assert_prompt(self, count):
-        """Requests on new connections are answered in a short time, in the median."""
-        seconds = []
-        for _ in range(count):
-            start = time.monotonic()
-            self.assertEqual(self.rrouter.post().status, 200)
-            seconds.append(time.monotonic() - start)
-        self.assertLess(statistics.median(seconds), 0.25, seconds)
-
 
 class CrowdOfClientsTest(LoadTest):
 
@@ -5058,7 +5034,12 @@ class CrowdOfClientsTest(LoadTest):
                 client.sendall(again[:count] or first)
                 if not count:
                     self.assertEqual(read_reply(client).status, 200)
-            self.assert_prompt(9)
+            seconds = []
+            for _ in range(9):
+                start = time.monotonic()
+                self.assertEqual(self.rrouter.post().status, 200)
+                seconds.append(time.monotonic() - start)
+            self.assertLess(statistics.median(seconds), 0.25, seconds)
             self.assertFalse([r for r in self.upstream.received if b"drip" in r.body])
             for client, count in zip(clients, begun):
                 client.sendall(again[count:])
@@ -5169,70 +5150,60 @@ class OneCoreTest(RouterTest):
         ("too few requests", 7, 8, 0.2, 1.0, False),
         ("too few threads", 8, 7, 0.2, 1.0, False),
         ("enough", 8, 8, 0.2, 0.21, True),
-        ("less", 8, 8, 0.2, 0.11, True),
-        ("too soon after the last look", 8, 8, 0.1, 0.0, True),
+        ("too soon after the last look", 8, 8, 0.09, 0.0, True),
         ("more", 50, 8, 0.2, 1.1, True),
-        ("little", 50, 8, 0.2, 0.09, False),
-        ("much again", 8, 8, 0.2, 0.9, True),
-        ("fewer requests", 7, 8, 0.2, 1.0, False))
+        ("little", 50, 8, 0.2, 0.19, False))
 
-    @contextlib.contextmanager
     def thread(self):
-        """Yield the native id of a thread that runs now and then."""
-        end, ids = threading.Event(), queue.SimpleQueue()
+        """Return the native id of a thread that runs now and then until the test ends."""
+        end = self.gate()
 
         def run():
-            ids.put(threading.get_native_id())
             while not end.wait(0.001):
                 pass
 
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            pool.submit(run)
-            try:
-                yield ids.get(timeout=WAIT_S)
-            finally:
-                end.set()
+        thread = threading.Thread(target=run)
+        self.addCleanup(thread.join)
+        self.addCleanup(end.set)
+        thread.start()
+        return thread.native_id
 
     def test_threads_share_a_core_from_a_load_on_and_part_at_a_lower_one(self):
         here, core, now, used_s = os.sched_getaffinity(0), rrouter.OneCore(), 1000.0, 50.0
-        with self.thread() as thread:
-            core.look(8, [thread] * 8, now, used_s)     # the first look has nothing to compare with
-            for what, active, known, seconds, share, shared in self.LOOKS:
-                with self.subTest(what):
-                    now, used_s = now + seconds, used_s + share * seconds
-                    core.look(active, [thread] * known, now, used_s)
-                    self.assertEqual(len(os.sched_getaffinity(thread)),
-                                     1 if shared else len(here))
-                    self.assertEqual(os.sched_getaffinity(0), here)
-            core.look(8, [2 ** 22 + 1] * 8, now + 1, used_s + 1)    # threads that have ended
+        thread = self.thread()
+        core.look(8, [thread] * 8, now, used_s)     # the first look has nothing to compare with
+        for what, active, known, seconds, share, shared in self.LOOKS:
+            with self.subTest(what):
+                now, used_s = now + seconds, used_s + share * seconds
+                core.look(active, [thread] * known, now, used_s)
+                self.assertEqual(len(os.sched_getaffinity(thread)), 1 if shared else len(here))
+                self.assertEqual(os.sched_getaffinity(0), here)
+        core.look(8, [2 ** 22 + 1] * 8, now + 1, used_s + 1)    # threads that have ended
 
     def test_cores_that_the_user_allows_are_kept_to(self):
-        first, last = min(CORES), max(CORES)
+        first, last, thread = {min(CORES)}, {max(CORES)}, self.thread()
 
-        def look_about(thread):
-            """Be the watcher: its own cores are changed as well."""
+        def look_about():
+            """Be the watcher, whose own cores change as well."""
             core = rrouter.OneCore()
-            core.look(8, [thread] * 8, 1000.0, 50.0)
-            # cores allowed, share of a core used
-            for number, (allowed, share) in enumerate(
-                    (({first}, 1), ({last}, 1), ({first}, 0), (CORES, 0)), 1):
+            for second, (allowed, used_s) in enumerate(((first, 1), (last, 2), (CORES, 2)), 1):
                 for one in (threading.get_native_id(), thread):
                     os.sched_setaffinity(one, allowed)
                 time.sleep(0.01)        # the thread runs where it may
-                core.look(8, [thread] * 8, 1000.0 + number, 50.0 + share)
+                core.look(8, [thread] * 8, second, used_s)
                 yield os.sched_getaffinity(thread)
 
-        with self.thread() as thread, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            places = pool.submit(lambda: list(look_about(thread))).result(WAIT_S)
-        self.assertEqual(places, [{first}, {last}, {first}, CORES])
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            places = pool.submit(lambda: list(look_about())).result(WAIT_S)
+        self.assertEqual(places, [first, last, CORES])
 
     def kept_to_one_core(self):
-        """Return how many threads of the process keep to one core, and how many there are."""
-        places = []
+        """Return, for each thread of the process, whether it keeps to one core."""
+        kept = []
         for task in pathlib.Path("/proc/%d/task" % self.rrouter.process.pid).iterdir():
             with contextlib.suppress(OSError):
-                places.append(os.sched_getaffinity(int(task.name)))
-        return sum(len(place) == 1 for place in places), len(places)
+                kept.append(len(os.sched_getaffinity(int(task.name))) == 1)
+        return kept
 
     def test_threads_of_connections_come_together_and_part_again(self):
         gate = self.gate()
@@ -5241,13 +5212,12 @@ class OneCoreTest(RouterTest):
             streams = [stack.enter_context(self.rrouter.connect()) for _ in range(9)]
             for connection in streams:
                 connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
-            wait_until(lambda: self.kept_to_one_core()[0] >= 9)
-            alone, count = self.kept_to_one_core()
-            self.assertLess(alone, count)
+            wait_until(lambda: sum(self.kept_to_one_core()) >= 9)
+            self.assertFalse(all(self.kept_to_one_core()))
             gate.set()
             for connection in streams:
                 self.assertTrue(read_reply(connection).complete)
-            wait_until(lambda: self.kept_to_one_core()[0] == 0)
+            wait_until(lambda: not any(self.kept_to_one_core()))
 
 
 @unittest.skipUnless(PROC, "memory is read from /proc")
@@ -5311,8 +5281,6 @@ class ParallelStreamsTest(LoadTest):
 
     def test_each_client_gets_all_events_of_its_own_stream(self):
         """Half of the streams begin in another mode."""
-        if SOAKING:
-            print("soak: %d streams for %d s" % (self.STREAMS, self.SECONDS), file=sys.stderr)
         before, marks = self.at_rest(), ["mark-%d" % number for number in range(self.STREAMS)]
         self.upstream.clear()
         self.upstream.default = lambda received: Response() if received.method == "GET" else stream(
@@ -5473,21 +5441,19 @@ class FewDescriptorsTest(LoopbackTest):
     def test_cap_fits_a_limit_that_is_low_from_the_start(self):
         """Some of 200 clients are served, the others refused or closed, and nothing breaks."""
         code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
-        poor = self.start_rrouter(self.start_upstream(), code=code)
+        poor, served = self.start_rrouter(self.start_upstream(), code=code), []
+        request = request_bytes("POST", "/v1/messages", chat())
         with contextlib.ExitStack() as stack:
-            clients, clients_of = [], collections.defaultdict(list)
-            for _ in range(200):
-                clients.append(stack.enter_context(poor.connect()))
-                with contextlib.suppress(ConnectionError):
-                    clients[-1].sendall(request_bytes("POST", "/v1/messages", chat()))
+            clients = [stack.enter_context(poor.connect()) for _ in range(200)]
             for client in clients:
                 with contextlib.suppress(ConnectionError):
+                    client.sendall(request)
                     reply = read_reply(client)
-                    clients_of[reply.status if reply else None].append(client)
-            self.assertLessEqual(set(clients_of), {200, 503, None})
-            self.assertGreaterEqual(len(clients_of[200]), 10)
-            for client in clients_of[200]:
-                client.sendall(request_bytes("POST", "/v1/messages", chat()))
+                    self.assertIn(reply and reply.status, (200, 503, None))
+                    served += [client] if reply and reply.status == 200 else []
+            self.assertGreaterEqual(len(served), 10)
+            for client in served:
+                client.sendall(request)
                 self.assertEqual(read_reply(client).status, 200)
         wait_until(lambda: poor.post().status == 200)
         self.assertNotIn("[ERROR]", poor.log())
@@ -5515,8 +5481,6 @@ class LongStreamTest(RouterTest):
         return connection
 
     def test_gaps_end_nothing(self):
-        if SOAKING:
-            print("soak: pings alone for %d s" % (self.PINGS * self.GAP_S), file=sys.stderr)
         first, ping, stop = event("content_block_delta"), event("ping"), event("message_stop")
         pings, speak, go_on, never = [ping] * self.PINGS, self.gate(), self.gate(), self.gate()
         go_on.set()
@@ -5641,14 +5605,6 @@ class DrainTest(LoopbackTest):
         self.connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
         self.assertEqual(read_head(self.reader)[0], 200)
 
-    def wait_until_refused(self):
-        def is_refused():
-            try:
-                self.rrouter.connect().close()
-            except OSError:
-                return True
-        wait_until(is_refused)
-
     def finish_stream(self):
         """Let the stream end, and rrouter with it."""
         self.assertIsNone(self.rrouter.process.poll())
@@ -5662,8 +5618,8 @@ class DrainTest(LoopbackTest):
         self.assertRegex(done.stdout, r"(?i)already running.*\b%d\b" % self.rrouter.process.pid)
         with self.rrouter.connect() as idle:
             stops = [ending_with(self, home.begin("stop"))]
-            self.wait_until_refused()
             self.assertEqual(read_all(idle), b"")
+        self.assertRaises(OSError, self.rrouter.connect)
         wait_until(lambda: "stopping" in home.read("rrouter.lock"))
         stops.append(ending_with(self, home.begin("stop")))     # sends no second signal
         for _ in range(2):                                      # meanwhile it would have
@@ -5746,9 +5702,9 @@ class DaemonTestBase(LoopbackTest):
                 os.kill(pid, signal.SIGKILL)
         home.remove()
 
-    def sleeper(self, **options):
+    def sleeper(self):
         """Return a process that is not rrouter."""
-        return ending_with(self, subprocess.Popen(["sleep", "600"], **options))
+        return ending_with(self, subprocess.Popen(["sleep", "600"]))
 
     def assert_alone(self, home):
         """One daemon runs, answers, and is named by pid file and lock; return its pid."""
@@ -5800,12 +5756,6 @@ class RunningDaemonTest(DaemonTestBase):
         self.addCleanup(put, self.home, "mode", "antigravity\n")
         self.addCleanup(put, self.home, "config.json", json.dumps(HASTY_CONFIG))
 
-    def test_start_prints_pid_and_port(self):
-        self.assertEqual((self.started.returncode, self.started.stderr), (0, ""))
-        for number in (self.health["pid"], self.home.port):
-            self.assertRegex(self.started.stdout, r"\b%d\b" % number)
-        self.assertEqual(self.health["startedBy"], "start")
-
     def test_it_is_detached(self):
         pid = self.assert_alone(self.home)
         self.assertNotEqual(os.getsid(pid), os.getsid(0))
@@ -5824,7 +5774,10 @@ class RunningDaemonTest(DaemonTestBase):
                     self.assertEqual(stat.S_IMODE(path.stat().st_mode),
                                      0o700 if path.is_dir() else 0o600)
 
-    def test_run_json_says_where_it_listens_and_the_lock_who_it_is(self):
+    def test_start_says_where_it_listens_run_json_too_and_the_lock_who_it_is(self):
+        self.assertEqual((self.started.returncode, self.started.stderr), (0, ""))
+        self.assertIn("rrouter runs on localhost:%d (pid %d), mode antigravity\n" % (
+            self.home.port, self.health["pid"]), self.started.stdout)
         run = json.loads(self.home.read("run.json"))
         expected = {"host": "localhost", "port": self.home.port, "pid": self.health["pid"],
                     "upstream": self.upstream.url, "startedBy": "start",
@@ -5836,19 +5789,16 @@ class RunningDaemonTest(DaemonTestBase):
             os.stat("/proc/self/ns/pid").st_ino if LINUX else 0))
 
     def test_it_is_found_whatever_port_the_shell_has(self):
-        status, start = self.home.run_all(("status", "--json"), ("start",), check=0,
-                                          env={"RROUTER_PORT": str(free_port())})
-        self.assertLessEqual(set(HEALTH), set(json.loads(status.stdout)))
-        for pattern in ("(?i)already running", r"\b%d\b" % self.health["pid"],
-                        r"\b%d\b" % self.home.port):
-            self.assertRegex(start.stdout, pattern)
-
-    def test_status_shows_mode_upstream_daemon_and_problems(self):
         put(self.home, "mode", "nosuch\n")
-        status = self.home.run("status", check=0).stdout
-        for pattern in ("claude", re.escape(self.upstream.url), "(?i)reachable|answers|up",
-                        r"\b%d\b" % self.health["pid"], r"\bstart\b", "nosuch"):
-            self.assertRegex(status, pattern)
+        as_json, status, start = self.home.run_all(
+            ("status", "--json"), ("status",), ("start",), check=0,
+            env={"RROUTER_PORT": str(free_port())})
+        self.assertLessEqual(set(HEALTH), set(json.loads(as_json.stdout)))
+        pid, port = self.health["pid"], self.home.port
+        self.assertIn("already running (pid %d, port %d)" % (pid, port), start.stdout)
+        for words in ("claude", self.upstream.url + ", reachable", "pid %d" % pid,
+                      "`rrouter start`", "nosuch"):
+            self.assertIn(words, status.stdout)
 
     def test_mode_commands_return_when_the_switch_is_in_force(self):
         """Also while the config cannot be read: then the last good one is in force."""
@@ -5858,21 +5808,6 @@ class RunningDaemonTest(DaemonTestBase):
             self.assertEqual(self.home.health()["mode"], mode)
             self.assertIn(mode, done.stdout)
             self.assertNotRegex(done.stdout + done.stderr, "(?i)not running|no daemon")
-
-    def test_auto_again_clears_the_cooldown(self):
-        put(self.home, "mode", "auto\n")
-        self.upstream.play(error(503))
-        with socket.create_connection(("127.0.0.1", self.home.port), WAIT_S) as connection:
-            connection.sendall(request_bytes(body=chat(), port=self.home.port))
-            self.assertEqual(read_reply(connection).status, 200)
-        self.assertTrue(self.home.health()["autoSwitch"]["switched"])
-        status = self.home.run("status", check=0).stdout
-        self.assertRegex(status, "503")
-        self.assertRegex(status, r"\b(29|30) ?m")
-        self.home.run("auto", check=0)
-        auto = self.home.health()["autoSwitch"]
-        self.assertEqual((auto["switched"], auto["currentTarget"], auto["retryAt"]),
-                         (False, "antigravity", None))
 
     def test_hang_up_signal_lets_it_read_the_files_again(self):
         os.kill(self.health["pid"], signal.SIGHUP)
@@ -5949,25 +5884,8 @@ class DaemonLifeTest(DaemonTestBase):
         home.run("restart", check=0, env=unset)
         self.assertEqual(run_file()["port"], home.port)
 
-    def test_daemon_is_found_again_after_its_directory_was_removed(self):
+    def test_files_that_were_removed_or_away_are_there_again(self):
         home, pid = self.started("auto")
-        home.remove_directory()
-        wait_until((home.dir / "run.json").exists)
-        self.assertEqual(self.assert_alone(home), pid)
-        wait_until((home.dir / "logs" / "rrouter.log").exists)
-        wait_until(lambda: "was removed" in home.read("logs/rrouter.log"))
-        wait_until((home.dir / "state.json").exists)
-        for path in (home.dir, home.dir / "rrouter.lock"):
-            self.assertEqual(path.stat().st_mode & 0o077, 0)
-        other = {"RROUTER_PORT": str(free_port())}
-        self.assertIn(str(pid), home.run("status", check=0, env=other).stdout)
-        self.assertNotIn("no daemon", home.run("auto", check=0, env=other).stdout)
-        self.assertEqual(home.health()["mode"], "auto")
-        self.assertIn("stopped", home.run("stop", check=0, env=other).stdout)
-        self.assert_nothing_left(home)
-
-    def test_home_that_is_away_is_left_alone_and_used_again_when_it_is_back(self):
-        home, pid = self.started("claude")
         away = home.root.with_name(home.root.name + " away")
         self.addCleanup(shutil.rmtree, str(away), ignore_errors=True)
 
@@ -5981,7 +5899,15 @@ class DaemonLifeTest(DaemonTestBase):
             come_back()
             wait_until(lambda: not log_problems() and (home.dir / "run.json").exists())
             self.assertEqual(self.assert_alone(home), pid)
-        self.assertIn("was removed", wait_until(lambda: home.read("logs/rrouter.log")))
+        home.remove_directory()
+        wait_until((home.dir / "state.json").exists)
+        wait_until(lambda: "was removed" in home.read("logs/rrouter.log"))
+        for path in (home.dir, home.dir / "rrouter.lock"):
+            self.assertEqual(path.stat().st_mode & 0o077, 0)
+        other = {"RROUTER_PORT": str(free_port())}
+        self.assertIn("in force: pid %d," % pid, home.run("auto", check=0, env=other).stdout)
+        self.assertIn("stopped", home.run("stop", check=0, env=other).stdout)
+        self.assert_nothing_left(home)
 
     def test_directory_of_another_daemon_is_left_alone(self):
         home, pid = self.started()
@@ -6040,19 +5966,6 @@ class DaemonLifeTest(DaemonTestBase):
         for line in home.read("logs/rrouter.log").splitlines():
             self.assertRegex(line, LOG_LINE)
 
-    def test_zip_application_starts_and_stops(self):
-        home = self.new_home(self.addCleanup)
-        (home.root / "source").mkdir()
-        shutil.copy(RROUTER, str(home.root / "source"))
-        archive = home.root / "rrouter.pyz"
-        zipapp.create_archive(str(home.root / "source"), str(archive), main="rrouter:main")
-        options = {"program": [sys.executable, archive.name], "cwd": str(home.root), "check": 0}
-        home.run("start", **options)
-        self.assert_alone(home)
-        home.run("stop", **options)
-        self.assert_nothing_left(home)
-
-
 
 RUN_FILE = ('{"pid": %d, "instance": "%s", "host": "localhost", "port": 1, "startedBy": "start",'
             ' "upstream": ""}')
@@ -6070,13 +5983,6 @@ class FalseFilesTest(DaemonTestBase):
 
     def find(self):
         return rrouter.Daemon.find(rrouter.Paths(str(self.home.root)))
-
-    def test_files_alone_make_no_daemon(self):
-        pid = self.sleeper().pid
-        for name, line in (("rrouter.pid", "%d\n"), ("rrouter.lock", self.line),
-                           ("run.json", RUN_FILE.replace("%s", "1f"))):
-            self.home.write(name, line % pid)
-        self.assertIsNone(self.find())
 
     def test_run_json_of_another_instance_or_without_sense_is_ignored(self):
         """Then the environment says where the daemon listens."""
@@ -6177,15 +6083,9 @@ class StateTest(DaemonTestBase):
         router.kill()
         cls.saved = cls.home.read("state.json")
 
-    def setUp(self):
-        self.upstream.clear()
-
-    def restarted(self, state, config=DEFAULT_CONFIG, mode=None):
-        """Start with these files; return `autoSwitch` of /health and the new lines of the log."""
+    def restarted(self, state):
+        """Start with this state.json; return `autoSwitch` of /health and the new log lines."""
         put(self.home, "state.json", state)
-        put(self.home, "config.json", json.dumps(config))
-        if mode is not None:
-            self.home.write("mode", mode)
         log = self.home.dir / "logs" / "rrouter.log"
         before = log.stat().st_size
         with Running(self.upstream, home=self.home) as router:
@@ -6195,20 +6095,15 @@ class StateTest(DaemonTestBase):
 
     def test_it_is_kept_or_set_aside_with_a_line(self):
         self.assertEqual(list(self.before["models"]), [self.OPUS])
-        rules = json.loads(json.dumps(DEFAULT_CONFIG).replace("claude-haiku-*", "haiku-*"))
-        threshold = dict(DEFAULT_CONFIG, auto={"failureThreshold": 2})
-        rows = (
-            # what happened meanwhile, state.json, config, mode, kept?
-            ("nothing", self.saved, DEFAULT_CONFIG, None, True),
-            ("the rules were written", self.saved, rules, None, True),
-            ("the auto section was written", self.saved, threshold, None, False),
-            ("the state lost its name", self.saved.replace('"whole"', '"hole"'), DEFAULT_CONFIG,
-             None, False),
-            # last, because its new time stamp stays
-            ("the mode was written", self.saved, DEFAULT_CONFIG, "auto\n", False))
-        for what, state, config, mode, kept in rows:
-            with self.subTest(what):
-                auto, log = self.restarted(state, config, mode)
+        config = json.dumps(DEFAULT_CONFIG)
+        for what, name, content, kept in (
+                ("the rules", "config.json", config.replace("claude-haiku-*", "haiku-*"), True),
+                ("the auto section", "config.json", json.dumps(HASTY_CONFIG), False),
+                ("that section back", "config.json", config, True),
+                ("the mode", "mode", "auto\n", False)):
+            with self.subTest(what + " was written"):
+                put(self.home, name, content)
+                auto, log = self.restarted(self.saved)
                 if not kept:
                     self.assertEqual((auto["switched"], auto["switchCount"], auto["models"]),
                                      (False, 0, {}))
@@ -6224,11 +6119,10 @@ class StateTest(DaemonTestBase):
     def test_clock_set_meanwhile_locks_no_target_out(self):
         """The cooldown left is at most the longest one."""
         for years in (10, -10):
-            with self.subTest(years=years):
-                auto, _ = self.restarted(re.sub(
-                    r"\b\d{10}\.\d+", lambda found: str(float(found[0]) + years * 365 * 86400),
-                    self.saved))
-                self.assertLessEqual(auto["cooldownRemainingSeconds"] or 0, 240 * 60)
+            auto, _ = self.restarted(re.sub(
+                r"\b\d{10}\.\d+", lambda found: str(float(found[0]) + years * 365 * 86400),
+                self.saved))
+            self.assertLessEqual(auto["cooldownRemainingSeconds"] or 0, 240 * 60)
 
 
 LOCK_LINES = (
@@ -6268,13 +6162,12 @@ class LockTest(DaemonTestBase):
         self.assertFalse(other.acquire("cd02"))
         self.assertEqual(other.look(), (os.getpid(), "ab01", rrouter.own_place(), False))
         self.assertEqual(other.look().elsewhere, "")
-        lock.stopping = True
-        lock.renew()
+        lock.renew(stopping=True)
         self.assertTrue(other.look().stopping)
         self.assertTrue(other.look().is_same(rrouter.Holder(os.getpid(), "ab01")))
         self.addCleanup(setattr, socket, "gethostname", socket.gethostname)
         socket.gethostname = lambda: "another name"
-        lock.renew()
+        lock.renew(stopping=False)
         self.assertEqual(other.look().place.split()[0], "another_name")
         lock.release()
         self.assertIsNone(other.look())
@@ -6372,39 +6265,24 @@ class HangUpTest(LoopbackTest):
     def setUp(self):
         self.home = self.make_home(mode="claude")
 
-    @contextlib.contextmanager
-    def serve_in_terminal(self, how):
-        """Run `serve` in a new terminal; yield the process and the other end."""
-        near, far = os.openpty()
-        self.addCleanup(os.close, near)
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                [*PYTHON, "-c", WITH_TERMINAL, how, *PYTHON, compiled(), "serve"],
-                env=self.home.env, stdin=far, stdout=output, stderr=output,
-                start_new_session=True)
-            os.close(far)
-            try:
-                Running.wait_until(lambda: process.poll() or get_health(self.home.port))
-                yield process, near
-            finally:
-                process.kill()
-                process.wait(WAIT_S)
-
-    def log(self):
-        return self.home.read("logs/rrouter.log")
-
-    def test_closed_terminal_ends_it_though_stderr_is_redirected(self):
-        with self.serve_in_terminal("default") as (process, terminal):
-            os.dup2(os.open(os.devnull, os.O_RDONLY), terminal)         # closes it
-            self.assertEqual(process.wait(WAIT_S), 0)
-        self.assertIn("[STOP] SIGHUP: running requests may finish", self.log())
-        self.assertIn("rrouter ends", self.log())
-
-    def test_nohup_outlives_its_terminal(self):
-        with self.serve_in_terminal("nohup") as (process, terminal):
-            os.dup2(os.open(os.devnull, os.O_RDONLY), terminal)
-            Running.wait_until(lambda: "SIGHUP: files read again" in self.log())
-            self.assertEqual(get_health(self.home.port)["pid"], process.pid)
+    def test_closed_terminal_ends_it_unless_nohup_protects_it(self):
+        """The terminal counts although the output is redirected."""
+        for how, line in (("default", "[STOP] SIGHUP: running requests may finish"),
+                          ("nohup", "SIGHUP: files read again")):
+            with self.subTest(how):
+                near, far = os.openpty()
+                process = ending_with(self, self.home.begin(
+                    "-c", WITH_TERMINAL, how, *PYTHON, compiled(), "serve", program=PYTHON,
+                    stdin=far, start_new_session=True))
+                os.close(far)
+                wait_until(lambda: process.poll() or get_health(self.home.port))
+                os.close(near)
+                wait_until(lambda: line in self.home.read("logs/rrouter.log"))
+                if how == "nohup":
+                    self.assertEqual(get_health(self.home.port)["pid"], process.pid)
+                else:
+                    self.assertEqual(process.wait(WAIT_S), 0)
+                    self.assertIn("rrouter ends", self.home.read("logs/rrouter.log"))
 
 
 # Command line #################################################################
@@ -8165,14 +8043,14 @@ class FullDiskTest(FaultTest):
 # While the file exists, each write to a file hangs, as on a disk that does not respond.
 HANGING_WRITES = """
 import os, time
-write, flag = os.write, %r
-def hanging(descriptor, data):
-    while os.path.exists(flag):
-        time.sleep(0.01)
-    return write(descriptor, data)
-os.write = hanging
+def hanging(real):
+    def call(*arguments):
+        while os.path.exists(%r):
+            time.sleep(0.01)
+        return real(*arguments)
+    return call
+os.write, os.fsync = hanging(os.write), hanging(os.fsync)
 """
-HANGING_FSYNC = HANGING_WRITES.replace("write", "fsync").replace("descriptor, data", "descriptor")
 
 
 class HangingDiskTest(FaultTest):
@@ -8182,30 +8060,24 @@ class HangingDiskTest(FaultTest):
         super().setUp()
         self.flag = self.home.root / "the disk hangs"
 
-    def running(self, code):
+    def running(self):
         """Return a rrouter whose disk hangs while `self.flag` exists."""
-        return Running(self.upstream, code=code % str(self.flag), home=self.home)
+        return Running(self.upstream, code=HANGING_WRITES % str(self.flag), home=self.home)
 
-    def test_hanging_log_stops_nothing_and_loses_no_line(self):
-        with self.running(HANGING_WRITES) as router:
+    def test_hanging_log_or_state_stops_nothing_and_is_written_later(self):
+        state = self.home.dir / "state.json"
+        with self.running() as router:
             self.flag.touch()
             self.assert_switches(router)
             self.assertNotIn("SWITCH", router.log())
+            self.assertFalse(state.exists())
             self.flag.unlink()
             router.wait_until(lambda: len(request_lines(router.log())) == 9)
             self.assertEqual(len(re.findall(r"\[AUTO\] SWITCH ", router.log())), 1)
-
-    def test_hanging_state_file_stops_nothing_and_is_written_later(self):
-        with self.running(HANGING_FSYNC) as router:
-            self.flag.touch()
-            self.assert_switches(router)
-            self.assertFalse((self.home.dir / "state.json").exists())
-            self.flag.unlink()
-            state = self.home.dir / "state.json"
             router.wait_until(lambda: state.exists() and "last 503" in state.read_text())
 
     def test_hanging_log_does_not_hold_up_the_end(self):
-        with self.running(HANGING_WRITES) as router:
+        with self.running() as router:
             self.flag.touch()
             self.assertEqual(router.post().status, 200)
             begin = time.monotonic()
@@ -8213,21 +8085,6 @@ class HangingDiskTest(FaultTest):
             self.assertEqual(router.process.wait(WAIT_S), 0)
             self.assertLess(time.monotonic() - begin, 5)
             self.assertFalse((self.home.dir / "rrouter.pid").exists())
-
-    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFO")
-    def test_fifo_that_is_not_read_stops_nothing(self):
-        (self.home.dir / "logs").mkdir(mode=0o700)
-        path = str(self.home.dir / "logs" / "rrouter.log")
-        os.mkfifo(path)
-        for flag in (os.O_RDONLY, os.O_WRONLY):
-            end = os.open(path, flag | os.O_NONBLOCK)
-            self.addCleanup(os.close, end)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(end, bytes(4096))
-        with Running(self.upstream, home=self.home) as router:
-            self.assert_switches(router)
-            wait_until(lambda: "log lines are lost" in str(router.health()["problems"]))
 
     def test_line_is_in_the_file_within_a_third_of_a_second(self):
         with Running(self.upstream, home=self.home) as router:
@@ -8286,8 +8143,7 @@ class RightsTest(FaultTest):
         self.home.root.chmod(0o500)
         self.addCleanup(self.home.root.chmod, 0o700)
         for command in ("serve", "start", "claude"):
-            with self.subTest(command):
-                self.assert_told(self.run_powerless(command), r"\.rrouter")
+            self.assert_told(self.run_powerless(command), r"\.rrouter")
         for command in ("status", "check"):
             self.assertIn(self.run_powerless(command).returncode, (1, 3))
 
@@ -8306,11 +8162,9 @@ class RightsTest(FaultTest):
     def test_home_of_another_user_is_named(self):
         for path in [self.home.dir, *self.home.dir.rglob("*")]:
             os.chown(str(path), 65534, 65534)
-        for rights in (0o700, 0o777):
+        for rights, command in itertools.product((0o700, 0o777), ("serve", "claude")):
             self.home.dir.chmod(rights)
-            for command in ("serve", "claude"):
-                with self.subTest(oct(rights), command=command):
-                    self.assert_told(self.run_powerless(command), r"\.rrouter")
+            self.assert_told(self.run_powerless(command), r"\.rrouter")
 
 
 class LogGoneTest(FaultTest):
@@ -8333,25 +8187,17 @@ class LogGoneTest(FaultTest):
                 (self.home.remove_directory, None), (put_file, logs.unlink)]
         return ways + [(point_at_full_device, file.unlink)] * os.path.exists("/dev/full")
 
-    def watcher_looks(self, router):
-        """Return when the files have been read again; the line on stderr shows it."""
-        before = router.printed().count("SIGHUP")
-        router.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: router.printed().count("SIGHUP") > before)
-
     def test_requests_go_on_one_message_says_so_and_the_log_comes_back(self):
         file = self.home.dir / "logs" / "rrouter.log"
         with Running(self.upstream, home=self.home) as router:
             for number, (way, mend) in enumerate(self.ways()):
                 with self.subTest(number):
-                    self.watcher_looks(router)
                     before = router.printed().count("log lines are lost")
                     way()
                     if mend:
-                        self.wait_for_problems(router, "rrouter.log")
                         for _ in range(3):
-                            self.watcher_looks(router)
                             self.wait_for_problems(router, "rrouter.log")
+                            time.sleep(rrouter.POLL_S)          # a round of the watcher
                         self.assertEqual(router.printed().count("log lines are lost"), before + 1)
                         mend()
                     wait_until(lambda: router.post().status == 200 and file.is_file()
