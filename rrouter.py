@@ -4882,7 +4882,7 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
     """Return what was installed; raise RouterError if the record is not usable.
 
     {path: [name of what was there before or "", digests of what was written]}, [] for a directory;
-    {settings.json of Claude Code: {member: [JSON text before or None, JSON texts written]}}.
+    {settings.json of Claude Code: {member: [JSON text before or None, values written]}}.
     """
     home = os.path.dirname(paths.root)
     try:
@@ -4895,7 +4895,7 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
                 path = os.path.realpath(os.path.join(home, ".claude", "settings.json"))
                 files[path] = {**claude, "sha256": [claude["sha256"]]}
                 settings[path] = {"env.ANTHROPIC_BASE_URL": [
-                    url and json.dumps(url), *map(json.dumps, claude["written"])]}
+                    url and json.dumps(url), *claude["written"]]}
             files = {**dict.fromkeys(record["directories"], []),
                      **{path: [entry["backup"] or "", *entry["sha256"]]
                         for path, entry in files.items()}}
@@ -4904,8 +4904,8 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
                 files.update({os.path.dirname(link): [],
                               link: ["", digest(LINK + os.fsencode(unit))]})
         "".join(itertools.chain(*files.values()))       # demands strings
-        for text in itertools.chain(*(itertools.chain(*m.values()) for m in settings.values())):
-            json.loads(text or "null")
+        for before, *_ in itertools.chain(*(members.values() for members in settings.values())):
+            json.loads("null" if before is None else before)
         if files and not any(map(os.path.join(home, "bin", "rrouter").startswith, files)):
             raise ValueError("it is of another home directory")
         return files, settings
@@ -4965,6 +4965,8 @@ class Installer:
         self.make_directory(os.path.dirname(path))
         old, new, spare = content_of(path), digest(content), ""
         backup, *ours = self.files.get(path, [""])
+        write = ((os.symlink, content[len(LINK):], path) if content.startswith(LINK) else
+                 (write_atomically, path, content, True, mode))
         if old is not None and old != content and digest(old) not in ours:
             spare = backup if backup and not os.path.lexists(backup) else spare_name(path)
             if backup or not ours:      # a changed file of ours does not come back
@@ -4974,11 +4976,8 @@ class Installer:
         if spare:
             self.step(f"keep the old {path} as {spare}", os.rename, path, spare)
         try:
-            if content.startswith(LINK) and old != content:
-                self.step(f"create {path}", os.symlink, content[len(LINK):], path)
-            elif old != content:
-                self.step(f"{'install' if old is None or spare else 'replace'} {path}",
-                          write_atomically, path, content, True, mode)
+            if old != content:
+                self.step(f"install {path}", *write)
         except OSError:
             if spare:                   # a full disk
                 os.rename(spare, path)
@@ -5027,17 +5026,6 @@ def offer_no_proxy(text: str) -> dict[str, str]:
     return {}
 
 
-def is_written(text: str | None, member: list[Any]) -> bool:
-    """Return whether a member still has a value that rrouter wrote, in any form."""
-    return text is not None and json.loads(text) in map(json.loads, member[1:])
-
-
-def write_settings(work: Installer, what: str, path: str, text: str) -> None:
-    """Write Claude Code's settings, with the mode that they have."""
-    work.step(f"{what} in {path}", lambda: write_atomically(
-        path, text, True, stat.S_IMODE(os.stat(path).st_mode)))
-
-
 def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
     """Point Claude Code here; unless `asked`, only renew what an earlier installation wrote."""
     content = read_settings(path)
@@ -5046,32 +5034,35 @@ def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
     for name, value in {"env": {}, "env.ANTHROPIC_BASE_URL": url,
                         "statusLine": {"type": "command", "command": command},
                         **(offer_no_proxy(text) if asked and not work.dry else {})}.items():
-        new, now = json.dumps(value), edit_member(text, name, None)[1]
-        is_held = now is not None and is_written(now, members.get(name, []))
+        now = edit_member(text, name, None)[1]
+        is_held = now is not None and json.loads(now) in members.get(name, ())[1:]
         is_free = now is None or name not in ("env", "statusLine")
         if (is_held or asked and is_free) and (now is None or json.loads(now) != value):
-            members[name] = [*members[name], new] if is_held else [now, new]
-            text = edit_member(text, name, new)[0]
+            members[name] = [*(members[name] if is_held else [now]), value]
+            text = edit_member(text, name, json.dumps(value))[0]
     if text != old:
         work.settings[path] = members
         if content is None:
             work.put(path, EMPTY_SETTINGS, 0o600)
         work.save()
-        write_settings(work, "point Claude Code here", path, text)
+        mode = 0o600 if content is None else stat.S_IMODE(os.stat(path).st_mode)
+        work.step(f"point Claude Code here in {path}", write_atomically, path, text, True, mode)
 
 
 def disconnect_claude(work: Installer, path: str) -> None:
     """Take out of Claude Code's settings what was written, to the byte if nothing else changed."""
     text = old = read_settings(path) or ""
-    for name, member in reversed(work.settings[path].items()) if old else ():
-        if is_written(edit_member(text, name, None)[1], member):
-            text = edit_member(text, name, member[0])[0]
+    for name, (before, *written) in reversed(work.settings[path].items()) if old else ():
+        now = edit_member(text, name, None)[1]
+        if now is not None and json.loads(now) in written:
+            text = edit_member(text, name, before)[0]
     if path in work.files and text.encode("utf-8") == EMPTY_SETTINGS:
         work.step(f"remove {path}", os.unlink, path)
     elif digest(old.encode("utf-8")) in work.files.get(path, ()):       # as 5.0.0 wrote it
         work.take_back(path)
     elif text != old:
-        write_settings(work, f"take back {', '.join(work.settings[path])}", path, text)
+        work.step(f"take back {', '.join(work.settings[path])} in {path}", write_atomically,
+                  path, text, True, stat.S_IMODE(os.stat(path).st_mode))
     work.files.pop(path, None)          # what is left is the user's
     del work.settings[path]
     work.save()
@@ -5125,20 +5116,18 @@ def start_installed(work: Installer, manager: Manager | None) -> None:
 def report_installation(work: Installer, before: bytes | None, why: str) -> None:
     """Print what was installed, what `check` says of it, and what to do next."""
     import shutil
-    version = re.search(rb'(?m)^__version__ = "([^"]*)"', before or b"")
-    old = f" (before: {printable(version[1].decode('utf-8', 'replace'))})" if version else ""
-    print(f"\nrrouter {__version__} is installed as {work.program}{old}")
-    if why:
-        print(f"no service, because {why}")
+    version = re.search(rb'(?m)^__version__ = "([ -~]*)"', before or b"")
+    old = f" (before: {version[1].decode('ascii')})" if version else ""
+    print(f"\nrrouter {__version__} is installed as {work.program}{old}"
+          + f"\nno service, because {why}" * bool(why))
     print(run_program((work.program, "check"), MANAGER_S)[1].rstrip())
     found, command = shutil.which("rrouter"), "rrouter"
     if not found or os.path.realpath(found) != os.path.realpath(work.program):
         command = work.program
         print(f"hint: {found + ' comes first' if found else '~/bin is not'} in PATH: add this to "
               'what your shell reads at its start: export PATH="$HOME/bin:$PATH"')
-    if not work.settings:
-        print(f"hint: to point Claude Code here: {command} install --claude")
-    print(f"next: {command} status")
+    print(f"next: {command} status" if work.settings else
+          f"next: {command} install --claude, which points Claude Code here")
 
 
 def install(work: Installer, with_claude: bool) -> list[str]:
@@ -5218,7 +5207,7 @@ def uninstall(work: Installer, purge: bool) -> list[str]:
     work.files, work.settings = read_record(work.paths)
     daemon, had_claude = Daemon.find(work.paths), bool(work.settings)
     ports = {str(daemon.port if daemon else DEFAULT_ENVIRONMENT["RROUTER_PORT"]),
-             *re.findall(r':([0-9]+)\\"', json.dumps(work.settings))}
+             *re.findall(r':([0-9]+)[/"\\]', json.dumps(work.settings))}
     here = rf"http://(?:localhost|127\.0\.0\.1|\[::1\]):(?:{'|'.join(ports)})"
     for path in (work.program, work.environment, agent_path(work.home),
                  unit_path(os.path.dirname(work.environment))):
