@@ -4828,9 +4828,9 @@ WANTED_LINK = os.path.join("default.target.wants", SYSTEMD_UNIT)    # as `system
 def stable_interpreter() -> str:
     """Return the path of this Python that lasts: as PYTHON names it, or a link of the system."""
     import shutil
-    # The last is this one without the virtual environment, which may be removed.
-    names = (os.environ.get("PYTHON") or "", *STABLE_LINKS,
-             os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2]))
+    names = [os.environ.get("PYTHON") or "", *STABLE_LINKS]
+    if sys.prefix != sys.base_prefix:           # a virtual environment may be removed
+        names.append(os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2]))
     return next((os.path.abspath(path) for path in map(shutil.which, names)
                  if path and os.path.realpath(path) == os.path.realpath(sys.executable)),
                 sys.executable)

@@ -7560,11 +7560,12 @@ class ProgramTest(InstallTest):
         for python, link, chosen in ((mine, stable, mine), ("/bin/sh", stable, stable),
                                      ("", none, real)):
             with unittest.mock.patch.multiple(rrouter, STABLE_LINKS=(none, link)), \
-                    unittest.mock.patch.multiple(sys, executable=light_python()), \
+                    unittest.mock.patch.multiple(
+                        sys, executable=light_python(), prefix="/a virtual environment"), \
                     unittest.mock.patch.dict(os.environ, PYTHON=python):
                 found = rrouter.stable_interpreter()
             self.assertEqual(os.path.realpath(found) if chosen == real else found, chosen)
-            self.assertNotEqual(found, light_python())      # a virtual environment
+            self.assertNotEqual(found, light_python())
 
 
 class InstallScriptTest(InstallTest):
@@ -7649,7 +7650,12 @@ class InstalledLifeTest(InstallTest):
                       said)
         removed = (home.settings, home.settings.parent, home.program, home.program.parent)
         self.assertIn(f"\nremoved: {', '.join(map(str, removed))}\n", said)
-        self.assertEqual((home.tree(data=False), home.read("mode")), ({}, "claude\n"))
+        self.assertEqual((home.tree(data=False), home.read("mode"), home.health()),
+                         ({}, "claude\n", None))
+        with socket.create_server(("127.0.0.1", home.port)):
+            said = home.do("install", program=[*PYTHON, RROUTER], status=1,
+                           env={"RROUTER_PORT": str(home.port)})
+        self.assertRegex(said, f"\nrrouter: .*{home.port}.*\n\\Z")
 
 
 class ServiceManagerTest(InstallTest):
