@@ -4968,7 +4968,7 @@ class Installer:
         write = ((os.symlink, content[len(LINK):], path) if content.startswith(LINK) else
                  (write_atomically, path, content, True, mode))
         if old is not None and old != content and digest(old) not in ours:
-            spare = backup if backup and not os.path.lexists(backup) else spare_name(path)
+            spare = spare_name(path)
             if backup or not ours:      # a changed file of ours does not come back
                 backup = spare
         self.files[path] = [backup, *(other for other in ours if other != new), new]

@@ -8060,20 +8060,6 @@ class InterruptedInstallTest(InstallTest):
                 shutil.copytree(start, self.home.home, symlinks=True)
             self.assertGreater(number, 12)
 
-    def test_an_edited_unit_and_port_survive_an_upgrade_that_is_killed(self):
-        self.home.do("install", "--claude")
-        edited, is_killed = self.home.unit.read_bytes() + b"# edited\n", True
-        for number in itertools.takewhile(lambda _: is_killed, itertools.count()):
-            self.home.put(self.home.unit, edited)
-            is_killed = self.home.do("install", kill_at=number,
-                                     env={"RROUTER_PORT": str(free_port())})
-            self.assertIn(edited, [path.read_bytes() for path in self.home.unit.parent.iterdir()
-                                   if path.is_file()])
-            if is_killed:
-                self.home.do("stop")
-        self.home.do("uninstall", "--purge")
-        self.assertEqual(self.home.settings.read_bytes(), self.SETTINGS)
-
 
 # Faults of the machine ########################################################
 
