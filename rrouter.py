@@ -4473,8 +4473,8 @@ def claude_environment(home: str) -> dict[str, str]:
 def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | None]:
     """Return settings in which a member has this JSON text, or is missing, and its old text.
 
-    `name` is one like `statusLine` or `env.NO_PROXY`.  No other byte changes, so that adding,
-    replacing and removing can each be undone.  Raises ValueError.
+    `name` is one like `statusLine` or `env.NO_PROXY`.  A new member comes first.  No other byte
+    changes, so that each edit can be undone.  Raises ValueError.
     """
     outer, _, name = name.rpartition(".")
     position: int | None = _skip_space(text, int(text.startswith("\ufeff")))
@@ -4485,21 +4485,18 @@ def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | Non
     members = [*_walk(text, position, "{")]
     ends = [position + 1, *(end for _, _, end in members)]
     index = max((index for index, member in enumerate(members) if member[0] == name), default=-1)
-    head, rest = text[:ends[index]], text[ends[index + 1]:]
     if index >= 0:
         _, start, end = members[index]
         if value is not None:
-            head = text[:start] + value
-        elif index == 0 and len(members) > 1:
-            rest = rest.partition(",")[2]
-        return head + rest, text[start:end]
+            return text[:start] + value + text[end:], text[start:end]
+        rest = text[end:].partition(",")[2] if index == 0 and len(members) > 1 else text[end:]
+        return text[:ends[index]] + rest, text[start:end]
     if value is not None:
-        rest = text[ends[-1]:]
-        gap = re.findall(r"\A\s*,?(\s*)" if len(members) > 1 else r"\A(\s*)",
-                         text[ends[-2 if members else 0]:])[0]
-        gap = "," + (gap or " ") if members else gap + "  " * ("\n" in gap)
-        rest = f"{gap}{json.dumps(name)}: {value}{rest}"
-    return head + rest, None
+        rest = text[ends[0]:]
+        gap = re.split(r"\S", rest, maxsplit=1)[0]
+        gap += "  " * ("\n" in gap and not members)
+        text = f"{text[:ends[0]]}{gap}{json.dumps(name)}: {value}{',' * bool(members)}{rest}"
+    return text, None
 
 
 def read_settings(path: str) -> str | None:
@@ -4521,11 +4518,9 @@ def read_settings(path: str) -> str | None:
 # Installation #################################################################
 
 SERVICE_FILES = {SYSTEMD_UNIT: """\
-# systemd user unit of rrouter, as `rrouter install` writes it.  Settings: lines such as
-# RROUTER_PORT=9000 in ~/.config/rrouter.env, in force from the next `rrouter restart` on.
+# As `rrouter install` writes it.  Settings: RROUTER_PORT=9000 etc. in ~/.config/rrouter.env.
 [Unit]
 Description=rrouter, the local router between Claude Code and CLIProxyAPI
-# Twelve starts in ten minutes and it stays down: a taken port is tried for about a minute.
 StartLimitIntervalSec=600
 StartLimitBurst=12
 
@@ -4534,11 +4529,9 @@ Type=exec
 EnvironmentFile=-%h/.config/rrouter.env
 ExecStart=%h/bin/rrouter serve
 ExecReload=/bin/kill -HUP $MAINPID
-# 2 is a bad setting in the environment, which no restart mends.
 Restart=on-failure
 RestartSec=5
 RestartPreventExitStatus=2
-# Running streams get 30 seconds to finish.
 TimeoutStopSec=45
 # Only what an unprivileged user manager can apply, so that it starts in containers too.
 UMask=0077
@@ -4556,8 +4549,7 @@ SystemCallErrorNumber=EPERM
 WantedBy=default.target
 """, LAUNCHD_LABEL + ".plist": """\
 <?xml version="1.0" encoding="UTF-8"?>
-<!-- launchd agent of rrouter, as `rrouter install` writes it.  Settings: lines such as
-     RROUTER_PORT=9000 in ~/.config/rrouter.env, in force from the next `rrouter restart` on. -->
+<!-- As `rrouter install` writes it.  Settings: RROUTER_PORT=9000 etc. in ~/.config/rrouter.env. -->
 <plist version="1.0"><dict>
     <key>Label</key> <string>com.rrouter</string>
     <!-- launchd expands neither ~ nor $HOME, so a shell does; exec makes rrouter the job. -->
@@ -4568,18 +4560,16 @@ WantedBy=default.target
             exec "$HOME/bin/rrouter" serve</string>
     </array>
     <key>RunAtLoad</key> <true/>
-    <!-- Again after a failure, not after a clean stop; at most every 30 seconds. -->
     <key>KeepAlive</key> <dict> <key>SuccessfulExit</key> <false/> </dict>
     <key>ThrottleInterval</key> <integer>30</integer>
-    <!-- Running streams get 30 seconds to finish. -->
     <key>ExitTimeOut</key> <integer>45</integer>
     <!-- Streams must not wait for the throttled disk and timers of a background job. -->
     <key>ProcessType</key> <string>Interactive</string>
     <key>Umask</key> <integer>63</integer> <!-- 0077 -->
 </dict></plist>
 """}
-# Where the SHA-256 of each unit, agent and default config.json of any version begins.
-SHIPPED = frozenset(("e069a7ce11869e8f", "781c947dfddcaab7", "c191a83396e676fd"))    # 5.0.0
+# Where the SHA-256 of each default config.json of an older version begins.
+OLD_DEFAULTS = ("c191a83396e676fd",)    # 5.0.0
 # Begins the zip application, so it must run under a Python that is too old for the rest.
 ZIP_MAIN = """\
 import sys
@@ -4588,21 +4578,22 @@ if sys.version_info < (3, 9):
 import rrouter
 rrouter.main()
 """
-STABLE_DIRECTORIES = ("/usr/bin", "/usr/local/bin", "/opt/homebrew/bin")
+STABLE_LINKS = ("/usr/bin/python3", "/usr/local/bin/python3", "/opt/homebrew/bin/python3")
 SHEBANG_MAX_BYTES = 120         # older kernels cut the line off at 127
 EMPTY_SETTINGS = b"{\n}\n"
+LINK = b"link to "              # begins what `content_of` returns of a symbolic link
+WANTED_LINK = os.path.join("default.target.wants", SYSTEMD_UNIT)    # as `systemctl enable` makes it
 
 
 def stable_interpreter() -> str:
     """Return the path of this Python that lasts: as PYTHON names it, or a link of the system."""
     import shutil
-    links = (os.path.join(directory, "python3") for directory in STABLE_DIRECTORIES)
-    for path in (shutil.which(os.environ.get("PYTHON") or ""), *links):
-        if path and os.path.realpath(path) == os.path.realpath(sys.executable):
-            return os.path.abspath(path)
+    names = [os.environ.get("PYTHON") or "", *STABLE_LINKS]
     if sys.prefix != sys.base_prefix:           # a virtual environment may be removed
-        return os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
-    return sys.executable
+        names.append(os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2]))
+    return next((os.path.abspath(path) for path in map(shutil.which, names)
+                 if path and os.path.realpath(path) == os.path.realpath(sys.executable)),
+                sys.executable)
 
 
 def program_bytes(interpreter: str) -> bytes:
@@ -4621,8 +4612,7 @@ def program_bytes(interpreter: str) -> bytes:
     line = f"#!{interpreter}\n"
     if re.search(r"\s", interpreter) or len(os.fsencode(line)) > SHEBANG_MAX_BYTES:
         line = f'#!/bin/sh\nexec {shlex.quote(interpreter)} "$0" "$@"\n'
-    archive = io.BytesIO()
-    archive.write(os.fsencode(line))
+    archive = io.BytesIO(os.fsencode(line))
     with zipfile.ZipFile(archive, "a") as file:
         for name, content in (("__main__.py", ZIP_MAIN), ("rrouter.py", source),
                               ("rrouter.pyc", module)):
@@ -4633,7 +4623,7 @@ def program_bytes(interpreter: str) -> bytes:
 def content_of(path: str) -> bytes | None:
     """Return what a file holds or where a link leads, None for nothing; raise RouterError."""
     if os.path.islink(path):
-        return b"link to " + os.fsencode(os.readlink(path))
+        return LINK + os.fsencode(os.readlink(path))
     if not os.path.lexists(path):
         return None
     if not os.path.isfile(path):
@@ -4652,27 +4642,31 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
     """Return what was installed; raise RouterError if the record is not usable.
 
     {path: [name of what was there before or "", digests of what was written]}, [] for a directory;
-    {settings.json of Claude Code: {member: [JSON text before or None, JSON texts written]}}.
+    {settings.json of Claude Code: {member: [JSON text before or None, values written]}}.
     """
+    home = os.path.dirname(paths.root)
     try:
         record = json.loads(read_file(paths.record) or b"{}")
         files, settings = record.get("files", {}), record.get("settings", {})
         if "directories" in record:     # of 5.0.0
-            files = {path: [entry["backup"] or "", *entry["sha256"]]
-                     for path, entry in files.items()}
-            files = {**dict.fromkeys(record["directories"], []), **files}
-        claude = record.get("claude")
-        if claude:
-            path = os.path.join(os.path.dirname(paths.root), ".claude", "settings.json")
-            url = (claude["before"] or {}).get("env", {}).get("ANTHROPIC_BASE_URL")
-            settings[os.path.realpath(path)] = {"env.ANTHROPIC_BASE_URL": [
-                url and json.dumps(url), *map(json.dumps, claude["written"])]}
-            files[os.path.realpath(path)] = [claude["backup"] or "", claude["sha256"]]
+            claude = record.get("claude")
+            if claude:
+                url = (claude["before"] or {}).get("env", {}).get("ANTHROPIC_BASE_URL")
+                path = os.path.realpath(os.path.join(home, ".claude", "settings.json"))
+                files[path] = {**claude, "sha256": [claude["sha256"]]}
+                settings[path] = {"env.ANTHROPIC_BASE_URL": [
+                    url and json.dumps(url), *claude["written"]]}
+            files = {**dict.fromkeys(record["directories"], []),
+                     **{path: [entry["backup"] or "", *entry["sha256"]]
+                        for path, entry in files.items()}}
+            for unit in [path for path in files if path.endswith(SYSTEMD_UNIT)]:
+                link = os.path.join(os.path.dirname(unit), WANTED_LINK)
+                files.update({os.path.dirname(link): [],
+                              link: ["", digest(LINK + os.fsencode(unit))]})
         "".join(itertools.chain(*files.values()))       # demands strings
-        for text in itertools.chain(*(itertools.chain(*m.values()) for m in settings.values())):
-            json.loads(text or "null")
-        program = os.path.join(os.path.dirname(paths.root), "bin", "rrouter")
-        if files and not any(map(program.startswith, files)):
+        for before, *_ in itertools.chain(*(members.values() for members in settings.values())):
+            json.loads("null" if before is None else before)
+        if files and not any(map(os.path.join(home, "bin", "rrouter").startswith, files)):
             raise ValueError("it is of another home directory")
         return files, settings
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -4690,6 +4684,7 @@ class Installer:
     def __init__(self, home: str, paths: Paths, dry: bool) -> None:
         self.home, self.paths, self.dry = home, paths, dry
         self.program = os.path.join(home, "bin", "rrouter")
+        self.environment = os.path.join(home, ".config", "rrouter.env")
         self.files: dict[str, list[str]] = {}
         self.settings: dict[str, dict[str, list[Any]]] = {}
         self.done: list[str] = []
@@ -4702,17 +4697,17 @@ class Installer:
             record = {"files": self.files, "settings": self.settings}
             write_atomically(self.paths.record, json.dumps(record, indent=2) + "\n")
 
-    def step(self, text: str, action: Callable[[], object]) -> None:
+    def step(self, text: str, action: Callable[..., object], *arguments: Any) -> None:
         """Print what is done and do it; in a dry run print it only."""
         print(f"  {'would ' * self.dry}{text}", flush=True)
         self.done.append(text)
         if not self.dry:
-            action()
+            action(*arguments)
 
-    def attempt(self, action: Callable[[], object]) -> None:
+    def attempt(self, action: Callable[..., object], *arguments: Any) -> None:
         """Do something; note for the report if that fails."""
         try:
-            action()
+            action(*arguments)
         except (OSError, RouterError) as error:
             self.failures.append(str(error) if isinstance(error, RouterError) else
                                  f"{error.filename2 or error.filename}: {reason_of(error)}")
@@ -4723,32 +4718,26 @@ class Installer:
             self.make_directory(os.path.dirname(path))
             self.files[path] = []
             self.save()
-            self.step(f"create {path}", partial(os.mkdir, path))
-
-    def is_ours(self, path: str, content: bytes) -> bool:
-        """Return whether rrouter wrote this content."""
-        sha256 = digest(content)
-        return sha256[:16] in SHIPPED or sha256 in self.files.get(path, ())[1:]
+            self.step(f"create {path}", os.mkdir, path)
 
     def put(self, path: str, content: bytes, mode: int = 0o644) -> None:
-        """Install a file.  What is there and not ours is kept beside it, and comes back later."""
-        old, written = content_of(path), self.files.get(path)
-        backup, spare, ours = written[0] if written else "", "", [digest(content)]
+        """Install a file or a link.  What is there and not ours is kept beside it until the end."""
         self.make_directory(os.path.dirname(path))
-        if old is not None and self.is_ours(path, old):
-            ours.insert(0, digest(old))
-        elif old is not None:
-            spare = backup if backup and not os.path.lexists(backup) else spare_name(path)
-            if backup or not written:   # a changed file of ours does not come back
+        old, new, spare = content_of(path), digest(content), ""
+        backup, *ours = self.files.get(path, [""])
+        write = ((os.symlink, content[len(LINK):], path) if content.startswith(LINK) else
+                 (write_atomically, path, content, True, mode))
+        if old is not None and old != content and digest(old) not in ours:
+            spare = spare_name(path)
+            if backup or not ours:      # a changed file of ours does not come back
                 backup = spare
-        self.files[path] = [backup, *ours]
+        self.files[path] = [backup, *(other for other in ours if other != new), new]
         self.save()
         if spare:
-            self.step(f"keep the old {path} as {spare}", partial(os.rename, path, spare))
+            self.step(f"keep the old {path} as {spare}", os.rename, path, spare)
         try:
             if old != content:
-                self.step(f"{'install' if old is None or spare else 'replace'} {path}",
-                          partial(write_atomically, path, content, True, mode))
+                self.step(f"install {path}", *write)
         except OSError:
             if spare:                   # a full disk
                 os.rename(spare, path)
@@ -4759,58 +4748,42 @@ class Installer:
         import shlex
         self.left.append(f"{path} ({what}): {command} {shlex.quote(path)}")
 
-    def remove_temporary(self, path: str) -> None:
-        """Remove what killed commands left beside a path, named as `write_atomically` names it."""
-        directory, name = os.path.split(path)
-        for other in os.listdir(directory) if os.path.isdir(directory) and not self.dry else ():
-            if re.fullmatch(re.escape(name) + r"\.\d+\.\d+\.tmp", other):
-                os.unlink(os.path.join(directory, other))
-
     def take_back(self, path: str) -> None:
         """Remove what was installed, and put back what was there before; leave anything else."""
-        self.remove_temporary(path)
-        backup, *written = self.files[path] or [""]
-        old = content_of(path) if written else None
-        if not written:
+        backup, *ours = self.files[path] or [""]
+        old = content_of(path) if ours else None
+        if not ours:
             if os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path):
-                self.step(f"remove {path}", partial(os.rmdir, path))
-        elif old is not None and not self.is_ours(path, old):
+                self.step(f"remove {path}", os.rmdir, path)
+        elif old is not None and digest(old) not in ours:
             self.leave(path, "changed since it was installed, or never replaced")
             if os.path.lexists(backup):
                 self.leave(backup, "what was there before")
         elif os.path.lexists(backup):
-            self.step(f"put the old {path} back", partial(os.replace, backup, path))
+            self.step(f"put the old {path} back", os.replace, backup, path)
         elif old is not None:
-            self.step(f"remove {path}", partial(os.unlink, path))
+            self.step(f"remove {path}", os.unlink, path)
         del self.files[path]
         self.save()
 
 
 # ---- Claude Code
 
-def offer_no_proxy(work: Installer, text: str) -> dict[str, str]:
+def offer_no_proxy(text: str) -> dict[str, str]:
     """Return NO_PROXY if Claude Code needs it to reach rrouter and the user wants it, else {}."""
-    settings = json.loads(text.lstrip("\ufeff")).get("env", {})
-    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
-    proxy = next((name for name in environment if environment[name] and name.upper() in (
-        "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")), None)
-    known = [environment.get(name) or "" for name in ("NO_PROXY", "no_proxy")]
-    if proxy is None or {"localhost", "*"} & set(re.split("[, ]+", ",".join(known))):
+    env = {**os.environ, **json.loads(text.lstrip("\ufeff")).get("env", {})}
+    proxy = next((name for name, value in env.items()
+                  if value and re.fullmatch("(?i)(https?|all)_proxy", name)), None)
+    known = str(env.get("NO_PROXY") or env.get("no_proxy") or "")
+    if (proxy is None or {"localhost", "*"} & {*re.split("[, ]+", known)}
+            or not (sys.stdin.isatty() and sys.stdout.isatty())):       # `check` says it then
         return {}
-    value = ",".join(filter(None, (known[0] or known[1], "localhost,127.0.0.1,::1")))
-    need = f'  {proxy} is set, so Claude Code needs "NO_PROXY": "{value}" in its env: '
-    if work.dry or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        print(f"{need}add it (on a terminal, this command offers to)")
-        return {}
+    value = f"{known},localhost,127.0.0.1,::1".lstrip(",")
     with contextlib.suppress(EOFError):
-        if input(f"{need}write it? [Y/n] ").strip().lower() in ("", "y", "yes"):
+        if input(f'  {proxy} is set, so Claude Code needs "NO_PROXY": "{value}" in its env: write '
+                 "it? [Y/n] ").strip().lower() in ("", "y", "yes"):
             return {"env.NO_PROXY": value}
     return {}
-
-
-def is_written(text: str | None, member: list[Any]) -> bool:
-    """Return whether a member still has a value that rrouter wrote, in any form."""
-    return text is not None and json.loads(text) in map(json.loads, member[1:])
 
 
 def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
@@ -4820,73 +4793,65 @@ def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
     members, command = work.settings.get(path, {}), f"curl -s '{url}/health?line'"
     for name, value in {"env": {}, "env.ANTHROPIC_BASE_URL": url,
                         "statusLine": {"type": "command", "command": command},
-                        **(offer_no_proxy(work, text) if asked else {})}.items():
-        new, now = json.dumps(value), edit_member(text, name, None)[1]
-        is_held = now is not None and is_written(now, members.get(name, []))
+                        **(offer_no_proxy(text) if asked and not work.dry else {})}.items():
+        now = edit_member(text, name, None)[1]
+        is_held = now is not None and json.loads(now) in members.get(name, ())[1:]
         is_free = now is None or name not in ("env", "statusLine")
         if (is_held or asked and is_free) and (now is None or json.loads(now) != value):
-            members[name] = [*members[name], new] if is_held else [now, new]
-            text = edit_member(text, name, new)[0]
+            members[name] = [*(members[name] if is_held else [now]), value]
+            text = edit_member(text, name, json.dumps(value))[0]
     if text != old:
         work.settings[path] = members
         if content is None:
             work.put(path, EMPTY_SETTINGS, 0o600)
         work.save()
-        mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o600
-        work.step(f"point Claude Code here in {path}",
-                  partial(write_atomically, path, text, True, mode))
+        mode = 0o600 if content is None else stat.S_IMODE(os.stat(path).st_mode)
+        work.step(f"point Claude Code here in {path}", write_atomically, path, text, True, mode)
 
 
 def disconnect_claude(work: Installer, path: str) -> None:
     """Take out of Claude Code's settings what was written, to the byte if nothing else changed."""
     text = old = read_settings(path) or ""
-    work.remove_temporary(path)
-    for name, member in reversed(work.settings[path].items()) if old else ():
-        if is_written(edit_member(text, name, None)[1], member):
-            text = edit_member(text, name, member[0])[0]
+    for name, (before, *written) in reversed(work.settings[path].items()) if old else ():
+        now = edit_member(text, name, None)[1]
+        if now is not None and json.loads(now) in written:
+            text = edit_member(text, name, before)[0]
     if path in work.files and text.encode("utf-8") == EMPTY_SETTINGS:
-        work.step(f"remove {path}", partial(os.unlink, path))
-    elif work.is_ours(path, old.encode("utf-8")):       # as 5.0.0 wrote it
+        work.step(f"remove {path}", os.unlink, path)
+    elif digest(old.encode("utf-8")) in work.files.get(path, ()):       # as 5.0.0 wrote it
         work.take_back(path)
     elif text != old:
-        work.step(f"take back {', '.join(work.settings[path])} in {path}", partial(
-            write_atomically, path, text, True, stat.S_IMODE(os.stat(path).st_mode)))
+        work.step(f"take back {', '.join(work.settings[path])} in {path}", write_atomically,
+                  path, text, True, stat.S_IMODE(os.stat(path).st_mode))
     work.files.pop(path, None)          # what is left is the user's
     del work.settings[path]
     work.save()
 
 
 def find_senders(here: str, home: str) -> Iterator[str]:
-    """Yield the user's processes whose environment sends Claude Code to `here`.
-
-    With `home` each Claude Code of that HOME, too, because it read the settings when it started.
-    """
-    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc/self") else ()):
+    """Yield the processes whose environment points `here`; with `home`, its Claude Codes, too."""
+    for process in {*glob.glob("/proc/[0-9]*")} - {f"/proc/{os.getpid()}"}:
         with contextlib.suppress(OSError):
-            if int(pid) == os.getpid() or os.stat(f"/proc/{pid}").st_uid != os.getuid():
-                continue
-            name, environment = ((read_file(f"/proc/{pid}/{file}") or b"").decode(
-                "utf-8", "replace") for file in ("comm", "environ"))
+            name, environment = ((read_file(f"{process}/{file}") or b"").decode("utf-8", "replace")
+                                 for file in ("comm", "environ"))
             if re.search(rf"(?:\A|\0)ANTHROPIC_BASE_URL={here}[/\0]", environment) or (
                     name == "claude\n" and home and f"HOME={home}" in environment.split("\0")):
-                yield f"{printable(name.strip())} (pid {pid})"
+                yield f"{printable(name.strip())} (pid {os.path.basename(process)})"
 
 
 # ---- install and uninstall
 
 def put_environment(work: Installer) -> None:
     """Write for a service what this shell sets as RROUTER_*, and what an earlier one did."""
-    path = os.path.join(work.home, ".config", "rrouter.env")
-    old = content_of(path)
-    if old is not None and not work.is_ours(path, old):
+    path, old = work.environment, content_of(work.environment)
+    values = {name: os.environ[name] for name in DEFAULT_ENVIRONMENT if os.environ.get(name)}
+    if old is not None and digest(old) not in work.files.get(path, ()):
         print(f"  leave {path} as it is, because it is yours")
-        return
-    values = dict(re.findall(r"(?m)^(RROUTER_[A-Z_]+)='(.*)'$", (old or b"").decode("utf-8")))
-    values.update((name, os.environ[name]) for name in DEFAULT_ENVIRONMENT if os.environ.get(name))
-    if values:
-        text = "# Environment of the rrouter service, in force from the next restart on.\n"
-        text += "".join(f"{name}='{value}'\n" for name, value in values.items())
-        work.put(path, text.encode("utf-8"), 0o600)
+    elif old or values:
+        lines = (old or b"# Environment of the rrouter service\n").decode("utf-8").splitlines()
+        lines = [line for line in lines if line.partition("=")[0] not in values]
+        lines += [f"{name}='{value}'" for name, value in values.items()]
+        work.put(path, "\n".join([*lines, ""]).encode("utf-8"), 0o600)
 
 
 def start_installed(work: Installer, manager: Manager | None) -> None:
@@ -4900,12 +4865,9 @@ def start_installed(work: Installer, manager: Manager | None) -> None:
     if manager:
         put_environment(work)
         work.put(manager.path, SERVICE_FILES[os.path.basename(manager.path)].encode("utf-8"))
-        link = os.path.join(os.path.dirname(manager.path), "default.target.wants", SYSTEMD_UNIT)
-        if manager.name == "systemd" and not os.path.lexists(link):     # as `systemctl enable`
-            work.make_directory(os.path.dirname(link))
-            work.files[link] = ["", digest(b"link to " + os.fsencode(manager.path))]
-            work.save()
-            work.step(f"create {link}", partial(os.symlink, manager.path, link))
+        if manager.name == "systemd":
+            work.put(os.path.join(os.path.dirname(manager.path), WANTED_LINK),
+                     LINK + os.fsencode(manager.path))
     verb = "restart" if Daemon.find(work.paths) else "start"
     work.step(f"run {work.program} {verb}", start)
 
@@ -4913,20 +4875,18 @@ def start_installed(work: Installer, manager: Manager | None) -> None:
 def report_installation(work: Installer, before: bytes | None, why: str) -> None:
     """Print what was installed, what `check` says of it, and what to do next."""
     import shutil
-    version = re.search(rb'(?m)^__version__ = "([^"]*)"', before or b"")
-    old = f" (before: {printable(version[1].decode('utf-8', 'replace'))})" if version else ""
-    print(f"\nrrouter {__version__} is installed as {work.program}{old}")
-    if why:
-        print(f"no service, because {why}")
+    version = re.search(rb'(?m)^__version__ = "([ -~]*)"', before or b"")
+    old = f" (before: {version[1].decode('ascii')})" if version else ""
+    print(f"\nrrouter {__version__} is installed as {work.program}{old}"
+          + f"\nno service, because {why}" * bool(why))
     print(run_program((work.program, "check"), MANAGER_S)[1].rstrip())
-    first, command = shutil.which("rrouter"), "rrouter"
-    if not first or os.path.realpath(first) != os.path.realpath(work.program):
+    found, command = shutil.which("rrouter"), "rrouter"
+    if not found or os.path.realpath(found) != os.path.realpath(work.program):
         command = work.program
-        print(f"hint: {first + ' comes first' if first else '~/bin is not'} in PATH: add this line "
-              'to the file that your shell reads at its start: export PATH="$HOME/bin:$PATH"')
-    if not work.settings:
-        print(f"hint: to point Claude Code here: {command} install --claude")
-    print(f"next: {command} status")
+        print(f"hint: {found + ' comes first' if found else '~/bin is not'} in PATH: add this to "
+              'what your shell reads at its start: export PATH="$HOME/bin:$PATH"')
+    print(f"next: {command} status" if work.settings else
+          f"next: {command} install --claude, which points Claude Code here")
 
 
 def install(work: Installer, with_claude: bool) -> list[str]:
@@ -4934,8 +4894,6 @@ def install(work: Installer, with_claude: bool) -> list[str]:
     if os.geteuid() == 0 and os.stat(work.home).st_uid != 0:
         raise RouterError(f"HOME={work.home} belongs to another user: run this without sudo")
     settings = read_environment(dict(os.environ))
-    if re.search(r"['\\]", settings.upstream):
-        raise UsageError(f"RROUTER_UPSTREAM={settings.upstream}: a service cannot get a quote")
     asked = claude_settings_path(work.home) if with_claude else ""
     if asked and not is_own_home(work.home) and not asked.startswith(work.home + "/"):
         raise UsageError(f"{asked} is not in HOME={work.home}: unset CLAUDE_CONFIG_DIR")
@@ -4946,22 +4904,19 @@ def install(work: Installer, with_claude: bool) -> list[str]:
         work.paths.create()
     work.put(work.program, program, 0o755)
     config, mode = work.paths.config, work.paths.mode
-    if digest(content_of(config) or b"")[:16] in SHIPPED:
+    if digest(content_of(config) or b"")[:16] in OLD_DEFAULTS:
         spare = spare_name(config)
         work.step(f"move {config}, which holds nothing but defaults, to {spare}",
-                  partial(os.rename, config, spare))
+                  os.rename, config, spare)
     elif not os.path.lexists(config) and not os.path.lexists(mode):
-        work.step("set the mode to auto", partial(write_atomically, mode, "auto\n"))
+        work.step("set the mode to auto", write_atomically, mode, "auto\n")
     start_installed(work, manager)
-    daemon = Daemon.find(work.paths)
-    if daemon:
-        settings = Settings(daemon.host, daemon.port, "")
-    if settings.host in ("0.0.0.0", "::"):
-        settings = settings._replace(host="localhost")
+    daemon = Daemon.find(work.paths) or settings
+    host = "localhost" if daemon.host in ("0.0.0.0", "::") else daemon.host
+    url = f"http://{Settings(host, daemon.port, '').listen_addr}"
     for path in filter(None, dict.fromkeys((*work.settings, asked and os.path.realpath(asked)))):
         # Last, because nothing listened there before.
-        work.attempt(partial(connect_claude, work, path, f"http://{settings.listen_addr}",
-                             path == os.path.realpath(asked)))
+        work.attempt(connect_claude, work, path, url, path == os.path.realpath(asked))
     if work.dry:
         print("nothing has been changed")
     else:
@@ -4969,74 +4924,54 @@ def install(work: Installer, with_claude: bool) -> list[str]:
     return [f"Claude Code is not pointed here: {failure}" for failure in work.failures]
 
 
-def remove_service(work: Installer, path: str, manager: Manager | None) -> None:
-    """Stop the service and remove its file, also where its manager does not answer."""
-    if manager and manager.path == path:
-        work.step(f"stop the service of {manager.name}", manager.stop)
-    work.take_back(path)
-    link = os.path.join(os.path.dirname(path), "default.target.wants", SYSTEMD_UNIT)
-    if os.path.islink(link) and not os.path.exists(link):       # of 5.0.0, not recorded
-        os.unlink(link)
-        with contextlib.suppress(OSError):      # not empty
-            os.rmdir(os.path.dirname(link))
-    if manager and manager.path == path and manager.name == "systemd":
-        work.step("have systemd forget it", partial(
-            run_program, manager.start_commands[0], MANAGER_S))
+def remove_installed(work: Installer, daemon: Daemon | None, purge: bool) -> None:
+    """Take back what the record names, the program last, because it can run again.
 
-
-def remove_data(work: Installer, purge: bool) -> None:
-    """Remove the record, and with `purge` all that is beside it, unless something failed."""
+    Then remove the record, and with `purge` all that is beside it.
+    """
     import shutil
-    root = work.paths.root
-    if work.failures or not os.path.lexists(root):
-        return
-    if not work.dry:
-        work.remove_temporary(work.paths.record)
-        remove_files(work.paths.record)
-    if not purge:
-        work.leave(root, "mode, config, state and logs", "rm -r")
-    elif os.path.islink(root):
-        work.leave(os.path.realpath(root), f"where {root} led", "rm -r")
-        work.step(f"remove {root}", partial(os.unlink, root))
-    else:
-        work.step(f"remove {root}", partial(shutil.rmtree, root))
-
-
-def name_unrecorded(work: Installer) -> None:
-    """Note for the report what looks installed, although no record says so."""
-    print(f"  {work.paths.record} names no file, so none is removed; only the usual places have "
-          "been looked at")
-    config = os.path.join(work.home, ".config")
-    for path in (work.program, os.path.join(config, "rrouter.env"), os.path.join(config, UNIT_PATH),
-                 os.path.join(work.home, AGENT_PATH)):
-        if os.path.lexists(path):
-            work.leave(path, "not recorded as installed")
+    manager, root = find_manager(work.home), work.paths.root
+    manager = manager if manager and manager.path in work.files else None
+    for path in (*work.files, *work.settings, work.paths.record):
+        for other in glob.glob(glob.escape(path) + ".*.tmp") if not work.dry else ():
+            if re.fullmatch(r"\.\d+\.\d+\.tmp", other[len(path):]):       # of a killed command
+                remove_files(other)
+    for path in list(work.settings):
+        work.attempt(disconnect_claude, work, path)
+    if manager:
+        work.attempt(work.step, f"stop the service of {manager.name}", manager.stop)
+    if daemon:
+        work.attempt(work.step, f"stop rrouter ({daemon.holder.name})",
+                     stop_daemon, work.paths, work.home)
+    files = [*reversed(work.files)]
+    files.sort(key=work.program.startswith)
+    for path in files:
+        needed = [*work.settings, *[work.program] * bool(work.failures)]
+        if not any(other.startswith(path) for other in needed):
+            work.attempt(work.take_back, path)
+    if manager and manager.name == "systemd":
+        work.step("have systemd forget it", run_program, manager.start_commands[0], MANAGER_S)
+    if not work.failures and os.path.lexists(root):
+        if not work.dry:
+            remove_files(work.paths.record)
+        if purge and not os.path.islink(root):
+            work.attempt(work.step, f"remove {root}", shutil.rmtree, root)
+        else:
+            work.leave(root, "mode, config, state and logs", "rm -r")
 
 
 def uninstall(work: Installer, purge: bool) -> list[str]:
     """Take back what `install` did, with `purge` what the daemon keeps, too; return what failed."""
     work.files, work.settings = read_record(work.paths)
-    daemon, manager, had_claude = (
-        Daemon.find(work.paths), find_manager(work.home), bool(work.settings))
-    if not work.files:
-        name_unrecorded(work)
+    daemon, had_claude = Daemon.find(work.paths), bool(work.settings)
     ports = {str(daemon.port if daemon else DEFAULT_ENVIRONMENT["RROUTER_PORT"]),
-             *re.findall(r':([0-9]+)\\"', json.dumps(work.settings))}
+             *re.findall(r':([0-9]+)[/"\\]', json.dumps(work.settings))}
     here = rf"http://(?:localhost|127\.0\.0\.1|\[::1\]):(?:{'|'.join(ports)})"
-    for path in list(work.settings):
-        work.attempt(partial(disconnect_claude, work, path))
-    if daemon:
-        work.attempt(partial(work.step, f"stop rrouter ({daemon.holder.name})",
-                             partial(stop_daemon, work.paths, work.home)))
-    files = [*reversed(work.files)]
-    files.sort(key=work.program.startswith)     # the program last, because it can run again
-    for path in files:
-        needed = [*work.settings, *[work.program] * bool(work.failures)]
-        if os.path.basename(path) in SERVICE_FILES:
-            work.attempt(partial(remove_service, work, path, manager))
-        elif not any(other.startswith(path) for other in needed):
-            work.attempt(partial(work.take_back, path))
-    work.attempt(partial(remove_data, work, purge))
+    for path in (work.program, work.environment, os.path.join(work.home, AGENT_PATH),
+                 os.path.join(os.path.dirname(work.environment), UNIT_PATH)):
+        if path not in work.files and os.path.lexists(path):
+            work.leave(path, "not recorded as installed")
+    remove_installed(work, daemon, purge)
     with contextlib.suppress(ValueError):
         url = claude_environment(work.home).get("ANTHROPIC_BASE_URL", "")
         if re.match(here, url) and not (work.dry and had_claude):
@@ -5682,40 +5617,34 @@ def cmd_help(context: Context) -> None:
 
 # Command line: check ##########################################################
 
-def check_interpreter(program: str) -> Iterator[tuple[str, str]]:
-    """Yield whether the Python that the installed program names still exists."""
-    with contextlib.suppress(OSError, RouterError):
-        head = (content_of(program) or b"")[:4096].decode("utf-8", "replace")
-        match = re.match(r"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head)
-        if match:
-            python = match[1] or match[2]
-            yield (OK if os.access(python, os.X_OK) else FAIL), (
-                f"program: {program}, run by {python}: if that is gone, run install.sh again")
-
-
 def check_service(home: str) -> Iterator[tuple[str, str]]:
     """Yield which Python runs the installed program, and whether a service manager starts it."""
     program = os.path.join(home, "bin", "rrouter")
-    yield from check_interpreter(program)
+    head, files = b"", {}
+    with contextlib.suppress(OSError, RouterError):
+        head = (content_of(program) or b"")[:4096]
+        files = read_record(Paths(home))[0]
+    match = re.match(rb"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head)
+    if match:
+        python = os.fsdecode(match[1] or match[2])
+        yield (OK if os.access(python, os.X_OK) else FAIL), (
+            f"program: {program}, run by {python}: if that is gone, run install.sh again")
     manager, why = reach_manager(home)
     candidates = ([manager.path] if manager else
                   [os.path.join(home, ".config", UNIT_PATH), os.path.join(home, AGENT_PATH)])
-    installed, files = [path for path in candidates if os.path.isfile(path)], {}
-    with contextlib.suppress(RouterError):
-        files = read_record(Paths(home))[0]
-    if not installed:
+    path = next(filter(os.path.isfile, candidates), None)
+    if not path:
         yield OK, ("service: none is installed; rrouter start forks a daemon, and nothing starts "
                    "it at the next login")
-    for path in installed:
-        if not os.access(program, os.X_OK):
-            yield FAIL, (f"service: {path} starts {program}, which does not exist: "
-                         "run install.sh again")
-        elif path in files and digest(content_of(path) or b"") != files[path][-1]:
-            yield WARN, f"service: {path} is not what was installed: changed by you, or older"
-        elif manager is None:
-            yield WARN, f"service: {path} is installed, but {why}: rrouter start forks"
-        else:
-            yield OK, f"service: {manager.name}, {path}"
+    elif not os.access(program, os.X_OK):
+        yield FAIL, (f"service: {path} starts {program}, which does not exist: "
+                     "run install.sh again")
+    elif path in files and digest(content_of(path) or b"") != files[path][-1]:
+        yield WARN, f"service: {path} is not what was installed: changed by you, or older"
+    elif manager is None:
+        yield WARN, f"service: {path} is installed, but {why}: rrouter start forks"
+    else:
+        yield OK, f"service: {manager.name}, {path}"
 
 
 def _points_here(url: str, settings: Settings) -> bool:
