@@ -42,7 +42,6 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
     del sys.path[0]     # the folder of this file, where any file could pose as a standard module
 
 import argparse
-import codecs
 import contextlib
 import datetime
 import email.utils
@@ -71,7 +70,7 @@ import urllib.parse
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar, Union
 
 __version__ = "5.0.0"
@@ -85,8 +84,6 @@ DEFAULT_ENVIRONMENT = {
     "RROUTER_PORT": "8316",
     "RROUTER_UPSTREAM": "http://localhost:8317",    # CLIProxyAPI's default port
 }
-PORT_MAX = 65535
-HOST_MAX = 253                  # characters; the longest name in DNS
 
 DEFAULT_CONFIG: dict[str, Any] = {
     "modes": {
@@ -108,12 +105,6 @@ DEFAULT_CONFIG: dict[str, Any] = {
     },
 }
 MODE_AUTO = "auto"              # built in: config.json cannot define it
-
-# The numbers that config.json may hold.  The low ends let a trial run in seconds; values beyond the
-# high ends can only be typing errors.
-THRESHOLDS = (1, 1000)
-COOLDOWN_MINUTES = (0.0001, 525600)     # up to a year
-FIRST_BYTE_S = (0.001, 86400)           # up to a day
 
 # Auto mode.
 # A response that is not streamed is generated as a whole before its first byte arrives.
@@ -212,8 +203,6 @@ TOO_LARGE_WORDINGS = (
     b"prompt is too long", b"exceeds the context window", b"exceeds the maximum number of tokens",
     b"input is too long", b"prompt token count of", b"prompt_too_long", b"context length exceeded",
     b"request too large")
-THINKING_TYPES = ("thinking", "redacted_thinking")
-EMPTY_CONTENT = b'{"type":"text","text":"(no content)"}'    # the API refuses []
 
 
 # Errors #######################################################################
@@ -350,7 +339,7 @@ class Route(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """The fields of a head: the values that the router reads, and the lines that it forwards."""
+    """The fields of a head: their values, and the lines that the router forwards."""
 
     values: dict[bytes, list[bytes]]    #: by lower-case name, one for each line
     options: set[bytes]                 #: what Connection lists, in lower case
@@ -359,7 +348,6 @@ class Fields(NamedTuple):
     def all(self, name: bytes) -> list[bytes]:
         """Return the values of the field `name`, line by line; none if it is absent."""
         return self.values.get(name, [])
-
 
 
 class RequestHead(NamedTuple):
@@ -555,87 +543,78 @@ def _found(value: Any) -> str:
         return "nesting that is too deep"
 
 
+def _expect(fits: bool, path: str, what: str, value: Any) -> None:
+    """Raise ConfigError unless the value at `path` is what config.json may hold there."""
+    if not fits:
+        raise ConfigError(f"{path}: expected {what}, found {_found(value)}")
+
+
 def _members(value: Any, what: str, prefix: str, known: Collection[str],
              problems: list[str]) -> dict[str, Any]:
     """Return the object `value`; add each member that is not `known` to `problems`."""
-    if not isinstance(value, dict):
-        raise ConfigError(f"{what}: expected an object, found {_found(value)}")
+    _expect(isinstance(value, dict), what, "an object", value)
     problems.extend(f"{prefix}{printable(key)}: unknown key, ignored; known are {', '.join(known)}"
                     for key in value if key not in known)
-    return value
+    return dict(value)
 
 
 def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
-    known = "match", "rewrite"
-    members = _members(value, path, f"{path}.", known, problems)
-    for key in known:
+    members = _members(value, path, f"{path}.", Rule._fields, problems)
+    for key in Rule._fields:
         if key not in members:
             raise ConfigError(f"{path}.{key}: missing, expected a string")
-        if not isinstance(members[key], str) or not members[key]:
-            raise ConfigError(f"{path}.{key}: expected a string that is not empty, "
-                              f"found {_found(members[key])}")
-    rule = Rule(members["match"], members["rewrite"])
+        _expect(isinstance(members[key], str) and members[key] != "", f"{path}.{key}",
+                "a string that is not empty", members[key])
     try:
-        re.compile(fnmatch.translate(rule.match))
-    except re.error as error:           # [z-a], before Python 3.10
-        raise ConfigError(f"{path}.match: expected a glob, found {_found(rule.match)}") from error
-    return rule
+        re.compile(fnmatch.translate(members["match"]))
+    except re.error:                    # [z-a], before Python 3.10
+        _expect(False, f"{path}.match", "a glob", members["match"])
+    return Rule(members["match"], members["rewrite"])
 
 
 def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]:
-    if not isinstance(value, dict) or not value:
-        raise ConfigError("modes: expected an object with at least one mode, found "
-                          + _found(value))
+    _expect(isinstance(value, dict) and len(value) > 0, "modes",
+            "an object with at least one mode", value)
     modes = {}
     for name, mode in value.items():
         path = f"modes.{printable(name)}"
-        if name == MODE_AUTO:
-            raise ConfigError(f"{path}: expected another name, found auto, which is built in")
-        if name.split() != [name] or not name == name.lower() == printable(name):
-            raise ConfigError(f"{path}: expected a name in lower-case ASCII without spaces, "
-                              f"found {_found(name)}")
+        _expect(name != MODE_AUTO, path, "another name, because auto is built in", name)
+        _expect(name.split() == [name] and name == name.lower() == printable(name), path,
+                "a name in lower-case ASCII without spaces", name)
         mappings = _members(mode, path, f"{path}.", ("mappings",), problems).get("mappings", [])
-        if not isinstance(mappings, list):
-            raise ConfigError(f"{path}.mappings: expected a list, found {_found(mappings)}")
+        _expect(isinstance(mappings, list), f"{path}.mappings", "a list", mappings)
         modes[name] = tuple(_parse_rule(rule, f"{path}.mappings[{index}]", problems)
                             for index, rule in enumerate(mappings))
     return modes
 
 
-def _number(value: Any, path: str, limits: tuple[float, float], whole: bool = False) -> float:
-    low, high = limits
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise ConfigError(f"{path}: expected a {'whole ' if whole else ''}number "
-                          f"from {low} to {high}, found {_found(value)}")
+def _number(value: Any, path: str, low: float, high: float) -> Any:
+    """Return a number of config.json; it must be whole if `low` is whole."""
+    kind = "whole number" if isinstance(low, int) else "number"
+    kinds = int if isinstance(low, int) else (int, float)
+    _expect(isinstance(value, kinds) and value is not True and low <= value <= high, path,
+            f"a {kind} from {low} to {high}", value)
     return value
-
-
-def _threshold(value: Any, path: str) -> int:
-    return int(_number(value, path, THRESHOLDS, whole=True))
 
 
 def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
     members = dict(DEFAULT_CONFIG["auto"])
     members.update(_members(value, "auto", "auto.", tuple(members), problems))
     targets, minutes = members["targets"], members["cooldownMinutes"]
-    if not (isinstance(targets, list) and len(targets) == 2
-            and all(isinstance(target, str) for target in targets) and targets[0] != targets[1]):
-        raise ConfigError("auto.targets: expected two different names of modes, found "
-                          + _found(targets))
-    if not isinstance(minutes, list) or not minutes:
-        raise ConfigError("auto.cooldownMinutes: expected a list of minutes, found "
-                          + _found(minutes))
+    _expect(isinstance(targets, list) and len(targets) == 2 and targets[0] != targets[1]
+            and all(isinstance(target, str) for target in targets),
+            "auto.targets", "two different names of modes", targets)
+    _expect(isinstance(minutes, list) and len(minutes) > 0, "auto.cooldownMinutes",
+            "a list of minutes", minutes)
+    # The low ends let a trial run in seconds; values beyond the high ends are typing errors.
     return AutoSettings(
         targets=(targets[0], targets[1]),
-        failure_threshold=_threshold(members["failureThreshold"], "auto.failureThreshold"),
-        timeout_threshold=_threshold(members["timeoutThreshold"], "auto.timeoutThreshold"),
-        cooldowns_s=tuple(60.0 * _number(cooldown, f"auto.cooldownMinutes[{i}]", COOLDOWN_MINUTES)
+        failure_threshold=_number(members["failureThreshold"], "auto.failureThreshold", 1, 1000),
+        timeout_threshold=_number(members["timeoutThreshold"], "auto.timeoutThreshold", 1, 1000),
+        cooldowns_s=tuple(60.0 * _number(cooldown, f"auto.cooldownMinutes[{i}]", 0.0001, 525600)
                           for i, cooldown in enumerate(minutes)),
         first_byte_s=_number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds",
-                             FIRST_BYTE_S))
-
-
+                             0.001, 86400))
 
 
 def parse_config(text: str) -> Config:
@@ -649,9 +628,7 @@ def parse_config(text: str) -> Config:
     built_in = DEFAULT_CONFIG["defaultMode"]
     default_mode = top.get("defaultMode", built_in if built_in in modes else next(iter(modes)))
     names = [*sorted(modes), MODE_AUTO]
-    if default_mode not in names:
-        raise ConfigError(f"defaultMode: expected one of {', '.join(names)}, "
-                          f"found {_found(default_mode)}")
+    _expect(default_mode in names, "defaultMode", f"one of {', '.join(names)}", default_mode)
     auto, auto_error = _parse_auto(top.get("auto", {}), problems), ""
     unknown = ", ".join(_found(target) for target in auto.targets if target not in modes)
     if unknown:
@@ -691,7 +668,7 @@ def mode_word(content: bytes | None) -> str | None:
     if content is None:
         return None
     # Windows PowerShell writes UTF-16, or UTF-8 with a byte order mark.
-    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     text = content.decode("utf-16" if is_utf_16 else "utf-8", "backslashreplace")
     return text.removeprefix("\ufeff").strip().lower()
 
@@ -716,8 +693,7 @@ def describe_unknown_mode(mode: str, choices: Iterable[str]) -> str:
 def _is_host(host: str) -> bool:
     """Return whether `host` is an address or a name that can be looked up."""
     try:
-        return bool(re.fullmatch("[A-Za-z0-9._:%-]+", host) and len(host) <= HOST_MAX
-                    and host.encode("idna"))
+        return bool(re.fullmatch("[A-Za-z0-9._:%-]{1,253}", host) and host.encode("idna"))
     except UnicodeError:                # a label is empty or over 63 characters
         return False
 
@@ -742,37 +718,29 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
     """Return the settings; raise UsageError with the variable, its value and what is allowed."""
     # An empty variable counts as unset.
     values = {name: environ.get(name) or default for name, default in DEFAULT_ENVIRONMENT.items()}
-    port = values["RROUTER_PORT"]
-    if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= PORT_MAX:
-        raise UsageError(f"RROUTER_PORT={printable(port)}: "
-                         f"expected a port number from 1 to {PORT_MAX}")
-    host = values["RROUTER_HOST"].strip("[]")
-    if not _is_host(host):
-        raise UsageError(f"RROUTER_HOST={printable(host)}: "
-                         "expected localhost, an address or a host name")
-    upstream = values["RROUTER_UPSTREAM"]
-    if not _is_upstream_url(upstream):
-        raise UsageError(f"RROUTER_UPSTREAM={printable(_without_password(upstream))}: expected "
-                         "http(s)://HOST[:PORT][/PATH] without user, query or fragment")
-    words = values["RROUTER_ALLOWED_HOSTS"].split(",")
+    port, host = values["RROUTER_PORT"], values["RROUTER_HOST"].strip("[]")
+    upstream, words = values["RROUTER_UPSTREAM"], values["RROUTER_ALLOWED_HOSTS"].split(",")
     allowed = tuple(word.strip(" []").rstrip(".").lower() for word in words if word.strip())
-    if not all(map(_is_host, allowed)):
-        raise UsageError(f"RROUTER_ALLOWED_HOSTS={printable(','.join(words))}: expected names or "
-                         "addresses, without port, separated by commas")
+    for name, fits, expected in (
+            ("RROUTER_PORT", re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65535,
+             "a port number from 1 to 65535"),
+            ("RROUTER_HOST", _is_host(host), "localhost, an address or a host name"),
+            ("RROUTER_UPSTREAM", _is_upstream_url(upstream),
+             "http(s)://HOST[:PORT][/PATH] without user, query or fragment"),
+            ("RROUTER_ALLOWED_HOSTS", all(map(_is_host, allowed)),
+             "names or addresses, without port, separated by commas")):
+        if not fits:
+            raise UsageError(f"{name}={printable(_without_password(values[name]))}: "
+                             f"expected {expected}")
     return Settings(host, int(port), upstream.rstrip("/"), allowed)
 
 
 # Routing ######################################################################
 
-@lru_cache(maxsize=32768)       # that of `fnmatch` holds 256 in Python 3.9
-def _glob(pattern: str) -> Callable[[str], object]:
-    return re.compile(fnmatch.translate(pattern)).match
-
-
 def match_rule(rules: Iterable[Rule], model: str) -> Rule | None:
     """Return the first rule that matches `model`: a name that equals it, or a glob; else None."""
     for rule in rules:
-        if model == rule.match or _glob(rule.match)(model):
+        if model == rule.match or fnmatch.fnmatchcase(model, rule.match):
             return rule
     return None
 
@@ -809,20 +777,16 @@ _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?:
 _LOOPBACK_ORIGIN = re.compile(
     rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
 
-# The fields whose values the router reads.
-_READ = frozenset((
-    b"connection", b"content-length", b"transfer-encoding",
-    b"host", b"expect", b"origin", b"sec-fetch-site",
-    b"content-type", b"content-encoding", b"retry-after", b"retry-after-ms", b"x-rrouter-error"))
-# Options of Connection that remove no field.  Without Content-Length the body would lose its end.
-_KEPT_OPTIONS = frozenset((b"", b"keep-alive", b"content-length"))
 # Fields of a response that are not forwarded: CORS would open rrouter to every web page, and in a
 # chain of routers each one adds its own x-rrouter fields.
 _WITHHELD = (b"access-control-", b"x-rrouter-target", b"x-rrouter-model", b"x-rrouter-attempts")
 
 
-def _without(lines: Iterable[bytes], names: Collection[bytes]) -> list[bytes]:
-    return [line for line in lines if line.partition(b":")[0].lower() not in names]
+def _without(lines: Iterable[bytes], names: Collection[bytes],
+             prefixes: tuple[bytes, ...] = ()) -> list[bytes]:
+    """Return the lines of the fields whose lower-case name is not one of these."""
+    return [line for line in lines if (name := line.partition(b":")[0].lower()) not in names
+            and not name.startswith(prefixes)]
 
 
 def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
@@ -832,18 +796,14 @@ def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
     with one of `withheld` are not forwarded.
     """
     values: dict[bytes, list[bytes]] = {}
-    end_to_end = []
-    for line in block.splitlines(keepends=True):
+    lines = block.splitlines(keepends=True)
+    for line in lines:
         name, _, value = line.partition(b":")
-        name = name.lower()
-        if name in _READ:
-            values.setdefault(name, []).append(value.strip())
-        if name not in HOP_BY_HOP and not name.startswith(withheld):
-            end_to_end.append(line)
+        values.setdefault(name.lower(), []).append(value.strip())
     options = {option.strip().lower()
                for value in values.get(b"connection", ()) for option in value.split(b",")}
-    listed = options - _KEPT_OPTIONS
-    return Fields(values, options, _without(end_to_end, listed) if listed else end_to_end)
+    dropped = (HOP_BY_HOP | options) - {b"content-length"}  # without it a body loses its end
+    return Fields(values, options, _without(lines, dropped, withheld))
 
 
 def _refusal(head: bytes) -> RequestError:
@@ -1117,86 +1077,62 @@ def response_body(head: ResponseHead, method: str) -> PlainBody:
 
 # Messages: JSON ###############################################################
 
-_SPACE = re.compile(r"[ \t\n\r]*")
 _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 _BODY_END_BYTES = 2048          # room for the few small members before or after the messages
-
-
 # Scans a value in C.  The hooks avoid building numbers and objects that are never read, and the
 # limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
-_decode = json.JSONDecoder(
-    parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len).raw_decode
+_DECODER = json.JSONDecoder(
+    parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len)
+_BETWEEN_TOKENS = re.compile(r"[ \t\n\r]*[,:]?[ \t\n\r]*")
 
 
-def _skip_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
+def _next_token(text: str, position: int) -> int:
+    """Return where the next token begins after space, and after a comma or colon."""
+    match = _BETWEEN_TOKENS.match(text, position)
     return match.end() if match else position
 
 
-def _skip_character(text: str, position: int, character: str) -> int:
-    """Return where the next token begins after `character`, which must be at `position`."""
-    if text[position] != character:
-        raise ValueError(f"expected {character}")
-    return _skip_space(text, position + 1)
-
-
-def _read_key(text: str, position: int) -> tuple[str, int]:
-    """Return the key at `position` and where its value begins."""
-    if text[position] != '"':
-        raise ValueError("expected a key")
-    key, end = _decode(text, position)
-    return key, _skip_character(text, _skip_space(text, end), ":")
-
-
 def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, int]]:
-    """Yield (key, start, end) of each value in the object or array at `position`.
+    """Yield (key, start, end) of each value in the object or array at `position` of valid JSON.
 
-    `opening` is "{" for an object and "[" for an array, whose keys are "".  Raises ValueError or
-    IndexError where the text is not JSON.  After the last value comes the closing bracket.
+    `opening` is "{" for an object and "[" for an array, whose keys are ""; ValueError for others.
     """
-    closing = "}" if opening == "{" else "]"
-    key, start = "", _skip_character(text, position, opening)
-    if text[start] == closing:
-        return
-    while True:
+    if text[position] != opening:
+        raise ValueError(f"expected {opening}")
+    key, position = "", _next_token(text, position + 1)
+    while text[position] not in "}]":
         if opening == "{":
-            key, start = _read_key(text, start)
-        _, end = _decode(text, start)
-        yield key, start, end
-        position = _skip_space(text, end)
-        if text[position] == closing:
-            return
-        start = _skip_character(text, position, ",")
+            key, end = _DECODER.raw_decode(text, position)
+            position = _next_token(text, end)
+        _, end = _DECODER.raw_decode(text, position)
+        yield key, position, end
+        position = _next_token(text, end)
 
 
-def _walk_to_model(text: str) -> tuple[int, int]:
-    """Return the span of the first top-level `model`; raise what `_walk` does if there is none."""
-    found, end = None, 0
-    for key, start, end in _walk(text, _skip_space(text, 0), "{"):
-        if key == "model" and found is None:
-            found = start, end
-    bracket = _skip_space(text, end)
-    if found is None or text[found[0]] != '"' or _skip_space(text, bracket + 1) != len(text):
-        raise ValueError("no model")
-    return found
+def _walk_body(body: BytesLike) -> tuple[str, Iterator[tuple[str, int, int]]]:
+    """Return (text, what `_walk` yields for its top level); raise ValueError if it is not JSON."""
+    text = str(body, "latin-1")         # one character for each byte
+    _DECODER.decode(text)
+    return text, _walk(text, _next_token(text, 0), "{")
 
 
 def find_model(body: BytesLike) -> tuple[int, int, str] | None:
     """Return (start, end, name) of the top-level `model` string of a JSON object, or None.
 
     `start` and `end` are byte offsets, quotes included.  If `model` is the first member and plain,
-    as Claude Code sends it, nothing after it is examined.  Otherwise the whole top level is walked,
-    so that a body that is not JSON stays untouched, and the first `model` counts, because
-    CLIProxyAPI (gjson) reads the first as well.
+    as Claude Code sends it, nothing after it is examined.  Otherwise the whole body must be JSON,
+    and the first `model` counts, because CLIProxyAPI (gjson) reads the first as well.
     """
     leading = _LEADING_MODEL.match(body)
-    try:                                # latin-1: one character for each byte
-        start, end = leading.span(1) if leading else _walk_to_model(str(body, "latin-1"))
-        return start, end, json.loads(str(body[start:end], "utf-8"))
-    except (ValueError, IndexError, RecursionError):    # not JSON or UTF-8, truncated, too deep
+    try:
+        start, end = leading.span(1) if leading else next(
+            (start, end) for key, start, end in _walk_body(body)[1] if key == "model")
+        name = json.loads(str(body[start:end], "utf-8"))
+    except (ValueError, StopIteration, RecursionError):     # not JSON or UTF-8, or too deep
         return None
+    return (start, end, name) if isinstance(name, str) else None
 
 
 def asks_for_stream(body: BytesLike) -> bool:
@@ -1206,16 +1142,15 @@ def asks_for_stream(body: BytesLike) -> bool:
                    (body[-_BODY_END_BYTES:], body[:_BODY_END_BYTES], body)))
 
 
-
 def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]:
     """Return `body` in pieces; the JSON string `model` replaces the bytes from `start` to `end`."""
     view = memoryview(body)             # because joining 10 MB would cost more than sending them
     return [view[:start], json.dumps(model).encode("ascii"), view[end:]]
 
 
-def _items(text: str, position: int, name: str) -> list[tuple[int, int]]:
-    """Return the spans of the items in the array `name` of the object at `position`."""
-    for key, start, _ in _walk(text, position, "{"):
+def _items(text: str, members: Iterable[tuple[str, int, int]], name: str) -> list[tuple[int, int]]:
+    """Return the spans of the items in the first member `name`, if that is an array."""
+    for key, start, _ in members:
         if key == name:
             return [item[1:] for item in _walk(text, start, "[")] if text[start] == "[" else []
     return []
@@ -1223,40 +1158,29 @@ def _items(text: str, position: int, name: str) -> list[tuple[int, int]]:
 
 def _is_thinking(text: str, block: int) -> bool:
     """Return whether the value at `block` is an object of a thinking type."""
-    if text[block] != "{":
-        return False
-    kinds = (text[start:end] for key, start, end in _walk(text, block, "{") if key == "type")
-    kind = next(kinds, "")
-    return kind.startswith('"') and json.loads(kind) in THINKING_TYPES
-
-
-def _cut_thinking(text: str, blocks: list[tuple[int, int]]) -> list[tuple[int, int, bytes]]:
-    """Return (start, end, replacement) that remove thinking blocks and the commas left over."""
-    kept = [number for number, (start, _) in enumerate(blocks) if not _is_thinking(text, start)]
-    if len(kept) == len(blocks):
-        return []
-    if not kept:
-        return [(blocks[0][0], blocks[-1][1], EMPTY_CONTENT)]
-    return [(blocks[0][0], blocks[kept[0]][0], b""),
-            *((blocks[number][1], blocks[following - 1][1], b"")
-              for number, following in zip(kept, [*kept[1:], len(blocks)]))]
+    members = _walk(text, block, "{") if text[block] == "{" else ()
+    kind = next((text[start:end] for key, start, end in members if key == "type"), "null")
+    return _DECODER.decode(kind) in ("thinking", "redacted_thinking")
 
 
 def without_thinking(body: BytesLike) -> bytes | None:
     """Return `body` without the thinking blocks in its messages, or None if it has none.
 
-    All other bytes stay as they are.  A content that would be left empty gets a short text block.
+    All other values keep their bytes.  A content that would be left empty gets a short text block.
     """
-    text, position = str(body, "latin-1"), 0
-    pieces: list[BytesLike] = []
+    position, pieces = 0, []
     try:
-        for message, _ in _items(text, _skip_space(text, 0), "messages"):
-            for start, end, replacement in _cut_thinking(text, _items(text, message, "content")):
-                pieces += [body[position:start], replacement]
-                position = end
-    except (ValueError, IndexError, RecursionError):    # not JSON, truncated, or nested too deep
+        text, members = _walk_body(body)
+        for message, _ in _items(text, members, "messages"):
+            blocks = _items(text, _walk(text, message, "{"), "content")
+            kept = [text[start:end] for start, end in blocks if not _is_thinking(text, start)]
+            if len(kept) < len(blocks):
+                empty = '{"type":"text","text":"(no content)"}'     # the API refuses []
+                pieces += [text[position:blocks[0][0]], ",".join(kept) or empty]
+                position = blocks[-1][1]
+    except (ValueError, RecursionError):        # not JSON, or nested too deep
         return None
-    return b"".join([*pieces, body[position:]]) if pieces else None
+    return "".join([*pieces, text[position:]]).encode("latin-1") if pieces else None
 
 
 # Messages: responses ##########################################################
@@ -4717,7 +4641,7 @@ def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | Non
     replacing and removing can each be undone.  Raises ValueError.
     """
     outer, _, name = name.rpartition(".")
-    position: int | None = _skip_space(text, int(text.startswith("\ufeff")))
+    position: int | None = _next_token(text, int(text.startswith("\ufeff")))
     if outer:
         position = {key: start for key, start, _ in _walk(text, position or 0, "{")}.get(outer)
     if position is None:
