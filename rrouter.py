@@ -253,12 +253,6 @@ class UpstreamError(RouterError):
     remedy = "see the log of CLIProxyAPI"
 
 
-def without_trace(error: UpstreamError) -> UpstreamError:
-    """Return `error` without its traceback, whose frames would keep the request in memory."""
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-    return error
-
-
 class UpstreamUnreachable(UpstreamError):
     """No connection could be opened."""
 
@@ -985,7 +979,7 @@ class PlainBody:
         self.left = 1 << 62 if length is None else length   #: bytes due, of the body or a chunk
         self.done = length == 0
         self.rest = b""                 #: the bytes after the end
-        self.fault = ""                 #: what broke the coding; `finish` raises it
+        self.fault = ""                 #: what broke the body; `finish` raises it
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in `data`."""
@@ -997,7 +991,7 @@ class PlainBody:
 
     def finish(self) -> None:
         """Take the end of what can be decoded; raise UpstreamError if it truncates the body."""
-        if self.delimited:
+        if self.delimited or self.fault:
             raise UpstreamError(self.fault or "broke off in the middle of its response")
         self.done = True
 
@@ -2428,12 +2422,21 @@ NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's ti
 
 
 class Watch:
-    """What ends a wait for the upstream: the client leaves, or the attempt's time limit expires."""
+    """What ends the waiting of a request for the upstream: its client leaves, or a time limit.
 
-    def __init__(self, has_left: Callable[[], bool] | None, limit_s: float | None = None) -> None:
-        self._has_left, self._limit_s = has_left, limit_s
+    `awaits_start` says whether it waits for an upstream that is not there, because that restarts.
+    """
+
+    def __init__(self, has_left: Callable[[], bool], awaits_start: bool) -> None:
+        self._has_left = has_left
         self._looked_at = self._checked_at = time.monotonic()
+        self._limit_s: float | None = None
         self._deadline: float | None = None
+        self.give_up_at = math.inf if awaits_start else 0.0     #: once the upstream is not there
+
+    def limit(self, seconds: float | None) -> None:
+        """Set the time limit that `start` lets begin; None for none."""
+        self._limit_s, self._deadline = seconds, None
 
     def start(self) -> None:
         """Let the time limit begin, unless it has."""
@@ -2441,17 +2444,13 @@ class Watch:
             self._checked_at = time.monotonic()
             self._deadline = self._checked_at + self._limit_s
 
-    def lift(self) -> None:
-        """Remove the time limit."""
-        self._limit_s = self._deadline = None
-
     def check(self, has_input: Callable[[], bool] | None = None) -> float:
         """Return the seconds after which to ask again; raise ClientGone or UpstreamTimeout.
 
         The limit does not expire while the process is stopped, nor before what has arrived is read.
         """
         now = time.monotonic()
-        if self._has_left is not None and now - self._looked_at >= TICK_S * 0.9:
+        if now - self._looked_at >= TICK_S * 0.9:
             self._looked_at = now
             if self._has_left():
                 raise ClientGone()
@@ -2467,16 +2466,8 @@ class Watch:
             raise UpstreamTimeout("sent no first byte within %g s" % (self._limit_s or 0))
         return TICK_S
 
-
-class Patience:
-    """How long one request waits for an upstream that is not there, because it restarts."""
-
-    def __init__(self, has_left: Callable[[], bool]) -> None:
-        self._has_left = has_left
-        self.give_up_at = math.inf      #: since the first miss, by time.monotonic
-
-    def wait(self) -> bool:
-        """Wait before the next try; return False if it is time to give up; raise ClientGone."""
+    def can_reconnect(self) -> bool:
+        """Wait before the next try to connect; return False if it is time to give up."""
         now = time.monotonic()
         self.give_up_at = min(self.give_up_at, now + RECONNECT_FOR_S)
         if now + RECONNECT_EVERY_S > self.give_up_at:
@@ -2485,15 +2476,6 @@ class Patience:
         if self._has_left():
             raise ClientGone()
         return True
-
-
-class Outbound(NamedTuple):
-    """A request as it goes upstream."""
-
-    method: str
-    pieces: Sequence[BytesLike]
-    #: called with each 1xx head; None drops them: HTTP/1.0 does not know them (RFC 9110 §15.2)
-    interim: Callable[[ResponseHead], None] | None
 
 
 def is_loopback(address: str) -> bool:
@@ -2506,9 +2488,7 @@ def set_kernel_limit(sock: socket.socket, option: int, seconds: float) -> None:
     time_value = int(seconds), int(seconds % 1 * 1e6)
     try:
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *time_value))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
+    except OSError:
         # A 32-bit system with 64-bit time.  Not first: 32-bit x86 accepts and misreads it.
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@qq", *time_value))
 
@@ -2685,7 +2665,6 @@ class Response:
                  release: Callable[[UpstreamConnection], None] | None) -> None:
         self.head, self.ahead = head, b""
         self._body, self._connection, self._release = body, connection, release
-        self._error: UpstreamError | None = None
 
     @property
     def complete(self) -> bool:
@@ -2712,8 +2691,6 @@ class Response:
 
     def receive(self, watch: Watch) -> bytes:
         """Return the next payload; b"" may come with `complete`.  Raises what `wait` raises."""
-        if self._error is not None:
-            raise type(self._error)(str(self._error))   # a new one: see `without_trace`
         payload, body = b"", self._body
         while not payload and not body.done:
             data = b"" if body.fault else self._connection.wait(watch)
@@ -2749,7 +2726,7 @@ class Response:
         except UpstreamTimeout:
             pass
         except UpstreamError as error:
-            self._error = without_trace(error)
+            self._body.fault = str(error)
 
     def close(self) -> None:
         """Break the connection off unless the response is complete."""
@@ -2772,21 +2749,22 @@ class Upstream:
         self._tls: ssl.SSLContext | None = None     # made at the first connection
         self._missed_at: float | None = None    # when a request last did not reach it
 
-    def send(self, outbound: Outbound, watch: Watch, patience: Patience | None,
+    def send(self, method: str, pieces: Sequence[BytesLike],
+             interim: Callable[[ResponseHead], None] | None, watch: Watch,
              notes: list[str]) -> Response:
         """Send a request and return the response, its head read; raise UpstreamError, ClientGone.
 
-        A request goes out a second time, and `notes` says so, only if the kept connection was
-        stale: sending failed, or it closed within a second, before any byte of a response.
-        RFC 9110 §9.2.2 leaves that to the client for POST; model calls change nothing, and the
-        client would do the same after an error.
+        `interim` is called with each 1xx head.  A request goes out a second time, and `notes` says
+        so, only if the kept connection was stale: sending failed, or it closed within a second,
+        before any byte of a response.  RFC 9110 §9.2.2 leaves that to the client for POST; model
+        calls change nothing, and the client would do the same after an error.
         """
         kept = self._take()
         while True:
             try:
-                return self._send_on(kept or self.connect(), outbound, watch, patience)
+                return self._send_on(kept or self.connect(), method, pieces, interim, watch)
             except UpstreamUnreachable:
-                if patience is None or not patience.wait():
+                if not watch.can_reconnect():
                     raise
             except UpstreamError as error:
                 if kept is None or isinstance(error, UpstreamTimeout) or not kept.was_stale:
@@ -2794,25 +2772,24 @@ class Upstream:
                 notes.append("sent again: the kept connection was stale")
                 kept = None
 
-    def _send_on(self, connection: UpstreamConnection, outbound: Outbound, watch: Watch,
-                 patience: Patience | None) -> Response:
+    def _send_on(self, connection: UpstreamConnection, method: str, pieces: Sequence[BytesLike],
+                 interim: Callable[[ResponseHead], None] | None, watch: Watch) -> Response:
         watch.start()
         try:
-            unsent = connection.send(outbound.pieces, watch)
+            unsent = connection.send(pieces, watch)
             head = connection.read_head(watch)
             while head.status < 200:
-                if outbound.interim is not None and head.status != 100:     # rrouter sent its own
-                    outbound.interim(head)
+                if interim is not None and head.status != 100:      # rrouter sent its own
+                    interim(head)
                 unsent = connection.send(unsent, watch) if unsent else []
                 head = connection.read_head(watch)
         except BaseException:
             connection.close()
             raise
         self._missed_at = None
-        if patience is not None:
-            patience.give_up_at = 0.0       # it is there
+        watch.give_up_at = 0.0              # it is there
         # After a request not sent in full the next one would be taken for the rest of it.
-        response = Response(head, response_body(head, outbound.method), connection,
+        response = Response(head, response_body(head, method), connection,
                             None if unsent else self.keep)
         response.hand_back()
         return response
@@ -2854,9 +2831,7 @@ class Upstream:
         except OSError as error:
             connection.close()
             raise UpstreamUnreachable(f"cannot be reached: {reason_of(error)}") from error
-
         return connection
-
 
     def _take(self) -> UpstreamConnection | None:
         """Return a kept connection that seems alive, or None."""
@@ -2872,14 +2847,12 @@ class Upstream:
         """Keep a connection whose response is complete."""
         connection.rest()
         self._kept.append(connection)
-        if len(self._kept) > POOL_MAX:
-            with contextlib.suppress(IndexError):
-                self._kept.popleft().close()
+        self.prune()
 
     def prune(self) -> None:
-        """Close the connections that have been idle for too long."""
+        """Close the connections that are too many or have been idle for too long."""
         with contextlib.suppress(IndexError):
-            while self._kept[0].is_old:
+            while len(self._kept) > POOL_MAX or self._kept[0].is_old:
                 self._kept.popleft().close()
 
 
@@ -3126,7 +3099,7 @@ class Request(NamedTuple):
     outbound: tuple[bytes, bytes]       #: the head to forward, see `outbound_head`
     body: BytesLike
     found: tuple[int, int, str] | None      #: where its model name stands, and the name
-    patience: Patience | None           #: while the upstream is not there; None: no wait
+    watch: Watch                        #: what ends its waiting for the upstream
 
     @property
     def model(self) -> str | None:
@@ -3160,7 +3133,6 @@ class Attempt:
         self.ticket = ticket            #: until Failover knows the outcome
         self.response: Response | None = None
         self.error: UpstreamError | None = None
-        self.watch: Watch               #: of the latest send
         self.outcome = LEFT             #: LEFT until the attempt has ended
         self.notes: list[str] = []      #: for the line in the log
         self.healed = False             #: sent again without thinking blocks
@@ -3197,18 +3169,21 @@ class Attempt:
             pieces = splice(body, found[0], found[1], model)
         before, after = request.outbound
         length = b"%d" % sum(map(len, pieces)) if after else b""
-        outbound = Outbound(request.head.method, [before + length + after, *pieces],
-                            request.client.send_interim if request.head.http11 else None)
+        # HTTP/1.0 does not know interim responses (RFC 9110 §15.2).
+        interim = request.client.send_interim if request.head.http11 else None
         self.response = self.error = self._scan = None
-        self.watch = Watch(request.client.has_left, self._limit_s)
+        request.watch.limit(self._limit_s)
         self._began, self._active_at = time.time(), time.monotonic()
         try:
-            self.response = self._upstream.send(outbound, self.watch, request.patience, self.notes)
+            self.response = self._upstream.send(
+                request.head.method, [before + length + after, *pieces], interim, request.watch,
+                self.notes)
             defect = self._hold_back(self.response)
             self.outcome = self._read_outcome(self.response, defect)
         except UpstreamError as error:
             self.close()
-            self.response, self.error = None, without_trace(error)
+            # A new one, because the frames in its traceback would keep the request in memory.
+            self.response, self.error = None, type(error)(str(error))
             fault = FAULT_OF_ERROR.get(type(error), Fault.DROPPED)
             self.outcome = Outcome(fault, error.http_status, error.what, self._began, time.time())
 
@@ -3225,9 +3200,9 @@ class Attempt:
                 and head.coding in Response.CODINGS):
             return self._hold_message(response)
         if (is_judged and head.status >= 400) or (head.status == 400 and request.model is not None):
-            watch = Watch(request.client.has_left, READ_AHEAD_S)
-            watch.start()
-            response.read_ahead(watch)
+            request.watch.limit(READ_AHEAD_S)
+            request.watch.start()
+            response.read_ahead(request.watch)
         else:
             response.take_held()        # broken chunks right after the head can still be rescued
         return ""
@@ -3242,7 +3217,7 @@ class Attempt:
     def _hold_message(self, response: Response) -> str:
         """Read a message that is not streamed to its end."""
         while not response.complete and len(response.ahead) <= READ_AHEAD_MAX_BYTES:
-            response.ahead += response.receive(self.watch)
+            response.ahead += response.receive(self._request.watch)
         text = response.text()
         is_whole = response.complete and len(text) <= READ_AHEAD_MAX_BYTES
         return message_defect(text) if is_whole else ""
@@ -3266,7 +3241,7 @@ class Attempt:
 
     def receive(self, response: Response) -> bytes:
         """Return more of the response, after a look at what it says about the target."""
-        payload, scan = response.receive(self.watch), self._scan
+        payload, scan = response.receive(self._request.watch), self._scan
         events = scan.events if scan is not None else -1
         if scan is not None:
             scan.feed(payload)
@@ -3523,7 +3498,7 @@ class Exchange:
         if attempt.ticket is not None and attempt.outcome.fault is None:
             attempt.ticket, lines = self._router.failover.commit(attempt.ticket)
             self._router.log_decisions(lines, self._number)
-        attempt.watch.lift()
+        self._request.watch.limit(None)
         writer = self._writer = ResponseWriter(
             self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
@@ -3695,8 +3670,8 @@ class ProxyHandler(socketserver.BaseRequestHandler):
                 self._report_health(head)
             else:
                 found = find_model(body)
-                patience = Patience(client.has_left) if found else None
-                request = Request(client, head, self._outbound, body, found, patience)
+                watch = Watch(client.has_left, awaits_start=found is not None)
+                request = Request(client, head, self._outbound, body, found, watch)
                 Exchange(router, request).run()
             if head.keep_alive and not router.draining and not self._is_crowded:
                 return True
