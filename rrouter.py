@@ -1270,8 +1270,6 @@ class StreamScan:
     """
 
     _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
-    _TYPE = re.compile(rb'\{\s*"type"\s*:\s*"([a-z_]+)"')
-    _USUAL = b"event: content_block_delta\n"
 
     def __init__(self, is_message: bool) -> None:
         self._is_message = is_message
@@ -1283,7 +1281,10 @@ class StreamScan:
 
     def feed(self, payload: bytes) -> None:
         """Read more of the stream."""
-        if self.committed and not self._partial and self._is_usual(payload):
+        # Whole events with content alone need not be read; finding that out costs a tenth.
+        if (self.committed and not self._partial and payload.endswith(b"\n\n")
+                and payload.startswith(b"event: content_block_delta\n")
+                and b"error" not in payload and b"message_stop" not in payload):
             self.events += 1
             return
         data, start = self._partial + payload, 0
@@ -1295,13 +1296,7 @@ class StreamScan:
         if self._size > READ_AHEAD_MAX_BYTES and not self.defect:
             self.committed = True
         if len(self._partial) > READ_AHEAD_MAX_BYTES:
-            self._partial = self._partial[:len(self._USUAL)]    # the rest of it cannot matter
-
-    @classmethod
-    def _is_usual(cls, payload: bytes) -> bool:
-        """Return whether whole events carry content alone; finding out costs a tenth of reading."""
-        return (payload.startswith(cls._USUAL) and payload.endswith(b"\n\n")
-                and b"error" not in payload and b"message_stop" not in payload)
+            self._partial = self._partial[:100]     # the rest of it cannot matter
 
     def finish(self) -> None:
         """Read the end of the stream."""
@@ -1314,19 +1309,14 @@ class StreamScan:
         """Read the lines up to a blank one."""
         if self.defect:
             return
-        may_be_error = b"error" in block
         lines = [line for line in block.lstrip(b"\xef\xbb\xbf").splitlines()
                  if line and not line.startswith(b":")]
         names = [line[6:].strip() for line in lines if line.startswith(b"event:")]
         data = b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
         if not names and not data:
             return                      # comments, or an id alone
-        found = self._TYPE.match(data)
-        needs_parsing = not self.committed or may_be_error or not (found or names)
-        event = _load_object(data) or {} if needs_parsing else {}
-        kind = (found.group(1) if found else names[-1] if names else b"").decode("latin-1")
-        if isinstance(event.get("type"), str):
-            kind = event["type"]
+        event = _load_object(data) or {}
+        kind = event.get("type", names[-1].decode("latin-1") if names else "")
         is_error = kind == "error" or b"error" in names or event.get("error") is not None
         self.events += kind != "ping"
         if self.committed:
