@@ -123,8 +123,7 @@ MODEL_NAME_MAX = 256            # characters; a longer name has no failover mach
 HEAD_MAX_BYTES = 64 * 1024      # start line and fields together; nginx allows 32 KiB, Go 1 MiB
 FIELDS_MAX = 200                # of a request; Claude Code sends about 23
 LENGTH_DIGITS_MAX = 15          # of Content-Length and chunk sizes; fits a 64-bit integer
-CHUNK_LINE_MAX_BYTES = 256      # size and extensions of one chunk
-TRAILERS_MAX_BYTES = 8 * 1024
+TRAILERS_MAX_BYTES = 8 * 1024   # also of the line that begins a chunk
 BODY_MAX_BYTES = 64 * 1024 * 1024   # of a request; Anthropic's API allows 32 MB
 READ_AHEAD_MAX_BYTES = 1024 * 1024  # of a response held back; error bodies are a few KB
 READ_AHEAD_S = 10               # from the head of an error response to its end
@@ -760,7 +759,7 @@ _REQUEST_HEAD = re.compile(_REQUEST_START.pattern + b"\r\n")
 _RESPONSE_HEAD = re.compile(
     rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n%b\r\n" % (_TEXT, _FIELDS))
 _TRAILERS = re.compile(b"%b\r\n" % _FIELDS)
-_TRUNCATED_TRAILERS = re.compile(b"%b(?:\r|%b(?::%b\r?)?)?" % (_FIELDS, _TOKEN, _TEXT))
+_TRUNCATED_TRAILERS = re.compile(rb"%b[^\n]*" % _FIELDS)
 _NAME = re.compile(_TOKEN)
 _NUMBER = re.compile(b"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -1002,11 +1001,9 @@ class ChunkedBody(PlainBody):
     _SIZE = b"([0-9A-Fa-f]{1,%d})" % LENGTH_DIGITS_MAX
     _QUOTED = rb'"(?:[\t !\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
     _EXTENSION = rb"[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?" % (_TOKEN, _TOKEN, _QUOTED)
-    # Size and extensions together stay below CHUNK_LINE_MAX_BYTES.
     _SIZE_LINE = re.compile(rb"\r\n%b(?:(?=[^\r]{1,220}\r)(?:%b)+)?\r\n" % (_SIZE, _EXTENSION))
     _PLAIN_SIZE_LINE = re.compile(b"%b\r\n" % _SIZE)
-    _TRUNCATED_SIZE_LINE = re.compile(
-        rb"\r?|\r\n(?:%b(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?\r?)?" % _SIZE)
+    _TRUNCATED_SIZE_LINE = re.compile(rb"\r?|\r\n(?:%b[^\n]*)?" % _SIZE)
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -1038,7 +1035,7 @@ class ChunkedBody(PlainBody):
         while not self._in_trailers:
             size_line = self._SIZE_LINE.match(data, position)
             if not size_line:
-                self._hold(data[position:], CHUNK_LINE_MAX_BYTES, self._TRUNCATED_SIZE_LINE)
+                self._hold(data[position:], self._TRUNCATED_SIZE_LINE)
                 return b"".join(payload)
             start, size = size_line.end(), int(size_line.group(1), 16)
             position = start + size
@@ -1051,13 +1048,13 @@ class ChunkedBody(PlainBody):
         if trailers and trailers.end(1) - position <= TRAILERS_MAX_BYTES:
             self.done, self.rest = True, data[trailers.end():]
         else:
-            self._hold(data[position:], TRAILERS_MAX_BYTES, _TRUNCATED_TRAILERS)
+            self._hold(data[position:], _TRUNCATED_TRAILERS)
         return b"".join(payload)
 
-    def _hold(self, data: bytes, limit: int, truncated: re.Pattern[bytes]) -> None:
+    def _hold(self, data: bytes, truncated: re.Pattern[bytes]) -> None:
         """Keep `data` until more comes, or find the fault in it if it is not just `truncated`."""
         self._held = data
-        if len(data) > limit or not truncated.fullmatch(data):
+        if len(data) > TRAILERS_MAX_BYTES or not truncated.fullmatch(data):
             what = "malformed trailers" if self._in_trailers else "a malformed chunk"
             self.fault = f"sent {what}"
 
