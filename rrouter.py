@@ -107,9 +107,6 @@ DEFAULT_CONFIG: dict[str, Any] = {
 MODE_AUTO = "auto"              # built in: config.json cannot define it
 
 # Auto mode.
-# A response that is not streamed is generated as a whole before its first byte arrives.
-UNSTREAMED_FACTOR = 2
-UNSTREAMED_MAX_S = 280          # Claude Code gives up at 300 s, so a later timeout comes too late
 RECHECK_S = 60                  # a shorter cooldown moves a conversation, uncached, back and forth
 EVENT_S = 2                     # between failures that one event may have caused
 EVENTS_REMEMBERED = 16          # failures that a later one is compared with
@@ -137,8 +134,6 @@ HEAD_S = 15                     # for one request head; if more, a slow client h
 BODY_STALL_S = 60               # without a byte of the request body, whose memory is held meanwhile
 WRITE_STALL_S = 300             # without the client reading; Claude Code itself waits 300 s
 LINGER_S = 1                    # for the client to close first; else a reset destroys the response
-UNACKNOWLEDGED_S = 120          # until a remote connection is broken: Linux waits 15 min; a peer
-                                # that lives but does not read for so long is broken off as well
 POOL_MAX = 32                   # idle upstream connections; each one costs a descriptor
 POOL_IDLE_S = 60                # if more, servers close them first, commonly after 60 s or later
 CONNECTIONS_MAX = 512           # clients at once; each one costs a thread
@@ -291,9 +286,9 @@ class AutoSettings(NamedTuple):
 
     def first_byte_limit_s(self, streamed: bool) -> float:
         """Return how long an attempt may stay silent, in seconds."""
-        if streamed:
-            return self.first_byte_s
-        return min(self.first_byte_s * UNSTREAMED_FACTOR, UNSTREAMED_MAX_S)
+        # A response that is not streamed is generated as a whole before its first byte arrives.
+        # Claude Code gives up at 300 s, so a later timeout comes too late.
+        return self.first_byte_s if streamed else min(2 * self.first_byte_s, 280)
 
 
 class Config(NamedTuple):
@@ -502,30 +497,17 @@ def describe_defect(error: BaseException | None) -> str:
 
 # Configuration ################################################################
 
-# The first alternative skips strings.  Its closing quote is optional, because looking for a missing
-# one from each quote would take hours in 1 MB of \".  The second matches what json.loads accepts
-# but JSON forbids, and integers that it may refuse without a position (4,300 digits by default).
-_STRING_OR_ODD_NUMBER = re.compile(
-    r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|(?P<odd>NaN|-?Infinity|[0-9]{1000,})')
-_EXCERPT_CHARS = 20             # of the text, in a complaint about it
-
-
 def _parse_json(text: str) -> Any:
-    for match in _STRING_OR_ODD_NUMBER.finditer(text):
-        if match["odd"]:
-            place = json.JSONDecodeError("", text, match.start())
-            raise ConfigError(f"{place.lineno}:{place.colno}: expected a plain JSON number, found "
-                              + printable(match["odd"], _EXCERPT_CHARS))
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=int)     # NaN is a ValueError of int()
     except json.JSONDecodeError as error:
         what = error.msg[0].lower() + error.msg[1:].replace("Expecting", "expecting")
-        rest = text[error.pos:error.pos + _EXCERPT_CHARS]
+        rest = text[error.pos:error.pos + 20]
         found = repr(rest) if rest else "the end of the file"
         raise ConfigError(f"{error.lineno}:{error.colno}: {what}, found {found}") from error
-    except RecursionError as error:     # 100,000 brackets
-        raise ConfigError(
-            "1:1: expected an object of modes, found nesting that is too deep") from error
+    except (ValueError, RecursionError) as error:       # or 5,000 digits; 100,000 brackets
+        raise ConfigError("1:1: expected an object of modes, found NaN, Infinity, a number that is "
+                          "too long or nesting that is too deep") from error
 
 
 def _found(value: Any) -> str:
@@ -1071,7 +1053,6 @@ def response_body(head: ResponseHead, method: str) -> PlainBody:
 _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
-_BODY_END_BYTES = 2048          # room for the few small members before or after the messages
 # Scans a value in C.  The hooks avoid building numbers and objects that are never read, and the
 # limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
 _DECODER = json.JSONDecoder(
@@ -1128,9 +1109,8 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
 
 def asks_for_stream(body: BytesLike) -> bool:
     """Return whether `body` seems to ask for a stream; it only moves a time limit."""
-    # First at the two ends, where clients write it.
-    return any(map(_STREAM_MEMBER.search,
-                   (body[-_BODY_END_BYTES:], body[:_BODY_END_BYTES], body)))
+    # First at the two ends, among the few small members beside the messages.
+    return any(map(_STREAM_MEMBER.search, (body[-2048:], body[:2048], body)))
 
 
 def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]:
@@ -2400,9 +2380,10 @@ def outlive_main_script(run: Callable[[], None]) -> None:
 
 # Upstream #####################################################################
 
-# The option that ends a connection which no longer acknowledges, and its value.
-UNACKNOWLEDGED = ((0x80, UNACKNOWLEDGED_S) if sys.platform == "darwin" else     # RXT_CONNDROPTIME
-                  (getattr(socket, "TCP_USER_TIMEOUT", None), UNACKNOWLEDGED_S * 1000))
+# The option that breaks a connection after 120 s without acknowledgement, because Linux waits for
+# 15 minutes.  A peer that lives but does not read for so long is broken off as well.
+UNACKNOWLEDGED = ((0x80, 120) if sys.platform == "darwin" else      # RXT_CONNDROPTIME
+                  (getattr(socket, "TCP_USER_TIMEOUT", None), 120_000))
 # As a number, because `|` of the standard library's flags runs 5 us of Python code.
 PEEK_NOW = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's time limit
