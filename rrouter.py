@@ -192,7 +192,7 @@ SHELF_WORDINGS = (
     ((429, 503), (b"model_cooldown",), "model_cooldown"),
     ((400, 502), (b"unknown provider for model",), UNKNOWN_MODEL))
 
-# What targets say of a request beyond their limits, in lower case.
+# The wordings of targets for a request beyond their limits, in lower case.
 TOO_LARGE_WORDINGS = (
     b"prompt is too long", b"exceeds the context window", b"exceeds the maximum number of tokens",
     b"input is too long", b"prompt token count of", b"prompt_too_long", b"context length exceeded",
@@ -398,7 +398,7 @@ class Outcome(NamedTuple):
     """How one attempt ended, as far as it is known before the client has received a byte."""
 
     fault: Fault | None         #: None: the attempt succeeded
-    status: int                 #: of the response; of rrouter's own error where none came
+    status: int                 #: of the response, or of the error that replaces it
     what: str                   #: the status or the fault, for people
     began: float = 0.0          #: Unix seconds
     ended: float = 0.0
@@ -411,7 +411,7 @@ LEFT = Outcome(Fault.LEFT, 499, "the client left")
 
 
 class Verdict(NamedTuple):
-    """What the outcomes of one request mean."""
+    """The meaning of the outcomes of one request."""
 
     counts: tuple[bool, bool]   #: whether the first and the second failure count
     chosen: int                 #: whose response the client gets: 0 or 1
@@ -422,7 +422,7 @@ class Ticket(NamedTuple):
 
     target: str
     model: str
-    alone: bool                 #: the model follows a machine of its own
+    alone: bool                 #: the model follows a separate machine
     generation: int             #: of the machine when the attempt began
     probe: int = 0              #: number of the probe this is; 0 for none
     quiet: bool = False         #: a probe of the shelf, logged only if its response changes
@@ -434,7 +434,7 @@ class Settings(NamedTuple):
     host: str
     port: int
     upstream: str
-    allowed_hosts: tuple[str, ...] = ()     #: names for Host besides those of loopback
+    allowed_hosts: tuple[str, ...] = ()     #: more names for Host than those of loopback
 
     @property
     def listen_addr(self) -> str:
@@ -524,17 +524,18 @@ def _expect(fits: bool, path: str, what: str, value: Any) -> None:
         raise ConfigError(f"{path}: expected {what}, found {_found(value)}")
 
 
-def _members(value: Any, what: str, prefix: str, known: Collection[str],
+def _members(value: Any, path: str, known: Collection[str],
              problems: list[str]) -> dict[str, Any]:
     """Return the object `value`; add each member that is not `known` to `problems`."""
-    _expect(isinstance(value, dict), what, "an object", value)
+    _expect(isinstance(value, dict), path or "the top level", "an object", value)
+    prefix = f"{path}." if path else ""
     problems.extend(f"{prefix}{printable(key)}: unknown key, ignored; known are {', '.join(known)}"
                     for key in value if key not in known)
     return dict(value)
 
 
 def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
-    members = _members(value, path, f"{path}.", Rule._fields, problems)
+    members = _members(value, path, Rule._fields, problems)
     for key in Rule._fields:
         if key not in members:
             raise ConfigError(f"{path}.{key}: missing, expected a string")
@@ -556,7 +557,7 @@ def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]
         _expect(name != MODE_AUTO, path, "another name, because auto is built in", name)
         _expect(name.split() == [name] and name == name.lower() == printable(name), path,
                 "a name in lower-case ASCII without spaces", name)
-        mappings = _members(mode, path, f"{path}.", ("mappings",), problems).get("mappings", [])
+        mappings = _members(mode, path, ("mappings",), problems).get("mappings", [])
         _expect(isinstance(mappings, list), f"{path}.mappings", "a list", mappings)
         modes[name] = tuple(_parse_rule(rule, f"{path}.mappings[{index}]", problems)
                             for index, rule in enumerate(mappings))
@@ -574,7 +575,7 @@ def _number(value: Any, path: str, low: float, high: float) -> Any:
 
 def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
     members = dict(DEFAULT_CONFIG["auto"])
-    members.update(_members(value, "auto", "auto.", tuple(members), problems))
+    members.update(_members(value, "auto", tuple(members), problems))
     targets, minutes = members["targets"], members["cooldownMinutes"]
     _expect(isinstance(targets, list) and len(targets) == 2 and targets[0] != targets[1]
             and all(isinstance(target, str) for target in targets),
@@ -595,8 +596,7 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
 def parse_config(text: str) -> Config:
     """Return the configuration in the JSON text `text`; raise ConfigError if any part is wrong."""
     problems: list[str] = []
-    top = _members(_parse_json(text), "the top level", "", ("modes", "defaultMode", "auto"),
-                   problems)
+    top = _members(_parse_json(text), "", ("modes", "defaultMode", "auto"), problems)
     if "modes" not in top:
         raise ConfigError("modes: missing, expected an object of modes")
     modes = _parse_modes(top["modes"], problems)
@@ -1238,7 +1238,7 @@ def message_defect(body: bytes) -> str:
 
 
 class StreamScan:
-    """What an event stream has shown so far.
+    """The state of an event stream, as far as it has come.
 
     `committed` is set by the first content of a message, on other paths by the first event that is
     not an error, and in any case after READ_AHEAD_MAX_BYTES.  `defect` is set if something else
@@ -2390,7 +2390,7 @@ NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's ti
 
 
 class Watch:
-    """What ends the waiting of a request for the upstream: its client leaves, or a time limit.
+    """Ends the waiting of a request for the upstream: when its client leaves, or at a time limit.
 
     `awaits_start` says whether it waits for an upstream that is not there, because that restarts.
     """
@@ -2530,7 +2530,7 @@ class UpstreamConnection(Wire):
         """Return whether there is something to read, or the end; never ask a closed connection."""
         if self._plain:
             return bool(self._poller.poll(0))
-        # TLS: session tickets come unasked, and only reading tells them from a response.
+        # TLS: session tickets come unasked, and only reading shows which it is.
         self.limit(0)
         try:
             self.held = bytes(self.held) + self.sock.recv(RECEIVE_BYTES)
