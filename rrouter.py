@@ -510,18 +510,14 @@ def _parse_json(text: str) -> Any:
                           "too long or nesting that is too deep") from error
 
 
-def _found(value: Any) -> str:
-    """Return `value` as it stands in a complaint."""
-    try:
-        return printable(json.dumps(value), limit=60)
-    except RecursionError:              # json.loads gets a little deeper than json.dumps
-        return "nesting that is too deep"
-
-
 def _expect(fits: bool, path: str, what: str, value: Any) -> None:
     """Raise ConfigError unless the value at `path` is what config.json may hold there."""
     if not fits:
-        raise ConfigError(f"{path}: expected {what}, found {_found(value)}")
+        try:
+            found = printable(json.dumps(value), limit=60)
+        except RecursionError:          # json.loads gets a little deeper than json.dumps
+            found = "nesting that is too deep"
+        raise ConfigError(f"{path}: expected {what}, found {found}")
 
 
 def _members(value: Any, path: str, known: Collection[str],
@@ -605,7 +601,8 @@ def parse_config(text: str) -> Config:
     names = [*sorted(modes), MODE_AUTO]
     _expect(default_mode in names, "defaultMode", f"one of {', '.join(names)}", default_mode)
     auto, auto_error = _parse_auto(top.get("auto", {}), problems), ""
-    unknown = ", ".join(_found(target) for target in auto.targets if target not in modes)
+    unknown = ", ".join(printable(json.dumps(target), 60) for target in auto.targets
+                        if target not in modes)
     if unknown:
         auto_error = (f"auto.targets: {unknown}: not among the modes ({', '.join(modes)}), "
                       "so mode auto cannot be used")
