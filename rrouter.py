@@ -981,7 +981,6 @@ class ChunkedBody(PlainBody):
     _QUOTED = rb'"(?:[\t !\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
     _EXTENSION = rb"[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?" % (_TOKEN, _TOKEN, _QUOTED)
     _SIZE_LINE = re.compile(rb"\r\n%b(?:(?=[^\r]{1,220}\r)(?:%b)+)?\r\n" % (_SIZE, _EXTENSION))
-    _PLAIN_SIZE_LINE = re.compile(b"%b\r\n" % _SIZE)
     _TRUNCATED_SIZE_LINE = re.compile(rb"\r?|\r\n(?:%b[^\n]*)?" % _SIZE)
 
     def __init__(self) -> None:
@@ -992,21 +991,10 @@ class ChunkedBody(PlainBody):
         self._held = b"\r\n"
 
     def feed(self, data: bytes) -> bytes:
-        """Return the payload in `data`, as far as the coding is not broken."""
+        """Return the payload in `data`, which may begin and end anywhere in the coding."""
         if self.left >= len(data):     # the middle of a large chunk
             self.left -= len(data)
             return data
-        # One whole chunk, as events come; _walk would take three times as long.
-        if self._held == b"\r\n":
-            size_line = self._PLAIN_SIZE_LINE.match(data)
-            if size_line and data.endswith(b"\r\n"):
-                start = size_line.end()
-                if start < len(data) - 2 == start + int(size_line.group(1), 16):
-                    return data[start:-2]
-        return self._walk(data)
-
-    def _walk(self, data: bytes) -> bytes:
-        """Return the payload in `data`, which may begin and end anywhere in the coding."""
         position = self.left           # where the chunk under way ends
         payload = [data[:position]] if position else []
         self.left = 0
@@ -1033,6 +1021,8 @@ class ChunkedBody(PlainBody):
     def _hold(self, data: bytes, truncated: re.Pattern[bytes]) -> None:
         """Keep `data` until more comes, or find the fault in it if it is not just `truncated`."""
         self._held = data
+        if data == b"\r\n":              # after each whole chunk
+            return
         if len(data) > TRAILERS_MAX_BYTES or not truncated.fullmatch(data):
             what = "malformed trailers" if self._in_trailers else "a malformed chunk"
             self.fault = f"sent {what}"
