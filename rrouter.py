@@ -754,11 +754,8 @@ _LOOPBACK_ORIGIN = re.compile(
 _WITHHELD = (b"access-control-", b"x-rrouter-target", b"x-rrouter-model", b"x-rrouter-attempts")
 
 
-def _without(lines: Iterable[bytes], names: Collection[bytes],
-             prefixes: tuple[bytes, ...] = ()) -> list[bytes]:
-    """Return the lines of the fields whose lower-case name is not one of these."""
-    return [line for line in lines if (name := line.partition(b":")[0].lower()) not in names
-            and not name.startswith(prefixes)]
+def _without(lines: Iterable[bytes], names: Collection[bytes]) -> list[bytes]:
+    return [line for line in lines if line.partition(b":")[0].lower() not in names]
 
 
 def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
@@ -768,14 +765,17 @@ def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
     with one of `withheld` are not forwarded.
     """
     values: dict[bytes, list[bytes]] = {}
-    lines = block.splitlines(keepends=True)
-    for line in lines:
+    end_to_end = []
+    for line in block.splitlines(keepends=True):
         name, _, value = line.partition(b":")
-        values.setdefault(name.lower(), []).append(value.strip())
+        name = name.lower()
+        values.setdefault(name, []).append(value.strip())
+        if name not in HOP_BY_HOP and not name.startswith(withheld):
+            end_to_end.append(line)
     options = {option.strip().lower()
                for value in values.get(b"connection", ()) for option in value.split(b",")}
-    dropped = (HOP_BY_HOP | options) - {b"content-length"}  # without it a body loses its end
-    return Fields(values, options, _without(lines, dropped, withheld))
+    listed = options - {b"keep-alive", b"content-length"}   # a body would lose its end
+    return Fields(values, options, _without(end_to_end, listed) if listed else end_to_end)
 
 
 def _refusal(head: bytes) -> RequestError:
