@@ -498,16 +498,19 @@ def describe_defect(error: BaseException | None) -> str:
 # Configuration ################################################################
 
 def _parse_json(text: str) -> Any:
+    def refuse(constant: str) -> NoReturn:      # NaN or Infinity
+        raise json.JSONDecodeError("Expecting a number", text, text.index(constant))
+
     try:
-        return json.loads(text, parse_constant=int)     # NaN is a ValueError of int()
+        return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         what = error.msg[0].lower() + error.msg[1:].replace("Expecting", "expecting")
         rest = text[error.pos:error.pos + 20]
         found = repr(rest) if rest else "the end of the file"
         raise ConfigError(f"{error.lineno}:{error.colno}: {what}, found {found}") from error
-    except (ValueError, RecursionError) as error:       # or 5,000 digits; 100,000 brackets
-        raise ConfigError("1:1: expected an object of modes, found NaN, Infinity, a number that is "
-                          "too long or nesting that is too deep") from error
+    except (ValueError, RecursionError) as error:       # 5,000 digits; 100,000 brackets
+        raise ConfigError("1:1: expected an object of modes, found a number that is too long or "
+                          "nesting that is too deep") from error
 
 
 def _expect(fits: bool, path: str, what: str, value: Any) -> None:
@@ -738,7 +741,7 @@ _REQUEST_HEAD = re.compile(_REQUEST_START.pattern + b"\r\n")
 _RESPONSE_HEAD = re.compile(
     rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n%b\r\n" % (_TEXT, _FIELDS))
 _TRAILERS = re.compile(b"%b\r\n" % _FIELDS)
-_TRUNCATED_TRAILERS = re.compile(rb"%b[^\n]*" % _FIELDS)
+_TRUNCATED_TRAILERS = re.compile(rb"%b[^\r\n]*\r?" % _FIELDS)
 _NAME = re.compile(_TOKEN)
 _NUMBER = re.compile(b"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -981,7 +984,7 @@ class ChunkedBody(PlainBody):
     _QUOTED = rb'"(?:[\t !\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
     _EXTENSION = rb"[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?" % (_TOKEN, _TOKEN, _QUOTED)
     _SIZE_LINE = re.compile(rb"\r\n%b(?:(?=[^\r]{1,220}\r)(?:%b)+)?\r\n" % (_SIZE, _EXTENSION))
-    _TRUNCATED_SIZE_LINE = re.compile(rb"\r?|\r\n(?:%b[^\n]*)?" % _SIZE)
+    _TRUNCATED_SIZE_LINE = re.compile(rb"\r?|\r\n(?:%b[^\r\n]*\r?)?" % _SIZE)
 
     def __init__(self) -> None:
         super().__init__(0)

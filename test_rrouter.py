@@ -935,7 +935,7 @@ class ParseConfigTest(unittest.TestCase):
         ('{\n  "modes" 1}', "2:11: expecting"), ('', "1:1: expecting value"),
         ('[]', "the top level: expected an object"), ('[' * 100_000, "nesting that is too deep"),
         ('{"modes": {"a": {}},\n "auto": {"firstByteTimeoutSeconds": NaN}}',
-         "found NaN"),
+         "2:38: expecting a number, found 'NaN"),
         ('{}', "modes: missing"), ('{"modes": {}}', "modes: expected an object with at least"),
         ('{"modes": []}', "modes: expected an object"),
         ('{"modes": {"a": 1}}', "modes.a: expected an object, found 1"),
