@@ -2581,11 +2581,9 @@ class UpstreamConnection(Wire):
             self.limit(watch.check(self.has_input))
             try:
                 return self.receive()
-            except NOTHING_CAME as error:
-                if error.errno == errno.ETIMEDOUT:      # the network's limit, not ours
-                    raise UpstreamError("broke the connection: timed out") from error
-            except OSError as error:
-                raise UpstreamError(f"broke the connection: {reason_of(error)}") from error
+            except OSError as error:            # ETIMEDOUT is the network's limit, not ours
+                if not isinstance(error, NOTHING_CAME) or error.errno == errno.ETIMEDOUT:
+                    raise UpstreamError(f"broke the connection: {reason_of(error)}") from error
 
     def read_head(self, watch: Watch) -> ResponseHead:
         """Return the next head, 1xx ones included."""
