@@ -2559,13 +2559,12 @@ class UpstreamConnection(Wire):
     def rest(self) -> None:
         """Be idle until the next request."""
         self._responding = False        # no byte of its response has come
-        self._idle_since = time.monotonic(), time.time()
+        self._idle_since = time.time()      # because time.monotonic stops while systems sleep
 
     @property
     def is_old(self) -> bool:
-        """True if it has been idle for too long; the monotonic clock stops while systems sleep."""
-        since, wall_since = self._idle_since
-        return max(time.monotonic() - since, abs(time.time() - wall_since)) >= POOL_IDLE_S
+        """True if it has been idle for too long, or if the clock was set back since."""
+        return abs(time.time() - self._idle_since) >= POOL_IDLE_S
 
     @property
     def was_stale(self) -> bool:
