@@ -777,7 +777,8 @@ def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
             end_to_end.append(line)
     options = {option.strip().lower()
                for value in values.get(b"connection", ()) for option in value.split(b",")}
-    listed = options - {b"keep-alive", b"content-length"}   # a body would lose its end
+    # Without Content-Length a body would lose its end.
+    listed = options - {b"keep-alive", b"content-length"}
     return Fields(values, options, _without(end_to_end, listed) if listed else end_to_end)
 
 
@@ -2390,7 +2391,7 @@ class Watch:
         self._looked_at = self._checked_at = time.monotonic()
         self._limit_s: float | None = None
         self._deadline: float | None = None
-        self.give_up_at = math.inf if awaits_start else 0.0     #: once the upstream is not there
+        self.give_up_at = math.inf if awaits_start else 0.0     #: while the upstream is away
 
     def limit(self, seconds: float | None) -> None:
         """Set the time limit that `start` lets begin; None for none."""
@@ -2424,7 +2425,7 @@ class Watch:
             raise UpstreamTimeout("sent no first byte within %g s" % (self._limit_s or 0))
         return TICK_S
 
-    def can_reconnect(self) -> bool:
+    def wait_to_reconnect(self) -> bool:
         """Wait before the next try to connect; return False if it is time to give up."""
         now = time.monotonic()
         self.give_up_at = min(self.give_up_at, now + RECONNECT_FOR_S)
@@ -2719,7 +2720,7 @@ class Upstream:
             try:
                 return self._send_on(kept or self.connect(), method, pieces, interim, watch)
             except UpstreamUnreachable:
-                if not watch.can_reconnect():
+                if not watch.wait_to_reconnect():
                     raise
             except UpstreamError as error:
                 if kept is None or isinstance(error, UpstreamTimeout) or not kept.was_stale:
