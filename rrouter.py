@@ -42,7 +42,6 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
     del sys.path[0]     # the folder of this file, where any file could pose as a standard module
 
 import argparse
-import codecs
 import contextlib
 import datetime
 import email.utils
@@ -72,7 +71,7 @@ import urllib.parse
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, Union
 
 __version__ = "5.0.0"
@@ -86,8 +85,6 @@ DEFAULT_ENVIRONMENT = {
     "RROUTER_PORT": "8316",
     "RROUTER_UPSTREAM": "http://localhost:8317",    # CLIProxyAPI's default port
 }
-PORT_MAX = 65535
-HOST_MAX = 253                  # characters; the longest name in DNS
 
 DEFAULT_CONFIG: dict[str, Any] = {
     "modes": {
@@ -110,16 +107,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
 }
 MODE_AUTO = "auto"              # built in: config.json cannot define it
 
-# The numbers that config.json may hold.  The low ends let a trial run in seconds; values beyond the
-# high ends can only be typing errors.
-THRESHOLDS = (1, 1000)
-COOLDOWN_MINUTES = (0.0001, 525600)     # up to a year
-FIRST_BYTE_S = (0.001, 86400)           # up to a day
-
 # Auto mode.
-# A response that is not streamed is generated as a whole before its first byte arrives.
-UNSTREAMED_FACTOR = 2
-UNSTREAMED_MAX_S = 280          # Claude Code gives up at 300 s, so a later timeout comes too late
 RECHECK_S = 60                  # a shorter cooldown moves a conversation, uncached, back and forth
 EVENT_S = 2                     # between failures that one event may have caused
 EVENTS_REMEMBERED = 16          # failures that a later one is compared with
@@ -133,8 +121,7 @@ MODEL_NAME_MAX = 256            # characters; a longer name has no failover mach
 HEAD_MAX_BYTES = 64 * 1024      # start line and fields together; nginx allows 32 KiB, Go 1 MiB
 FIELDS_MAX = 200                # of a request; Claude Code sends about 23
 LENGTH_DIGITS_MAX = 15          # of Content-Length and chunk sizes; fits a 64-bit integer
-CHUNK_LINE_MAX_BYTES = 256      # size and extensions of one chunk
-TRAILERS_MAX_BYTES = 8 * 1024
+TRAILERS_MAX_BYTES = 8 * 1024   # also of the line that begins a chunk
 BODY_MAX_BYTES = 64 * 1024 * 1024   # of a request; Anthropic's API allows 32 MB
 READ_AHEAD_MAX_BYTES = 1024 * 1024  # of a response held back; error bodies are a few KB
 READ_AHEAD_S = 10               # from the head of an error response to its end
@@ -148,8 +135,6 @@ HEAD_S = 15                     # for one request head; if more, a slow client h
 BODY_STALL_S = 60               # without a byte of the request body, whose memory is held meanwhile
 WRITE_STALL_S = 300             # without the client reading; Claude Code itself waits 300 s
 LINGER_S = 1                    # for the client to close first; else a reset destroys the response
-UNACKNOWLEDGED_S = 120          # until a remote connection is broken: Linux waits 15 min; a peer
-                                # that lives but does not read for so long is broken off as well
 POOL_MAX = 32                   # idle upstream connections; each one costs a descriptor
 POOL_IDLE_S = 60                # if more, servers close them first, commonly after 60 s or later
 CONNECTIONS_MAX = 512           # clients at once; each one costs a thread
@@ -208,13 +193,11 @@ SHELF_WORDINGS = (
     ((429, 503), (b"model_cooldown",), "model_cooldown"),
     ((400, 502), (b"unknown provider for model",), UNKNOWN_MODEL))
 
-# What targets say of a request beyond their limits, in lower case.
+# The wordings of targets for a request beyond their limits, in lower case.
 TOO_LARGE_WORDINGS = (
     b"prompt is too long", b"exceeds the context window", b"exceeds the maximum number of tokens",
     b"input is too long", b"prompt token count of", b"prompt_too_long", b"context length exceeded",
     b"request too large")
-THINKING_TYPES = ("thinking", "redacted_thinking")
-EMPTY_CONTENT = b'{"type":"text","text":"(no content)"}'    # the API refuses []
 
 
 # Errors #######################################################################
@@ -265,12 +248,6 @@ class UpstreamError(RouterError):
     remedy = "see the log of CLIProxyAPI"
 
 
-def without_trace(error: UpstreamError) -> UpstreamError:
-    """Return `error` without its traceback, whose frames would keep the request in memory."""
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-    return error
-
-
 class UpstreamUnreachable(UpstreamError):
     """No connection could be opened."""
 
@@ -310,9 +287,9 @@ class AutoSettings(NamedTuple):
 
     def first_byte_limit_s(self, streamed: bool) -> float:
         """Return how long an attempt may stay silent, in seconds."""
-        if streamed:
-            return self.first_byte_s
-        return min(self.first_byte_s * UNSTREAMED_FACTOR, UNSTREAMED_MAX_S)
+        # A response that is not streamed is generated as a whole before its first byte arrives.
+        # Claude Code gives up at 300 s, so a later timeout comes too late.
+        return self.first_byte_s if streamed else min(2 * self.first_byte_s, 280)
 
 
 class Config(NamedTuple):
@@ -351,7 +328,7 @@ class Route(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """The fields of a head: the values that the router reads, and the lines that it forwards."""
+    """The fields of a head: their values, and the lines that the router forwards."""
 
     values: dict[bytes, list[bytes]]    #: by lower-case name, one for each line
     options: set[bytes]                 #: what Connection lists, in lower case
@@ -360,7 +337,6 @@ class Fields(NamedTuple):
     def all(self, name: bytes) -> list[bytes]:
         """Return the values of the field `name`, line by line; none if it is absent."""
         return self.values.get(name, [])
-
 
 
 class RequestHead(NamedTuple):
@@ -423,7 +399,7 @@ class Outcome(NamedTuple):
     """How one attempt ended, as far as it is known before the client has received a byte."""
 
     fault: Fault | None         #: None: the attempt succeeded
-    status: int                 #: of the response; of rrouter's own error where none came
+    status: int                 #: of the response, or of the error that replaces it
     what: str                   #: the status or the fault, for people
     began: float = 0.0          #: Unix seconds
     ended: float = 0.0
@@ -436,7 +412,7 @@ LEFT = Outcome(Fault.LEFT, 499, "the client left")
 
 
 class Verdict(NamedTuple):
-    """What the outcomes of one request mean."""
+    """The meaning of the outcomes of one request."""
 
     counts: tuple[bool, bool]   #: whether the first and the second failure count
     chosen: int                 #: whose response the client gets: 0 or 1
@@ -447,7 +423,7 @@ class Ticket(NamedTuple):
 
     target: str
     model: str
-    alone: bool                 #: the model follows a machine of its own
+    alone: bool                 #: the model follows a separate machine
     generation: int             #: of the machine when the attempt began
     probe: int = 0              #: number of the probe this is; 0 for none
     quiet: bool = False         #: a probe of the shelf, logged only if its response changes
@@ -459,7 +435,7 @@ class Settings(NamedTuple):
     host: str
     port: int
     upstream: str
-    allowed_hosts: tuple[str, ...] = ()     #: names for Host besides those of loopback
+    allowed_hosts: tuple[str, ...] = ()     #: more names for Host than those of loopback
 
     @property
     def listen_addr(self) -> str:
@@ -522,139 +498,115 @@ def describe_defect(error: BaseException | None) -> str:
 
 # Configuration ################################################################
 
-# The first alternative skips strings.  Its closing quote is optional, because looking for a missing
-# one from each quote would take hours in 1 MB of \".  The second matches what json.loads accepts
-# but JSON forbids, and integers that it may refuse without a position (4,300 digits by default).
-_STRING_OR_ODD_NUMBER = re.compile(
-    r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|(?P<odd>NaN|-?Infinity|[0-9]{1000,})')
-_EXCERPT_CHARS = 20             # of the text, in a complaint about it
-
-
 def _parse_json(text: str) -> Any:
-    for match in _STRING_OR_ODD_NUMBER.finditer(text):
-        if match["odd"]:
-            place = json.JSONDecodeError("", text, match.start())
-            raise ConfigError(f"{place.lineno}:{place.colno}: expected a plain JSON number, found "
-                              + printable(match["odd"], _EXCERPT_CHARS))
+    def refuse(constant: str) -> NoReturn:      # NaN or Infinity
+        raise json.JSONDecodeError("Expecting a number", text, text.index(constant))
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         what = error.msg[0].lower() + error.msg[1:].replace("Expecting", "expecting")
-        rest = text[error.pos:error.pos + _EXCERPT_CHARS]
+        rest = text[error.pos:error.pos + 20]
         found = repr(rest) if rest else "the end of the file"
         raise ConfigError(f"{error.lineno}:{error.colno}: {what}, found {found}") from error
-    except RecursionError as error:     # 100,000 brackets
-        raise ConfigError(
-            "1:1: expected an object of modes, found nesting that is too deep") from error
+    except (ValueError, RecursionError) as error:       # 5,000 digits; 100,000 brackets
+        raise ConfigError("1:1: expected an object of modes, found a number that is too long or "
+                          "nesting that is too deep") from error
 
 
-def _found(value: Any) -> str:
-    """Return `value` as it stands in a complaint."""
-    try:
-        return printable(json.dumps(value), limit=60)
-    except RecursionError:              # json.loads gets a little deeper than json.dumps
-        return "nesting that is too deep"
+def _expect(fits: bool, path: str, what: str, value: Any) -> None:
+    """Raise ConfigError unless the value at `path` is what config.json may hold there."""
+    if not fits:
+        try:
+            found = printable(json.dumps(value), limit=60)
+        except RecursionError:          # json.loads gets a little deeper than json.dumps
+            found = "nesting that is too deep"
+        raise ConfigError(f"{path}: expected {what}, found {found}")
 
 
-def _members(value: Any, what: str, prefix: str, known: Collection[str],
+def _members(value: Any, path: str, known: Collection[str],
              problems: list[str]) -> dict[str, Any]:
     """Return the object `value`; add each member that is not `known` to `problems`."""
-    if not isinstance(value, dict):
-        raise ConfigError(f"{what}: expected an object, found {_found(value)}")
+    _expect(isinstance(value, dict), path or "the top level", "an object", value)
+    prefix = f"{path}." if path else ""
     problems.extend(f"{prefix}{printable(key)}: unknown key, ignored; known are {', '.join(known)}"
                     for key in value if key not in known)
-    return value
+    return dict(value)
 
 
 def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
-    known = "match", "rewrite"
-    members = _members(value, path, f"{path}.", known, problems)
-    for key in known:
+    members = _members(value, path, Rule._fields, problems)
+    for key in Rule._fields:
         if key not in members:
             raise ConfigError(f"{path}.{key}: missing, expected a string")
-        if not isinstance(members[key], str) or not members[key]:
-            raise ConfigError(f"{path}.{key}: expected a string that is not empty, "
-                              f"found {_found(members[key])}")
-    rule = Rule(members["match"], members["rewrite"])
+        _expect(isinstance(members[key], str) and members[key] != "", f"{path}.{key}",
+                "a string that is not empty", members[key])
     try:
-        re.compile(fnmatch.translate(rule.match))
-    except re.error as error:           # [z-a], before Python 3.10
-        raise ConfigError(f"{path}.match: expected a glob, found {_found(rule.match)}") from error
-    return rule
+        re.compile(fnmatch.translate(members["match"]))
+    except re.error:                    # [z-a], before Python 3.10
+        _expect(False, f"{path}.match", "a glob", members["match"])
+    return Rule(members["match"], members["rewrite"])
 
 
 def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]:
-    if not isinstance(value, dict) or not value:
-        raise ConfigError("modes: expected an object with at least one mode, found "
-                          + _found(value))
+    _expect(isinstance(value, dict) and len(value) > 0, "modes",
+            "an object with at least one mode", value)
     modes = {}
     for name, mode in value.items():
         path = f"modes.{printable(name)}"
-        if name == MODE_AUTO:
-            raise ConfigError(f"{path}: expected another name, found auto, which is built in")
-        if name.split() != [name] or not name == name.lower() == printable(name):
-            raise ConfigError(f"{path}: expected a name in lower-case ASCII without spaces, "
-                              f"found {_found(name)}")
-        mappings = _members(mode, path, f"{path}.", ("mappings",), problems).get("mappings", [])
-        if not isinstance(mappings, list):
-            raise ConfigError(f"{path}.mappings: expected a list, found {_found(mappings)}")
+        _expect(name != MODE_AUTO, path, "another name, because auto is built in", name)
+        _expect(name.split() == [name] and name == name.lower() == printable(name), path,
+                "a name in lower-case ASCII without spaces", name)
+        mappings = _members(mode, path, ("mappings",), problems).get("mappings", [])
+        _expect(isinstance(mappings, list), f"{path}.mappings", "a list", mappings)
         modes[name] = tuple(_parse_rule(rule, f"{path}.mappings[{index}]", problems)
                             for index, rule in enumerate(mappings))
     return modes
 
 
-def _number(value: Any, path: str, limits: tuple[float, float], whole: bool = False) -> float:
-    low, high = limits
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise ConfigError(f"{path}: expected a {'whole ' if whole else ''}number "
-                          f"from {low} to {high}, found {_found(value)}")
+def _number(value: Any, path: str, low: float, high: float) -> Any:
+    """Return a number of config.json; it must be whole if `low` is whole."""
+    kind = "whole number" if isinstance(low, int) else "number"
+    kinds = int if isinstance(low, int) else (int, float)
+    _expect(isinstance(value, kinds) and value is not True and low <= value <= high, path,
+            f"a {kind} from {low} to {high}", value)
     return value
-
-
-def _threshold(value: Any, path: str) -> int:
-    return int(_number(value, path, THRESHOLDS, whole=True))
 
 
 def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
     members = dict(DEFAULT_CONFIG["auto"])
-    members.update(_members(value, "auto", "auto.", tuple(members), problems))
+    members.update(_members(value, "auto", tuple(members), problems))
     targets, minutes = members["targets"], members["cooldownMinutes"]
-    if not (isinstance(targets, list) and len(targets) == 2
-            and all(isinstance(target, str) for target in targets) and targets[0] != targets[1]):
-        raise ConfigError("auto.targets: expected two different names of modes, found "
-                          + _found(targets))
-    if not isinstance(minutes, list) or not minutes:
-        raise ConfigError("auto.cooldownMinutes: expected a list of minutes, found "
-                          + _found(minutes))
+    _expect(isinstance(targets, list) and len(targets) == 2 and targets[0] != targets[1]
+            and all(isinstance(target, str) for target in targets),
+            "auto.targets", "two different names of modes", targets)
+    _expect(isinstance(minutes, list) and len(minutes) > 0, "auto.cooldownMinutes",
+            "a list of minutes", minutes)
+    # The low ends let a trial run in seconds; values beyond the high ends are typing errors.
     return AutoSettings(
         targets=(targets[0], targets[1]),
-        failure_threshold=_threshold(members["failureThreshold"], "auto.failureThreshold"),
-        timeout_threshold=_threshold(members["timeoutThreshold"], "auto.timeoutThreshold"),
-        cooldowns_s=tuple(60.0 * _number(cooldown, f"auto.cooldownMinutes[{i}]", COOLDOWN_MINUTES)
+        failure_threshold=_number(members["failureThreshold"], "auto.failureThreshold", 1, 1000),
+        timeout_threshold=_number(members["timeoutThreshold"], "auto.timeoutThreshold", 1, 1000),
+        cooldowns_s=tuple(60.0 * _number(cooldown, f"auto.cooldownMinutes[{i}]", 0.0001, 525600)
                           for i, cooldown in enumerate(minutes)),
         first_byte_s=_number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds",
-                             FIRST_BYTE_S))
-
-
+                             0.001, 86400))
 
 
 def parse_config(text: str) -> Config:
     """Return the configuration in the JSON text `text`; raise ConfigError if any part is wrong."""
     problems: list[str] = []
-    top = _members(_parse_json(text), "the top level", "", ("modes", "defaultMode", "auto"),
-                   problems)
+    top = _members(_parse_json(text), "", ("modes", "defaultMode", "auto"), problems)
     if "modes" not in top:
         raise ConfigError("modes: missing, expected an object of modes")
     modes = _parse_modes(top["modes"], problems)
     built_in = DEFAULT_CONFIG["defaultMode"]
     default_mode = top.get("defaultMode", built_in if built_in in modes else next(iter(modes)))
     names = [*sorted(modes), MODE_AUTO]
-    if default_mode not in names:
-        raise ConfigError(f"defaultMode: expected one of {', '.join(names)}, "
-                          f"found {_found(default_mode)}")
+    _expect(default_mode in names, "defaultMode", f"one of {', '.join(names)}", default_mode)
     auto, auto_error = _parse_auto(top.get("auto", {}), problems), ""
-    unknown = ", ".join(_found(target) for target in auto.targets if target not in modes)
+    unknown = ", ".join(printable(json.dumps(target), 60) for target in auto.targets
+                        if target not in modes)
     if unknown:
         auto_error = (f"auto.targets: {unknown}: not among the modes ({', '.join(modes)}), "
                       "so mode auto cannot be used")
@@ -692,7 +644,7 @@ def mode_word(content: bytes | None) -> str | None:
     if content is None:
         return None
     # Windows PowerShell writes UTF-16, or UTF-8 with a byte order mark.
-    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     text = content.decode("utf-16" if is_utf_16 else "utf-8", "backslashreplace")
     return text.removeprefix("\ufeff").strip().lower()
 
@@ -717,8 +669,7 @@ def describe_unknown_mode(mode: str, choices: Iterable[str]) -> str:
 def _is_host(host: str) -> bool:
     """Return whether `host` is an address or a name that can be looked up."""
     try:
-        return bool(re.fullmatch("[A-Za-z0-9._:%-]+", host) and len(host) <= HOST_MAX
-                    and host.encode("idna"))
+        return bool(re.fullmatch("[A-Za-z0-9._:%-]{1,253}", host) and host.encode("idna"))
     except UnicodeError:                # a label is empty or over 63 characters
         return False
 
@@ -743,37 +694,29 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
     """Return the settings; raise UsageError with the variable, its value and what is allowed."""
     # An empty variable counts as unset.
     values = {name: environ.get(name) or default for name, default in DEFAULT_ENVIRONMENT.items()}
-    port = values["RROUTER_PORT"]
-    if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= PORT_MAX:
-        raise UsageError(f"RROUTER_PORT={printable(port)}: "
-                         f"expected a port number from 1 to {PORT_MAX}")
-    host = values["RROUTER_HOST"].strip("[]")
-    if not _is_host(host):
-        raise UsageError(f"RROUTER_HOST={printable(host)}: "
-                         "expected localhost, an address or a host name")
-    upstream = values["RROUTER_UPSTREAM"]
-    if not _is_upstream_url(upstream):
-        raise UsageError(f"RROUTER_UPSTREAM={printable(_without_password(upstream))}: expected "
-                         "http(s)://HOST[:PORT][/PATH] without user, query or fragment")
-    words = values["RROUTER_ALLOWED_HOSTS"].split(",")
+    port, host = values["RROUTER_PORT"], values["RROUTER_HOST"].strip("[]")
+    upstream, words = values["RROUTER_UPSTREAM"], values["RROUTER_ALLOWED_HOSTS"].split(",")
     allowed = tuple(word.strip(" []").rstrip(".").lower() for word in words if word.strip())
-    if not all(map(_is_host, allowed)):
-        raise UsageError(f"RROUTER_ALLOWED_HOSTS={printable(','.join(words))}: expected names or "
-                         "addresses, without port, separated by commas")
+    for name, fits, expected in (
+            ("RROUTER_PORT", re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65535,
+             "a port number from 1 to 65535"),
+            ("RROUTER_HOST", _is_host(host), "localhost, an address or a host name"),
+            ("RROUTER_UPSTREAM", _is_upstream_url(upstream),
+             "http(s)://HOST[:PORT][/PATH] without user, query or fragment"),
+            ("RROUTER_ALLOWED_HOSTS", all(map(_is_host, allowed)),
+             "names or addresses, without port, separated by commas")):
+        if not fits:
+            raise UsageError(f"{name}={printable(_without_password(values[name]))}: "
+                             f"expected {expected}")
     return Settings(host, int(port), upstream.rstrip("/"), allowed)
 
 
 # Routing ######################################################################
 
-@lru_cache(maxsize=32768)       # that of `fnmatch` holds 256 in Python 3.9
-def _glob(pattern: str) -> Callable[[str], object]:
-    return re.compile(fnmatch.translate(pattern)).match
-
-
 def match_rule(rules: Iterable[Rule], model: str) -> Rule | None:
     """Return the first rule that matches `model`: a name that equals it, or a glob; else None."""
     for rule in rules:
-        if model == rule.match or _glob(rule.match)(model):
+        if model == rule.match or fnmatch.fnmatchcase(model, rule.match):
             return rule
     return None
 
@@ -799,7 +742,7 @@ _REQUEST_HEAD = re.compile(_REQUEST_START.pattern + b"\r\n")
 _RESPONSE_HEAD = re.compile(
     rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n%b\r\n" % (_TEXT, _FIELDS))
 _TRAILERS = re.compile(b"%b\r\n" % _FIELDS)
-_TRUNCATED_TRAILERS = re.compile(b"%b(?:\r|%b(?::%b\r?)?)?" % (_FIELDS, _TOKEN, _TEXT))
+_TRUNCATED_TRAILERS = re.compile(rb"%b[^\r\n]*\r?" % _FIELDS)
 _NAME = re.compile(_TOKEN)
 _NUMBER = re.compile(b"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -810,13 +753,6 @@ _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?:
 _LOOPBACK_ORIGIN = re.compile(
     rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
 
-# The fields whose values the router reads.
-_READ = frozenset((
-    b"connection", b"content-length", b"transfer-encoding",
-    b"host", b"expect", b"origin", b"sec-fetch-site",
-    b"content-type", b"content-encoding", b"retry-after", b"retry-after-ms", b"x-rrouter-error"))
-# Options of Connection that remove no field.  Without Content-Length the body would lose its end.
-_KEPT_OPTIONS = frozenset((b"", b"keep-alive", b"content-length"))
 # Fields of a response that are not forwarded: CORS would open rrouter to every web page, and in a
 # chain of routers each one adds its own x-rrouter fields.
 _WITHHELD = (b"access-control-", b"x-rrouter-target", b"x-rrouter-model", b"x-rrouter-attempts")
@@ -837,13 +773,13 @@ def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
     for line in block.splitlines(keepends=True):
         name, _, value = line.partition(b":")
         name = name.lower()
-        if name in _READ:
-            values.setdefault(name, []).append(value.strip())
+        values.setdefault(name, []).append(value.strip())
         if name not in HOP_BY_HOP and not name.startswith(withheld):
             end_to_end.append(line)
     options = {option.strip().lower()
                for value in values.get(b"connection", ()) for option in value.split(b",")}
-    listed = options - _KEPT_OPTIONS
+    # Without Content-Length a body would lose its end.
+    listed = options - {b"keep-alive", b"content-length"}
     return Fields(values, options, _without(end_to_end, listed) if listed else end_to_end)
 
 
@@ -1026,7 +962,7 @@ class PlainBody:
         self.left = 1 << 62 if length is None else length   #: bytes due, of the body or a chunk
         self.done = length == 0
         self.rest = b""                 #: the bytes after the end
-        self.fault = ""                 #: what broke the coding; `finish` raises it
+        self.fault = ""                 #: what broke the body; `finish` raises it
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in `data`."""
@@ -1038,7 +974,7 @@ class PlainBody:
 
     def finish(self) -> None:
         """Take the end of what can be decoded; raise UpstreamError if it truncates the body."""
-        if self.delimited:
+        if self.delimited or self.fault:
             raise UpstreamError(self.fault or "broke off in the middle of its response")
         self.done = True
 
@@ -1049,11 +985,8 @@ class ChunkedBody(PlainBody):
     _SIZE = b"([0-9A-Fa-f]{1,%d})" % LENGTH_DIGITS_MAX
     _QUOTED = rb'"(?:[\t !\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
     _EXTENSION = rb"[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?" % (_TOKEN, _TOKEN, _QUOTED)
-    # Size and extensions together stay below CHUNK_LINE_MAX_BYTES.
     _SIZE_LINE = re.compile(rb"\r\n%b(?:(?=[^\r]{1,220}\r)(?:%b)+)?\r\n" % (_SIZE, _EXTENSION))
-    _PLAIN_SIZE_LINE = re.compile(b"%b\r\n" % _SIZE)
-    _TRUNCATED_SIZE_LINE = re.compile(
-        rb"\r?|\r\n(?:%b(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?\r?)?" % _SIZE)
+    _TRUNCATED_SIZE_LINE = re.compile(rb"\r?|\r\n(?:%b[^\r\n]*\r?)?" % _SIZE)
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -1063,21 +996,10 @@ class ChunkedBody(PlainBody):
         self._held = b"\r\n"
 
     def feed(self, data: bytes) -> bytes:
-        """Return the payload in `data`, as far as the coding is not broken."""
+        """Return the payload in `data`, which may begin and end anywhere in the coding."""
         if self.left >= len(data):     # the middle of a large chunk
             self.left -= len(data)
             return data
-        # One whole chunk, as events come; _walk would take three times as long.
-        if self._held == b"\r\n":
-            size_line = self._PLAIN_SIZE_LINE.match(data)
-            if size_line and data.endswith(b"\r\n"):
-                start = size_line.end()
-                if start < len(data) - 2 == start + int(size_line.group(1), 16):
-                    return data[start:-2]
-        return self._walk(data)
-
-    def _walk(self, data: bytes) -> bytes:
-        """Return the payload in `data`, which may begin and end anywhere in the coding."""
         position = self.left           # where the chunk under way ends
         payload = [data[:position]] if position else []
         self.left = 0
@@ -1085,7 +1007,7 @@ class ChunkedBody(PlainBody):
         while not self._in_trailers:
             size_line = self._SIZE_LINE.match(data, position)
             if not size_line:
-                self._hold(data[position:], CHUNK_LINE_MAX_BYTES, self._TRUNCATED_SIZE_LINE)
+                self._hold(data[position:], self._TRUNCATED_SIZE_LINE)
                 return b"".join(payload)
             start, size = size_line.end(), int(size_line.group(1), 16)
             position = start + size
@@ -1098,13 +1020,15 @@ class ChunkedBody(PlainBody):
         if trailers and trailers.end(1) - position <= TRAILERS_MAX_BYTES:
             self.done, self.rest = True, data[trailers.end():]
         else:
-            self._hold(data[position:], TRAILERS_MAX_BYTES, _TRUNCATED_TRAILERS)
+            self._hold(data[position:], _TRUNCATED_TRAILERS)
         return b"".join(payload)
 
-    def _hold(self, data: bytes, limit: int, truncated: re.Pattern[bytes]) -> None:
+    def _hold(self, data: bytes, truncated: re.Pattern[bytes]) -> None:
         """Keep `data` until more comes, or find the fault in it if it is not just `truncated`."""
         self._held = data
-        if len(data) > limit or not truncated.fullmatch(data):
+        if data == b"\r\n":              # after each whole chunk
+            return
+        if len(data) > TRAILERS_MAX_BYTES or not truncated.fullmatch(data):
             what = "malformed trailers" if self._in_trailers else "a malformed chunk"
             self.fault = f"sent {what}"
 
@@ -1118,94 +1042,67 @@ def response_body(head: ResponseHead, method: str) -> PlainBody:
 
 # Messages: JSON ###############################################################
 
-_SPACE = re.compile(r"[ \t\n\r]*")
 _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
-_BODY_END_BYTES = 2048          # room for the few small members before or after the messages
-
-
 # Scans a value in C.  The hooks avoid building numbers and objects that are never read, and the
 # limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
-_decode = json.JSONDecoder(
-    parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len).raw_decode
+_DECODER = json.JSONDecoder(
+    parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len)
+_BETWEEN_TOKENS = re.compile(r"[ \t\n\r]*[,:]?[ \t\n\r]*")
 
 
-def _skip_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
+def _next_token(text: str, position: int) -> int:
+    """Return where the next token begins after space, and after a comma or colon."""
+    match = _BETWEEN_TOKENS.match(text, position)
     return match.end() if match else position
 
 
-def _skip_character(text: str, position: int, character: str) -> int:
-    """Return where the next token begins after `character`, which must be at `position`."""
-    if text[position] != character:
-        raise ValueError(f"expected {character}")
-    return _skip_space(text, position + 1)
-
-
-def _read_key(text: str, position: int) -> tuple[str, int]:
-    """Return the key at `position` and where its value begins."""
-    if text[position] != '"':
-        raise ValueError("expected a key")
-    key, end = _decode(text, position)
-    return key, _skip_character(text, _skip_space(text, end), ":")
-
-
 def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, int]]:
-    """Yield (key, start, end) of each value in the object or array at `position`.
+    """Yield (key, start, end) of each value in the object or array at `position` of valid JSON.
 
-    `opening` is "{" for an object and "[" for an array, whose keys are "".  Raises ValueError or
-    IndexError where the text is not JSON.  After the last value comes the closing bracket.
+    `opening` is "{" for an object and "[" for an array, whose keys are ""; ValueError for others.
     """
-    closing = "}" if opening == "{" else "]"
-    key, start = "", _skip_character(text, position, opening)
-    if text[start] == closing:
-        return
-    while True:
+    if text[position] != opening:
+        raise ValueError(f"expected {opening}")
+    key, position = "", _next_token(text, position + 1)
+    while text[position] not in "}]":
         if opening == "{":
-            key, start = _read_key(text, start)
-        _, end = _decode(text, start)
-        yield key, start, end
-        position = _skip_space(text, end)
-        if text[position] == closing:
-            return
-        start = _skip_character(text, position, ",")
+            key, end = _DECODER.raw_decode(text, position)
+            position = _next_token(text, end)
+        _, end = _DECODER.raw_decode(text, position)
+        yield key, position, end
+        position = _next_token(text, end)
 
 
-def _walk_to_model(text: str) -> tuple[int, int]:
-    """Return the span of the first top-level `model`; raise what `_walk` does if there is none."""
-    found, end = None, 0
-    for key, start, end in _walk(text, _skip_space(text, 0), "{"):
-        if key == "model" and found is None:
-            found = start, end
-    bracket = _skip_space(text, end)
-    if found is None or text[found[0]] != '"' or _skip_space(text, bracket + 1) != len(text):
-        raise ValueError("no model")
-    return found
+def _walk_body(body: BytesLike) -> tuple[str, Iterator[tuple[str, int, int]]]:
+    """Return (text, what `_walk` yields for its top level); raise ValueError if it is not JSON."""
+    text = str(body, "latin-1")         # one character for each byte
+    _DECODER.decode(text)
+    return text, _walk(text, _next_token(text, 0), "{")
 
 
 def find_model(body: BytesLike) -> tuple[int, int, str] | None:
     """Return (start, end, name) of the top-level `model` string of a JSON object, or None.
 
     `start` and `end` are byte offsets, quotes included.  If `model` is the first member and plain,
-    as Claude Code sends it, nothing after it is examined.  Otherwise the whole top level is walked,
-    so that a body that is not JSON stays untouched, and the first `model` counts, because
-    CLIProxyAPI (gjson) reads the first as well.
+    as Claude Code sends it, nothing after it is examined.  Otherwise the whole body must be JSON,
+    and the first `model` counts, because CLIProxyAPI (gjson) reads the first as well.
     """
     leading = _LEADING_MODEL.match(body)
-    try:                                # latin-1: one character for each byte
-        start, end = leading.span(1) if leading else _walk_to_model(str(body, "latin-1"))
-        return start, end, json.loads(str(body[start:end], "utf-8"))
-    except (ValueError, IndexError, RecursionError):    # not JSON or UTF-8, truncated, too deep
+    try:
+        start, end = leading.span(1) if leading else next(
+            (start, end) for key, start, end in _walk_body(body)[1] if key == "model")
+        name = json.loads(str(body[start:end], "utf-8"))
+    except (ValueError, StopIteration, RecursionError):     # not JSON or UTF-8, or too deep
         return None
+    return (start, end, name) if isinstance(name, str) else None
 
 
 def asks_for_stream(body: BytesLike) -> bool:
     """Return whether `body` seems to ask for a stream; it only moves a time limit."""
-    # First at the two ends, where clients write it.
-    return any(map(_STREAM_MEMBER.search,
-                   (body[-_BODY_END_BYTES:], body[:_BODY_END_BYTES], body)))
-
+    # First at the two ends, among the few small members beside the messages.
+    return any(map(_STREAM_MEMBER.search, (body[-2048:], body[:2048], body)))
 
 
 def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]:
@@ -1214,9 +1111,9 @@ def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]
     return [view[:start], json.dumps(model).encode("ascii"), view[end:]]
 
 
-def _items(text: str, position: int, name: str) -> list[tuple[int, int]]:
-    """Return the spans of the items in the array `name` of the object at `position`."""
-    for key, start, _ in _walk(text, position, "{"):
+def _items(text: str, members: Iterable[tuple[str, int, int]], name: str) -> list[tuple[int, int]]:
+    """Return the spans of the items in the first member `name`, if that is an array."""
+    for key, start, _ in members:
         if key == name:
             return [item[1:] for item in _walk(text, start, "[")] if text[start] == "[" else []
     return []
@@ -1224,40 +1121,29 @@ def _items(text: str, position: int, name: str) -> list[tuple[int, int]]:
 
 def _is_thinking(text: str, block: int) -> bool:
     """Return whether the value at `block` is an object of a thinking type."""
-    if text[block] != "{":
-        return False
-    kinds = (text[start:end] for key, start, end in _walk(text, block, "{") if key == "type")
-    kind = next(kinds, "")
-    return kind.startswith('"') and json.loads(kind) in THINKING_TYPES
-
-
-def _cut_thinking(text: str, blocks: list[tuple[int, int]]) -> list[tuple[int, int, bytes]]:
-    """Return (start, end, replacement) that remove thinking blocks and the commas left over."""
-    kept = [number for number, (start, _) in enumerate(blocks) if not _is_thinking(text, start)]
-    if len(kept) == len(blocks):
-        return []
-    if not kept:
-        return [(blocks[0][0], blocks[-1][1], EMPTY_CONTENT)]
-    return [(blocks[0][0], blocks[kept[0]][0], b""),
-            *((blocks[number][1], blocks[following - 1][1], b"")
-              for number, following in zip(kept, [*kept[1:], len(blocks)]))]
+    members = _walk(text, block, "{") if text[block] == "{" else ()
+    kind = next((text[start:end] for key, start, end in members if key == "type"), "null")
+    return _DECODER.decode(kind) in ("thinking", "redacted_thinking")
 
 
 def without_thinking(body: BytesLike) -> bytes | None:
     """Return `body` without the thinking blocks in its messages, or None if it has none.
 
-    All other bytes stay as they are.  A content that would be left empty gets a short text block.
+    All other values keep their bytes.  A content that would be left empty gets a short text block.
     """
-    text, position = str(body, "latin-1"), 0
-    pieces: list[BytesLike] = []
+    position, pieces = 0, []
     try:
-        for message, _ in _items(text, _skip_space(text, 0), "messages"):
-            for start, end, replacement in _cut_thinking(text, _items(text, message, "content")):
-                pieces += [body[position:start], replacement]
-                position = end
-    except (ValueError, IndexError, RecursionError):    # not JSON, truncated, or nested too deep
+        text, members = _walk_body(body)
+        for message, _ in _items(text, members, "messages"):
+            blocks = _items(text, _walk(text, message, "{"), "content")
+            kept = [text[start:end] for start, end in blocks if not _is_thinking(text, start)]
+            if len(kept) < len(blocks):
+                empty = '{"type":"text","text":"(no content)"}'     # the API refuses []
+                pieces += [text[position:blocks[0][0]], ",".join(kept) or empty]
+                position = blocks[-1][1]
+    except (ValueError, RecursionError):        # not JSON, or nested too deep
         return None
-    return b"".join([*pieces, body[position:]]) if pieces else None
+    return "".join([*pieces, text[position:]]).encode("latin-1") if pieces else None
 
 
 # Messages: responses ##########################################################
@@ -1344,7 +1230,7 @@ def message_defect(body: bytes) -> str:
 
 
 class StreamScan:
-    """What an event stream has shown so far.
+    """The state of an event stream, as far as it has come.
 
     `committed` is set by the first content of a message, on other paths by the first event that is
     not an error, and in any case after READ_AHEAD_MAX_BYTES.  `defect` is set if something else
@@ -1353,8 +1239,6 @@ class StreamScan:
     """
 
     _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
-    _TYPE = re.compile(rb'\{\s*"type"\s*:\s*"([a-z_]+)"')
-    _USUAL = b"event: content_block_delta\n"
 
     def __init__(self, is_message: bool) -> None:
         self._is_message = is_message
@@ -1366,7 +1250,10 @@ class StreamScan:
 
     def feed(self, payload: bytes) -> None:
         """Read more of the stream."""
-        if self.committed and not self._partial and self._is_usual(payload):
+        # Whole events with content alone need not be read; finding that out costs a tenth.
+        if (self.committed and not self._partial and payload.endswith(b"\n\n")
+                and payload.startswith(b"event: content_block_delta\n")
+                and b"error" not in payload and b"message_stop" not in payload):
             self.events += 1
             return
         data, start = self._partial + payload, 0
@@ -1378,13 +1265,7 @@ class StreamScan:
         if self._size > READ_AHEAD_MAX_BYTES and not self.defect:
             self.committed = True
         if len(self._partial) > READ_AHEAD_MAX_BYTES:
-            self._partial = self._partial[:len(self._USUAL)]    # the rest of it cannot matter
-
-    @classmethod
-    def _is_usual(cls, payload: bytes) -> bool:
-        """Return whether whole events carry content alone; finding out costs a tenth of reading."""
-        return (payload.startswith(cls._USUAL) and payload.endswith(b"\n\n")
-                and b"error" not in payload and b"message_stop" not in payload)
+            self._partial = self._partial[:100]     # the rest of it cannot matter
 
     def finish(self) -> None:
         """Read the end of the stream."""
@@ -1397,19 +1278,14 @@ class StreamScan:
         """Read the lines up to a blank one."""
         if self.defect:
             return
-        may_be_error = b"error" in block
         lines = [line for line in block.lstrip(b"\xef\xbb\xbf").splitlines()
                  if line and not line.startswith(b":")]
         names = [line[6:].strip() for line in lines if line.startswith(b"event:")]
         data = b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
         if not names and not data:
             return                      # comments, or an id alone
-        found = self._TYPE.match(data)
-        needs_parsing = not self.committed or may_be_error or not (found or names)
-        event = _load_object(data) or {} if needs_parsing else {}
-        kind = (found.group(1) if found else names[-1] if names else b"").decode("latin-1")
-        if isinstance(event.get("type"), str):
-            kind = event["type"]
+        event = _load_object(data) or {}
+        kind = event.get("type", names[-1].decode("latin-1") if names else "")
         is_error = kind == "error" or b"error" in names or event.get("error") is not None
         self.events += kind != "ping"
         if self.committed:
@@ -2398,21 +2274,31 @@ def outlive_main_script(run: Callable[[], None]) -> None:
 
 # Upstream #####################################################################
 
-# The option that ends a connection which no longer acknowledges, and its value.
-UNACKNOWLEDGED = ((0x80, UNACKNOWLEDGED_S) if sys.platform == "darwin" else     # RXT_CONNDROPTIME
-                  (getattr(socket, "TCP_USER_TIMEOUT", None), UNACKNOWLEDGED_S * 1000))
+# The option that breaks a connection after 120 s without acknowledgement, because Linux waits for
+# 15 minutes.  A peer that lives but does not read for so long is broken off as well.
+UNACKNOWLEDGED = ((0x80, 120) if sys.platform == "darwin" else      # RXT_CONNDROPTIME
+                  (getattr(socket, "TCP_USER_TIMEOUT", None), 120_000))
 # As a number, because `|` of the standard library's flags runs 5 us of Python code.
 PEEK_NOW = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's time limit
 
 
 class Watch:
-    """What ends a wait for the upstream: the client leaves, or the attempt's time limit expires."""
+    """Ends the waiting of a request for the upstream: when its client leaves, or at a time limit.
 
-    def __init__(self, has_left: Callable[[], bool] | None, limit_s: float | None = None) -> None:
-        self._has_left, self._limit_s = has_left, limit_s
+    `awaits_start` says whether it waits for an upstream that is not there, because that restarts.
+    """
+
+    def __init__(self, has_left: Callable[[], bool], awaits_start: bool) -> None:
+        self._has_left = has_left
         self._looked_at = self._checked_at = time.monotonic()
+        self._limit_s: float | None = None
         self._deadline: float | None = None
+        self.give_up_at = math.inf if awaits_start else 0.0     #: while the upstream is away
+
+    def limit(self, seconds: float | None) -> None:
+        """Set the time limit that `start` lets begin; None for none."""
+        self._limit_s, self._deadline = seconds, None
 
     def start(self) -> None:
         """Let the time limit begin, unless it has."""
@@ -2420,17 +2306,13 @@ class Watch:
             self._checked_at = time.monotonic()
             self._deadline = self._checked_at + self._limit_s
 
-    def lift(self) -> None:
-        """Remove the time limit."""
-        self._limit_s = self._deadline = None
-
     def check(self, has_input: Callable[[], bool] | None = None) -> float:
         """Return the seconds after which to ask again; raise ClientGone or UpstreamTimeout.
 
         The limit does not expire while the process is stopped, nor before what has arrived is read.
         """
         now = time.monotonic()
-        if self._has_left is not None and now - self._looked_at >= TICK_S * 0.9:
+        if now - self._looked_at >= TICK_S * 0.9:
             self._looked_at = now
             if self._has_left():
                 raise ClientGone()
@@ -2446,16 +2328,8 @@ class Watch:
             raise UpstreamTimeout("sent no first byte within %g s" % (self._limit_s or 0))
         return TICK_S
 
-
-class Patience:
-    """How long one request waits for an upstream that is not there, because it restarts."""
-
-    def __init__(self, has_left: Callable[[], bool]) -> None:
-        self._has_left = has_left
-        self.give_up_at = math.inf      #: since the first miss, by time.monotonic
-
-    def wait(self) -> bool:
-        """Wait before the next try; return False if it is time to give up; raise ClientGone."""
+    def wait_to_reconnect(self) -> bool:
+        """Wait before the next try to connect; return False if it is time to give up."""
         now = time.monotonic()
         self.give_up_at = min(self.give_up_at, now + RECONNECT_FOR_S)
         if now + RECONNECT_EVERY_S > self.give_up_at:
@@ -2464,15 +2338,6 @@ class Patience:
         if self._has_left():
             raise ClientGone()
         return True
-
-
-class Outbound(NamedTuple):
-    """A request as it goes upstream."""
-
-    method: str
-    pieces: Sequence[BytesLike]
-    #: called with each 1xx head; None drops them: HTTP/1.0 does not know them (RFC 9110 §15.2)
-    interim: Callable[[ResponseHead], None] | None
 
 
 def is_loopback(address: str) -> bool:
@@ -2485,9 +2350,7 @@ def set_kernel_limit(sock: socket.socket, option: int, seconds: float) -> None:
     time_value = int(seconds), int(seconds % 1 * 1e6)
     try:
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *time_value))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
+    except OSError:
         # A 32-bit system with 64-bit time.  Not first: 32-bit x86 accepts and misreads it.
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@qq", *time_value))
 
@@ -2561,7 +2424,7 @@ class UpstreamConnection(Wire):
         """Return whether there is something to read, or the end; never ask a closed connection."""
         if self._plain:
             return bool(self._poller.poll(0))
-        # TLS: session tickets come unasked, and only reading tells them from a response.
+        # TLS: session tickets come unasked, and only reading shows which it is.
         self.limit(0)
         try:
             self.held = bytes(self.held) + self.sock.recv(RECEIVE_BYTES)
@@ -2600,13 +2463,12 @@ class UpstreamConnection(Wire):
     def rest(self) -> None:
         """Be idle until the next request."""
         self._responding = False        # no byte of its response has come
-        self._idle_since = time.monotonic(), time.time()
+        self._idle_since = time.time()      # because time.monotonic stops while systems sleep
 
     @property
     def is_old(self) -> bool:
-        """True if it has been idle for too long; the monotonic clock stops while systems sleep."""
-        since, wall_since = self._idle_since
-        return max(time.monotonic() - since, abs(time.time() - wall_since)) >= POOL_IDLE_S
+        """True if it has been idle for too long, or if the clock was set back since."""
+        return abs(time.time() - self._idle_since) >= POOL_IDLE_S
 
     @property
     def was_stale(self) -> bool:
@@ -2622,11 +2484,9 @@ class UpstreamConnection(Wire):
             self.limit(watch.check(self.has_input))
             try:
                 return self.receive()
-            except NOTHING_CAME as error:
-                if error.errno == errno.ETIMEDOUT:      # the network's limit, not ours
-                    raise UpstreamError("broke the connection: timed out") from error
-            except OSError as error:
-                raise UpstreamError(f"broke the connection: {reason_of(error)}") from error
+            except OSError as error:            # ETIMEDOUT is the network's limit, not ours
+                if not isinstance(error, NOTHING_CAME) or error.errno == errno.ETIMEDOUT:
+                    raise UpstreamError(f"broke the connection: {reason_of(error)}") from error
 
     def read_head(self, watch: Watch) -> ResponseHead:
         """Return the next head, 1xx ones included."""
@@ -2664,7 +2524,6 @@ class Response:
                  release: Callable[[UpstreamConnection], None] | None) -> None:
         self.head, self.ahead = head, b""
         self._body, self._connection, self._release = body, connection, release
-        self._error: UpstreamError | None = None
 
     @property
     def complete(self) -> bool:
@@ -2691,8 +2550,6 @@ class Response:
 
     def receive(self, watch: Watch) -> bytes:
         """Return the next payload; b"" may come with `complete`.  Raises what `wait` raises."""
-        if self._error is not None:
-            raise type(self._error)(str(self._error))   # a new one: see `without_trace`
         payload, body = b"", self._body
         while not payload and not body.done:
             data = b"" if body.fault else self._connection.wait(watch)
@@ -2728,7 +2585,7 @@ class Response:
         except UpstreamTimeout:
             pass
         except UpstreamError as error:
-            self._error = without_trace(error)
+            self._body.fault = str(error)
 
     def close(self) -> None:
         """Break the connection off unless the response is complete."""
@@ -2751,21 +2608,22 @@ class Upstream:
         self._tls: ssl.SSLContext | None = None     # made at the first connection
         self._missed_at: float | None = None    # when a request last did not reach it
 
-    def send(self, outbound: Outbound, watch: Watch, patience: Patience | None,
+    def send(self, method: str, pieces: Sequence[BytesLike],
+             interim: Callable[[ResponseHead], None] | None, watch: Watch,
              notes: list[str]) -> Response:
         """Send a request and return the response, its head read; raise UpstreamError, ClientGone.
 
-        A request goes out a second time, and `notes` says so, only if the kept connection was
-        stale: sending failed, or it closed within a second, before any byte of a response.
-        RFC 9110 §9.2.2 leaves that to the client for POST; model calls change nothing, and the
-        client would do the same after an error.
+        `interim` is called with each 1xx head.  A request goes out a second time, and `notes` says
+        so, only if the kept connection was stale: sending failed, or it closed within a second,
+        before any byte of a response.  RFC 9110 §9.2.2 leaves that to the client for POST; model
+        calls change nothing, and the client would do the same after an error.
         """
         kept = self._take()
         while True:
             try:
-                return self._send_on(kept or self.connect(), outbound, watch, patience)
+                return self._send_on(kept or self.connect(), method, pieces, interim, watch)
             except UpstreamUnreachable:
-                if patience is None or not patience.wait():
+                if not watch.wait_to_reconnect():
                     raise
             except UpstreamError as error:
                 if kept is None or isinstance(error, UpstreamTimeout) or not kept.was_stale:
@@ -2773,25 +2631,24 @@ class Upstream:
                 notes.append("sent again: the kept connection was stale")
                 kept = None
 
-    def _send_on(self, connection: UpstreamConnection, outbound: Outbound, watch: Watch,
-                 patience: Patience | None) -> Response:
+    def _send_on(self, connection: UpstreamConnection, method: str, pieces: Sequence[BytesLike],
+                 interim: Callable[[ResponseHead], None] | None, watch: Watch) -> Response:
         watch.start()
         try:
-            unsent = connection.send(outbound.pieces, watch)
+            unsent = connection.send(pieces, watch)
             head = connection.read_head(watch)
             while head.status < 200:
-                if outbound.interim is not None and head.status != 100:     # rrouter sent its own
-                    outbound.interim(head)
+                if interim is not None and head.status != 100:      # rrouter sent its own
+                    interim(head)
                 unsent = connection.send(unsent, watch) if unsent else []
                 head = connection.read_head(watch)
         except BaseException:
             connection.close()
             raise
         self._missed_at = None
-        if patience is not None:
-            patience.give_up_at = 0.0       # it is there
+        watch.give_up_at = 0.0              # it is there
         # After a request not sent in full the next one would be taken for the rest of it.
-        response = Response(head, response_body(head, outbound.method), connection,
+        response = Response(head, response_body(head, method), connection,
                             None if unsent else self.keep)
         response.hand_back()
         return response
@@ -2833,9 +2690,7 @@ class Upstream:
         except OSError as error:
             connection.close()
             raise UpstreamUnreachable(f"cannot be reached: {reason_of(error)}") from error
-
         return connection
-
 
     def _take(self) -> UpstreamConnection | None:
         """Return a kept connection that seems alive, or None."""
@@ -2851,14 +2706,12 @@ class Upstream:
         """Keep a connection whose response is complete."""
         connection.rest()
         self._kept.append(connection)
-        if len(self._kept) > POOL_MAX:
-            with contextlib.suppress(IndexError):
-                self._kept.popleft().close()
+        self.prune()
 
     def prune(self) -> None:
-        """Close the connections that have been idle for too long."""
+        """Close the connections that are too many or have been idle for too long."""
         with contextlib.suppress(IndexError):
-            while self._kept[0].is_old:
+            while len(self._kept) > POOL_MAX or self._kept[0].is_old:
                 self._kept.popleft().close()
 
 
@@ -3101,7 +2954,7 @@ class Request(NamedTuple):
     outbound: tuple[bytes, bytes]       #: the head to forward, see `outbound_head`
     body: BytesLike
     found: tuple[int, int, str] | None      #: where its model name stands, and the name
-    patience: Patience | None           #: while the upstream is not there; None: no wait
+    watch: Watch                        #: what ends its waiting for the upstream
 
     @property
     def model(self) -> str | None:
@@ -3135,7 +2988,6 @@ class Attempt:
         self.ticket = ticket            #: until Failover knows the outcome
         self.response: Response | None = None
         self.error: UpstreamError       #: instead of a response
-        self.watch: Watch               #: of the latest send
         self.outcome = LEFT             #: LEFT until the attempt has ended
         self.notes: list[str] = []      #: for the line in the log
         self._upstream, self._request, self._limit_s = upstream, request, limit_s
@@ -3171,18 +3023,21 @@ class Attempt:
             pieces = splice(body, found[0], found[1], model)
         before, after = request.outbound
         length = b"%d" % sum(map(len, pieces)) if after else b""
-        outbound = Outbound(request.head.method, [before + length + after, *pieces],
-                            request.client.send_interim if request.head.http11 else None)
+        # HTTP/1.0 does not know interim responses (RFC 9110 §15.2).
+        interim = request.client.send_interim if request.head.http11 else None
         self.response = self._scan = None
-        self.watch = Watch(request.client.has_left, self._limit_s)
+        request.watch.limit(self._limit_s)
         self._began, self._active_at = time.time(), time.monotonic()
         try:
-            self.response = self._upstream.send(outbound, self.watch, request.patience, self.notes)
+            self.response = self._upstream.send(
+                request.head.method, [before + length + after, *pieces], interim, request.watch,
+                self.notes)
             defect = self._hold_back(self.response)
             self.outcome = self._read_outcome(self.response, defect)
         except UpstreamError as error:
             self.close()
-            self.response, self.error = None, without_trace(error)
+            # A new one, because the frames in its traceback would keep the request in memory.
+            self.response, self.error = None, type(error)(str(error))
             fault = FAULT_OF_ERROR.get(type(error), Fault.DROPPED)
             self.outcome = Outcome(fault, error.http_status, error.what, self._began, time.time())
 
@@ -3199,14 +3054,14 @@ class Attempt:
         if (is_success and request.is_message and not head.is_event_stream
                 and head.coding in Response.CODINGS):
             while not response.complete and len(response.ahead) <= READ_AHEAD_MAX_BYTES:
-                response.ahead += response.receive(self.watch)
+                response.ahead += response.receive(request.watch)
             text = response.text()
             is_whole = response.complete and len(text) <= READ_AHEAD_MAX_BYTES
             return message_defect(text) if is_whole else ""
         if (is_judged and head.status >= 400) or (head.status == 400 and request.model is not None):
-            watch = Watch(request.client.has_left, READ_AHEAD_S)
-            watch.start()
-            response.read_ahead(watch)
+            request.watch.limit(READ_AHEAD_S)
+            request.watch.start()
+            response.read_ahead(request.watch)
         else:
             response.take_held()        # broken chunks right after the head can still be rescued
         return ""
@@ -3228,7 +3083,7 @@ class Attempt:
 
     def receive(self, response: Response) -> bytes:
         """Return more of the response, after a look at what it says about the target."""
-        payload, scan = response.receive(self.watch), self._scan
+        payload, scan = response.receive(self._request.watch), self._scan
         if scan is not None:
             events = scan.events
             scan.feed(payload)
@@ -3455,7 +3310,7 @@ class Exchange:
         if attempt.ticket is not None and attempt.outcome.fault is None:
             attempt.ticket, lines = self._router.failover.commit(attempt.ticket)
             self._router.log_decisions(lines, self._number)
-        attempt.watch.lift()
+        self._request.watch.limit(None)
         writer = self._writer = ResponseWriter(
             self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
@@ -3622,8 +3477,8 @@ class ProxyHandler(socketserver.BaseRequestHandler):
                 self._report_health(head)
             else:
                 found = find_model(body)
-                patience = Patience(client.has_left) if found else None
-                request = Request(client, head, self._outbound, body, found, patience)
+                watch = Watch(client.has_left, awaits_start=found is not None)
+                request = Request(client, head, self._outbound, body, found, watch)
                 Exchange(router, request).run()
             if head.keep_alive and not router.draining:
                 return True
@@ -4477,7 +4332,7 @@ def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | Non
     changes, so that each edit can be undone.  Raises ValueError.
     """
     outer, _, name = name.rpartition(".")
-    position: int | None = _skip_space(text, int(text.startswith("\ufeff")))
+    position: int | None = _next_token(text, int(text.startswith("\ufeff")))
     if outer:
         position = {key: start for key, start, _ in _walk(text, position or 0, "{")}.get(outer)
     if position is None:

@@ -954,7 +954,7 @@ class ParseConfigTest(unittest.TestCase):
         ('{\n  "modes" 1}', "2:11: expecting"), ('', "1:1: expecting value"),
         ('[]', "the top level: expected an object"), ('[' * 100_000, "nesting that is too deep"),
         ('{"modes": {"a": {}},\n "auto": {"firstByteTimeoutSeconds": NaN}}',
-         "2:38: expected a plain JSON number, found NaN"),
+         "2:38: expecting a number, found 'NaN"),
         ('{}', "modes: missing"), ('{"modes": {}}', "modes: expected an object with at least"),
         ('{"modes": []}', "modes: expected an object"),
         ('{"modes": {"a": 1}}', "modes.a: expected an object, found 1"),
@@ -1103,13 +1103,6 @@ class RouteTest(unittest.TestCase):
                             for rule in rules.split()]
                 config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
                 self.assertEqual(rrouter.decide_route(config, "m", model), ("m", expected))
-
-    def test_more_rules_than_fnmatch_caches_cost_little(self):
-        rules = [rrouter.Rule(f"model-{number}-*", "g") for number in range(5000)]
-        rrouter.match_rule(rules, "x")
-        start = time.process_time()
-        self.assertIsNone(rrouter.match_rule(rules, "x"))
-        self.assertLess(time.process_time() - start, 0.1)
 
 
 # Messages, by tables ##########################################################
@@ -1615,23 +1608,29 @@ class FailureTest(unittest.TestCase):
 
 class WatchTest(unittest.TestCase):
 
-    def test_there_is_no_limit_by_default_nor_after_lift(self):
-        unlimited, lifted = rrouter.Watch(None), rrouter.Watch(None, 0)
+    @staticmethod
+    def watch(limit_s=None, has_left=False):
+        watch = rrouter.Watch(lambda: has_left, False)
+        watch.limit(limit_s)
+        return watch
+
+    def test_there_is_no_limit_by_default_nor_after_it_is_removed(self):
+        unlimited, lifted = self.watch(), self.watch(0)
         lifted.start()
-        lifted.lift()
+        lifted.limit(None)
         for watch in unlimited, lifted:
             watch.start()
             self.assertEqual(watch.check(), rrouter.TICK_S)
 
     def test_what_has_arrived_is_read_before_the_limit_expires(self):
-        watch = rrouter.Watch(None, 0)
+        watch = self.watch(0)
         watch.start()
         self.assertEqual(watch.check(lambda: True), rrouter.TICK_S)
         with self.assertRaisesRegex(rrouter.UpstreamTimeout, "within 0 s"):
             watch.check(lambda: False)
 
     def test_a_client_that_left_ends_the_wait(self):
-        watch = rrouter.Watch(lambda: True)
+        watch = self.watch(has_left=True)
         with self.assertRaises(rrouter.ClientGone):
             while True:
                 watch.check()
@@ -2816,7 +2815,7 @@ class KernelLimitTest(unittest.TestCase):
 
     def test_both_widths_of_time_are_tried_in_order(self):
         """A 32-bit system may have 64-bit time; the first form is misread where it is not meant."""
-        for errors in ((0,), (errno.EINVAL, 0), (errno.EINVAL, errno.EINVAL), (errno.EBADF,)):
+        for errors in ((0,), (errno.EINVAL, 0), (errno.EBADF, errno.EBADF)):
             left, values_ = list(errors), []
 
             def set_option(_, option, value):
