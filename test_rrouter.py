@@ -70,6 +70,7 @@ except ImportError:                     # not a Unix
 import rrouter
 from rrouter import DEFAULT_CONFIG, Fault, Outcome
 
+signal.signal(signal.SIGINT, signal.default_int_handler)     # ignored in the background
 HERE = pathlib.Path(__file__).resolve().parent
 RROUTER = str(HERE / "rrouter.py")
 RROUTER_TEXT = (HERE / "rrouter.py").read_text(encoding="utf-8")
