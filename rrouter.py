@@ -24,9 +24,10 @@ The path of a request, each step a method or function of that name in this file:
       judge                         after a second attempt, on the other target: which failure
                                     counts, and which response the client gets
     Exchange._answer, _relay      the response is forwarded as it arrives (ResponseWriter)
-      Exchange._settle              Failover learns the outcome (commit, credit, charge, release)
-      Exchange._end                 the request is counted as ended; then its last bytes are sent
-    Exchange._line                its line in the log
+      Failover.commit               a probe succeeds, because the client gets its response
+      Exchange._settle              Failover learns the outcome (credit, charge, release)
+      Exchange._end                 the request is counted as ended and logged (Exchange._line);
+                                    then its last bytes are sent
 
 Files: ~/.rrouter/{mode,config.json,rrouter.pid,rrouter.lock,run.json,state.json,logs/rrouter.log}
 Environment: RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST, RROUTER_ALLOWED_HOSTS.
@@ -71,7 +72,7 @@ import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, NoReturn, TypeVar, Union
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar, Union
 
 __version__ = "5.0.0"
 
@@ -121,6 +122,7 @@ UNSTREAMED_MAX_S = 280          # Claude Code gives up at 300 s, so a later time
 RECHECK_S = 60                  # a shorter cooldown moves a conversation, uncached, back and forth
 EVENT_S = 2                     # between failures that one event may have caused
 EVENTS_REMEMBERED = 16          # failures that a later one is compared with
+SLOW_FAILURE_S = 20             # by then CLIProxyAPI has repeated the request by itself
 LONG_FAILURE_S = 60             # a failure this slow counts although the client did not wait longer
 ABANDONED_S = 120               # of silence in a stream, after which a client gives the target up
 MODELS_REMEMBERED = 256         # bounds the memory that names from outside can take
@@ -173,6 +175,8 @@ LOG_MAX_BYTES = 10 * 1024 * 1024    # of one log file
 LOG_FILES = 3                   # rotated ones, beside the one being written
 CUT_OFF_S = 1                   # for requests to end that the drain has not waited for
 DRAIN_S = 30                    # for running requests after SIGTERM; systemd kills after 45 s
+LOG_SHOWN = 20                  # lines that `logs` begins with
+MODELS_SHOWN = 5                # by `explain` without a name
 STATUS_SCOPES = 3               # in a status line: auto itself, and models that switched alone
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
 
@@ -189,17 +193,12 @@ ERROR_TYPES = {
 # Claude Code's patterns (lower case, without backticks), then the wordings of Gemini, which it does
 # not know.  A row matches if all its words are present, in any order.
 SIGNATURE_WORDINGS = (
-    (b"signature in thinking block",),
-    (b"invalid data in redacted_thinking block",),
+    (b"signature in thinking block",), (b"invalid data in redacted_thinking block",),
     (b"thinking.signature", b"field required"),
-    (b"thinking block", b"cannot be modified"),
-    (b"thinking block", b"invalid signature"),
-    (b"redacted_thinking", b"cannot be modified"),
-    (b"redacted_thinking", b"invalid signature"),
-    (b"corrupted thought signature",),
-    (b"invalid thought signature",),
-    (b"thought signature is not valid",),
-    (b"bound to a different conversation",))
+    (b"thinking block", b"cannot be modified"), (b"thinking block", b"invalid signature"),
+    (b"redacted_thinking", b"cannot be modified"), (b"redacted_thinking", b"invalid signature"),
+    (b"corrupted thought signature",), (b"invalid thought signature",),
+    (b"thought signature is not valid",), (b"bound to a different conversation",))
 # Responses of CLIProxyAPI that come without asking a provider: statuses, words, name in the log.
 UNKNOWN_MODEL = "unknown provider for model"
 SHELF_WORDINGS = (
@@ -209,10 +208,10 @@ SHELF_WORDINGS = (
     ((400, 502), (b"unknown provider for model",), UNKNOWN_MODEL))
 
 # What targets say of a request beyond their limits, in lower case.
-TOO_LARGE_WORDINGS = tuple((words,) for words in (
+TOO_LARGE_WORDINGS = (
     b"prompt is too long", b"exceeds the context window", b"exceeds the maximum number of tokens",
     b"input is too long", b"prompt token count of", b"prompt_too_long", b"context length exceeded",
-    b"request too large"))
+    b"request too large")
 THINKING_TYPES = ("thinking", "redacted_thinking")
 EMPTY_CONTENT = b'{"type":"text","text":"(no content)"}'    # the API refuses []
 
@@ -245,10 +244,7 @@ class DaemonError(RouterError):
 
 
 class RequestError(RouterError):
-    """The client's request is refused with `http_status`.
-
-    Its connection is closed, because the bytes that follow cannot be trusted.
-    """
+    """The client's request is refused; its connection is closed, because the rest is suspect."""
 
     def __init__(self, http_status: int, message: str, logged: str = "") -> None:
         super().__init__(message)
@@ -258,9 +254,6 @@ class RequestError(RouterError):
 
 class ClientGone(RouterError):
     """The client left or broke its request off, so no response can reach it."""
-
-    def __init__(self, message: str = "the client left") -> None:
-        super().__init__(message)
 
 
 class UpstreamError(RouterError):
@@ -272,17 +265,13 @@ class UpstreamError(RouterError):
 
 
 def without_trace(error: UpstreamError) -> UpstreamError:
-    """Return `error` without its traceback and causes, so that it can be kept.
-
-    Their frames hold the request, which would hold the error: the body of each failed request would
-    stay in memory until the garbage collector runs.
-    """
+    """Return `error` without its traceback, whose frames would keep the request in memory."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 
 
 class UpstreamUnreachable(UpstreamError):
-    """No connection could be opened; the providers of the upstream are not to blame."""
+    """No connection could be opened."""
 
     what = "upstream unreachable"
     remedy = "start CLIProxyAPI or set RROUTER_UPSTREAM"
@@ -334,13 +323,15 @@ class Config(NamedTuple):
     auto_error: str             #: why mode auto cannot be used; "" if it can
     problems: tuple[str, ...]   #: complaints that do no harm
 
+    @property
+    def choices(self) -> list[str]:
+        """The modes that can be set."""
+        return [*self.modes] + [MODE_AUTO] * (not self.auto_error)
+
     def resolve(self, mode: str) -> str:
         """Return the mode in force for `mode`, one of the modes or a usable `auto`."""
-        if mode in self.modes or (mode == MODE_AUTO and not self.auto_error):
-            return mode
-        if mode != MODE_AUTO and self.default_mode == MODE_AUTO and not self.auto_error:
-            return MODE_AUTO
-        return self.default_mode if self.default_mode in self.modes else next(iter(self.modes))
+        usable = self.choices
+        return next(name for name in (mode, self.default_mode, *usable) if name in usable)
 
 
 class Snapshot(NamedTuple):
@@ -370,6 +361,7 @@ class Fields(NamedTuple):
         return self.values.get(name, [])
 
 
+
 class RequestHead(NamedTuple):
     """A request line and its fields, valid and unambiguous."""
 
@@ -389,15 +381,14 @@ class ResponseHead(NamedTuple):
 
     status: int
     reason: bytes
-    end_to_end: bytes           #: the field lines to forward, bytes untouched
-    values: dict[bytes, list[bytes]]    #: see `Fields`
+    fields: Fields
     length: int | None          #: None if the body is chunked or ends with the connection
     chunked: bool
     keep_alive: bool
 
     def value(self, name: bytes) -> str:
         """Return the first value of the field `name`, in lower case; "" if it is absent."""
-        values = self.values.get(name)
+        values = self.fields.all(name)
         return values[0].lower().decode("latin-1") if values else ""
 
     @property
@@ -479,10 +470,7 @@ class Settings(NamedTuple):
 # Text #########################################################################
 
 def printable(text: str, limit: int = 300) -> str:
-    """Return at most `limit` characters of `text`, safe in a log line, a header or a terminal.
-
-    Everything but printable ASCII is escaped, which adds to the length.
-    """
+    """Return `limit` characters of `text`, escaped for a log line, a header or a terminal."""
     if len(text) > limit:
         text = text[:limit] + "..."
     if text.isascii() and text.isprintable():
@@ -507,8 +495,7 @@ def utc(when: float | None) -> str | None:
     """Return a time (Unix seconds) as 2026-01-29T15:00:00Z; None for None."""
     if when is None:
         return None
-    moment = datetime.datetime.fromtimestamp(int(when), datetime.timezone.utc)
-    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return f"{datetime.datetime.fromtimestamp(int(when), datetime.timezone.utc):%Y-%m-%dT%H:%M:%SZ}"
 
 
 def reason_of(error: OSError) -> str:
@@ -524,10 +511,7 @@ def error_body(status: int, message: str) -> bytes:
 
 
 def describe_defect(error: BaseException | None) -> str:
-    """Return the place and the kind of an internal error in one line.
-
-    Values stay out of it, because they may be the user's.
-    """
+    """Return the place and the kind of an internal error, without values: they may be secrets."""
     where, trace = [], error.__traceback__ if error is not None else None
     while trace is not None:
         where.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
@@ -545,18 +529,12 @@ _STRING_OR_ODD_NUMBER = re.compile(
 _EXCERPT_CHARS = 20             # of the text, in a complaint about it
 
 
-def _check_numbers(text: str) -> None:
-    for match in _STRING_OR_ODD_NUMBER.finditer(text):
-        odd = match["odd"]
-        if odd:
-            before = text[:match.start()]
-            line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-            raise ConfigError(f"{line}:{column}: expected a plain JSON number, found "
-                              + printable(odd, _EXCERPT_CHARS))
-
-
 def _parse_json(text: str) -> Any:
-    _check_numbers(text)
+    for match in _STRING_OR_ODD_NUMBER.finditer(text):
+        if match["odd"]:
+            place = json.JSONDecodeError("", text, match.start())
+            raise ConfigError(f"{place.lineno}:{place.colno}: expected a plain JSON number, found "
+                              + printable(match["odd"], _EXCERPT_CHARS))
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -565,8 +543,8 @@ def _parse_json(text: str) -> Any:
         found = repr(rest) if rest else "the end of the file"
         raise ConfigError(f"{error.lineno}:{error.colno}: {what}, found {found}") from error
     except RecursionError as error:     # 100,000 brackets
-        raise ConfigError("1:1: expected an object of modes, found nesting that is too deep"
-                          ) from error
+        raise ConfigError(
+            "1:1: expected an object of modes, found nesting that is too deep") from error
 
 
 def _found(value: Any) -> str:
@@ -604,11 +582,6 @@ def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
     return rule
 
 
-def _is_mode_name(name: str) -> bool:
-    """Return whether `name` can be typed as a command and written to the mode file."""
-    return bool(name) and name == name.lower() == printable(name) and name.split() == [name]
-
-
 def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]:
     if not isinstance(value, dict) or not value:
         raise ConfigError("modes: expected an object with at least one mode, found "
@@ -618,7 +591,7 @@ def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]
         path = f"modes.{printable(name)}"
         if name == MODE_AUTO:
             raise ConfigError(f"{path}: expected another name, found auto, which is built in")
-        if not _is_mode_name(name):
+        if name.split() != [name] or not name == name.lower() == printable(name):
             raise ConfigError(f"{path}: expected a name in lower-case ASCII without spaces, "
                               f"found {_found(name)}")
         mappings = _members(mode, path, f"{path}.", ("mappings",), problems).get("mappings", [])
@@ -663,25 +636,6 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
                              FIRST_BYTE_S))
 
 
-def _parse_default_mode(top: dict[str, Any], modes: Collection[str]) -> str:
-    """Return `defaultMode`; if it is missing, the built-in one or else the first mode."""
-    if "defaultMode" not in top:
-        built_in: str = DEFAULT_CONFIG["defaultMode"]
-        return built_in if built_in in modes else next(iter(modes))
-    name = top["defaultMode"]
-    if isinstance(name, str) and (name == MODE_AUTO or name in modes):
-        return name
-    raise ConfigError(f"defaultMode: expected one of {', '.join([*sorted(modes), MODE_AUTO])}, "
-                      f"found {_found(name)}")
-
-
-def _find_auto_error(targets: tuple[str, str], modes: Collection[str]) -> str:
-    """Return why mode auto cannot be used; "" if it can."""
-    unknown = ", ".join(_found(target) for target in targets if target not in modes)
-    if not unknown:
-        return ""
-    return (f"auto.targets: {unknown}: not among the modes ({', '.join(modes)}), "
-            "so mode auto cannot be used")
 
 
 def parse_config(text: str) -> Config:
@@ -692,20 +646,25 @@ def parse_config(text: str) -> Config:
     if "modes" not in top:
         raise ConfigError("modes: missing, expected an object of modes")
     modes = _parse_modes(top["modes"], problems)
-    default_mode = _parse_default_mode(top, modes)
-    auto = _parse_auto(top.get("auto", {}), problems)
-    auto_error = _find_auto_error(auto.targets, modes)
-    # The built-in targets do not matter to a config that never uses auto.
-    if auto_error and ("targets" in top.get("auto", {}) or default_mode == MODE_AUTO):
-        problems.append(auto_error)
+    built_in = DEFAULT_CONFIG["defaultMode"]
+    default_mode = top.get("defaultMode", built_in if built_in in modes else next(iter(modes)))
+    names = [*sorted(modes), MODE_AUTO]
+    if default_mode not in names:
+        raise ConfigError(f"defaultMode: expected one of {', '.join(names)}, "
+                          f"found {_found(default_mode)}")
+    auto, auto_error = _parse_auto(top.get("auto", {}), problems), ""
+    unknown = ", ".join(_found(target) for target in auto.targets if target not in modes)
+    if unknown:
+        auto_error = (f"auto.targets: {unknown}: not among the modes ({', '.join(modes)}), "
+                      "so mode auto cannot be used")
+        # The built-in targets do not matter to a config that never uses auto.
+        if "targets" in top.get("auto", {}) or default_mode == MODE_AUTO:
+            problems.append(auto_error)
     return Config(modes, default_mode, auto, auto_error, tuple(problems))
 
 
 def config_of(content: bytes | None) -> Config:
-    """Return the configuration in a file with this content; the embedded default for None.
-
-    Raises ConfigError or UnicodeDecodeError.
-    """
+    """Return the configuration in a file with this content; the embedded default for None."""
     if content is None:
         return parse_config(json.dumps(DEFAULT_CONFIG))
     return parse_config(content.decode("utf-8").removeprefix("\ufeff"))
@@ -728,12 +687,10 @@ def config_text(config: Config) -> str:
 
 
 def mode_word(content: bytes | None) -> str | None:
-    """Return the word in the mode file, or None if the file does not exist.
-
-    Windows PowerShell writes UTF-16, or UTF-8 with a byte order mark.
-    """
+    """Return the word in the mode file, or None if the file does not exist."""
     if content is None:
         return None
+    # Windows PowerShell writes UTF-16, or UTF-8 with a byte order mark.
     is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     text = content.decode("utf-16" if is_utf_16 else "utf-8", "backslashreplace")
     return text.removeprefix("\ufeff").strip().lower()
@@ -750,17 +707,19 @@ def describe_config_error(error: Exception) -> str:
     return f"config.json{':' if text[:1].isdigit() else ': '}{text}"
 
 
-def _is_host_name(host: str) -> bool:
-    """Return whether a lookup of `host` is possible: no label empty or over 63 characters."""
-    try:
-        return bool(host.encode("idna"))
-    except UnicodeError:
-        return False
+def describe_unknown_mode(mode: str, choices: Iterable[str]) -> str:
+    """Return what to say of a mode that cannot be set."""
+    return (f"mode '{printable(mode, 40)}' is not defined by config.json "
+            f"(defined: {', '.join(choices)})")
 
 
 def _is_host(host: str) -> bool:
-    return bool(re.fullmatch("[A-Za-z0-9._:%-]+", host) and len(host) <= HOST_MAX
-                and _is_host_name(host))
+    """Return whether `host` is an address or a name that can be looked up."""
+    try:
+        return bool(re.fullmatch("[A-Za-z0-9._:%-]+", host) and len(host) <= HOST_MAX
+                    and host.encode("idna"))
+    except UnicodeError:                # a label is empty or over 63 characters
+        return False
 
 
 def _is_upstream_url(text: str) -> bool:
@@ -768,8 +727,8 @@ def _is_upstream_url(text: str) -> bool:
     try:
         url = urllib.parse.urlsplit(text)
         return bool(
-            url.scheme in ("http", "https") and url.hostname and _is_host_name(url.hostname)
-            and url.port != 0 and "@" not in url.netloc and not url.query and not url.fragment
+            url.scheme in ("http", "https") and _is_host(url.hostname or "") and url.port != 0
+            and "@" not in url.netloc and not url.query and not url.fragment
             and re.fullmatch("[!-~]+", text))
     except ValueError:                  # the port is not a number, or a bracket is not closed
         return False
@@ -780,10 +739,8 @@ def _without_password(url: str) -> str:
 
 
 def read_environment(environ: Mapping[str, str]) -> Settings:
-    """Return the settings; raise UsageError with the variable, its value and what is allowed.
-
-    An empty variable counts as unset.
-    """
+    """Return the settings; raise UsageError with the variable, its value and what is allowed."""
+    # An empty variable counts as unset.
     values = {name: environ.get(name) or default for name, default in DEFAULT_ENVIRONMENT.items()}
     port = values["RROUTER_PORT"]
     if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= PORT_MAX:
@@ -836,14 +793,17 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
 _FIELDS = b"((?:%b:%b\r\n)*)" % (_TOKEN, _TEXT)
 _REQUEST_LINE = re.compile(rb"(%b) ([\x21-\x7e]+) HTTP/([0-9])\.([0-9])\r\n" % _TOKEN)
-_REQUEST_HEAD = re.compile(b"%b%b\r\n" % (_REQUEST_LINE.pattern, _FIELDS))
-_STATUS_LINE = rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n" % _TEXT
-_RESPONSE_HEAD = re.compile(b"%b%b\r\n" % (_STATUS_LINE, _FIELDS))
+_REQUEST_START = re.compile(_REQUEST_LINE.pattern + _FIELDS)
+_REQUEST_HEAD = re.compile(_REQUEST_START.pattern + b"\r\n")
+_RESPONSE_HEAD = re.compile(
+    rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n%b\r\n" % (_TEXT, _FIELDS))
 _TRAILERS = re.compile(b"%b\r\n" % _FIELDS)
 _TRUNCATED_TRAILERS = re.compile(b"%b(?:\r|%b(?::%b\r?)?)?" % (_FIELDS, _TOKEN, _TEXT))
 _NAME = re.compile(_TOKEN)
 _NUMBER = re.compile(b"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
+_HOST_LINE = re.compile(rb"(?im)^(host:)[^\r]*")
+_LENGTH_LINE = re.compile(rb"(?im)^(content-length:)[^\r]*")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
 _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
 _LOOPBACK_ORIGIN = re.compile(
@@ -861,19 +821,15 @@ _KEPT_OPTIONS = frozenset((b"", b"keep-alive", b"content-length"))
 _WITHHELD = (b"access-control-", b"x-rrouter-target", b"x-rrouter-model", b"x-rrouter-attempts")
 
 
-def _field_name(line: bytes) -> bytes:
-    return line.partition(b":")[0].lower()
-
-
 def _without(lines: Iterable[bytes], names: Collection[bytes]) -> list[bytes]:
-    return [line for line in lines if _field_name(line) not in names]
+    return [line for line in lines if line.partition(b":")[0].lower() not in names]
 
 
 def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
     """Return the fields in the valid lines `block`.
 
-    Not forwarded: hop-by-hop fields, those that Connection lists (RFC 9110 §7.6.1), and those
-    whose name begins with one of `withheld`.
+    Hop-by-hop fields, those that Connection lists (RFC 9110 §7.6.1), and those whose name begins
+    with one of `withheld` are not forwarded.
     """
     values: dict[bytes, list[bytes]] = {}
     end_to_end = []
@@ -884,37 +840,26 @@ def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
             values.setdefault(name, []).append(value.strip())
         if name not in HOP_BY_HOP and not name.startswith(withheld):
             end_to_end.append(line)
-    options = set()
-    if b"connection" in values:
-        options = {option.strip().lower()
-                   for value in values[b"connection"] for option in value.split(b",")}
-        listed = options - _KEPT_OPTIONS
-        if listed:
-            end_to_end = _without(end_to_end, listed)
-    return Fields(values, options, end_to_end)
+    options = {option.strip().lower()
+               for value in values.get(b"connection", ()) for option in value.split(b",")}
+    listed = options - _KEPT_OPTIONS
+    return Fields(values, options, _without(end_to_end, listed) if listed else end_to_end)
 
 
 def _refusal(head: bytes) -> RequestError:
     """Return the error that says what is wrong with a head that does not match."""
-    line, _, rest = head.partition(b"\r\n")
-    if not _REQUEST_LINE.match(line + b"\r\n"):
+    valid = _REQUEST_START.match(head)
+    if not valid:
         return RequestError(400, "malformed request line: expected METHOD TARGET HTTP/1.1")
-    for field in rest.split(b"\r\n"):
-        if field and not _TRAILERS.fullmatch(field + b"\r\n\r\n"):
-            token = _NAME.match(field)          # never the value, which may be a secret
-            name = token.group()[:40].decode("ascii") if token else ""
-            return RequestError(400, f"malformed header field {name!r}: expected NAME: VALUE "
-                                     "without control characters, space before the colon or "
-                                     "continuation lines",
-                                "malformed header field")    # the name may be half a value
-    return RequestError(400, "malformed request head")
+    token = _NAME.match(head, valid.end())      # never the value, which may be a secret
+    name = token.group()[:40].decode("ascii") if token else ""
+    return RequestError(400, f"malformed header field {name!r}: expected NAME: VALUE without "
+                             "control characters, space before the colon or continuation lines",
+                        "malformed header field")           # the name may be half a value
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, bytes]:
-    """Return (target in origin form, authority).
-
-    The authority of an absolute target replaces Host (RFC 9112 §3.2.2).
-    """
+    """Return (target in origin form, authority): that of an absolute target replaces `host`."""
     if method in (b"CONNECT", b"TRACE"):    # a tunnel bypasses the upstream; an echo shows secrets
         raise RequestError(405, f"{method.decode('ascii')} is not supported")
     if target.startswith(b"/") or (target == b"*" and method == b"OPTIONS"):
@@ -991,10 +936,9 @@ def head_too_large(data: bytes) -> RequestError:
 
 
 def check_head_start(data: bytes, seen: int) -> None:
-    """Raise RequestError as soon as the incomplete head `data` cannot become a valid one.
+    """Raise RequestError if the incomplete head `data`, checked up to `seen`, cannot become valid.
 
-    Its first `seen` bytes have been checked before.  Without this a client that speaks TLS,
-    HTTP/0.9 or bare line feeds would wait for the end of a head that never comes.
+    A client that speaks TLS, HTTP/0.9 or bare line feeds would otherwise wait for a response.
     """
     end = data.find(b"\n")
     if end >= 0 and not _REQUEST_LINE.match(data[:end + 1]):
@@ -1025,74 +969,63 @@ def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
 
 
 def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tuple[bytes, bytes]:
-    """Return the head to forward: the client's, with the upstream's Host and framing in place.
+    """Return the head to forward, in two parts: before and after the Content-Length value.
 
-    In two parts, before and after the Content-Length value; without a Content-Length the second
-    part is empty.
+    Without a Content-Length the second part is empty.
     """
     target = head.target if head.target == b"*" else base_path + head.target
-    request_line = b"%b %b HTTP/1.1\r\n" % (head.method.encode("ascii"), target)
-    lines = list(head.fields.end_to_end)
-    names = [_field_name(line) for line in lines]
-    if b"host" in names:
-        place = names.index(b"host")
-        lines[place] = b"%b: %b\r\n" % (lines[place][:4], authority)    # its name as received
-    else:
-        request_line += b"Host: %b\r\n" % authority
-    if b"content-length" in names:
-        place = names.index(b"content-length")
-        name, after = lines[place][:14], lines[place + 1:]
-    elif head.length is None:
-        place, name, after = len(lines), b"Content-Length", []
-    else:
-        return b"".join([request_line, *lines, b"\r\n"]), b""
-    before = [request_line, *lines[:place], name, b": "]
-    return b"".join(before), b"".join([b"\r\n", *after, b"\r\n"])
+    fields, hosts = _HOST_LINE.subn(lambda line: line[1] + b" " + authority,
+                                    b"".join(head.fields.end_to_end))
+    if not hosts:                       # HTTP/1.0
+        fields = b"Host: %b\r\n%b" % (authority, fields)
+    fields = b"%b %b HTTP/1.1\r\n%b" % (head.method.encode("ascii"), target, fields)
+    before, *length = _LENGTH_LINE.split(fields, maxsplit=1)
+    if length:
+        return before + length[0] + b" ", length[1] + b"\r\n"
+    if head.length is None:
+        return fields + b"Content-Length: ", b"\r\n\r\n"
+    return fields + b"\r\n", b""
 
 
 def parse_response_head(head: bytes) -> ResponseHead:
-    """Return the response whose head is `head`, blank line included.
-
-    Raises UpstreamError if it is malformed or ambiguous.
-    """
+    """Return the response whose head is `head`; raise UpstreamError if it is odd or ambiguous."""
     match = _RESPONSE_HEAD.fullmatch(head)
     if not match:
         raise UpstreamError("sent a malformed response head")
     minor, status, reason, block = match.groups()
     http11 = minor == b"1"
-    values, options, end_to_end = _parse_fields(block, withheld=_WITHHELD)
-    lengths, codings = values.get(b"content-length"), values.get(b"transfer-encoding")
+    fields = _parse_fields(block, withheld=_WITHHELD)
+    lengths, codings = fields.all(b"content-length"), fields.all(b"transfer-encoding")
     if codings and (lengths or not http11 or [c.lower() for c in codings] != [b"chunked"]):
         raise UpstreamError("sent a response with an ambiguous Transfer-Encoding")
     if lengths and (len(lengths) > 1 or not _NUMBER.fullmatch(lengths[0])):
         raise UpstreamError("sent a response with a malformed Content-Length")
     if status == b"101":
         raise UpstreamError("switched protocols unasked")
-    length = int(lengths[0]) if lengths else None
-    keep_alive = http11 and b"close" not in options
-    return ResponseHead(int(status), reason or b"", b"".join(end_to_end), values, length,
-                        bool(codings), keep_alive)
+    return ResponseHead(
+        int(status), reason or b"", fields, length=int(lengths[0]) if lengths else None,
+        chunked=bool(codings), keep_alive=http11 and b"close" not in fields.options)
 
 
 def response_head_bytes(head: ResponseHead, extra: bytes) -> bytes:
     """Return the head to forward: the upstream's end-to-end fields and the lines `extra`."""
-    fields = head.end_to_end
+    lines = head.fields.end_to_end
     if head.status < 200 or head.status == 204:         # RFC 9110 §8.6
-        fields = b"".join(_without(fields.splitlines(keepends=True), (b"content-length",)))
-    return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (head.status, head.reason, fields, extra)
+        lines = _without(lines, (b"content-length",))
+    return b"HTTP/1.1 %d %b\r\n%b%b\r\n" % (head.status, head.reason, b"".join(lines), extra)
 
 
 # Messages: bodies #############################################################
 
-class FixedBody:
-    """Decodes a body of known length, fed with bytes as they arrive."""
+class PlainBody:
+    """Decodes a body of `length` bytes; with None it ends with its connection (HTTP/1.0)."""
 
-    delimited = True                    #: it ends before its connection does
-
-    def __init__(self, length: int) -> None:
-        self.left = length              #: bytes that are due, of the body or of a chunk
-        self.done = not length
+    def __init__(self, length: int | None) -> None:
+        self.delimited = length is not None     #: it ends before its connection does
+        self.left = 1 << 62 if length is None else length   #: bytes due, of the body or a chunk
+        self.done = length == 0
         self.rest = b""                 #: the bytes after the end
+        self.fault = ""                 #: what broke the coding; `finish` raises it
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in `data`."""
@@ -1103,32 +1036,14 @@ class FixedBody:
         return data
 
     def finish(self) -> None:
-        """Take the end of the connection; raise UpstreamError because the body is truncated."""
-        raise UpstreamError("broke off in the middle of its response")
-
-
-class ClosingBody:
-    """Decodes a body that ends with its connection (HTTP/1.0)."""
-
-    delimited = False
-    done = False
-    rest = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the payload in `data`, which is all of it."""
-        return data
-
-    def finish(self) -> None:
-        """Take the end of the connection, which is the end of the body."""
+        """Take the end of what can be decoded; raise UpstreamError if it truncates the body."""
+        if self.delimited:
+            raise UpstreamError(self.fault or "broke off in the middle of its response")
         self.done = True
 
 
-class ChunkedBody(FixedBody):
-    """Decodes chunked transfer coding (RFC 9112 §7.1) strictly; drops extensions and trailers.
-
-    Each size line but the first follows the CR LF of the chunk before it.  The decoder starts with
-    a CR LF that was never sent, so that all size lines look alike.
-    """
+class ChunkedBody(PlainBody):
+    """Decodes chunked transfer coding (RFC 9112 §7.1) strictly; drops extensions and trailers."""
 
     _SIZE = b"([0-9A-Fa-f]{1,%d})" % LENGTH_DIGITS_MAX
     _QUOTED = rb'"(?:[\t !\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
@@ -1141,12 +1056,13 @@ class ChunkedBody(FixedBody):
 
     def __init__(self) -> None:
         super().__init__(0)
-        self.done = False
-        self._held = b"\r\n"            # a size line or trailers, truncated so far
-        self._in_trailers = False
+        self.done = self._in_trailers = False
+        # A size line or trailers, truncated so far.  A CR LF that was never sent makes the first
+        # size line look like the others, which follow the CR LF of the chunk before.
+        self._held = b"\r\n"
 
     def feed(self, data: bytes) -> bytes:
-        """Return the payload in `data`; raise UpstreamError where the coding is broken."""
+        """Return the payload in `data`, as far as the coding is not broken."""
         if self.left >= len(data):     # the middle of a large chunk
             self.left -= len(data)
             return data
@@ -1168,7 +1084,7 @@ class ChunkedBody(FixedBody):
         while not self._in_trailers:
             size_line = self._SIZE_LINE.match(data, position)
             if not size_line:
-                self._hold_size_line(data[position:])
+                self._hold(data[position:], CHUNK_LINE_MAX_BYTES, self._TRUNCATED_SIZE_LINE)
                 return b"".join(payload)
             start, size = size_line.end(), int(size_line.group(1), 16)
             position = start + size
@@ -1177,32 +1093,26 @@ class ChunkedBody(FixedBody):
             if position > len(data):
                 self.left = position - len(data)
                 return b"".join(payload)
-        self._read_trailers(data[position:])
+        trailers = _TRAILERS.match(data, position)
+        if trailers and trailers.end(1) - position <= TRAILERS_MAX_BYTES:
+            self.done, self.rest = True, data[trailers.end():]
+        else:
+            self._hold(data[position:], TRAILERS_MAX_BYTES, _TRUNCATED_TRAILERS)
         return b"".join(payload)
 
-    def _hold_size_line(self, data: bytes) -> None:
-        if len(data) > CHUNK_LINE_MAX_BYTES or not self._TRUNCATED_SIZE_LINE.fullmatch(data):
-            raise UpstreamError("sent a malformed chunk")
+    def _hold(self, data: bytes, limit: int, truncated: re.Pattern[bytes]) -> None:
+        """Keep `data` until more comes, or find the fault in it if it is not just `truncated`."""
         self._held = data
-
-    def _read_trailers(self, data: bytes) -> None:
-        """Take the trailers, which are nothing or fields, and the blank line after them."""
-        whole = _TRAILERS.match(data)
-        if whole and whole.end(1) <= TRAILERS_MAX_BYTES:
-            self.done, self.rest = True, data[whole.end():]
-        elif len(data) > TRAILERS_MAX_BYTES or not _TRUNCATED_TRAILERS.fullmatch(data):
-            raise UpstreamError("sent malformed trailers")
-        else:
-            self._held = data
+        if len(data) > limit or not truncated.fullmatch(data):
+            what = "malformed trailers" if self._in_trailers else "a malformed chunk"
+            self.fault = f"sent {what}"
 
 
-def response_body(head: ResponseHead, method: str) -> FixedBody | ClosingBody:
+def response_body(head: ResponseHead, method: str) -> PlainBody:
     """Return the decoder for the body of a response to `method` (RFC 9112 §6.3)."""
     if method == "HEAD" or head.status in (204, 304):
-        return FixedBody(0)
-    if head.chunked:
-        return ChunkedBody()
-    return ClosingBody() if head.length is None else FixedBody(head.length)
+        return PlainBody(0)
+    return ChunkedBody() if head.chunked else PlainBody(head.length)
 
 
 # Messages: JSON ###############################################################
@@ -1210,20 +1120,14 @@ def response_body(head: ResponseHead, method: str) -> FixedBody | ClosingBody:
 _SPACE = re.compile(r"[ \t\n\r]*")
 _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
-_OPENS_OBJECT = re.compile(rb"[ \t\n\r]*\{")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 _BODY_END_BYTES = 2048          # room for the few small members before or after the messages
 
 
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
 # Scans a value in C.  The hooks avoid building numbers and objects that are never read, and the
-# limit of int() on digits; they refuse NaN, which is not JSON.
+# limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
 _decode = json.JSONDecoder(
-    parse_int=len, parse_float=len, parse_constant=_refuse_constant, object_pairs_hook=len,
-).raw_decode
+    parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len).raw_decode
 
 
 def _skip_space(text: str, position: int) -> int:
@@ -1250,8 +1154,7 @@ def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, in
     """Yield (key, start, end) of each value in the object or array at `position`.
 
     `opening` is "{" for an object and "[" for an array, whose keys are "".  Raises ValueError or
-    IndexError where the text is not JSON.  After the last value only white space stands before the
-    closing bracket.
+    IndexError where the text is not JSON.  After the last value comes the closing bracket.
     """
     closing = "}" if opening == "{" else "]"
     key, start = "", _skip_character(text, position, opening)
@@ -1268,22 +1171,16 @@ def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, in
         start = _skip_character(text, position, ",")
 
 
-def _walk_to_model(text: str) -> tuple[int, int] | None:
-    """Return the span of the first top-level `model`.
-
-    None if it is not a string, or if the text is not one whole JSON object.
-    """
-    found = None
-    try:
-        end = begin = _skip_space(text, 0)
-        for key, start, end in _walk(text, begin, "{"):
-            if key == "model" and found is None:
-                found = start, end
-        bracket = _skip_space(text, end)
-        whole = _skip_space(text, bracket + 1) == len(text)
-    except (ValueError, IndexError, RecursionError):    # not JSON, truncated, or nested too deep
-        return None
-    return found if whole and found and text[found[0]] == '"' else None
+def _walk_to_model(text: str) -> tuple[int, int]:
+    """Return the span of the first top-level `model`; raise what `_walk` does if there is none."""
+    found, end = None, 0
+    for key, start, end in _walk(text, _skip_space(text, 0), "{"):
+        if key == "model" and found is None:
+            found = start, end
+    bracket = _skip_space(text, end)
+    if found is None or text[found[0]] != '"' or _skip_space(text, bracket + 1) != len(text):
+        raise ValueError("no model")
+    return found
 
 
 def find_model(body: BytesLike) -> tuple[int, int, str] | None:
@@ -1295,80 +1192,54 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
     CLIProxyAPI (gjson) reads the first as well.
     """
     leading = _LEADING_MODEL.match(body)
-    try:
-        if leading:
-            start, end = leading.span(1)
-            return start, end, str(leading.group(1)[1:-1], "utf-8")     # plain: nothing to unescape
-        if not _OPENS_OBJECT.match(body):
-            return None
-        found = _walk_to_model(str(body, "latin-1"))    # latin-1: one character for each byte
-        if not found:
-            return None
-        start, end = found
+    try:                                # latin-1: one character for each byte
+        start, end = leading.span(1) if leading else _walk_to_model(str(body, "latin-1"))
         return start, end, json.loads(str(body[start:end], "utf-8"))
-    except ValueError:                                  # the name is not UTF-8
+    except (ValueError, IndexError, RecursionError):    # not JSON or UTF-8, truncated, too deep
         return None
 
 
 def asks_for_stream(body: BytesLike) -> bool:
-    """Return whether `body` seems to ask for a stream.
+    """Return whether `body` seems to ask for a stream; it only moves a time limit."""
+    # First at the two ends, where clients write it.
+    return any(map(_STREAM_MEMBER.search,
+                   (body[-_BODY_END_BYTES:], body[:_BODY_END_BYTES], body)))
 
-    It is searched for as text, first at the two ends where clients write it, because it only moves
-    a time limit.
-    """
-    return bool(_STREAM_MEMBER.search(body[-_BODY_END_BYTES:])
-                or _STREAM_MEMBER.search(body[:_BODY_END_BYTES]) or _STREAM_MEMBER.search(body))
-
-
-@lru_cache(maxsize=256)         # the names come from config.json
-def _json_string(text: str) -> bytes:
-    return json.dumps(text).encode("ascii")
 
 
 def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]:
-    """Return `body` in pieces, its bytes from `start` to `end` replaced by the JSON string `model`.
+    """Return `body` in pieces; the JSON string `model` replaces the bytes from `start` to `end`."""
+    view = memoryview(body)             # because joining 10 MB would cost more than sending them
+    return [view[:start], json.dumps(model).encode("ascii"), view[end:]]
 
-    The pieces are views, because joining 10 MB would cost more than sending them.
-    """
-    view = memoryview(body)
-    return [view[:start], _json_string(model), view[end:]]
+
+def _items(text: str, position: int, name: str) -> list[tuple[int, int]]:
+    """Return the spans of the items in the array `name` of the object at `position`."""
+    for key, start, _ in _walk(text, position, "{"):
+        if key == name:
+            return [item[1:] for item in _walk(text, start, "[")] if text[start] == "[" else []
+    return []
 
 
 def _is_thinking(text: str, block: int) -> bool:
     """Return whether the value at `block` is an object of a thinking type."""
     if text[block] != "{":
         return False
-    for key, start, end in _walk(text, block, "{"):
-        if key == "type":
-            return text[start] == '"' and json.loads(text[start:end]) in THINKING_TYPES
-    return False
+    kinds = (text[start:end] for key, start, end in _walk(text, block, "{") if key == "type")
+    kind = next(kinds, "")
+    return kind.startswith('"') and json.loads(kind) in THINKING_TYPES
 
 
-def _cut_content(text: str, content: int) -> list[tuple[int, int, bytes]]:
-    """Return (start, end, replacement) that remove the thinking blocks of the array at `content`.
-
-    Each cut takes the comma along that would be left over.
-    """
-    blocks = [(start, end, _is_thinking(text, start))
-              for _, start, end in _walk(text, content, "[")]
-    kept = [index for index, (_, _, is_thinking) in enumerate(blocks) if not is_thinking]
+def _cut_thinking(text: str, blocks: list[tuple[int, int]]) -> list[tuple[int, int, bytes]]:
+    """Return (start, end, replacement) that remove thinking blocks and the commas left over."""
+    kept = [number for number, (start, _) in enumerate(blocks) if not _is_thinking(text, start)]
     if len(kept) == len(blocks):
         return []
     if not kept:
         return [(blocks[0][0], blocks[-1][1], EMPTY_CONTENT)]
-    first = kept[0]
-    leading = [(blocks[0][0], blocks[first][0], b"")] if first else []
-    return leading + [(blocks[index - 1][1], end, b"")
-                      for index, (_, end, is_thinking) in enumerate(blocks)
-                      if is_thinking and index > first]
-
-
-def _cut_message(text: str, message: int) -> list[tuple[int, int, bytes]]:
-    """Return the cuts in the content of the message at `message`."""
-    for key, start, _ in _walk(text, message, "{"):
-        if key == "content" and text[start] == "[":
-            return _cut_content(text, start)
-    return []
+    return [(blocks[0][0], blocks[kept[0]][0], b""),
+            *((blocks[number][1], blocks[following - 1][1], b"")
+              for number, following in zip(kept, [*kept[1:], len(blocks)]))]
 
 
 def without_thinking(body: BytesLike) -> bytes | None:
@@ -1376,36 +1247,19 @@ def without_thinking(body: BytesLike) -> bytes | None:
 
     All other bytes stay as they are.  A content that would be left empty gets a short text block.
     """
-    text = str(body, "latin-1")
-    cuts: list[tuple[int, int, bytes]] = []
+    text, position = str(body, "latin-1"), 0
+    pieces: list[BytesLike] = []
     try:
-        for key, start, _ in _walk(text, _skip_space(text, 0), "{"):
-            if key == "messages":
-                for _, message, _ in _walk(text, start, "["):
-                    cuts += _cut_message(text, message)
-                break
+        for message, _ in _items(text, _skip_space(text, 0), "messages"):
+            for start, end, replacement in _cut_thinking(text, _items(text, message, "content")):
+                pieces += [body[position:start], replacement]
+                position = end
     except (ValueError, IndexError, RecursionError):    # not JSON, truncated, or nested too deep
         return None
-    if not cuts:
-        return None
-    pieces, position = [], 0
-    for start, end, replacement in cuts:
-        pieces += [body[position:start], replacement]
-        position = end
-    return b"".join([*pieces, body[position:]])
+    return b"".join([*pieces, body[position:]]) if pieces else None
 
 
 # Messages: responses ##########################################################
-
-def _matches(text: bytes, wordings: Iterable[tuple[bytes, ...]]) -> bool:
-    """Return whether all words of one of the `wordings` stand in `text`, which is in lower case."""
-    return any(all(word in text for word in words) for words in wordings)
-
-
-def names_foreign_signature(body: bytes) -> bool:
-    """Return whether the body of a 400 rejects thinking blocks that another backend signed."""
-    return _matches(body.lower().replace(b"`", b""), SIGNATURE_WORDINGS)
-
 
 # In the text, because a hop on the way may drop our header.
 _OWN_ERROR = re.compile(rb'"message"\s*:\s*"rrouter: ')
@@ -1415,11 +1269,13 @@ def read_failure(status: int, text: bytes) -> tuple[Fault, str]:
     """Return the fault in a response of `status` 400 and above, and what to call it."""
     if _OWN_ERROR.search(text):
         return Fault.OWN, str(status)
-    text = text.lower()
+    text = text.lower().replace(b"`", b"")
+    if status == 400 and any(all(word in text for word in row) for row in SIGNATURE_WORDINGS):
+        return Fault.REJECTED, str(status)
     for statuses, words, name in SHELF_WORDINGS:
-        if status in statuses and _matches(text, (words,)):
+        if status in statuses and all(word in text for word in words):
             return Fault.SHELF, f"{status} {name}"
-    if status == 413 or (status in (400, 422) and _matches(text, TOO_LARGE_WORDINGS)):
+    if status == 413 or (status in (400, 422) and any(row in text for row in TOO_LARGE_WORDINGS)):
         return Fault.TOO_LARGE, f"{status} too large"
     return Fault.STATUS, str(status)
 
@@ -1431,8 +1287,8 @@ _RESET_AFTER = re.compile(
 def read_retry_after(seconds: str, milliseconds: str, text: bytes, now: float) -> float | None:
     """Return after how many seconds a failed response asks for a retry, None if it does not.
 
-    `seconds` is the value of Retry-After, a number or a date (RFC 9110 §10.2.3), `milliseconds`
-    that of retry-after-ms; `text` may say `reset after 1h2m3s`; `now` is in Unix seconds.
+    `seconds` is Retry-After, a number or a date (RFC 9110 §10.2.3), `milliseconds` retry-after-ms;
+    `text` may say `reset after 1h2m3s`.
     """
     if re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", milliseconds):
         return float(milliseconds) / 1000
@@ -1450,15 +1306,14 @@ def read_retry_after(seconds: str, milliseconds: str, text: bytes, now: float) -
 
 
 def _is_content(block: Any) -> bool:
-    """Return whether a content block says anything: an empty text block does not."""
+    """Return whether a content block is not an empty text block."""
     return not (isinstance(block, dict) and block.get("type") == "text" and not block.get("text"))
 
 
 def _is_silent_failure(usage: Any, stop_reason: Any) -> bool:
     """Return whether an empty message is a failure: no tokens, and no reason to be silent."""
     tokens = usage.get("output_tokens") if isinstance(usage, dict) else None
-    return (tokens == 0 and not isinstance(tokens, bool)
-            and stop_reason not in ("refusal", "max_tokens"))
+    return tokens == 0 and stop_reason not in ("refusal", "max_tokens")
 
 
 def _load_object(data: bytes) -> dict[str, Any] | None:
@@ -1526,10 +1381,7 @@ class StreamScan:
 
     @classmethod
     def _is_usual(cls, payload: bytes) -> bool:
-        """Return whether whole events carry content and nothing else, as nearly all do.
-
-        Finding that out costs a tenth of reading them.
-        """
+        """Return whether whole events carry content alone; finding out costs a tenth of reading."""
         return (payload.startswith(cls._USUAL) and payload.endswith(b"\n\n")
                 and b"error" not in payload and b"message_stop" not in payload)
 
@@ -1589,33 +1441,30 @@ class StreamScan:
 # Failover #####################################################################
 
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
+OUTDATED = -1       # generation of a ticket from before a change of auto.targets
 
-# What a fault leads to.  The other faults are neutral: they change no counter.
+# Faults that count, and faults after which the other target is tried.  The rest is neutral.
 COUNTED = frozenset((Fault.STATUS, Fault.SHELF, Fault.NO_MESSAGE, Fault.TIMEOUT))
 RESCUED = COUNTED | {Fault.TOO_LARGE, Fault.REJECTED, Fault.DROPPED}
 # Faults of the second attempt that excuse a timeout of the first, and the reverse.
 EXCUSES = frozenset((Fault.TIMEOUT, Fault.DROPPED, Fault.UNREACHABLE))
 
-# Which of two failures helps the client more; lower is better.  Statuses first.
-RANK = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}
-OTHER_4XX_RANK, OTHER_5XX_RANK = 0, 4
-FAULT_RANK: dict[Fault | None, int] = {Fault.SHELF: 6, Fault.NO_MESSAGE: 7}
-OWN_ERROR_RANK, LAST_RANK = 8, 9
+# Which of two failures helps the client more; lower is better.
+STATUS_RANK = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}      # other 4xx: 0; other 5xx: 4
+FAULT_RANK: dict[Fault | None, int] = {Fault.SHELF: 6, Fault.NO_MESSAGE: 7}     # no response: 8
 
 
 def rank(failure: Outcome, other: Outcome) -> int:
     """Return how useful a failure is to the client beside the `other` one; lower is better."""
-    fault, status = failure.fault, failure.status
     if failure.keeps_400:
-        return OTHER_4XX_RANK
-    if fault is Fault.TOO_LARGE:
-        # The client would compact its conversation, although a retry may serve it as it is.
-        is_passing = other.fault in (Fault.STATUS, Fault.SHELF) and (
-            other.status in (408, 429) or other.status >= 500)
-        return LAST_RANK if is_passing else OTHER_4XX_RANK
-    if fault in (Fault.STATUS, Fault.REJECTED):
-        return RANK.get(status, OTHER_4XX_RANK if status < 500 else OTHER_5XX_RANK)
-    return FAULT_RANK.get(fault, OWN_ERROR_RANK)
+        return 0
+    fault, status = failure.fault, failure.status
+    if fault is Fault.TOO_LARGE and other.fault in (Fault.STATUS, Fault.SHELF) and (
+            other.status in (408, 429) or other.status >= 500):
+        return 9    # the client would compact its conversation, although a retry may serve it
+    if fault in (Fault.STATUS, Fault.REJECTED, Fault.TOO_LARGE):
+        return STATUS_RANK.get(status, 0 if status < 500 else 4)
+    return FAULT_RANK.get(fault, 8)
 
 
 def judge(first: Outcome, second: Outcome) -> Verdict:
@@ -1641,6 +1490,14 @@ def judge(first: Outcome, second: Outcome) -> Verdict:
     return Verdict((first.fault is Fault.TIMEOUT and second.fault not in EXCUSES,
                     second.fault is Fault.TIMEOUT and first.fault not in EXCUSES),
                    0 if rank(first, second) <= rank(second, first) else 1)
+
+
+# The attributes of a Breaker that a restart keeps, and their types.
+SAVED: dict[str, tuple[type, ...]] = {
+    "home": (str,), "away": (str,), "answered": (bool,), "on_shelf": (bool,), "level": (int,),
+    "switch_count": (int,), "last_cooldown_s": (float, int), "returned_at": (float, int),
+    "reason": (str,), "switched_at": (float, int), "retry_at": (float, int)}
+MAY_BE_NONE = "returned_at", "reason", "switched_at", "retry_at"    # of an open one the first alone
 
 
 # One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
@@ -1678,6 +1535,7 @@ class Breaker:
         self._serial = serial           # numbers of one sequence, so that a ticket fits one machine
         self._counted_at: deque[float] = deque(maxlen=EVENTS_REMEMBERED)    # times of failures
         self.label = label              #: " for MODEL", or ""
+        self.probe = 0                  # number of the latest probe
         self.level = 0                  # index of the next cooldown
         self.switch_count = 0
         self.last_cooldown_s = 0.0
@@ -1689,7 +1547,6 @@ class Breaker:
         self.home, self.away = targets
         self.state = CLOSED
         self.generation = next(self._serial)    # a new one with each change of `current`
-        self.probe = 0
         self.answered = True            # whether the target switched to has answered since
         self.on_shelf = False           # whether the shelf caused the switch
         self.shelf_said = ""            # the last response to a probe of the shelf
@@ -1708,17 +1565,9 @@ class Breaker:
         """The target whose turn it is."""
         return self.home if self.state == CLOSED else self.away
 
-    @property
-    def idle(self) -> bool:
-        """True if there is nothing to remember."""
-        return self.state == CLOSED and not (self.level or self.failures or self.timeouts)
-
     def _is_same_event(self, outcome: Outcome) -> bool:
-        """Return whether an event that was counted may have caused this failure too.
-
-        They are compared by the times at which they failed.  Their rescues, which decide whether
-        they count, take longer or shorter.
-        """
+        """Return whether an event that was counted may have caused this failure too."""
+        # By the times of the failures: their rescues, which decide what counts, differ in length.
         return any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
                    for at in self._counted_at)
 
@@ -1744,7 +1593,7 @@ class Breaker:
         """Return to home, because its probe has committed."""
         self.close((self.home, self.away))
         self.returned_at = now
-        return [f"RECOVERED: {self.home} answers again{self.label}"]
+        return [f"RECOVERED: {self.home} responds again{self.label}"]
 
     def succeed(self, ticket: Ticket) -> None:
         """Count a success of `ticket.target`."""
@@ -1755,14 +1604,10 @@ class Breaker:
 
     def fail(self, now: float, ticket: Ticket, outcome: Outcome, auto: AutoSettings,
              followed: str) -> list[str]:
-        """Count a failure of `ticket.target`.
-
-        `followed` is the target that the scope gets once it is closed.  A direct failure does not
-        switch back before the target switched to has answered.
-        """
-        failed = f"{ticket.target} failed{self.label}: {outcome.what}"
+        """Count a failure of `ticket.target`; once closed, the scope gets the target `followed`."""
         if self.is_probe(ticket):
             return self._fail_probe(now, outcome, auto)
+        failed = f"{ticket.target} failed{self.label}: {outcome.what}"
         if ticket.generation != self.generation or ticket.target != self.current:
             return [failed]
         if self._is_same_event(outcome):
@@ -1771,7 +1616,7 @@ class Breaker:
         of_limit = f" of {limit}" if count <= limit else ""
         lines = [f"{failed} ({count}{of_limit} {name} in a row)"]
         if count < limit or (outcome.direct and not self.answered):
-            return lines
+            return lines                # not back to the target that has just failed
         reason = f"{count} consecutive {name}"
         if outcome.fault is not Fault.TIMEOUT:
             reason += f", last {outcome.what}"
@@ -1800,7 +1645,8 @@ class Breaker:
 
     def _open(self, now: float, reason: str, outcome: Outcome, auto: AutoSettings) -> list[str]:
         """Leave home, or stay away from it, for the next cooldown."""
-        self.forget_level(now)
+        if self.returned_at is not None and now - self.returned_at >= 2 * self.last_cooldown_s:
+            self.level = 0
         self.returned_at = None
         cooldown_s = auto.cooldowns_s[min(self.level, len(auto.cooldowns_s) - 1)]
         shortest_s = min(cooldown_s, RECHECK_S)
@@ -1811,7 +1657,7 @@ class Breaker:
             cooldown_s = min(cooldown_s, max(shortest_s, outcome.retry_after_s))
         if self.state == CLOSED:
             self.generation = next(self._serial)
-        self.state, self.probe, self.answered = OPEN, 0, False
+        self.state, self.answered = OPEN, False
         self.on_shelf, self.shelf_said = on_shelf, outcome.what if on_shelf else ""
         self.start_counting()
         self.switch_count += 1
@@ -1821,36 +1667,28 @@ class Breaker:
                 f"retry in {span(cooldown_s)}"]
 
     def _fail_probe(self, now: float, outcome: Outcome, auto: AutoSettings) -> list[str]:
-        lines = [f"PROBE of {self.home} failed{self.label}: {outcome.what}"]
         still_on_shelf = outcome.fault is Fault.SHELF or (outcome.fault is Fault.STATUS and (
             outcome.status in (401, 403, 404) or outcome.status >= 500))
         if not (self.on_shelf and still_on_shelf):
             self._counted_at.append(outcome.ended)
-            return lines + self._open(now, f"failed a probe, last {outcome.what}", outcome, auto)
+            return self._open(now, f"failed a probe, last {outcome.what}", outcome, auto)
         self._postpone_probe(now)
-        if self.shelf_said == outcome.what:
+        if outcome.what == self.shelf_said:
             return []
         self.shelf_said = outcome.what
-        return lines
+        return [f"PROBE of {self.home} failed{self.label}: {outcome.what}"]
 
     def _postpone_probe(self, now: float) -> None:
-        self.state, self.probe = OPEN, 0
+        self.state = OPEN
         self.retry_at = now + min(self.last_cooldown_s, RECHECK_S)
 
     def release(self, now: float, ticket: Ticket) -> list[str]:
-        """Free the place of the probe, because its outcome is neutral."""
-        if not self.is_probe(ticket):
-            return []
+        """Free the place of the probe under way, because its outcome is neutral."""
         self._postpone_probe(now)
-        left_s = self.remaining_s(now)
-        return [f"PROBE of {self.home} inconclusive{self.label}; the next one in {span(left_s)}"]
-
-    def forget_level(self, now: float) -> None:
-        """Set N back if home has held for long enough."""
-        if self.returned_at is not None:
-            self.returned_at = min(self.returned_at, now)
-            if now - self.returned_at >= 2 * self.last_cooldown_s:
-                self.level, self.returned_at = 0, None
+        if ticket.quiet:                # its begin was not logged either
+            return []
+        return [f"PROBE of {self.home} inconclusive{self.label}; "
+                f"the next one in {span(self.remaining_s(now))}"]
 
     def report(self, now: float) -> dict[str, Any]:
         """Return what /health shows of it."""
@@ -1863,14 +1701,9 @@ class Breaker:
                 "cooldownSeconds": tidy(round(self.last_cooldown_s, 3)) if is_open else 0,
                 "cooldownRemainingSeconds": math.ceil(remaining_s)}
 
-    SAVED: dict[str, tuple[type, ...]] = {
-        "home": (str,), "away": (str,), "level": (int,), "switch_count": (int,),
-        "answered": (bool,), "on_shelf": (bool,), "reason": (str,), "switched_at": (float, int),
-        "retry_at": (float, int), "returned_at": (float, int), "last_cooldown_s": (float, int)}
-
     def save(self) -> dict[str, Any]:
-        """Return what a restart must keep: all but the counters and a probe under way."""
-        return dict({name: getattr(self, name) for name in self.SAVED}, open=self.state != CLOSED)
+        """Return what a restart keeps; the counters and a probe under way are lost."""
+        return dict({name: getattr(self, name) for name in SAVED}, open=self.state != CLOSED)
 
     def restore(self, saved: Any, longest_s: float) -> None:
         """Take over what `save` returned; raise StateError if it does not fit.
@@ -1879,23 +1712,22 @@ class Breaker:
         """
         if not isinstance(saved, dict):
             raise StateError("expected an object")
-        values: dict[str, Any] = {"on_shelf": False}
-        values.update((name, saved[name]) for name in self.SAVED if name in saved)
-        is_open = bool(saved.get("open"))
-        for name, kinds in self.SAVED.items():
-            value = values.setdefault(name, None)
-            may_lack = name.endswith(("_at", "reason")) and not (is_open and name != "returned_at")
-            if value is None and may_lack:
+        values: dict[str, Any] = {name: saved.get(name) for name in SAVED}
+        values["on_shelf"] = saved.get("on_shelf", False)
+        may_be_none = MAY_BE_NONE[:1] if saved.get("open") else MAY_BE_NONE
+        for name, kinds in SAVED.items():
+            value = values[name]
+            if value is None and name in may_be_none:
                 continue
-            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            if type(value) not in kinds:        # not isinstance: a bool is an int
                 raise StateError(f"{name}: expected {kinds[0].__name__}")
-            if isinstance(value, (int, float)) and not 0 <= value < 1e11:
+            if kinds[-1] is int and not 0 <= value < 1e11:
                 raise StateError(f"{name}: expected a number within reason")
         if ({values["home"], values["away"]} != {self.home, self.away}
                 or values["last_cooldown_s"] > longest_s):
             raise StateError("the targets or cooldowns are not those of config.json")
         vars(self).update(values, reason=values["reason"] and printable(values["reason"]))
-        self.state = OPEN if is_open else CLOSED
+        self.state = OPEN if saved.get("open") else CLOSED
 
 
 class Failover:
@@ -1909,20 +1741,18 @@ class Failover:
         self._clock = clock
         self._lock = threading.Lock()
         self._serial = itertools.count(1)
-        self._auto = auto
-        self._clear()
+        self._clear(auto)
 
-    def _clear(self) -> None:
-        self._whole = Breaker(self._auto.targets, self._serial)
+    def _clear(self, auto: AutoSettings) -> None:
+        self._auto, self._whole = auto, Breaker(auto.targets, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
 
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
         """Forget everything, and continue with the settings `auto`."""
         with self._lock:
-            used = self._whole.switch_count or not all(
-                breaker.idle for breaker in (self._whole, *self._models.values()))
-            self._auto = auto
-            self._clear()
+            used = any(breaker.switch_count or breaker.failures or breaker.timeouts
+                       for breaker in (self._whole, *self._models.values()))
+            self._clear(auto)
         return [f"RESET: {why}; on {auto.targets[0]}"] if used else []
 
     def admit(self, model: str, targets: tuple[str, str]) -> Ticket:
@@ -1932,49 +1762,52 @@ class Failover:
         outcome of the attempt is ignored.
         """
         with self._lock:
-            if targets != self._auto.targets:
-                return Ticket(targets[0], model, False, -1)
-            breaker, alone = self._breaker(model)
+            breaker, ticket = self._breaker(model), self._ticket(targets[0], model, targets)
+            if ticket.generation == OUTDATED:
+                return ticket
             target, probe = breaker.admit(self._clock())
-            return Ticket(target, model, alone, breaker.generation, probe,
-                          bool(probe) and breaker.on_shelf)
+            return ticket._replace(
+                target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf)
 
     def rescue(self, ticket: Ticket, targets: tuple[str, str]) -> Ticket:
         """Return the ticket for the second attempt, on the other of `targets`."""
         other = targets[1] if ticket.target == targets[0] else targets[0]
         with self._lock:
-            if targets != self._auto.targets:
-                return Ticket(other, ticket.model, False, -1)
-            breaker, alone = self._breaker(ticket.model)
-            return Ticket(other, ticket.model, alone, breaker.generation)
+            return self._ticket(other, ticket.model, targets)
 
     def current(self, model: str | None, targets: tuple[str, str]) -> str:
         """Return the target, one of `targets`, for a request that is not judged."""
         with self._lock:
-            current = self._breaker(model)[0].current
+            current = self._breaker(model).current
             return current if current in targets else targets[0]
 
-    def _breaker(self, model: str | None) -> tuple[Breaker, bool]:
-        """Return (the breaker that serves `model`, whether it is the model's own)."""
-        own = self._models.get(model) if model is not None else None
-        return (own, True) if own is not None and own.state != CLOSED else (self._whole, False)
+    def _breaker(self, model: str | None) -> Breaker:
+        """Return the breaker that serves `model`: its own while it is switched alone."""
+        own = self._models.get(model or "")
+        return own if own is not None and own.state != CLOSED else self._whole
+
+    def _ticket(self, target: str, model: str, targets: tuple[str, str]) -> Ticket:
+        breaker = self._breaker(model)
+        return Ticket(target, model, breaker is not self._whole,
+                      breaker.generation if targets == self._auto.targets else OUTDATED)
+
+    def _probed(self, ticket: Ticket) -> Breaker | None:
+        """Return the breaker whose probe under way has this ticket, or None."""
+        breaker = self._models.get(ticket.model) if ticket.alone else self._whole
+        return breaker if breaker is not None and breaker.is_probe(ticket) else None
 
     def commit(self, ticket: Ticket) -> tuple[Ticket, list[str]]:
-        """Let a probe succeed, because the client gets its response.
-
-        Returns the ticket with which the attempt continues, and lines for the log.
-        """
+        """Let a probe succeed, because the client gets its response; return the next ticket."""
         with self._lock:
-            breaker = self._models.get(ticket.model) if ticket.alone else self._whole
-            if not ticket.probe or breaker is None or not breaker.is_probe(ticket):
+            breaker = self._probed(ticket)
+            if breaker is None:
                 return ticket, []
             lines = breaker.recover(self._clock())
-            if ticket.alone:
-                self._align(breaker)
-            else:
+            if breaker is self._whole:
                 self._follow()
-            breaker, alone = self._breaker(ticket.model)
-            return Ticket(ticket.target, ticket.model, alone, breaker.generation), lines
+            else:
+                self._align(breaker)
+            return self._ticket(ticket.target, ticket.model, self._auto.targets), lines
 
     def credit(self, ticket: Ticket) -> None:
         """Count a success: the upstream's response is complete."""
@@ -1993,9 +1826,7 @@ class Failover:
         """
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
-            if ticket.alone or (own is not None and own.state != CLOSED and not ticket.probe):
-                if own is None:
-                    return []
+            if own is not None and (ticket.alone or (own.state != CLOSED and not ticket.probe)):
                 lines = own.fail(now, ticket, outcome, self._auto, whole.current)
                 self._align(own)
                 return lines
@@ -2011,7 +1842,7 @@ class Failover:
     def release(self, ticket: Ticket) -> list[str]:
         """Take a neutral outcome: it frees the place of a probe."""
         with self._lock:
-            breaker = self._models.get(ticket.model) if ticket.alone else self._whole
+            breaker = self._probed(ticket)
             return breaker.release(self._clock(), ticket) if breaker is not None else []
 
     def look_at_clock(self) -> None:
@@ -2046,10 +1877,7 @@ class Failover:
         return (whole.home, whole.away) if whole.state == CLOSED else (whole.away, whole.home)
 
     def _align(self, own: Breaker) -> None:
-        """Let a model follow the whole target unless it is switched alone.
-
-        A model alone on the very target that the whole has returned to has no reason to be alone.
-        """
+        """Let a model follow the whole target unless it is switched alone, to another target."""
         first, second = self._ordered()
         if ((own.state == CLOSED and own.home != first)
                 or (own.state != CLOSED and own.away == first == self._whole.home)):
@@ -2065,7 +1893,10 @@ class Failover:
     def report(self, active: bool) -> dict[str, Any]:
         """Return the `autoSwitch` object of /health."""
         with self._lock:
-            now, common = self._clock(), {"active": active, "targets": list(self._auto.targets)}
+            now = self._clock()
+            common = {"active": active, "targets": list(self._auto.targets),
+                      "failureThreshold": self._auto.failure_threshold,
+                      "timeoutThreshold": self._auto.timeout_threshold}
             models = {model: dict(common, **own.report(now))
                       for model, own in self._models.items() if own.state != CLOSED}
             return dict(common, **self._whole.report(now), models=models)
@@ -2094,15 +1925,46 @@ class Failover:
             self._whole, self._models = whole, models
 
 
-def _status_note(auto: dict[str, Any]) -> str:
+def slow_failure(outcome: Outcome) -> str:
+    """Return what to do about a failure that came late, "" if there is nothing."""
+    took_s = outcome.ended - outcome.began
+    if (outcome.fault not in (Fault.STATUS, Fault.SHELF) or took_s <= SLOW_FAILURE_S
+            or (outcome.status < 500 and outcome.status not in (403, 408, 429))):
+        return ""
+    return (f"CLIProxyAPI waited {took_s:.0f} s before this {outcome.status}; "
+            "set max-retry-interval: 8")
+
+
+def failed_side(auto: dict[str, Any]) -> tuple[str, str, str]:
+    """Return which target was left, why, and the last failure alone.
+
+    For example: antigravity, `gave 3 HTTP errors in a row, last 429`, `429`.
+    """
+    failed = next(name for name in auto["targets"] if name != auto["currentTarget"])
+    reason = auto["reason"] or ""
+    return (failed, re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row",
+                           reason),
+            printable(re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", reason), 40))
+
+
+def until_probe(auto: dict[str, Any]) -> str:
+    """Return when the target that was left is probed: 23m, 59s, now."""
+    left_s: int = auto["cooldownRemainingSeconds"]
+    return f"{math.ceil(left_s / 60)}m" if left_s >= 60 else f"{left_s}s" if left_s else "now"
+
+
+def counted(auto: dict[str, Any]) -> str:
+    """Return the failures that count against the current target: 2 of 3 failures."""
+    return ", ".join(f"{auto[kind + 'Count']} of {auto[kind + 'Threshold']} {kind}s"
+                     for kind in ("failure", "timeout") if auto[kind + "Count"])
+
+
+def scope_note(auto: dict[str, Any]) -> str:
     """Return " (antigravity 429, 23m)": which target failed, how, and when it is probed."""
     if not auto["switched"]:
         return ""
-    failed = next(name for name in auto["targets"] if name != auto["currentTarget"])
-    what = re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", auto["reason"] or "")
-    left = auto["cooldownRemainingSeconds"]
-    when = f"{math.ceil(left / 60)}m" if left >= 60 else f"{left}s" if left else "now"
-    return f" ({failed} {printable(what, 40)}, {when})"
+    failed, _, what = failed_side(auto)
+    return f" ({failed} {what}, {until_probe(auto)})"
 
 
 def status_line(health: dict[str, Any]) -> str:
@@ -2110,7 +1972,7 @@ def status_line(health: dict[str, Any]) -> str:
     auto = health["autoSwitch"]
     if auto["active"]:
         scopes = {"auto": auto, **auto["models"]}
-        parts = [f"{printable(name, 40)} → {own['currentTarget']}{_status_note(own)}"
+        parts = [f"{printable(name, 40)} → {own['currentTarget']}{scope_note(own)}"
                  for name, own in itertools.islice(scopes.items(), STATUS_SCOPES)]
         hidden = len(scopes) - len(parts)
         parts += [f"{hidden} more"] if hidden else []
@@ -2156,8 +2018,9 @@ class Paths:
                               "its files there; set HOME to a directory you can write") from error
 
 
-def write_atomically(path: str, text: str, durable: bool = True) -> None:
-    """Write `text` to `path`, mode 0600: a reader sees the whole new content or the whole old one.
+def write_atomically(path: str, content: str | bytes, durable: bool = True,
+                     mode: int = 0o600) -> None:
+    """Write `content` to `path`: a reader sees the whole new content or the whole old one.
 
     A symbolic link stays, its target is replaced.  Unless `durable`, a crash of the machine may
     lose the content.  Raises OSError.
@@ -2167,7 +2030,9 @@ def write_atomically(path: str, text: str, durable: bool = True) -> None:
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(text.encode("utf-8"))
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            if mode != 0o600:
+                os.fchmod(descriptor, mode)
             file.flush()
             if durable:                 # else a crash may leave the new name with no content
                 os.fsync(file.fileno())
@@ -2178,38 +2043,50 @@ def write_atomically(path: str, text: str, durable: bool = True) -> None:
         raise
 
 
+def spare_name(path: str) -> str:
+    """Return PATH.bak-YYYYmmdd-HHMMSS, with a number if that exists already."""
+    name = f"{path}.bak-{time.strftime('%Y%m%d-%H%M%S')}"
+    return next(spare for spare in (name, *(f"{name}-{number}" for number in range(2, 1000)))
+                if not os.path.lexists(spare))
+
+
+def open_for_reading(path: str) -> BinaryIO:
+    """Open a file to read its bytes, without waiting for a writer if it is a FIFO."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
 def read_file(path: str) -> bytes | None:
     """Return the bytes of a regular file, None if nothing is at `path`; else raise OSError."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # a FIFO would block
+        file = open_for_reading(path)
     except FileNotFoundError:
         return None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+    with file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", path)
-        if status.st_size > FILE_MAX_BYTES:
-            raise OSError(errno.EFBIG, f"larger than {FILE_MAX_BYTES} bytes", path)
-        content = b""
-        while True:
-            more = os.read(descriptor, FILE_MAX_BYTES)
-            content += more
-            if not more or len(content) > FILE_MAX_BYTES:
-                return content
-    finally:
-        os.close(descriptor)
+        content = file.read(FILE_MAX_BYTES + 1)
+    if len(content) > FILE_MAX_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {FILE_MAX_BYTES} bytes", path)
+    return content
 
 
-def _signature(path: str) -> tuple[int, int, int, int] | int | None:
-    """Return a value that changes with each write of the file; None if it does not exist.
+def read_json(path: str) -> Any:
+    """Return what the JSON in a file says, None without a file; raise OSError or ValueError."""
+    content = read_file(path)
+    try:
+        return None if content is None else json.loads(content.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nesting that is too deep") from error
+
+
+def _signature(path: str) -> tuple[int, ...] | int | None:
+    """Return a value that changes with each write of the file; the number of an error instead.
 
     Compared by equality, because `mv` and `git checkout` can bring an older time.  The last member,
     the time of the last change of any kind, changes even if a writer sets the other time back.
     """
     try:
         status = os.stat(path)
-    except FileNotFoundError:
-        return None
     except OSError as error:
         return error.errno
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
@@ -2235,10 +2112,10 @@ def _write_all(descriptor: int, data: bytes) -> OSError | None:
 
 
 class Log:
-    """The log file, rotated by size.  Any thread may add lines; only the watcher writes them.
+    """The log file, rotated by size.  Any thread may add lines; one at a time writes them.
 
-    So a disk that hangs holds up no request; `kill -9` can lose the lines of the last POLL_S.
-    `open`, `reopen` and `flush` are for one thread at a time.
+    That is the watcher, so that a disk that hangs holds up no request; `kill -9` can lose the lines
+    of the last POLL_S.
     """
 
     HELD_MAX = 10_000       # lines; only while the disk hangs can so many be held
@@ -2251,20 +2128,17 @@ class Log:
         self.problem: str | None = None
         self._lock = threading.Lock()       # keeps the lines in the order of their times
         self._lines: deque[bytes] = deque(maxlen=self.HELD_MAX)
-        self._second, self._stamp = 0, ""   # of the last line
         self._descriptor: int | None = None
-        self._echo_stuck = False
+        self._is_stuck = False              # stderr accepts nothing
 
     def write(self, tag: str, text: str) -> None:
         """Add one line; the caller has made everything printable that comes from outside."""
         with self._lock:
             now = time.time()
-            if self._second != int(now):
-                self._second = int(now)
-                self._stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
             if len(self._lines) == self.HELD_MAX:
                 self.problem = "rrouter.log: the disk does not respond: log lines are lost"
-            line = f"{self._stamp}.{int(now % 1 * 1000):03d} [{tag}] {text}\n"
+            line = f"{stamp}.{int(now % 1 * 1000):03d} [{tag}] {text}\n"
             self._lines.append(line.encode("utf-8", "replace"))
             many = len(self._lines) == self.MANY
         if many:
@@ -2275,8 +2149,7 @@ class Log:
         data = b"".join([self._lines.popleft() for _ in range(len(self._lines))])
         if not data:
             return
-        if self._descriptor is not None:
-            self._rotate_if_full(self._descriptor, len(data))
+        self._rotate_if_full(len(data))
         if self._descriptor is not None:
             self._note(_write_all(self._descriptor, data))
         if self._echo:
@@ -2284,14 +2157,12 @@ class Log:
 
     def _write_stderr(self, data: bytes) -> None:
         """Write as much to stderr as it accepts: a terminal may be stopped, a pipe full."""
-        poller = select.poll()
-        poller.register(2, select.POLLOUT)
         # A pipe that is ready accepts PIPE_BUF bytes without blocking.
         for start in range(0, len(data), select.PIPE_BUF):
-            if not poller.poll(0 if self._echo_stuck else int(self.ECHO_S * 1000)):
-                self._echo_stuck = True
+            ready = select.select([], [2], [], 0 if self._is_stuck else self.ECHO_S)[1]
+            self._is_stuck = not ready
+            if self._is_stuck:
                 return
-            self._echo_stuck = False
             _write_all(2, data[start:start + select.PIPE_BUF])
 
     def _note(self, error: OSError | None) -> None:
@@ -2303,11 +2174,15 @@ class Log:
         self.problem = problem
 
     def open(self) -> None:
-        """Open the file; if that fails, `problem` says why."""
-        problem: OSError | None = None
-        descriptor = None
+        """Open the file unless it is open and at its path: others rotate and remove files too."""
+        with contextlib.suppress(OSError):
+            if self._descriptor is not None and os.path.samestat(
+                    os.stat(self._path), os.fstat(self._descriptor)):
+                return
+        descriptor = problem = None
         try:
-            os.makedirs(os.path.dirname(self._path), 0o700, exist_ok=True)
+            with contextlib.suppress(FileExistsError):      # no `makedirs`: HOME may be away
+                os.mkdir(os.path.dirname(self._path), 0o700)
             # A FIFO without a reader would block.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
             descriptor = os.open(self._path, flags, 0o600)
@@ -2320,18 +2195,11 @@ class Log:
             os.dup2(descriptor, 2)      # the daemon's stderr, for messages of Python itself
         self._note(problem)
 
-    def reopen(self) -> None:
-        """Open the file at the path if it is another one: others rotate and remove files too."""
-        with contextlib.suppress(OSError):
-            if self._descriptor is not None and os.path.samestat(
-                    os.stat(self._path), os.fstat(self._descriptor)):
-                return
-        self.open()
-
-    def _rotate_if_full(self, descriptor: int, coming: int) -> None:
+    def _rotate_if_full(self, coming: int) -> None:
         """Begin a new file if the next `coming` bytes do not fit; if that fails, keep the old."""
+        descriptor = self._descriptor
         with contextlib.suppress(OSError):
-            if os.fstat(descriptor).st_size + coming <= LOG_MAX_BYTES:
+            if descriptor is None or os.fstat(descriptor).st_size + coming <= LOG_MAX_BYTES:
                 return
             # Two processes may write the same file.  One of them rotates it; the other finds
             # another file at the path.  Closing the file in `open` releases the lock.
@@ -2348,7 +2216,7 @@ class Store:
     """The user's config and mode, always read together and never stale.
 
     `changed(old, new, mode_written)` is called, one call at a time, before any thread gets the new
-    snapshot.  Call `load` before anything else.
+    snapshot, also for the first one.
     """
 
     def __init__(self, paths: Paths, log: Log, changed: Callable[[Snapshot, Snapshot, bool], None]):
@@ -2356,31 +2224,24 @@ class Store:
         self._lock = threading.Lock()
         self.condition = threading.Condition()      #: notified to let the watcher look at once
         self._config = config_of(None)
-        self._config_bytes: bytes | OSError | None = None
+        self._config_bytes: bytes | OSError | None = None   # or why they could not be read
         self._config_error: str | None = None
         self._word: str | None = None
         self._mode_error: str | None = None
-        self.mode_signature: tuple[int, ...] | int | None = None
+        self._mode_signature: object = None
         self._current = Snapshot(self._config, "", ())
-        self._seen: object = None
-
-    def load(self) -> Snapshot:
-        """Read the files for the first time; return config and mode."""
-        with self._lock:
-            seen = self._read()
-            new = self._compose()
-            self._log.write("MODE", new.mode)
-            return self._publish(new, seen)
+        self._seen: object = None       # the signatures of the files in `_current`
 
     def snapshot(self) -> Snapshot:
         """Return config and mode as they are now: every write before this call has its effect.
 
-        It takes no lock.  That holds without the interpreter lock too, because `_publish` stores
-        `_seen` after `_current`, and Python's attribute access is atomic (PEP 703).
+        It takes no lock unless a file has changed.  That holds without the interpreter lock too,
+        because `_reload` stores `_seen` last, and Python's attribute access is atomic (PEP 703).
         """
         if (_signature(self.paths.mode), _signature(self.paths.config)) == self._seen:
             return self._current
-        return self._reload()
+        with self._lock:
+            return self._reload()
 
     def wake(self) -> None:
         """Let the watcher look at once."""
@@ -2390,35 +2251,24 @@ class Store:
     def fingerprint(self) -> dict[str, Any]:
         """Return what ties a saved state to the mode file and to the `auto` section."""
         with self._lock:        # not between a new mode and the reset that it brings
-            written = self.mode_signature
-            return {"modeFile": list(written) if isinstance(written, tuple) else written,
-                    "auto": [list(value) if isinstance(value, tuple) else value
-                             for value in self._current.config.auto]}
+            values = {"modeFile": self._mode_signature, "auto": self._current.config.auto}
+        return dict(json.loads(json.dumps(values)))     # compared with what a file says: no tuples
 
     def _reload(self) -> Snapshot:
-        with self._lock:
-            old, old_signature = self._current, self.mode_signature
-            seen = self._read()
-            new, written = self._compose(), self.mode_signature != old_signature
-            if new.mode != old.mode:
-                self._log.write("MODE", f"{old.mode} -> {new.mode}")
-            if written or new != old:
-                self._changed(old, new, written)
-            return self._publish(new, seen)
-
-    def _read(self) -> tuple[Any, Any]:
-        """Read both files; return the signatures they had before."""
+        """Read both files and publish what they say; the signatures are those of before."""
         seen = _signature(self.paths.mode), _signature(self.paths.config)
+        old, old_signature = self._current, self._mode_signature
         self._read_config()
         self._read_mode(seen[0])
-        return seen
-
-    def _publish(self, new: Snapshot, seen: tuple[Any, Any]) -> Snapshot:
+        new, written = self._compose(), self._mode_signature != old_signature
+        if new.mode != old.mode:
+            self._log.write("MODE", f"{old.mode and old.mode + ' -> '}{new.mode}")
+        if written or new != old:
+            self._changed(old, new, written)
         self._current = new
-        # `_seen` last, because `snapshot` compares it without the lock.  A file that could not be
-        # read is read again by the next request.
+        # A file that could not be read is read again by the next request.
         readable = self._mode_error is None and not isinstance(self._config_bytes, OSError)
-        self._seen = (_if_stable(seen[0]), _if_stable(seen[1])) if readable else None
+        self._seen = tuple(map(_if_stable, seen)) if readable else None
         return new
 
     def _read_config(self) -> None:
@@ -2441,7 +2291,7 @@ class Store:
                 self._config_error = complaint
                 self._log.write("CONFIG", f"{complaint}; the previous config stays in force")
 
-    def _read_mode(self, signature: tuple[int, ...] | int | None) -> None:
+    def _read_mode(self, signature: object) -> None:
         try:
             content = read_file(self.paths.mode)
         except OSError as error:
@@ -2452,7 +2302,7 @@ class Store:
         if word != "":                  # else it is just being written
             self._word = word
             # chmod changes the last member, but does not write the mode.
-            self.mode_signature = signature[:3] if isinstance(signature, tuple) else signature
+            self._mode_signature = signature[:3] if isinstance(signature, tuple) else signature
 
     def _compose(self) -> Snapshot:
         config, word = self._config, self._word
@@ -2460,42 +2310,33 @@ class Store:
         problems = [self._config_error, *(f"config.json: {problem}" for problem in config.problems),
                     self._mode_error]
         if word == MODE_AUTO and word != mode:
-            complaint = f"config.json: {config.auto_error}"
-            problems += [] if complaint in problems else [complaint]
+            problems.append(f"config.json: {config.auto_error}")
         elif word is not None and word != mode:
-            defined = ", ".join([*config.modes, MODE_AUTO])
-            problems.append(f"mode: '{printable(word, 40)}' is not defined by config.json "
-                            f"(defined: {defined}); {mode} is in force")
-        return Snapshot(config, mode, tuple(problem for problem in problems if problem))
+            problems.append(f"{describe_unknown_mode(word, config.choices)}; {mode} is in force")
+        return Snapshot(config, mode, tuple(dict.fromkeys(filter(None, problems))))
 
 
 class StateFile:
-    """state.json: the state of auto mode, kept over a restart.
-
-    One thread at a time writes it, and takes the state while it has the turn, so that an older
-    state never replaces a newer one.
-    """
+    """state.json: the state of auto mode, kept over a restart.  One thread alone writes it."""
 
     def __init__(self, path: str, log: Log):
         self._path, self._log = path, log
-        self._lock = threading.Lock()
         self._saved: dict[str, Any] | None = None
         self.problem: str | None = None     #: why the last state could not be written
 
     def load(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the state that was saved with this `fingerprint`, or None without a file.
+        """Return the state saved with this `fingerprint`, None without a file.
 
-        Raises StateError if the file is unusable or was saved with another fingerprint.
+        Raises StateError if the file is unusable or has another fingerprint.
         """
         try:
-            content = read_file(self._path)
-            if content is None:
-                return None
-            state = json.loads(content.decode("utf-8"))
+            state = read_json(self._path)
         except OSError as error:
             raise StateError(reason_of(error)) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise StateError("not the JSON that rrouter wrote") from error
+        if state is None:
+            return None
         if not isinstance(state, dict) or state.get("version") != 1:
             raise StateError("not written by this version of rrouter")
         for name, what in (("modeFile", "the mode file"), ("auto", "the auto section")):
@@ -2507,25 +2348,19 @@ class StateFile:
         """Let the next `save` write, because the file was removed."""
         self._saved = None
 
-    def save(self, make: Callable[[], dict[str, Any]]) -> None:
-        """Write the state that `make` returns, fingerprint included, unless it is the last saved.
-
-        Never raises; a failure is logged once.
-        """
-        with self._lock:
-            state = make()
-            if state == self._saved:
-                return
-            try:
-                text = json.dumps({"version": 1, **state}, indent=1)
-                write_atomically(self._path, text + "\n")
-                self._saved, self.problem = state, None
-            except OSError as error:
-                problem = (f"state.json: cannot be written: {reason_of(error)}: "
-                           "a restart forgets the cooldowns")
-                if problem != self.problem:
-                    self._log.write("AUTO", problem)
-                self.problem = problem
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the state unless it is the last saved; a failure is logged once."""
+        if state == self._saved:
+            return
+        try:
+            write_atomically(self._path, json.dumps({"version": 1, **state}, indent=1) + "\n")
+            self._saved, self.problem = state, None
+        except OSError as error:
+            problem = (f"state.json: cannot be written: {reason_of(error)}: "
+                       "a restart forgets the cooldowns")
+            if problem != self.problem:
+                self._log.write("AUTO", problem)
+            self.problem = problem
 
 
 # Resources ####################################################################
@@ -2565,21 +2400,18 @@ class RememberedHead:
         if not self._after:
             return head, end
         number = _NUMBER.match(data, end)
-        if not number or not data.startswith(self._after, number.end()):
+        if (not number or not data.startswith(self._after, number.end())
+                or int(number.group()) > BODY_MAX_BYTES):
             return None
-        length = int(number.group())
-        if length > BODY_MAX_BYTES:
-            return None
-        end = number.end() + len(self._after)
-        return (head if length == head.length else head._replace(length=length)), end
+        head = head._replace(length=int(number.group()))
+        return head, number.end() + len(self._after)
 
 
 class OneCore:
     """Keeps the threads of the connections on one core of Linux while they have much to do.
 
-    Only one of them at a time runs Python code, and passing the interpreter lock from core to core
-    takes longer than most of what the lock is needed for.  When there is little to do, a thread is
-    better off on whichever core is free.
+    Passing the interpreter lock from core to core takes longer than most of what the lock is needed
+    for.  When there is little to do, a thread is better off on whichever core is free.
     """
 
     ACTIVE_MIN = 8                      # requests under way
@@ -2604,26 +2436,22 @@ class OneCore:
         with contextlib.suppress(OSError):              # a sandbox may forbid it
             allowed = os.sched_getaffinity(0)           # each time, because the user may change it
             enough = min(active, len(threads)) >= self.ACTIVE_MIN
-            if not enough or busy < (self.BUSY if self._core is None else self.CALM):
-                if self._core is not None:
-                    self._core = None
-                    self._place(threads, allowed)
-                return
-            if self._core not in allowed:
-                self._core = self._core_of(threads[0])
-            if self._core in allowed:
-                self._place(threads, {self._core})
+            if enough and busy >= (self.BUSY if self._core is None else self.CALM):
+                if self._core not in allowed:
+                    self._core = self._core_of(threads[0])
+                if self._core in allowed:
+                    self._place(threads, {self._core})
+            elif self._core is not None:
+                self._core = None
+                self._place(threads, allowed)
 
     @staticmethod
     def _core_of(thread: int) -> int | None:
         """Return the core a busy thread last ran on: the kernel knows the fast cores."""
         # The thread may have ended, and not every system has /proc.
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            descriptor = os.open("/proc/self/task/%d/stat" % thread, os.O_RDONLY)
-            try:
-                return int(os.read(descriptor, 4096).rpartition(b")")[2].split()[36])
-            finally:
-                os.close(descriptor)
+        with contextlib.suppress(OSError, ValueError, IndexError), \
+                open(f"/proc/self/task/{thread}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[36])
         return None
 
     @staticmethod
@@ -2643,8 +2471,7 @@ def _ask_libc(function: str, *arguments: int) -> None:
 def use_one_heap() -> None:
     """Make glibc use one malloc arena, because it never returns the free end of the others.
 
-    To be called before there are threads.  The interpreter lock lets one thread allocate at a time
-    anyway.
+    To be called before there are threads.
     """
     _ask_libc("mallopt", -8, 1)         # M_ARENA_MAX in <malloc.h>
 
@@ -2677,10 +2504,7 @@ NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's ti
 
 
 class Watch:
-    """What ends a wait for the upstream: the client leaves, or the attempt's time limit expires.
-
-    `has_left` says whether the client has left; None if there is no client to watch.
-    """
+    """What ends a wait for the upstream: the client leaves, or the attempt's time limit expires."""
 
     def __init__(self, has_left: Callable[[], bool] | None, limit_s: float | None = None) -> None:
         self._has_left, self._limit_s = has_left, limit_s
@@ -2698,11 +2522,9 @@ class Watch:
         self._limit_s = self._deadline = None
 
     def check(self, has_input: Callable[[], bool] | None = None) -> float:
-        """Return the seconds after which to ask again.
+        """Return the seconds after which to ask again; raise ClientGone or UpstreamTimeout.
 
-        Raises ClientGone or UpstreamTimeout if the wait is over.  The limit does not expire while
-        the process is not running, nor before what has arrived is read: `has_input` says whether
-        there is something to read.
+        The limit does not expire while the process is stopped, nor before what has arrived is read.
         """
         now = time.monotonic()
         if self._has_left is not None and now - self._looked_at >= TICK_S * 0.9:
@@ -2723,30 +2545,22 @@ class Watch:
 
 
 class Patience:
-    """How long one request waits for an upstream that is not there: a restart, say."""
+    """How long one request waits for an upstream that is not there, because it restarts."""
 
     def __init__(self, has_left: Callable[[], bool]) -> None:
         self._has_left = has_left
-        self._give_up_at: float | None = None
+        self.give_up_at = math.inf      #: since the first miss, by time.monotonic
 
     def wait(self) -> bool:
-        """Wait a moment before the next try; return False if it is time to give up.
-
-        Raises ClientGone.
-        """
+        """Wait before the next try; return False if it is time to give up; raise ClientGone."""
         now = time.monotonic()
-        if self._give_up_at is None:
-            self._give_up_at = now + RECONNECT_FOR_S
-        if now + RECONNECT_EVERY_S > self._give_up_at:
+        self.give_up_at = min(self.give_up_at, now + RECONNECT_FOR_S)
+        if now + RECONNECT_EVERY_S > self.give_up_at:
             return False
         time.sleep(RECONNECT_EVERY_S)
         if self._has_left():
             raise ClientGone()
         return True
-
-    def give_up(self) -> None:
-        """Wait no more, because the upstream has responded."""
-        self._give_up_at = 0.0
 
 
 class Outbound(NamedTuple):
@@ -2776,17 +2590,14 @@ def set_kernel_limit(sock: socket.socket, option: int, seconds: float) -> None:
 
 
 class Wire:
-    """One end of a connection: its socket, and the bytes received but not yet used.
-
-    The time limits of a plain socket are the kernel's (SO_RCVTIMEO), because Python's `settimeout`
-    costs a poll before each call.
-    """
+    """One end of a connection: its socket, and the bytes received but not yet used."""
 
     def __init__(self, sock: socket.socket, receive_bytes: int) -> None:
         self.sock = sock
         self.held: bytes | memoryview = b""
         self._receive_bytes = receive_bytes
-        # A TLS socket would take EAGAIN for a reason to try again.
+        # The time limits of a plain socket are the kernel's, because `settimeout` costs a poll
+        # before each call; a TLS socket would take EAGAIN for a reason to try again.
         self._plain = type(sock) is socket.socket
         self._limit_s = 0.0
 
@@ -2822,22 +2633,18 @@ class Wire:
 
 
 class UpstreamConnection(Wire):
-    """A connection to the upstream, opened by `http.client`, whose responses our parser reads.
+    """A connection to the upstream, opened by `http.client`."""
 
-    `http.client` takes a truncated head for a 200 with an empty body, passes unknown transfer
-    codings on, and ends a truncated body as if it were whole (python/cpython#115997).
-    """
-
+    # Our parser reads the responses, because `http.client` takes a truncated head for a 200 with an
+    # empty body, and ends a truncated body as if it were whole (python/cpython#115997).
     def __init__(self, connection: http.client.HTTPConnection) -> None:
         super().__init__(connection.sock, RECEIVE_BYTES)
         self._connection = connection
         self._poller = select.poll()
-        self._responding = False        # a byte of the response due has come
         self._sent_at: float | None = None      # the time of the last byte, None: sending failed
-        self._idle_since = 0.0, 0.0     # monotonic time and wall clock
+        self.rest()
 
     def set_up(self, send_limit_s: float) -> None:
-        """Set the socket's options."""
         super().set_up(send_limit_s)
         self._poller.register(self.sock, select.POLLIN)
         option, value = UNACKNOWLEDGED
@@ -2848,11 +2655,7 @@ class UpstreamConnection(Wire):
             setattr(self.sock, "suppress_ragged_eofs", False)   # noqa: B010 - typeshed lacks it
 
     def has_input(self) -> bool:
-        """Return whether something has come that is not yet read, or the end of the connection.
-
-        To be asked by one thread at a time, and not of a closed connection, because another one may
-        have its number by then.
-        """
+        """Return whether there is something to read, or the end; never ask a closed connection."""
         if self._plain:
             return bool(self._poller.poll(0))
         # TLS: session tickets come unasked, and only reading tells them from a response.
@@ -2864,10 +2667,7 @@ class UpstreamConnection(Wire):
             return not isinstance(error, ssl.SSLWantReadError)
 
     def send(self, pieces: Sequence[BytesLike], watch: Watch) -> list[memoryview]:
-        """Send `pieces`; return what is left of them.
-
-        Something is left where the upstream responds, or closes, before it has read everything.
-        """
+        """Send `pieces`; return what is left of them if the upstream responds or closes before."""
         if sum(map(len, pieces)) < JOINED_BYTES:
             pieces = [b"".join(pieces)]
         views = [memoryview(piece) for piece in pieces if len(piece)]
@@ -2895,7 +2695,8 @@ class UpstreamConnection(Wire):
         return views
 
     def rest(self) -> None:
-        """Be idle from now on."""
+        """Be idle until the next request."""
+        self._responding = False        # no byte of its response has come
         self._idle_since = time.monotonic(), time.time()
 
     @property
@@ -2904,15 +2705,11 @@ class UpstreamConnection(Wire):
         since, wall_since = self._idle_since
         return max(time.monotonic() - since, abs(time.time() - wall_since)) >= POOL_IDLE_S
 
-    def expect_response(self) -> None:
-        """Begin a request: no byte of its response has come."""
-        self._responding = False
-
     @property
     def was_stale(self) -> bool:
         """True if this connection broke as one does that was dead before the request."""
-        soon = self._sent_at is None or time.monotonic() - self._sent_at < STALE_S
-        return soon and not self._responding
+        return not self._responding and (
+            self._sent_at is None or time.monotonic() - self._sent_at < STALE_S)
 
     def wait(self, watch: Watch) -> bytes:
         """Return the next bytes, b"" at the end; raise what `watch` raises, or UpstreamError."""
@@ -2947,7 +2744,6 @@ class UpstreamConnection(Wire):
                 raise UpstreamError("sent a malformed response head")
 
     def close(self) -> None:
-        """Close the connection, without the rest of a response."""
         with contextlib.suppress(OSError):
             self._connection.close()
 
@@ -2961,8 +2757,7 @@ class Response:
 
     CODINGS = ("", "gzip", "deflate")       #: the content encodings that `text` understands
 
-    def __init__(self, head: ResponseHead, body: FixedBody | ClosingBody,
-                 connection: UpstreamConnection,
+    def __init__(self, head: ResponseHead, body: PlainBody, connection: UpstreamConnection,
                  release: Callable[[UpstreamConnection], None] | None) -> None:
         self.head, self.ahead = head, b""
         self._body, self._connection, self._release = body, connection, release
@@ -2975,66 +2770,62 @@ class Response:
 
     def hand_back(self) -> None:
         """Return the connection to the pool, or close it, if the body is complete."""
-        if self._body.done:
-            if (self._release is None or not self.head.keep_alive or not self._body.delimited
-                    or self._body.rest or self._connection.held):
-                self._connection.close()
+        body, connection = self._body, self._connection
+        if body.done:
+            is_clean = not (body.rest or connection.held) and body.delimited
+            if self._release is not None and self.head.keep_alive and is_clean:
+                self._release(connection)
             else:
-                self._release(self._connection)
+                connection.close()
 
     def take_held(self) -> None:
         """Add to `ahead` the payload that came together with the head, without waiting for more."""
         if self._connection.held and not self._body.done:
             self.ahead += self._body.feed(self._connection.receive())
+            if self._body.fault and not self.ahead:
+                self._body.finish()
             self.hand_back()
 
     def receive(self, watch: Watch) -> bytes:
-        """Return the next payload; b"" may come with `complete`.
-
-        Raises UpstreamError, ClientGone, UpstreamTimeout.
-        """
+        """Return the next payload; b"" may come with `complete`.  Raises what `wait` raises."""
         if self._error is not None:
             raise type(self._error)(str(self._error))   # a new one: see `without_trace`
-        if self._body.done:
-            return b""
         payload, body = b"", self._body
         while not payload and not body.done:
-            data = self._connection.wait(watch)
+            data = b"" if body.fault else self._connection.wait(watch)
             if data:
                 payload = body.feed(data)
             else:
                 body.finish()
-        self.hand_back()
+            self.hand_back()
         return payload
 
     def text(self) -> bytes:
-        """Return what is in `ahead`, decompressed if it is compressed.
-
-        Of what decompresses to more than READ_AHEAD_MAX_BYTES one byte more than these is returned.
-        """
+        """Return `ahead`, decompressed; of too much, READ_AHEAD_MAX_BYTES and one byte more."""
         if self.head.coding not in ("gzip", "deflate"):
             return self.ahead
+        text = b""
         for format_bits in (zlib.MAX_WBITS | 32, -zlib.MAX_WBITS):  # with a header, or without
+            data = b"" if text else self.ahead
             with contextlib.suppress(zlib.error):
-                decoder = zlib.decompressobj(format_bits)
-                return decoder.decompress(self.ahead, READ_AHEAD_MAX_BYTES + 1)
-        return b""
+                while data and len(text) <= READ_AHEAD_MAX_BYTES:   # gzip may have several members
+                    decoder = zlib.decompressobj(format_bits)
+                    text += decoder.decompress(data, READ_AHEAD_MAX_BYTES + 1 - len(text))
+                    data = decoder.unused_data
+        return text
 
-    def read_ahead(self, watch: Watch) -> bool:
-        """Receive more into `ahead`; return whether there may be still more.
+    def read_ahead(self, watch: Watch) -> None:
+        """Receive into `ahead` to the end, or as much as is held back.
 
         A body that breaks off or stalls is kept as far as it came; `receive` reports the break.
         """
-        if self.complete or self._error is not None or len(self.ahead) > READ_AHEAD_MAX_BYTES:
-            return False
         try:
-            self.ahead += self.receive(watch)
+            while not self.complete and len(self.ahead) <= READ_AHEAD_MAX_BYTES:
+                self.ahead += self.receive(watch)
         except UpstreamTimeout:
-            return False
+            pass
         except UpstreamError as error:
             self._error = without_trace(error)
-            return False
-        return not self.complete
 
     def close(self) -> None:
         """Break the connection off unless the response is complete."""
@@ -3061,36 +2852,27 @@ class Upstream:
              notes: list[str]) -> Response:
         """Send a request and return the response, its head read; raise UpstreamError, ClientGone.
 
-        While the upstream is not there, the request waits as long as its `patience` lasts.
-
-        A request goes out a second time only if the kept connection was stale: sending failed, or
-        it closed within a second, before any byte of a response.  RFC 9110 §9.2.2 leaves that to
-        the client for POST; model calls change nothing, and the client would do the same after an
-        error.  `notes` then says so.
+        A request goes out a second time, and `notes` says so, only if the kept connection was
+        stale: sending failed, or it closed within a second, before any byte of a response.
+        RFC 9110 §9.2.2 leaves that to the client for POST; model calls change nothing, and the
+        client would do the same after an error.
         """
-        connection = self._take()
-        if connection is not None:
-            try:
-                return self._send_on(connection, outbound, watch, patience)
-            except (UpstreamTimeout, ClientGone):
-                raise
-            except UpstreamError:
-                if not connection.was_stale:
-                    raise
-            notes.append("sent again: the kept connection was stale")
+        kept = self._take()
         while True:
             try:
-                connection = self.connect()
-                break
+                return self._send_on(kept or self.connect(), outbound, watch, patience)
             except UpstreamUnreachable:
                 if patience is None or not patience.wait():
                     raise
-        return self._send_on(connection, outbound, watch, patience)
+            except UpstreamError as error:
+                if kept is None or isinstance(error, UpstreamTimeout) or not kept.was_stale:
+                    raise
+                notes.append("sent again: the kept connection was stale")
+                kept = None
 
     def _send_on(self, connection: UpstreamConnection, outbound: Outbound, watch: Watch,
                  patience: Patience | None) -> Response:
         watch.start()
-        connection.expect_response()
         try:
             unsent = connection.send(outbound.pieces, watch)
             head = connection.read_head(watch)
@@ -3104,7 +2886,7 @@ class Upstream:
             raise
         self._missed_at = None
         if patience is not None:
-            patience.give_up()
+            patience.give_up_at = 0.0       # it is there
         # After a request not sent in full the next one would be taken for the rest of it.
         response = Response(head, response_body(head, outbound.method), connection,
                             None if unsent else self.keep)
@@ -3112,23 +2894,20 @@ class Upstream:
         return response
 
     def miss(self, started: float) -> bool:
-        """Take note that a request did not reach the upstream.
+        """Note that a request, begun at `started` (time.monotonic), did not reach the upstream.
 
-        `started` is when the request began, by time.monotonic.  Returns whether the one before it
-        in time missed as well; parallel requests are one.
+        Returns whether the one before it missed as well; parallel requests are one.
         """
-        is_repeated = self._missed_at is not None and self._missed_at <= started
-        self._missed_at = time.monotonic()
-        return is_repeated
+        before, self._missed_at = self._missed_at, time.monotonic()
+        return before is not None and before <= started
 
     def connect(self) -> UpstreamConnection:
         """Return a new connection; raise UpstreamUnreachable."""
-        connection = self.open()
+        connection = UpstreamConnection(self.open())
         try:
+            connection.set_up(TICK_S)
             if not self._is_own_address(connection.sock):
-                wire = UpstreamConnection(connection)
-                wire.set_up(TICK_S)
-                return wire
+                return connection
         except OSError as error:            # reset as soon as it was accepted
             connection.close()
             raise UpstreamError(f"broke the connection: {reason_of(error)}") from error
@@ -3137,38 +2916,33 @@ class Upstream:
 
     def open(self) -> http.client.HTTPConnection:
         """Return a new connection of the standard library; raise UpstreamUnreachable."""
-        connection = self._new_connection()
+        if self._is_tls and self._tls is None:
+            context = ssl.create_default_context()
+            # Python 3.9 sets it, and would take a truncated response for a whole one.
+            context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
+            self._tls = context
+        kind = (partial(http.client.HTTPSConnection, context=self._tls) if self._is_tls else
+                http.client.HTTPConnection)
+        connection = kind(self._host, self._port, timeout=CONNECT_S)
         connection.auto_open = 0            # it must not connect again by itself
         try:
             connection.connect()
         except OSError as error:
             connection.close()
             raise UpstreamUnreachable(f"cannot be reached: {reason_of(error)}") from error
-        except UnicodeError as error:       # not a host name
-            raise UpstreamUnreachable("cannot be reached: no such host name") from error
+
         return connection
 
-    def _new_connection(self) -> http.client.HTTPConnection:
-        if not self._is_tls:
-            return http.client.HTTPConnection(self._host, self._port, timeout=CONNECT_S)
-        if self._tls is None:
-            context = ssl.create_default_context()
-            # Python 3.9 sets it, and would take a truncated response for a whole one.
-            context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-            self._tls = context
-        return http.client.HTTPSConnection(
-            self._host, self._port, timeout=CONNECT_S, context=self._tls)
 
     def _take(self) -> UpstreamConnection | None:
         """Return a kept connection that seems alive, or None."""
-        while True:
-            try:
+        with contextlib.suppress(IndexError):
+            while True:
                 connection = self._kept.pop()
-            except IndexError:
-                return None
-            if not connection.is_old and not connection.has_input():
-                return connection
-            connection.close()
+                if not connection.is_old and not connection.has_input():
+                    return connection
+                connection.close()
+        return None
 
     def keep(self, connection: UpstreamConnection) -> None:
         """Keep a connection whose response is complete."""
@@ -3187,6 +2961,9 @@ class Upstream:
 
 # Proxy ########################################################################
 
+CLOSE = b"Connection: close\r\n"
+
+
 class ClientConnection(Wire):
     """A client's connection: it reads whole requests, strictly framed, and sends responses."""
 
@@ -3196,12 +2973,7 @@ class ClientConnection(Wire):
         self._asks_head = False         # HEAD: no response has a body, not even a refusal
         self._read_shut = False         # by `stop_reading`: an end of file proves nothing
         self.busy = False               #: a request is under way
-        self.thread = 0                 #: native id of the thread that serves it
-
-    def set_up(self, send_limit_s: float) -> None:
-        """Set the socket's options; called in the thread that serves the connection."""
-        super().set_up(send_limit_s)
-        self.thread = threading.get_native_id()
+        self.thread = threading.get_native_id()     #: the one that serves it
 
     # ---- Reading
 
@@ -3210,32 +2982,30 @@ class ClientConnection(Wire):
 
         None if the client closes, or sends nothing for `idle_s` seconds, before a request begins.
         """
-        self.busy = False
         data, self.held = bytes(self.held), b""
+        self.busy = self._asks_head = False
         self.limit(idle_s)
         deadline, seen = None, 0
         while True:
             if data.startswith(b"\r\n"):        # RFC 9112 §2.2: ignored before a request
                 data, seen = data[2:], 0
-            head = self._find_head(data, seen)
-            if head is not None:
-                self.busy = True
-                return head
             if data not in (b"", b"\r"):
                 self.busy = True
+                head = self._find_head(data, seen)
+                if head is not None:
+                    return head
                 deadline = deadline or time.monotonic() + HEAD_S
                 self.limit(max(0.001, deadline - time.monotonic()))
-            more = self._receive_head(deadline)
+            more = self._receive(self.receive)
+            if deadline is not None and (more is None or time.monotonic() > deadline):
+                raise RequestError(408, f"request head not complete within {HEAD_S:.0f} s")
             if not more:
                 return None
             seen = len(data)
             data += more
 
     def _find_head(self, data: bytes, seen: int) -> RequestHead | None:
-        """Return the head that `data` begins with, None if it is not complete.
-
-        Raises RequestError.  `seen` bytes of `data` were searched before.
-        """
+        """Return the head that starts `data`, None if truncated; `seen` bytes are searched."""
         self._asks_head = data.startswith(b"HEAD ")
         known = self._last_head.match(data)
         if known is not None:
@@ -3246,27 +3016,21 @@ class ClientConnection(Wire):
         if (end if end >= 4 else len(data)) > HEAD_MAX_BYTES:
             raise head_too_large(data)
         if end < 4:
-            if data not in (b"", b"\r"):
-                check_head_start(data, max(0, seen - 3))
+            check_head_start(data, max(0, seen - 3))
             return None
         self.held = data[end:]
         head = parse_request_head(data[:end])
         self._last_head.remember(data[:end], head)
         return head
 
-    def _receive_head(self, deadline: float | None) -> bytes:
-        """Return more of a head, whose end is due at `deadline` if it has begun."""
+    def _receive(self, receive: Callable[[], T]) -> T | None:
+        """Return what `receive` returns, None if nothing came in time; raise ClientGone."""
         try:
-            more = self.receive()
-            if deadline is not None and time.monotonic() > deadline:
-                raise socket.timeout()
+            return receive()
         except NOTHING_CAME:
-            if deadline is None:
-                return b""
-            raise RequestError(408, "request head not complete within %d s" % HEAD_S) from None
+            return None
         except OSError as error:
             raise ClientGone() from error
-        return more
 
     def read_body(self, head: RequestHead) -> BytesLike:
         """Return the whole body of the request; raise RequestError, ClientGone."""
@@ -3290,15 +3054,17 @@ class ClientConnection(Wire):
             if have == len(body):
                 body *= 2
             with memoryview(body) as view:
-                end = min(len(body), length)
-                have += self._receive_body(partial(self.sock.recv_into, view[have:end]))
-        return body if len(body) == length else memoryview(body)[:length]
+                have += self._receive_body(partial(self.sock.recv_into, view[have:length]))
+        del body[length:]
+        return body
 
     def _read_chunks(self) -> BytesLike:
         body, decoder = bytearray(), ChunkedBody()
         try:
             while not decoder.done:
                 body += decoder.feed(self._receive_body(self.receive))
+                if decoder.fault:
+                    decoder.finish()
                 if len(body) + decoder.left > BODY_MAX_BYTES:
                     raise RequestError(413, f"body over the limit of {BODY_MAX_BYTES >> 20} MiB")
         except UpstreamError as error:
@@ -3308,13 +3074,9 @@ class ClientConnection(Wire):
 
     def _receive_body(self, receive: Callable[[], T]) -> T:
         self.limit(BODY_STALL_S)        # only here, because each change is a system call
-        try:
-            received = receive()
-        except NOTHING_CAME:
-            raise RequestError(
-                408, "request body without progress for %d s" % BODY_STALL_S) from None
-        except OSError as error:
-            raise ClientGone() from error
+        received = self._receive(receive)
+        if received is None:
+            raise RequestError(408, f"request body without progress for {BODY_STALL_S:.0f} s")
         if not received:
             raise ClientGone("the client left before the end of its request")
         return received
@@ -3357,9 +3119,13 @@ class ClientConnection(Wire):
         except OSError as error:
             raise ClientGone() from error
 
+    def send_interim(self, head: ResponseHead) -> None:
+        """Send a 1xx head."""
+        self.send(response_head_bytes(head, b""))
+
     def send_whole(self, status: int, body: bytes, fields: bytes,
                    content_type: bytes = b"application/json") -> None:
-        """Send a whole response of rrouter's own."""
+        """Send a whole response made by rrouter."""
         date = email.utils.formatdate(time.time(), usegmt=True)
         self.send(b"HTTP/1.1 %d %b\r\nDate: %b\r\nContent-Type: %b\r\n"
                   b"Content-Length: %d\r\n%b\r\n%b" % (
@@ -3368,7 +3134,7 @@ class ClientConnection(Wire):
                       b"" if self._asks_head else body))
 
     def send_error(self, error: RouterError, fields: bytes) -> None:
-        """Send an error of rrouter's own in Anthropic's shape."""
+        """Send an error made by rrouter, in Anthropic's shape."""
         self.send_whole(error.http_status, error_body(error.http_status, str(error)),
                         b"x-rrouter-error: 1\r\n" + fields)
 
@@ -3386,34 +3152,23 @@ class ClientConnection(Wire):
                 if not self.sock.recv(RECEIVE_BYTES):
                     break
 
-    def reset_on_close(self) -> None:
-        """Let `close` reset the connection."""
-        with contextlib.suppress(OSError):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
 class ResponseWriter:
-    """One response on its way to the client: it frames the payload.
+    """One response on its way to the client: the upstream's head, our fields, framed payload.
 
     A body that ends with the upstream's connection is sent in chunks, so that the client sees
     whether it is whole.
     """
 
-    def __init__(self, client: ClientConnection, head: RequestHead) -> None:
-        self._client, self._request_head = client, head
-        self._pending = b""             # the head, which goes out with the first payload
-        self._is_chunked = self._ends_with_connection = False
-        self.has_begun = False          #: a byte has been sent
-
-    def start(self, head: ResponseHead, fields: bytes) -> None:
-        """Begin with the upstream's `head` and our `fields`."""
-        has_body = self._request_head.method != "HEAD" and head.status not in (204, 304)
-        is_unbounded = head.length is None and has_body
-        self._is_chunked = is_unbounded and self._request_head.http11
-        self._ends_with_connection = is_unbounded and not self._is_chunked
+    def __init__(self, client: ClientConnection, request: RequestHead, head: ResponseHead,
+                 fields: bytes) -> None:
+        self._client = client
+        is_unbounded = (head.length is None and head.status not in (204, 304)
+                        and request.method != "HEAD")
+        self._is_chunked = is_unbounded and request.http11
+        self._ends_with_connection = is_unbounded and not request.http11
         if self._is_chunked:
             fields += b"Transfer-Encoding: chunked\r\n"
-        self._pending = response_head_bytes(head, fields)
+        self._pending = response_head_bytes(head, fields)   # goes out with the first payload
 
     def send(self, payload: bytes, is_last: bool) -> None:
         """Send payload; `is_last` ends the response.  Raises ClientGone."""
@@ -3424,12 +3179,7 @@ class ResponseWriter:
                 payload += b"0\r\n\r\n"
         if self._pending:
             payload, self._pending = self._pending + payload, b""
-        self.has_begun = True
         self._client.send(payload)
-
-    def send_interim(self, head: ResponseHead) -> None:
-        """Send a 1xx head."""
-        self._client.send(response_head_bytes(head, b""))
 
     def break_off(self) -> None:
         """Close the connection, so that what was sent cannot pass for the whole.
@@ -3438,17 +3188,21 @@ class ResponseWriter:
         on their way, so the other responses are spared it.
         """
         if self._ends_with_connection:
-            self._client.reset_on_close()
+            with contextlib.suppress(OSError):
+                self._client.sock.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._client.close()
 
 
 class Request(NamedTuple):
-    """One request, received in full."""
+    """One request, received in full, and the client that waits for its response."""
 
+    client: ClientConnection
     head: RequestHead
     outbound: tuple[bytes, bytes]       #: the head to forward, see `outbound_head`
     body: BytesLike
     found: tuple[int, int, str] | None      #: where its model name stands, and the name
+    patience: Patience | None           #: while the upstream is not there; None: no wait
 
     @property
     def model(self) -> str | None:
@@ -3465,170 +3219,149 @@ class Request(NamedTuple):
         """True if the response should be a message of Anthropic's API."""
         return self.head.path.endswith("/messages")
 
-    @property
-    def asks_for_stream(self) -> bool:
-        """True if the response should be a stream."""
-        return asks_for_stream(self.body)
 
-
-class Ends(NamedTuple):
-    """What all attempts of one request share."""
-
-    client: ClientConnection
-    writer: ResponseWriter
-    upstream: Upstream
-    patience: Patience | None   #: for an upstream that is not there; None: none at all
+FAULT_OF_ERROR = {UpstreamTimeout: Fault.TIMEOUT, UpstreamUnreachable: Fault.UNREACHABLE}
 
 
 class Attempt:
-    """One try of a request on one target: a response, or the error that came in its place.
+    """One try of a request on one target: a response, or the error that replaces it.
 
     Without a ticket it is not judged: it has no time limit and holds nothing back, except a 400,
     because the history may need healing.
     """
 
-    def __init__(self, ends: Ends, request: Request, route: Route, ticket: Ticket | None,
+    def __init__(self, upstream: Upstream, request: Request, route: Route, ticket: Ticket | None,
                  limit_s: float | None) -> None:
-        self.route, self.ticket = route, ticket
+        self.route = route
+        self.ticket = ticket            #: until Failover knows the outcome
         self.response: Response | None = None
         self.error: UpstreamError | None = None
-        self.watch = Watch(None)        #: of the latest send
-        self.scan: StreamScan | None = None     #: of an event stream that is judged
-        self.outcome = LEFT             # until the attempt has ended
+        self.watch: Watch               #: of the latest send
+        self.outcome = LEFT             #: LEFT until the attempt has ended
         self.notes: list[str] = []      #: for the line in the log
         self.healed = False             #: sent again without thinking blocks
-        self.settled = False            #: its outcome is recorded
-        self._ends, self._request, self._limit_s = ends, request, limit_s
-        self._message_defect = ""        #: of a buffered response
+        self._upstream, self._request, self._limit_s = upstream, request, limit_s
+        self._scan: StreamScan | None = None    # of an event stream that is judged
         self._began = 0.0               # of the latest send, in Unix seconds
         self._active_at = 0.0           # of that or the last event, by time.monotonic
 
     def run(self) -> None:
         """Send the request, healed if its history needs that; raise ClientGone."""
         self._send(self._request.body, self._request.found)
-        if self.outcome.fault is not Fault.REJECTED or self._request.model is None:
+        rejection = self.response
+        if rejection is None or self.outcome.fault is not Fault.REJECTED:
             return
-        rejection, body = self.response, without_thinking(self._request.body)
+        body = without_thinking(self._request.body)
         if body is None:
             return
         self.healed = True
         self._send(body, find_model(body))
         if self.outcome.fault is None:
-            if rejection is not None:
-                rejection.close()
-        else:
-            self.close()
-            self.response, self.error, self.scan = rejection, None, None
-            if self.outcome.fault is Fault.REJECTED:    # it has no such history any more
-                self.outcome = self.outcome._replace(fault=Fault.STATUS)
-            self.outcome = self.outcome._replace(status=400, keeps_400=True)
+            rejection.close()
+            return
+        self.close()
+        self.response, self.error, self._scan = rejection, None, None
+        self.outcome = self.outcome._replace(status=400, keeps_400=True)
+        if self.outcome.fault is Fault.REJECTED:    # although it has no such history any more
+            self.outcome = self.outcome._replace(fault=Fault.STATUS)
 
     def _send(self, body: BytesLike, found: tuple[int, int, str] | None) -> None:
         """Send `body` once and receive as much as must be known before the client gets a byte."""
-        head, model = self._request.head, self.route.model or ""
-        client, writer, upstream, patience = self._ends
+        request, model = self._request, self.route.model or ""
         pieces: list[BytesLike] = [body]
         if found is not None and model != found[2]:
             pieces = splice(body, found[0], found[1], model)
-        before, after = self._request.outbound
+        before, after = request.outbound
         length = b"%d" % sum(map(len, pieces)) if after else b""
-        outbound = Outbound(head.method, [before + length + after, *pieces],
-                            writer.send_interim if head.http11 else None)
-        self.response = self.error = self.scan = None
-        self.watch = Watch(client.has_left, self._limit_s)
+        outbound = Outbound(request.head.method, [before + length + after, *pieces],
+                            request.client.send_interim if request.head.http11 else None)
+        self.response = self.error = self._scan = None
+        self.watch = Watch(request.client.has_left, self._limit_s)
         self._began, self._active_at = time.time(), time.monotonic()
         try:
-            self.response = upstream.send(outbound, self.watch, patience, self.notes)
-            self._hold_back(self.response)
+            self.response = self._upstream.send(outbound, self.watch, request.patience, self.notes)
+            defect = self._hold_back(self.response)
+            self.outcome = self._read_outcome(self.response, defect)
         except UpstreamError as error:
             self.close()
             self.response, self.error = None, without_trace(error)
-        except BaseException:
-            self.close()
-            raise
-        self.outcome = self._read_outcome()
+            fault = FAULT_OF_ERROR.get(type(error), Fault.DROPPED)
+            self.outcome = Outcome(fault, error.http_status, error.what, self._began, time.time())
 
-    def _hold_back(self, response: Response) -> None:
-        """Read as much of the response as decides whether the client gets it."""
+    def _hold_back(self, response: Response) -> str:
+        """Read as much of the response as decides whether the client gets it.
+
+        Returns the defect of a 2xx that is of no use to the client, else "".
+        """
         head, request = response.head, self._request
-        judged = self.ticket is not None and request.head.method != "HEAD"
-        if (judged and head.status >= 400) or (head.status == 400 and request.model is not None):
-            self._hold_failure(response)
-        elif judged and head.status < 300 and head.is_event_stream and not head.coding:
-            self._hold_stream(response)
-        elif (judged and head.status < 300 and request.is_message and not head.is_event_stream
-              and head.coding in Response.CODINGS):
-            self._hold_message(response)
+        is_judged = self.ticket is not None and request.head.method != "HEAD"
+        if is_judged and head.status < 300 and head.is_event_stream and not head.coding:
+            return self._hold_stream(response)
+        if (is_judged and head.status < 300 and request.is_message and not head.is_event_stream
+                and head.coding in Response.CODINGS):
+            return self._hold_message(response)
+        if (is_judged and head.status >= 400) or (head.status == 400 and request.model is not None):
+            watch = Watch(request.client.has_left, READ_AHEAD_S)
+            watch.start()
+            response.read_ahead(watch)
         else:
             response.take_held()        # broken chunks right after the head can still be rescued
+        return ""
 
-    def _hold_failure(self, response: Response) -> None:
-        """Read a failed response to its end, or as far as it comes."""
-        watch = Watch(self._ends.client.has_left, READ_AHEAD_S)
-        watch.start()
-        while response.read_ahead(watch):
-            pass
-
-    def _hold_stream(self, response: Response) -> None:
+    def _hold_stream(self, response: Response) -> str:
         """Read an event stream up to the event that decides."""
-        self.scan = StreamScan(self._request.is_message)
-        while not (self.scan.committed or self.scan.defect):
-            payload = response.receive(self.watch)
-            response.ahead += payload
-            self.inspect(payload, response.complete)
+        scan = self._scan = StreamScan(self._request.is_message)
+        while not (scan.committed or scan.defect):
+            response.ahead += self.receive(response)
+        return scan.defect
 
-    def _hold_message(self, response: Response) -> None:
+    def _hold_message(self, response: Response) -> str:
         """Read a message that is not streamed to its end."""
         while not response.complete and len(response.ahead) <= READ_AHEAD_MAX_BYTES:
             response.ahead += response.receive(self.watch)
         text = response.text()
-        if response.complete and len(text) <= READ_AHEAD_MAX_BYTES:
-            self._message_defect = message_defect(text)
+        is_whole = response.complete and len(text) <= READ_AHEAD_MAX_BYTES
+        return message_defect(text) if is_whole else ""
 
-    def inspect(self, payload: bytes, is_last: bool) -> None:
-        """Read more of the response's body, for what it says about the target."""
-        if self.scan is None:
-            self._active_at = time.monotonic()
-            return
-        events = self.scan.events
-        self.scan.feed(payload)
-        if is_last:
-            self.scan.finish()
-        if self.scan.events != events:
-            self._active_at = time.monotonic()
-
-    def _read_outcome(self) -> Outcome:
+    def _read_outcome(self, response: Response, defect: str) -> Outcome:
         """Return how the attempt ended, as far as it is known before the client gets a byte."""
-        ended, error = time.time(), self.error
-        if self.response is None:
-            assert error is not None
-            kind = (Fault.TIMEOUT if isinstance(error, UpstreamTimeout) else
-                    Fault.UNREACHABLE if isinstance(error, UpstreamUnreachable) else Fault.DROPPED)
-            return Outcome(kind, error.http_status, error.what, self._began, ended)
-        head, what = self.response.head, str(self.response.head.status)
-        fault: Fault | None = None
-        retry_after = None
+        head, ended, retry_after_s = response.head, time.time(), None
+        fault, what = Fault.NO_MESSAGE if defect else None, defect or str(head.status)
         if head.value(b"x-rrouter-error"):
             fault = Fault.OWN
         elif head.status >= 400:
-            text = self.response.text()
+            text = response.text()
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
-            if head.status == 400 and names_foreign_signature(text):
-                fault = Fault.REJECTED
-            retry_after = read_retry_after(
+            if fault is Fault.REJECTED and self._request.found is None:
+                fault = Fault.STATUS
+            retry_after_s = read_retry_after(
                 head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
-        elif self._message_defect or (self.scan is not None and self.scan.defect):
-            fault, what = Fault.NO_MESSAGE, self._message_defect or (
-                self.scan.defect if self.scan else "")
-        return Outcome(fault, head.status, what, self._began, ended, retry_after)
+        return Outcome(fault, head.status, what, self._began, ended, retry_after_s)
+
+    def receive(self, response: Response) -> bytes:
+        """Return more of the response, after a look at what it says about the target."""
+        payload, scan = response.receive(self.watch), self._scan
+        events = scan.events if scan is not None else -1
+        if scan is not None:
+            scan.feed(payload)
+            if response.complete:
+                scan.finish()
+        if scan is None or scan.events != events:
+            self._active_at = time.monotonic()
+        return payload
+
+    def fail_late(self, fault: Fault, what: str) -> None:
+        """Change the outcome to a failure that comes too late for a rescue."""
+        self.outcome = Outcome(fault, 500, what, self._began, time.time(), direct=True)
 
     @property
-    def late_failure(self) -> str:
-        """What failed after the first content of a message, "" if nothing has."""
-        scan, response = self.scan, self.response
-        if scan is None or response is None or not self._request.is_message:
+    def late_defect(self) -> str:
+        """Why a message that seemed good has failed after its first content, "" if it has not."""
+        scan, response = self._scan, self.response
+        if (scan is None or response is None or self.outcome.fault is not None
+                or not self._request.is_message):
             return ""
         if scan.broken:
             return "error event in the stream"
@@ -3636,20 +3369,18 @@ class Attempt:
 
     @property
     def is_complete(self) -> bool:
-        """True if the response carries everything, although its last bytes may be missing."""
-        scan, response = self.scan, self.response
-        return response is not None and response.head.status < 300 and (
-            response.complete or (scan is not None and scan.ended and not scan.broken))
+        """True if it succeeded and carries everything, although its last bytes may be missing."""
+        scan, response = self._scan, self.response
+        if self.outcome.fault is not None or response is None or response.head.status >= 300:
+            return False
+        return response.complete or (scan is not None and scan.ended and not scan.broken)
 
     @property
     def is_abandoned(self) -> bool:
         """True if a client that leaves now gives up a stream that has been silent for too long."""
-        return (self._request.asks_for_stream
+        return (self.ticket is not None and self.outcome.fault in (None, Fault.LEFT)
+                and not self.is_complete and asks_for_stream(self._request.body)
                 and time.monotonic() - self._active_at >= ABANDONED_S)
-
-    def direct_outcome(self, fault: Fault, what: str) -> Outcome:
-        """Return the outcome of a failure that can no longer be rescued."""
-        return Outcome(fault, 500, what, self._began, time.time(), direct=True)
 
     def close(self) -> None:
         """Break the response off unless it is complete."""
@@ -3658,7 +3389,7 @@ class Attempt:
 
 
 class Router:
-    """What all connections share: settings, files, failover, upstream, log and counters."""
+    """The settings, files, failover, upstream, log and counters that all connections share."""
 
     def __init__(self, settings: Settings, paths: Paths, log: Log, started_by: str) -> None:
         self.settings, self.log, self.started_by = settings, log, started_by
@@ -3689,10 +3420,7 @@ class Router:
             return self._requests
 
     def end(self, result: str, failure: dict[str, Any] | None) -> None:
-        """Count the end of a request: as `answered`, `rescued`, `failed`, or as none of them.
-
-        `failure` is what /health shows as the last one.
-        """
+        """Count the end of a request by its result, "" for none; keep its failure for /health."""
         with self._lock:
             self._active -= 1
             if result:
@@ -3728,7 +3456,7 @@ class Router:
 
     def load(self) -> None:
         """Read mode and config for the first time."""
-        self.failover.reset(self.store.load().config.auto, "")
+        self.store.snapshot()
 
     def load_state(self) -> None:
         """Continue with the failover state of before a restart if it fits; keep it from now on."""
@@ -3746,7 +3474,7 @@ class Router:
         """Write state.json if there is something new."""
         if self.keeps_state:
             # The fingerprint first: a reset by a mode written meanwhile must not be undone.
-            self.state.save(lambda: {**self.store.fingerprint(), **self.failover.save()})
+            self.state.save({**self.store.fingerprint(), **self.failover.save()})
 
     def watch(self) -> None:
         """Look at the files and at the clock; one step of the watcher."""
@@ -3757,14 +3485,10 @@ class Router:
         self.failover.look_at_clock()
         self.save_state()
         self.upstream.prune()
-        self._trim(time.monotonic())
-
-    def _trim(self, now: float) -> None:
-        """Return free memory after requests, and once after the start, while none is under way."""
-        count, when = self._trimmed
+        (count, when), now = self._trimmed, time.monotonic()
         if not self._active and self._requests != count and now - when >= TRIM_S:
             self._trimmed = self._requests, now
-            return_free_memory()
+            return_free_memory()        # after requests, and once after the start
 
     def health(self) -> dict[str, Any]:
         """Return what /health shows."""
@@ -3774,8 +3498,8 @@ class Router:
         problems = [*snapshot.problems, self.log.problem, self.state.problem]
         return {"status": "ok", "version": __version__, "mode": snapshot.mode,
                 "currentTarget": auto["currentTarget"] if is_auto else snapshot.mode,
-                "defaultMode": snapshot.config.default_mode, "requestCount": self._requests,
-                "activeRequests": self._active,
+                "defaultMode": snapshot.config.default_mode, "modes": snapshot.config.choices,
+                "requestCount": self._requests, "activeRequests": self._active,
                 "requests": {**self._results, "lastFailure": self._last_failure},
                 "uptimeSeconds": int(time.monotonic() - self._started),
                 "pid": os.getpid(), "instance": self.instance, "startedBy": self.started_by,
@@ -3783,214 +3507,125 @@ class Router:
                 "problems": [problem for problem in problems if problem], "autoSwitch": auto}
 
 
-class Effect(enum.Enum):
-    """What Failover is asked to do with an attempt."""
-
-    COMMIT = "the client gets this response"
-    CREDIT = "it is complete"
-    CHARGE = "its failure counts"
-    RELEASE = "its outcome is neutral"
-
-
 class Exchange:
     """One proxied request, from its snapshot to its line in the log."""
 
-    def __init__(self, router: Router, client: ClientConnection, request: Request) -> None:
-        self._router, self._client, self._request = router, client, request
-        self._writer = ResponseWriter(client, request.head)
+    def __init__(self, router: Router, request: Request) -> None:
+        self._router, self._request = router, request
         self._attempts: list[Attempt] = []
         self._chosen: Attempt | None = None     # whose response the client gets
-        self._number = 0
-        self._started = 0.0             # time.monotonic
-        self._ended: tuple[int, str, float] | None = None   # status, note, duration in seconds
+        self._writer: ResponseWriter | None = None      # of that response, once it begins
+        self._number, self._started = 0, 0.0    # the latter by time.monotonic
+        self._has_ended = False
 
     def run(self) -> None:
         """Carry the request through; raise ClientGone if the connection cannot carry another."""
         self._started, self._number = time.monotonic(), self._router.begin()
         try:
             self._answer(self._forward(self._router.store.snapshot()))
-        except UpstreamError as error:
-            self._report(error)
         except ClientGone:
             self._leave()
-            if self._writer.has_begun:
+            if self._writer is not None:
                 self._writer.break_off()
             raise
         except Exception as error:      # a defect of ours
             self._end(500, "internal error")
-            if self._writer.has_begun:
-                self._router.log.write("ERROR", describe_defect(error))
-                self._break_off()
-            raise
-        finally:
-            for attempt in self._attempts:
-                attempt.close()
-            self._router.log.write("REQ", self._line())
+            if self._writer is None:
+                raise
+            self._router.log.write("ERROR", describe_defect(error))
+            self._writer.break_off()
+            raise ClientGone("the response was broken off") from error
 
     # ---- Up to the response
 
     def _forward(self, snapshot: Snapshot) -> Attempt:
         """Return the attempt whose response the client gets, after at most two."""
-        config, model, failover = snapshot.config, self._request.model, self._router.failover
-        targets = config.auto.targets
-        ends = Ends(self._client, self._writer, self._router.upstream,
-                    Patience(self._client.has_left) if model is not None else None)
+        config, request, failover = snapshot.config, self._request, self._router.failover
+        model, targets = request.model, config.auto.targets
         if snapshot.mode != MODE_AUTO:
-            return self._try(ends, decide_route(config, snapshot.mode, model), None, None)
+            return self._try(decide_route(config, snapshot.mode, model))
         routes = {target: decide_route(config, target, model) for target in targets}
-        if not self._request.is_judged or len({route.model for route in routes.values()}) == 1:
-            return self._try(ends, routes[failover.current(model, targets)], None, None)
-        limit_s = config.auto.first_byte_limit_s(self._request.asks_for_stream)
+        if not request.is_judged or len({route.model for route in routes.values()}) == 1:
+            return self._try(routes[failover.current(model, targets)])
+        limit_s = config.auto.first_byte_limit_s(asks_for_stream(request.body))
         ticket = failover.admit(model or "", targets)
         if ticket.probe and not ticket.quiet:
             self._router.log_decisions([f"PROBE of {ticket.target}"], self._number)
-        first = self._try(ends, routes[ticket.target], ticket, limit_s)
+        first = self._try(routes[ticket.target], ticket, limit_s)
         if first.outcome.fault not in RESCUED or self._router.draining:
             return first                # while draining, the client's retry finds the next rrouter
-        if self._client.has_left():
+        if request.client.has_left():
             raise ClientGone()
         ticket = failover.rescue(ticket, targets)
-        second = self._try(ends, routes[ticket.target], ticket, limit_s)
+        second = self._try(routes[ticket.target], ticket, limit_s)
         verdict = judge(first.outcome, second.outcome)
-        for attempt, counts in zip((first, second), verdict.counts):
+        for attempt, counts in zip(self._attempts, verdict.counts):
             if attempt.outcome.fault is not None:
-                self._settle(attempt, Effect.CHARGE if counts else Effect.RELEASE)
+                self._settle(attempt, counts)
+        self._attempts[1 - verdict.chosen].close()
         return self._attempts[verdict.chosen]
 
-    def _try(self, ends: Ends, route: Route, ticket: Ticket | None,
-             limit_s: float | None) -> Attempt:
+    def _try(self, route: Route, ticket: Ticket | None = None,
+             limit_s: float | None = None) -> Attempt:
         """Return an attempt that has run; with a ticket it is judged."""
-        attempt = Attempt(ends, self._request, route, ticket, limit_s)
+        attempt = Attempt(self._router.upstream, self._request, route, ticket, limit_s)
         self._attempts.append(attempt)
-        try:
-            attempt.run()
-        finally:
-            if attempt.healed:
-                self._router.log.write(
-                    "HEAL", "#%d %s rejected thinking blocks of another backend: sent again "
-                    "without them" % (self._number, route.target))
+        attempt.run()
+        if attempt.healed:
+            self._router.log.write("HEAL", f"#{self._number} {route.target} rejected thinking "
+                                   "blocks of another backend: sent again without them")
+        slow = slow_failure(attempt.outcome)
+        if slow:
+            self._router.log.write("SLOW", f"#{self._number} {route.target}: {slow}")
         return attempt
 
     # ---- From the response on
 
     def _answer(self, attempt: Attempt) -> None:
         """Send the client the response of the attempt, or its error."""
-        for other in self._attempts:
-            if other is not attempt:
-                other.close()
         self._chosen = attempt
-        if attempt.response is not None:
-            self._relay(attempt, attempt.response)
-        elif attempt.error is not None:
+        if attempt.error is not None:
             self._report(attempt.error)
+        elif attempt.response is not None:
+            try:
+                self._relay(attempt, attempt.response)
+            except UpstreamError as error:
+                attempt.fail_late(Fault.DROPPED, f"the upstream {error}")
+                self._end(attempt.response.head.status)
+                raise ClientGone("the response was broken off") from error
 
     def _relay(self, attempt: Attempt, response: Response) -> None:
         """Forward the response as it comes; its outcome is settled before its end is sent."""
-        if attempt.outcome.fault is None:
-            self._settle(attempt, Effect.COMMIT)
+        if attempt.ticket is not None and attempt.outcome.fault is None:
+            attempt.ticket, lines = self._router.failover.commit(attempt.ticket)
+            self._router.log_decisions(lines, self._number)
         attempt.watch.lift()
-        self._writer.start(response.head, self._reply_fields())
+        writer = self._writer = ResponseWriter(
+            self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
         while True:
-            if attempt.ticket is not None and attempt.outcome.fault is None:
-                self._settle_progress(attempt, response)
+            defect = attempt.late_defect
+            if defect:
+                attempt.fail_late(Fault.NO_MESSAGE, defect)
+                self._settle(attempt, counts=True)
             if response.complete:
                 self._end(response.head.status)
-                self._writer.send(payload, is_last=True)
+                writer.send(payload, is_last=True)
                 return
-            self._writer.send(payload, is_last=False)
-            payload = response.receive(attempt.watch)
-            attempt.inspect(payload, response.complete)
-
-    def _settle_progress(self, attempt: Attempt, response: Response) -> None:
-        """Settle a response as soon as it is known to have failed, or is complete."""
-        failure = attempt.late_failure
-        if failure:
-            self._settle(attempt, Effect.CHARGE,
-                         attempt.direct_outcome(Fault.NO_MESSAGE, failure))
-        elif response.complete and response.head.status < 300:
-            self._settle(attempt, Effect.CREDIT)
-
-    def _settle(self, attempt: Attempt, effect: Effect, outcome: Outcome | None = None) -> None:
-        """Report an attempt to Failover: a commit, then one outcome.
-
-        What is not judged, and what comes after the outcome, changes nothing.
-        """
-        ticket, failover = attempt.ticket, self._router.failover
-        lines: list[str] = []
-        if ticket is None or attempt.settled:
-            return
-        attempt.settled = effect is not Effect.COMMIT
-        if effect is Effect.COMMIT:
-            attempt.ticket, lines = failover.commit(ticket)
-        elif effect is Effect.CREDIT:
-            failover.credit(ticket)
-        elif effect is Effect.RELEASE:
-            lines = failover.release(ticket)
-        else:
-            lines = failover.charge(ticket, outcome or attempt.outcome)
-        self._router.log_decisions(lines, self._number)
-
-    # ---- The end
-
-    def _end(self, status: int, note: str = "") -> None:
-        """Let the request end, once, before the client can know that it has ended."""
-        if self._ended is not None:
-            return
-        for attempt in self._attempts:
-            self._settle(attempt, Effect.RELEASE)
-        self._ended = status, note, time.monotonic() - self._started
-        self._router.end(*self._result(status, note))
-
-    def _result(self, status: int, note: str) -> tuple[str, dict[str, Any] | None]:
-        """Return what the request counts as in /health, and its last failure."""
-        failure = None
-        for attempt in self._attempts:
-            outcome, late = attempt.outcome, attempt.late_failure
-            if outcome.fault not in (None, Fault.LEFT) or late:
-                failure = {"at": utc(outcome.ended), "target": attempt.route.target,
-                           "what": late or outcome.what}
-        if status == LEFT.status:       # neither an answer nor a failure
-            return "", failure
-        if note and failure is None and self._chosen is not None:
-            failure = {"at": utc(time.time()), "target": self._chosen.route.target, "what": note}
-        if note or status >= 400 or (self._chosen is not None and self._chosen.late_failure):
-            return "failed", failure
-        return "answered" if self._chosen is self._attempts[0] else "rescued", failure
-
-    def _leave(self) -> None:
-        """Settle what was under way when the client left."""
-        first, current = self._attempts[0], self._chosen or self._attempts[-1]
-        if first.outcome.fault not in (None, Fault.LEFT):
-            counts = judge(first.outcome, LEFT).counts[0]
-            self._settle(first, Effect.CHARGE if counts else Effect.RELEASE)
-        if current.outcome.fault in (None, Fault.LEFT):
-            if current.is_complete:
-                self._settle(current, Effect.CREDIT)
-            elif current.is_abandoned:
-                self._settle(current, Effect.CHARGE, current.direct_outcome(
-                    Fault.TIMEOUT, "timeout, ended by the client"))
-        self._end(LEFT.status, LEFT.what)
+            writer.send(payload, is_last=False)
+            payload = attempt.receive(response)
 
     def _report(self, error: UpstreamError) -> None:
-        """Report `error` to the client: by a response or, within one, by breaking off."""
-        note, upstream = f"the upstream {error}", self._router.upstream
-        if self._writer.has_begun:
-            response = self._chosen.response if self._chosen else None
-            self._end(response.head.status if response else 0, note)
-            self._break_off()
-        self._end(error.http_status, note)
+        """Send the client the error that replaces a response."""
+        upstream = self._router.upstream
+        self._end(error.http_status, f"the upstream {error}")
         fields = self._reply_fields()
         # Without it Claude Code retries for three silent minutes.
         if (isinstance(error, UpstreamUnreachable) and self._request.model is not None
                 and upstream.miss(self._started)):
             fields += b"x-should-retry: false\r\n"
         message = f"upstream {upstream.url} {error}; {error.remedy}"
-        self._client.send_error(type(error)(message), fields)
-
-    def _break_off(self) -> NoReturn:
-        self._writer.break_off()
-        raise ClientGone("the response was broken off")
+        self._request.client.send_error(type(error)(message), fields)
 
     def _reply_fields(self) -> bytes:
         """Return our fields of the response: where a request with a model went, and its end."""
@@ -4001,12 +3636,61 @@ class Exchange:
                       f"x-rrouter-model: {printable(route.model or '')}\r\n"
                       f"x-rrouter-attempts: {len(self._attempts)}\r\n").encode("ascii")
         if not self._request.head.keep_alive or self._router.draining:
-            fields += b"Connection: close\r\n"
+            fields += CLOSE
         return fields
 
-    def _line(self) -> str:
+    # ---- The end
+
+    def _settle(self, attempt: Attempt, counts: bool = False) -> None:
+        """Report a judged attempt to Failover, once: it counts, has succeeded, or is neutral."""
+        ticket, attempt.ticket = attempt.ticket, None
+        lines: list[str] = []
+        if ticket is None:
+            return
+        if counts:
+            lines = self._router.failover.charge(ticket, attempt.outcome)
+        elif attempt.is_complete:
+            self._router.failover.credit(ticket)
+        else:
+            lines = self._router.failover.release(ticket)
+        self._router.log_decisions(lines, self._number)
+
+    def _leave(self) -> None:
+        """Settle what was under way when the client left."""
+        first, current = self._attempts[0], self._chosen or self._attempts[-1]
+        if first.outcome.fault not in (None, Fault.LEFT):
+            self._settle(first, judge(first.outcome, LEFT).counts[0])
+        if current.is_abandoned:
+            current.fail_late(Fault.TIMEOUT, "timeout, ended by the client")
+            self._settle(current, counts=True)
+        self._end(LEFT.status, LEFT.what)
+
+    def _end(self, status: int, note: str = "") -> None:
+        """Let the request end, once, before the client can know that it has ended."""
+        if self._has_ended:
+            return
+        self._has_ended = True
+        for attempt in self._attempts:
+            self._settle(attempt)
+            attempt.close()
+        self._router.end(*self._result(status))
+        self._router.log.write("REQ", self._line(status, note))
+
+    def _result(self, status: int) -> tuple[str, dict[str, Any] | None]:
+        """Return what the request counts as in /health, and its last failure."""
+        failure = None
+        for attempt in self._attempts:
+            if attempt.outcome.fault not in (None, Fault.LEFT):
+                failure = {"at": utc(attempt.outcome.ended), "target": attempt.route.target,
+                           "what": attempt.outcome.what, "slow": slow_failure(attempt.outcome)}
+        if status == LEFT.status:       # neither an answer nor a failure
+            return "", failure
+        if status >= 400 or self._chosen is None or self._chosen.outcome.fault is not None:
+            return "failed", failure
+        return "answered" if self._chosen is self._attempts[0] else "rescued", failure
+
+    def _line(self, status: int, note: str) -> str:
         """Return the request's line in the log."""
-        status, note, duration_s = self._ended or (0, "", 0.0)
         head, model, routed, notes = self._request.head, self._request.model, "", []
         if model is not None and self._attempts:
             route = (self._chosen or self._attempts[-1]).route
@@ -4015,10 +3699,12 @@ class Exchange:
             if self._chosen not in (None, attempt):
                 notes.append(f"{attempt.route.target} failed: {attempt.outcome.what}")
             notes += attempt.notes
-        late = self._chosen.late_failure if self._chosen is not None else ""
-        notes += [text for text in (late, note) if text]
+            if attempt.outcome.direct:
+                notes.append(attempt.outcome.what)
+        if note:
+            notes.append(note)
         line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
-        line += f" {routed}{status} {duration_s:.2f}s"
+        line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
         return line + "".join(f" ({note})" for note in notes)
 
 
@@ -4061,11 +3747,8 @@ class ProxyHandler(socketserver.BaseRequestHandler):
             connections.discard(self._client)
 
     def _admit(self, head: RequestHead) -> None:
-        """Check a head, and prepare what of it goes upstream; raise RequestError.
-
-        The requests of a connection share their fields, so that this happens once.
-        """
-        if head.fields is self._checked:
+        """Check a head, and prepare what of it goes upstream; raise RequestError."""
+        if head.fields is self._checked:        # most requests of a connection share them
             return
         check_origin(head, self._router.hosts)
         upstream = self._router.upstream
@@ -4087,8 +3770,10 @@ class ProxyHandler(socketserver.BaseRequestHandler):
             if is_health:
                 self._report_health(head)
             else:
-                request = Request(head, self._outbound, body, find_model(body))
-                Exchange(router, client, request).run()
+                found = find_model(body)
+                patience = Patience(client.has_left) if found else None
+                request = Request(client, head, self._outbound, body, found, patience)
+                Exchange(router, request).run()
             if head.keep_alive and not router.draining and not self._is_crowded:
                 return True
         except RequestError as error:
@@ -4098,7 +3783,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         except Exception:               # a defect of ours: in the log, and to the client
             self.server.handle_error(self.request, self.client_address)
             defect = RouterError("internal error; see ~/.rrouter/logs/rrouter.log")
-            client.send_error(defect, b"Connection: close\r\n")
+            client.send_error(defect, CLOSE)
         client.linger()
         return False
 
@@ -4108,7 +3793,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
     def _refuse(self, error: RequestError) -> None:
         """Send the error, and log it."""
         self._router.log.write("REFUSED", f"{error.http_status} {error.logged}")
-        self._client.send_error(error, b"Connection: close\r\n")
+        self._client.send_error(error, CLOSE)
 
     def _report_health(self, head: RequestHead) -> None:
         health, content_type = self._router.health(), b"application/json"
@@ -4117,7 +3802,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
             text, content_type = status_line(health), b"text/plain; charset=utf-8"
         fields = b"Cache-Control: no-store\r\n"
         if not head.keep_alive or self._router.draining or self._is_crowded:
-            fields += b"Connection: close\r\n"
+            fields += CLOSE
         self._client.send_whole(200, text.encode("utf-8") + b"\n", fields, content_type)
 
 
@@ -4173,13 +3858,13 @@ def until(condition: Callable[[], object], limit_s: float) -> bool:
     return True
 
 
-def own_place() -> tuple[str, int]:
-    """Return the host and the pid namespace of this process, 0 where the system has none."""
-    try:
+def own_place() -> str:
+    """Return host and pid namespace of this process, as words; 0 where the system has none."""
+    namespace = 0
+    with contextlib.suppress(OSError):
         namespace = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        namespace = 0
-    return re.sub(r"\s", "_", socket.gethostname()) or "-", namespace
+    host = re.sub(r"\s", "_", socket.gethostname()) or "-"
+    return f"{host} {namespace}"
 
 
 class Holder(NamedTuple):
@@ -4187,16 +3872,16 @@ class Holder(NamedTuple):
 
     pid: int
     instance: str = ""          #: random, repeated in run.json and by /health
-    host: str = ""
-    pid_namespace: int = 0
+    place: str = ""             #: its host and pid namespace
     stopping: bool = False      #: accepts no more requests; those under way finish
 
     @property
     def elsewhere(self) -> str:
         """Where the process lives if its pid means nothing here, else ""."""
-        if not self.instance or (self.host, self.pid_namespace) == own_place():
+        if not self.instance or self.place == own_place():
             return ""
-        return f"in another container or on another host ({printable(self.host)})"
+        host = self.place.split()[0]
+        return f"in another container or on another host ({printable(host)})"
 
     @property
     def name(self) -> str:
@@ -4215,39 +3900,37 @@ class Lock:
     closing any descriptor of the file would release it.
     """
 
-    LINE = re.compile(r"([1-9][0-9]{0,8})(?: ([0-9a-f]+) (\S+) ([0-9]{1,20}))?( stopping)?\n")
+    LINE = re.compile(r"([1-9][0-9]{0,8})(?: ([0-9a-f]+) (\S+ [0-9]{1,20}))?( stopping)?\n")
     PATIENCE_S = 0.5        # for a command that looks, or a holder that has not written its line
 
     def __init__(self, path: str):
         self._path = path
         self._descriptor: int | None = None
-        self._holder: Holder | None = None      # this process, as the file names it
+        self._written = Holder(0)       # this process, as the file names it
         self.stopping = False           #: what `renew` says of this process
 
     def acquire(self, instance: str, patience_s: float = PATIENCE_S) -> bool:
-        """Lock the file for the life of this process; return False if another process holds it.
+        """Lock the file until this process ends; return False if another one holds it.
 
         Raises DaemonError.
         """
+        holder = Holder(os.getpid(), instance, own_place())
         try:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
+            with contextlib.ExitStack() as failed:
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+                failed.callback(os.close, descriptor)
                 if not until(lambda: self._try(descriptor, fcntl.LOCK_EX), patience_s):
-                    os.close(descriptor)
                     return False
-                os.ftruncate(descriptor, 0)         # it named the last holder
-                self._write(descriptor, Holder(os.getpid(), instance, *own_place()))
-            except (OSError, DaemonError):
-                os.close(descriptor)
-                raise
-            self.release()              # a file that has left the path
-            self._descriptor = descriptor
-            return True
+                self._write(descriptor, holder)     # at once, because it names the last holder
+                failed.pop_all()
         except OSError as error:
             is_other = os.path.lexists(self._path) and not os.path.isfile(self._path)
             raise DaemonError(f"{self._path}: cannot be written: {reason_of(error)}: " + (
                 "it is no regular file: remove it" if is_other
                 else "check its permissions and free space")) from error
+        self.release()                  # a file that has left the path
+        self._descriptor = descriptor
+        return True
 
     def _try(self, descriptor: int, kind: int) -> bool:
         try:
@@ -4260,67 +3943,50 @@ class Lock:
         return True
 
     def _write(self, descriptor: int, holder: Holder) -> None:
-        words = [str(word) for word in holder[:4]] + ["stopping"] * holder.stopping
-        line = os.fsencode(" ".join(words) + "\n")
+        line = os.fsencode(" ".join(map(str, holder[:3])) + " stopping" * holder.stopping + "\n")
         os.pwrite(descriptor, line, 0)
         os.ftruncate(descriptor, len(line))
-        self._holder = holder
+        self._written = holder
 
     def is_removed(self) -> bool:
         """Return whether the file that this process holds has left its path."""
         try:
             return self._descriptor is not None and not os.path.samestat(
                 os.stat(self._path), os.fstat(self._descriptor))
-        except FileNotFoundError:
-            return True
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
 
     def renew(self) -> None:
         """Correct the line if this process holds the lock: laptops change their host names."""
-        if self._descriptor is None or self._holder is None:
-            return
-        holder = Holder(*self._holder[:2], *own_place(), self.stopping)
-        if holder != self._holder:
+        holder = self._written._replace(place=own_place(), stopping=self.stopping)
+        if self._descriptor is not None and holder != self._written:
             with contextlib.suppress(OSError):
                 self._write(self._descriptor, holder)
 
     def look(self) -> Holder | None:
         """Return the process that holds the lock, or None.  Raises DaemonError."""
         try:
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)   # a FIFO would block
+            file = open_for_reading(self._path)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
                 return None
             raise DaemonError(f"{self._path}: {reason_of(error)}: it belongs to another user, who "
                               "may have run rrouter with your HOME: chown it to you") from error
-        try:
+        with file:
             deadline = time.monotonic() + self.PATIENCE_S
-            while time.monotonic() < deadline and not self._try(descriptor, fcntl.LOCK_SH):
+            while time.monotonic() < deadline and not self._try(file.fileno(), fcntl.LOCK_SH):
                 with contextlib.suppress(OSError):      # a FIFO that another command has open
-                    line = self.LINE.match(os.fsdecode(os.pread(descriptor, 512, 0)))
+                    line = self.LINE.match(os.fsdecode(os.pread(file.fileno(), 512, 0)))
                     if line:
-                        return Holder(int(line[1]), line[2] or "", line[3] or "",
-                                      int(line[4] or 0), bool(line[5]))
+                        return Holder(int(line[1]), line[2] or "", line[3] or "", bool(line[4]))
                 time.sleep(0.02)
-            return None
-        finally:
-            os.close(descriptor)
+        return None
 
     def release(self) -> None:
         """Release the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-
-
-def has_terminal() -> bool:
-    """Return whether this process has a controlling terminal."""
-    try:
-        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
-        return True
-    except OSError:
-        return False
 
 
 class Signals:
@@ -4333,23 +3999,20 @@ class Signals:
     def install(self) -> None:
         """Catch SIGTERM, SIGINT and SIGHUP from now on; for the main thread."""
         self._read, self._write = os.pipe()
-        os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN     # by nohup
-        self.hang_up_ends = not ignored and has_terminal()
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # else we run under nohup
+            with contextlib.suppress(OSError):                      # there is no terminal
+                os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
+                self.hang_up_ends = True
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
 
-    def wait(self, timeout_s: float | None = None) -> bytes:
-        """Return the number of the next signal, b"" if none comes within `timeout_s`."""
-        poller = select.poll()
-        poller.register(self._read, select.POLLIN)
-        if not poller.poll(None if timeout_s is None else int(timeout_s * 1000)):
-            return b""
-        with contextlib.suppress(BlockingIOError):
-            return os.read(self._read, 1)       # one at a time: the second has another meaning
-        return b""
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Return the number of the next signal, 0 if none comes within `timeout_s`."""
+        if not select.select([self._read], [], [], timeout_s)[0]:
+            return 0
+        return os.read(self._read, 1)[0]        # one at a time: the second has another meaning
 
 
 def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
@@ -4367,22 +4030,6 @@ def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
                          "or an address or a name of this machine") from error
 
 
-def _port_owner_from_proc(port: int) -> str:
-    inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
-            rows = [line.split() for line in file][1:]
-            inodes |= {f"socket:[{row[9]}]" for row in rows
-                       if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
-    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
-        with contextlib.suppress(OSError):
-            for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
-                    name = read_file(f"/proc/{pid}/comm") or b""
-                    return f"{printable(name.decode('utf-8', 'replace').strip())} (pid {pid})"
-    return ""
-
-
 def run_program(command: Sequence[str], timeout_s: float) -> tuple[int, str]:
     """Run a program of the system; return its status and output, 127 and why if it cannot run."""
     import subprocess
@@ -4396,14 +4043,23 @@ def run_program(command: Sequence[str], timeout_s: float) -> tuple[int, str]:
 
 def port_owner(port: int) -> str:
     """Return name and pid of the program that listens on `port`, "" if they are not known."""
-    for command in (("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"),
-                    ("ss", "-Hltnp", f"sport = :{port}")):
-        output = run_program(command, timeout_s=3)[1]
-        found = (re.search(r"p(?P<pid>\d+)\nc(?P<name>[^\n]+)", output)
-                 or re.search(r'\("(?P<name>[^"]+)",pid=(?P<pid>\d+)', output))
-        if found:
-            return f"{printable(found['name'])} (pid {found['pid']})"
-    return _port_owner_from_proc(port)
+    if not os.path.isdir("/proc/net"):                  # macOS
+        output = run_program(("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"), 3)[1]
+        found = re.search(r"p(\d+)\nc([^\n]+)", output)
+        return f"{printable(found[2])} (pid {found[1]})" if found else ""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
+            rows = [line.split() for line in file][1:]
+            inodes |= {f"socket:[{row[9]}]" for row in rows
+                       if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
+    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
+        with contextlib.suppress(OSError):              # it has ended, or is not ours
+            for descriptor in os.listdir(f"/proc/{pid}/fd"):
+                if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
+                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+                        return f"{printable(file.read().strip())} (pid {pid})"
+    return ""
 
 
 @contextlib.contextmanager
@@ -4445,22 +4101,13 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | N
 def describe_taken(settings: Settings) -> str:
     """Return what to say when the port is taken."""
     health = ask_health(settings.host, settings.port, timeout_s=1)
-    owner = f"rrouter (pid {health['pid']})" if health else port_owner(settings.port)
+    if health:
+        return (f"port {settings.port} is taken by rrouter (pid {health['pid']}): if it is yours, "
+                "`rrouter stop` stops it; else set RROUTER_PORT")
+    owner = port_owner(settings.port)
     return (f"port {settings.port} is taken{f' by {owner}' if owner else ''}: stop that program or "
             "set RROUTER_PORT (CLIProxyAPI's pprof uses 8316 by default: see pprof.addr in its "
             "config)")
-
-
-def open_server(router: Router, family: int, address: Any) -> ProxyServer:
-    """Return a server that listens on `address`; raise OSError."""
-    server = ProxyServer(family, address, router)
-    try:
-        server.server_bind()
-        server.server_activate()
-    except OSError:
-        server.server_close()
-        raise
-    return server
 
 
 def listen(settings: Settings, router: Router) -> list[ProxyServer]:
@@ -4468,9 +4115,13 @@ def listen(settings: Settings, router: Router) -> list[ProxyServer]:
     servers: list[ProxyServer] = []
     problem: OSError | None = None
     for family, address in addresses_of(settings):
+        server = ProxyServer(family, address, router)
         try:
-            servers.append(open_server(router, family, address))
+            server.server_bind()
+            server.server_activate()
+            servers.append(server)
         except OSError as error:
+            server.server_close()
             problem = error
             if error.errno == errno.EADDRINUSE:
                 break
@@ -4482,8 +4133,8 @@ def listen(settings: Settings, router: Router) -> list[ProxyServer]:
                           f"cannot listen on {settings.listen_addr}: {reason_of(problem)}")
     router.addresses = [server.server_address[:2] for server in servers]    # type: ignore[misc]
     if all(is_loopback(host) for host, _ in router.addresses):
-        own = settings.host.lower().rstrip(".")
-        names = "localhost", "127.0.0.1", "::1", own, *settings.allowed_hosts
+        names = ("localhost", "127.0.0.1", "::1", settings.host.lower().rstrip("."),
+                 *settings.allowed_hosts)
         router.hosts = frozenset(f"[{name}]" if ":" in name else name for name in names)
     return servers
 
@@ -4501,21 +4152,15 @@ def who_starts() -> str:
 
 
 def report_start(ready: int, words: str) -> None:
-    """Report to `start` how it went, unless it was killed meanwhile.
-
-    It reads to the end of file, so after a failure `start` returns when this process has ended.
-    """
-    with contextlib.suppress(OSError):
+    """Report to `start` how it went; after a failure it waits until this process has ended."""
+    with contextlib.suppress(OSError):          # it was killed meanwhile
         os.write(ready, words.encode("utf-8", "replace"))
         if words == "ready":
-            os.close(ready)
+            os.close(ready)                     # `start` reads to the end of file
 
 
 def write_run_files(router: Router) -> bool:
-    """Write pid and run.json, which say where the daemon is; return False if that failed.
-
-    The daemon works without them as well.
-    """
+    """Write pid and run.json, without which the daemon works as well; return False on failure."""
     paths, settings = router.store.paths, router.settings
     run = {"host": settings.host, "port": settings.port, "upstream": settings.upstream,
            "pid": os.getpid(), "instance": router.instance, "startedBy": router.started_by,
@@ -4530,23 +4175,19 @@ def write_run_files(router: Router) -> bool:
     return True
 
 
-def raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files, 256 on macOS, as far as is useful."""
+def raise_descriptor_limit() -> int:
+    """Raise the limit of open files, 256 on macOS, as far as is useful; return it."""
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4 * CONNECTIONS_MAX
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    enough = 4 * CONNECTIONS_MAX
+    if soft == resource.RLIM_INFINITY:
+        return enough
+    wanted = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
+    if soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def descriptor_limit() -> int:
-    """Return how many files this process may have open."""
-    import resource
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 1 << 20 if soft == resource.RLIM_INFINITY else soft
+            return wanted
+    return soft
 
 
 class Watcher:
@@ -4559,7 +4200,8 @@ class Watcher:
 
     def __init__(self, router: Router, lock: Lock):
         self._router, self._lock = router, lock
-        self._ending = self._is_lost = self._is_unwritten = False
+        self._owns_files = router.keeps_state
+        self._ending = self._is_unwritten = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
@@ -4574,7 +4216,7 @@ class Watcher:
             with condition:
                 condition.wait(0 if self._ending else POLL_S)
             is_last = self._ending      # lines added before are written in this round
-            for step in (self._reclaim, self._lock.renew, self._router.watch, log.reopen,
+            for step in (self._reclaim, self._lock.renew, self._router.watch, log.open,
                          log.flush):
                 try:
                     step()
@@ -4583,20 +4225,18 @@ class Watcher:
 
     def _reclaim(self) -> None:
         """Write the files that name this daemon again if the user removed ~/.rrouter."""
+        if not self._owns_files:
+            return
         router, paths = self._router, self._router.store.paths
-        if self._lock.is_removed():
-            router.keeps_state = False      # the files may be another daemon's by now
-            self._is_lost = True
+        is_removed = self._lock.is_removed()
+        router.keeps_state = not is_removed         # else they may be another daemon's by now
+        if is_removed and os.path.isdir(os.path.dirname(paths.root)):   # else HOME itself is away
             with contextlib.suppress(DaemonError):
-                if os.path.isdir(os.path.dirname(paths.root)):      # else HOME itself is away
-                    paths.create()
-                    if self._lock.acquire(router.instance, patience_s=0):
-                        router.state.forget()
-                        self._is_unwritten = True
-                        router.log.write(
-                            "START", "~/.rrouter was removed: this daemon has it again")
-        elif self._is_lost:
-            router.keeps_state, self._is_lost = True, False
+                paths.create()
+                if self._lock.acquire(router.instance, patience_s=0):
+                    router.state.forget()
+                    self._is_unwritten = True
+                    router.log.write("START", "~/.rrouter was removed: this daemon has it again")
         if self._is_unwritten:
             self._is_unwritten = not write_run_files(router)
 
@@ -4605,19 +4245,6 @@ class Watcher:
         self._ending = True
         self._router.store.wake()
         self._thread.join(self.END_S)
-
-
-def wait_for_the_end(signals: Signals, router: Router) -> None:
-    """Return when a signal ends rrouter; if SIGHUP does not, read the files again on it."""
-    while True:
-        for number in signals.wait():
-            if number != signal.SIGHUP or signals.hang_up_ends:
-                router.log.write("STOP", f"{signal.Signals(number).name}: running requests may "
-                                         f"finish within {DRAIN_S} s")
-                return
-            router.store.snapshot()
-            router.log.write("START", "SIGHUP: files read again")
-            router.store.wake()
 
 
 def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
@@ -4634,7 +4261,7 @@ def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
             if not client.busy:
                 client.stop_reading(cut_off=False)
         # A closing terminal can send SIGHUP twice: by the kernel and by the shell.
-        if any(number != signal.SIGHUP for number in signals.wait(0.02)):
+        if signals.wait(0.02) not in (0, signal.SIGHUP):
             router.log.write("STOP", "second signal: ending at once")
             break
     for client in list(router.connections):
@@ -4651,21 +4278,27 @@ def remove_files(*paths: str) -> None:
 
 def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[ProxyServer],
                    watcher: Watcher) -> None:
-    """Wait for a signal, drain, and end the process."""
-    status = 1
+    """Serve until a signal says otherwise, drain, and end the process."""
+    log, status = router.log, 1
     try:
-        wait_for_the_end(signals, router)
+        number = signals.wait()
+        while number == signal.SIGHUP and not signals.hang_up_ends:
+            log.write("START", "SIGHUP: files read again")      # written after the watcher's look
+            router.store.wake()
+            number = signals.wait()
+        log.write("STOP", f"{signal.Signals(number).name}: running requests may finish within "
+                          f"{DRAIN_S} s")
         lock.stopping = True            # the watcher writes it down, because a disk may hang
         router.store.wake()
         drain(signals, router, servers)
-        router.log.write("STOP", f"rrouter ends, pid {os.getpid()}")
+        log.write("STOP", f"rrouter ends, pid {os.getpid()}")
         watcher.end()
         if router.keeps_state:
             remove_files(router.store.paths.pid, router.store.paths.run)
         lock.release()
         status = 0
     except Exception as error:          # a defect of ours
-        router.log.write("ERROR", describe_defect(error))
+        log.write("ERROR", describe_defect(error))
         watcher.end()
     finally:
         os._exit(status)    # threads of streams past the drain time would hold the interpreter up
@@ -4675,7 +4308,7 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
     """Load the files and listen; return the servers.  Raises DaemonError, UsageError."""
     log, settings = router.log, router.settings
     router.load()
-    spare = descriptor_limit() - CONNECTIONS_RESERVE - 24
+    spare = raise_descriptor_limit() - CONNECTIONS_RESERVE - 24
     router.connections_max = min(CONNECTIONS_MAX, max(1, spare // 2))
     servers = listen(settings, router)
     if owns_files:
@@ -4696,8 +4329,7 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
 def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     """Start the router; return 0, also where another one runs already.
 
-    `ready` is the descriptor on which `start` waits for one word: `ready`, `running`, or what is
-    wrong.
+    `start` waits on the descriptor `ready` for a word: `ready`, `running`, or what is wrong.
     """
     signals, lock, instance = Signals(), Lock(paths.lock), os.urandom(8).hex()
     signals.install()
@@ -4706,7 +4338,6 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     if ready is not None and not owns_files:
         report_start(ready, "running")
         return 0
-    raise_descriptor_limit()
     use_one_heap()
     log = Log(paths.log, echo=ready is None)
     router = Router(settings, paths, log, who_starts() if ready is None else "start")
@@ -4726,8 +4357,8 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     return 0
 
 
-class Running(NamedTuple):
-    """A live daemon, as its files describe it."""
+class Daemon(NamedTuple):
+    """A daemon, as its files describe it."""
 
     holder: Holder
     host: str
@@ -4741,42 +4372,40 @@ class Running(NamedTuple):
         """Its pid, where it lives."""
         return self.holder.pid
 
-
-def read_run(paths: Paths) -> Running | None:
-    """Return the daemon that run.json describes, live or killed; None without a usable file."""
-    try:
-        run = json.loads(read_file(paths.run) or b"{}")
-        holder = Holder(int(run["pid"]), str(run.get("instance", "")))
-        return Running(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
+    @classmethod
+    def last(cls, paths: Paths) -> Daemon | None:
+        """Return the one in run.json, live or killed; None without a usable file."""
+        try:
+            run = read_json(paths.run)
+            holder = Holder(int(run["pid"]), str(run.get("instance", "")))
+            return cls(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
                        str(run["upstream"]), str(run.get("allowedHosts", "")))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            return None
+
+    @classmethod
+    def find(cls, paths: Paths) -> Daemon | None:
+        """Return the live one, or None; without its run.json, on the port of the environment."""
+        holder, last = Lock(paths.lock).look(), cls.last(paths)
+        if holder is None:
+            return None
+        if last and holder.is_same(last.holder):
+            return last._replace(holder=holder)
+        settings = read_environment(dict(os.environ))
+        return cls(holder, settings.host, settings.port, "unknown")
+
+    def health(self) -> dict[str, Any] | None:
+        """Return its /health, or None if it does not answer, or another process does."""
+        health = ask_health(self.host, self.port)
+        if health and self.holder.is_same(Holder(health["pid"], health.get("instance", ""))):
+            return health
         return None
-
-
-def find_daemon(paths: Paths) -> Running | None:
-    """Return the live daemon, or None; without its run.json, on the port of the environment."""
-    holder, run = Lock(paths.lock).look(), read_run(paths)
-    if holder is None:
-        return None
-    if run and (run.pid, run.holder.instance) == (holder.pid, holder.instance):
-        return run._replace(holder=holder)
-    settings = read_environment(dict(os.environ))
-    return Running(holder, settings.host, settings.port, "unknown")
-
-
-def health_of(daemon: Running, timeout_s: float = 3) -> dict[str, Any] | None:
-    """Return /health of this very daemon, or None if it does not answer."""
-    health = ask_health(daemon.host, daemon.port, timeout_s)
-    if health is None or health.get("instance", "") != daemon.holder.instance:
-        return None
-    return health if health["pid"] == daemon.pid else None
 
 
 def last_lines(path: str, count: int = 5) -> str:
     """Return the last lines of a file, indented."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)     # a FIFO would block
-        with os.fdopen(descriptor, "rb") as file:
+        with open_for_reading(path) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
             lines = file.read().decode("utf-8", "replace").splitlines()[-count:]
     except OSError as error:
@@ -4784,34 +4413,40 @@ def last_lines(path: str, count: int = 5) -> str:
     return "\n".join(f"  {printable(line)}" for line in lines)
 
 
-def wait_for_health(paths: Paths) -> tuple[Running, dict[str, Any]]:
-    """Return the daemon and its /health once it answers; raise DaemonError with the log's end."""
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        daemon = find_daemon(paths)
-        health = health_of(daemon) if daemon else None
-        if daemon and health:
+def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
+    """Return the daemon and its /health once it answers, None once none runs.
+
+    Raises DaemonError.
+    """
+    begin = time.monotonic()
+    while True:
+        daemon = Daemon.find(paths)
+        if daemon is None:
+            return None
+        health = daemon.health()
+        if health:
             return daemon, health
+        if daemon.holder.elsewhere:
+            raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
+        if time.monotonic() - begin > (DRAIN_S + 5 if daemon.holder.stopping else START_S):
+            raise DaemonError("the daemon does not answer; the log ends with\n"
+                              + last_lines(paths.log))
         time.sleep(0.02)
-    raise DaemonError("the daemon does not answer; the log ends with\n" + last_lines(paths.log))
 
 
 def _become_daemon(descriptors: tuple[int, ...], arguments: list[str]) -> NoReturn:
     """In a forked child: run the program in a session without a terminal, as an orphan.
 
-    It gets the `descriptors` as 0, 1, 2 ... and no others.
+    It gets the `descriptors` as 0, 1, 2 ... and no others; their own numbers are higher.
     """
-    highest = min(descriptor_limit(), 1 << 16)
     try:
         os.setsid()
         if os.fork() == 0:              # not the session's leader: it never gets a terminal
             os.umask(0o077)
             os.chdir("/")
-            # First out of the way: a caller that closed its 0 to 3 has these numbers in use.
-            sources = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in descriptors]
-            for target, source in enumerate(sources):
+            for target, source in enumerate(descriptors):
                 os.dup2(source, target)
-            os.closerange(len(sources), highest)
+            os.closerange(len(descriptors), 1 << 16)
             # A new program, because what macOS loads into a process does not survive a fork
             # (python/cpython#105912).
             os.execv(arguments[0], arguments)
@@ -4836,9 +4471,8 @@ def spawn_daemon(paths: Paths) -> None:
         os.close(descriptor)
     os.waitpid(child, 0)
     with os.fdopen(read_end, "rb") as pipe:
-        poller = select.poll()
-        poller.register(pipe, select.POLLIN)
-        words = pipe.read().decode("utf-8", "replace") if poller.poll(START_S * 1000) else ""
+        ready = select.select([pipe], [], [], START_S)[0]
+        words = pipe.read().decode("utf-8", "replace") if ready else ""
     if words not in ("ready", "running"):
         raise DaemonError(words or "the daemon did not start; the log ends with\n"
                           + last_lines(paths.log))
@@ -4849,9 +4483,10 @@ MANAGER_S = DRAIN_S + 15        # a stop through the service manager includes th
 
 
 class Manager(NamedTuple):
-    """A service manager that has rrouter installed: its name and its commands."""
+    """A service manager: its name, where it finds the file that starts rrouter, its commands."""
 
     name: str
+    path: str
     start_commands: tuple[tuple[str, ...], ...]
     stop_command: tuple[str, ...]
     job_query: tuple[str, ...] = ()         #: launchd's: it succeeds while the job is loaded
@@ -4881,9 +4516,8 @@ class Manager(NamedTuple):
             raise DaemonError(f"{' '.join(command)} failed: {why}")
 
 
-def unit_path(home: str) -> str:
-    """Return where the systemd user unit is installed."""
-    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(home, ".config")
+def unit_path(config: str) -> str:
+    """Return where the systemd user unit is installed, below ~/.config or what replaces it."""
     return os.path.join(config, "systemd", "user", SYSTEMD_UNIT)
 
 
@@ -4892,46 +4526,54 @@ def agent_path(home: str) -> str:
     return os.path.join(home, "Library", "LaunchAgents", LAUNCHD_LABEL + ".plist")
 
 
+def is_own_home(home: str) -> bool:
+    """Return whether this HOME is the user's, in which service managers work, and no try-out."""
+    import pwd
+    try:
+        return os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir) == os.path.realpath(home)
+    except KeyError:                            # a user that only a container knows
+        return False
+
+
+def reach_manager(home: str) -> tuple[Manager | None, str]:
+    """Return the service manager that serves this HOME and answers; else None and why."""
+    if not is_own_home(home):
+        return None, f"service managers serve your home directory, and HOME={home} is another one"
+    systemctl = ("systemctl", "--user")
+    status, output = run_program((*systemctl, "show-environment"), MANAGER_S)
+    if status == 0:
+        # Its own, not that of this shell; an odd value comes as $'...'.
+        config = re.search(r"(?m)^XDG_CONFIG_HOME=(?:\$')?(.+?)'?$", output)
+        return Manager("systemd", unit_path(config[1] if config else os.path.join(home, ".config")),
+                       ((*systemctl, "daemon-reload"), (*systemctl, "reset-failed", SYSTEMD_UNIT),
+                        (*systemctl, "start", SYSTEMD_UNIT)),
+                       (*systemctl, "stop", SYSTEMD_UNIT)), ""
+    asked, domain = "systemctl --user", f"gui/{os.getuid()}"
+    if status == 127:
+        asked = "launchctl"
+        status, output = run_program(("launchctl", "print", domain), MANAGER_S)
+    if status == 0:
+        # Loaded again at each start, because `kickstart` would use the plist as it was when loaded.
+        path, label = agent_path(home), f"{domain}/{LAUNCHD_LABEL}"
+        return Manager("launchd", path, (("launchctl", "bootstrap", domain, path),
+                                         ("launchctl", "kickstart", label)),
+                       ("launchctl", "bootout", label), ("launchctl", "print", label)), ""
+    why = printable(output.strip().rpartition("\n")[2]) or f"status {status}"
+    return None, ("neither systemd nor launchd is here" if status == 127 else
+                  f"{asked} does not answer: {why}")
+
+
 def find_manager(home: str) -> Manager | None:
     """Return the service manager that has rrouter installed and answers, or None."""
-    systemctl = ("systemctl", "--user")
-    if (os.path.isfile(unit_path(home))
-            and run_program((*systemctl, "show-environment"), MANAGER_S)[0] == 0):
-        return Manager("systemd", ((*systemctl, "daemon-reload"),
-                                   (*systemctl, "reset-failed", SYSTEMD_UNIT),
-                                   (*systemctl, "start", SYSTEMD_UNIT)),
-                       (*systemctl, "stop", SYSTEMD_UNIT))
-    domain = f"gui/{os.getuid()}"
-    if (os.path.isfile(agent_path(home))
-            and run_program(("launchctl", "print", domain), MANAGER_S)[0] == 0):
-        # Loaded again at each start, because `kickstart` would use the plist as it was when loaded.
-        label = f"{domain}/{LAUNCHD_LABEL}"
-        return Manager("launchd", (("launchctl", "bootstrap", domain, agent_path(home)),
-                                   ("launchctl", "kickstart", label)),
-                       ("launchctl", "bootout", label), ("launchctl", "print", label))
-    return None
-
-
-def running_already(paths: Paths) -> Running | None:
-    """Return the daemon that runs and answers, or None when none does.  Raises DaemonError.
-
-    Waits for one that is about to end, or to answer.
-    """
-    daemon = find_daemon(paths)
-    if daemon is None:
-        return None
-    if daemon.holder.elsewhere and not health_of(daemon):
-        raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
-    until(lambda: not daemon.holder.is_same(Lock(paths.lock).look()) or health_of(daemon),
-          DRAIN_S + 5 if daemon.holder.stopping else START_S)
-    return wait_for_health(paths)[0] if find_daemon(paths) else None
+    manager = reach_manager(home)[0]
+    return manager if manager and os.path.isfile(manager.path) else None
 
 
 def start_daemon(paths: Paths, home: str) -> str:
     """Start the daemon unless one runs; return what to print.  Raises DaemonError, UsageError."""
-    daemon = running_already(paths)
-    if daemon:
-        return f"rrouter is already running ({daemon.holder.name}, port {daemon.port})"
+    found = wait_for_daemon(paths)
+    if found:
+        return f"rrouter is already running ({found[0].holder.name}, port {found[0].port})"
     settings = read_environment(dict(os.environ))
     addresses_of(settings)              # reports a name that does not exist
     manager = find_manager(home)
@@ -4943,18 +4585,13 @@ def start_daemon(paths: Paths, home: str) -> str:
         except OSError as error:
             raise DaemonError(f"{error.filename or 'cannot start a process'}: "
                               f"{reason_of(error)}") from error
-    daemon, health = wait_for_health(paths)
-    text = (f"rrouter runs (pid {daemon.pid}, port {daemon.port}, by {health['startedBy']}), "
-            f"mode {health['mode']}")
-    runs = Settings(daemon.host, daemon.port, health["upstreamURL"],
-                    tuple(filter(None, daemon.allowed_hosts.split(","))))
-    if manager and any(os.environ.get(f"RROUTER_{name.upper()}")
-                       and getattr(settings, name) != getattr(runs, name)
-                       for name in Settings._fields):
-        text += (f"\nnote: {manager.name} starts it on {health['listenAddr']} -> "
-                 f"{health['upstreamURL']}, without the RROUTER_* of this shell: put them into "
-                 f"{os.path.join(home, '.config', 'rrouter.env')}")
-    return text
+    until(lambda: Daemon.find(paths), START_S)          # a service manager may not wait for it
+    found = wait_for_daemon(paths)
+    if not found:
+        raise DaemonError("the daemon did not start; the log ends with\n" + last_lines(paths.log))
+    daemon, health = found
+    by = f", by {manager.name}" if manager else ""
+    return f"rrouter runs on {health['listenAddr']} (pid {daemon.pid}{by}), mode {health['mode']}"
 
 
 def _listens(host: str, port: int) -> bool:
@@ -4967,29 +4604,25 @@ def _listens(host: str, port: int) -> bool:
 
 def send_signal(lock: Lock, holder: Holder, number: int) -> None:
     """Signal `holder` if it lives here and the lock still names it.  Raises DaemonError."""
-    descriptor = None
-    with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
-        # Opened before the look, so it cannot mean a later process with the same pid.
-        descriptor = os.pidfd_open(holder.pid)
-    try:
-        if holder.elsewhere or lock.look() != holder:
-            return
-        if descriptor is not None:
-            signal.pidfd_send_signal(descriptor, number)
-        else:
-            os.kill(holder.pid, number)
-    except ProcessLookupError:
-        pass
-    except PermissionError as error:
-        raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+    send: Callable[[int], None] = partial(os.kill, holder.pid)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
+            # Opened before the look, so it cannot mean a later process with the same pid.
+            descriptor = os.pidfd_open(holder.pid)
+            stack.callback(os.close, descriptor)
+            send = partial(signal.pidfd_send_signal, descriptor)
+        try:
+            if not holder.elsewhere and lock.look() == holder:
+                send(number)
+        except PermissionError as error:
+            raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
+        except ProcessLookupError:
+            pass
 
 
 def stop_daemon(paths: Paths, home: str) -> str:
     """Stop the daemon; return what to print when its port is free.  Raises DaemonError."""
-    daemon, lock = find_daemon(paths), Lock(paths.lock)
+    daemon, lock = Daemon.find(paths), Lock(paths.lock)
     if not daemon:
         remove_files(paths.pid, paths.run)
         return "rrouter is not running"
@@ -5020,6 +4653,780 @@ def stop_daemon(paths: Paths, home: str) -> str:
     return text
 
 
+# Terminal #####################################################################
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+COLOURS = {OK: 32, WARN: 33, FAIL: 31, "antigravity": 36, "claude": 35, MODE_AUTO: 34}
+
+
+def painted(word: str) -> str:
+    """Return `word` in its colour where stdout shows colours."""
+    env = os.environ.get
+    shows = not env("NO_COLOR") and (env("FORCE_COLOR") not in (None, "", "0") or (
+        sys.stdout.isatty() and env("TERM") != "dumb"))
+    return f"\033[{COLOURS[word]}m{word}\033[0m" if shows and word in COLOURS else word
+
+
+def wrapped(text: str, indent: int) -> str:
+    """Return `text`, its first line as wide as the terminal; `grep` in a pipe gets it whole."""
+    import shutil
+    import textwrap
+    first, *rest = text.split("\n")
+    if sys.stdout.isatty() or os.environ.get("COLUMNS"):
+        width = max(40, min(80, shutil.get_terminal_size().columns))
+        first = textwrap.fill(first, width, subsequent_indent=" " * indent,
+                              break_long_words=False, break_on_hyphens=False)
+    return "\n".join([first, *rest])
+
+
+def complain(*texts: object) -> None:
+    """Print lines on stderr that name rrouter; a terminal gets them wrapped."""
+    for text in texts:
+        line = f"rrouter: {text}"
+        print(wrapped(line, 9) if sys.stderr.isatty() else line, file=sys.stderr)
+
+
+# Claude Code's settings #######################################################
+
+def claude_settings_path(home: str) -> str:
+    """Return where Claude Code keeps its settings."""
+    directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
+    return os.path.join(directory, "settings.json")
+
+
+def claude_environment(home: str) -> dict[str, str]:
+    """Return the `env` of Claude Code's settings.json, {} without one.
+
+    Raises ValueError if the file is not JSON.
+    """
+    try:
+        value = json.loads((read_file(claude_settings_path(home)) or b"{}").decode("utf-8-sig"))
+        return {str(key): str(item) for key, item in value["env"].items()}
+    except (KeyError, TypeError, AttributeError):
+        return {}
+    except OSError as error:
+        raise ValueError(reason_of(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON") from error
+
+
+def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | None]:
+    """Return settings in which a member has this JSON text, or is missing, and its old text.
+
+    `name` is one like `statusLine` or `env.NO_PROXY`.  No other byte changes, so that adding,
+    replacing and removing can each be undone.  Raises ValueError.
+    """
+    outer, _, name = name.rpartition(".")
+    position: int | None = _skip_space(text, int(text.startswith("\ufeff")))
+    if outer:
+        position = {key: start for key, start, _ in _walk(text, position or 0, "{")}.get(outer)
+    if position is None:
+        return text, None
+    members = [*_walk(text, position, "{")]
+    ends = [position + 1, *(end for _, _, end in members)]
+    index = max((index for index, member in enumerate(members) if member[0] == name), default=-1)
+    head, rest = text[:ends[index]], text[ends[index + 1]:]
+    if index >= 0:
+        _, start, end = members[index]
+        if value is not None:
+            head = text[:start] + value
+        elif index == 0 and len(members) > 1:
+            rest = rest.partition(",")[2]
+        return head + rest, text[start:end]
+    if value is not None:
+        rest = text[ends[-1]:]
+        gap = re.findall(r"\A\s*,?(\s*)" if len(members) > 1 else r"\A(\s*)",
+                         text[ends[-2 if members else 0]:])[0]
+        gap = "," + (gap or " ") if members else gap + "  " * ("\n" in gap)
+        rest = f"{gap}{json.dumps(name)}: {value}{rest}"
+    return head + rest, None
+
+
+def read_settings(path: str) -> str | None:
+    """Return settings that can be edited, None without a file; raise RouterError."""
+    try:
+        content = read_file(path)
+        if content is not None and not os.stat(path).st_mode & stat.S_IWUSR:
+            raise RouterError("is read-only")
+        text = (content or b"{}").decode("utf-8")
+        _parse_json(text.lstrip("\ufeff"))
+        edit_member(text, "env.", None)         # demands an object, and an object as its env
+        return None if content is None else text
+    except (OSError, ValueError, RouterError) as error:
+        why = reason_of(error) if isinstance(error, OSError) else error
+        raise RouterError(f"{path}: {why}: left as it is; repair it, then run this again"
+                          ) from error
+
+
+# Installation #################################################################
+
+SERVICE_FILES = {SYSTEMD_UNIT: """\
+# systemd user unit of rrouter, as `rrouter install` writes it.  Settings: lines such as
+# RROUTER_PORT=9000 in ~/.config/rrouter.env, in force from the next `rrouter restart` on.
+[Unit]
+Description=rrouter, the local router between Claude Code and CLIProxyAPI
+# Twelve starts in ten minutes and it stays down: a taken port is tried for about a minute.
+StartLimitIntervalSec=600
+StartLimitBurst=12
+
+[Service]
+Type=exec
+EnvironmentFile=-%h/.config/rrouter.env
+ExecStart=%h/bin/rrouter serve
+ExecReload=/bin/kill -HUP $MAINPID
+# 2 is a bad setting in the environment, which no restart mends.
+Restart=on-failure
+RestartSec=5
+RestartPreventExitStatus=2
+# Running streams get 30 seconds to finish.
+TimeoutStopSec=45
+# Only what an unprivileged user manager can apply, so that it starts in containers too.
+UMask=0077
+NoNewPrivileges=yes
+LockPersonality=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=default.target
+""", LAUNCHD_LABEL + ".plist": """\
+<?xml version="1.0" encoding="UTF-8"?>
+<!-- launchd agent of rrouter, as `rrouter install` writes it.  Settings: lines such as
+     RROUTER_PORT=9000 in ~/.config/rrouter.env, in force from the next `rrouter restart` on. -->
+<plist version="1.0"><dict>
+    <key>Label</key> <string>com.rrouter</string>
+    <!-- launchd expands neither ~ nor $HOME, so a shell does; exec makes rrouter the job. -->
+    <key>ProgramArguments</key> <array>
+        <string>/bin/sh</string> <string>-c</string>
+        <string>settings="$HOME/.config/rrouter.env"
+            if [ -r "$settings" ]; then set -a; . "$settings"; fi
+            exec "$HOME/bin/rrouter" serve</string>
+    </array>
+    <key>RunAtLoad</key> <true/>
+    <!-- Again after a failure, not after a clean stop; at most every 30 seconds. -->
+    <key>KeepAlive</key> <dict> <key>SuccessfulExit</key> <false/> </dict>
+    <key>ThrottleInterval</key> <integer>30</integer>
+    <!-- Running streams get 30 seconds to finish. -->
+    <key>ExitTimeOut</key> <integer>45</integer>
+    <!-- Streams must not wait for the throttled disk and timers of a background job. -->
+    <key>ProcessType</key> <string>Interactive</string>
+    <key>Umask</key> <integer>63</integer> <!-- 0077 -->
+</dict></plist>
+"""}
+# Where the SHA-256 of each unit, agent and default config.json of any version begins.
+SHIPPED = frozenset(("e069a7ce11869e8f", "781c947dfddcaab7", "c191a83396e676fd"))    # 5.0.0
+# Begins the zip application, so it must run under a Python that is too old for the rest.
+ZIP_MAIN = """\
+import sys
+if sys.version_info < (3, 9):
+    sys.exit("rrouter: Python %d.%d is too old: run install.sh again" % sys.version_info[:2])
+import rrouter
+rrouter.main()
+"""
+STABLE_DIRECTORIES = ("/usr/bin", "/usr/local/bin", "/opt/homebrew/bin")
+SHEBANG_MAX_BYTES = 120         # older kernels cut the line off at 127
+EMPTY_SETTINGS = b"{\n}\n"
+
+
+def stable_interpreter() -> str:
+    """Return the path of this Python that lasts: as PYTHON names it, or a link of the system."""
+    import shutil
+    links = (os.path.join(directory, "python3") for directory in STABLE_DIRECTORIES)
+    for path in (shutil.which(os.environ.get("PYTHON") or ""), *links):
+        if path and os.path.realpath(path) == os.path.realpath(sys.executable):
+            return os.path.abspath(path)
+    if sys.prefix != sys.base_prefix:           # a virtual environment may be removed
+        return os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
+    return sys.executable
+
+
+def program_bytes(interpreter: str) -> bytes:
+    """Return this program as a zip application: source and compiled module, for a fast start."""
+    import importlib.util
+    import io
+    import marshal
+    import shlex
+    import zipfile
+    loader = globals()["__loader__"]            # of the file, or of the zip application
+    source = loader.get_source(getattr(loader, "name", __name__))
+    # 1: an unchecked hash; zipimport silently ignores a time stamp from another time zone.
+    module = (importlib.util.MAGIC_NUMBER + struct.pack("<L", 1)
+              + importlib.util.source_hash(source.encode("utf-8"))
+              + marshal.dumps(compile(source, "rrouter.py", "exec", dont_inherit=True)))
+    line = f"#!{interpreter}\n"
+    if re.search(r"\s", interpreter) or len(os.fsencode(line)) > SHEBANG_MAX_BYTES:
+        line = f'#!/bin/sh\nexec {shlex.quote(interpreter)} "$0" "$@"\n'
+    archive = io.BytesIO()
+    archive.write(os.fsencode(line))
+    with zipfile.ZipFile(archive, "a") as file:
+        for name, content in (("__main__.py", ZIP_MAIN), ("rrouter.py", source),
+                              ("rrouter.pyc", module)):
+            file.writestr(zipfile.ZipInfo(name), content)
+    return archive.getvalue()
+
+
+def content_of(path: str) -> bytes | None:
+    """Return what a file holds or where a link leads, None for nothing; raise RouterError."""
+    if os.path.islink(path):
+        return b"link to " + os.fsencode(os.readlink(path))
+    if not os.path.lexists(path):
+        return None
+    if not os.path.isfile(path):
+        raise RouterError(f"{path}: not a regular file: move it away")
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of a content."""
+    import hashlib
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str, list[Any]]]]:
+    """Return what was installed; raise RouterError if the record is not usable.
+
+    {path: [name of what was there before or "", digests of what was written]}, [] for a directory;
+    {settings.json of Claude Code: {member: [JSON text before or None, JSON texts written]}}.
+    """
+    try:
+        record = json.loads(read_file(paths.record) or b"{}")
+        files, settings = record.get("files", {}), record.get("settings", {})
+        if "directories" in record:     # of 5.0.0
+            files = {path: [entry["backup"] or "", *entry["sha256"]]
+                     for path, entry in files.items()}
+            files = {**dict.fromkeys(record["directories"], []), **files}
+        claude = record.get("claude")
+        if claude:
+            path = os.path.join(os.path.dirname(paths.root), ".claude", "settings.json")
+            url = (claude["before"] or {}).get("env", {}).get("ANTHROPIC_BASE_URL")
+            settings[os.path.realpath(path)] = {"env.ANTHROPIC_BASE_URL": [
+                url and json.dumps(url), *map(json.dumps, claude["written"])]}
+            files[os.path.realpath(path)] = [claude["backup"] or "", claude["sha256"]]
+        "".join(itertools.chain(*files.values()))       # demands strings
+        for text in itertools.chain(*(itertools.chain(*m.values()) for m in settings.values())):
+            json.loads(text or "null")
+        program = os.path.join(os.path.dirname(paths.root), "bin", "rrouter")
+        if files and not any(map(program.startswith, files)):
+            raise ValueError("it is of another home directory")
+        return files, settings
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise RouterError(f"{paths.record}: not what rrouter wrote ({error}): repair it, or move "
+                          "it away and remove by hand what is installed") from error
+
+
+class Installer:
+    """Puts files in their places and takes them back, as the record says.
+
+    The record is written before each change, so that a command that was killed can be run again or
+    taken back: a file is ours only if its digest is in the record.  A dry run changes nothing.
+    """
+
+    def __init__(self, home: str, paths: Paths, dry: bool) -> None:
+        self.home, self.paths, self.dry = home, paths, dry
+        self.program = os.path.join(home, "bin", "rrouter")
+        self.files: dict[str, list[str]] = {}
+        self.settings: dict[str, dict[str, list[Any]]] = {}
+        self.done: list[str] = []
+        self.left: list[str] = []       #: what stays, and how to remove it
+        self.failures: list[str] = []
+
+    def save(self) -> None:
+        """Write the record."""
+        if not self.dry:
+            record = {"files": self.files, "settings": self.settings}
+            write_atomically(self.paths.record, json.dumps(record, indent=2) + "\n")
+
+    def step(self, text: str, action: Callable[[], object]) -> None:
+        """Print what is done and do it; in a dry run print it only."""
+        print(f"  {'would ' * self.dry}{text}", flush=True)
+        self.done.append(text)
+        if not self.dry:
+            action()
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        """Do something; note for the report if that fails."""
+        try:
+            action()
+        except (OSError, RouterError) as error:
+            self.failures.append(str(error) if isinstance(error, RouterError) else
+                                 f"{error.filename2 or error.filename}: {reason_of(error)}")
+
+    def make_directory(self, path: str) -> None:
+        """Make a directory and its parents; in the end those that are empty are removed."""
+        if not os.path.isdir(path) and not (self.dry and path in self.files):
+            self.make_directory(os.path.dirname(path))
+            self.files[path] = []
+            self.save()
+            self.step(f"create {path}", partial(os.mkdir, path))
+
+    def is_ours(self, path: str, content: bytes) -> bool:
+        """Return whether rrouter wrote this content."""
+        sha256 = digest(content)
+        return sha256[:16] in SHIPPED or sha256 in self.files.get(path, ())[1:]
+
+    def put(self, path: str, content: bytes, mode: int = 0o644) -> None:
+        """Install a file.  What is there and not ours is kept beside it, and comes back later."""
+        old, written = content_of(path), self.files.get(path)
+        backup, spare, ours = written[0] if written else "", "", [digest(content)]
+        self.make_directory(os.path.dirname(path))
+        if old is not None and self.is_ours(path, old):
+            ours.insert(0, digest(old))
+        elif old is not None:
+            spare = backup if backup and not os.path.lexists(backup) else spare_name(path)
+            if backup or not written:   # a changed file of ours does not come back
+                backup = spare
+        self.files[path] = [backup, *ours]
+        self.save()
+        if spare:
+            self.step(f"keep the old {path} as {spare}", partial(os.rename, path, spare))
+        try:
+            if old != content:
+                self.step(f"{'install' if old is None or spare else 'replace'} {path}",
+                          partial(write_atomically, path, content, True, mode))
+        except OSError:
+            if spare:                   # a full disk
+                os.rename(spare, path)
+            raise
+
+    def leave(self, path: str, what: str, command: str = "rm") -> None:
+        """Note for the report that a path stays."""
+        import shlex
+        self.left.append(f"{path} ({what}): {command} {shlex.quote(path)}")
+
+    def remove_temporary(self, path: str) -> None:
+        """Remove what killed commands left beside a path, named as `write_atomically` names it."""
+        directory, name = os.path.split(path)
+        for other in os.listdir(directory) if os.path.isdir(directory) and not self.dry else ():
+            if re.fullmatch(re.escape(name) + r"\.\d+\.\d+\.tmp", other):
+                os.unlink(os.path.join(directory, other))
+
+    def take_back(self, path: str) -> None:
+        """Remove what was installed, and put back what was there before; leave anything else."""
+        self.remove_temporary(path)
+        backup, *written = self.files[path] or [""]
+        old = content_of(path) if written else None
+        if not written:
+            if os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path):
+                self.step(f"remove {path}", partial(os.rmdir, path))
+        elif old is not None and not self.is_ours(path, old):
+            self.leave(path, "changed since it was installed, or never replaced")
+            if os.path.lexists(backup):
+                self.leave(backup, "what was there before")
+        elif os.path.lexists(backup):
+            self.step(f"put the old {path} back", partial(os.replace, backup, path))
+        elif old is not None:
+            self.step(f"remove {path}", partial(os.unlink, path))
+        del self.files[path]
+        self.save()
+
+
+# ---- Claude Code
+
+def offer_no_proxy(work: Installer, text: str) -> dict[str, str]:
+    """Return NO_PROXY if Claude Code needs it to reach rrouter and the user wants it, else {}."""
+    settings = json.loads(text.lstrip("\ufeff")).get("env", {})
+    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    proxy = next((name for name in environment if environment[name] and name.upper() in (
+        "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")), None)
+    known = [environment.get(name) or "" for name in ("NO_PROXY", "no_proxy")]
+    if proxy is None or {"localhost", "*"} & set(re.split("[, ]+", ",".join(known))):
+        return {}
+    value = ",".join(filter(None, (known[0] or known[1], "localhost,127.0.0.1,::1")))
+    need = f'  {proxy} is set, so Claude Code needs "NO_PROXY": "{value}" in its env: '
+    if work.dry or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print(f"{need}add it (on a terminal, this command offers to)")
+        return {}
+    with contextlib.suppress(EOFError):
+        if input(f"{need}write it? [Y/n] ").strip().lower() in ("", "y", "yes"):
+            return {"env.NO_PROXY": value}
+    return {}
+
+
+def is_written(text: str | None, member: list[Any]) -> bool:
+    """Return whether a member still has a value that rrouter wrote, in any form."""
+    return text is not None and json.loads(text) in map(json.loads, member[1:])
+
+
+def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
+    """Point Claude Code here; unless `asked`, only renew what an earlier installation wrote."""
+    content = read_settings(path)
+    text = old = EMPTY_SETTINGS.decode() if content is None else content
+    members, command = work.settings.get(path, {}), f"curl -s '{url}/health?line'"
+    for name, value in {"env": {}, "env.ANTHROPIC_BASE_URL": url,
+                        "statusLine": {"type": "command", "command": command},
+                        **(offer_no_proxy(work, text) if asked else {})}.items():
+        new, now = json.dumps(value), edit_member(text, name, None)[1]
+        is_held = now is not None and is_written(now, members.get(name, []))
+        is_free = now is None or name not in ("env", "statusLine")
+        if (is_held or asked and is_free) and (now is None or json.loads(now) != value):
+            members[name] = [*members[name], new] if is_held else [now, new]
+            text = edit_member(text, name, new)[0]
+    if text != old:
+        work.settings[path] = members
+        if content is None:
+            work.put(path, EMPTY_SETTINGS, 0o600)
+        work.save()
+        mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o600
+        work.step(f"point Claude Code here in {path}",
+                  partial(write_atomically, path, text, True, mode))
+
+
+def disconnect_claude(work: Installer, path: str) -> None:
+    """Take out of Claude Code's settings what was written, to the byte if nothing else changed."""
+    text = old = read_settings(path) or ""
+    work.remove_temporary(path)
+    for name, member in reversed(work.settings[path].items()) if old else ():
+        if is_written(edit_member(text, name, None)[1], member):
+            text = edit_member(text, name, member[0])[0]
+    if path in work.files and text.encode("utf-8") == EMPTY_SETTINGS:
+        work.step(f"remove {path}", partial(os.unlink, path))
+    elif work.is_ours(path, old.encode("utf-8")):       # as 5.0.0 wrote it
+        work.take_back(path)
+    elif text != old:
+        work.step(f"take back {', '.join(work.settings[path])} in {path}", partial(
+            write_atomically, path, text, True, stat.S_IMODE(os.stat(path).st_mode)))
+    work.files.pop(path, None)          # what is left is the user's
+    del work.settings[path]
+    work.save()
+
+
+def find_senders(here: str, home: str) -> Iterator[str]:
+    """Yield the user's processes whose environment sends Claude Code to `here`.
+
+    With `home` each Claude Code of that HOME, too, because it read the settings when it started.
+    """
+    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc/self") else ()):
+        with contextlib.suppress(OSError):
+            if int(pid) == os.getpid() or os.stat(f"/proc/{pid}").st_uid != os.getuid():
+                continue
+            name, environment = ((read_file(f"/proc/{pid}/{file}") or b"").decode(
+                "utf-8", "replace") for file in ("comm", "environ"))
+            if re.search(rf"(?:\A|\0)ANTHROPIC_BASE_URL={here}[/\0]", environment) or (
+                    name == "claude\n" and home and f"HOME={home}" in environment.split("\0")):
+                yield f"{printable(name.strip())} (pid {pid})"
+
+
+# ---- install and uninstall
+
+def put_environment(work: Installer) -> None:
+    """Write for a service what this shell sets as RROUTER_*, and what an earlier one did."""
+    path = os.path.join(work.home, ".config", "rrouter.env")
+    old = content_of(path)
+    if old is not None and not work.is_ours(path, old):
+        print(f"  leave {path} as it is, because it is yours")
+        return
+    values = dict(re.findall(r"(?m)^(RROUTER_[A-Z_]+)='(.*)'$", (old or b"").decode("utf-8")))
+    values.update((name, os.environ[name]) for name in DEFAULT_ENVIRONMENT if os.environ.get(name))
+    if values:
+        text = "# Environment of the rrouter service, in force from the next restart on.\n"
+        text += "".join(f"{name}='{value}'\n" for name, value in values.items())
+        work.put(path, text.encode("utf-8"), 0o600)
+
+
+def start_installed(work: Installer, manager: Manager | None) -> None:
+    """Start the new program, by `manager` if there is one."""
+    def start() -> None:
+        status, output = run_program((work.program, verb), 3 * MANAGER_S)
+        if status:
+            raise DaemonError(output.strip().removeprefix("rrouter: "))
+        print("  " + output.strip().replace("\n", "\n  "))
+
+    if manager:
+        put_environment(work)
+        work.put(manager.path, SERVICE_FILES[os.path.basename(manager.path)].encode("utf-8"))
+        link = os.path.join(os.path.dirname(manager.path), "default.target.wants", SYSTEMD_UNIT)
+        if manager.name == "systemd" and not os.path.lexists(link):     # as `systemctl enable`
+            work.make_directory(os.path.dirname(link))
+            work.files[link] = ["", digest(b"link to " + os.fsencode(manager.path))]
+            work.save()
+            work.step(f"create {link}", partial(os.symlink, manager.path, link))
+    verb = "restart" if Daemon.find(work.paths) else "start"
+    work.step(f"run {work.program} {verb}", start)
+
+
+def report_installation(work: Installer, before: bytes | None, why: str) -> None:
+    """Print what was installed, what `check` says of it, and what to do next."""
+    import shutil
+    version = re.search(rb'(?m)^__version__ = "([^"]*)"', before or b"")
+    old = f" (before: {printable(version[1].decode('utf-8', 'replace'))})" if version else ""
+    print(f"\nrrouter {__version__} is installed as {work.program}{old}")
+    if why:
+        print(f"no service, because {why}")
+    print(run_program((work.program, "check"), MANAGER_S)[1].rstrip())
+    first, command = shutil.which("rrouter"), "rrouter"
+    if not first or os.path.realpath(first) != os.path.realpath(work.program):
+        command = work.program
+        print(f"hint: {first + ' comes first' if first else '~/bin is not'} in PATH: add this line "
+              'to the file that your shell reads at its start: export PATH="$HOME/bin:$PATH"')
+    if not work.settings:
+        print(f"hint: to point Claude Code here: {command} install --claude")
+    print(f"next: {command} status")
+
+
+def install(work: Installer, with_claude: bool) -> list[str]:
+    """Install this program for the user, or upgrade it, and start it; return what failed."""
+    if os.geteuid() == 0 and os.stat(work.home).st_uid != 0:
+        raise RouterError(f"HOME={work.home} belongs to another user: run this without sudo")
+    settings = read_environment(dict(os.environ))
+    if re.search(r"['\\]", settings.upstream):
+        raise UsageError(f"RROUTER_UPSTREAM={settings.upstream}: a service cannot get a quote")
+    asked = claude_settings_path(work.home) if with_claude else ""
+    if asked and not is_own_home(work.home) and not asked.startswith(work.home + "/"):
+        raise UsageError(f"{asked} is not in HOME={work.home}: unset CLAUDE_CONFIG_DIR")
+    work.files, work.settings = read_record(work.paths)
+    program, before = program_bytes(stable_interpreter()), content_of(work.program)
+    manager, why = reach_manager(work.home)
+    if not work.dry:
+        work.paths.create()
+    work.put(work.program, program, 0o755)
+    config, mode = work.paths.config, work.paths.mode
+    if digest(content_of(config) or b"")[:16] in SHIPPED:
+        spare = spare_name(config)
+        work.step(f"move {config}, which holds nothing but defaults, to {spare}",
+                  partial(os.rename, config, spare))
+    elif not os.path.lexists(config) and not os.path.lexists(mode):
+        work.step("set the mode to auto", partial(write_atomically, mode, "auto\n"))
+    start_installed(work, manager)
+    daemon = Daemon.find(work.paths)
+    if daemon:
+        settings = Settings(daemon.host, daemon.port, "")
+    if settings.host in ("0.0.0.0", "::"):
+        settings = settings._replace(host="localhost")
+    for path in filter(None, dict.fromkeys((*work.settings, asked and os.path.realpath(asked)))):
+        # Last, because nothing listened there before.
+        work.attempt(partial(connect_claude, work, path, f"http://{settings.listen_addr}",
+                             path == os.path.realpath(asked)))
+    if work.dry:
+        print("nothing has been changed")
+    else:
+        report_installation(work, before, why)
+    return [f"Claude Code is not pointed here: {failure}" for failure in work.failures]
+
+
+def remove_service(work: Installer, path: str, manager: Manager | None) -> None:
+    """Stop the service and remove its file, also where its manager does not answer."""
+    if manager and manager.path == path:
+        work.step(f"stop the service of {manager.name}", manager.stop)
+    work.take_back(path)
+    link = os.path.join(os.path.dirname(path), "default.target.wants", SYSTEMD_UNIT)
+    if os.path.islink(link) and not os.path.exists(link):       # of 5.0.0, not recorded
+        os.unlink(link)
+        with contextlib.suppress(OSError):      # not empty
+            os.rmdir(os.path.dirname(link))
+    if manager and manager.path == path and manager.name == "systemd":
+        work.step("have systemd forget it", partial(
+            run_program, manager.start_commands[0], MANAGER_S))
+
+
+def remove_data(work: Installer, purge: bool) -> None:
+    """Remove the record, and with `purge` all that is beside it, unless something failed."""
+    import shutil
+    root = work.paths.root
+    if work.failures or not os.path.lexists(root):
+        return
+    if not work.dry:
+        work.remove_temporary(work.paths.record)
+        remove_files(work.paths.record)
+    if not purge:
+        work.leave(root, "mode, config, state and logs", "rm -r")
+    elif os.path.islink(root):
+        work.leave(os.path.realpath(root), f"where {root} led", "rm -r")
+        work.step(f"remove {root}", partial(os.unlink, root))
+    else:
+        work.step(f"remove {root}", partial(shutil.rmtree, root))
+
+
+def name_unrecorded(work: Installer) -> None:
+    """Note for the report what looks installed, although no record says so."""
+    print(f"  {work.paths.record} names no file, so none is removed; only the usual places have "
+          "been looked at")
+    config = os.path.join(work.home, ".config")
+    for path in (work.program, os.path.join(config, "rrouter.env"), unit_path(config),
+                 agent_path(work.home)):
+        if os.path.lexists(path):
+            work.leave(path, "not recorded as installed")
+
+
+def uninstall(work: Installer, purge: bool) -> list[str]:
+    """Take back what `install` did, with `purge` what the daemon keeps, too; return what failed."""
+    work.files, work.settings = read_record(work.paths)
+    daemon, manager, had_claude = (
+        Daemon.find(work.paths), find_manager(work.home), bool(work.settings))
+    if not work.files:
+        name_unrecorded(work)
+    ports = {str(daemon.port if daemon else DEFAULT_ENVIRONMENT["RROUTER_PORT"]),
+             *re.findall(r':([0-9]+)\\"', json.dumps(work.settings))}
+    here = rf"http://(?:localhost|127\.0\.0\.1|\[::1\]):(?:{'|'.join(ports)})"
+    for path in list(work.settings):
+        work.attempt(partial(disconnect_claude, work, path))
+    if daemon:
+        work.attempt(partial(work.step, f"stop rrouter ({daemon.holder.name})",
+                             partial(stop_daemon, work.paths, work.home)))
+    files = [*reversed(work.files)]
+    files.sort(key=work.program.startswith)     # the program last, because it can run again
+    for path in files:
+        needed = [*work.settings, *[work.program] * bool(work.failures)]
+        if os.path.basename(path) in SERVICE_FILES:
+            work.attempt(partial(remove_service, work, path, manager))
+        elif not any(other.startswith(path) for other in needed):
+            work.attempt(partial(work.take_back, path))
+    work.attempt(partial(remove_data, work, purge))
+    with contextlib.suppress(ValueError):
+        url = claude_environment(work.home).get("ANTHROPIC_BASE_URL", "")
+        if re.match(here, url) and not (work.dry and had_claude):
+            work.left.append(f"{claude_settings_path(work.home)} sends Claude Code to {url}: take "
+                             "ANTHROPIC_BASE_URL out of it")
+    removed = [text[7:] for text in work.done if text.startswith("remove ")]
+    print(f"\n{'would be ' * work.dry}removed: {', '.join(removed) or 'nothing'}")
+    for line in work.left:
+        print(f"stays: {line}")
+    senders = ", ".join(find_senders(here, work.home if had_claude else ""))
+    if senders:
+        print(f"still pointing here: {senders}: end them, or in a shell `unset ANTHROPIC_BASE_URL`")
+    return [f"not taken back: {failure}: mend that, then run `{work.program} uninstall` again"
+            for failure in work.failures]
+
+
+# Demo #########################################################################
+
+DEMO_PAUSE_S = 0.8              # for reading a step
+DEMO_COOLDOWN_S = 3
+DEMO_START = """\
+rrouter demo: the real router and a scripted CLIProxyAPI, both inside this
+process. It needs no account and no network, and leaves no file.
+
+Each line with a status shows what Claude Code gets when it asks for
+claude-sonnet-5-5: the target that answers, the name sent there, the tries.
+"""
+# Title, mode that the step sets, whether Antigravity refuses its request, meaning.
+DEMO_STEPS = (
+    ("$ rrouter claude", "claude", False, "The name stays as it is."),
+    ("$ rrouter antigravity", "antigravity", False,
+     "A rule writes another name. You notice: another model, in the same session."),
+    ("$ rrouter auto", MODE_AUTO, False, "Antigravity, as long as it works."),
+    ("Antigravity's quota runs out: from now on it responds 429", "", True,
+     "Antigravity refused, so claude got the same request. You notice: nothing."),
+    ("the next request", "", True, "Rescued again. You notice: nothing."),
+    ("the next request", "", True,
+     "The third failure in a row: rrouter switches to claude. You notice: nothing."),
+    ("the next request", "", True, "Straight to claude. You notice: nothing."),
+    (f"{DEMO_COOLDOWN_S} s later (30 min outside the demo) the quota is back", "", False,
+     "This one request probed antigravity: all return to it. You notice: nothing."))
+DEMO_END = """
+Next, with CLIProxyAPI running on port 8317:
+  {rrouter} start     start rrouter on port 8316
+  {rrouter} check     what is still missing, and what to do about it
+  {rrouter} auto      what you have just seen
+  export ANTHROPIC_BASE_URL=http://localhost:8316; claude"""
+DEMO_STAY = """
+This router and its upstream stay until Ctrl-C. In another shell:
+  export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=demo
+  curl {url}/v1/messages -d '{{"model": "claude-sonnet-5-5"}}'"""
+DEMO_EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("message_start", {"message": {
+        "id": "msg_demo", "type": "message", "role": "assistant", "model": "demo", "content": [],
+        "usage": {"input_tokens": 1, "output_tokens": 0}}}),
+    ("content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}),
+    ("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": "hello"}}),
+    ("content_block_stop", {"index": 0}),
+    ("message_delta", {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 1}}),
+    ("message_stop", {}))
+
+
+class DemoUpstream(http.server.BaseHTTPRequestHandler):
+    """A scripted CLIProxyAPI: names that begin with gemini are Antigravity's."""
+
+    protocol_version = "HTTP/1.1"
+    refuses = False             #: whether Antigravity responds 429
+
+    def handle(self) -> None:
+        """Carry requests through until the other side leaves."""
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing."""
+
+    def do_POST(self) -> None:
+        """Respond with a short stream, or with 429."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, kind, data = 200, b"text/event-stream", b"".join(
+            b"event: %b\ndata: %b\n\n" % (event.encode(), json.dumps(
+                {"type": event, **members}).encode()) for event, members in DEMO_EVENTS)
+        if self.refuses and b'"gemini' in body:
+            status, kind, data = 429, b"application/json", b'{"error": "quota exhausted"}'
+        self.wfile.write(b"HTTP/1.1 %d Demo\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b"
+                         % (status, kind, len(data), data))
+
+
+def demo_request(port: int) -> str:
+    """Send a request as Claude Code does; return the status, and who answered it."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/messages",
+                           '{"model": "claude-sonnet-5-5", "stream": true, "messages": []}')
+        response = connection.getresponse()
+        response.read()
+        target, name, tries = (response.headers[f"x-rrouter-{field}"]
+                               for field in ("target", "model", "attempts"))
+        return f"{response.status} {painted(target)} {name}" + ", 2 tries" * (tries == "2")
+
+
+@contextlib.contextmanager
+def demo_router(home: str) -> Iterator[Router]:
+    """Run a scripted upstream and a router on free ports, with files in `home`."""
+    paths, config = Paths(home), config_of(None)
+    paths.create()
+    auto = config.auto._replace(cooldowns_s=(DEMO_COOLDOWN_S,))
+    write_atomically(paths.config, config_text(config._replace(auto=auto)))
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), DemoUpstream) as upstream:
+        upstream.daemon_threads = True
+        settings = Settings("127.0.0.1", 0, f"http://127.0.0.1:{upstream.server_address[1]}")
+        router = Router(settings, paths, Log(paths.log, echo=False), "demo")
+        router.load()
+        with listen(settings, router)[0] as server:
+            router.settings = settings._replace(port=server.server_port)
+            for each in (upstream, server):
+                threading.Thread(target=each.serve_forever, daemon=True).start()
+            try:
+                yield router
+            finally:
+                server.shutdown()
+                upstream.shutdown()
+
+
+def cmd_demo(context: Any) -> None:
+    """Show by real requests what rrouter does; with --stay, keep it running."""
+    import tempfile
+    for number in (signal.SIGTERM, signal.SIGHUP):      # else they would leave the folder
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    with tempfile.TemporaryDirectory(prefix="rrouter-demo-") as home, demo_router(home) as router:
+        print(DEMO_START)
+        for title, mode, refuses, meaning in DEMO_STEPS:
+            DemoUpstream.refuses = refuses
+            if mode:
+                write_atomically(router.store.paths.mode, mode)
+            print(wrapped(title, 0), flush=True)
+            left_s = router.failover.report(True)["cooldownRemainingSeconds"]
+            time.sleep(DEMO_PAUSE_S if refuses else max(DEMO_PAUSE_S, left_s))
+            print(f"  {demo_request(router.settings.port)}\n{wrapped(f'  {meaning}', 2)}")
+        name = os.path.basename(sys.argv[0])
+        print(DEMO_END.format(rrouter=name if name == "rrouter" else f"python3 {sys.argv[0]}"))
+        if context.arguments.stay:
+            print(DEMO_STAY.format(url=f"http://{router.settings.listen_addr}"), flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:
+                    router.watch()
+                    router.log.flush()
+                    time.sleep(POLL_S)
+
+
 # Command line #################################################################
 
 class Command(NamedTuple):
@@ -5027,9 +5434,20 @@ class Command(NamedTuple):
 
     name: str
     aliases: tuple[str, ...]
-    run: Callable[[Any], int]               #: gets a Context, returns the exit status
+    run: Callable[[Any], int | None]        #: gets a Context, returns the exit status, None for 0
     help: str
     arguments: tuple[tuple[str, dict[str, Any]], ...] = ()      #: as `add_argument` takes them
+    example: str = ""
+
+    @property
+    def usage(self) -> str:
+        """Its line in the help: `config [edit|reset|path]`."""
+        words = [self.name]
+        for name, options in self.arguments:
+            if options.get("help") is not argparse.SUPPRESS:
+                word = "|".join(options.get("choices", ())) or options.get("metavar", "")
+                words.append(f"[{name if name[:1] == '-' else word}]")
+        return " ".join(words)
 
 
 class Context(NamedTuple):
@@ -5038,12 +5456,14 @@ class Context(NamedTuple):
     home: str
     paths: Paths
     arguments: argparse.Namespace
-    commands: tuple[Command, ...]           #: COMMANDS, for `help`
+    commands: tuple[Command, ...]           #: COMMANDS
 
 
-def complain(text: object) -> None:
-    """Print one line on stderr that names rrouter."""
-    print(f"rrouter: {text}", file=sys.stderr)
+def nearest(word: str, words: Iterable[str]) -> str:
+    """Return the question whether another word was meant, "" if none resembles it."""
+    import difflib
+    found = difflib.get_close_matches(word, list(words), 1)
+    return f"; did you mean '{found[0]}'?" if found else ""
 
 
 def read_config(paths: Paths) -> Config:
@@ -5051,8 +5471,9 @@ def read_config(paths: Paths) -> Config:
     try:
         return config_of(read_file(paths.config))
     except (ConfigError, UnicodeDecodeError, OSError) as error:
-        raise RouterError(f"{describe_config_error(error)} ({paths.config}): fix it with `rrouter "
-                          "config edit` or start over with `rrouter config reset`") from error
+        where = describe_config_error(error).replace("config.json", paths.config, 1)
+        raise RouterError(f"{where}: fix it with `rrouter config edit` or start over with `rrouter "
+                          "config reset`") from error
 
 
 def write_file(path: str, text: str) -> None:
@@ -5076,202 +5497,301 @@ def cmd_serve(context: Context) -> int:
         raise
 
 
-def cmd_start(context: Context) -> int:
-    """Start the daemon."""
-    print(start_daemon(context.paths, context.home))
-    return 0
-
-
-def cmd_stop(context: Context) -> int:
-    """Stop the daemon."""
-    print(stop_daemon(context.paths, context.home))
-    return 0
-
-
-def cmd_restart(context: Context) -> int:
-    """Stop the daemon and start it again, with its settings except what this shell sets."""
-    daemon = find_daemon(context.paths) or read_run(context.paths)      # it may have been killed
-    if daemon and not find_manager(context.home):       # a service has an environment file
-        for name in Settings._fields:
-            variable = f"RROUTER_{name.upper()}"
-            os.environ[variable] = os.environ.get(variable) or str(getattr(daemon, name))
-    read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
-    return cmd_stop(context) or cmd_start(context)
-
-
-def find_health(paths: Paths) -> tuple[Running | None, dict[str, Any] | None]:
+def find_health(paths: Paths) -> tuple[Daemon | None, dict[str, Any] | None]:
     """Return the live daemon and its /health, None for what does not exist."""
-    daemon = find_daemon(paths)
-    return daemon, health_of(daemon) if daemon else None
+    daemon = Daemon.find(paths)
+    return daemon, daemon.health() if daemon else None
 
 
-def _offline_mode(paths: Paths) -> str:
-    try:
-        word = mode_word(read_file(paths.mode))
-        config = read_config(paths)
-    except OSError as error:
-        return f"unknown: {paths.mode}: {reason_of(error)}"
-    except RouterError as error:
-        return f"unknown: {error}"
-    mode = config.resolve(word or config.default_mode)
-    if not word or word == mode:
-        return mode
-    return f"{mode} (the mode file says '{printable(word, 40)}')"
-
-
-def _print_rows(*rows: tuple[str, str]) -> None:
-    for name, text in rows:
-        print(f"{name and name + ':':10}{text}")
-
-
-def _uptime(seconds: int) -> str:
-    days, hours, minutes = seconds // 86400, seconds // 3600 % 24, seconds // 60 % 60
-    if days:
-        return f"{days}d {hours}h"
-    return f"{hours}h {minutes}m" if hours else f"{minutes}m {seconds % 60}s"
-
-
-def describe_target(auto: dict[str, Any], now: float) -> str:
-    """Return in words which target serves, since when, why, and when the other is probed."""
-    current: str = auto["currentTarget"]
-    if not auto["switched"]:
-        failing = [f"{auto[key]} {name}" for key, name in (
-            ("failureCount", "HTTP errors"), ("timeoutCount", "timeouts")) if auto[key]]
-        return current + (f" ({', '.join(failing)} in a row)" if failing else "")
-    failed = next(target for target in auto["targets"] if target != current)
-    reason = re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row",
-                    auto["reason"] or "")
-    since = datetime.datetime.strptime(auto["switchedAt"], "%Y-%m-%dT%H:%M:%SZ").replace(
-        tzinfo=datetime.timezone.utc).astimezone()
-    is_today = since.date() == datetime.datetime.fromtimestamp(now).date()
-    left = auto["cooldownRemainingSeconds"]
-    tries = f"in {math.ceil(left / 60)} min" if left >= 60 else f"in {left} s" if left else "now"
-    return (f"on {current} since {since.strftime('%H:%M' if is_today else '%Y-%m-%d %H:%M')} "
-            f"because {failed} {reason}; tries {failed} again {tries}")
+def print_rows(*rows: tuple[str, str], width: int = 10) -> None:
+    """Print labels and texts in two columns, a text that is a mode in its colour."""
+    for label, text in rows:
+        line = wrapped(f"{label and label + ':':{width}}{text}", width)
+        print(line.replace(text, painted(text), 1))
 
 
 def _port_of(parts: urllib.parse.SplitResult) -> int:
     return parts.port or (443 if parts.scheme == "https" else 80)
 
 
+def describe_upstream(url: str) -> str:
+    """Return the upstream's URL and whether something listens there."""
+    parts = urllib.parse.urlsplit(url)
+    return f"{url}, {'' if _listens(parts.hostname or '', _port_of(parts)) else 'not '}reachable"
+
+
+def environment_of(daemon: Daemon) -> dict[str, str]:
+    """Return the RROUTER_* with which the daemon could have been started."""
+    return {f"RROUTER_{name.upper()}": str(getattr(daemon, name)) for name in Settings._fields}
+
+
+def cmd_start(context: Context) -> None:
+    """Start the daemon; say what is not well."""
+    print(start_daemon(context.paths, context.home))
+    daemon, health = find_health(context.paths)
+    if not daemon or not health:
+        return
+    upstream = describe_upstream(health["upstreamURL"])
+    runs = environment_of(daemon._replace(upstream=health["upstreamURL"]))
+    remedy = "`rrouter restart`"
+    if daemon.started_by in ("systemd", "launchd"):
+        remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
+    bad = [("problem", printable(problem, 500)) for problem in health["problems"]]
+    bad += [("note", f"{name}={value} of this shell is not in force: {remedy}")
+            for name, value in os.environ.items() if name in runs and value
+            and read_environment({**runs, name: value}) != read_environment(runs)]
+    bad += [("next", "rrouter check")] if bad or "not reachable" in upstream else []
+    print_rows(("upstream", upstream), *bad)
+
+
+def cmd_stop(context: Context) -> None:
+    """Stop the daemon."""
+    print(stop_daemon(context.paths, context.home))
+
+
+def cmd_restart(context: Context) -> None:
+    """Stop the daemon and start it again, with its settings except what this shell sets."""
+    daemon = Daemon.find(context.paths) or Daemon.last(context.paths)      # it may have been killed
+    if daemon and not find_manager(context.home):       # a service has an environment file
+        for name, value in environment_of(daemon).items():
+            os.environ[name] = os.environ.get(name) or value
+    read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
+    cmd_stop(context)
+    cmd_start(context)
+
+
+def find_mode(paths: Paths, health: dict[str, Any] | None) -> tuple[str, list[str]]:
+    """Return the mode in force, or that in which a daemon would start, and what is wrong."""
+    if health:
+        return health["mode"], health["problems"]
+    snapshot = Store(paths, Log(paths.log, echo=False), lambda *_: None).snapshot()
+    return snapshot.mode, list(snapshot.problems)
+
+
+def local_time(text: str) -> str:
+    """Return a time of /health as the clock here shows it, with the date unless it is today."""
+    when = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(
+        tzinfo=datetime.timezone.utc).astimezone()
+    is_today = when.date() == datetime.datetime.now().date()
+    return when.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M")
+
+
+def describe_target(auto: dict[str, Any]) -> str:
+    """Return in words which target serves, since when, why, and when the other is probed."""
+    current: str = auto["currentTarget"]
+    if not auto["switched"]:
+        return ": ".join(filter(None, (current, counted(auto))))
+    failed, why, _ = failed_side(auto)
+    when = until_probe(auto)
+    return (f"on {current} since {local_time(auto['switchedAt'])} because {failed} {why}; "
+            f"tries {failed} again {when if when == 'now' else 'in ' + when}")
+
+
 def print_status(holder: Holder, health: dict[str, Any]) -> None:
     """Print /health of the daemon for people."""
-    url = urllib.parse.urlsplit(health["upstreamURL"])
-    reachable = _listens(url.hostname or "", _port_of(url))
-    auto, now = health["autoSwitch"], time.time()
-    _print_rows(
+    auto, counts, failure = (
+        health["autoSwitch"], health["requests"], health["requests"]["lastFailure"])
+    starters = {"serve": "`rrouter serve`", "start": "`rrouter start`"}
+    print_rows(
         ("mode", health["mode"]),
-        ("target", describe_target(auto, now) if auto["active"] else health["currentTarget"]),
-        *(("", f"{printable(model)}: {describe_target(own, now)}")
+        ("target", describe_target(auto) if auto["active"] else health["currentTarget"]),
+        *(("", f"{printable(model)}: {describe_target(own)}")
           for model, own in auto["models"].items()),
         ("daemon", f"{holder.name}, {health['listenAddr']}, up "
-                   f"{_uptime(health['uptimeSeconds'])}, started by {health['startedBy']}"),
-        ("requests", f"{health['requestCount']}, {health['activeRequests']} running"),
-        ("upstream", f"{health['upstreamURL']}, {'' if reachable else 'not '}reachable"),
+                   f"{datetime.timedelta(seconds=health['uptimeSeconds'])}, "
+                   f"started by {starters.get(health['startedBy'], health['startedBy'])}"),
+        ("requests", f"{counts['answered']} answered, {counts['rescued']} rescued, "
+                     f"{counts['failed']} failed, {health['activeRequests']} running"),
+        *([("failure", "; ".join(filter(None, (
+            f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}",
+            failure.get("slow")))))] if failure else []),
+        ("upstream", describe_upstream(health["upstreamURL"])),
         *(("problem", printable(problem, 500)) for problem in health["problems"]))
 
 
-def cmd_status(context: Context) -> int:
-    """Print mode, target, daemon, upstream and problems."""
-    daemon, health = find_health(context.paths)
-    as_json = context.arguments.json
-    if daemon and daemon.holder.stopping:
-        print(f"daemon:   {daemon.holder.name} is stopping: running requests finish first",
-              file=sys.stderr if as_json else sys.stdout)
-        return 3
-    if daemon and not health:
-        where = (f"rrouter runs {daemon.holder.elsewhere} and does not answer here on port "
-                 f"{daemon.port}: ask it there" if daemon.holder.elsewhere else
-                 f"pid {daemon.pid} runs but does not answer on port {daemon.port}: "
-                 f"see {context.paths.log}, or `rrouter restart`")
-        raise DaemonError(where)
-    if daemon and health:
+def describe_silence(daemon: Daemon) -> str:
+    """Return what to say of a daemon that does not answer."""
+    if daemon.holder.elsewhere:
+        return (f"rrouter runs {daemon.holder.elsewhere} and does not answer here on port "
+                f"{daemon.port}: ask it there")
+    return (f"pid {daemon.pid} runs but does not answer on port {daemon.port}: see `rrouter logs`, "
+            "or `rrouter restart`")
+
+
+def show_status(paths: Paths, as_json: bool) -> int:
+    """Print the status once; return the exit status."""
+    daemon, health = find_health(paths)
+    is_stopping = daemon is not None and daemon.holder.stopping
+    if daemon and health and not is_stopping:
         if as_json:
             print(json.dumps(health, indent=2))
         else:
             print_status(daemon.holder, health)
         return 0
-    how = "not running; start it with `rrouter start`"
+    if daemon and not is_stopping:
+        raise DaemonError(describe_silence(daemon))
+    how = (f"{daemon.holder.name} is stopping: running requests finish first" if daemon else
+           "not running; start it with `rrouter start`")
     if as_json:
         complain(how)
     else:
-        _print_rows(("mode", _offline_mode(context.paths)), ("daemon", how))
+        mode, problems = find_mode(paths, None)
+        print_rows(("mode", mode), ("daemon", how), *(("problem", text) for text in problems))
     return 3
 
 
-def check_mode(config: Config, mode: str) -> None:
-    """Raise RouterError unless `mode` can be set with this config."""
-    if mode == MODE_AUTO and config.auto_error:
-        raise RouterError(f"config.json: {config.auto_error}")
-    if mode != MODE_AUTO and mode not in config.modes:
-        defined = ", ".join([*config.modes] + [MODE_AUTO] * (not config.auto_error))
-        raise RouterError(f"mode '{printable(mode, 40)}' is not defined by config.json; "
-                          f"defined are {defined}")
+def cmd_status(context: Context) -> int:
+    """Print mode, target, daemon, requests, upstream and problems; with --watch every second."""
+    arguments = context.arguments
+    while arguments.watch:
+        if sys.stdout.isatty():
+            print("\033[H\033[2J", end="")
+        try:
+            show_status(context.paths, arguments.json)
+        except DaemonError as error:
+            complain(error)
+        print(flush=True)
+        time.sleep(1)
+    return show_status(context.paths, arguments.json)
 
 
-def set_mode(paths: Paths, mode: str) -> int:
+def describe_cleared(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Return the line on what a mode command has cleared, from `autoSwitch` before and after."""
+    if not before["active"] or after["switched"] or after["models"]:
+        return ""
+    notes = [f"cooldown of {failed_side(own)[0]}{f' for {printable(name)}' if name else ''} "
+             f"({failed_side(own)[2]}, {until_probe(own)})"
+             for name, own in {"": before, **before["models"]}.items() if own["switched"]]
+    notes += [f"{text} of {before['currentTarget']}" for text in [counted(before)] if text]
+    return wrapped(f"cleared: {', '.join(notes)}", 9) + "\n" if notes else ""
+
+
+def set_mode(paths: Paths, mode: str) -> None:
     """Write the mode; return when every request that begins from now on is served by it."""
     paths.create()
-    daemon = find_daemon(paths)
+    daemon, before = find_health(paths)
     try:
         config = read_config(paths)
+        choices, why_not = config.choices, f"config.json: {config.auto_error}"
     except RouterError as error:
-        if daemon is None:
+        if not before:
             raise
-        complain(error)         # the daemon still has the last good config, and judges by its modes
-    else:
-        check_mode(config, mode)
+        complain(error)         # the daemon continues with the last good config
+        choices, why_not = before.get("modes", []), ""
+    if mode not in choices:
+        raise RouterError(why_not if mode == MODE_AUTO and why_not else
+                          describe_unknown_mode(mode, choices) + nearest(mode, choices))
     write_file(paths.mode, mode + "\n")
-    health = health_of(daemon) if daemon and not daemon.holder.stopping else None
-    if daemon is None:
-        print(f"mode {mode} (written; no rrouter is running)")
-    elif daemon.holder.stopping:
-        print(f"mode {mode} (written; rrouter is stopping)")
-    elif health and health["mode"] == mode:
-        print(f"mode {mode} (in force: pid {daemon.pid}, port {daemon.port})")
-    elif daemon.holder.elsewhere and health is None:
-        print(f"mode {mode} (written; rrouter runs {daemon.holder.elsewhere} and reads it there)")
+    after = daemon.health() if daemon and not daemon.holder.stopping else None
+    where = f"pid {daemon.pid}, port {daemon.port}" if daemon else ""
+    if daemon is None or daemon.holder.stopping:
+        note = f"written; {'rrouter is stopping' if daemon else 'no rrouter is running'}"
+    elif after and after["mode"] == mode:
+        note = f"in force: {where}"
+    elif daemon.holder.elsewhere and after is None:
+        note = f"written; rrouter runs {daemon.holder.elsewhere} and reads it there"
     else:
-        problem = (f"is in mode {health['mode']}: see `rrouter status`" if health else
-                   "does not answer: `rrouter restart`")
-        raise DaemonError(f"mode {mode} is written to {paths.mode}, but the daemon (pid "
-                          f"{daemon.pid}, port {daemon.port}) {problem}")
-    return 0
+        raise DaemonError(f"mode {mode} is written to {paths.mode}, but the daemon ({where}) " + (
+            f"is in mode {after['mode']}: see `rrouter status`" if after else
+            "does not answer: `rrouter restart`"))
+    print(f"mode {painted(mode)} ({note})")
+    if before and after:
+        print(describe_cleared(before["autoSwitch"], after["autoSwitch"]), end="")
 
 
-def cmd_mode(context: Context) -> int:
-    """Print the mode, or set the one that is named."""
-    if context.arguments.name is not None:
+def cmd_mode(context: Context) -> None:
+    """Print the mode, or set the one that is named, perhaps by the command itself."""
+    name = vars(context.arguments).get("name", context.arguments.command)
+    if name is None:
+        mode, problems = find_mode(context.paths, find_health(context.paths)[1])
+        print(mode)
+        complain(*problems)
+    else:
         # As UTF-8 also where the locale is C and Python has made surrogates of it.
-        name = os.fsencode(context.arguments.name).decode("utf-8", "replace")
-        return set_mode(context.paths, name.strip().lower())
-    health = find_health(context.paths)[1]
-    print(health["mode"] if health else _offline_mode(context.paths))
-    return 0
+        set_mode(context.paths, os.fsencode(name).decode("utf-8", "replace").strip().lower())
 
 
-def cmd_own_mode(context: Context) -> int:
-    """Set the mode that has the name of the command."""
-    return set_mode(context.paths, context.arguments.command)
+def log_lines(path: str, word: bytes, count: int) -> list[bytes]:
+    """Return the last `count` lines with `word` in the log and the rotated ones."""
+    found: list[bytes] = []
+    for name in (path, *(f"{path}.{number}" for number in range(1, LOG_FILES + 1))):
+        if len(found) < count:
+            with contextlib.suppress(OSError), open_for_reading(name) as file:
+                older = deque((line for line in file if word in line), count - len(found))
+                found[:0] = older
+    return found
 
 
-def print_problems(config: Config) -> None:
-    """Print what is odd in config.json, on stderr."""
-    for problem in config.problems:
-        complain(f"config.json: {problem}")
+def follow(path: str) -> Iterator[bytes]:
+    """Yield the lines added to the log from now on, over rotation, without end."""
+    position = os.stat(path).st_size
+    while True:
+        with open_for_reading(path) as file:
+            file.seek(position)
+            rest, is_same = b"", True
+            while is_same:
+                with contextlib.suppress(OSError):      # the new file may not exist yet
+                    status = os.stat(path)
+                    is_same = (os.path.samestat(status, os.fstat(file.fileno()))
+                               and status.st_size >= file.tell())
+                *lines, rest = (rest + file.read()).split(b"\n")
+                yield from (line + b"\n" for line in lines)
+                if is_same:
+                    time.sleep(POLL_S)
+        position = 0
 
 
-def config_show(paths: Paths) -> int:
+def cmd_logs(context: Context) -> None:
+    """Print the last lines of the log; with -f also those that come, until Ctrl-C."""
+    arguments, path = context.arguments, context.paths.log
+    word = b"[AUTO]" if arguments.auto else b""
+    if not os.path.exists(path):
+        raise RouterError(f"{path} does not exist: `rrouter start` begins it")
+    lines: Iterable[bytes] = log_lines(path, word, LOG_SHOWN)
+    for line in itertools.chain(lines, follow(path) if arguments.follow else ()):
+        if word in line:
+            print(line.decode("utf-8", "replace"), end="", flush=True)
+
+
+def cmd_explain(context: Context) -> None:
+    """Print what becomes of a model name, or of those that passed lately, in each mode."""
+    config, health = read_config(context.paths), find_health(context.paths)[1]
+    models = [context.arguments.model]
+    if models == [None]:
+        lines = b"".join(reversed(log_lines(context.paths.log, b"[REQ] ", 1000)))
+        models = re.findall(r"#\d+ \S+ \S+ (\S+) -> ", lines.decode("utf-8", "replace"))
+        if not models:
+            raise RouterError("no model has passed yet: name one, as in `rrouter explain "
+                              "claude-sonnet-5-5`")
+    for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
+        found = {mode: match_rule(rules, model) for mode, rules in config.modes.items()}
+        rows = [(f"  {mode}", printable(f"{rule.rewrite} (rule {rule.match})" if rule else
+                                        f"{model} (no rule matches)"))
+                for mode, rule in found.items()]
+        if not config.auto_error:
+            first, second = config.auto.targets
+            text = f"{first} first, {second} if it fails"
+            if len({decide_route(config, target, model).model for target in (first, second)}) == 1:
+                text = "no rescue, because both targets get the same name"
+            elif health and health["autoSwitch"]["active"]:
+                auto = health["autoSwitch"]
+                text = describe_target(auto["models"].get(model, auto))
+            rows.append((f"  {MODE_AUTO}", text))
+        print(printable(model))
+        print_rows(*rows, width=15)
+    print(f"in force: mode {painted(find_mode(context.paths, health)[0])}")
+
+
+def config_show(paths: Paths) -> None:
     """Print the effective config on stdout, its path on stderr."""
     missing = "" if os.path.exists(paths.config) else " (does not exist: these are the defaults)"
     print(paths.config + missing, file=sys.stderr)
     config = read_config(paths)
-    print_problems(config)
+    complain(*(f"config.json: {problem}" for problem in config.problems))
     print(config_text(config))
-    return 0
 
 
-def config_edit(paths: Paths) -> int:
+def config_edit(paths: Paths) -> None:
     """Open the config in the user's editor, then check it."""
     import shlex
     import subprocess
@@ -5286,172 +5806,216 @@ def config_edit(paths: Paths) -> int:
         raise RouterError(f"editor {printable(editor)}: {why}: set VISUAL or EDITOR") from error
     if status:
         raise RouterError(f"editor {printable(editor)} ended with status {status}")
-    print_problems(read_config(paths))
+    complain(*(f"config.json: {problem}" for problem in read_config(paths).problems))
     print(f"{paths.config} is valid")
-    return 0
 
 
 def keep_beside(path: str, content: bytes) -> str:
-    """Write `content` to a new file PATH.bak-YYYYmmdd-HHMMSS; return its path.  Raises OSError."""
-    name = f"{path}.bak-{time.strftime('%Y%m%d-%H%M%S')}"
-    for backup in [name, *(f"{name}-{number}" for number in range(2, 1000))]:
-        with contextlib.suppress(FileExistsError), open(backup, "xb", buffering=0) as file:
-            try:
-                os.chmod(backup, 0o600)
-                problem = _write_all(file.fileno(), content)
-                if problem is not None:
-                    raise problem
-                os.fsync(file.fileno())
-            except OSError:             # a full disk: leave no truncated backup
-                os.unlink(backup)
-                raise
-            return backup
-    raise FileExistsError(errno.EEXIST, "too many backups of this second", name)
+    """Write `content` to a new file beside `path`; return its path.  Raises OSError."""
+    spare = spare_name(path)
+    write_atomically(spare, content)
+    return spare
 
 
-def config_reset(paths: Paths) -> int:
-    """Write the defaults; keep an existing file beside them."""
+def config_reset(paths: Paths) -> None:
+    """Write the defaults; keep an existing file beside them unless it equals them."""
     paths.create()
     try:
         content = read_file(paths.config)
-    except OSError as error:
-        raise RouterError(f"{paths.config}: {reason_of(error)}: move it away first") from error
-    try:
+        with contextlib.suppress(ConfigError, UnicodeDecodeError):
+            if config_of(content) == config_of(None):
+                content = None          # nothing would be lost
         if content is not None:
             print(f"kept: {keep_beside(paths.config, content)}")
     except OSError as error:
         raise RouterError(f"{paths.config}: cannot be copied beside itself: {reason_of(error)}: "
-                          "check the permissions of its directory and free space") from error
+                          "check permissions and free space, or move it away") from error
     write_file(paths.config, config_text(config_of(None)) + "\n")
     print(f"{paths.config} holds the defaults")
-    return 0
 
 
-def config_path(paths: Paths) -> int:
-    """Print the path of the config."""
-    print(paths.config)
-    return 0
-
-
-def cmd_config(context: Context) -> int:
+def cmd_config(context: Context) -> None:
     """Print, edit or reset the config, or print its path."""
-    actions = {None: config_show, "edit": config_edit, "reset": config_reset, "path": config_path}
-    return actions[context.arguments.action](context.paths)
+    actions: dict[str | None, Callable[[Paths], None]] = {
+        None: config_show, "edit": config_edit, "reset": config_reset,
+        "path": lambda paths: print(paths.config)}
+    actions[context.arguments.action](context.paths)
+
+
+COMPLETION = """\
+_rrouter() {
+    local choices='%s'
+    (( COMP_CWORD > 1 )) && case ${COMP_WORDS[1]} in
+%s
+        *) choices= ;;
+    esac
+    COMPREPLY=($(compgen -W "$choices" -- "${COMP_WORDS[COMP_CWORD]}"))
+}
+complete -F _rrouter rrouter"""
+
+
+def cmd_completion(context: Context) -> None:
+    """Print what the shell needs to complete commands."""
+    shell, names = context.arguments.shell, [row.name for row in context.commands]
+    after = {row.name: re.findall(r"[\[|]([a-z-]+)", row.usage) for row in context.commands}
+    with contextlib.suppress(RouterError):
+        after.update(help=names, mode=read_config(context.paths).choices)
+    if shell == "fish":
+        print("complete -c rrouter -f -n __fish_use_subcommand -a '" + " ".join(names) + "'")
+        for name, words in after.items():
+            print(f"complete -c rrouter -f -n '__fish_seen_subcommand_from {name}' "
+                  f"-a '{' '.join(words)}'")
+        return
+    if shell == "zsh":
+        print("autoload -U +X compinit bashcompinit && compinit && bashcompinit")
+    print(COMPLETION % (" ".join(names), "\n".join(
+        f"        {name}) choices='{' '.join(words)}' ;;" for name, words in after.items())))
+
+
+def cmd_install(context: Context) -> int:
+    """Install or upgrade this program for the user, or take back what was installed."""
+    arguments = context.arguments
+    work = Installer(context.home, context.paths, arguments.dry_run)
+    failures = (install(work, arguments.claude) if arguments.command == "install" else
+                uninstall(work, arguments.purge))
+    for failure in failures:
+        complain(failure)
+    return 1 if failures else 0
 
 
 HELP = """\
 rrouter %s - local router between the Claude Code CLI and CLIProxyAPI
 
-usage: rrouter COMMAND
+usage: rrouter COMMAND          new here? rrouter demo
 
 %s
 
-files in ~/.rrouter
-  mode          antigravity, claude, auto, or another mode of config.json
-  config.json   rules and settings of auto; `rrouter config` prints them
-  logs/rrouter.log            one line a request; rotated at %d MB
-  run.json, rrouter.pid, rrouter.lock, state.json     written by the daemon
-elsewhere
-  ~/.config/rrouter.env       RROUTER_* for the service that install.sh installs
+files in ~/.rrouter     mode, config.json, logs/rrouter.log (rotated at %d MB)
+for the service         RROUTER_* in ~/.config/rrouter.env
 
 environment
-  RROUTER_PORT      port to listen on (8316)
-  RROUTER_UPSTREAM  where CLIProxyAPI is (http://localhost:8317): http or https,
-                    also with a path
-  RROUTER_HOST      address to listen on (localhost: 127.0.0.1 and ::1); clients
-                    that reach one beyond loopback can spend your quota
-  RROUTER_ALLOWED_HOSTS     more names for Host, separated by commas: containers
-                    send host.docker.internal
+  RROUTER_PORT          port to listen on (8316)
+  RROUTER_UPSTREAM      where CLIProxyAPI is (http://localhost:8317)
+  RROUTER_HOST          address to listen on (localhost: 127.0.0.1 and ::1); who
+                        reaches one beyond loopback can spend your quota
+  RROUTER_ALLOWED_HOSTS more names for Host, with commas: host.docker.internal
 
 examples
-  rrouter start         then, in ~/.claude/settings.json:
+  rrouter start         and, in ~/.claude/settings.json,
                         {"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}
-  rrouter ag            the next request goes to Antigravity
-  rrouter auto          failures decide; again: retry the failed side at once
-  curl http://localhost:8316/health
-  tail -f ~/.rrouter/logs/*.log | grep AUTO
 
 exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
 
 def help_text(commands: tuple[Command, ...]) -> str:
     """Return what `rrouter help` prints of `commands`."""
-    usage = {"status": "status [--json]", "mode": "mode [NAME]",
-             "config": "config [edit|reset|path]"}
-    rows = [f"  {', '.join([usage.get(row.name, row.name), *row.aliases]):26} {row.help}"
-            for row in commands]
+    rows = []
+    for row in commands:
+        names = [", ".join([usage, *row.aliases]) for usage in (row.usage, f"{row.name} [...]")]
+        rows.append(f"  {names[len(names[0]) > 28]:29} {row.help}")
     return HELP % (__version__, "\n".join(rows), LOG_MAX_BYTES >> 20)
 
 
-def cmd_help(context: Context) -> int:
-    """Print the help."""
-    print(help_text(context.commands))
-    return 0
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError."""
+        raise UsageError(f"{printable(message)}; see `{self.prog} --help`")
 
 
-def cmd_version(_: Context) -> int:
+# Words that people try, and the command that does it.
+HINTS = {
+    "port": "RROUTER_PORT=8400 rrouter start", "host": "RROUTER_HOST=ADDRESS rrouter start",
+    "upstream": "RROUTER_UPSTREAM=URL rrouter start", "daemon": "rrouter start",
+    "run": "rrouter serve", "kill": "rrouter stop", "reload": "rrouter restart",
+    "doctor": "rrouter check", "test": "rrouter demo", "tail": "rrouter logs -f",
+    "modes": "rrouter mode NAME", "switch": "rrouter mode NAME", "models": "rrouter explain",
+    "gemini": "rrouter antigravity"}
+
+
+def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.Namespace:
+    """Return the command line, `help` if it is empty; raise UsageError."""
+    rows = {name: row for row in commands for name in (row.name, *row.aliases)}
+    first, *rest = words or ["help"]
+    if first not in rows:
+        hint = HINTS.get(first.lstrip("-").partition("=")[0])
+        raise UsageError(f"no command '{printable(first, 40)}'" + (
+            f"; use `{hint}`" if hint else nearest(first, rows) or "; see `rrouter help`"))
+    row = rows[first]
+    parser = Parser(prog=f"rrouter {row.name}", description=f"rrouter {row.name}: {row.help}",
+                    epilog=f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False)
+    parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
+    for argument, options in row.arguments:
+        parser.add_argument(argument, **options)
+    return parser.parse_args(rest)
+
+
+def cmd_help(context: Context) -> None:
+    """Print the help, or that of one command."""
+    if context.arguments.name is None:
+        print(help_text(context.commands))
+    else:
+        parse_command([context.arguments.name, "--help"], context.commands)
+
+
+def cmd_version(_: Context) -> None:
     """Print the version."""
     print(f"rrouter {__version__}")
-    return 0
 
 
 # Command line: check ##########################################################
 
-OK, WARN, FAIL = "ok", "warn", "fail"
-
-
-def check_daemon(settings: Settings, daemon: Running | None,
+def check_daemon(settings: Settings, daemon: Daemon | None,
                  health: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     """Yield whether the daemon runs, and is this program; if none runs, who has its port."""
     if daemon and health:
-        yield OK, (f"daemon: {daemon.holder.name} on {settings.listen_addr}, started by "
-                   f"{daemon.started_by}")
+        yield OK, f"daemon: {daemon.holder.name} on {settings.listen_addr}"
         if health["version"] != __version__:
             yield WARN, (f"version: the daemon is {printable(str(health['version']))}, this "
                          f"program {__version__}: rrouter restart")
-    elif daemon and daemon.holder.elsewhere:
-        yield FAIL, (f"daemon: rrouter runs {daemon.holder.elsewhere} and does not answer here on "
-                     f"port {daemon.port}: run check there")
     elif daemon:
-        yield FAIL, (f"daemon: pid {daemon.pid} does not answer on port {daemon.port}: "
-                     "rrouter restart")
+        yield FAIL, f"daemon: {describe_silence(daemon)}"
     else:
         yield FAIL, "daemon: not running: rrouter start"
         if _listens(settings.host, settings.port):
-            yield FAIL, f"port: {describe_taken(settings)}"
+            yield FAIL, describe_taken(settings)
 
 
-def is_as_installed(home: str, path: str) -> bool:
-    """Return whether a file is as install.sh left it, or was not installed by it."""
-    import hashlib
-    try:
-        record = json.loads(read_file(Paths(home).record) or b"{}")
-        digest = hashlib.sha256(read_file(path) or b"").hexdigest()
-        return bool(digest == record["files"][path]["sha256"][-1])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return True
+def check_interpreter(program: str) -> Iterator[tuple[str, str]]:
+    """Yield whether the Python that the installed program names still exists."""
+    with contextlib.suppress(OSError, RouterError):
+        head = (content_of(program) or b"")[:4096].decode("utf-8", "replace")
+        match = re.match(r"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head)
+        if match:
+            python = match[1] or match[2]
+            yield (OK if os.access(python, os.X_OK) else FAIL), (
+                f"program: {program}, run by {python}: if that is gone, run install.sh again")
 
 
 def check_service(home: str) -> Iterator[tuple[str, str]]:
-    """Yield whether the service manager starts this program."""
+    """Yield which Python runs the installed program, and whether a service manager starts it."""
     program = os.path.join(home, "bin", "rrouter")
-    if not os.path.isfile(unit_path(home)) and not os.path.isfile(agent_path(home)):
+    yield from check_interpreter(program)
+    manager, why = reach_manager(home)
+    candidates = ([manager.path] if manager else
+                  [unit_path(os.path.join(home, ".config")), agent_path(home)])
+    installed, files = [path for path in candidates if os.path.isfile(path)], {}
+    with contextlib.suppress(RouterError):
+        files = read_record(Paths(home))[0]
+    if not installed:
         yield OK, ("service: none is installed; rrouter start forks a daemon, and nothing starts "
                    "it at the next login")
-    for path, name in ((unit_path(home), "systemd unit"), (agent_path(home), "launchd agent")):
-        if not os.path.isfile(path):
-            continue
+    for path in installed:
         if not os.access(program, os.X_OK):
-            yield FAIL, (f"service: {name} {path} starts {program}, which does not exist: "
+            yield FAIL, (f"service: {path} starts {program}, which does not exist: "
                          "run install.sh again")
-        elif not is_as_installed(home, path):
-            yield WARN, (f"service: {name} {path} is not what install.sh wrote: changed by you, "
-                         "or older")
-        elif find_manager(home) is None:
-            yield WARN, (f"service: {name} is installed, but its manager does not answer here: "
-                         "rrouter start forks")
+        elif path in files and digest(content_of(path) or b"") != files[path][-1]:
+            yield WARN, f"service: {path} is not what was installed: changed by you, or older"
+        elif manager is None:
+            yield WARN, f"service: {path} is installed, but {why}: rrouter start forks"
         else:
-            yield OK, f"service: {name} {path}"
+            yield OK, f"service: {manager.name}, {path}"
 
 
 def _points_here(url: str, settings: Settings) -> bool:
@@ -5463,143 +6027,156 @@ def _points_here(url: str, settings: Settings) -> bool:
         return False
 
 
-def claude_settings_path(home: str) -> str:
-    """Return where Claude Code keeps its settings."""
-    directory = os.environ.get("CLAUDE_CONFIG_DIR") or os.path.join(home, ".claude")
-    return os.path.join(directory, "settings.json")
-
-
-def claude_environment(home: str) -> dict[str, str]:
-    """Return the `env` of Claude Code's settings.json, {} without one.
-
-    Raises ValueError if the file is not JSON.
-    """
-    try:
-        value = json.loads((read_file(claude_settings_path(home)) or b"{}").decode("utf-8"))
-        return {str(key): str(item) for key, item in value["env"].items()}
-    except (KeyError, TypeError, AttributeError):
-        return {}
-    except OSError as error:
-        raise ValueError(reason_of(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError("not JSON") from error
-
-
 def check_client(home: str, settings: Settings) -> Iterator[tuple[str, str]]:
     """Yield whether Claude Code sends its requests here: by its settings, and by this shell."""
-    wanted = f"http://localhost:{settings.port}"
-    in_shell = os.environ.get("ANTHROPIC_BASE_URL")
-    path = claude_settings_path(home)
+    path, in_shell = claude_settings_path(home), os.environ.get("ANTHROPIC_BASE_URL", "")
     try:
-        url = claude_environment(home).get("ANTHROPIC_BASE_URL")
+        environment = claude_environment(home)
     except ValueError as error:
-        yield WARN, f"{path}: {error}: Claude Code cannot read it either"
+        yield WARN, f"claude code: cannot read {path}: {error}"
         return
-    if url is None and in_shell and _points_here(in_shell, settings):
-        yield OK, f"shell: ANTHROPIC_BASE_URL is {printable(in_shell)} ({path} does not set it)"
-    elif url is None:
-        yield WARN, f'{path}: set {{"env": {{"ANTHROPIC_BASE_URL": "{wanted}"}}}} to use rrouter'
-    elif _points_here(url, settings):
-        yield OK, f"{path}: ANTHROPIC_BASE_URL is {printable(_without_password(url))}"
+    in_file = environment.get("ANTHROPIC_BASE_URL", "")
+    url, where = (in_file, path) if in_file else (in_shell, f"this shell, not {path}")
+    is_plain = _points_here(url, settings) and "@" not in url.split("/")[2]
+    shown = printable(url if is_plain else _without_password(url))
+    wanted = f"http://localhost:{settings.port}"
+    if not url:
+        yield WARN, f'claude code: set {{"env": {{"ANTHROPIC_BASE_URL": "{wanted}"}}}} in {path}'
+    elif not _points_here(url, settings):
+        yield WARN, f"claude code: goes elsewhere, to {shown}, by {where}: set {wanted}"
+    elif not re.fullmatch("http://[^/]+(/|/@[^/]+/?)?", url):
+        yield WARN, (f"claude code: {shown}, by {where}, does not work: set {wanted}, to which "
+                     "only /@MODE may be added")
     else:
-        yield WARN, (f"{path}: ANTHROPIC_BASE_URL is {printable(_without_password(url))}: "
-                     f"Claude Code goes elsewhere; set {wanted}")
-    if in_shell and not _points_here(in_shell, settings):
+        yield OK, f"claude code: goes to {shown}, by {where}"
+        both = {**os.environ, **environment}
+        proxy = next((name for name, value in both.items() if value and name.lower() in (
+            "http_proxy", "https_proxy", "all_proxy")), "")
+        exempt = both.get("NO_PROXY") or both.get("no_proxy") or ""
+        if proxy and not re.search(r"(^|[,\s])(localhost|127\.0\.0\.1|\*)($|[,:\s])", exempt):
+            yield WARN, (f"proxy: {proxy} is set without NO_PROXY, so no request of Claude Code "
+                         'reaches rrouter: add "NO_PROXY": "localhost,127.0.0.1,::1" to env in '
+                         f"{path}")
+    if in_file and in_shell and not _points_here(in_shell, settings):
         yield WARN, (f"shell: ANTHROPIC_BASE_URL={printable(_without_password(in_shell))} points "
                      "elsewhere: unset it, also in your shell's start files")
 
 
 def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
-    """Return (status, body) of /v1/models.
-
-    Raises UpstreamUnreachable, OSError, HTTPException.
-    """
-    connection = upstream.open()
-    with contextlib.closing(connection):
-        path = upstream.base_path.decode("ascii") + "/v1/models"
-        with total_limit(connection.sock, LIST_S):
-            connection.request("GET", path, headers=fields)
-            response = connection.getresponse()
-            return response.status, response.read(READ_AHEAD_MAX_BYTES)
+    """Return (status, body) of /v1/models; raise UpstreamUnreachable, OSError, HTTPException."""
+    path = upstream.base_path.decode("ascii") + "/v1/models"
+    with contextlib.closing(upstream.open()) as connection, total_limit(connection.sock, LIST_S):
+        connection.request("GET", path, headers=fields)
+        response = connection.getresponse()
+        return response.status, response.read(READ_AHEAD_MAX_BYTES)
 
 
-def check_models(config: Config, names: set[str]) -> Iterator[tuple[str, str]]:
-    """Yield which names in the rules the upstream does not know, with the lines that add them."""
+def alias_blocks(names: list[str], known: Collection[str]) -> str:
+    """Return the lines for CLIProxyAPI's config.yaml that make `names` mean the like of `known`."""
+    entries = []
+    for name in names:
+        words = {*name.split("-")} - {"thinking"}
+        found = max(known, key=lambda known: len(words & {*known.split("-")}),
+                    default="AN-ID-OF-ANTIGRAVITY")
+        entries += [f'- name: "{printable(found, 80)}"', f'  alias: "{printable(name)}"']
+        # Without this the id itself disappears; a claude- id then means the other channel alone.
+        entries += [] if found.startswith("claude-") else ["  fork: true"]
+    heads = (("# version 7", "oauth-model-alias:", "  antigravity:", "    "),
+             ("# version 8", "oauth:", "  model-alias:", "    antigravity:", "      "))
+    return "\n".join(f"        {line}" for *head, indent in heads
+                     for line in (*head, *(indent + entry for entry in entries)))
+
+
+def check_models(config: Config, body: bytes) -> Iterator[tuple[str, str]]:
+    """Yield whether the upstream, which lists `body`, knows the names in the rules."""
+    try:
+        owners = {entry["id"]: entry.get("owned_by") for entry in json.loads(body)["data"]}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        yield WARN, "models: /v1/models has no list of names: cannot compare the rules with it"
+        return
     rewrites = sorted({rule.rewrite for rules in config.modes.values() for rule in rules})
-    missing = [name for name in rewrites if name not in names]
-    if not rewrites:
-        yield OK, "models: no rule writes a name"
-    elif not missing:
+    missing = [name for name in rewrites if name not in owners]
+    if not missing:
         yield OK, f"models: the upstream knows all {len(rewrites)} names that the rules write"
-    known = ", ".join(printable(name, 60) for name in sorted(names)[:6]) or "none listed"
-    for name in missing:
-        yield WARN, (f"models: the upstream does not know {printable(name)} (400 unknown "
-                     f"provider): use one of its names ({known}) in a rule, or add to "
-                     "CLIProxyAPI's config.yaml:\n"
-                     "        oauth-model-alias:\n          antigravity:\n"
-                     '            - name: "AN-ID-FROM-THAT-LIST"\n'
-                     f'              alias: "{printable(name)}"\n'
-                     "              fork: true")
+        return
+    # A name in the rules may be an alias itself, and an alias of an alias is ignored.
+    known = [str(name) for name, owner in owners.items()
+             if owner == "antigravity" and name not in rewrites]
+    listed = ", ".join(printable(name, 60) for name in known[:6])
+    yield WARN, (
+        f"models: the upstream does not know {', '.join(map(printable, missing))} (400 unknown "
+        "provider): write ids of Antigravity into the rules "
+        f"({listed or 'none is listed: log in with -antigravity-login'}), or add the block of your "
+        "version to CLIProxyAPI's config.yaml; only one such block may exist:\n"
+        + alias_blocks(missing, known))
 
 
-def _client_key(home: str) -> tuple[str, dict[str, str]]:
-    """Return the variable that holds the client's key, "" if none does, and the key's header."""
+def _client_key(home: str) -> tuple[str, str]:
+    """Return the variable that holds the client's key, and the key; "" for what is missing."""
     environment = dict(os.environ)
     with contextlib.suppress(ValueError):
         environment = dict(claude_environment(home), **environment)
     name = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
-    key = environment.get(name)
-    if not key or printable(key, 4096) != key:
-        return name, {}
-    return name, {"Authorization": f"Bearer {key}"}
+    key = environment.get(name, "")
+    return name, key if printable(key, 4096) == key else ""
 
 
 def check_upstream(home: str, settings: Settings,
                    config: Config | None) -> Iterator[tuple[str, str]]:
     """Yield whether the upstream answers, accepts the client's key, and knows the rules' names."""
-    name, fields = _client_key(home)
-    url = settings.upstream
+    name, key = _client_key(home)
+    fields = {"Authorization": f"Bearer {key}"} if key else {}
+    label, body = f"upstream: {settings.upstream}", b"is rrouter itself"
     try:
         # Without Anthropic's headers: CLIProxyAPI responds to those with disguised names.
-        status, body = get_models(Upstream(url, lambda _: False), fields)
+        status = 502
+        if not _points_here(settings.upstream, settings):
+            status, body = get_models(Upstream(settings.upstream, lambda _: False), fields)
     except UpstreamUnreachable as error:
-        yield FAIL, f"upstream: {url} {error}: {error.remedy}"
+        remedy = error.remedy if "certificate" not in str(error) else (
+            "if a private CA signed it, set SSL_CERT_FILE to the file of that CA, also for the "
+            "daemon, and `rrouter restart`")
+        yield FAIL, f"{label} {error}: {remedy}"
         return
     except (OSError, http.client.HTTPException):
-        yield FAIL, f"upstream: {url} gives no HTTP response in time: is that CLIProxyAPI?"
+        yield FAIL, f"{label} gives no HTTP response in time: is that CLIProxyAPI?"
         return
-    if status in (401, 403):
-        refused = "the key of Claude Code" if fields else "a request without a key"
-        yield WARN, (f"upstream: {url} answers, but refuses {refused} ({status}): compare api-keys "
-                     f"in CLIProxyAPI's config with {name or 'the key that Claude Code has'}")
-        return
-    yield OK, f"upstream: {url} answers{' and accepts the key' if fields and status == 200 else ''}"
-    try:
-        models = {str(entry["id"]) for entry in json.loads(body)["data"]} if status == 200 else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        models = None
-    if models is None:
-        yield WARN, (f"models: {url}/v1/models gives no list ({status}): cannot compare the rules "
-                     "with it")
-    elif config is not None:
-        yield from check_models(config, models)
+    if status == 502 and b"is rrouter itself" in body:
+        yield FAIL, f"{label} is rrouter itself: set RROUTER_UPSTREAM to the address of CLIProxyAPI"
+    elif status in (401, 403):
+        refused = "the key of Claude Code" if key else "a request without a key"
+        words = printable(" ".join(body.decode("utf-8", "replace").split()), 200)
+        words = words.replace(key, "***") if key else words
+        yield FAIL, (f"{label} refuses {refused} ({status} {words}): compare api-keys (version 8: "
+                     "access.api-keys) in CLIProxyAPI's config with "
+                     f"{name or 'ANTHROPIC_AUTH_TOKEN, which Claude Code has to send'}")
+    elif status != 200:
+        yield WARN, f"{label} answers /v1/models with {status}: cannot compare the rules with it"
+    else:
+        yield OK, f"{label} answers{' and accepts the key' if key else ''}"
+        if config is not None:
+            yield from check_models(config, body)
 
 
-def check_mode_file(paths: Paths, config: Config | None,
-                    health: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Yield which mode is in force, and the problems in /health but those of the config."""
-    if health:
-        problems = [problem for problem in health["problems"]
-                    if not problem.startswith("config.json")]
-        yield (WARN if problems else OK), f"mode: {'; '.join([health['mode'], *problems])}"
-    elif config is not None:
-        mode = _offline_mode(paths)
-        level = FAIL if mode.startswith("unknown:") else WARN if "(" in mode else OK
-        yield level, f"mode: {mode}"
+def check_targets(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield which target CLIProxyAPI has blocked, by the failures that rrouter has seen."""
+    auto, failure = health["autoSwitch"], health["requests"]["lastFailure"]
+    seen = [(failed_side(own)[0], own["reason"]) for own in (auto, *auto["models"].values())
+            if own["switched"]]
+    if failure and not seen:
+        seen = [(failure["target"], f"{failure['what']}, {local_time(failure['at'])}")]
+    for target, why in dict(seen).items():
+        if any(name in why for _, _, name in SHELF_WORDINGS):
+            yield WARN, (f"target: CLIProxyAPI blocks the credential of {target} for a while "
+                         f"({printable(why)}): after 401 log in there again, after 429 wait")
+    if health.get("windows") == {} and health["requests"]["answered"]:
+        yield WARN, ("usage: no response had anthropic-ratelimit-unified-* headers, which Claude "
+                     "Code's usage bars need: set passthrough-headers: true (version 8: "
+                     "requests.passthrough-headers) in CLIProxyAPI's config")
 
 
 def run_checks(context: Context) -> Iterator[tuple[str, str]]:
-    """Yield (level, text) of each check."""
+    """Yield (level, text) of each check; the text begins with a label and a colon."""
     daemon, health = find_health(context.paths)
     settings = (Settings(daemon.host, daemon.port, health["upstreamURL"]) if daemon and health
                 else read_environment(dict(os.environ)))
@@ -5607,77 +6184,89 @@ def run_checks(context: Context) -> Iterator[tuple[str, str]]:
     config = None
     try:
         config = read_config(context.paths)
-        exists = os.path.exists(context.paths.config)
-        yield OK, f"config: {context.paths.config if exists else 'the defaults'}"
+        path = context.paths.config
+        yield OK, f"config: {path if os.path.exists(path) else 'the defaults'}"
         for problem in config.problems:
             yield WARN, f"config: {problem}"
     except RouterError as error:
         yield FAIL, f"config: {error}"
-    yield from check_mode_file(context.paths, config, health)
+    mode, problems = find_mode(context.paths, health)
+    problems = [problem for problem in problems if not problem.startswith("config.json")]
+    yield (WARN if problems else OK), f"mode: {'; '.join([mode, *problems])}"
     yield from check_service(context.home)
     yield from check_client(context.home, settings)
     yield from check_upstream(context.home, settings, config)
+    yield from check_targets(health) if health else ()
 
 
 def cmd_check(context: Context) -> int:
-    """Print one line a check, with the remedy."""
-    failed = False
+    """Print one line a check, with the remedy, and where to begin."""
+    found = []
     for level, text in run_checks(context):
-        print(f"{level:5} {text}")
-        failed = failed or level == FAIL
-    return 1 if failed else 0
+        label, _, rest = text.partition(": ")
+        found.append({"level": level, "check": label, "text": rest})
+        if not context.arguments.json:
+            print(wrapped(f"{level:5} {text}", 6).replace(level, painted(level), 1), flush=True)
+    levels = [row["level"] for row in found]
+    worst = FAIL if FAIL in levels else WARN if WARN in levels else OK
+    if context.arguments.json:
+        print(json.dumps({"status": worst, "checks": found}, indent=2))
+    else:
+        counts = ", ".join(f"{levels.count(level)} {level}" for level in (OK, WARN, FAIL))
+        begin = "" if worst == OK else f"; begin with {found[levels.index(worst)]['check']}"
+        print(f"\n{len(found)} checks: {counts}{begin}")
+    return 1 if worst == FAIL else 0
 
 
+FLAG = {"action": "store_true"}
+JSON = ("--json", {**FLAG, "help": "print JSON"})
 COMMANDS = (
-    #       name           aliases               function      help, arguments
-    Command("serve",       (),                   cmd_serve,
-            "run in the foreground; log to stderr too",
+    Command("demo", (), cmd_demo, "show it at work: no account, no network, 10 s",
+            (("--stay", {**FLAG, "help": "keep it running until Ctrl-C"}),)),
+    Command("serve", (), cmd_serve, "run in the foreground; log to stderr too",
             (("--ready-descriptor", {"type": int, "help": argparse.SUPPRESS}),)),
-    Command("start",       (),                   cmd_start,
-            "start the daemon; by systemd or launchd if set up"),
-    Command("stop",        (),                   cmd_stop,
-            "stop it; running requests finish first"),
-    Command("restart",     (),                   cmd_restart,
-            "stop and start"),
-    Command("status",      (),                   cmd_status,
-            "show mode, target, daemon, upstream and problems",
-            (("--json", {"action": "store_true", "help": "print /health"}),)),
-    Command("antigravity", ("ag",),              cmd_own_mode,
-            "rewrite model names for Antigravity (Gemini)"),
-    Command("claude",      ("c",),               cmd_own_mode,
-            "leave model names as they are: Claude"),
-    Command("auto",        ("a",),               cmd_own_mode,
-            "let failures decide; again: end the cooldowns"),
-    Command("mode",        (),                   cmd_mode,
-            "print the mode, or set any mode of config.json",
-            (("name", {"nargs": "?", "metavar": "NAME"}),)),
-    Command("check",       ("health", "--check"), cmd_check,
-            "examine everything: one line a check, with remedy"),
-    Command("config",      (),                   cmd_config,
-            "print, edit or reset the config, or print its path",
-            (("action", {"nargs": "?", "choices": ("edit", "reset", "path")}),
-             ("--yes", {"action": "store_true", "help": "accepted; reset never asks"}))),
-    Command("help",        ("-h", "--help"),     cmd_help,
-            "show this text"),
-    Command("version",     ("-V", "--version"),  cmd_version,
-            "print the version"),
+    Command("start", (), cmd_start, "start the daemon, by systemd or launchd if there", (),
+            "RROUTER_PORT=8400 rrouter start"),
+    Command("stop", (), cmd_stop, "stop it; running requests finish first"),
+    Command("restart", (), cmd_restart, "stop and start"),
+    Command("status", (), cmd_status, "show mode, target, requests and problems",
+            (JSON, ("--watch", {**FLAG, "help": "again each second until Ctrl-C"})),
+            "rrouter status --json | jq .currentTarget"),
+    Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
+    Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
+    Command("auto", ("a",), cmd_mode, "let failures decide; again: end the cooldowns"),
+    Command("mode", (), cmd_mode, "print the mode, or set any mode of config.json",
+            (("name", {"nargs": "?", "metavar": "NAME", "help": "the mode to set"}),),
+            "rrouter mode claude"),
+    Command("explain", (), cmd_explain, "what becomes of a model name in each mode",
+            (("model", {"nargs": "?", "metavar": "MODEL",
+                        "help": "as Claude Code sends it; without it, those that passed lately"}),),
+            "rrouter explain claude-opus-5-5"),
+    Command("logs", (), cmd_logs, "print the end of the log",
+            (("-f", {**FLAG, "dest": "follow", "help": "go on until Ctrl-C"}),
+             ("--auto", {**FLAG, "help": "decisions of auto mode alone"})),
+            "rrouter logs -f --auto"),
+    Command("check", ("health", "--check"), cmd_check, "examine all, with remedies", (JSON,)),
+    Command("config", (), cmd_config, "print, edit or reset the config, print its path",
+            (("action", {"nargs": "?", "choices": ("edit", "reset", "path"),
+                         "help": "open it in $EDITOR; write the defaults; print where it is"}),
+             ("--yes", {**FLAG, "help": argparse.SUPPRESS})),     # `reset` never asks
+            "rrouter config | jq .auto"),
+    Command("install", (), cmd_install, "install as ~/bin/rrouter and start, or upgrade",
+            (("--claude", {**FLAG, "help": "point Claude Code here, too"}),
+             ("--dry-run", {**FLAG, "help": "say what would be done"})),
+            "rrouter install --claude"),
+    Command("uninstall", (), cmd_install, "take back what install did",
+            (("--purge", {**FLAG, "help": "remove ~/.rrouter, too"}),
+             ("--dry-run", {**FLAG, "help": "say what would be done"}))),
+    Command("completion", (), cmd_completion, "print the completion for a shell",
+            (("shell", {"choices": ("bash", "zsh", "fish")}),),
+            'eval "$(rrouter completion bash)"'),
+    Command("help", ("-h", "--help"), cmd_help, "show this text, or the help of a command",
+            (("name", {"nargs": "?", "metavar": "COMMAND", "help": "its arguments, an example"}),),
+            "rrouter help config"),
+    Command("version", ("-V", "--version"), cmd_version, "print the version"),
 )
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(prog="rrouter", add_help=False, allow_abbrev=False,
-                                     usage="rrouter COMMAND; see `rrouter help`")
-    commands = parser.add_subparsers(dest="command", prog="rrouter", metavar="COMMAND",
-                                     required=True)
-    for row in COMMANDS:
-        words = [alias for alias in row.aliases if not alias.startswith("-")]
-        command = commands.add_parser(row.name, aliases=words, description=row.help,
-                                      allow_abbrev=False)
-        command.set_defaults(run=row.run, command=row.name)     # not the alias that was typed
-        for argument, options in row.arguments:
-            command.add_argument(argument, **options)
-    return parser
 
 
 def open_standard_streams() -> None:
@@ -5691,31 +6280,24 @@ def open_standard_streams() -> None:
             setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
 
 
-def parse_command(argv: list[str] | None) -> argparse.Namespace:
-    """Return the command line, `help` if it is empty; exit with status 2 if it is wrong."""
-    words = list(sys.argv[1:] if argv is None else argv) or ["help"]
-    options = {alias: row.name for row in COMMANDS for alias in row.aliases if alias[0] == "-"}
-    words[0] = options.get(words[0], words[0])
-    return build_parser().parse_args(words)
-
-
 def run_command(argv: list[str] | None) -> int:
     """Run one command; return its exit status."""
     open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
-    arguments = parse_command(argv)
     os.umask(os.umask(0o077) & 0o077)       # an odd one would keep even us from our files
     if not os.environ.get("HOME"):
         os.environ.pop("HOME", None)        # now it is that of the user database
     try:
-        home = os.path.expanduser("~")
-        if not os.path.isabs(home):
-            raise UsageError(f"HOME={printable(home)}: expected the absolute path of your home "
-                             "directory")
-        status: int = arguments.run(Context(home, Paths(home), arguments, COMMANDS))
-        sys.stdout.flush()
-        return status
+        try:
+            arguments = parse_command(list(sys.argv[1:] if argv is None else argv), COMMANDS)
+            home = os.path.expanduser("~")
+            if not os.path.isabs(home):
+                raise UsageError(f"HOME={printable(home)}: expected the absolute path of your "
+                                 "home directory")
+            return arguments.run(Context(home, Paths(home), arguments, COMMANDS)) or 0
+        finally:
+            sys.stdout.flush()
     except RouterError as error:
         complain(error)
         return error.exit_code

@@ -18,7 +18,6 @@ import base64
 import calendar
 import collections
 import concurrent.futures
-import configparser
 import contextlib
 import copy
 import ctypes
@@ -35,6 +34,8 @@ import mmap
 import os
 import pathlib
 import plistlib
+import pty
+import pwd
 import py_compile
 import queue
 import random
@@ -56,7 +57,9 @@ import types
 import unicodedata
 import unittest
 import zipapp
+import zipfile
 import zlib
+from unittest import mock
 
 try:
     import resource
@@ -926,35 +929,30 @@ class ParseConfigTest(unittest.TestCase):
         self.assertEqual(json.loads(rrouter.config_text(config)), rrouter.DEFAULT_CONFIG)
 
     REFUSED = (
-        # label, text, words of the complaint
-        ("not JSON", '{"modes": }', "1:11: expecting value"),
-        ("cut short", '{"modes":', "the end of the file"),
-        ("second line", '{\n  "modes" 1}', "2:11: expecting"),
-        ("empty", '', "1:1: expecting value"),
-        ("array", '[]', "the top level: expected an object"),
-        ("deep", '[' * 100_000, "nesting that is too deep"),
-        ("NaN", '{"modes": {"a": {}},\n "auto": {"firstByteTimeoutSeconds": NaN}}',
+        # text, words of the complaint
+        ('{"modes": }', "1:11: expecting value"), ('{"modes":', "the end of the file"),
+        ('{"modes" ' + "x" * 30, "1:10: expecting ':' delimiter, found '" + "x" * 20 + "'"),
+        ('{\n  "modes" 1}', "2:11: expecting"), ('', "1:1: expecting value"),
+        ('[]', "the top level: expected an object"), ('[' * 100_000, "nesting that is too deep"),
+        ('{"modes": {"a": {}},\n "auto": {"firstByteTimeoutSeconds": NaN}}',
          "2:38: expected a plain JSON number, found NaN"),
-        ("no modes", '{}', "modes: missing"),
-        ("no mode", '{"modes": {}}', "modes: expected an object with at least"),
-        ("modes is a list", '{"modes": []}', "modes: expected an object"),
-        ("mode is a number", '{"modes": {"a": 1}}', "modes.a: expected an object, found 1"),
-        ("auto defined", '{"modes": {"auto": {}}}', "modes.auto: expected another name"),
-        ("upper case", '{"modes": {"Fast": {}}}', "modes.Fast: expected a name in lower"),
-        ("space in the name", '{"modes": {"a b": {}}}', "modes.a b: expected a name"),
-        ("empty name", '{"modes": {"": {}}}', "expected a name"),
-        ("mappings no list", '{"modes": {"a": {"mappings": {}}}}',
-         "modes.a.mappings: expected a list"),
-        ("match is a number", '{"modes": {"a": {"mappings": [{"match": 7, "rewrite": "x"}]}}}',
+        ('{}', "modes: missing"), ('{"modes": {}}', "modes: expected an object with at least"),
+        ('{"modes": []}', "modes: expected an object"),
+        ('{"modes": {"a": 1}}', "modes.a: expected an object, found 1"),
+        ('{"modes": {"auto": {}}}', "modes.auto: expected another name"),
+        ('{"modes": {"Fast": {}}}', "modes.Fast: expected a name in lower"),
+        ('{"modes": {"a b": {}}}', "modes.a b: expected a name"),
+        ('{"modes": {"": {}}}', "expected a name"),
+        ('{"modes": {"a": {"mappings": {}}}}', "modes.a.mappings: expected a list"),
+        ('{"modes": {"a": {"mappings": [{"match": 7, "rewrite": "x"}]}}}',
          "modes.a.mappings[0].match: expected a string"),
-        ("no rewrite", '{"modes": {"a": {"mappings": [{"match": "x"}]}}}',
+        ('{"modes": {"a": {"mappings": [{"match": "x"}]}}}',
          "modes.a.mappings[0].rewrite: missing"),
-        ("empty rewrite", '{"modes": {"a": {"mappings": [{"match": "x", "rewrite": ""}]}}}',
+        ('{"modes": {"a": {"mappings": [{"match": "x", "rewrite": ""}]}}}',
          "mappings[0].rewrite: expected"),
-        ("default unknown", '{"modes": {"a": {}}, "defaultMode": "b"}',
+        ('{"modes": {"a": {}}, "defaultMode": "b"}',
          'defaultMode: expected one of a, auto, found "b"'),
-        ("default is null", '{"modes": {"a": {}}, "defaultMode": null}',
-         "defaultMode: expected one of"),
+        ('{"modes": {"a": {}}, "defaultMode": null}', "defaultMode: expected one of"),
     )
     REFUSED_AUTO = (
         # member of auto, value, words of the complaint
@@ -970,24 +968,16 @@ class ParseConfigTest(unittest.TestCase):
         ("firstByteTimeoutSeconds", 10 ** 400, "auto.firstByteTimeoutSeconds"),
     )
 
-    def assert_refused(self, text, words):
-        with self.assertRaises(rrouter.ConfigError) as caught:
-            rrouter.parse_config(text)
-        self.assertIn(words, str(caught.exception))
-
     def test_a_config_that_does_not_fit_is_refused_with_its_place(self):
-        for label, text, words in self.REFUSED:
-            with self.subTest(label):
-                self.assert_refused(text, words)
-        for member, value, words in self.REFUSED_AUTO:
-            with self.subTest(member, value=str(value)[:20]):
-                config = {"modes": {"a": {}}, "auto": {member: value}}
-                self.assert_refused(json.dumps(config), words)
-
-    @unittest.skipIf(sys.version_info >= (3, 10), "this Python accepts every glob")
-    def test_a_glob_that_the_library_rejects_is_refused(self):
-        self.assert_refused('{"modes": {"m": {"mappings": [{"match": "[z-a]*", "rewrite": "x"}]}}}',
-                            "modes.m.mappings[0].match: expected a glob")
+        cases = [*self.REFUSED, *((json.dumps({"modes": {"a": {}}, "auto": {member: value}}), words)
+                                  for member, value, words in self.REFUSED_AUTO)]
+        if sys.version_info < (3, 10):          # later ones accept every glob
+            cases.append(('{"modes": {"m": {"mappings": [{"match": "[z-a]*", "rewrite": "x"}]}}}',
+                          "modes.m.mappings[0].match: expected a glob"))
+        for text, words in cases:
+            with self.subTest(text[:100]), self.assertRaises(rrouter.ConfigError) as caught:
+                rrouter.parse_config(text)
+            self.assertIn(words, str(caught.exception))
 
     def test_unknown_keys_are_named_and_do_no_harm(self):
         config = rrouter.parse_config(
@@ -1015,30 +1005,32 @@ class ParseConfigTest(unittest.TestCase):
                 self.assertEqual(config.resolve(asked), expected)
                 self.assertEqual("x" in targets, bool(config.auto_error))
 
+    def test_a_response_that_is_not_streamed_gets_twice_the_time_and_at_most_280_s(self):
+        for first_byte_s, streamed, expected in (
+                (150, True, 150), (150, False, 280), (100, False, 200)):
+            auto = config_with().auto._replace(first_byte_s=first_byte_s)
+            self.assertEqual(auto.first_byte_limit_s(streamed), expected)
+
 
 class ReadEnvironmentTest(unittest.TestCase):
 
     ACCEPTED = (
-        # port, upstream, host,                         settings
-        (None, None, None,                              "localhost:8316 http://localhost:8317"),
-        ("", "", "",                                    "localhost:8316 http://localhost:8317"),
-        ("65535", "https://h/base/", "[::1]",           "[::1]:65535 https://h/base"),
-        ("1", "http://[::1]:1", "0.0.0.0",              "0.0.0.0:1 http://[::1]:1"),
+        # port, upstream, host, allowed hosts,          settings
+        (None, None, None, None,                        "localhost:8316 http://localhost:8317"),
+        ("", "", "", "",                                "localhost:8316 http://localhost:8317"),
+        ("65535", "https://h/base/", "[::1]", None,     "[::1]:65535 https://h/base"),
+        ("1", "http://[::1]:1", "0.0.0.0", " Host.Docker.Internal., ,[FD00::1]",
+         "0.0.0.0:1 http://[::1]:1 host.docker.internal fd00::1"),
     )
 
-    def test_allowed_hosts_are_names_between_commas(self):
-        for text, expected in (("", ()), (" Host.Docker.Internal., ,[FD00::1]",
-                                          ("host.docker.internal", "fd00::1"))):
-            settings = rrouter.read_environment({"RROUTER_ALLOWED_HOSTS": text})
-            self.assertEqual(settings.allowed_hosts, expected)
-
     def test_unset_and_empty_variables_have_their_defaults(self):
-        names = ("RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST")
+        names = "RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST", "RROUTER_ALLOWED_HOSTS"
         for *given, expected in self.ACCEPTED:
             with self.subTest(given):
-                environ = {name: value for name, value in zip(names, given) if value is not None}
-                settings = rrouter.read_environment(environ)
-                self.assertEqual(f"{settings.listen_addr} {settings.upstream}", expected)
+                settings = rrouter.read_environment({
+                    name: value for name, value in zip(names, given) if value is not None})
+                self.assertEqual(expected, " ".join((
+                    settings.listen_addr, settings.upstream, *settings.allowed_hosts)))
 
     REFUSED = (
         # variable, words of the complaint, values
@@ -1082,6 +1074,7 @@ class RouteTest(unittest.TestCase):
         ("m?del[12]>g",                           "model2",              "g"),
         ("[>g",                                   "[",                   "g"),
         ("",                                      "x",                   "x"),
+        ("*>g",                                   None,                  None),
     )
 
     def test_the_first_matching_rule_wins(self):
@@ -1090,8 +1083,7 @@ class RouteTest(unittest.TestCase):
                 mappings = [dict(zip(("match", "rewrite"), rule.split(">")))
                             for rule in rules.split()]
                 config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
-                self.assertEqual(rrouter.decide_route(config, "m", model).model, expected)
-
+                self.assertEqual(rrouter.decide_route(config, "m", model), ("m", expected))
 
     def test_more_rules_than_fnmatch_caches_cost_little(self):
         rules = [rrouter.Rule(f"model-{number}-*", "g") for number in range(5000)]
@@ -1103,47 +1095,244 @@ class RouteTest(unittest.TestCase):
 
 # Messages, by tables ##########################################################
 
+POST = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
+CHUNKED = b"Transfer-Encoding: chunked"
+BODY_MAX_BYTES = 64 << 20
+HEADS = (
+    # status, head without its end, what stands for %b in it
+    (400, b"%b\r\nHost: localhost", (
+        b"GET /a b HTTP/1.1", b"GET\t/ HTTP/1.1", b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ", b"GET",
+        b" GET / HTTP/1.1", b"GET /\0 HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET /\xc3\xa9 HTTP/1.1",
+        b"G(T / HTTP/1.1", b"GET HTTP/1.1", b"GET hidden HTTP/1.1", b"GET / http/1.1", b"GET /",
+        b"GET / HTTP/1.01", b"GET / HTTP/x.y", b"GET * HTTP/1.1", b"GET http://a/ HTTP/1.1\rX:")),
+    (505, b"%b\r\nHost: localhost", (b"GET / HTTP/2.0", b"PRI * HTTP/2.0", b"GET / HTTP/0.9")),
+    (405, b"%b HTTP/1.1\r\nHost: localhost", (b"CONNECT localhost:443", b"TRACE /")),
+    (400, POST + b"%b\r\nContent-Length: 3", (
+        b"Content-Length : 3", b"oops", b": x", b"X[]: y", b"X-\xe9: y", b"X: a\0b", b"X: a\x0bb",
+        b"X: one\rContent-Length: 3", b"X: a\x0cb", b"Host: localhost", b"X: one\r\n two",
+        b"X: one\r\n\ttwo", b"X: one\nY: two", b"X: one\r\n Host: evil.com")),
+    (400, POST + b"Content-Length: %b", (
+        b"3, 3", b"+3", b"-1", b"0x3", b"0_3", b"3 0", b"3.0", b"", b"three", b"\xb3", b"9" * 5000,
+        b"3\r\nContent-Length: 0", b"3\r\ncontent-length: 3")),
+    (413, POST + b"Content-Length: %b", (b"%d" % (BODY_MAX_BYTES + 1), b"9" * 15)),
+    (200, POST + b"Content-Length: %b", (b"003", b"\t3 ", b"%d" % BODY_MAX_BYTES)),
+    (400, POST + b"Transfer-Encoding: %b", (
+        b"chunked, chunked", b"chunked, identity", b"chunked\r\nTransfer-Encoding: chunked",
+        b"chunked\r\nTransfer-Encoding: gzip", b"chunked\r\nContent-Length: 3",
+        b"\r\nContent-Length: 3\r\nTransfer-Encoding: chunked")),
+    (501, POST + b"Transfer-Encoding: %b", (
+        b",chunked", b"identity", b"xchunked", b"gzip, chunked", b"")),
+    (400, POST + b"Transfer-Encoding: %b", (b"\x0bchunked",)),
+    (400, b"POST / HTTP/1.%b", (b"1", b"0\r\nTransfer-Encoding: chunked")),
+    (417, POST + b"Expect: %b", (b"foo", b"100-continue\r\nExpect: foo")),
+    (200, POST + b"Expect: %b", (b"", b"100-Continue")),
+    (431, POST + b"%b", (b"\r\n".join([b"X: y"] * rrouter.FIELDS_MAX),)),
+    (200, POST + b"%b", (b"\r\n".join([b"X: y"] * (rrouter.FIELDS_MAX - 1)),)),
+    (200, b"GET / HTTP/1.1\r\nHost: %b", (
+        b"localhost", b"LOCALHOST:8316", b"127.0.0.1", b"127.0.0.1:8316", b"[::1]", b"[::1]:8316",
+        b"localhost.", b"localhost:", b"\tLocalHost:8316 ", b"127.0.0.1.:8316")),
+    (403, b"GET / HTTP/1.1\r\nHost: %b", (
+        b"evil.com", b"evil.com:8316", b"127.0.0.1.nip.io", b"localhost.evil.com", b"127.1",
+        b"0.0.0.0", b"2130706433", b"0x7f.1", b"[::]", b"xlocalhost", b"localhost-", b"127.0.0.2",
+        b"[::ffff:127.0.0.1]", b"", b"*", b"localhost..", b"localhost%00.evil.com", b"%6cocalhost",
+        b"localhost;evil.com")),
+    (400, b"GET / HTTP/1.1\r\nHost: %b", (
+        b"localhost@evil", b"[::1].evil", b"::1", b"[::1", b"localhost:x", b"localhost, evil.com",
+        b"localhost evil.com", b"localhost/evil.com", b"[::1%25lo]", b"localhost\\.evil.com",
+        b"localhost:99999999", b"localhost?x", b"\xe9vil.com", b"localhost:8316.evil.com")),
+    (403, b"GET http://%b HTTP/1.1\r\nHost: localhost", (
+        b"evil.com/x", b"localhost.evil.com/", b"127.1/", b"evil.com")),
+    (400, b"GET http://localhost%b HTTP/1.1\r\nHost: local/host", (b"/", b"@evil.com/")),
+    (200, b"GET http://LOCALHOST:1%b HTTP/1.1\r\nHost: evil.com", (b"/", b"", b"?a")),
+    (200, b"GET / HTTP/1.0%b", (b"", b"\r\nHost: localhost")),
+    (200, POST + b"%b", (
+        b"Origin: http://localhost:3000", b"Origin: https://127.0.0.1", b"Sec-Fetch-Mode: cors",
+        b"Origin: http://[::1]:8080", b"Origin: HTTP://LOCALHOST:3000", b"Sec-Fetch-Site: none",
+        b"Sec-Fetch-Site: same-origin", b"Sec-Fetch-Site: same-site")),
+    (403, POST + b"%b", (
+        b"Origin: https://evil.com", b"Origin: null", b"oRIGIN:http://evil.com:8316", b"Origin:",
+        b"Origin: http://localhost.evil.com", b"Origin: http://127.0.0.1.nip.io",
+        b"Origin: http://localhost@evil.com", b"Origin: chrome-extension://ab", b"Origin: file://",
+        b"Origin: localhost.evil.com:80", b"Origin: http://localhost\r\nOrigin: https://evil.com",
+        b"Origin: http://localhost https://evil.com", b"Origin: http://localhost,http://evil.com",
+        b"Origin: //localhost", b"Origin: localhost", b"Origin: ws://localhost",
+        b"Origin: http://localhost/", b"Sec-Fetch-Site: CROSS-SITE",
+        b"sec-fetch-site:cross-site\r\nOrigin: http://localhost",
+        b"Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site")),
+)
+
+
+class RequestHeadTest(unittest.TestCase):
+    """Which heads of requests are accepted, and what of them is forwarded."""
+
+    @staticmethod
+    def status(head, hosts=("localhost", "127.0.0.1", "[::1]")):
+        """Return the status with which a head is refused; 200 if it is accepted."""
+        try:
+            rrouter.check_origin(rrouter.parse_request_head(head + b"\r\n\r\n"), hosts)
+        except rrouter.RequestError as problem:
+            return problem.http_status
+        return 200
+
+    def test_what_rfc_9112_forbids_and_what_a_web_page_sends_is_refused(self):
+        for expected, head, values_ in HEADS:
+            for value in values_:
+                with self.subTest(head, value=value[:60]):
+                    self.assertEqual(self.status(head % value), expected)
+        self.assertEqual(self.status(b"GET / HTTP/1.1\r\nHost: evil.com", hosts=()), 200)
+
+    def test_an_error_names_the_field_and_never_a_value(self):
+        for lines, name in ((b"X-Key : canary", "'X-Key'"), (b"canary\r\nA: b", "'canary'"),
+                            (b"A: b\r\n canary", "''"), (b"A: canary\0", "'A'")):
+            with self.subTest(lines), self.assertRaises(rrouter.RequestError) as caught:
+                rrouter.parse_request_head(POST + lines + b"\r\n\r\n")
+            self.assertIn("malformed header field " + name, str(caught.exception))
+            self.assertEqual(caught.exception.logged, "malformed header field")
+
+    def test_a_head_that_cannot_become_valid_is_refused_before_its_end(self):
+        head = POST + b"X: y\r\nContent-Length: 3\r\n\r\n"
+        for end in range(1, len(head)):
+            rrouter.check_head_start(head[:end], max(0, end - 4))
+        for start in (b"\x16\x03\x01", b"GET / HTTP/1.0\nHost", b"GET /\r\n", b"\n",
+                      POST + b"X: y\nY"):
+            with self.subTest(start), self.assertRaises(rrouter.RequestError):
+                rrouter.check_head_start(start, 0)
+
+    UNCHANGED = (
+        # request line without its version, then header lines
+        b"GET //a/../b?x=%zz;y", b"GET /%2e%2e/./%00?", b"GET /a?b?c=/d//e", b"HEAD /api/hello",
+        b"GET /x?a[]=1&b={c}|d^e`\"<>\\", b"PROPFIND /", b"purge /", b"M-SEARCH /", b"OPTIONS *",
+        b"POST /\r\nx-first: 1\r\nX-Repeat: 1\r\nx-EMPTY:\r\nX-repeat: 2\r\nX-Tab: a\tb  c\r\n"
+        b"X-Latin: caf\xe9 \x80\xff\r\nHost-X: 1\r\nx-host: Host: a\r\nX-Quoted: \"a\\\"b\"\r\n"
+        b"Cookie: a=1; b=2\r\nCookie: c=3\r\nVia: 1.1 other\r\nX-Forwarded-For: 10.0.0.1",
+    )
+    FORWARDED = (
+        # head without its end, forwarded to up:1/base with # for the length
+        (b"GET http://localhost:8316/x?y=1 HTTP/1.1\r\nHost: x",
+         b"GET /base/x?y=1 HTTP/1.1\r\nHost: up:1"),
+        (b"GET HTTP://LOCALHOST HTTP/1.1\r\nA: b\r\nhOST:x",
+         b"GET /base/ HTTP/1.1\r\nA: b\r\nhOST: up:1"),
+        (b"POST /a HTTP/1.0\r\nA: b", b"POST /base/a HTTP/1.1\r\nHost: up:1\r\nA: b"),
+        (b"PUT / HTTP/1.1\r\nContent-LENGTH:003\r\nHost: x\r\nA: b",
+         b"PUT /base/ HTTP/1.1\r\nContent-LENGTH: #\r\nHost: up:1\r\nA: b"),
+        (b"PUT / HTTP/1.1\r\ntransfer-Encoding:\tChunked \r\nHost: x\r\nA: b",
+         b"PUT /base/ HTTP/1.1\r\nHost: up:1\r\nA: b\r\nContent-Length: #"),
+        (b"PUT / HTTP/1.1\r\nHost: x\r\nConnection: host, CONTENT-length,a\r\nContent-Length: 1"
+         b"\r\nA: b", b"PUT /base/ HTTP/1.1\r\nHost: up:1\r\nContent-Length: #"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: X-A ,close\r\nX-A: 1\r\nX-B: 1\r\n"
+         b"connection: x-b\r\nKeep-Alive: timeout=5\r\nProxy-Connection: keep-alive\r\n"
+         b"Trailer: X-T\r\nTE: trailers\r\nUpgrade: h2c\r\nProxy-Authorization: Basic eA==\r\n"
+         b"Proxy-Authenticate: Basic\r\nX-C: 1", b"GET /base/ HTTP/1.1\r\nHost: up:1\r\nX-C: 1"),
+    )
+
+    def test_all_but_host_framing_and_fields_of_one_hop_is_forwarded_as_it_came(self):
+        cases = list(self.FORWARDED)
+        for text in self.UNCHANGED:
+            line, end, fields = text.partition(b"\r\n")
+            after = b"%b HTTP/1.1\r\nHost: %b" + end + fields
+            cases.append((after % (line, b"x"), after % (
+                line if line.endswith(b"*") else line.replace(b" ", b" /base", 1), b"up:1")))
+        for head, expected in cases:
+            with self.subTest(head):
+                parsed = rrouter.parse_request_head(head + b"\r\n\r\n")
+                before, after = rrouter.outbound_head(parsed, b"up:1", b"/base")
+                self.assertEqual(before + (b"#" + after if after else b""), expected + b"\r\n\r\n")
+
+
+class ResponseHeadTest(unittest.TestCase):
+
+    REFUSED = (
+        # head without its end
+        b"HTTP/1.1 abc OK", b"HTTP/1.1 99 OK", b"ICY 200 OK", b"<html>hello</html>",
+        b"HTTP/2.0 200 OK", b"HTTP/1.1 101 Switching Protocols", b"HTTP/1.1 200 a\0b",
+        b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked",
+        *(b"HTTP/1.1 200 OK\r\n" + lines for lines in (
+            b"Content-Length: 2\r\nContent-Length: 5", b"Content-Length: 5\r\nContent-Length: 5",
+            b"Content-Length: +5", b"Content-Length: -5", b"Content-Length: 0_5",
+            b"Content-Length: abc", b"Content-Length: 5\r\nTransfer-Encoding: chunked",
+            b"Transfer-Encoding: zip", b"Transfer-Encoding: gzip, chunked",
+            b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", b"oops", b"X: a\0b",
+            b"X: one\rContent-Length: 5", b"Content-Length : 5")),
+    )
+
+    def test_what_rfc_9112_forbids_is_refused(self):
+        for head in self.REFUSED:
+            with self.subTest(head), self.assertRaises(rrouter.UpstreamError):
+                rrouter.parse_response_head(head + b"\r\n\r\n")
+
+    KEPT = b"X-Latin: caf\xe9 \xff\r\nX-Repeat: 1\r\nx-REPEAT:\t2\r\nX-Empty:\r\nVary: Origin\r\n"
+    FORWARDED = (
+        # status, header lines that are dropped, those that are kept
+        (b"200 It Is\tOK", b"", KEPT), (b"103 ", b"Content-length: 9", b"Link: </x>\r\n"),
+        (b"200 ", b"Connection: content-length", b"Content-Length: 5\r\n"),
+        (b"304 ", b"Upgrade: h2c", b"Content-Length: 5\r\n"), (b"204 ", b"Content-Length: 5", b""),
+        (b"200 ", b"Connection: X-Secret, close\r\nX-Secret: 1", KEPT),
+        (b"200 ", b"Connection: X-One\r\nX-One: 1\r\nConnection: x-two ,close\r\nX-Two: 2", KEPT),
+        (b"200 ", b"Keep-Alive: timeout=5\r\nProxy-Connection: close\r\nTrailer: X-T", KEPT),
+        (b"200 ", b"Proxy-Authenticate: Basic\r\nTransfer-Encoding: chunked", KEPT),
+        (b"200 ", b"Access-Control-Allow-Origin: *\r\nACCESS-CONTROL-EXPOSE-HEADERS: x\r\n"
+         b"x-rrouter-target: a\r\nX-Rrouter-Model: b\r\nx-rrouter-attempts: 2", KEPT),
+    )
+
+    def test_fields_of_one_hop_and_of_browsers_are_dropped_and_all_others_kept(self):
+        for status, dropped, kept in self.FORWARDED:
+            with self.subTest(status + dropped):
+                start = b"HTTP/1.1 " + status + b"\r\n"
+                lines = dropped + b"\r\n" if dropped else b""
+                head = rrouter.parse_response_head(start + lines + kept + b"\r\n")
+                self.assertEqual(rrouter.response_head_bytes(head, b"X: y\r\n"),
+                                 start + kept + b"X: y\r\n\r\n")
+
+
+SPLICED = (
+    # body; %s is the model
+    '{"model":%s,"messages":[]}', '{"model":%s}', ' \r\n\t{ "model" \n:\r %s ,"a":1 } ',
+    ' \n{\t"a" :\r\n [ 1 , 2 ] , "model"\t:\n %s \r\n, "b" : { } }\n\n',
+    '{"a":[1e400,9007199254740993,-0,1E-7,0.1e+5],"model":%s,"b":123456789012345678901234567890}',
+    '{"a":"\\ud83d \\u0000 \\/ \\" \\\\","\\ud83d\\"":"}","model":%s,"b":"\\u2028\\udc00"}',
+    '{"\ud55c\uad6d":"\u2028\U0001f600 caf\u00e9","model":%s,"a":"\uffff"}',
+    '{"tools":[{"model":"no"},{"input":{"model":"no"}}],"model":%s,"x":{"model":"no"}}',
+    '{"a":"\\"model\\":\\"no\\"","b":"model","model":%s,"c":"{\\"model\\":1}"}',
+    '{"Model":"no","model ":"x","":1,"a":1,"a":2,"model":%s,"a":{"b":1,"b":2}}',
+    '{"a":1,"\\u006dodel":%s}', '{"m\\u006fdel":%s,"a":1}', '{"model":%s,"model":"no"}',
+    '{"a":1,"model":%s,"model":"no","\\u006dodel":"no"}', '{"a":' + "1" * 100_000 + ',"model":%s}',
+)
+# Only a leading plain model ends the search; what follows it is not examined.
+BROKEN_LATER = '{"model":%s,"messages":[{"role":', '{"model":%s} and more'
+SPELLED = (b'"claude-sonnet-5"', b'"claude\\u002dsonnet-5"', b'"\\u0063laude-\\u0073onnet-\\/5"',
+           '"모델"'.encode())
+WITHOUT_MODEL = (
+    b"", b" \n", b"{", b'{"', b"{}", b"null", b'"model"', b'[{"model":"a"}]', b'{"a":1}',
+    b'["model","a"]', b'[{"model":"a"},1]', b'{"model":null}', b'{"model":{"model":"a"}}',
+    b'{"model":true,"a":1}', b'{"a":1,"model":["a"]}', b'{"model":"a\\', b'{"model":"a\x01"}',
+    b'{"a":{"model":"a"},"b":[{"model":"a"}]}', b'{"a":"model","b":"model"}', b'{"Model":"a"}',
+    b'\xef\xbb\xbf{"model":"a"}', b"model=a", b'{"a":1,"model":"a"', b'{"model":"a',
+    b'{"a":1,"model":"a"} x', b'{"a":1}{"model":"a"}', b'{model:"a"}', b'{"a":1,"model" "a"}',
+    b'{"model"::"a"}', b'{1:2,"model":"a"}', b'{,"model":"a"}', b'{"a":1,"model":"a",}',
+    bytes(range(256)), gzip.compress(b'{"model":"a"}'), '{"model":"a"}'.encode("utf-16"),
+    b'{"a":1,"model":null,"model":"b"}', b'{"a":NaN,"model":"a"}', b'{"a":-Infinity,"model":"a"}',
+    b'{"a":"\xff","model":"\xff"}', b'{"a":' + b"[" * 100_000, b'{"a":1,"model":5}',
+)
+
+
 class ModelSpanTest(unittest.TestCase):
     """Where the model of a body stands; SpliceFuzzTest asks the same of random bodies."""
 
-    CASES = (
-        # body,                                                      name, or None
-        (b'{"model":"a","x":1}',                                     "a"),
-        (b' \r\n\t{ "model" : "a" }',                                "a"),
-        (b'{"x":{"model":"no"},"model":"a"}',                        "a"),
-        (b'{"x":"\\"model\\":\\"no\\"","model":"a"}',                "a"),
-        (b'{"\\u006dodel":"a","model":"b"}',                         "a"),
-        (b'{"model":"claude\\u002dsonnet"}',                         "claude-sonnet"),
-        (b'{"x":"\\ud83d","model":"a"}',                             "a"),
-        (b'{"x":[1e400,-0,9007199254740993,1E+5],"model":"a"}',      "a"),
-        (b'{"x":' + b"1" * 100_000 + b',"model":"a"}',               "a"),
-        ('{"x":"한글","model":"모델"}'.encode(),                      "모델"),
-        (b'{"x":1,"model":"a","model":"b"}',                         "a"),
-        (b'{"model":"a","model":"b"}',                               "a"),
-        (b'{"x":1,"model":null,"model":"b"}',                        None),
-        (b'{"x":1,"model":7}',                                       None),
-        (b'{"x":1}',                                                 None),
-        (b'{}',                                                      None),
-        (b'[{"model":"a"}]',                                         None),
-        (b'"model"',                                                 None),
-        (b'',                                                        None),
-        (b'\xef\xbb\xbf{"model":"a"}',                               None),
-        (b'{"x":1,"model":"a"',                                      None),
-        (b'{"x":1,"model":"a"} x',                                   None),
-        (b'{"x":1,"model":"a",}',                                    None),
-        (b'{"x" 1,"model":"a"}',                                     None),
-        (b'{"x":NaN,"model":"a"}',                                   None),
-        (b'{"model":"a\x01"}',                                       None),
-        (b'{"x":"\xff","model":"\xff"}',                             None),
-        (b'{"x":' + b"[" * 100_000,                                  None),
-        (b'\x1f\x8b\x08\x00',                                        None),
-    )
+    def test_only_the_first_top_level_model_string_is_replaced(self):
+        for text, spelled in (*itertools.product(SPLICED, SPELLED),
+                              *itertools.product(BROKEN_LATER, SPELLED[:1])):
+            with self.subTest(text[:80], spelled=spelled):
+                before, after = text.encode().split(b"%s")
+                body = before + spelled + after
+                start, end, name = rrouter.find_model(body)
+                self.assertEqual((body[start:end], name), (spelled, json.loads(spelled)))
+                self.assertEqual(b"".join(rrouter.splice(body, start, end, 'a"\ud55c')),
+                                 before + b'"a\\"\\ud55c"' + after)
 
-    def test_the_first_top_level_model_string_is_found(self):
-        for body, expected in self.CASES:
-            with self.subTest(body=body[:40]):
-                found = rrouter.find_model(body)
-                self.assertEqual(found[2] if found else None, expected)
+    def test_bodies_without_a_top_level_model_string_have_none(self):
+        for body in WITHOUT_MODEL:
+            with self.subTest(body[:60]):
+                self.assertIsNone(rrouter.find_model(body))
 
     def test_a_leading_model_costs_the_same_however_long_the_body(self):
         def best(length):
@@ -1180,20 +1369,26 @@ class WithoutThinkingTest(unittest.TestCase):
             with self.subTest(before):
                 result = rrouter.without_thinking((frame % before).encode())
                 self.assertEqual(result, (frame % after).encode() if after else None)
-
-    def test_bodies_without_messages_stay_as_they_are(self):
         for body in (b"", b"{}", b"[]", b"x", b'{"messages":7}', b'{"messages":[7]}',
                      b'{"messages":[{"content":[', b"\xff"):
             with self.subTest(body):
                 self.assertIsNone(rrouter.without_thinking(body))
 
-    def test_a_refusal_that_repeats_its_wording_is_searched_in_linear_time(self):
-        start = time.process_time()
-        self.assertFalse(rrouter.names_foreign_signature(b"redacted_thinking " * 12_000))
-        self.assertLess(time.process_time() - start, 0.5)
 
+class BodyTest(unittest.TestCase):
 
-class ChunkedBodyTest(unittest.TestCase):
+    def test_a_plain_body_ends_after_its_length_or_with_its_connection(self):
+        for length, pieces, rest in ((3, (b"abcREST",), b"REST"), (3, (b"ab", b"c"), b"")):
+            body = rrouter.PlainBody(length)
+            self.assertEqual(b"".join(map(body.feed, pieces)), b"abc")
+            self.assertEqual((body.done, body.left, body.rest), (True, 0, rest))
+        for length, ends in ((3, False), (None, True)):
+            body = rrouter.PlainBody(length)
+            self.assertEqual((body.feed(b"ab"), body.done, body.delimited),
+                             (b"ab", False, not ends))
+            with contextlib.suppress(rrouter.UpstreamError):
+                body.finish()
+            self.assertEqual(body.done, ends)
 
     def test_any_cutting_gives_the_same_payload(self):
         chance = random.Random(8316)
@@ -1212,15 +1407,26 @@ class ChunkedBodyTest(unittest.TestCase):
             self.assertEqual(payload, b"".join(chunks))
             self.assertEqual(decoder.rest + data[position:], b"REST")
 
+    BROKEN = (
+        # payload, where the coding is broken
+        (b"", (b"0x3\r\nabc\r\n", b"+3\r\n", b"-1\r\n", b" 3\r\n", b"zz\r\n", b"\r\n", b"0_3\r\n",
+               b"1" * 17 + b"\r\n", b"0" * 15 + b"3\r\nabc\r\n", b"3\nabc\n", b"3;\x00\r\n",
+               b"3;" + b"x" * 70_000, b"3;" + b"x" * 300 + b"\r\n", b"3;\r\n", b"3;a[=b\r\n",
+               b"3;a=\r\n", b'3;a="b\r\n', b"3;;a\r\n", b"0\r\nno colon\r\n\r\n", b"0\r\n\n",
+               b"0\r\nA: " + b"x" * 9000, b"0\r\nA: " + b"x" * 9000 + b"\r\n\r\n",
+               b"0\r\nA: b\r\n\n", b"0\r\nA: b\n")),
+        (b"abc", (b"3\r\nabcd\r\n", b"3\r\nabcXY", b"3\r\nabc0\r\n\r\n", b"3\r\nabc\n0\r\n\r\n",
+                  b"3\r\nabc\r\n0x2\r\nde", b"3\r\nabc\r\n\r\n", b"3\r\nabc\r\n0\r\nX\r\n")),
+    )
+
     def test_broken_coding_is_refused_at_once(self):
-        for coded in (b"0x3\r\nabc\r\n", b"+3\r\n", b"-1\r\n", b" 3\r\n", b"zz\r\n", b"\r\n",
-                      b"1" * 17 + b"\r\n", b"0" * 15 + b"3\r\nabc\r\n", b"3\nabc\n",
-                      b"3\r\nabcd\r\n", b"3\r\nabcXY", b"3;\x00\r\n", b"3;" + b"x" * 70_000,
-                      b"3;\r\n", b"3;a[=b\r\n", b"3;a=\r\n", b'3;a="b\r\n', b"3;;a\r\n",
-                      b"0\r\nno colon\r\n\r\n", b"0\r\nA: " + b"x" * 9000, b"0\r\n\n",
-                      b"0\r\nA: b\r\n\n", b"0\r\nA: b\n"):
-            with self.subTest(coded[:20]), self.assertRaises(rrouter.UpstreamError):
-                rrouter.ChunkedBody().feed(coded)
+        for payload, cases in self.BROKEN:
+            for coded in cases:
+                with self.subTest(coded[:20]):
+                    decoder = rrouter.ChunkedBody()
+                    self.assertEqual(decoder.feed(coded), payload)
+                    self.assertIn("malformed", decoder.fault)
+                    self.assertRaises(rrouter.UpstreamError, decoder.finish)
 
 
 class StreamScanTest(unittest.TestCase):
@@ -1232,67 +1438,50 @@ class StreamScanTest(unittest.TestCase):
                    b'"text":""}}\n\ndata: {"type":"content_block_stop"}\n\n')
     TOOL = b'data: {"type":"content_block_start","content_block":{"type":"tool_use"}}\n\n'
     ERROR = b'event: error\ndata: {"type":"error","error":{"type":"overloaded_error"}}\n\n'
+    OTHER_ERROR = b'data: {"error":{"message":"x"}}\n\n'
+    PING = b'event: ping\ndata: {"type": "ping"}\n\n'
+    SILENT = (b'data: {"type":"message_delta","delta":{"stop_reason":"%b"},'
+              b'"usage":{"output_tokens":0}}\n\n')
 
     MESSAGES = (
-        # stream of /messages,                                    what it has shown
-        (b"",                                                     ""),
-        (b": hello\n\n: again\n\n",                               ""),
-        (b"id: 7\n\n",                                            ""),
-        (b'event: ping\ndata: {"type": "ping"}\n\n',             ""),
-        (START,                                                   "events=1"),
-        (START.replace(b"\n", b"\r\n"),                          "events=1"),
-        (START + EMPTY_BLOCK,                                     "events=3"),
-        (TEXT[:-1],                                               ""),
-        (TEXT,                                                    "committed events=1"),
-        (b"\xef\xbb\xbf" + TEXT,                                  "committed events=1"),
-        (TEXT.replace(b"\n", b"\r\n"),                           "committed events=1"),
-        (TOOL,                                                    "committed events=1"),
-        (b'data: {"delta":{},"type":"content_block_delta"}\n\n',  "committed events=1"),
-        (START + ERROR,                                           "error event"),
-        (b"event:error\r\ndata: {}\r\n\r\n",                      "error event"),
-        (b'data: {"error":{"message":"x"},"type":"error"}\n\n',   "error event"),
-        (b'data: {"error":{"message":"x"}}\n\n',                  "error event"),
-        (b'data: {"type":"message_start","error":null}\n\n',      "events=1"),
-        (b"data: [DONE]\n\n",                                     "empty message"),
-        (START + EMPTY_BLOCK + STOP,                              "empty message"),
-        (b'data: {"type":"message_delta","delta":{"stop_reason":"end_turn"},'
-         b'"usage":{"output_tokens":0}}\n\n',                     "empty message"),
-        (b'data: {"type":"message_delta","delta":{"stop_reason":"refusal"},'
-         b'"usage":{"output_tokens":0}}\n\n',                     "committed events=1"),
-        (b'data: {"type":"message_delta","delta":{"stop_reason":"max_tokens"},'
-         b'"usage":{"output_tokens":0}}\n\n',                     "committed events=1"),
-        (b'data: {"type":"message_delta","usage":{"output_tokens":2}}\n\n',
-         "committed events=1"),
-        (b'data: {"type":"message_delta","delta":{}}\n\n',        "committed events=1"),
-        (TEXT + STOP,                                             "committed ended events=2"),
-        (TEXT + ERROR,                                            "committed broken events=2"),
-        (TEXT + STOP + ERROR,
-         "committed broken ended events=3"),
-        (TEXT + b'data: {"error": {"message": "x"}}\n\n',         "committed broken events=2"),
-        (TEXT + b'event: ping\ndata: {"type": "ping"}\n\n',      "committed events=1"),
+        # what streams of /messages have shown, the streams
+        ("", (b"", b": hello\n\n: again\n\n", b"id: 7\n\n", PING, TEXT[:-1])),
+        ("events=1", (START, START.replace(b"\n", b"\r\n"),
+                      b'data: {"type":"message_start","error":null}\n\n')),
+        ("events=3", (START + EMPTY_BLOCK,)),
+        ("committed events=1", (
+            TEXT, b"\xef\xbb\xbf" + TEXT, TEXT.replace(b"\n", b"\r\n"), TOOL, TEXT + PING,
+            b'data: {"delta":{},"type":"content_block_delta"}\n\n', SILENT % b"refusal",
+            SILENT % b"max_tokens", SILENT.replace(b":0", b":2") % b"end_turn",
+            b'data: {"type":"message_delta","delta":{}}\n\n')),
+        ("error event", (
+            START + ERROR, b"event:error\r\ndata: {}\r\n\r\n", OTHER_ERROR,
+            b'data: {"error":{"message":"x"},"type":"error"}\n\n')),
+        ("empty message", (
+            b"data: [DONE]\n\n", START + EMPTY_BLOCK + STOP, SILENT % b"end_turn")),
+        ("committed ended events=2", (
+            TEXT + STOP, TEXT + b'data: {"usage":{},"type":"message_stop"}\n\n')),
+        ("committed broken events=2", (TEXT + ERROR, TEXT + OTHER_ERROR)),
+        ("committed broken ended events=3", (TEXT + STOP + ERROR,)),
     )
     OTHERS = (
-        # stream of another path,                                 what it has shown
-        (b'data: {"id":"x","choices":[]}\n\n',                    "committed events=1"),
-        (b'data: {"error":{"message":"x"}}\n\n',                  "error event"),
-        (b": comment\n\n",                                        ""),
+        # what streams of other paths have shown, the streams
+        ("", (b": comment\n\n",)), ("error event", (OTHER_ERROR,)),
+        ("committed events=1", (b'data: {"id":"x","choices":[]}\n\n',)),
     )
 
-    def assert_shown(self, is_message, data, expected):
-        for size in (1, 2, 3, 7, 1000):
-            with self.subTest(data, size=size):
-                scan = rrouter.StreamScan(is_message)
-                for start in range(0, len(data), size):
-                    scan.feed(data[start:start + size])
-                shown = [name for name in ("committed", "broken", "ended") if getattr(scan, name)]
-                shown += ["events=%d" % scan.events] if scan.events else []
-                self.assertEqual(scan.defect or " ".join(shown), expected)
-
     def test_events_are_read_however_the_stream_is_cut(self):
-        for data, expected in self.MESSAGES:
-            self.assert_shown(True, data, expected)
-        for data, expected in self.OTHERS:
-            self.assert_shown(False, data, expected)
+        for is_message, (expected, streams) in (
+                *((True, row) for row in self.MESSAGES), *((False, row) for row in self.OTHERS)):
+            for data, size in itertools.product(streams, (1, 2, 3, 7, 1000)):
+                with self.subTest(data, size=size):
+                    scan = rrouter.StreamScan(is_message)
+                    for start in range(0, len(data), size):
+                        scan.feed(data[start:start + size])
+                    shown = [name for name in ("committed", "broken", "ended")
+                             if getattr(scan, name)]
+                    shown += ["events=%d" % scan.events] if scan.events else []
+                    self.assertEqual(scan.defect or " ".join(shown), expected)
 
     def test_an_end_without_content_is_a_defect_and_an_end_after_it_is_none(self):
         for data, defect in ((b"", "empty stream"), (b": x\n\n", "empty stream"),
@@ -1316,15 +1505,7 @@ class StreamScanTest(unittest.TestCase):
                 self.assertLess(fed - rrouter.READ_AHEAD_MAX_BYTES, len(block) + 1)
 
 
-    def test_the_end_is_seen_whatever_the_order_of_the_members(self):
-        scan = rrouter.StreamScan(True)
-        scan.feed(self.TEXT + b'data: {"usage":{},"type":"message_stop"}\n\n')
-        self.assertTrue(scan.ended)
-
-
-class AsksForStreamTest(unittest.TestCase):
-
-    def test_the_member_is_found_at_the_ends_and_in_the_middle(self):
+    def test_the_wish_for_a_stream_is_found_at_the_ends_and_in_the_middle(self):
         filler = b'"x":"%b",' % (b"y" * 5000)
         for body, expected in ((b'{"stream":true}', True), (b'{"stream" : true, "a":1}', True),
                                (b"{%b\"stream\":true,%b\"a\":1}" % (filler, filler), True),
@@ -1336,89 +1517,73 @@ class AsksForStreamTest(unittest.TestCase):
 
 class MessageTest(unittest.TestCase):
 
+    SILENT = b'{"type":"message","content":[],"stop_reason":"%b","usage":{"output_tokens":0}}'
+    TEXT = b'"content":[{"type":"text","text":"%b"}],"usage":{"output_tokens":0}}'
     CASES = (
-        # body,                                                                  defect
-        (b"",                                                                    "empty response"),
-        (b" \n",                                                                 "empty response"),
-        (b"<html></html>",                                                       "not a message"),
-        (b"[]",                                                                  "not a message"),
-        (b'{"type":"message","content":[{"type":"text","text":"x"}]',            "not a message"),
-        (b'{"choices":[]}',                                                      "not a message"),
-        (b'{"type":"error","error":{"message":"x"}}',                            "error in a 2xx"),
-        (b'{"type":"message","error":{},"content":[{"type":"text","text":"x"}]}', "error in a 2xx"),
-        (b'{"type":"message","content":[],"usage":{"output_tokens":0}}',         "empty message"),
-        (b'{"type":"message","content":[{"type":"text","text":""}],'
-         b'"stop_reason":"end_turn","usage":{"output_tokens":0}}',               "empty message"),
-        (b'{"type":"message","content":[],"usage":{"output_tokens":3}}',         ""),
-        (b'{"type":"message","content":[]}',                                     ""),
-        (b'{"type":"message","content":[],"stop_reason":"refusal",'
-         b'"usage":{"output_tokens":0}}',                                        ""),
-        (b'{"type":"message","content":[],"stop_reason":"max_tokens",'
-         b'"usage":{"output_tokens":0}}',                                        ""),
-        (b'{"type":"message","error":null,"content":[{"type":"tool_use"}],'
-         b'"usage":{"output_tokens":0}}',                                        ""),
-        (b"[" * 100_000,                                                         "not a message"),
+        # defect, bodies
+        ("empty response", (b"", b" \n")),
+        ("not a message", (b"<html></html>", b"[]", b"[" * 100_000, b'{"choices":[]}',
+                           b'{"type":"message",' + TEXT[:-1] % b"x")),
+        ("error in a 2xx", (b'{"type":"error","error":{"message":"x"}}', b'{"type":"error"}',
+                            b'{"type":"message","error":{},' + TEXT % b"x")),
+        ("empty message", (SILENT % b"", SILENT % b"end_turn", b'{"type":"message",' + TEXT % b"",
+                           b'{"type":"message","usage":{"output_tokens":0}}')),
+        ("", (SILENT % b"refusal", SILENT % b"max_tokens", b'{"type":"message","content":[]}',
+              b'{"type":"message","content":[],"usage":{"output_tokens":3}}',
+              b'{"type":"message","content":[7],"usage":{"output_tokens":0}}',
+              b'{"type":"message","error":null,' + TEXT % b"x",
+              (b'{"type":"message",' + TEXT % b"").replace(b'"text"', b'"tool_use"', 1))),
     )
 
     def test_what_is_wrong_with_a_message(self):
-        for body, defect in self.CASES:
-            with self.subTest(body[:80]):
-                self.assertEqual(rrouter.message_defect(body), defect)
+        for defect, bodies in self.CASES:
+            for body in bodies:
+                with self.subTest(body[:80]):
+                    self.assertEqual(rrouter.message_defect(body), defect)
 
 
 class FailureTest(unittest.TestCase):
     """What a failed response says about its target."""
 
     FAULTS = (
-        # status, text,                                             fault,       called
-        (529, b"",                                                  "STATUS",    "529"),
-        (400, b"invalid",                                           "STATUS",    "400"),
-        (503, b"auth_unavailable: no auth available (providers=x)", "SHELF",
-         "503 auth_unavailable"),
-        (500, b"auth_unavailable: no auth available",               "STATUS",    "500"),
-        (429, b"All credentials for model X are cooling down",      "SHELF",
-         "429 cooling down"),
-        (429, b"cooling down",                                      "STATUS",    "429"),
-        (429, b'{"code":"model_cooldown"}',                         "SHELF",
-         "429 model_cooldown"),
-        (400, b"unknown provider for model x",                      "SHELF",
-         "400 unknown provider for model"),
-        (413, b"",                                                  "TOO_LARGE", "413 too large"),
-        (400, b"Prompt is too long: 9 tokens \\u003e 8 maximum",    "TOO_LARGE", "400 too large"),
-        (422, b"prompt token count of 9 exceeds the limit",         "TOO_LARGE", "422 too large"),
-        (500, b"prompt is too long",                                "STATUS",    "500"),
-        (503, b'{"error": {"message": "rrouter: too many"}}',       "OWN",       "503"),
+        # fault, called, status and texts
+        ("STATUS", "529", 529, (b"",)), ("STATUS", "429", 429, (b"cooling down",)),
+        ("STATUS", "400", 400, (b"invalid", b"redacted_thinking " * 12_000,
+                                b"thinking block must not be modified")),
+        ("REJECTED", "400", 400, (b"Invalid `signature` in `thinking` block",
+                                  b"redacted_thinking block cannot be modified")),
+        ("STATUS", "503", 503, (b"invalid signature in thinking block",)),
+        ("STATUS", "500", 500, (b"auth_unavailable: no auth available", b"prompt is too long")),
+        ("SHELF", "503 auth_unavailable", 503, (b"auth_unavailable: no auth available (x)",)),
+        ("SHELF", "429 cooling down", 429, (b"All credentials for model X are cooling down",)),
+        ("SHELF", "429 model_cooldown", 429, (b'{"code":"model_cooldown"}',)),
+        ("SHELF", "400 unknown provider for model", 400, (b"unknown provider for model x",)),
+        ("TOO_LARGE", "413 too large", 413, (b"",)),
+        ("TOO_LARGE", "400 too large", 400, (b"Prompt is too long: 9 tokens \\u003e 8 maximum",)),
+        ("TOO_LARGE", "422 too large", 422, (b"prompt token count of 9 exceeds the limit",)),
+        ("OWN", "503", 503, (b'{"error": {"message": "rrouter: too many"}}',)),
     )
 
     def test_the_fault_is_read_from_status_and_text(self):
-        for status, text, fault, name in self.FAULTS:
-            with self.subTest(text, status=status):
-                self.assertEqual(rrouter.read_failure(status, text), (Fault[fault], name))
+        for fault, name, status, texts in self.FAULTS:
+            for text in texts:
+                with self.subTest(text[:80], status=status):
+                    self.assertEqual(rrouter.read_failure(status, text), (Fault[fault], name))
 
     DELAYS = (
-        # Retry-After,                    retry-after-ms, text,                    seconds at 8:00
-        ("",                              "",             b"",                       None),
-        ("120",                           "",             b"",                       120.0),
-        ("90.5",                          "",             b"",                       90.5),
-        ("999999999",                     "",             b"",                       999999999.0),
-        ("-1",                            "",             b"",                       None),
-        ("soon",                          "",             b"",                       None),
-        ("1e9",                           "",             b"",                       None),
-        ("Fri, 15 Jan 2027 08:01:00 GMT", "",             b"",                       60.0),
-        ("Fri, 15 Jan 2027 07:00:00 GMT", "",             b"",                       0.0),
-        ("120",                           "1500",         b"reset after 7s",         1.5),
-        ("",                              "",             b"will reset after 30s.",  30.0),
-        ("",                              "",             b"reset after 7200s",      7200.0),
-        ("",                              "",             b"reset after 1h2m3s",     3723.0),
-        ("",                              "",             b"reset after 5m",         300.0),
-        ("",                              "",             b"reset after lunch",      None),
+        # seconds at 8:00, Retry-After, retry-after-ms, text
+        (None, "", "", b""), (120.0, "120", "", b""), (90.5, "90.5", "", b""),
+        (999999999.0, "999999999", "", b""), (None, "-1", "", b""), (None, "1e9", "", b""),
+        (60.0, "Fri, 15 Jan 2027 08:01:00 GMT", "", b""), (1.5, "120", "1500", b"reset after 7s"),
+        (0.0, "Fri, 15 Jan 2027 07:00:00 GMT", "", b""), (30.0, "", "", b"will reset after 30s."),
+        (7200.0, "", "", b"reset after 7200s"), (3723.0, "", "", b"reset after 1h2m3s"),
+        (300.0, "", "", b"reset after 5m"), (None, "", "", b"reset after lunch"),
     )
 
     def test_the_delay_is_read_from_headers_and_text(self):
-        for seconds, milliseconds, text, expected in self.DELAYS:
-            with self.subTest((seconds, milliseconds, text)):
-                self.assertEqual(rrouter.read_retry_after(
-                    seconds, milliseconds, text, 1_800_000_000.0), expected)
+        for expected, *given in self.DELAYS:
+            with self.subTest(given):
+                self.assertEqual(rrouter.read_retry_after(*given, 1_800_000_000.0), expected)
 
     def test_a_delay_of_any_kind_never_fails(self):
         chance = random.Random(8316)
@@ -1455,545 +1620,294 @@ class WatchTest(unittest.TestCase):
 
 class TextTest(unittest.TestCase):
 
-    PRINTABLE = (
-        # text,      printed as
-        ("plain",    "plain"),
-        ("a\nb",     "a\\nb"),
-        ("\x1b[31m", "\\x1b[31m"),
-        ("\x9b",     "\\x9b"),
-        ("한",       "\\ud55c"),
-        ("\ud83d",   "\\ud83d"),
-        ("\x7f",     "\\x7f"),
-        ("x" * 400,  "x" * 300 + "..."),
+    CASES = (
+        # function, argument, text
+        (rrouter.printable, "plain", "plain"), (rrouter.printable, "a\nb", "a\\nb"),
+        (rrouter.printable, "\x1b[31m", "\\x1b[31m"), (rrouter.printable, "\x9b", "\\x9b"),
+        (rrouter.printable, "한", "\\ud55c"), (rrouter.printable, "\ud83d", "\\ud83d"),
+        (rrouter.printable, "\x7f", "\\x7f"), (rrouter.printable, "x" * 301, "x" * 300 + "..."),
+        (rrouter.span, 0.2, "1s"), (rrouter.span, 59.5, "1m"), (rrouter.span, 90, "90s"),
+        (rrouter.span, 1800, "30m"), (rrouter.tidy, 2.0, 2), (rrouter.tidy, 0.5, 0.5),
+        (rrouter.utc, None, None), (rrouter.utc, 1769698800.9, "2026-01-29T15:00:00Z"),
+        (rrouter.reason_of, OSError(2, "No Such"), "no such"),
+        (rrouter.reason_of, OSError(), "oserror"),
     )
 
-    def test_printable_escapes_what_could_break_a_line_or_a_terminal(self):
-        for text, expected in self.PRINTABLE:
-            with self.subTest(text[:10]):
-                self.assertEqual(rrouter.printable(text), expected)
+    def test_texts_for_people_and_for_terminals(self):
+        for function, argument, expected in self.CASES:
+            with self.subTest(function.__name__, argument=str(argument)[:10]):
+                self.assertEqual(repr(function(argument)), repr(expected))
+
+    def test_a_defect_is_described_by_its_place_and_without_values(self):
+        try:
+            int("canary")
+        except ValueError as problem:
+            text = rrouter.describe_defect(problem)
+        self.assertRegex(text, r"\Ainternal error: ValueError at test_a_defect\w+:\d+; please")
+        self.assertIn("NoneType", rrouter.describe_defect(None))
 
 
 # Failover, by tables and walks ################################################
 
 def outcome(fault=None, status=None, **changes):
     """Return an Outcome of the fault with this name, and the usual status for it."""
-    usual = {None: 200, "TOO_LARGE": 400, "REJECTED": 400, "SHELF": 503, "NO_MESSAGE": 200,
-             "TIMEOUT": 504, "LEFT": 499, "STATUS": 529}
-    status = status or usual.get(fault, 502)
-    return rrouter.Outcome(Fault[fault] if fault else None, status, str(status))._replace(**changes)
-
-
-class JudgeTest(unittest.TestCase):
-
-    TABLE = (
-        # first,                         second,                        counts,         chosen
-        (outcome("STATUS"),              outcome(),                     (True, False),  1),
-        (outcome("SHELF"),               outcome(),                     (True, False),  1),
-        (outcome("NO_MESSAGE"),          outcome(),                     (True, False),  1),
-        (outcome("TIMEOUT"),             outcome(),                     (True, False),  1),
-        (outcome("TOO_LARGE"),           outcome(),                     (False, False), 1),
-        (outcome("REJECTED"),            outcome(),                     (False, False), 1),
-        (outcome("DROPPED"),             outcome(),                     (False, False), 1),
-        (outcome("STATUS"),              outcome("LEFT"),               (False, False), 0),
-        (outcome("STATUS", ended=60.0),  outcome("LEFT"),               (True, False),  0),
-        (outcome("STATUS", ended=59.9),  outcome("LEFT"),               (False, False), 0),
-        (outcome("DROPPED", ended=60.0), outcome("LEFT"),               (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("LEFT"),               (True, False),  0),
-        (outcome("STATUS", 500),         outcome("STATUS", 500),        (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("STATUS", 529),        (True, False),  1),
-        (outcome("STATUS", 529),         outcome("TIMEOUT"),            (False, True),  0),
-        (outcome("TIMEOUT"),             outcome("TIMEOUT"),            (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("DROPPED"),            (False, False), 0),
-        (outcome("DROPPED"),             outcome("TIMEOUT"),            (False, False), 0),
-        (outcome("TIMEOUT"),             outcome("UNREACHABLE"),        (False, False), 0),
-        (outcome("TIMEOUT", keeps_400=True, status=400), outcome("STATUS", 429), (True, False), 0),
-        (outcome("STATUS", 429),         outcome("STATUS", keeps_400=True, status=400),
-         (False, False), 1),
-    )
-
-    def test_the_verdict_on_two_outcomes(self):
-        for first, second, counts, chosen in self.TABLE:
-            with self.subTest("%s, %s" % (first, second)):
-                self.assertEqual(tuple(rrouter.judge(first, second)), (counts, chosen))
-
-    # Each row is more useful to the client than the rows below it.
-    RANKS = (
-        (outcome("STATUS", 400), outcome("STATUS", 413), outcome("STATUS", 422),
-         outcome("STATUS", 402)),
-        (outcome("STATUS", 429),),
-        (outcome("STATUS", 401), outcome("STATUS", 403)),
-        (outcome("STATUS", 404),),
-        (outcome("STATUS", 500), outcome("STATUS", 529), outcome("STATUS", 408)),
-        (outcome("STATUS", 504),),
-        (outcome("SHELF", 503), outcome("SHELF", 429), outcome("SHELF", 400)),
-        (outcome("NO_MESSAGE", 200),),
-        (outcome("TIMEOUT"), outcome("DROPPED"), outcome("UNREACHABLE"), outcome("OWN", 503)),
-    )
-
-    def test_the_client_gets_the_more_useful_response(self):
-        for better in range(len(self.RANKS)):
-            for one, other in itertools.product(self.RANKS[better], repeat=2):
-                self.assertEqual(rrouter.judge(one, other).chosen, 0, (one, other))
-            for worse in range(better + 1, len(self.RANKS)):
-                for one, other in itertools.product(self.RANKS[better], self.RANKS[worse]):
-                    self.assertEqual(rrouter.judge(one, other).chosen, 0, (one, other))
-                    self.assertEqual(rrouter.judge(other, one).chosen, 1, (one, other))
-
-    def test_a_request_too_large_for_one_target_ranks_below_a_passing_failure_of_the_other(self):
-        for status, chosen in ((429, 1), (500, 1), (408, 1), (401, 0), (404, 0)):
-            with self.subTest(status):
-                verdict = rrouter.judge(outcome("TOO_LARGE"), outcome("STATUS", status))
-                self.assertEqual(verdict.chosen, chosen)
+    usual = {None: 200, "SHELF": 503, "NO_MESSAGE": 200, "TIMEOUT": 504, "STATUS": 429}
+    status = status or usual[fault]
+    return Outcome(Fault[fault] if fault else None, status, str(status))._replace(**changes)
 
 
 TARGETS = ("ag", "cl")
+STEP = re.compile(r"(?:(\d+)\*)?(?:(\w+)/)?([a-z+]+)(?::(\w+))?")
 
 
 class FailoverWalk(unittest.TestCase):
-    """Base of the walks: `request` and `requests` carry requests through the machine."""
+    """Base of the walks: requests go to the targets ag and cl, and minutes pass.
 
-    cooldowns_min = (30, 60, 120, 240)
+    The words of a walk: `ag` is a request that fails on ag and is rescued by cl; `ag+cl` fails on
+    both, `ok` on none; `late` fails after its first content, wherever it goes.  `ag:401` has
+    another status, `ag:TIMEOUT` another fault, `opus/ag` another model; `3*ag` is three requests,
+    `30m` half an hour.
+    """
 
     def setUp(self):
-        self.clock = FakeClock()
-        self.auto = rrouter.AutoSettings(
-            TARGETS, 3, 2, tuple(60.0 * minutes for minutes in self.cooldowns_min), 150.0)
+        self.clock, self.lines = FakeClock(), []
+        self.auto = rrouter.AutoSettings(TARGETS, 3, 2, (1800.0, 3600.0, 7200.0, 14400.0), 150.0)
         self.failover = rrouter.Failover(self.clock, self.auto)
 
-    def outcome(self, fault="STATUS", what="429", **changes):
-        """Return a failure that begins and ends now."""
-        return outcome(fault, what=what, began=self.clock.now, ended=self.clock.now, **changes)
+    def walk(self, steps):
+        """Take the steps; return the targets that the last request tried."""
+        tried = []
+        for step in steps.split():
+            if step.endswith("m"):
+                self.clock.advance(60 * int(step[:-1]))
+                continue
+            count, model, dead, failure = STEP.fullmatch(step).groups()
+            for _ in range(int(count or 1)):
+                tried = self.request(model or "opus", dead, failure or "429")
+        return tried
 
-    def request(self, dead=(), model="opus", **failure):
-        """Carry one request through, each attempt on a target in `dead` failing.
-
-        Return the targets that were tried.
-        """
+    def request(self, model, dead, failure):
         tickets = [self.failover.admit(model, TARGETS)]
+        if dead == "late":
+            ticket = self.failover.commit(tickets[0])[0]
+            self.charge(ticket, self.failure("NO_MESSAGE", direct=True))
+            return [ticket.target]
         if tickets[0].target in dead:
             tickets.append(self.failover.rescue(tickets[0], TARGETS))
-        outcomes = [self.outcome(**failure) if ticket.target in dead else outcome()
+        outcomes = [self.failure(failure) if ticket.target in dead else outcome()
                     for ticket in tickets]
         counts = rrouter.judge(*outcomes).counts if len(tickets) == 2 else (False,)
         for ticket, ended, counted in zip(tickets, outcomes, counts):
             if counted:
-                self.failover.charge(ticket, ended)
+                self.charge(ticket, ended)
             elif ended.fault is not None:
-                self.failover.release(ticket)
+                self.lines += self.failover.release(ticket)
             else:
-                self.failover.credit(self.failover.commit(ticket)[0])
+                ticket, lines = self.failover.commit(ticket)
+                self.lines += lines
+                self.failover.credit(ticket)
         return [ticket.target for ticket in tickets]
 
-    def requests(self, count, *dead, **options):
-        """Carry `count` requests through; return the targets that the last one tried."""
-        return [self.request(dead, **options) for _ in range(count)][-1]
+    def failure(self, how="429", **changes):
+        """Return a failure, a status or the name of a fault, that begins and ends now."""
+        fault, status = ("STATUS", int(how)) if how.isdigit() else (how, None)
+        times = {"began": self.clock.now, "ended": self.clock.now}
+        return outcome(fault, status, **{**times, **changes})
 
-    def opus_fails_alone(self):
-        """Let opus fail three times on ag while haiku succeeds in between."""
-        for _ in range(3):
-            self.request(("ag",), model="opus")
-            self.request((), model="haiku")
+    def charge(self, ticket, failure):
+        self.lines += self.failover.charge(ticket, failure)
 
-    def state(self, model=None):
-        """Return (target, switches, failures, timeouts, minutes left).
+    def admit(self, count=1):
+        """Return the tickets of requests that begin now."""
+        return [self.failover.admit("opus", TARGETS) for _ in range(count)]
 
-        Of the whole, or of a model that has switched alone; None if it has not.
-        """
-        seen = self.failover.report(True)
-        if model is not None:
-            seen = seen["models"].get(model)
-            if seen is None:
-                return None
-        return (seen["currentTarget"], seen["switchCount"], seen["failureCount"],
-                seen["timeoutCount"], round(seen["cooldownRemainingSeconds"] / 60, 1))
-
-    def pass_minutes(self, minutes):
-        self.clock.advance(60 * minutes)
-
-    def assert_over_without_requests(self, model=None):
-        """A clock set back, for good or for a while, never lengthens a cooldown.
-
-        Only the watcher looks at it in between.
-        """
-        saved, now = self.failover.save(), self.clock.now
-        for label, moves in (("back and right again", (-86400, 86400)),
-                             ("back for good", (-86400, 60 * 30)),
-                             ("back twice", (-86400, -86400, 60 * 30))):
-            with self.subTest(label):
-                for seconds in moves:
-                    self.clock.advance(seconds)
-                    self.failover.look_at_clock()
-                self.assertEqual(self.state(model)[4], 0)
-            self.failover.restore(saved)
-            self.clock.now = now
+    def state(self):
+        """Return target, switches, failures, timeouts, minutes left; also of each model alone."""
+        report = self.failover.report(True)
+        scopes = {"": report, **report["models"]}.items()
+        names = "currentTarget", "switchCount", "failureCount", "timeoutCount"
+        return ", ".join(" ".join(map(str, (
+            *filter(None, [model]), *(seen[name] for name in names),
+            round(seen["cooldownRemainingSeconds"] / 60)))) for model, seen in scopes)
 
 
-class WholeTargetWalk(FailoverWalk):
+ALONE = "opus/ag haiku/ok " * 3         # opus switches alone
+WALKS = (
+    # what holds, then steps and the state after them, by turns
+    ("three failures in a row switch though each was rescued",
+     "2*ag", "ag 0 2 0 0", "ag", "cl 1 0 0 30"),
+    ("two timeouts switch and have their own counter",
+     "2*ag ag:TIMEOUT", "ag 0 2 1 0", "ag:TIMEOUT", "cl 1 0 0 30"),
+    ("a success resets both counters", "2*ag ag:TIMEOUT ok", "ag 0 0 0 0"),
+    ("the probe that succeeds brings all back", "3*ag 30m ok", "ag 1 0 0 0"),
+    ("the probe that fails starts the next cooldown",
+     "3*ag 30m ag", "cl 2 0 0 60", "60m ag", "cl 3 0 0 120", "120m ag", "cl 4 0 0 240",
+     "240m ag", "cl 5 0 0 240"),
+    ("a later failure of the stream that probed counts", "3*ag 30m late", "ag 1 1 0 0"),
+    ("a switch by the shelf lasts a minute, and raises no cooldown",
+     "ag:401 2*ag:SHELF ok", "cl 1 0 0 1", "1m ok 2*ag:SHELF ag", "cl 2 0 0 30"),
+    ("a probe of the shelf that fails as expected is no switch",
+     "3*ag:SHELF 1m ag:SHELF", "cl 1 0 0 1", "1m ag:401 1m ag:403 1m ag:404", "cl 1 0 0 1",
+     "1m ag:500", "cl 1 0 0 1", "1m ag", "cl 2 0 0 30"),
+    ("failures of the fallback switch back and cancel the cooldown",
+     "3*ag 2*cl", "cl 1 2 0 30", "cl", "ag 2 0 0 0"),
+    ("a direct failure does not switch back before the new target has answered",
+     "8*late", "cl 1 5 0 30", "ok 3*late", "ag 2 0 0 0"),
+    ("nothing moves while both targets fail",
+     "9*ag+cl 9*ag+cl:TIMEOUT 9*ag+cl:SHELF", "ag 0 0 0 0"),
+    ("a quiet time after the return resets the cooldown",
+     "3*ag 30m ok 59m 3*ag", "cl 2 0 0 60", "60m ok 120m 3*ag", "cl 3 0 0 30"),
+    ("a clock set back does not lengthen the cooldown, and one set forward ends it",
+     "3*ag -525600m", "cl 1 0 0 30", "31m ok", "ag 1 0 0 0"),
+    ("a model that fails while others succeed switches alone",
+     ALONE, "ag 0 0 0 0, opus cl 1 0 0 30",
+     "30m opus/ag 60m opus/ag", "ag 0 0 0 0, opus cl 3 0 0 120", "120m opus/ok", "ag 0 0 0 0"),
+    ("a switch of the whole resets the counters of its models",
+     "2*opus/ag haiku/ag", "cl 1 0 0 30", "3*sonnet/cl haiku/ok opus/ag", "ag 2 1 0 0"),
+    ("a model alone stays alone while the whole moves and returns",
+     ALONE + "3*haiku/ag", "cl 1 0 0 30, opus cl 1 0 0 30",
+     "10m 3*haiku/cl", "ag 2 0 0 0, opus cl 1 0 0 20"),
+    ("a model alone does not return to the very target that fails it",
+     ALONE + "3*haiku/ag 3*opus/cl haiku/ok", "cl 1 0 0 30, opus ag 2 0 0 60"),
+)
 
-    def test_three_failures_in_a_row_switch_though_each_was_rescued(self):
-        self.assertEqual(self.requests(2, "ag"), ["ag", "cl"])
-        self.assertEqual(self.state(), ("ag", 0, 2, 0, 0))
-        self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
-        self.assertEqual(self.requests(1, "ag"), ["cl"])
 
-    def test_two_timeouts_switch_and_have_their_own_counter(self):
-        self.requests(2, "ag")
-        self.requests(1, "ag", fault="TIMEOUT")
-        self.assertEqual(self.state(), ("ag", 0, 2, 1, 0))
-        self.requests(1, "ag", fault="TIMEOUT")
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
-        self.assertEqual(self.failover.report(True)["reason"], "2 consecutive timeouts")
+class WalkTest(FailoverWalk):
+    """The rules one by one; ReferenceModelTest mixes them, and has all pairs of outcomes."""
 
-    def test_a_success_of_the_target_itself_resets_its_counters(self):
-        self.requests(2, "ag")
-        self.requests(1)
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+    def test_requests_lead_to_these_states(self):
+        for what, *turns in WALKS:
+            with self.subTest(what):
+                self.setUp()
+                for steps, state in zip(turns[::2], turns[1::2]):
+                    self.walk(steps)
+                    self.assertEqual(self.state(), state, steps)
 
-    def test_one_request_probes_and_its_success_brings_all_back(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        probe = self.failover.admit("opus", TARGETS)
-        self.assertEqual((probe.target, bool(probe.probe)), ("ag", True))
-        self.assertEqual(self.requests(5, "ag"), ["cl"])                    # others stay
-        self.assertEqual(self.failover.commit(probe)[1], ["RECOVERED: ag answers again"])
-        self.assertEqual(self.state(), ("ag", 1, 0, 0, 0))
+    def test_the_model_longest_without_a_failure_is_forgotten_first(self):
+        for number in (*range(256), 0, 256, 0):
+            self.walk(f"m{number}/ag haiku/ok")
+        self.assertIn("m0 cl 1", self.state())
 
-    def test_a_failed_probe_starts_the_next_cooldown(self):
-        self.requests(3, "ag")
-        for switches, minutes in ((2, 60), (3, 120), (4, 240), (5, 240)):
-            self.pass_minutes(self.state()[4])
-            self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
-            self.assertEqual(self.state(), ("cl", switches, 0, 0, minutes))
+    def test_a_model_with_an_overlong_name_never_switches_alone(self):
+        self.walk(f"{'m' * 257}/ag haiku/ok " * 3)
+        self.assertEqual(self.state(), "ag 0 0 0 0")
 
-    def test_the_next_probe_after_a_neutral_one_comes_after_a_minute(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        probe = self.failover.admit("opus", TARGETS)
-        self.assertEqual(self.failover.admit("opus", TARGETS).target, "cl")
-        self.failover.release(probe)
-        self.assertEqual(self.failover.admit("opus", TARGETS).target, "cl")
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 1))
-        self.pass_minutes(1)
-        self.assertEqual(self.failover.admit("opus", TARGETS).target, "ag")
+    def test_each_decision_has_its_line(self):
+        failed = "ag failed: 429 (1 of 3 HTTP errors in a row)"
+        for steps, expected in (
+                ("ag", [failed]),
+                ("2*ag:TIMEOUT", ["ag failed: 504 (1 of 2 timeouts in a row)",
+                                  "ag failed: 504 (2 of 2 timeouts in a row)",
+                                  "SWITCH ag -> cl: 2 consecutive timeouts; retry in 30m"]),
+                ("30m ag+cl 1m ag", ["PROBE of ag inconclusive; the next one in 1m",
+                                     "SWITCH ag -> cl: failed a probe, last 429; retry in 60m"]),
+                ("60m ok", ["RECOVERED: ag responds again"]),
+                ("3*ag 3*cl:500", [
+                    "SWITCH cl -> ag: 3 consecutive HTTP errors, last 500"]),
+                (ALONE, ["SWITCH ag -> cl for opus: 3 consecutive HTTP errors, last 429; "
+                         "retry in 30m"]),
+                ("opus/cl", ["cl failed for opus: 429 (1 of 3 HTTP errors in a row)"]),
+                ("30m opus/ok", ["RECOVERED: ag responds again for opus"])):
+            with self.subTest(steps):
+                del self.lines[:]
+                self.walk(steps)
+                self.assertEqual(self.lines[-len(expected):], expected)
 
-    def test_a_later_failure_of_the_stream_that_probed_counts(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        ticket, _ = self.failover.commit(self.failover.admit("opus", TARGETS))
-        self.failover.charge(ticket, self.outcome("NO_MESSAGE", direct=True))
-        self.assertEqual(self.state(), ("ag", 1, 1, 0, 0))
-
-    def test_a_direct_failure_does_not_switch_back_before_the_new_target_has_answered(self):
-        for _ in range(8):                          # three of ag, five of cl
-            self.failover.charge(self.failover.admit("opus", TARGETS), self.outcome(direct=True))
-        self.assertEqual((self.state()[0], self.state("opus")), ("cl", None))
-        self.requests(1)                            # cl answers
-        for _ in range(3):
-            self.failover.charge(self.failover.admit("opus", TARGETS), self.outcome(direct=True))
-        self.assertEqual(self.state()[0], "ag")
+    def test_line_of_the_shelf_comes_only_if_its_response_changes(self):
+        self.walk("ag:401 2*ag:SHELF")
+        self.assertEqual(self.failover.report(True)["reason"],
+                         "3 consecutive HTTP errors, last 503, after 401")
+        for failure, expected in (("SHELF", []), ("401", ["PROBE of ag failed: 401"]), ("401", [])):
+            self.clock.advance(60)
+            ticket, = self.admit()
+            self.assertTrue(ticket.probe and ticket.quiet)
+            self.assertEqual(self.failover.charge(ticket, self.failure(failure)), expected)
 
     def test_failures_of_one_event_count_once_whatever_the_order_of_their_rescues(self):
-        tickets = [self.failover.admit("opus", TARGETS) for _ in range(12)]
+        tickets, start = self.admit(7), self.clock.now
         for seconds in (1.9, 0.3, 2.2, 0.0, 1.0):
-            self.failover.charge(tickets.pop(), outcome(
-                "STATUS", began=self.clock.now - 5, ended=self.clock.now + seconds))
-        self.assertEqual(self.state(), ("ag", 0, 1, 0, 0))
-        self.failover.charge(tickets.pop(), outcome(        # 2 s later, but begun before
-            "STATUS", began=self.clock.now - 5, ended=self.clock.now + 4))
-        self.assertEqual(self.state(), ("ag", 0, 2, 0, 0))
-        self.failover.charge(tickets.pop(), outcome(        # within 2 s, but begun after
-            "STATUS", began=self.clock.now + 4.1, ended=self.clock.now + 4.2))
-        self.assertEqual(self.state()[:2], ("cl", 1))
+            self.charge(tickets.pop(), self.failure(began=start - 5, ended=start + seconds))
+        self.assertEqual(self.lines[4], "ag failed: 429 (the same event)")
+        self.assertEqual(self.state(), "ag 0 1 0 0")
+        for began, ended, state in ((-5, 4, "ag 0 2 0 0"),      # 2 s later, but begun before
+                                    (4.1, 4.2, "cl 1 0 0 30")):     # within 2 s, but begun after
+            self.charge(tickets.pop(), self.failure(began=start + began, ended=start + ended))
+            self.assertEqual(self.state(), state)
 
-    def test_a_shelf_costs_a_minute_and_does_not_lengthen_the_next_cooldown(self):
-        self.request(("ag",), what="401", status=401)
-        self.requests(2, "ag", fault="SHELF", what="503 auth_unavailable")
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 1))
-        self.assertEqual(self.failover.report(True)["reason"], (
-            "3 consecutive HTTP errors, last 503 auth_unavailable, after 401"))
-        self.requests(1)                            # cl answers, which raises N elsewhere
-        for failure in ({"fault": "SHELF"}, {"status": 401}, {"status": 404}, {"status": 500}):
-            self.pass_minutes(1)
-            self.assertEqual(self.requests(1, "ag", **failure), ["ag", "cl"])
-            self.assertEqual(self.state(), ("cl", 1, 0, 0, 1))
-        self.pass_minutes(1)
-        self.requests(1, "ag", status=429)          # not the shelf any more: a switch
-        self.assertEqual(self.state(), ("cl", 2, 0, 0, 30))
-
-    def test_a_probe_of_the_shelf_is_logged_only_if_its_response_changes(self):
-        self.requests(3, "ag", fault="SHELF", what="503 auth_unavailable")
-        for what, lines in (("503 auth_unavailable", 0), ("401", 1), ("401", 0)):
-            self.pass_minutes(1)
-            ticket = self.failover.admit("opus", TARGETS)
-            self.assertTrue(ticket.probe and ticket.quiet)
-            logged = self.failover.charge(ticket, self.outcome("SHELF", what))
-            self.assertEqual(len(logged), lines, what)
-
-    def test_failures_of_the_fallback_switch_back_and_cancel_the_cooldown(self):
-        self.requests(3, "ag")
-        self.requests(2, "cl")
-        self.assertEqual(self.state(), ("cl", 1, 2, 0, 30))
-        self.requests(1, "cl")
-        self.assertEqual(self.state(), ("ag", 2, 0, 0, 0))
-
-    def test_nothing_moves_while_both_targets_fail(self):
-        for failure in ({}, {"fault": "TIMEOUT"}, {"fault": "SHELF"}):
-            self.requests(10, "ag", "cl", **failure)
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-
-    def test_the_cooldown_grows_only_after_the_new_target_has_answered(self):
-        for switched in range(1, 4):
-            for _ in range(3):                      # ag fails, rescued by cl
-                self.request(("ag",))
-            self.assertEqual(self.state()[4], (30, 60, 120)[switched - 1])
-            for _ in range(3):
-                self.request(("cl",))               # and cl fails, rescued by ag
-
-    def test_a_quiet_time_after_the_return_resets_the_cooldown(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        self.requests(1)                            # the probe succeeds
-        self.pass_minutes(59)
-        self.requests(3, "ag")
-        self.assertEqual(self.state()[4], 60)
-        self.pass_minutes(60)
-        self.requests(1)
-        self.pass_minutes(120)
-        self.requests(3, "ag")
-        self.assertEqual(self.state()[4], 30)
-
-    def test_a_switch_ends_the_quiet_time_of_an_earlier_return(self):
-        for minutes in (30, 60, 120):
-            self.requests(3, "ag")
-            self.pass_minutes(minutes)
-            self.requests(1)                        # the probe succeeds
-        self.pass_minutes(1)
-        self.requests(3, "ag")
-        for minutes in (240, 240, 240):
-            self.assertEqual(self.state()[4], minutes)
-            self.pass_minutes(minutes)
-            self.requests(1, "ag")                  # the probe fails
-
-    RETRY_AFTER = (
-        # Retry-After in seconds,  cooldown in minutes
-        (None,                     30),
-        (0,                        1),
-        (600,                      10),
-        (86400,                    30),
-    )
-
-    def test_retry_after_shortens_the_cooldown_but_never_lengthens_it(self):
-        for seconds, minutes in self.RETRY_AFTER:
-            with self.subTest(seconds):
-                self.setUp()
-                self.requests(3, "ag", retry_after_s=seconds)
-                self.assertEqual(self.state()[4], minutes)
-
-    def test_late_failures_from_before_a_switch_do_not_switch_back(self):
-        early = [self.failover.admit("opus", TARGETS) for _ in range(40)]
-        on_cl = [self.failover.rescue(ticket, TARGETS) for ticket in early]
-        for ticket in early + on_cl:
-            self.failover.charge(ticket, self.outcome(what="500"))
-        self.assertEqual(self.state(), ("cl", 1, 0, 0, 30))
-
-    def test_a_late_success_of_the_failed_target_does_not_switch_back(self):
-        early = self.failover.admit("opus", TARGETS)
-        self.requests(3, "ag")
-        self.failover.credit(early)
-        self.assertEqual(self.state()[0], "cl")
-
-    def test_a_late_outcome_of_an_overtaken_probe_is_ignored(self):
-        self.requests(3, "ag")
-        self.pass_minutes(30)
-        probe = self.failover.admit("opus", TARGETS)
-        self.requests(3, "cl")                      # back on ag meanwhile
-        self.failover.charge(probe, self.outcome(what="500"))
-        self.assertEqual(self.state(), ("ag", 2, 0, 0, 0))
-
-    def test_a_failed_probe_resets_the_counters_of_the_target_that_serves(self):
-        self.requests(3, "ag")
-        self.requests(2, "cl")
-        self.pass_minutes(30)
-        self.assertEqual(self.requests(1, "ag"), ["ag", "cl"])
-        self.assertEqual(self.requests(1, "cl"), ["cl", "ag"])
-        self.assertEqual(self.state()[:3], ("cl", 2, 1))
-
-    def test_a_clock_set_back_does_not_lengthen_the_cooldown_and_one_set_forward_ends_it(self):
-        self.requests(3, "ag")
-        self.clock.advance(-86400 * 365)
-        self.assertEqual(self.state()[4], 30)
-        self.pass_minutes(31)
-        self.assertEqual(self.requests(1), ["ag"])
-
-    def test_a_clock_set_back_is_noticed_without_requests(self):
-        self.requests(3, "ag")
-        self.assert_over_without_requests()
-
-    def test_a_look_at_the_clock_ends_no_cooldown_and_moves_none(self):
-        self.failover.look_at_clock()
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.requests(3, "ag")
-        saved = self.failover.save()
-        for minutes, left in ((0, 30), (10, 20), (20, 0)):
-            self.pass_minutes(minutes)
-            self.failover.look_at_clock()
-            self.assertEqual((self.state()[4], self.failover.save()), (left, saved))
+    def test_clock_set_back_is_noticed_without_requests(self):
+        for steps, state in (("3*ag", "cl 1 0 0 %d"), (ALONE, "ag 0 0 0 0, opus cl 1 0 0 %d")):
+            for moves in ((-86400, 86400), (-86400, 1800), (-86400, -86400, 1800)):
+                with self.subTest(steps, moves=moves):
+                    self.setUp()
+                    self.walk(steps)
+                    for seconds in moves:
+                        self.clock.advance(seconds)
+                        self.failover.look_at_clock()
+                    self.assertEqual(self.state(), state % 0)
 
     def test_reset_forgets_everything_and_earlier_outcomes(self):
-        early = [self.failover.admit("opus", TARGETS) for _ in range(3)]
-        self.requests(3, "ag")
-        self.assertEqual(self.failover.reset(self.auto, "mode auto"), ["RESET: mode auto; on ag"])
-        self.assertEqual(self.failover.reset(self.auto, "mode auto"), [])
+        early = self.admit(3)
+        self.walk("3*ag")
+        hasty = self.auto._replace(failure_threshold=1)
+        self.assertEqual(self.failover.reset(hasty, "mode auto"), ["RESET: mode auto; on ag"])
+        self.assertEqual(self.failover.reset(hasty, "mode auto"), [])
         for ticket in early:
-            self.failover.charge(ticket, self.outcome(what="500"))
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
+            self.charge(ticket, self.failure("500"))
+        self.assertEqual(self.state(), "ag 0 0 0 0")
+        self.walk("ag")                             # by the new threshold
+        self.assertEqual(self.state(), "cl 1 0 0 30")
 
-    def test_thresholds_are_those_of_the_config(self):
-        self.failover.reset(self.auto._replace(failure_threshold=1), "test")
-        self.requests(1, "ag")
-        self.assertEqual(self.state()[0], "cl")
-
-
-class SingleModelWalk(FailoverWalk):
-
-    def test_a_model_that_fails_while_others_succeed_switches_alone(self):
-        self.opus_fails_alone()
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.assertEqual(self.state("opus"), ("cl", 1, 0, 0, 30))
-        self.assertEqual(self.request((), model="opus"), ["cl"])
-        self.assertEqual(self.request((), model="haiku"), ["ag"])
-
-    def test_its_probes_leave_the_other_models_alone(self):
-        self.opus_fails_alone()
-        for minutes in (30, 60, 120, 240):
-            self.pass_minutes(minutes)
-            self.assertEqual(self.request(("ag",), model="opus"), ["ag", "cl"])
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.pass_minutes(240)
-        self.assertEqual(self.request((), model="opus"), ["ag"])
-        self.assertIsNone(self.state("opus"))
-
-    def test_its_failures_from_before_its_switch_are_not_charged_to_the_whole(self):
-        early = [self.failover.admit("opus", TARGETS) for _ in range(10)]
-        self.opus_fails_alone()
-        for ticket in early:
-            self.failover.charge(ticket, self.outcome(what="500"))
-        self.assertEqual(self.state()[:2], ("ag", 0))
-
-    def test_a_switch_of_the_whole_resets_the_counters_of_its_models(self):
-        self.request(("ag",), model="opus")
-        self.request(("ag",), model="opus")
-        self.request(("ag",), model="haiku")        # the third in a row, of any model
-        self.assertEqual(self.state()[0], "cl")
-        self.requests(3, "cl", model="sonnet")      # and back
-        self.assertEqual(self.state()[0], "ag")
-        self.request((), model="haiku")
-        self.request(("ag",), model="opus")
-        self.assertIsNone(self.state("opus"))
-
-    def test_a_model_alone_stays_alone_while_the_whole_moves_and_returns(self):
-        self.opus_fails_alone()
-        self.requests(3, "ag", model="haiku")
-        self.assertEqual(self.state()[0], "cl")
-        self.pass_minutes(10)
-        self.requests(3, "cl", model="haiku")
-        self.assertEqual(self.state()[0], "ag")
-        self.assertEqual(self.state("opus"), ("cl", 1, 0, 0, 20))
-
-    def test_a_model_that_fails_on_the_fallback_switches_to_the_other_target_alone(self):
-        self.requests(3, "ag", model="haiku")
-        for _ in range(3):
-            self.request(("cl",), model="opus")
-            self.request((), model="haiku")
-        self.assertEqual(self.state("opus")[0], "ag")
-        self.pass_minutes(30)
-        self.request((), model="haiku")         # the probe of the whole succeeds: opus follows it
-        self.assertIsNone(self.state("opus"))
-
-    def test_a_model_alone_does_not_return_to_the_very_target_that_fails_it(self):
-        self.opus_fails_alone()
-        self.requests(3, "ag", model="haiku")       # the whole follows to cl
-        for _ in range(3):
-            self.request(("cl",), model="opus")
-        self.assertEqual(self.request((), model="opus"), ["ag"])
-        self.assertEqual(self.state("opus")[0], "ag")
-        self.assertEqual(self.request((), model="haiku"), ["cl"])
-
-    def test_a_clock_set_back_is_noticed_for_a_model_alone_too(self):
-        self.opus_fails_alone()
-        self.assertEqual(self.state(), ("ag", 0, 0, 0, 0))
-        self.assert_over_without_requests("opus")
+    def test_targets_that_the_config_has_replaced_are_used_to_the_end_and_change_nothing(self):
+        early, = self.admit()
+        self.failover.reset(self.auto._replace(targets=("x", "cl"), failure_threshold=1), "test")
+        tickets = [*self.admit(), self.failover.rescue(early, TARGETS)]
+        self.assertEqual([ticket.target for ticket in tickets], ["ag", "cl"])
+        self.assertEqual(self.failover.current(None, TARGETS), "ag")
+        for ticket in tickets:
+            self.charge(ticket, self.failure())
+        self.assertEqual(self.state(), "x 0 0 0 0")
 
     def test_at_most_256_models_are_remembered_and_switched_ones_longest(self):
-        self.opus_fails_alone()
+        self.walk(ALONE)
         for number in range(400):
-            self.request(("ag",), model="m%d" % number)
-            self.request((), model="haiku")
-        self.assertEqual(self.state("opus")[0], "cl")
+            self.walk("m%d/ag haiku/ok" % number)
+        self.assertEqual(self.state(), "ag 0 0 0 0, opus cl 1 0 0 30")
         self.assertLessEqual(len(self.failover.save()["models"]), 256)
-
-    def test_the_257th_model_that_fails_is_counted_like_any_other(self):
+        self.setUp()
         for number in range(258):
-            for _ in range(3):
-                self.request(("ag",), model="m%d" % number)
-                self.request((), model="haiku")
-        self.assertEqual(self.state("m257")[0], "cl")
+            self.walk("m%d/ag haiku/ok " % number * 3)
+        self.assertIn("m257 cl 1 ", self.state())
         self.assertLessEqual(len(self.failover.report(True)["models"]), 256)
 
 
 class SavedStateTest(FailoverWalk):
+    """What state.json holds; StateTest has the file."""
 
     def test_a_restart_keeps_cooldowns_levels_and_models(self):
-        self.opus_fails_alone()
-        self.requests(3, "ag", model="haiku")
-        saved = json.loads(json.dumps(self.failover.save()))
-        self.pass_minutes(10)
-        revived = rrouter.Failover(self.clock, self.auto)
-        revived.restore(saved)
-        self.assertEqual(revived.report(True), self.failover.report(True))
-        self.failover = revived
-        self.pass_minutes(20)
-        self.request(("ag",), model="haiku")        # a failed probe: the second cooldown
-        self.assertEqual(self.state(), ("cl", 2, 0, 0, 60))
-
-    def test_control_characters_of_a_reason_are_escaped(self):
-        self.requests(3, "ag")
-        saved = self.failover.save()
-        saved["whole"]["reason"] = "\x1b[2J"
+        self.walk(ALONE + "3*haiku/ag 10m")
+        before, saved = self.failover.report(True), json.loads(json.dumps(self.failover.save()))
+        saved["whole"]["reason"] += "\x1b[2J"           # from a file that anyone may have written
+        self.failover = rrouter.Failover(self.clock, self.auto)
         self.failover.restore(saved)
-        self.assertEqual(self.failover.report(True)["reason"], "\\x1b[2J")
-
-    HOSTILE = (
-        # label,                       member of `whole`,  value
-        ("other targets",              "home",             "x"),
-        ("negative level",             "level",            -1),
-        ("level true",                 "level",            True),
-        ("long cooldown",              "last_cooldown_s",  1e9),
-        ("a cooldown of 400 digits",   "last_cooldown_s",  10 ** 400),
-        ("NaN",                        "retry_at",         float("nan")),
-        ("open without a cooldown",    "retry_at",         None),
-        ("infinite",                   "switched_at",      float("inf")),
-        ("far in the future",          "switched_at",      1e300),
-        ("open since never",           "switched_at",      None),
-        ("open for no reason",         "reason",           None),
-    )
+        self.assertEqual(self.failover.report(True), {
+            **before, "reason": before["reason"] + "\\x1b[2J"})
+        self.walk("20m haiku/ag")                   # a failed probe: the second cooldown
+        self.assertEqual(self.state(), "cl 2 0 0 60, opus cl 1 0 0 0")
 
     def test_foreign_content_is_refused_and_changes_nothing(self):
-        self.requests(3, "ag")
+        self.walk("3*ag")
         good, before = self.failover.save(), self.failover.report(True)
-        rows = [(label, dict(good, whole=dict(good["whole"], **{member: value})))
-                for label, member, value in self.HOSTILE]
-        rows += [("no object", 7), ("empty", {}), ("no models", {"whole": good["whole"]}),
-                 ("models a list", dict(good, models=[])),
-                 ("swapped", dict(good, whole=dict(good["whole"], home="cl", away="ag"))),
-                 ("model of another kind", dict(good, models={"m": 1}))]
-        for label, content in rows:
-            with self.subTest(label):
+        changes = ({"home": "x"}, {"home": "cl", "away": "ag"}, {"level": -1}, {"level": True},
+                   {"last_cooldown_s": 1e9}, {"last_cooldown_s": 10 ** 400}, {"retry_at": None},
+                   {"retry_at": float("nan")}, {"switched_at": float("inf")},
+                   {"switched_at": 1e300}, {"switched_at": None}, {"reason": None})
+        for content in (7, {}, {"whole": good["whole"]}, {**good, "models": []},
+                        {**good, "models": {"m": 1}},
+                        *({**good, "whole": {**good["whole"], **change}} for change in changes)):
+            with self.subTest(content):
                 with self.assertRaises(rrouter.StateError):
                     self.failover.restore(content)
                 self.assertEqual(self.failover.report(True), before)
-
 
 
 # Auto mode against a reference model ##########################################
@@ -2201,7 +2115,7 @@ FAULTS = [(None, 200, "200"), (Fault.TIMEOUT, 504, "timeout"), (Fault.NO_MESSAGE
 SETTINGS = (3, 2, (1800.0, 3600.0, 7200.0, 14400.0)), (1, 1, (1800.0, 3600.0)), (2, 2, (30.0, 90.0))
 WAITS = 0.1, 1.0, 2.0, 3.0, 5.0, 60.0, 150.0, 4000.0
 # What a step does, and how often.  The last three end a response that has committed.
-ACTIONS = {"begin": 30, "attempt": 40, "wait": 16, "wait for probe": 8, "restart": 1, "reset": 0.5,
+ACTIONS = {"begin": 30, "attempt": 40, "wait": 16, "wait for probe": 8, "restart": 1,
            "credit": 8, "charge": 4, "release": 2}
 
 
@@ -2216,15 +2130,13 @@ class ReferenceWalk:
         self.model = ReferenceFailover(self.clock, self.auto)
 
     def difference(self, steps):
-        """Return the steps up to the first difference and both states, or None."""
-        lines = []
-        for action, which, choice, seconds in steps:
-            self.take(action, which, choice, seconds)
+        """Return the steps up to the first difference and both states; "" if there is none."""
+        for number, step in enumerate(steps, 1):
+            self.take(*step)
             real, model = self.shown(self.real, 0), self.shown(self.model, 1)
-            lines.append((self.now, action, which, choice, seconds, *real))
             if real != model:
-                return "\n".join(map(str, [*lines, ("the model", *model)]))
-        return None
+                return "\n".join(map(str, [*steps[:number], real, "the model:", model]))
+        return ""
 
     def shown(self, side, number):
         report, tickets = side.report(True), [r.tickets[number] for r in self.requests]
@@ -2239,9 +2151,6 @@ class ReferenceWalk:
         elif action == "wait for probe":
             ends = [scope.retry_at for scope in self.model.scopes() if scope.switched]
             self.now = max(self.now, max(ends, default=0) + which - 1)
-        elif action == "reset":
-            self.real.reset(self.auto, "rrouter auto")
-            self.model = ReferenceFailover(self.clock, self.auto)
         elif action == "restart":
             saved, self.requests = json.loads(json.dumps(self.real.save())), []
             self.real = rrouter.Failover(self.clock, self.auto)
@@ -2357,43 +2266,27 @@ def altered(path, value):
     return json.dumps(config)
 
 
-# Contents that ParseConfigTest, which takes text, does not cover.
+# What ParseConfigTest, which takes text, does not cover.
 REFUSED_CONFIGS = (
     # content, what the complaint says (a pattern)
     (b"// modes\n{}", r"config\.json:1:1: "),
     (b"\0" * 64, r"config\.json:1:1: "),
-    (b"7", r"expected an object, found 7"),
     (json.dumps(switchboard(1)).encode() * 2, r"config\.json:1:\d+: "),
     (json.dumps(switchboard(1)).encode() + b"\xff", "expected UTF-8, found byte 0xff at offset"),
     (b'{"a":' * 100_000, "nesting that is too deep"),
-    (b'{"defaultMode": "one", "x": %s%s}' % (b"[" * 100_000, b"]" * 100_000), "too deep"),
     (b'{"modes": {"m": {"mappings": []}}, "auto": %s1%s}' % (b"[" * 900, b"]" * 900),
      "auto: |too deep"),
     (b'{"modes": {"m": {}}, "auto": {"failureThreshold": %s}}' % (b"9" * 5000), "number"),
 )
 REFUSED_VALUES = (
     # JSON path, value found there, a pattern for the rest of the complaint
-    ("modes.one", "fast", "object"),
     ("modes.one.mappings[0]", "x", "object"),
-    ("modes.one.mappings[0]", {"rewrite": "x"}, "match: missing"),
-    ("modes.one.mappings[0].match", None, "string.*null"),
-    ("modes.one.mappings[0].rewrite", True, "string.*true"),
-    ("defaultMode", 3, "found 3"),
     ("auto", [], "object"),
-    ("auto.targets", "one", "two"),
     ("auto.targets", ["one", "two", "spare"], "two"),
     ("auto.targets", ["one", 2], "found .*2"),
-    ("auto.failureThreshold", -1, "found -1"),
     ("auto.failureThreshold", 10 ** 30, "number"),
-    ("auto.failureThreshold", None, "found null"),
-    ("auto.timeoutThreshold", 0, "found 0"),
     ("auto.cooldownMinutes", 30, "list"),
-    ("auto.cooldownMinutes[1]", "60", "number"),
-    ("auto.cooldownMinutes[1]", True, "found true"),
     ("auto.cooldownMinutes[1]", 1e300, "number"),
-    ("auto.firstByteTimeoutSeconds", 0, "number"),
-    ("auto.firstByteTimeoutSeconds", -150, "number"),
-    ("auto.firstByteTimeoutSeconds", True, "found true"),
     ("auto.firstByteTimeoutSeconds", 1e10, "number"),
 )
 
@@ -2401,26 +2294,35 @@ REFUSED_VALUES = (
 class ConfigContentTest(unittest.TestCase):
     """The content of config.json, in bytes, decides by itself; no file is read."""
 
-    def assert_refused(self, content, *patterns):
-        with self.assertRaises((rrouter.ConfigError, UnicodeDecodeError)) as caught:
-            rrouter.config_of(content)
-        complaint = rrouter.describe_config_error(caught.exception)
-        for pattern in (r"\Aconfig\.json:[^\0-\x1f]+\Z", *patterns):
-            self.assertRegex(complaint, pattern)
-
-    def test_content_that_is_not_one_json_object_is_refused_with_its_place(self):
-        for content, pattern in REFUSED_CONFIGS:
-            with self.subTest(content[:40]):
-                self.assert_refused(content, pattern)
-
-    def test_value_that_does_not_fit_is_refused_with_its_path(self):
-        for path, value, pattern in REFUSED_VALUES:
-            with self.subTest(path, value=value):
-                self.assert_refused(altered(path, value).encode(), re.escape(path), pattern)
+    def test_content_that_does_not_fit_is_refused_with_its_place(self):
+        rows = [(altered(path, value).encode(), re.escape(path) + ".*" + pattern)
+                for path, value, pattern in REFUSED_VALUES]
+        for content, pattern in (*REFUSED_CONFIGS, *rows):
+            with self.subTest(content[:40], pattern=pattern):
+                with self.assertRaises((rrouter.ConfigError, UnicodeDecodeError)) as caught:
+                    rrouter.config_of(content)
+                complaint = rrouter.describe_config_error(caught.exception)
+                self.assertRegex(complaint, r"\Aconfig\.json:[^\0-\x1f]+\Z")
+                self.assertRegex(complaint, pattern)
 
     def test_byte_order_mark_is_skipped(self):
         content = json.dumps(switchboard(6)).encode()
         self.assertEqual(rrouter.config_of(b"\xef\xbb\xbf" + content), rrouter.config_of(content))
+
+
+MODE_WORDS = (
+    # content of the mode file              the word in it
+    (None,                                  None),
+    (b"",                                   ""),
+    (b" \n",                                ""),
+    (b"\tAUTO\r\n\n",                       "auto"),
+    ("\ufeffclaude\n".encode(),             "claude"),
+    ("\ufeffAuto\r\n".encode("utf-16-le"),  "auto"),
+    ("\ufeffauto".encode("utf-16-be"),      "auto"),
+    (b"\xff\xfe",                           ""),
+    (b"\xff\xfea",                          r"\x61"),
+    (b"caf\xe9",                            r"caf\xe9"),
+)
 
 
 class ReadFileTest(unittest.TestCase):
@@ -2432,6 +2334,97 @@ class ReadFileTest(unittest.TestCase):
                 with self.assertRaises(OSError):
                     rrouter.read_file(directory)
             self.assertEqual(len(os.listdir("/dev/fd")), len(before))
+
+    def test_mode_word_is_read_in_the_encodings_that_shells_write(self):
+        for content, word in MODE_WORDS:
+            with self.subTest(content):
+                self.assertEqual(rrouter.mode_word(content), word)
+
+
+class LogQueueTest(unittest.TestCase):
+    """Lines that are not yet written."""
+
+    def test_many_lines_wake_the_writer_once_and_too_many_are_a_problem(self):
+        log, calls = rrouter.Log("/nonexistent/rrouter.log", echo=False), []
+        log.wake = lambda: calls.append(None)
+        for count, woken in ((log.MANY - 1, 0), (1, 1), (log.HELD_MAX - log.MANY, 1)):
+            for _ in range(count):
+                log.write("REQ", "line")
+            self.assertEqual((len(calls), log.problem), (woken, None))
+        log.write("REQ", "line")
+        self.assertRegex(log.problem, "^rrouter.log: .*lines are lost$")
+
+    def test_constructors_have_no_effect(self):
+        with tempfile.TemporaryDirectory() as directory:
+            before = sorted(os.listdir("/dev/fd"))
+            paths = rrouter.Paths(directory)
+            log = rrouter.Log(paths.log, echo=False)
+            rrouter.Store(paths, log, lambda old, new, written: None)
+            rrouter.StateFile(paths.state, log)
+            rrouter.Lock(paths.lock)
+            rrouter.Signals()
+            self.assertEqual(sorted(os.listdir("/dev/fd")), before)
+            self.assertEqual(os.listdir(directory), [])
+
+
+class StateSavingTest(unittest.TestCase):
+    """state.json fits one mode file and one auto section."""
+
+    FINGERPRINT = {"modeFile": [1, 2, 3], "auto": [["a", "b"], 3]}
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = pathlib.Path(directory.name, "sub", "state.json")
+        self.path.parent.mkdir()
+        self.lines = []
+        log = rrouter.Log("/nonexistent/rrouter.log", echo=False)
+        log.write = lambda tag, text: self.lines.append(text)
+        self.state = rrouter.StateFile(str(self.path), log)
+
+    def save(self, number):
+        self.state.save(dict(self.FINGERPRINT, whole=number))
+
+    def test_what_was_saved_is_loaded(self):
+        self.assertIsNone(self.state.load(self.FINGERPRINT))
+        self.save(7)
+        self.assertEqual(list(json.loads(self.path.read_text())),
+                         ["version", "modeFile", "auto", "whole"])
+        self.assertEqual(self.state.load(self.FINGERPRINT)["whole"], 7)
+
+    def test_unusable_file_and_state_of_other_files_are_set_aside(self):
+        self.save(7)
+        good = self.path.read_text()
+        for content, change, pattern in (
+                (good, {"modeFile": [1, 2, 4]}, "the mode file was written"),
+                (good, {"modeFile": None}, "the mode file was written"),
+                (good, {"auto": []}, "the auto section was written"),
+                (good[:-5], {}, "not the JSON"), ("[" * 100_000, {}, "not the JSON"),
+                ('{"version": 2}', {}, "not written by this version"),
+                ("[1]", {}, "not written by this version")):
+            with self.subTest(content[:20], change=change), \
+                    self.assertRaisesRegex(rrouter.StateError, pattern):
+                self.path.write_text(content)
+                self.state.load(dict(self.FINGERPRINT, **change))
+
+    def test_same_state_is_written_again_only_after_forget(self):
+        self.save(7)
+        for number, forgotten, written in ((7, False, False), (8, False, True), (8, True, True)):
+            self.path.unlink(missing_ok=True)
+            if forgotten:
+                self.state.forget()
+            self.save(number)
+            self.assertEqual(self.path.exists(), written)
+
+    def test_failure_is_logged_once_and_ends(self):
+        self.path.parent.rmdir()
+        for number in range(3):
+            self.save(number)
+            self.assertRegex(self.state.problem, "^state.json: cannot be written: ")
+        self.assertEqual(self.lines, [self.state.problem])
+        self.path.parent.mkdir()
+        self.save(2)
+        self.assertIsNone(self.state.problem)
 
 
 class SwitchboardTest(RouterTest):
@@ -2456,79 +2449,6 @@ class SwitchboardTest(RouterTest):
     def problems(self):
         return " | ".join(self.rrouter.health()["problems"])
 
-    def mark_log(self):
-        """Return where the log goes on after a line of this very moment."""
-        mark = "/mark/%d" % random.getrandbits(64)
-        self.get(mark)
-        return wait_until(lambda: self.rrouter.log().partition(mark)[2] and len(self.rrouter.log()))
-
-    def wait_for_lines(self, before, tag, *words):
-        """Return the log's lines with this tag after `before`; wait for one with all of `words`."""
-        def lines():
-            return [line for line in self.rrouter.log()[before:].splitlines() if tag in line]
-        wait_until(
-            lambda: any(all(word in line for word in words) for line in lines()))
-        return lines()
-
-
-class WaysToWrite:
-    """The ways in which programs write a file; `settle` waits until the file is not new."""
-
-    def __init__(self, home, settle):
-        self.root, self.mode, self.settle = home.root, home.dir / "mode", settle
-
-    def in_place(self, text, file=None):
-        with open(str(file or self.mode), "r+b") as opened:
-            opened.write(text.encode())
-
-    def with_its_old_times(self, text):
-        """As `cp -p`, `rsync -t` and `touch -r` write."""
-        before = self.mode.stat()
-        self.in_place(text)
-        os.utime(str(self.mode), ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    def by_older_file(self, text, file):
-        aside = file.with_suffix(".aside")
-        aside.write_text(text)
-        os.utime(str(aside), (1, 1))
-        aside.rename(str(file))
-
-    def by_second_name(self, text):
-        os.link(str(self.mode), str(self.root / "second"))
-        self.settle()
-        self.in_place(text, self.root / "second")
-
-    def by_kept_descriptor(self, text):
-        with open(str(self.mode), "r+b", buffering=0) as opened:
-            self.settle()
-            os.pwrite(opened.fileno(), text.encode(), 0)
-
-    def by_map(self, text):
-        with open(str(self.mode), "r+b") as opened, mmap.mmap(opened.fileno(), 4) as memory:
-            self.settle()
-            memory[:] = text.encode()
-            memory.flush()
-
-    def by_link(self, text):
-        (self.root / text.strip()).write_text(text)
-        (self.root / "link").symlink_to(self.root / text.strip())
-        os.replace(str(self.root / "link"), str(self.mode))
-
-    def by_other_directory(self, directory, text):
-        """Put a copy with another mode in its place; rrouter may make the directory meanwhile."""
-        copied, old = str(directory) + ".copy", str(directory) + ".old"
-        shutil.copytree(str(directory), copied, ignore=shutil.ignore_patterns("*.tmp"))
-        pathlib.Path(copied, self.mode.relative_to(directory)).write_text(text)
-        os.rename(str(directory), old)
-
-        def is_in_place():
-            shutil.rmtree(str(directory), ignore_errors=True)
-            with contextlib.suppress(OSError):
-                os.rename(copied, str(directory))
-                return True
-        wait_until(is_in_place)
-        shutil.rmtree(old, ignore_errors=True)
-
 
 class FreshnessTest(SwitchboardTest):
     """A request that begins after a write has returned is served by what was written."""
@@ -2539,21 +2459,6 @@ class FreshnessTest(SwitchboardTest):
         reply = read_reply_from(reader)
         self.assertEqual(reply.status, 200)
         return reply.header("x-rrouter-model")
-
-    def test_each_of_many_writes_serves_the_next_request(self):
-        mode, number = "one", 0
-        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            for turn in range(80):
-                write = functools.partial(Home.write if turn % 4 < 2 else put, self.home)
-                if turn % 2:
-                    number += 1
-                    write("config.json", json.dumps(switchboard(number)))
-                else:
-                    mode = {"one": "two", "two": "one"}[mode]
-                    write("mode", mode + "\n")
-                expected = "%s-%03d" % (mode, number)
-                self.assertEqual(self.ask(connection, reader), expected, "turn %d" % turn)
-        self.assertEqual(self.served(), expected)
 
     # A file system whose time stamps are whole seconds.
     COARSE = ("import os, types\nreal = os.stat\ndef stat(path, **options):\n"
@@ -2582,108 +2487,92 @@ class FreshnessTest(SwitchboardTest):
         self.home.write("mode", "antigravity\n")
         self.assertEqual(self.served(), GEMINI_SONNET)
 
-    def test_config_reset_is_in_force_when_it_returns(self):
-        self.home.write("mode", "antigravity\n")
-        self.home.run("config", "reset", check=0)
-        self.assertEqual(self.served(), GEMINI_SONNET)
-
-    def settle(self):
-        """Return once what was written is so old that requests no longer read it each time."""
-        time.sleep(rrouter.SETTLED_S)
-        self.served()
-
     def test_every_way_to_write_is_noticed(self):
-        write = WaysToWrite(self.home, self.settle)
-        mode, config = self.home.dir / "mode", self.home.dir / "config.json"
-        aside, target = self.home.dir / "aside", self.home.root / "two"
+        root, mode, config = self.home.root, self.home.dir / "mode", self.home.dir / "config.json"
+        aside, target = root / "aside", root / "target"
+
+        def in_place(text):
+            with open(str(mode), "r+b") as opened:
+                opened.write(text.encode())
+
+        def with_its_old_times(text):
+            """As `cp -p`, `rsync -t` and `touch -r` write."""
+            before = mode.stat()
+            in_place(text)
+            os.utime(str(mode), ns=(before.st_atime_ns, before.st_mtime_ns))
+
+        def by_older_file(text):
+            aside.write_text(text)
+            os.utime(str(aside), (1, 1))
+            aside.rename(config)
+
+        def by_link(text):
+            target.write_text(text)
+            aside.symlink_to(target)
+            os.replace(str(aside), str(mode))
+
+        def by_other_home(text):
+            copied, old = str(root) + ".copy", str(root) + ".old"
+            shutil.copytree(str(root), copied, ignore=shutil.ignore_patterns("*.tmp"))
+            pathlib.Path(copied, ".rrouter", "mode").write_text(text)
+            os.rename(str(root), old)
+            os.rename(copied, str(root))
+            shutil.rmtree(old)
+
         for label, act, served in (
-                ("in place", lambda: write.in_place("two\n"), "two-000"),
-                ("its times set back", lambda: write.with_its_old_times("one\n"), "one-000"),
-                ("moved over", lambda: put(self.home, "mode", "two\n"), "two-000"),
-                ("moved away", lambda: mode.rename(str(aside)), "spare-000"),
-                ("moved back", lambda: aside.rename(str(mode)), "two-000"),
-                ("by a second name", lambda: write.by_second_name("one\n"), "one-000"),
-                ("by a descriptor kept open", lambda: write.by_kept_descriptor("two\n"), "two-000"),
-                ("by a map of the file", lambda: write.by_map("one\n"), "one-000"),
-                ("an older config",
-                 lambda: write.by_older_file(json.dumps(switchboard(1)), config), "one-001"),
-                ("a link", lambda: write.by_link("two\n"), "two-001"),
+                ("in place", lambda: in_place("two\n"), "two-000"),
+                ("its times set back", lambda: with_its_old_times("one\n"), "one-000"),
+                ("moved away", lambda: mode.rename(aside), "spare-000"),
+                ("moved back", lambda: aside.rename(mode), "one-000"),
+                ("an older config", lambda: by_older_file(json.dumps(switchboard(1))), "one-001"),
+                ("a link", lambda: by_link("two\n"), "two-001"),
                 ("the file of the link", lambda: target.write_text("one\n"), "one-001"),
-                ("another link", lambda: write.by_link("two\n"), "two-001"),
-                ("another directory",
-                 lambda: write.by_other_directory(self.home.dir, "one\n"), "one-001"),
-                ("another home",
-                 lambda: write.by_other_directory(self.home.root, "two\n"), "two-001"),
+                ("another home", lambda: by_other_home("two\n"), "two-001"),
                 ("in that home", lambda: mode.write_text("one\n"), "one-001")):
             with self.subTest(label):
-                self.settle()
+                time.sleep(rrouter.SETTLED_S)   # what is so old is no longer read each time
+                self.served()
                 act()
                 self.assertEqual(self.served(), served)
 
-    def test_write_is_noticed_while_other_requests_read_it(self):
-        """The request that finds a change must not let the next one pass before it has read it."""
-        done = threading.Event()
+    def test_good_writes_alone_are_noticed_at_once_while_other_requests_read_them(self):
+        """A file written in place can be empty or half written when a request reads it."""
+        done, good = threading.Event(), 0
 
         def ask_on():
             with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
                 while not done.is_set():
                     self.ask(connection, reader)
 
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            asking = [pool.submit(ask_on) for _ in range(4)]
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            asking = [pool.submit(ask_on) for _ in range(3)]
             try:
                 with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-                    for turn in range(100):
-                        mode = ("two", "one")[turn % 2]
-                        put(self.home, "mode", mode + "\n")
-                        self.assertEqual(self.ask(connection, reader), mode + "-000")
-            finally:
-                done.set()
-            for one in asking:
-                one.result()
-
-    def test_no_request_acts_on_a_half_written_file(self):
-        """A file that is written in place can be empty or half written when a request reads it."""
-        done = threading.Event()
-
-        def ask():
-            while not done.is_set():
-                self.assertEqual(self.rrouter.post().status, 200)
-
-        with concurrent.futures.ThreadPoolExecutor(3) as pool:
-            asking = [pool.submit(ask) for _ in range(3)]
-            try:
-                for number in range(240):
-                    content = json.dumps(switchboard(number))
-                    bad = (content[:-5], content.replace('"*"', "7"), content)[number % 3]
-                    write = put if number % 2 else Home.write
-                    write(self.home, "config.json", bad)
-                    write(self.home, "mode", ("one\n", "two\n")[number % 4 // 2])
+                    for number in range(120):
+                        text = json.dumps(switchboard(number))
+                        some = (text[:-5], text.replace('"*"', "7"), text)[number % 3]
+                        write = put if number % 2 else Home.write
+                        mode = ("one", "two")[number % 4 // 2]
+                        good = number if number % 3 == 2 else good
+                        write(self.home, "config.json", some)
+                        write(self.home, "mode", mode + "\n")
+                        self.assertEqual(self.ask(connection, reader), "%s-%03d" % (mode, good))
             finally:
                 done.set()
             for one in asking:
                 one.result()
         models = set(self.upstream.models())
-        good = {"%s-%03d" % (mode, number)
-                for mode in ("one", "two") for number in (0, *range(2, 240, 3))}
-        self.assertLessEqual(models, good)
-        self.assertGreater(len(models), 3)
-        put(self.home, "config.json", json.dumps(switchboard(999)))
-        self.assertEqual((self.served()[-3:], self.problems()), ("999", ""))
+        self.assertLessEqual(models, {"%s-%03d" % (mode, number) for mode in ("one", "two")
+                                      for number in (0, *range(2, 120, 3))})
+        self.assertEqual(self.problems(), "")
 
 
 MODE_FILES = (
     # content, mode in force, the word that `problems` names (None: no problem)
-    (b"two\n", "two", None),
-    (b"two", "two", None),
     (b"  TWO \r\n\n", "two", None),
     (b"\tAuto", "auto", None),
-    (b"", "one", None),
     (b" \n", "one", None),
-    (b"tow\n", "spare", "tow"),
     (b"one two\n", "spare", "one two"),
-    (b"one\ntwo\n", "spare", "one"),
-    (b"one\x80\n", "spare", "one"),
     (b"\x1b[31mred\n", "spare", "red"),
     (b"long" * 30_000, "spare", "longlong"),
 )
@@ -2715,7 +2604,7 @@ class ModeAndConfigTest(SwitchboardTest):
                 self.assertNotIn("\x1b", problems)
 
     def test_bad_config_leaves_the_last_good_one_in_force_and_is_logged_once(self):
-        before = self.mark_log()
+        before = len(self.rrouter.log())
         for content, mode, model, pattern in CONFIG_FILES:
             with self.subTest(content[:60]):
                 put(self.home, "mode", mode + "\n")
@@ -2728,8 +2617,8 @@ class ModeAndConfigTest(SwitchboardTest):
                 put(self.home, "config.json", json.dumps(switchboard(0)))
                 self.assertEqual(self.served(), "one-000")
         put(self.home, "mode", "two\n")
-        self.wait_for_lines(before, "[MODE]", "two")
-        lines = self.wait_for_lines(before, "[CONFIG]")
+        wait_until(lambda: "[MODE] one -> two" in self.rrouter.log()[before:])
+        lines = [line for line in self.rrouter.log()[before:].splitlines() if "[CONFIG]" in line]
         for _, _, _, pattern in CONFIG_FILES[:-1]:
             self.assertEqual(len([line for line in lines if re.search(pattern, line)]), 1, lines)
 
@@ -2745,27 +2634,8 @@ class ModeAndConfigTest(SwitchboardTest):
                 self.assertEqual((self.served(), self.problems()), ("two-005", ""))
                 self.assertEqual(self.rrouter.health()["autoSwitch"]["switched"], threshold == 1)
 
-    def test_mode_that_the_config_comes_to_define_is_in_force_at_once(self):
-        put(self.home, "mode", "late\n")
-        self.assertEqual(self.served(), "spare-000")
-        self.assertIn("late", self.problems())
-        config = switchboard(0)
-        config["modes"]["late"] = {"mappings": [{"match": "*", "rewrite": "better"}]}
-        put(self.home, "config.json", json.dumps(config))
-        self.assertEqual((self.served(), self.problems()), ("better", ""))
-
-    def test_change_is_logged_once_with_and_without_requests(self):
-        before = self.mark_log()
-        put(self.home, "mode", "two\n")
-        for _ in range(5):
-            self.served()
-        put(self.home, "config.json", json.dumps(switchboard(4)))
-        self.wait_for_lines(before, "[CONFIG]")
-        self.assertEqual(len(self.wait_for_lines(before, "[MODE]", "two")), 1)
-        put(self.home, "mode", "spare\n")
-        self.wait_for_lines(before, "[MODE]", "spare")
-
     def test_directory_or_fifo_in_the_place_of_a_file_is_named_and_hangs_nothing(self):
+        before = len(self.rrouter.log())
         for name, good in (("mode", "one\n"), ("config.json", json.dumps(switchboard(0)))):
             for make in (os.mkdir, os.mkfifo):
                 with self.subTest(name, made_by=make.__name__):
@@ -2773,10 +2643,13 @@ class ModeAndConfigTest(SwitchboardTest):
                     make(str(odd))
                     (self.home.dir / "link").symlink_to(odd)
                     os.replace(str(self.home.dir / "link"), str(self.home.dir / name))
-                    self.assertEqual(self.served(), "one-000")
+                    self.assertEqual([self.served() for _ in range(3)], ["one-000"] * 3)
                     self.assertRegex(self.problems(), r"^%s: " % re.escape(name))
                     put(self.home, name, good)
                     self.assertEqual((self.served(), self.problems()), ("one-000", ""))
+        put(self.home, "mode", "spare\n")
+        wait_until(lambda: "[MODE] one -> spare" in self.rrouter.log()[before:])
+        self.assertEqual(self.rrouter.log()[before:].count("config.json: cannot be read"), 2)
 
     def test_stream_keeps_the_mode_it_began_with(self):
         gate = self.gate()
@@ -2789,7 +2662,7 @@ class ModeAndConfigTest(SwitchboardTest):
             self.assertEqual(self.served(), "two-000")
             gate.set()
             self.assertEqual(read_chunks(reader), (event("ping") + event("message_stop"), True))
-        self.wait_for_lines(0, "[REQ]", " m -> one one-000 200 ")
+        wait_until(lambda: " m -> one one-000 200 " in self.rrouter.log())
 
     def test_bad_config_at_the_start_means_the_embedded_default(self):
         router = self.start_rrouter(self.upstream, config="{")
@@ -2804,18 +2677,14 @@ class ModeAndConfigTest(SwitchboardTest):
 class UpstreamTest(LoopbackTest):
     """Addresses of upstreams; each has a separate rrouter."""
 
-    def test_base_path_and_host_of_the_upstream_are_used(self):
+    def test_base_path_and_host_of_the_upstream_are_used_and_proxies_are_not(self):
         upstream = self.start_upstream()
         url = "http://localhost:%d/Api/v%%31" % upstream.port
         proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
-        running = self.start_rrouter(url + "/", env=proxies)
-        for target in ("/v1/messages?beta=true", "/", "//x/../y"):
-            with self.subTest(target):
-                self.assertEqual(running.request("POST", target, chat()).status, 200)
-                received = upstream.received[-1]
-                self.assertEqual((received.target, received.header("host")),
-                                 ("/Api/v%31" + target, "localhost:%d" % upstream.port))
-        self.assertEqual(running.health()["upstreamURL"].rstrip("/"), url)
+        self.assertEqual(self.start_rrouter(url + "/", env=proxies).post(target="//x").status, 200)
+        received = upstream.received[0]
+        self.assertEqual((received.target, received.header("host")),
+                         ("/Api/v%31//x", "localhost:%d" % upstream.port))
 
     def test_unreachable_upstream_is_a_bad_gateway_until_it_is_back(self):
         port = free_port()
@@ -2831,6 +2700,16 @@ class UpstreamTest(LoopbackTest):
                 self.assertEqual([running.post().status for _ in range(2)], [200, 200])
                 upstream.close()
 
+    def test_parallel_requests_that_miss_the_upstream_count_as_one(self):
+        running = self.start_rrouter("http://127.0.0.1:%d" % free_port(),
+                                     limits={"RECONNECT_FOR_S": 0.5})
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            replies = list(pool.map(lambda _: running.post(), range(2)))
+        for reply in (*replies, running.post()):
+            self.assert_error(reply, 502, "start CLIProxyAPI")
+        self.assertEqual([reply.header("x-should-retry") for reply in replies], [None, None])
+        self.assertEqual(reply.header("x-should-retry"), "false")
+
     def test_upstream_that_is_rrouter_itself_makes_no_storm(self):
         port = free_port()
         home = self.make_home("http://localhost:%d" % port, "antigravity", port=port)
@@ -2838,18 +2717,14 @@ class UpstreamTest(LoopbackTest):
         self.assert_error(running.request("GET", "/v1/models"), 502, "is rrouter itself")
         self.assertLessEqual(running.health()["requestCount"], 2)
 
-    def test_library_removed_under_it_hinders_no_name(self):
+    def test_library_removed_under_it_and_a_lack_of_ctypes_hinder_no_request(self):
         code = """if True:
             import encodings
             "a".encode("idna")
-            encodings.__path__ = []"""
+            encodings.__path__ = []
+            sys.modules["ctypes"] = None"""
         running = self.start_rrouter(self.start_upstream(), code=code)
         self.assertEqual(running.post("\ud55c").status, 200)
-
-    def test_python_without_ctypes_serves_requests(self):
-        """ctypes saves memory; some builds of Python lack it."""
-        running = self.start_rrouter(self.start_upstream(), code="sys.modules['ctypes'] = None")
-        self.assertEqual(running.post().status, 200)
 
 
 class PoolTest(RouterTest):
@@ -2872,41 +2747,36 @@ class PoolTest(RouterTest):
             self.assertEqual(self.rrouter.post().status, 200)
         self.assertLessEqual(self.upstream.connections - opened, 1)
 
-    def test_stale_connection_is_invisible(self):
+    def test_stale_connection_is_invisible_and_neutral(self):
         """An upstream may close an idle connection at any time, even as the next request comes."""
-        for when in ("at reuse", "after the response"):
-            for tries, padding in ((100, 0), (10, 1_000_000)):
-                with self.subTest(when, padding=padding):
-                    self.upstream.clear()
-                    self.upstream.default = Response(framing="length", cut=True)
-                    if when == "at reuse":
-                        self.fresh(Response())
-                    for _ in range(tries):
-                        reply = self.rrouter.post(padding="x" * padding)
-                        self.assertEqual(
-                            (reply.status, reply.body, reply.header("x-rrouter-attempts")),
-                            (200, b"{}", "1"))
-                    self.assertLessEqual(len(self.upstream.received), 2 * tries)
-                    self.assertEqual(set(self.upstream.models()), {GEMINI_SONNET})
-
-    def test_stale_connection_is_neutral(self):
         self.rrouter.home.write("mode", "auto\n")
-        self.fresh(stream())
-        for _ in range(20):
-            reply = self.rrouter.post()
-            self.assertEqual((reply.status, reply.complete, reply.header("x-rrouter-attempts")),
-                             (200, True, "1"))
+        for when, (tries, padding) in itertools.product(
+                ("at reuse", "after the response"), ((50, 0), (10, 1_000_000))):
+            with self.subTest(when, padding=padding):
+                self.upstream.clear()
+                self.upstream.default = stream(framing="length", cut=True)
+                if when == "at reuse":
+                    self.fresh(stream())
+                for _ in range(tries):
+                    reply = self.rrouter.post(padding="x" * padding)
+                    self.assertEqual(
+                        (reply.status, reply.complete, reply.header("x-rrouter-attempts")),
+                        (200, True, "1"))
+                self.assertLessEqual(len(self.upstream.received), 2 * tries)
+                self.assertEqual(set(self.upstream.models()), {GEMINI_SONNET})
         auto = self.rrouter.health()["autoSwitch"]
-        self.assertEqual((auto["failureCount"], auto["timeoutCount"], auto["switchCount"]),
-                         (0, 0, 0))
-        self.assertGreater(len(self.upstream.received), 20)
-        self.assertLessEqual(len(self.upstream.received), 40)
+        self.assertEqual((auto["failureCount"], auto["timeoutCount"]), (0, 0))
 
     def test_broken_idle_connection_is_replaced(self):
         for turn in range(20):
             self.assertEqual(self.rrouter.post().status, 200)
             self.upstream.break_connections(reset=turn % 2 == 1)
         self.assertEqual(len(self.upstream.received), 20)
+
+    def test_request_is_not_sent_again_after_an_interim_response(self):
+        self.upstream.play(Response(), Response(raw=b"HTTP/1.1 102 Processing\r\n\r\n"))
+        self.assertEqual([self.rrouter.post().status for _ in range(2)], [200, 502])
+        self.assertEqual(len(self.upstream.received), 2)
 
     def test_connection_kept_while_the_machine_slept_is_not_used(self):
         """Only the wall clock goes on during sleep."""
@@ -2940,44 +2810,26 @@ class PoolTest(RouterTest):
         first, second = self.upstream.received
         self.assertNotEqual(first.connection, second.connection)
 
-    def test_unrequested_bytes_reach_no_client(self):
-        stray = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstray"
-        mine = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nmine"
-        self.upstream.play(Response(raw=mine + stray, stays=True), Response(200, b"next"))
-        self.assertEqual([self.rrouter.post().body for _ in range(2)], [b"mine", b"next"])
-        for connection in list(self.upstream.open):         # now on the idle connections
-            with contextlib.suppress(OSError):
-                connection.sendall(stray)
-        self.assertEqual([self.rrouter.post().body for _ in range(3)], [b"{}"] * 3)
-        first, second, *_ = self.upstream.received
-        self.assertNotEqual(first.connection, second.connection)
 
+class KernelLimitTest(unittest.TestCase):
 
-class KernelLimitTest(LoopbackTest):
-    """The time limits on 32-bit systems, whose `long` has 4 bytes, simulated."""
+    def test_both_widths_of_time_are_tried_in_order(self):
+        """A 32-bit system may have 64-bit time; the first form is misread where it is not meant."""
+        for errors in ((0,), (errno.EINVAL, 0), (errno.EINVAL, errno.EINVAL), (errno.EBADF,)):
+            left, values_ = list(errors), []
 
-    CODE = """if True:
-        import errno, os, socket, struct
-        real = struct.pack
-        struct.pack = lambda layout, *values: real(layout.replace("ll", "ii"), *values)
-        class Socket(socket.socket):
-            def setsockopt(self, level, option, value, *more):
-                if option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                    if len(value) == 8 and %(wide)r:
-                        raise OSError(errno.EINVAL, "Invalid argument")
-                    if len(value) == 16 and not %(wide)r:
-                        os._exit(9)                     # it would be misread
-                    if len(value) == 8:
-                        value = real("qq", *struct.unpack("ii", value))
-                super().setsockopt(level, option, value, *more)
-        socket.socket = Socket
-    """
+            def set_option(_, option, value):
+                values_.append((option, value))
+                number = left.pop(0)
+                if number:
+                    raise OSError(number, "refused")
 
-    def test_both_widths_of_time_are_served(self):
-        for wide in (False, True):
-            with self.subTest(wide=wide):
-                router = self.start_rrouter(self.start_upstream(), code=self.CODE % {"wide": wide})
-                self.assertEqual(router.post().status, 200)
+            with self.subTest(errors), contextlib.ExitStack() as stack:
+                if errors[-1]:
+                    stack.enter_context(self.assertRaises(OSError))
+                rrouter.set_kernel_limit(types.SimpleNamespace(setsockopt=set_option), 7, 2.25)
+            layouts = ("@ll", "@qq")[:len(errors)]
+            self.assertEqual(values_, [(7, struct.pack(layout, 2, 250_000)) for layout in layouts])
 
 
 class UnreadRequestTest(RouterTest):
@@ -3023,22 +2875,6 @@ class UnreadRequestTest(RouterTest):
         self.assertLess(time.monotonic() - start, 2)    # one second, and one for a busy machine
 
 
-CERTIFICATE = """
-[req]
-distinguished_name = name
-x509_extensions = extensions
-prompt = no
-[name]
-CN = rrouter test
-[extensions]
-subjectAltName = IP:127.0.0.1
-basicConstraints = critical, CA:TRUE
-keyUsage = critical, digitalSignature, keyCertSign
-subjectKeyIdentifier = hash
-"""
-
-
-@unittest.skipUnless(shutil.which("openssl"), "needs openssl to make a certificate")
 class UpstreamPortTest(unittest.TestCase):
 
     def test_an_upstream_without_a_port_has_the_one_of_its_scheme(self):
@@ -3056,27 +2892,43 @@ class UpstreamPortTest(unittest.TestCase):
         self.assertEqual(connected, [("::1", 80), ("localhost", 443), ("localhost", 8317)])
 
 
-class ResentRequestTest(RouterTest):
+class ResponseTextTest(unittest.TestCase):
 
-    def test_request_is_not_sent_again_after_an_interim_response(self):
-        self.upstream.play(Response(), Response(raw=b"HTTP/1.1 102 Processing\r\n\r\n"))
-        self.assertEqual([self.rrouter.post().status for _ in range(2)], [200, 502])
-        self.assertEqual(len(self.upstream.received), 2)
+    PACKED, MOST = gzip.compress(b"hello "), rrouter.READ_AHEAD_MAX_BYTES
+    CASES = (
+        # Content-Encoding, body, text
+        (b"identity", b"x", b"x"), (b"br", b"x", b"x"), (b"gzip", PACKED, b"hello "),
+        (b"GZIP", PACKED * 2, b"hello hello "), (b"gzip", PACKED + b"\0\0", b"hello "),
+        (b"deflate", zlib.compress(b"x"), b"x"), (b"deflate", zlib.compress(b"x")[2:-4], b"x"),
+        (b"gzip", b"x", b""), (b"gzip", PACKED[:4], b""),
+        (b"gzip", gzip.compress(bytes(MOST)) * 2, bytes(MOST + 1)),
+    )
+
+    def test_compressed_text_is_read_and_of_too_much_a_byte_more_than_is_held_back(self):
+        for coding, data, expected in self.CASES:
+            with self.subTest(coding, data=data[:20]):
+                head = b"HTTP/1.1 200 OK\r\nContent-Encoding: " + coding + b"\r\n\r\n"
+                response = rrouter.Response(rrouter.parse_response_head(head), None, None, None)
+                response.ahead = data
+                self.assertTrue(response.text() == expected)            # no diff of 1 MB
 
 
-class AbsentUpstreamTest(LoopbackTest):
+CERTIFICATE = """
+[req]
+distinguished_name = name
+x509_extensions = extensions
+prompt = no
+[name]
+CN = rrouter test
+[extensions]
+subjectAltName = IP:127.0.0.1
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, digitalSignature, keyCertSign
+subjectKeyIdentifier = hash
+"""
 
-    def test_parallel_requests_that_miss_the_upstream_count_as_one(self):
-        running = self.start_rrouter("http://127.0.0.1:%d" % free_port(),
-                                     limits={"RECONNECT_FOR_S": 0.5})
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            replies = list(pool.map(lambda _: running.post(), range(2)))
-        for reply in (*replies, running.post()):
-            self.assert_error(reply, 502, "start CLIProxyAPI")
-        self.assertEqual([reply.header("x-should-retry") for reply in replies], [None, None])
-        self.assertEqual(reply.header("x-should-retry"), "false")
 
-
+@unittest.skipUnless(shutil.which("openssl"), "needs openssl to make a certificate")
 class TlsTest(RouterTest):
     """Base of the tests with an upstream that speaks TLS."""
 
@@ -3115,23 +2967,19 @@ class TlsUpstreamTest(TlsTest):
             self.assertEqual(self.rrouter.post().status, 200)
 
     def test_large_bodies_pass_both_ways(self):
-        """On a new connection, and on a reused one, whose time limit was changed in between."""
-        body = chat("x", padding="x" * (16 << 20))
+        """On a new connection, and on a reused one, whose time limit was changed in between.
+
+        The rest of the handshake must not be taken for an early response.
+        """
+        body, gate = chat("x", padding="x" * (16 << 20)), self.gate()
         self.upstream.break_connections()
-        for number in range(2):
-            self.upstream.play(Response(200, [bytes(100_000)] * 30, framing="length"))
+        threading.Timer(0.3, gate.set).start()      # six looks for a response
+        for number, unread in enumerate((gate, None)):
+            self.upstream.play(Response(200, [bytes(100_000)] * 30, framing="length",
+                                        unread=unread))
             reply = self.rrouter.request("POST", "/v1/messages", body)
             self.assertEqual(reply.body, bytes(3_000_000))
             self.assertTrue(self.upstream.received[number].body == body)    # no diff of 16 MB
-
-    def test_rest_of_a_handshake_is_not_taken_for_an_early_response(self):
-        body = chat("x", padding="x" * (16 << 20))
-        gate = self.gate()
-        self.upstream.break_connections()
-        self.upstream.play(Response(unread=gate))
-        threading.Timer(0.3, gate.set).start()      # six looks for a response
-        self.assertEqual(self.rrouter.request("POST", "/v1/messages", body).status, 200)
-        self.assertTrue(self.upstream.received[0].body == body)             # no diff of 16 MB
 
     def test_certificate_of_an_unknown_issuer_is_a_bad_gateway(self):
         distrustful = self.start_rrouter(self.upstream)
@@ -3143,215 +2991,67 @@ class TlsUpstreamTest(TlsTest):
 # Requests: framing ############################################################
 
 HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
-BODY_MAX_BYTES = 64 << 20
 
 
 def post_with(lines, body=b"abc"):
     """Return a POST with these header lines and `body`, then a request that must stay unseen."""
-    return (b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n" + lines + b"\r\n\r\n" + body +
-            HIDDEN)
-
-
-def chunked(body):
-    return post_with(b"Transfer-Encoding: chunked", body)
-
-
-BAD_LINES = (
-    # request line
-    b"GET /a b HTTP/1.1", b"GET\t/ HTTP/1.1", b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ",
-    b" GET / HTTP/1.1", b"GET /\0 HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET /\xc3\xa9 HTTP/1.1",
-    b"G(T / HTTP/1.1", b"GET HTTP/1.1", b"GET", b"GET hidden HTTP/1.1", b"GET / http/1.1",
-    b"GET / HTTP/1.01", b"GET / HTTP/x.y", b"GET / HTTP/2.0", b"PRI * HTTP/2.0", b"GET /",
-)
-BAD_FIELDS = (
-    # header line, ahead of "Content-Length: 3"
-    b"Content-Length : 3", b"oops", b": x", b"X[]: y", b"X-\xe9: y", b"X: one\rContent-Length: 3",
-    b"X: a\0b", b"X: a\x0bb", b"X: a\x0cb", b"Host: localhost",
-)
-BAD_LENGTHS = (
-    # Content-Length
-    b"3, 3", b"+3", b"-1", b"0x3", b"0_3", b"3 0", b"3.0", b"", b"three", b"\xb3", b"9" * 5000,
-    b"3\r\nContent-Length: 0", b"3\r\ncontent-length: 3",
-)
-BAD_CODINGS = (
-    # Transfer-Encoding
-    b"chunked, chunked", b",chunked", b"identity", b"xchunked", b"gzip, chunked", b"\x0bchunked",
-    b"chunked, identity", b"chunked\r\nTransfer-Encoding: chunked", b"",
-    b"chunked\r\nContent-Length: 3", b"\r\nContent-Length: 3\r\nTransfer-Encoding: chunked",
-)
-BAD_CHUNKS = (
-    # chunked body
-    b"3\r\nabcd\r\n0\r\n\r\n", b"3\r\nabc0\r\n\r\n", b"3\r\nabc\n0\r\n\r\n",
-    b"3\r\nabc\r\n0\r\nX: " + b"x" * 9000 + b"\r\n\r\n",
-    *(size + b"\r\nabc\r\n0\r\n\r\n" for size in (
-        b"0x3", b"+3", b"-1", b" 3", b"zz", b"", b"0_3", b"3\n", b"1" + b"0" * 16,
-        b"3;" + b"x" * 65536, b"3;" + b"x" * 300)),
-)
+    return POST + lines + b"\r\n\r\n" + body + HIDDEN
 
 
 class RequestFramingTest(RouterTest):
-    """A request that RFC 9112 forbids is refused and closed on, and the upstream gets nothing."""
+    """What delimits requests on a connection; RequestHeadTest has the heads that are refused."""
 
-    def refuse_each(self, requests, *statuses):
-        for data in requests:
+    REFUSED = (
+        # status, request
+        (400, b"GET /a b HTTP/1.1\r\nHost: localhost\r\n\r\n" + HIDDEN),
+        (400, post_with(b"Content-Length: 3\r\nContent-Length: 3")),
+        (501, post_with(b"Transfer-Encoding: gzip", b"0\r\n\r\n")),
+        (417, post_with(b"Content-Length: 3\r\nExpect: foo")),
+        (403, post_with(b"Content-Length: 3\r\nOrigin: https://evil.com")),
+        (403, post_with(b"Content-Length: 3").replace(b"localhost", b"evil.com", 1)),
+        (413, post_with(b"Content-Length: %d" % (BODY_MAX_BYTES + 1))),
+        (413, post_with(CHUNKED, b"1\r\nx\r\n%x\r\n" % BODY_MAX_BYTES)),
+        (400, post_with(CHUNKED, b"3\r\nabcd\r\n0\r\n\r\n")),
+        (400, post_with(CHUNKED, b"0x3\r\nabc\r\n0\r\n\r\n")),
+        (400, post_with(CHUNKED, b"3\r\nabc\r\n0\r\nX: " + b"x" * 9000 + b"\r\n\r\n")),
+        (414, b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (431, post_with(b"X: " + b"a" * 70000)),
+    )
+
+    def test_refused_request_is_closed_on_and_what_follows_is_never_parsed(self):
+        for status, data in self.REFUSED:
             with self.subTest(data[:80]):
-                self.assert_refused(data, *statuses)
+                self.assert_refused(data, status)
         self.assertEqual(self.get("/after").status, 200)
         self.assertEqual([received.target for received in self.upstream.received], ["/after"])
 
-    def test_malformed_request_lines_are_refused(self):
-        self.refuse_each([line + b"\r\nHost: localhost\r\n\r\n" + HIDDEN for line in BAD_LINES],
-                         400, 505)
-
-    def test_malformed_headers_are_refused(self):
-        self.refuse_each([
-            b"GET / HTTP/1.1\r\n\r\n" + HIDDEN,
-            *(post_with(line + b"\r\nContent-Length: 3") for line in BAD_FIELDS),
-            *(post_with(b"Content-Length: " + value) for value in BAD_LENGTHS)], 400)
-
-    def test_ambiguous_transfer_codings_are_refused(self):
-        last = b"0\r\n\r\n"
-        self.refuse_each([
-            chunked(last).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
-            *(post_with(b"Transfer-Encoding: " + value, last) for value in BAD_CODINGS)], 400, 501)
-
-    def test_coding_after_chunked_is_malformed_not_unknown(self):
-        for value in (b"chunked, gzip", b"chunked\r\nTransfer-Encoding: gzip"):
-            self.assert_refused(post_with(b"Transfer-Encoding: " + value), 400)
-
-    def test_empty_expectation_is_none(self):
-        data = b"POST / HTTP/1.1\r\nHost: localhost\r\nExpect: \r\nContent-Length: 1\r\n\r\n"
-        self.assertEqual(self.converse(data + b"x", "POST")[0].status, 200)
-
-    def test_chunk_over_the_limit_is_refused_when_its_size_is_read(self):
-        with self.rrouter.connect() as connection:
-            connection.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked"
-                               b"\r\n\r\n1\r\nx\r\n%x\r\n" % BODY_MAX_BYTES)
-            self.assert_own_error(read_reply(connection), 413)
-
-    def test_malformed_chunks_are_refused(self):
-        self.refuse_each(map(chunked, BAD_CHUNKS), 400, 413, 431)
-
-    def test_body_of_a_refused_request_is_never_parsed(self):
-        length = b"Content-Length: %d" % len(HIDDEN)
-        for status, data in (
-                (403, post_with(length, HIDDEN).replace(b"localhost", b"evil.com", 1)),
-                (403, post_with(length + b"\r\nOrigin: https://evil.com", HIDDEN)),
-                (413, post_with(b"Content-Length: %d" % (BODY_MAX_BYTES + 1), HIDDEN)),
-                (417, post_with(length + b"\r\nExpect: foo", HIDDEN))):
-            self.upstream.clear()
-            self.refuse_each([data], status)
-
-    def test_limits_of_a_head_are_exact(self):
-        start = b"GET /x HTTP/1.1\r\nHost: localhost\r\n"
-        room = rrouter.HEAD_MAX_BYTES - len(start + b"X: \r\n\r\n")
-        for largest, more in ((b"X: y\r\n" * (rrouter.FIELDS_MAX - 1), b"X: y\r\n"),
-                              (b"X: " + b"y" * room + b"\r\n", b"X: y\r\n")):
-            with self.subTest(largest[:9]):
-                self.upstream.clear()
-                self.assertEqual(self.converse(start + largest + b"\r\n", "GET")[0].status, 200)
-                self.assertIn(largest, self.upstream.received.pop().head)
-                self.assert_refused(start + more + largest + b"\r\n", 431)
-                self.assert_refused(start + largest[:-2] + b"y\r\n" + largest[-6:] + b"\r\n", 431)
-
-    def test_too_much_is_refused_at_once(self):
+    def test_chunked_body_over_the_limit_is_refused_when_it_gets_there(self):
         over = BODY_MAX_BYTES + 1
-        for statuses, data in (
-                ((414, 431), b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"),
-                ((431,), post_with(b"X: " + b"a" * 70000)),
-                ((413,), post_with(b"Content-Length: %d" % over)),
-                ((413,), post_with(b"Content-Length: " + b"9" * 15)),
-                ((413,), chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (over, bytes(over))))):
-            self.upstream.clear()
-            self.refuse_each([data], *statuses)
+        self.assert_refused(post_with(CHUNKED, b"%x\r\n%b" % (over - 1, bytes(over - 1)) +
+                                      b"\r\n1\r\nx\r\n0\r\n\r\n"), 413)
 
-    def test_folded_lines_and_bare_line_ends_never_travel_further(self):
-        for lines in (b"X: one\r\n two", b"X: one\r\n\ttwo", b"X: one\nY: two",
-                      b"X: one\r\n Host: evil.com"):
-            with self.subTest(lines):
-                self.assert_refused(b"GET / HTTP/1.1\r\nHost: localhost\r\n" + lines + b"\r\n\r\n",
-                                    400)
-
-    def test_garbage_is_closed_on_and_harms_nothing(self):
-        rng = random.Random(8316)
-        noise = rng.getrandbits(80000).to_bytes(10000, "big")
-        for data in (b"GET /\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
-                     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + noise[:500],     # TLS
-                     b"GET / HTTP/1.0\nHost: localhost\n\n", b"", b"\r\n" * 9, noise,
-                     b"\r\n".join(noise[start:start + 20] for start in range(0, 4000, 20))):
-            with self.subTest(data[:30]):
-                reply = self.rrouter.exchange(data, half_close=True)
-                self.assertRegex(reply, rb"^(HTTP/1\.[01] [245]\d\d |$)")
-        self.assertEqual(self.get().status, 200)
-
-    def test_truncated_body_never_reaches_the_upstream(self):
-        for data in (b"Content-Length: 6\r\n\r\nabc",
-                     b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n",
-                     b"Transfer-Encoding: chunked\r\n\r\n9\r\nabc"):
-            with self.subTest(data):
-                reply = self.rrouter.exchange(
-                    b"POST / HTTP/1.1\r\nHost: localhost\r\n" + data, half_close=True)
-                self.assertRegex(reply, rb"^(HTTP/1\.1 400 |$)")
-                self.assertEqual(self.upstream.received, [])
-
-    def test_chunked_body_is_forwarded_with_its_length(self):
-        body = chat(text="\ud55c" * 9)
-        chunks = b"".join(b'%X;ext="a b"\r\n%b\r\n' % (len(body[at:at + 11]), body[at:at + 11])
-                          for at in range(0, len(body), 11))
-        for trailers in (b"", b"X-T: 1\r\nContent-Length: 3\r\nHost: evil.com\r\n"):
-            with self.subTest(trailers), self.rrouter.connect() as connection:
-                data = (b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\n"
-                        b"Transfer-Encoding: Chunked\r\n\r\n" + chunks + b"000\r\n" + trailers +
-                        b"\r\n")
-                for at in range(len(data)):
-                    connection.sendall(data[at:at + 1])
-                self.assertEqual(read_reply(connection).status, 200)
-                received = self.upstream.received[-1]
-                self.assertEqual((received.model, received.json()["text"]),
-                                 (GEMINI_SONNET, "\ud55c" * 9))
-                self.assertEqual(received.header("content-length"), str(len(received.body)))
-                self.assertIsNone(received.header("transfer-encoding"))
-
-    def test_chunk_that_comes_in_many_parts_is_forwarded_whole(self):
-        body = random.Random(8316).getrandbits(8 << 20).to_bytes(1 << 20, "big")
-        data = chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
-        self.assertEqual(self.converse(data, "POST", "GET")[0].status, 200)
-        self.assertTrue(self.upstream.received[0].body == body)             # no diff of 1 MB
-
-    def test_length_is_sent_exactly_where_there_is_a_body(self):
-        for method, framing, length in (
-                (b"GET", b"\r\n", []), (b"DELETE", b"\r\n", []), (b"HEAD", b"\r\n", []),
-                (b"POST", b"Content-Length: 0\r\n\r\n", [0]),
-                (b"POST", b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", [0]),
-                (b"GET", b"Content-Length: 3\r\n\r\nabc", [3]),
-                (b"PUT", b"Content-Length: 003\r\n\r\nabc", [3])):
-            with self.subTest(method + b" " + framing):
-                reply, = self.converse(method + b" / HTTP/1.1\r\nHost: localhost\r\n" + framing,
-                                       method.decode())
-                self.assertEqual(reply.status, 200)
-                fields = self.upstream.received[-1].fields
-                self.assertEqual(length, [int(value) for name, value in fields
-                                          if name.lower() == "content-length"])
-                self.assertIsNone(value_of(fields, "transfer-encoding"))
-
-    def test_truncated_http10_response_ends_in_a_reset(self):
-        """Without chunks and length only a reset distinguishes a break from the end."""
-        self.upstream.play(stream(event("message_start"), cut=True))
-        with self.rrouter.connect() as connection:
-            connection.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
-            with self.assertRaises(ConnectionError):
-                while connection.recv(65536):
-                    pass
+    def test_limit_of_a_head_is_exact(self):
+        start = b"GET /x HTTP/1.1\r\nHost: localhost\r\nX: "
+        value = b"y" * (rrouter.HEAD_MAX_BYTES - len(start) - 4)
+        self.assertEqual(self.converse(start + value + b"\r\n\r\n", "GET")[0].status, 200)
+        self.assertIn(value, self.upstream.received.pop().head)
+        self.assert_refused(start + value + b"y\r\n\r\n", 431)
 
     def test_http10_response_is_not_chunked_and_ends_with_the_connection(self):
+        data = b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n"
         for framing in ("chunked", "length", "close"):
             with self.subTest(framing):
                 self.upstream.play(Response(200, (b"012", b"345"), framing=framing))
-                data = self.rrouter.exchange(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
-                head, _, body = data.partition(b"\r\n\r\n")
+                head, _, body = self.rrouter.exchange(data).partition(b"\r\n\r\n")
                 self.assertRegex(head, rb"^HTTP/1\.[01] 200 OK\r\n")
                 self.assertNotIn(b"transfer-encoding", head.lower())
                 self.assertEqual(body, b"012345")
+        # Without chunks and length only a reset distinguishes a break from the end.
+        self.upstream.play(stream(event("message_start"), cut=True))
+        with self.rrouter.connect() as connection, self.assertRaises(ConnectionError):
+            connection.sendall(data)
+            while connection.recv(65536):
+                pass
 
 
 # Requests: connections ########################################################
@@ -3362,29 +3062,13 @@ class RequestSequenceTest(RouterTest):
     EXPECTING = (b"POST /v1/messages HTTP/1.1\r\nHost: %b\r\nExpect: 100-Continue\r\n"
                  b"Content-Length: %d\r\n\r\n")
 
-    def test_pipelined_requests_are_answered_in_order(self):
-        gate = self.gate()
-        self.upstream.default = lambda received: Response(
-            200, received.target.encode() + received.body,
-            before=gate if received.target == "/slow" else None)
-        first, second = request_bytes("GET", "/1"), request_bytes("GET", "/2")
-        in_chunks = request_bytes("POST", "/chunked", None, [("Transfer-Encoding", "chunked")])
+    def test_connection_closes_when_the_client_asks_for_it(self):
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            connection.sendall(b"\r\n".join((
-                b"", request_bytes("GET", "/slow") + first + second +
-                request_bytes("POST", "/post", HIDDEN) + in_chunks + b"3\r\nabc\r\n0\r\n\r\n" +
-                first, second)))
-            self.upstream.wait(lambda upstream: upstream.received)
-            gate.set()
-            self.assertEqual([read_reply_from(reader).body for _ in range(7)], [
-                b"/slow", b"/1", b"/2", b"/post" + HIDDEN, b"/chunkedabc", b"/1", b"/2"])
+            connection.sendall(request_bytes(fields=[("Connection", "x, close")]) + HIDDEN)
+            self.assertEqual(read_reply_from(reader).header("connection"), "close")
+            self.assertEqual(reader.read(), b"")
 
-    def test_connection_stays_open_after_errors_of_the_upstream(self):
-        self.upstream.play(error(404), error(529), Response(401, framing="length"), Response())
-        replies = self.converse(request_bytes("POST", body=chat()) * 4, *["POST"] * 4)
-        self.assertEqual([reply.status for reply in replies], [404, 529, 401, 200])
-
-    def test_continue_is_sent_once_and_before_the_body(self):
+    def test_continue_is_sent_once_and_only_for_a_body_that_will_be_accepted(self):
         body = chat()
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
             connection.sendall(self.EXPECTING % (b"localhost", len(body)))
@@ -3393,11 +3077,7 @@ class RequestSequenceTest(RouterTest):
             reply = read_reply_from(reader)
         self.assertEqual((reply.status, reply.interim), (200, []))
         self.assertEqual(self.upstream.models(), [GEMINI_SONNET])
-
-    def test_only_a_body_that_will_be_accepted_is_asked_for(self):
-        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            connection.sendall(self.EXPECTING % (b"localhost", BODY_MAX_BYTES))
-            self.assertEqual(read_head(reader)[0], 100)
+        self.upstream.clear()
         self.assert_refused(self.EXPECTING % (b"localhost", BODY_MAX_BYTES + 1), 413)
         self.assert_refused(self.EXPECTING % (b"evil.com", 3), 403)
 
@@ -3409,159 +3089,82 @@ class RequestSequenceTest(RouterTest):
         self.assertRegex(self.rrouter.exchange(head.replace(b"HTTP/1.1", b"HTTP/1.0") + body),
                          rb"^HTTP/1\.[01] 200 ")
 
-    @staticmethod
-    def post(length=b"3", body=b"abc", after=b"\r\n"):
-        return b"POST /v1/messages HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b%b\r\n%b" % (
-            length, after, body)
-
-    ALIKE = (
-        # Content-Length, body, rest of the head
-        (b"3", b"abc", b"\r\n"), (b"12", b"abcdefghijkl", b"\r\n"), (b"0", b"", b"\r\n"),
-        (b"0003", b"abc", b"\r\n"), (b"3", b"GET", b"\r\nX-More: 1\r\n"), (b"3", b"xyz", b"\r\n"),
-        (b"3", b"xyz", b" \r\n"), (b"300000", b"x" * 300000, b"\r\n"), (b"3", b"\r\n\r", b"\r\n"),
-    )
-    ALIKE_BUT_BAD = (
-        # status, Content-Length, rest of the head
-        (400, b"3x", b"\r\n"), (400, b"", b"\r\n"), (400, b"+3", b"\r\n"),
-        (400, b"3", b"\r\nContent-Length: 0\r\n"), (413, b"9" * 15, b"\r\n"),
-        (400, b"3", b"\r\nTransfer-Encoding: chunked\r\n"), (400, b"9" * 16, b"\r\n"),
-        (400, b"3", b"\n"), (403, b"3", b"\r\nOrigin: https://evil.example\r\n"),
-    )
-
     def test_head_like_the_last_one_is_read_like_any_other(self):
         """A connection remembers its last head; what only begins like it must not match."""
+        start = POST + b"Content-Length: "
+        for known, tails in ((True, (b"3", b"12", b"0", b"0003", b"300000")), (False, (
+                b"3x", b"", b"+3", b"3\r\nContent-Length: 0", b"9" * 15, b"9" * 16, b"3 ",
+                b"3\r\nX-More: 1", b"3\r\nTransfer-Encoding: chunked"))):
+            for tail in tails:
+                with self.subTest(tail):
+                    first, data = start + b"3\r\n\r\n", start + tail + b"\r\n\r\n"
+                    remembered = rrouter.RememberedHead()
+                    remembered.remember(first, rrouter.parse_request_head(first))
+                    found = remembered.match(data + b"abc")
+                    self.assertEqual(found is not None, known)
+                    if known:
+                        self.assertEqual(found[0]._replace(fields=()), rrouter.parse_request_head(
+                            data)._replace(fields=()))
+                        self.assertEqual(found[1], len(data))
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            for length, body, after in self.ALIKE:
-                data = self.post(length, body, after)
-                for pieces in ([data], [*(data[n:n + 1] for n in range(200)), data[200:]]):
+            for data, body in ((b"3\r\n\r\nabc", b"abc"), (b"12\r\n\r\nGET GET GET ", b"GET " * 3),
+                               (b"3\r\nX: y\r\n\r\n\r\n\r", b"\r\n\r"), (b"0\r\n\r\n", b"")):
+                for pieces in ([start + data], [b"%c" % byte for byte in start + data]):
                     for piece in pieces:
                         connection.sendall(piece)
                     self.assertEqual(read_reply_from(reader).status, 200)
-                    received = self.upstream.received[-1]
-                    self.assertEqual((received.body, received.header("x-more")),
-                                     (body, "1" if b"More" in after else None))
-            self.upstream.clear()
-            get = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-            connection.sendall(b"\r\n" + self.post() + get + get)
+                    self.assertEqual(self.upstream.received[-1].body, body)
+            connection.sendall(b"\r\n" + start + b"3\r\n\r\nabc" + HIDDEN + HIDDEN)
             self.assertEqual([read_reply_from(reader).status for _ in range(3)], [200] * 3)
-            self.assertEqual([(r.method, r.body) for r in self.upstream.received],
-                             [("POST", b"abc"), ("GET", b""), ("GET", b"")])
-
-    def test_bad_head_that_begins_like_the_last_one_is_refused(self):
-        for status, length, after in self.ALIKE_BUT_BAD:
-            with self.subTest(length, after=after):
-                self.upstream.clear()
-                with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-                    connection.sendall(self.post())
-                    self.assertEqual(read_reply_from(reader).status, 200)
-                    connection.sendall(self.post(length, b"abc", after))
-                    self.assert_own_error(read_reply_from(reader), status)
-                    self.assertEqual(reader.read(), b"")
-                self.assertEqual(len(self.upstream.received), 1)
+            self.assertEqual([r.body for r in self.upstream.received[-3:]], [b"abc", b"", b""])
+            connection.sendall(start + b"3x\r\n\r\nabc")
+            self.assert_own_error(read_reply_from(reader), 400)
+            self.assertEqual(reader.read(), b"")
 
 
 # Requests: forwarding #########################################################
 
 class ForwardTest(RouterTest):
 
-    def test_end_to_end_headers_arrive_as_they_were_sent(self):
-        before = [("x-first", "1"), ("X-Repeat", "1"), ("x-EMPTY", ""), ("anthropic-foo", "a, b")]
-        after = [field for field in CLAUDE_HEADERS if field[0] != "Connection"] + [
-            ("X-repeat", "2"), ("Cookie", "a=1; b=2"), ("Cookie", "c=3"), ("X-Tab", "a\tb  c"),
-            ("X-Quoted", '"a\\"b"'), ("X-Latin", "caf\xe9 \x80\xff"), ("Via", "1.1 other"),
-            ("x-claude-code-agent-id", "7"), ("X-Forwarded-For", "10.0.0.1"),
-            ("Range", "bytes=0-1"), ("If-None-Match", '"x"'), ("X-Repeat", "3")]
-        body = chat()
-        fields = [*before, ("hOST", "localhost:1"), *after, ("Content-Length", str(len(body)))]
-        head = "".join("%s: %s\r\n" % field for field in fields)
-        data = b"POST /v1/messages HTTP/1.1\r\n" + head.encode("latin-1") + b"\r\n" + body
-        self.assertEqual(self.converse(data, "POST")[0].status, 200)
-        received, = self.upstream.received
-        self.assertEqual(end_to_end(received.fields),
-                         [*before, ("Host", self.upstream.url[7:]), *after])
-        self.assertEqual(received.header("content-length"), str(len(received.body)))
-        self.assertEqual(received.version, "HTTP/1.1")
+    def test_request_arrives_as_it_was_sent_and_nothing_is_added(self):
+        """RequestHeadTest has the odd targets and the headers of one hop."""
+        fields = [field for field in CLAUDE_HEADERS if field[0] != "Connection"]
+        reply = self.rrouter.request("POST", "/v1/messages?beta=true", b"{}", fields)
+        self.assertEqual(reply.status, 200)
+        self.assertEqual(self.upstream.received[0].head, request_bytes(
+            "POST", "/v1/messages?beta=true", b"{}", fields, self.upstream.port).replace(
+                b"localhost", b"127.0.0.1", 1)[:-2])
 
-    def test_nothing_is_added(self):
-        self.assertEqual(self.get().status, 200)
-        self.assertEqual(self.upstream.received[0].head,
-                         b"GET /v1/models HTTP/1.1\r\nHost: %b\r\n\r\n" %
-                         self.upstream.url[7:].encode())
-
-    def test_headers_of_one_hop_are_dropped(self):
-        hop = (("Connection", "X-A ,close"), ("X-A", "1"), ("X-B", "1"), ("connection", "x-b"),
-               ("Keep-Alive", "timeout=5"), ("Proxy-Connection", "keep-alive"), ("Trailer", "X-T"),
-               ("TE", "trailers"), ("Upgrade", "h2c"), ("Proxy-Authorization", "Basic eA=="),
-               ("Proxy-Authenticate", "Basic"))
-        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            connection.sendall(request_bytes("GET", "/", None, (*hop, ("X-C", "1"))) + HIDDEN)
-            reply = read_reply_from(reader)
-            self.assertEqual((reply.status, reply.header("connection")), (200, "close"))
-            self.assertEqual(reader.read(), b"", "asked to close, and did not")
-        received, = self.upstream.received
-        self.assertEqual(end_to_end(received.fields)[1:], [("X-C", "1")])
-        self.assertIsNone(received.header("connection"))
-
-    def test_connection_header_cannot_remove_the_framing(self):
-        fields = (("Connection", "Host, Content-Length, Content-Type"), ("Content-Type", "a/b"))
-        self.assertEqual(self.rrouter.request("POST", "/", HIDDEN, fields).status, 200)
-        received, = self.upstream.received
-        self.assertEqual((received.header("host"), received.body), (self.upstream.url[7:], HIDDEN))
-        self.assertIsNone(received.header("content-type"))
-
-    TARGETS = (
-        # method, target, target at the upstream (None: the same)
-        ("GET", "//a/../b?x=%zz;y", None), ("GET", "/%2e%2e/./%00?", None),
-        ("GET", "/a?b?c=/d//e", None), ("POST", "/v1/messages?beta=true", None),
-        ("GET", "/x?a[]=1&b={c}|d^e`\"<>\\", None), ("OPTIONS", "/v1/messages", None),
-        ("GET", "http://localhost:8316/x?y=1", "/x?y=1"), ("GET", "http://localhost//x", "//x"),
-        ("GET", "http://127.0.0.1:1", "/"), ("GET", "HTTP://LOCALHOST/Y", "/Y"),
-        ("PROPFIND", "/", None), ("PATCH", "/", None), ("purge", "/", None),
-        ("M-SEARCH", "/", None), ("HEAD", "/api/hello", None), ("DELETE", "/v1/x", None),
-        ("POST", "/health", None), ("GET", "/healthz", None), ("GET", "/health/", None),
-    )
-
-    def test_target_and_method_arrive_as_they_were_sent(self):
-        for method, target, expected in self.TARGETS:
+    def test_other_methods_and_paths_are_forwarded_or_refused(self):
+        for method, target in (("GET", "/"), ("HEAD", "/"), ("PATCH", "/"), ("OPTIONS", "*"),
+                               ("POST", "/health"), ("GET", "/healthz"), ("GET", "/health/")):
             with self.subTest(method + " " + target):
                 reply, = self.converse(request_bytes(method, target), method)
                 self.assertEqual(reply.status, 200)
-                self.assertEqual(self.upstream.received[-1][:2], (method, expected or target))
-
-    def test_methods_for_proxies_are_forwarded_or_refused(self):
-        for method, target in (("CONNECT", "localhost:443"), ("TRACE", "/"), ("OPTIONS", "*")):
-            with self.subTest(method):
-                self.upstream.clear()
-                reply = self.rrouter.exchange(request_bytes(
-                    method, target, None, (("Authorization", "canary"), ("Connection", "close"))))
-                self.assertRegex(reply, rb"^HTTP/1\.1 (200|400|403|405|501) ")
-                self.assertNotIn(b"canary", reply)
-                self.assertEqual([r[:2] for r in self.upstream.received],
-                                 [(method, target)] if b" 200 OK" in reply[:20] else [])
+                received = self.upstream.received.pop()
+                self.assertEqual((received.method, received.target), (method, target))
+                self.assertIsNone(received.header("content-length"))
+        for method, target in (("CONNECT", "localhost:443"), ("TRACE", "/")):
+            reply = self.assert_refused(request_bytes(
+                method, target, None, [("Authorization", "canary")]), 405)
+            self.assertNotIn(b"canary", reply.body)
 
     ROUTED = (
-        # mode, path, body, x-rrouter-target, x-rrouter-model
-        ("antigravity", "/v1/messages", chat(), "antigravity", GEMINI_SONNET),
-        ("antigravity", "/v1/messages/count_tokens?a=b", chat(), "antigravity", GEMINI_SONNET),
-        ("antigravity", "/v1/messages", chat("gpt-4"), "antigravity", "gpt-4"),
-        ("claude", "/v1/messages", chat(), "claude", SONNET),
-        ("antigravity", "/v1/messages", b"[]", None, None),
-        ("claude", "/v1/messages", b"", None, None),
+        # mode, response, body, x-rrouter-target, x-rrouter-model
+        ("antigravity", Response(), chat(), "antigravity", GEMINI_SONNET),
+        ("antigravity", stream(), chat("gpt-4"), "antigravity", "gpt-4"),
+        ("claude", error(503), chat(), "claude", SONNET), ("claude", stream(), b"[]", None, None),
     )
 
     def test_replies_to_requests_with_a_model_name_target_and_model(self):
-        for mode, path, body, *expected in self.ROUTED:
-            for response in (Response(), error(503), stream()):
-                with self.subTest("%s %s %s" % (mode, body, response.status)):
-                    self.rrouter.home.write("mode", mode)
-                    self.upstream.play(response)
-                    reply = self.rrouter.request("POST", path, body)
-                    self.assertEqual(reply.status, response.status)
-                    self.assertEqual(
-                        [reply.header("x-rrouter-" + name) for name in (
-                            "target", "model", "attempts")],
-                        [*expected, expected[0] and "1"])
-                    self.assertEqual(self.upstream.received[-1].target, path)
+        for mode, response, body, *expected in self.ROUTED:
+            with self.subTest(body, mode=mode):
+                self.rrouter.home.write("mode", mode)
+                self.upstream.play(response)
+                reply = self.rrouter.request("POST", "/v1/messages", body)
+                self.assertEqual(reply.status, response.status)
+                self.assertEqual([reply.header("x-rrouter-" + name) for name in (
+                    "target", "model", "attempts")], [*expected, expected[0] and "1"])
 
     def test_odd_characters_of_a_model_are_escaped_in_the_reply(self):
         self.rrouter.home.write("mode", "claude")
@@ -3574,52 +3177,11 @@ class ForwardTest(RouterTest):
 
 # Requests: the model in the body ##############################################
 
-SPLICED = (
-    # body; %s is the model
-    '{"model":%s,"messages":[]}', '{"max_tokens":1,"model":%s,"messages":[]}', '{"model":%s}',
-    '{"messages":[{"role":"user","content":"hi"}],"model":%s}',
-    ' \n{\t"a" :\r\n [ 1 , 2 ] , "model"\t:\n %s \r\n, "b" : { } }\n\n',
-    '\r\n{ \t"model" \n:\r %s ,"a":1 } ',
-    '{"a":[1e400,9007199254740993,-0,1E-7,0.1e+5],"model":%s,"b":123456789012345678901234567890}',
-    '{"a":"\\ud83d \\u0000 \\/ \\" \\\\","\\ud83d\\"":"}","model":%s,"b":"\\u2028\\udc00"}',
-    '{"\ud55c\uad6d":"\u2028\U0001f600 caf\u00e9","model":%s,"a":"\uffff"}',
-    '{"tools":[{"model":"claude-sonnet-9"},{"input":{"model":"claude-sonnet-8"}}],"model":%s}',
-    '{"model":%s,"tools":[{"model":"claude-sonnet-9"}],"x":{"model":"claude-sonnet-8"}}',
-    '{"a":"\\"model\\":\\"claude-sonnet-9\\"","b":"model","model":%s,"c":"{\\"model\\":1}"}',
-    '{"models":"claude-sonnet-9","Model":"claude-sonnet-8","model ":"x","":1,"model":%s}',
-    '{"a":1,"\\u006dodel":%s}', '{"m\\u006fdel":%s,"a":1}', '{"model":%s,"model":"no"}',
-    '{"a":1,"model":%s,"model":"claude-sonnet-9","\\u006dodel":"claude-opus-1"}',
-    '{"a":1,"a":2,"model":%s,"a":{"b":1,"b":2}}',
-)
-# Only a leading plain model ends the search; what follows it is not examined.
-BROKEN_LATER = '{"model":%s,"messages":[{"role":', '{"model":%s} and more'
-UNTOUCHED = (
-    # body without a model that can change
-    b"", b" \n", b"{}", b"null", b'"model"', b'[{"model":"claude-sonnet-5"}]',
-    b'["model","claude-sonnet-5"]', b'[{"model":"claude-sonnet-5"},1]', b'{"model":null}',
-    b'{"model":5}', b'{"model":{"model":"claude-sonnet-5"}}', b'{"model":true,"claude-sonnet-5":1}',
-    b'{"a":1,"model":["claude-sonnet-5"]}', b'{"model":"claude-sonnet-5\\',
-    b'{"a":{"model":"claude-sonnet-5"},"b":[{"model":"claude-sonnet-5"}]}',
-    b'{"a":"model","claude-sonnet-5":"model"}', b'{"Model":"claude-sonnet-5"}',
-    b'\xef\xbb\xbf{"model":"claude-sonnet-5"}', b"model=claude-sonnet-5",
-    b'{"a":1,"model":"claude-sonnet-5"', b'{"model":"claude-sonnet-5',
-    b'{"a":1,"model":"claude-sonnet-5"} x', b'{"a":1}{"model":"claude-sonnet-5"}',
-    b'{model:"claude-sonnet-5"}', b'{"a":1,"model" "claude-sonnet-5"}',
-    b'{"model"::"claude-sonnet-5"}', b'{1:2,"model":"claude-sonnet-5"}',
-    b'{,"model":"claude-sonnet-5"}', bytes(range(256)) * 4,
-    gzip.compress(b'{"model":"claude-sonnet-5"}'), '{"model":"claude-sonnet-5"}'.encode("utf-16"),
-    b"{", b'{"', b'{ "model" : "gpt-4" , "a" : 1e400 }', b'{"model":"Claude-Sonnet-5"}',
-    b'{"model":"gpt\\u002d4","a":"\\ud83d"}',
-)
-ODD_NAME = 'we"ird\\ n\u00e9 \ud55c\U0001f600\u001b'
-
-
 class SpliceTest(RouterTest):
-    """Only the bytes of the model's value change."""
+    """Only the bytes of the model's value change; ModelSpanTest has all kinds of bodies."""
 
     config = {**DEFAULT_CONFIG, "modes": {
-        **DEFAULT_CONFIG["modes"], "odd": {"mappings": [{"match": "*", "rewrite": ODD_NAME}]}}}
-    SPELLED = b'"claude-sonnet-5"', b'"claude\\u002dsonnet-5"', b'"\\u0063laude-\\u0073onnet-\\/5"'
+        **DEFAULT_CONFIG["modes"], "odd": {"mappings": [{"match": "*", "rewrite": "n\u00e9\""}]}}}
 
     def forwarded(self, body):
         """POST the body; return what the upstream received, its length checked."""
@@ -3628,35 +3190,14 @@ class SpliceTest(RouterTest):
         self.assertEqual(received.header("content-length"), str(len(received.body)))
         return received.body
 
-    def test_only_the_value_of_the_model_changes(self):
-        cases = [*itertools.product(SPLICED, self.SPELLED),
-                 *itertools.product(BROKEN_LATER, self.SPELLED[:1])]
-        for text, spelled in cases:
-            with self.subTest(text, spelled=spelled):
-                before, after = text.encode("utf-8").split(b"%s")
-                self.assertEqual(self.forwarded(before + spelled + after),
-                                 before + json.dumps(GEMINI_SONNET).encode() + after)
-
-    def test_body_without_a_model_to_change_is_untouched(self):
-        for body in UNTOUCHED:
-            with self.subTest(body):
-                self.assertEqual(self.forwarded(body), body)
-
-    def test_mode_without_rules_leaves_every_body_untouched(self):
-        self.rrouter.home.write("mode", "claude\n")
-        for text in SPLICED:
-            with self.subTest(text):
-                body = text.encode("utf-8").replace(b"%s", self.SPELLED[1])
-                self.assertEqual(self.forwarded(body), body)
-
-    def test_odd_name_of_a_rule_is_written_as_json(self):
-        self.rrouter.home.write("mode", "odd\n")
-        for text in SPLICED:
-            with self.subTest(text):
-                before, after = text.encode("utf-8").split(b"%s")
-                body = self.forwarded(before + b'"x"' + after)
-                self.assertTrue(body.startswith(before) and body.endswith(after))
-                self.assertEqual(json.loads(body[len(before):len(body) - len(after)]), ODD_NAME)
+    def test_the_mode_decides_what_becomes_of_the_model(self):
+        for mode, name in (("antigravity", GEMINI_SONNET), ("claude", None), ("odd", "n\u00e9\"")):
+            self.rrouter.home.write("mode", mode + "\n")
+            for body in (*(text.encode() for text in SPLICED), b"[1, 2 ]", b'{"model":5}'):
+                with self.subTest(body[:60], mode=mode):
+                    spelled = SPELLED[1] if name is None else json.dumps(name).encode()
+                    self.assertEqual(self.forwarded(body.replace(b"%s", SPELLED[1])),
+                                     body.replace(b"%s", spelled))
 
     def test_large_body_is_changed_in_one_place(self):
         message = b'{"content":"line\\n \\"model\\": \xed\x95\x9c"}'
@@ -3682,38 +3223,6 @@ class SpliceTest(RouterTest):
 
 # Requests: browsers and strangers #############################################
 
-HOSTS = (
-    # statuses, Hosts
-    ((200,), ("localhost", "LOCALHOST:8316", "Localhost:1", "127.0.0.1", "127.0.0.1:8316", "[::1]",
-              "[::1]:8316", "localhost.", "localhost:", "\tLocalHost:8316 ", "127.0.0.1.:8316")),
-    ((403,), ("evil.com", "evil.com:8316", "127.0.0.1.nip.io", "localhost.evil.com", "127.1",
-              "0.0.0.0", "2130706433", "0x7f.1", "[::]", "xlocalhost", "localhost-", "127.0.0.2",
-              "localhost.localdomain", "127.000.000.001", "0177.0.0.1", "ip6-localhost", "lvh.me",
-              "[::ffff:127.0.0.1]", "[0:0:0:0:0:0:0:1]")),
-    ((400,), ("localhost@evil", "evil@localhost", "[::1].evil", "::1", "[::1", "localhost:x",
-              "localhost, evil.com", "localhost evil.com", "localhost/evil.com", "[::1%25lo]",
-              "localhost\\.evil.com", "localhost:99999999", "localhost?x", "\xe9vil.com",
-              "localhost:8316.evil.com")),
-    ((403,), ("", "*", "localhost..", "localhost%00.evil.com", "%6cocalhost",
-              "localhost;evil.com")),
-)
-ORIGINS = (
-    # status, header lines
-    (200, ("Origin: http://localhost:3000", "Origin: https://127.0.0.1", "Sec-Fetch-Mode: cors",
-           "Origin: http://[::1]:8080", "Origin: HTTP://LOCALHOST:3000", "Sec-Fetch-Site: none",
-           "Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: same-site")),
-    (403, ("Origin: https://evil.com", "Origin: null", "oRIGIN:http://evil.com:8316", "Origin:",
-           "Origin: http://localhost.evil.com", "Origin: http://127.0.0.1.nip.io",
-           "Origin: http://localhost@evil.com", "Origin: chrome-extension://ab", "Origin: file://",
-           "Origin: localhost.evil.com:80", "Origin: http://localhost\r\nOrigin: https://evil.com",
-           "Origin: http://localhost https://evil.com", "Origin: http://localhost,https://evil.com",
-           "Origin: //localhost", "Origin: localhost", "Origin: ws://localhost",
-           "Origin: http://localhost/", "Sec-Fetch-Site: CROSS-SITE",
-           "sec-fetch-site:cross-site\r\nOrigin: http://localhost",
-           "Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site")),
-)
-FOREIGN_TARGETS = ("http://evil.com/x", "http://localhost.evil.com/", "http://127.1/",
-                   "http://localhost@evil.com/", "http://evil.com/health", "http://evil.com")
 # `http.server` asks the name service for the name of its host, which can take 35 s.
 DEAD_NAME_SERVICE = """
 import socket, threading
@@ -3731,40 +3240,40 @@ class GuardTest(RouterTest):
 
     altered = DEAD_NAME_SERVICE
 
-    def setUp(self):
-        super().setUp()
-        self.upstream.default = Response(
-            fields=(("Access-Control-Allow-Origin", "*"), ("X-Kept", "1")))
+    CASES = (
+        # status, header lines; RequestHeadTest has more
+        *((200, b"Host: " + host) for host in (b"localhost", b"127.0.0.1:8316", b"[::1]:1")),
+        (403, b"Host: evil.com"), (403, b"Host: [::]"), (400, b"Host: localhost@evil.com"),
+        (200, b"Host: localhost\r\nOrigin: http://localhost:3000"),
+        (403, b"Host: localhost\r\nOrigin: https://evil.com"),
+        (403, b"Host: localhost\r\nSec-Fetch-Site: cross-site"),
+    )
 
-    def check(self, statuses, start, *lines):
-        """A request with this head gets 200, or one of `statuses` and nothing is forwarded."""
-        head = "\r\n".join((start + " HTTP/1.1", *lines, "", "")).encode("latin-1")
-        with self.subTest(head):
-            self.upstream.clear()
-            reply = (self.converse(head, "GET")[0] if 200 in statuses else
-                     self.assert_refused(head, *statuses))
-            self.assertIn(reply.status, statuses)
-            self.assertFalse([name for name, _ in reply.fields
-                              if name.lower().startswith("access-control")])
+    def test_only_loopback_hosts_and_origins_are_served(self):
+        self.upstream.default = Response(fields=(("Access-Control-Allow-Origin", "*"),))
+        for start in (b"POST /v1/messages", b"OPTIONS /v1/messages", b"GET /health"):
+            for status, lines in self.CASES:
+                with self.subTest(start + lines):
+                    self.upstream.clear()
+                    head = start + b" HTTP/1.1\r\n" + lines + b"\r\n\r\n"
+                    reply = (self.converse(head, "GET")[0] if status == 200 else
+                             self.assert_refused(head, status))
+                    self.assertEqual(reply.status, status)
+                    self.assertIsNone(reply.header("access-control-allow-origin"))
 
-    def test_only_loopback_hosts_are_served(self):
-        for statuses, hosts in HOSTS:
-            for host in hosts:
-                for start in ("POST /v1/messages", "GET /health"):
-                    self.check(statuses, start, "Host: " + host)
-
-    def test_only_loopback_origins_are_served(self):
-        for status, origins in ORIGINS:
-            for lines in origins:
-                for start in ("POST /v1/messages", "OPTIONS /v1/messages", "GET /health"):
-                    self.check((status,), start, "Host: localhost", lines)
-
-    def test_authority_of_the_target_replaces_the_host(self):
-        for target in FOREIGN_TARGETS:
-            self.check((400, 403), "GET " + target, "Host: localhost")
-
-    def test_invalid_host_beside_an_absolute_target_is_refused(self):
-        self.check((400,), "GET http://localhost/", "Host: local/host")
+    def test_both_loopback_addresses_respond_and_no_others_listen(self):
+        for family in (socket.AF_INET, socket.AF_INET6):
+            try:
+                with self.rrouter.connect(family) as connection:
+                    connection.sendall(request_bytes("GET", "/"))
+                    self.assertEqual(read_reply(connection).status, 200)
+            except OSError as problem:                  # a machine without IPv6
+                self.assertIn(problem.errno, (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL))
+        for table in ("/proc/net/tcp", "/proc/net/tcp6") if PROC else ():
+            for line in pathlib.Path(table).read_text().splitlines()[1:]:
+                address, port, state = re.match(r".*?: (\w+):(\w+) \S+ (\w+)", line).groups()
+                if state == "0A" and port == "%04X" % self.rrouter.port:
+                    self.assertIn(address, ("0100007F", "00000000000000000000000001000000"))
 
     def test_refused_head_request_gets_no_body(self):
         for status, lines in ((b"403", b"Host: evil.com"),
@@ -3772,62 +3281,26 @@ class GuardTest(RouterTest):
             data = self.rrouter.exchange(b"HEAD / HTTP/1.1\r\n" + lines + b"\r\n\r\n")
             self.assertRegex(data, rb"(?s)\AHTTP/1\.1 " + status + rb" .*\r\n\r\n\Z")
 
-    @unittest.skipUnless(os.path.exists("/proc/net/tcp6"), "needs /proc")
-    def test_only_loopback_addresses_listen(self):
-        listening = set()
-        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-            for line in pathlib.Path(table).read_text().splitlines()[1:]:
-                _, local, _, state, *_ = line.split()
-                address, _, port = local.partition(":")
-                if state == "0A" and port == "%04X" % self.rrouter.port:
-                    listening.add(address)
-        self.assertIn("0100007F", listening)
-        self.assertLessEqual(listening, {"0100007F", "00000000000000000000000001000000"})
-
-    def test_both_loopback_addresses_respond(self):
-        for family in (socket.AF_INET, socket.AF_INET6):
-            with self.subTest(family):
-                try:
-                    with self.rrouter.connect(family) as connection:
-                        connection.sendall(request_bytes("GET", "/"))
-                        self.assertEqual(read_reply(connection).status, 200)
-                except OSError as problem:
-                    if problem.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
-                        raise
-                    self.skipTest("no IPv6: %s" % problem)
-
 
 # Responses ####################################################################
 
-CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n"
-STATUSES = (200, 201, 202, 203, 206, 226, 299, 300, 301, 302, 303, 307, 308, 400, 401, 402, 403,
-            404, 405, 407, 408, 409, 413, 416, 418, 422, 426, 429, 431, 451, 499, 500, 501, 502,
-            503, 504, 505, 507, 529, 599)
+CHUNKED_RESPONSE = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: Chunked\r\n\r\n"
 BAD_RESPONSES = (
-    # raw response
-    b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Type: text/ev",
-    b"HTTP/1.1 abc OK\r\n\r\n", b"HTTP/1.1 99 OK\r\n\r\n", b"ICY 200 OK\r\n\r\n",
-    b"<html>hello</html>\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n",
-    b"HTTP/1.1 101 Switching Protocols\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",
-    b"HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
-    *(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n\r\nhello" for lines in (
-        b"Content-Length: 2\r\nContent-Length: 5", b"Content-Length: 5\r\nContent-Length: 5",
-        b"Content-Length: +5", b"Content-Length: -5", b"Content-Length: 0_5",
-        b"Content-Length: abc", b"Content-Length: 5\r\nTransfer-Encoding: chunked",
-        b"Transfer-Encoding: zip", b"Transfer-Encoding: gzip, chunked",
-        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", b"oops\r\nContent-Length: 5",
-        b"X: one\rContent-Length: 5", b"X: a\0b\r\nContent-Length: 5", b"Content-Length : 5",
-        b"X: " + b"a" * 1_000_000 + b"\r\nContent-Length: 5")),
+    # raw response, in pieces; ResponseHeadTest has more heads
+    (b"HTTP/1.1 200",), (b"HTTP/1.1 200 OK\r\nContent-Type: text/ev",), (b"ICY 200 OK\r\n\r\n",),
+    (b"HTTP/1.1 103 Hints\r\n\r\n",), (b"HTTP/1.1 200 OK\r\nContent-Length: +5\r\n\r\nhello",),
+    (b"HTTP/1.1 101 Switching Protocols\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}",),
+    (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 1_000_000 + b"\r\nContent-Length: 5\r\n\r\nhello",),
+    (CHUNKED_RESPONSE + b"5x\r\nhello",),
+    (b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",), (b"HTTP/1.1 200 OK\r\nX: y", b"\n", b"\n{}"),
 )
 BROKEN_RESPONSES = (
-    # response, the most that the client may get of its body
+    # response, what the client gets of its body
     (Response(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + b"x" * 60), b"x" * 60),
     (stream(event("ping"), event("ping"), cut=True), event("ping") * 2),
-    *((Response(raw=CHUNKED + b"5\r\nhello\r\n" + rest), b"hello" + more) for rest, more in (
-        (b"9\r\nworld", b"world"), (b"1", b""), (b"9\r\n", b""), (b"0\r\n", b""),
-        (b"0x5\r\nworld\r\n0\r\n\r\n", b""), (b"+5\r\nworld\r\n0\r\n\r\n", b""),
-        (b"1" + b"0" * 16 + b"\r\nworld", b"world"), (b"5\r\nworld0\r\n\r\n", b"world"),
-        (b"\r\n", b""), (b"0\r\nX: " + b"x" * 9000 + b"\r\n\r\n", b""))),
+    *((Response(raw=CHUNKED_RESPONSE + b"5\r\nhello\r\n" + rest), b"hello" + more)
+      for rest, more in ((b"9\r\nworld", b"world"), (b"1", b""), (b"0\r\n", b""),
+                         (b"+5\r\nworld\r\n0\r\n\r\n", b""), (b"5\r\nworld0\r\n\r\n", b"world"))),
 )
 
 
@@ -3844,93 +3317,15 @@ class ResponseTest(RouterTest):
         self.assertEqual((second.status, second.body), (200, b"next"))
         return first
 
-    def test_every_status_arrives_with_reason_headers_and_body(self):
-        fields = [("Content-Type", "text/x"), ("Set-Cookie", "a=1; Path=/"), ("X-Repeat", "1"),
-                  ("set-cookie", "b=2"), ("x-REPEAT", "2"), ("X-Empty", ""), ("Via", "1.1 other"),
-                  ("X-Latin", "caf\xe9 \x80\xff"), ("Location", "http://evil.com/"),
-                  ("WWW-Authenticate", "Basic realm=x"), ("Retry-After", "3"), ("Vary", "Origin"),
-                  ("x-should-retry", "true"), ("anthropic-ratelimit-unified-status", "allowed")]
-        for status in STATUSES:
-            for framing in ("chunked", "length"):
-                with self.subTest(status, framing=framing):
-                    body, reason = b"body of %d \0\xff\r\n\r\n" % status, "It Is\t%d" % status
-                    self.upstream.play(Response(status, body, fields=fields, reason=reason,
-                                                framing=framing))
-                    reply = self.rrouter.post()
-                    self.assertEqual((reply.status, reply.reason, reply.body, reply.complete),
-                                     (status, reason, body, True))
-                    self.assertEqual(end_to_end(reply.fields), fields)
-                    self.assertEqual(reply.header("content-length"),
-                                     str(len(body)) if framing == "length" else None)
-        self.assertEqual(len(self.upstream.received), 2 * len(STATUSES))
-
-    def test_compressed_body_stays_compressed(self):
-        packed = gzip.compress(b"hello" * 100)
-        self.upstream.play(Response(200, packed, fields=[("Content-Encoding", "gzip")]))
-        reply = self.rrouter.post()
-        self.assertEqual((reply.body, reply.header("content-encoding")), (packed, "gzip"))
-
-    DROPPED = (
-        # headers that the client must not get
-        (("Connection", "X-Secret, close"), ("X-Secret", "1")), (("Keep-Alive", "timeout=5"),),
-        (("Connection", "X-One"), ("X-One", "1"), ("Connection", "x-two ,close"), ("X-Two", "2")),
-        (("Upgrade", "h2c"),), (("Proxy-Authenticate", "Basic"),), (("Trailer", "X-T"),),
-        (("Proxy-Connection", "close"),), (("Access-Control-Allow-Origin", "*"),
-         ("access-control-allow-headers", "*"), ("ACCESS-CONTROL-EXPOSE-HEADERS", "x")),
-    )
-
-    def test_headers_of_one_hop_and_of_browsers_are_dropped(self):
-        kept = [("Retry-After", "7"), ("X-Kept", "1"), ("Retry-After", "9")]
-        for fields in self.DROPPED:
-            with self.subTest(fields):
-                self.upstream.play(Response(fields=[kept[0], *fields, *kept[1:]]))
-                self.assertEqual(end_to_end(self.rrouter.post().fields), kept)
-
-    def test_connection_header_cannot_remove_the_length(self):
-        reply = self.reply_and_next(Response(stays=True, raw=(
-            b"HTTP/1.1 200 OK\r\nConnection: content-length\r\nContent-Length: 5\r\n\r\nhello")))
-        self.assertEqual((reply.body, reply.header("content-length")), (b"hello", "5"))
-
-    def test_chunks_in_odd_pieces_arrive_whole(self):
-        large = bytes(1 << 20)
-        self.upstream.play(Response(200, large))
-        self.assertTrue(self.rrouter.post().body == large)                  # no diff of 1 MB
-        text = b"hello0123456789"
-        coded = CHUNKED + b'5\r\nhello\r\n00A;x="y z"\r\n0123456789\r\n0\r\n\r\n'
-        for pieces in (
-                tuple(coded[at:at + 1] for at in range(len(coded))),
-                (CHUNKED, *(b"1\r\n%c\r\n" % byte for byte in text), b"0\r\n\r\n"),
-                CHUNKED + b"f\r\n" + text + b"\r\n0\r\nX-T: 1\r\nContent-Length: 3\r\n\r\n",
-                (CHUNKED[:-2], b"\r\nF\r", b"\n" + text + b"\r", b"\n0\r", b"\n\r", b"\n")):
-            with self.subTest(pieces[0]):
-                self.upstream.play(Response(raw=pieces))
-                reply = self.rrouter.post()
-                self.assertEqual((reply.status, reply.body, reply.complete), (200, text, True))
-
-    def test_response_that_ends_with_its_connection_is_reframed(self):
-        for response in (
-                Response(200, (b"hel", b"lo"), framing="close"),
-                Response(raw=b"HTTP/1.0 200 OK\r\n\r\nhello"),
-                Response(raw=b"HTTP/1.0 200 OK\r\nContent-Length: 5\r\n\r\nhello"),
-                Response(raw=b"HTTP/1.1 200 \r\nConnection: close\r\n\r\nhello")):
-            with self.subTest(response.raw):
-                reply = self.reply_and_next(response)
-                self.assertEqual((reply.body, reply.complete), (b"hello", True))
-                self.assertTrue(reply.header("content-length") or reply.header("transfer-encoding"))
-
     WITHOUT_BODY = (
         # method, response, Content-Length of the reply
         ("HEAD", Response(200, b"12345", framing="length"), "5"), ("HEAD", Response(), None),
-        ("HEAD", error(404), "72"), ("HEAD", Response(framing="close"), None),
+        ("HEAD", Response(framing="close"), None), ("GET", Response(200, ()), None),
         ("GET", Response(204, (), framing="none"), None),
-        ("GET", Response(304, (), framing="none"), None),
-        ("GET", Response(200, (), framing="length"), "0"), ("GET", Response(200, ()), None),
-        *(("GET", Response(raw=b"HTTP/1.1 " + head + b"\r\n\r\n", stays=True), length)
-          for head, length in (
-              (b"204 No Content\r\nContent-Length: 0", None),
-              (b"204 No Content\r\nContent-Length: 5", None),
-              (b"304 Not Modified\r\nContent-Length: 5", "5"),
-              (b"304 Not Modified\r\nTransfer-Encoding: chunked", None))),
+        ("GET", Response(200, (), framing="length"), "0"),
+        ("GET", Response(raw=b"HTTP/1.1 204 \r\nContent-Length: 5\r\n\r\n", stays=True), None),
+        ("GET", Response(raw=b"HTTP/1.1 304 \r\nContent-Length: 5\r\n\r\n", stays=True), "5"),
+        ("GET", Response(raw=CHUNKED_RESPONSE.replace(b"200", b"304"), stays=True), None),
     )
 
     def test_response_without_a_body_leaves_the_connection_in_step(self):
@@ -3943,7 +3338,6 @@ class ResponseTest(RouterTest):
         hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\nLink: </y>\r\n\r\n"
         for interim, statuses in (
                 (b"HTTP/1.1 100 Continue\r\n\r\n", []), (hints, [103]),
-                (b"HTTP/1.1 102 Processing\r\n\r\n", [102]),
                 (hints * 3 + b"HTTP/1.1 102 \r\nContent-Length: 9\r\n\r\n", [103] * 3 + [102])):
             with self.subTest(interim):
                 reply = self.reply_and_next(Response(
@@ -3951,21 +3345,16 @@ class ResponseTest(RouterTest):
                 self.assertEqual((reply.status, reply.body), (200, b"final"))
                 self.assertEqual([head[0] for head in reply.interim], statuses)
 
-    def test_malformed_response_is_a_bad_gateway(self):
+    def test_malformed_response_is_a_bad_gateway_at_once(self):
         for raw in BAD_RESPONSES:
-            with self.subTest(raw[:80]):
+            with self.subTest(raw[0][:80]):
                 self.upstream.clear()
-                self.upstream.default = Response(raw=raw)
+                stays = b"\n\n" in b"".join(raw)
+                self.upstream.default = Response(raw=raw, pause_s=0.1, stays=stays)
                 reply = self.rrouter.post()
                 self.assert_own_error(reply, 502)
                 self.assert_error(reply, 502, self.upstream.url)
                 self.assertEqual(len(self.upstream.received), 1)
-
-    def test_response_head_in_bare_line_feeds_is_refused_at_once(self):
-        for raw in ((b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",),
-                    (b"HTTP/1.1 200 OK\r\nX: y", b"\n", b"\n{}")):
-            self.upstream.play(Response(raw=raw, pause_s=0.1, stays=True))
-            self.assert_own_error(self.rrouter.post(), 502)
 
     def test_connection_dropped_before_the_head_is_a_bad_gateway(self):
         self.upstream.play(Response(close=True))
@@ -3986,11 +3375,9 @@ class ResponseTest(RouterTest):
                 with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
                     connection.sendall(request_bytes("POST", "/v1/messages", chat()))
                     reply = read_reply_from(reader)
-                    if reply.status != 502:
-                        self.assertEqual((reply.status, reply.complete), (200, False))
-                        self.assertTrue(body.startswith(reply.body), reply.body)
-                        with contextlib.suppress(ConnectionError):
-                            self.assertEqual(reader.read(), b"")
+                    self.assertEqual((reply.status, reply.body, reply.complete), (200, body, False))
+                    with contextlib.suppress(ConnectionError):
+                        self.assertEqual(reader.read(), b"")
                 self.assertEqual(len(self.upstream.received), 1)
                 self.assertEqual(self.rrouter.post().body, b"{}")
 
@@ -4005,27 +3392,19 @@ EVENTS = (event("message_start", message={"id": "msg_1"}), b": a comment\n\n", e
 class StreamTest(RouterTest):
     framings = ("chunked", "close")
 
-    def test_each_event_arrives_before_the_next_is_sent(self):
-        for mode in ("antigravity", "claude"):
-            for framing in self.framings:
-                with self.subTest(mode + " " + framing):
-                    self.rrouter.home.write("mode", mode)
-                    gates = [self.gate() for _ in EVENTS]
-                    self.upstream.play(stream(*EVENTS, framing=framing, gate=gates))
-                    with self.opened() as response:
-                        for gate, data in zip(gates, EVENTS):
-                            gate.set()
-                            self.assertEqual(receive(response, len(data)), data)
-                        self.assertEqual(response.read(), b"")
-
-    def test_head_arrives_before_any_event(self):
-        gate = self.gate()
-        self.upstream.play(stream(b":\n", gate=[gate]))
-        with self.opened() as response:
-            self.assertEqual((response.status, response.headers["content-type"]),
-                             (200, "text/event-stream; charset=utf-8"))
-            gate.set()
-            self.assertEqual(response.read(), b":\n")
+    def test_head_and_each_event_arrive_before_the_next_is_sent(self):
+        for mode, framing in itertools.product(("antigravity", "claude"), self.framings):
+            with self.subTest(mode + " " + framing):
+                self.rrouter.home.write("mode", mode)
+                gates = [self.gate() for _ in EVENTS]
+                self.upstream.play(stream(*EVENTS, framing=framing, gate=gates))
+                with self.opened() as response:
+                    self.assertEqual((response.status, response.headers["content-type"]),
+                                     (200, "text/event-stream; charset=utf-8"))
+                    for gate, data in zip(gates, EVENTS):
+                        gate.set()
+                        self.assertEqual(receive(response, len(data)), data)
+                    self.assertEqual(response.read(), b"")
 
     def test_small_events_are_sent_at_once(self):
         """Without TCP_NODELAY an event after the head waits 40 ms for an acknowledgement."""
@@ -4081,44 +3460,6 @@ class StreamTest(RouterTest):
         wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
         self.assertEqual(len(self.upstream.received), len(cases))
 
-    def test_client_that_does_not_read_holds_the_upstream_back(self):
-        """64 MiB do not gather in rrouter; the upstream request ends when the client leaves."""
-        sent = []
-        self.upstream.play(stream(framing="close"))
-        self.upstream.queue[0].chunks = (sent.append(1) or bytes(1 << 20) for _ in range(64))
-        with self.rrouter.connect() as connection:
-            connection.sendall(request_bytes("POST", "/v1/messages", chat()))
-            wait_until(lambda: sent)
-            quiet = -1
-            while quiet != len(sent):               # until nothing has moved for a while
-                quiet = len(sent)
-                time.sleep(0.3)
-            self.assertLess(quiet, 60)
-        self.upstream.wait(lambda upstream: upstream.closed)
-
-    def test_parallel_streams_stay_separate(self):
-        count, gate = 50, self.gate()
-        self.upstream.default = lambda received: stream(
-            event("start", who=received.model), event("end", who=received.model), gate=gate)
-        self.rrouter.home.write("mode", "claude")
-        threads = self.threads()
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(self.rrouter.connect()) for _ in range(count)]
-            for number, client in enumerate(clients):
-                client.sendall(request_bytes("POST", "/v1/messages", chat("m%d" % number)))
-            self.upstream.wait(lambda upstream: len(upstream.received) == count)
-            self.assertEqual(self.rrouter.health()["activeRequests"], count)
-            gate.set()
-            for number, client in enumerate(clients):
-                name, reply = "m%d" % number, read_reply(client)
-                self.assertEqual((reply.body, reply.header("x-rrouter-model")),
-                                 (event("start", who=name) + event("end", who=name), name))
-        wait_until(lambda: self.threads() <= threads)
-
-    def threads(self):
-        """Return how many threads rrouter has; 0 where /proc is missing."""
-        return len(os.listdir("/proc/%d/task" % self.rrouter.process.pid)) if PROC else 0
-
     def test_bytes_after_the_last_request_do_not_truncate_its_response(self):
         body = bytes(3_000_000)
         self.upstream.default = Response(200, body, framing="length")
@@ -4151,12 +3492,7 @@ START = event("message_start", message={
     "stop_reason": None, "stop_sequence": None, "usage": {"input_tokens": 3, "output_tokens": 0}})
 STOP = event("message_stop")
 OVERLOADED = event("error", error={"type": "overloaded_error", "message": "Overloaded"})
-BROKEN_OFF = event("error", error={"type": "api_error", "message": "unexpected EOF"})
-
-
-def block(**content):
-    """Return the start of a content block."""
-    return event("content_block_start", index=0, content_block=content)
+DATA_ERROR = b'data: {"error":{"message":"boom"},"type":"error"}\n\n'
 
 
 def text_of(words):
@@ -4170,22 +3506,19 @@ def end_of(tokens, reason="end_turn"):
                  usage={"input_tokens": 0, "output_tokens": tokens})
 
 
-NO_TEXT, NO_MORE_TEXT = block(type="text", text=""), event("content_block_stop", index=0)
-DELTA = text_of("part one.")
+NO_TEXT = event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+NO_MORE_TEXT, DELTA = event("content_block_stop", index=0), text_of("part one.")
+TOOL = event("content_block_start", index=0, content_block={"type": "tool_use", "input": {}})
 
 
-def events_of(target):
-    """Return the events of a message that says which target wrote it."""
-    return START, NO_TEXT, text_of("by " + target), NO_MORE_TEXT, end_of(7), STOP
-
-
-def sse(*chunks, **options):
+def sse(*chunks, fields=(), **options):
     """Return an event stream of these chunks."""
-    return Response(200, chunks, fields=SSE_FIELDS, **options)
+    return Response(200, chunks, fields=(*SSE_FIELDS, *fields), **options)
 
 
 def whole(target, **options):
-    return sse(*events_of(target), **options)
+    """Return an event stream with a message that says which target wrote it."""
+    return sse(START, NO_TEXT, text_of("by " + target), NO_MORE_TEXT, end_of(7), STOP, **options)
 
 
 def plain(content, encoding=None, encode=bytes):
@@ -4195,31 +3528,31 @@ def plain(content, encoding=None, encode=bytes):
     return Response(200, encode(body), fields=fields[:1 + bool(encoding)], framing="length")
 
 
-def message(*content, tokens=7, reason="end_turn", **members):
+def message(*texts, tokens=7, **members):
     """Return a message that is not streamed, as a dictionary."""
-    return {"id": "r", "type": "message", "role": "assistant", "model": "", "content": content,
-            "stop_reason": reason, "stop_sequence": None,
+    return {"id": "r", "type": "message", "role": "assistant", "model": "",
+            "content": [{"type": "text", "text": text} for text in texts],
+            "stop_reason": "end_turn", "stop_sequence": None,
             "usage": {"input_tokens": 0, "output_tokens": tokens}, **members}
 
 
-def text(words):
-    return {"type": "text", "text": words}
-
-
-QUOTA_429 = error(429, "You have exhausted your capacity on this model. Your quota will reset after"
-                  " 7200s.", "rate_limit_error")
 SHELF_503 = error(503, "auth_unavailable: no auth available (providers=antigravity, model=%s)"
                   % GEMINI_SONNET)
-COOLING_429 = error(429, "All credentials for model %s are cooling down" % GEMINI_SONNET,
-                    "rate_limit_error")
-UNKNOWN_400 = error(400, "unknown provider for model gemini-nope", "invalid_request_error")
-INVALID_KEY_401 = Response(401, b'{"error":"Invalid API key"}', framing="length")
+COOLING_429 = error(429, "All credentials for model %s are cooling down" % GEMINI_SONNET)
+UNKNOWN_400 = error(400, "unknown provider for model gemini-nope")
 EMPTY_STREAM = sse(START + b"\n", b"\n".join((NO_TEXT, NO_MORE_TEXT, end_of(0), STOP, b"\n")))
+EMPTY_MESSAGE = plain(message(tokens=0))                    # recorded, as the stream
+TOO_LARGE_400 = error(400, "prompt is too long: 210000 tokens > 200000 maximum")
+REJECTION = error(400, "messages.1.content.0: Invalid `signature` in `thinking` block")
+OF_A_ROUTER = error(503, fields=(("x-rrouter-error", "1"),))
+HANG_UP = Response(hangup=True)
+HISTORY = [{"role": "assistant", "content": [
+    {"type": "thinking", "thinking": "", "signature": "x"}, {"type": "text", "text": "x"}]}]
 
 
-def slowly(data):
+def slowly(data, *before):
     """Return an event stream that sends `data` every 20 ms."""
-    return sse(*(data,) * 999, pause_s=0.02)
+    return sse(*before, *(data,) * 999, pause_s=0.02)
 
 
 def target_of(received):
@@ -4230,14 +3563,7 @@ def target_of(received):
 
 def auto_config(**auto):
     """Return the default configuration with these values in its `auto` section."""
-    config = copy.deepcopy(DEFAULT_CONFIG)
-    config["auto"] = {"targets": ["antigravity", "claude"], **auto}
-    return config
-
-
-def upstream_fields(reply):
-    """Return the fields of a reply without those that rrouter adds."""
-    return [field for field in reply.fields if not field[0].lower().startswith("x-rrouter-")]
+    return {**copy.deepcopy(DEFAULT_CONFIG), "auto": {"targets": ["antigravity", "claude"], **auto}}
 
 
 def receive_until(connection, marker):
@@ -4284,7 +3610,6 @@ class AutoTest(RouterTest):
         super().setUp()
         self.script()
         self.upstream.default = self.answer
-        self.set_mode(self.mode)
 
     def later(self, seconds):
         """Let rrouter's clocks move on."""
@@ -4298,10 +3623,8 @@ class AutoTest(RouterTest):
 
     def configure(self, config):
         """Write config.json for the rest of this test."""
-        path = self.rrouter.home.dir / "config.json"
-        before = path.read_text() if path.exists() else None
-        self.addCleanup(lambda: path.unlink() if before is None
-                        else self.rrouter.home.write("config.json", before))
+        self.addCleanup(self.rrouter.home.write, "config.json",
+                        json.dumps(self.config or DEFAULT_CONFIG))
         self.rrouter.home.write("config.json", json.dumps(config))
 
     def script(self, antigravity=None, claude=None, other=None):
@@ -4309,7 +3632,9 @@ class AutoTest(RouterTest):
 
         Without one a target answers with a message.  `other` is for requests without a model.
         """
-        self.scripts = {"antigravity": antigravity, "claude": claude, None: other}
+        self.scripts = {target: list(script) if isinstance(script, list) else script
+                        for target, script in (
+                            ("antigravity", antigravity), ("claude", claude), (None, other))}
 
     def script_anew(self, *responses, **targets):
         """Do the same with all state and all requests received cleared."""
@@ -4325,7 +3650,7 @@ class AutoTest(RouterTest):
         if script is None:
             streamed = re.search(rb'"stream":\s*true', received.body)
             return (Response() if target is None else whole(target) if streamed
-                    else plain(message(text("by " + target))))
+                    else plain(message("by " + target)))
         return script(received) if callable(script) else script
 
     def silent(self):
@@ -4343,23 +3668,24 @@ class AutoTest(RouterTest):
         return reply, self.calls(before)
 
     def ask_for(self, calls, model=SONNET, **members):
-        """Post messages, for which these calls are made ("ac a"); return the last reply."""
+        """Post messages, for which these calls are made ("ac a"); return the last reply.
+
+        A number lets so many seconds pass.
+        """
         for expected in calls.split():
-            reply, made = self.ask(model, **members)
-            self.assertEqual(made, expected)
+            if expected.isdigit():
+                self.later(int(expected))
+            else:
+                reply, made = self.ask(model, **members)
+                self.assertEqual(made, expected)
         return reply
 
-    def begin(self, model=SONNET, target="/v1/messages?beta=true", **members):
-        """Send a message; return the connection, its response unread, when the upstream has it."""
+    def begin(self, *arguments, until=b"", **members):
+        """Send a message; return the connection when the upstream has it, and `until` has come."""
         before = len(self.upstream.received)
-        connection = self.send(model, target, **members)
+        connection = self.send(*arguments, **members)
         self.upstream.wait(lambda upstream: len(upstream.received) > before)
-        return connection
-
-    def begin_until(self, marker, **members):
-        """Send a message; return the connection when `marker` has come."""
-        connection = self.begin(**members)
-        receive_until(connection, marker)
+        receive_until(connection, until)
         return connection
 
     def send(self, model=SONNET, target="/v1/messages?beta=true", **members):
@@ -4376,149 +3702,223 @@ class AutoTest(RouterTest):
             connection.close()
         wait_until(lambda: not self.rrouter.health()["activeRequests"])
 
-    def auto(self):
-        return self.rrouter.health()["autoSwitch"]
-
-    def trip(self, model=SONNET):
+    def trip(self):
         """Let antigravity fail until traffic switches to claude; it goes on failing afterwards."""
         self.script(error(429))
-        self.ask_for("ac ac ac", model)
-        self.assert_state("claude")
+        self.ask_for("ac ac ac")
 
     def assert_served(self, reply, by, attempts):
         """The reply is the whole message of one target, and its headers say so."""
         self.assertEqual((reply.status, reply.complete), (200, True), reply)
         self.assertIn(reply.body, [b"".join(response.chunks) for response in
-                                   (whole(by), plain(message(text("by " + by))))])
+                                   (whole(by), plain(message("by " + by)))])
         self.assertEqual((reply.header("x-rrouter-target"), reply.header("x-rrouter-attempts")),
                          (by, str(attempts)))
 
-    def assert_state(self, current, **values):
-        """/health has `current` as the target, and `values` in autoSwitch (failureCount=2)."""
+    def assert_forwarded(self, reply, response, target, attempts=1):
+        """The reply is this response of a target byte for byte."""
+        self.assertEqual((reply.status, reply.body, reply.complete), (
+            response.status, b"".join(response.chunks), not response.cut))
+        self.assertEqual((reply.header("x-rrouter-target"), reply.header("x-rrouter-attempts")),
+                         (target, str(attempts)))
+        self.assertEqual(reply.fields[:len(response.fields)], response.fields)
+
+    def assert_state(self, current="antigravity", **values):
+        """/health has `current` as the target, these values in autoSwitch, and no other counts."""
         health = self.rrouter.health()
-        found = {name: health["autoSwitch"][name] for name in values}
-        self.assertEqual((health["currentTarget"], health["autoSwitch"]["currentTarget"], found),
-                         (current, current, values))
-
-    def assert_untouched(self):
-        self.assert_state("antigravity", failureCount=0, timeoutCount=0, switchCount=0, models={})
-
-    def assert_logged(self, pattern):
-        """A line of the log matches [AUTO] and then `pattern`."""
-        expression = re.compile(r"^.*\[AUTO\].*(?:%s)" % pattern, re.I | re.M)
-        wait_until(lambda: expression.search(self.rrouter.log()))
+        values = {"currentTarget": current, "failureCount": 0, "timeoutCount": 0, "switchCount": 0,
+                  "models": {}, **values}
+        self.assertEqual({name: health["autoSwitch"][name] for name in values}, values)
+        self.assertEqual(health["currentTarget"], current)
 
     def assert_silent(self, connection, seconds=0.05):
         """The client gets nothing for a moment."""
         self.assertEqual(select.select([connection], [], [], seconds)[0], [])
 
 
-DATA_ERROR = b'data: {"error":{"message":"boom"},"type":"error"}\n\n'
-FAILED_STREAMS = (
-    # label                             response of antigravity
-    ("recorded: blocked prompt",        EMPTY_STREAM),
-    ("recorded: error first",           sse(OVERLOADED + b"\n")),
-    ("recorded: dropped after start",   sse(START + b"\n", BROKEN_OFF)),
-    ("pings, comments, error",          sse(PING, COMMENT, PING, OVERLOADED)),
-    ("byte by byte",                    sse(*map(bytes, zip(PING + OVERLOADED)))),
-    ("CRLF",                            sse((START + OVERLOADED).replace(b"\n", b"\r\n"))),
-    ("no blank after the colon",        sse(OVERLOADED.replace(b": ", b":"))),
-    ("error without an event line",     sse(DATA_ERROR)),
-    ("error without a type",            sse(b'data: {"error":{"message":"boom"}}\n\n')),
-    ("error in an empty block",         sse(START, NO_TEXT, DATA_ERROR)),
-    ("[DONE] alone",                    sse(b"data: [DONE]\n\n")),
-    ("stop at once",                    sse(START, STOP)),
-    ("no tokens, no stop",              sse(START, end_of(0))),
-    ("clean end after start",           sse(START)),
-    ("only pings and comments",         sse(PING, COMMENT)),
-    ("nothing",                         sse()),
-    ("an empty Content-Encoding",       Response(200, OVERLOADED, fields=(
-                                            *SSE_FIELDS, ("Content-Encoding", "")))),
+# The responses of the targets, and what comes of the requests: `calls` are those made for each, as
+# `ask_for` reads them, and the last one `gets` the whole message of a target, a scripted response,
+# or rrouter's own 502.  The log then says `log`, and autoSwitch of /health has `state` and no other
+# counts.
+Script = collections.namedtuple("Script", "what antigravity claude calls gets log state")
+
+
+def rescued(what, response, failed, *, failures=1):
+    return Script(what, response, None, "ac", "claude", "(antigravity failed: %s" % failed,
+                  {"failureCount": failures})
+
+
+def kept(what, response, log="200", *, failures=0):
+    return Script(what, response, None, "a", response, log, {"failureCount": failures})
+
+
+def both_fail(what, response, other, best, log=""):
+    return Script(what, response, other, "ac", best, log, {})
+
+
+def switches(what, failures, **state):
+    return Script(what, failures, None, "ac ac ac", "claude", "SWITCH antigravity -> claude: 3 ",
+                  {"current": "claude", "switchCount": 1, **state})
+
+
+GOOD_BYTES, GOOD_EVENTS = whole("antigravity").wire(), b"".join(whole("antigravity").chunks)
+BROKEN, TALK = sse(START, DELTA), START + NO_TEXT + DELTA
+LATE = "(error event in the stream)"
+RATE_LIMIT = error(429, "antigravity", fields=(("Retry-After", "9"), ("x-should-retry", "false")))
+CUT_OFF = sse(PING, b": by antigravity\n\n", OVERLOADED)
+ENCODINGS = (None, bytes), ("gzip", gzip.compress), ("deflate", zlib.compress)
+
+SCRIPTS = (
+    # A failed attempt is answered by the other target.
+    *(rescued("status", error(status), status) for status in (
+        400, 401, 402, 403, 404, 408, 422, 429, 499, 500, 502, 503, 504, 529, 599)),
+    rescued("recorded: blocked prompt", EMPTY_STREAM, "empty message"),
+    rescued("recorded: error first", sse(OVERLOADED + b"\n"), "error event"),
+    rescued("recorded: dropped after start", sse(START + b"\n", DATA_ERROR), "error event"),
+    rescued("[DONE] alone", sse(b"data: [DONE]\n\n"), "empty message"),
+    rescued("clean end after start", sse(START), "stream without content"),
+    rescued("only pings and comments", sse(PING, COMMENT), "empty stream"),
+    rescued("an empty Content-Encoding",
+            sse(OVERLOADED, fields=(("Content-Encoding", ""),)), "error event"),
+    *(rescued("empty message", plain(message(tokens=0), *way), "empty message")
+      for way in ENCODINGS),
+    *(rescued("HTML", plain(b"<html>login</html>", *way), "not a message") for way in ENCODINGS),
+    rescued("cut JSON", plain(plain(message("x")).chunks[0][:-9]), "not a message"),
+    rescued("nothing", plain(b""), "empty response"),
+    rescued("error in a 200", plain({"error": {"message": "boom"}}), "error in a 2xx"),
+
+    # A dropped connection, and a request too large for one target, are rescued and neutral.
+    *(rescued("dropped", response, "connection dropped", failures=0) for response in (
+        HANG_UP, Response(hangup=True, reset=True), Response(raw=b"SSH-2.0-OpenSSH_9.6\r\n\r\n"),
+        Response(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{} "),
+        Response(raw=sse().head() + b"zz\r\n"), Response(200, b'{"type":"message"', cut=True),
+        sse(START, PING, NO_TEXT, cut=True),
+        *(Response(raw=GOOD_BYTES[:end]) for end in range(1, GOOD_BYTES.index(b"by "), 40)))),
+    *(rescued(words, error(status, words), "%d too large" % status, failures=0)
+      for status, words in (
+          (413, "whatever"), (400, "Your input exceeds the context window of this model"),
+          (400, "The input token count (9) exceeds the maximum number of tokens allowed (8)."),
+          (400, "Input is too long for requested model."), (400, "context length exceeded"),
+          (422, "capability_rejected: prompt_too_long"), (400, "Request too large"))),
+
+    # What is good, or cannot be judged, is the response.
+    *(kept("good message", plain(message("x"), *way)) for way in ENCODINGS),
+    *(kept("more than a mebibyte", plain(b"x" * (1024 * 1024 + 1), *way)) for way in ENCODINGS),
+    kept("text, but no tokens", plain(message("x", tokens=0))),
+    kept("an encoding that is not read", plain(b"\x0b\x02\x80", "br")),
+    kept("a compressed stream", sse(gzip.compress(OVERLOADED), fields=(
+        ("Content-Encoding", "gzip"),))),
+    kept("recorded: truncation that looks complete",
+         sse(TALK, NO_MORE_TEXT + end_of(0) + STOP)),
+    Script("error of another rrouter", OF_A_ROUTER, None, "a a a a", OF_A_ROUTER, " 503 ", {}),
+
+    # After the first content a failure is forwarded, and counts; a broken response is neutral.
+    kept("recorded: overloaded", sse(TALK, PING, OVERLOADED), LATE, failures=1),
+    kept("recorded: error after the end", sse(TALK, STOP, DATA_ERROR), LATE, failures=1),
+    kept("recorded: without its end", sse(TALK, PING), "(stream without its end)", failures=1),
+    kept("in the chunk of the content", sse(TALK + OVERLOADED), LATE, failures=1),
+    kept("a broken message", Response(200, b"x" * (1024 * 1024 + 1), cut=True), "(the upstream"),
+    *(kept("a broken stream", sse(GOOD_EVENTS[:end], cut=True), "(the upstream")
+      for end in range(GOOD_EVENTS.index(NO_MORE_TEXT), len(GOOD_EVENTS) - len(STOP), 40)),
+    Script("a target is left only after it has answered once", [BROKEN] * 3,
+           [BROKEN] * 4 + [None] + [BROKEN] * 3, "a a a c c c c c c c c a", "antigravity",
+           "-> antigravity: 3 consecutive HTTP errors, last stream", {"switchCount": 2}),
+
+    # If both fail, the client gets the more useful response byte for byte, and nothing counts.
+    both_fail("the first wins a tie", RATE_LIMIT, error(429, "claude"), RATE_LIMIT),
+    both_fail("the second is better", error(500), RATE_LIMIT, RATE_LIMIT, "(antigravity failed: "),
+    both_fail("the first is better", RATE_LIMIT, EMPTY_STREAM, RATE_LIMIT, "(claude failed: empty"),
+    both_fail("both are empty", CUT_OFF, EMPTY_MESSAGE, CUT_OFF),
+    both_fail("shelf and stream", EMPTY_STREAM, COOLING_429, COOLING_429),
+    both_fail("an error beats a drop", HANG_UP, UNKNOWN_400, UNKNOWN_400),
+    both_fail("both drop", HANG_UP, HANG_UP, 502, "connection dropped"),
+    both_fail("too large, or busy", TOO_LARGE_400, RATE_LIMIT, RATE_LIMIT, "failed: 400 too large"),
+    both_fail("unknown, or too large", error(404), TOO_LARGE_400, TOO_LARGE_400),
+    *(Script("outage", response, response, "ac " * 4, response, "", {})
+      for response in (error(500), SHELF_503)),
+
+    # A healed response is judged like any other, but the client gets the original 400.
+    Script("healed", [REJECTION], None, "aa a", "antigravity", "[HEAL]", {}),
+    *(Script("healed in vain", [REJECTION, response], None, "aac", "claude", "failed: ",
+             {"failureCount": 1}) for response in (error(500), EMPTY_STREAM, REJECTION)),
+    *(Script("healed in vain, then 429", [REJECTION, *rest], error(429), calls, REJECTION, "", {})
+      for rest, calls in (([error(500)], "aac"), ([HANG_UP] * 2, "aaac"))),
+    both_fail("healed on both in vain", REJECTION, REJECTION, REJECTION)._replace(calls="aacc"),
+    Script("rescued and healed there", error(529), [REJECTION], "acc", "claude", "[HEAL]",
+           {"failureCount": 1}),
+
+    # Three failures switch; the last one can shorten the cooldown.
+    switches("429", error(429), cooldownSeconds=1800, switched=True, active=True, failureCount=0,
+             reason="3 consecutive HTTP errors, last 429"),
+    switches("not the last", [RATE_LIMIT, RATE_LIMIT, error(500)], cooldownSeconds=1800),
+    *(switches(value, error(429, fields=((name, value),)), cooldownSeconds=seconds)
+      for name, value, seconds in (
+          ("Retry-After", "90.5", 90.5), ("retry-after-ms", "90500", 90.5),
+          ("Retry-After", "90\r\nRetry-After: 91", 90),
+          ("Retry-After", "Fri, 27 Nov 2020 01:16:59 GMT", 60))),
+    switches("recorded: quota", error(429, "Your quota will reset after 20m3s."),
+             cooldownSeconds=1203),
+    switches("shelf", [error(401), SHELF_503, SHELF_503], cooldownSeconds=60,
+             reason="3 consecutive HTTP errors, last 503 auth_unavailable, after 401"),
+    switches("unknown model", [UNKNOWN_400] * 3, cooldownSeconds=60,
+             reason="3 consecutive HTTP errors, last 400 unknown provider for model "
+                    + GEMINI_SONNET),
+    switches("real at last", [SHELF_503, SHELF_503, error(500)], cooldownSeconds=1800),
+
+    # After the cooldown one request probes; a neutral one is followed by the next after a minute.
+    *(Script("neutral probe", [error(429)] * 3 + [response], [None] * 3 + [other],
+             "ac ac ac 1801 %s c 61 a" % calls, "antigravity", "inconclusive; the next one in 1m",
+             {"switchCount": 1})
+      for response, other, calls in (
+          (HANG_UP, None, "ac"), (TOO_LARGE_400, None, "ac"), (error(500), error(500), "ac"),
+          (OF_A_ROUTER, None, "a"))),
+    Script("healed probe", [error(429)] * 3 + [REJECTION], None, "ac ac ac 1801 aa", "antigravity",
+           "RECOVERED: antigravity responds again", {"switchCount": 1}),
+    Script("a probe succeeds when it commits", [error(429)] * 3 + [BROKEN], None,
+           "ac ac ac 1801 a", BROKEN, "RECOVERED: ", {"switchCount": 1, "failureCount": 1}),
+    Script("a probe that fails", error(429), None, "ac ac ac 1801 ac 1801 c", "claude",
+           "SWITCH antigravity -> claude: failed a probe, last 429; retry in 60m",
+           {"current": "claude", "switchCount": 2, "cooldownSeconds": 3600}),
 )
-EMPTY_MESSAGE, BOOM = message(tokens=0), {"message": "boom"}      # the first one is recorded
-FAILED_MESSAGES = (
-    # content of the 200
-    EMPTY_MESSAGE, message(text(""), text(""), tokens=0), message(text("x"), error=BOOM),
-    {"type": "error", "error": BOOM}, {"error": BOOM}, {"choices": []}, b'[{"type":"message"}]',
-    plain(message(text("x"))).chunks[0][:-9], b"<html>login</html>", b"")
-GOOD_MESSAGES = (
-    # content of the 200
-    message(text("x")), message(tokens=0, reason="refusal"), message(tokens=0, reason="max_tokens"),
-    message(tokens=5), message(text("x"), tokens=0), message(text("x"), error=None),
-    message({"type": "tool_use", "name": "f"}, tokens=0), b"x" * (1024 * 1024 + 1))
-ENCODINGS = (
-    # Content-Encoding, function that encodes
-    (None, bytes), ("gzip", gzip.compress), ("deflate", zlib.compress))
-DROPPED = (
-    # label                             response of antigravity
-    ("no byte",                         Response(hangup=True)),
-    ("not HTTP",                        Response(raw=b"SSH-2.0-OpenSSH_9.6\r\n\r\n")),
-    ("half a head",                     Response(raw=b"HTTP/1.1 200 OK\r\nContent-Type: text/ev")),
-    ("two lengths",                     Response(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"
-                                                     b"Content-Length: 3\r\n\r\n{} ")),
-    ("a malformed chunk",               Response(raw=sse().head() + b"zz\r\n")),
-    ("before an event",                 sse(cut=True)),
-    ("before content",                  sse(START, PING, NO_TEXT, cut=True)),
-    ("before the end of a message",     Response(200, b'{"type":"message"', cut=True)),
-)
+
+
+class ScriptTest(AutoTest):
+    """What requests get, what counts, and what the log says of it, by the table SCRIPTS."""
+
+    def test_scripts_have_the_results_of_the_table(self):
+        numbers = []
+        for row in SCRIPTS:
+            with self.subTest(row.what, calls=row.calls, log=row.log):
+                self.script_anew(row.antigravity, row.claude)
+                self.upstream.break_connections()       # a kept one that drops is sent to again
+                reply = self.ask_for(row.calls, messages=HISTORY)
+                self.assert_gets(reply, row)
+                self.assert_state(**row.state)
+                numbers.append((row, self.rrouter.health()["requestCount"]))
+        rest = wait_until(lambda: "[REQ] #%d " % numbers[-1][1] in self.rrouter.log()
+                          and self.rrouter.log())
+        for row, number in numbers:
+            with self.subTest(row.what, log=row.log):
+                lines, end, rest = rest.partition(" [REQ] #%d " % number)
+                line, _, rest = rest.partition("\n")
+                self.assertIn(row.log, lines + end + line)
+
+    def assert_gets(self, reply, row):
+        attempts = len(set(row.calls.split()[-1]))      # without those of healing
+        if row.gets == 502:
+            self.assert_error(reply, 502, self.upstream.url)
+        elif isinstance(row.gets, str):
+            self.assert_served(reply, row.gets, attempts)
+        else:
+            target = "claude" if row.gets is row.claude is not row.antigravity else "antigravity"
+            self.assert_forwarded(reply, row.gets, target, attempts)
 
 
 class RescueTest(AutoTest):
-    """An attempt that fails before the client has a byte is answered by the other target."""
+    """What SCRIPTS cannot say of the one or two attempts of a request."""
 
-    def assert_rescued(self, response, failures, target="/v1/messages", **members):
-        """The other target answers; this many failures are counted."""
-        self.script_anew(response)
-        reply, calls = self.ask(target=target, **members)
-        self.assert_served(reply, "claude", 2)
-        self.assertIn(calls, ("ac", "aac"))     # a kept connection that drops is sent to again
-        self.assert_state("antigravity", failureCount=failures, timeoutCount=0)
-
-    def test_each_failing_status_is_rescued_and_counted(self):
-        for status in (400, 401, 402, 403, 404, 408, 422, 429, 499, 500, 502, 503, 504, 529, 599):
-            with self.subTest(status):
-                self.assert_rescued(error(status), 1)
-
-    def test_stream_without_content_is_rescued_and_counted(self):
-        for label, response in FAILED_STREAMS:
-            with self.subTest(label):
-                self.assert_rescued(response, 1)
-
-    def test_200_that_is_no_message_is_rescued_and_counted(self):
-        for content, encoding in itertools.product(FAILED_MESSAGES, ENCODINGS):
-            for streamed in (True, False):
-                with self.subTest(content, encoding=encoding[0], stream=streamed):
-                    self.assert_rescued(plain(content, *encoding), 1, stream=streamed)
-
-    def test_dropped_connection_is_rescued_and_neutral(self):
-        good = whole("antigravity").wire()
-        cuts = [("after %d bytes" % end, Response(raw=good[:end]))
-                for end in range(1, good.index(b"event: content_block_delta"), 20)]
-        for label, response in (*DROPPED, *cuts):
-            with self.subTest(label):
-                self.assert_rescued(response, 0)
-
-    def test_good_message_is_the_response(self):
-        cases = [(content, *encoding) for content in GOOD_MESSAGES for encoding in ENCODINGS]
-        for content, encoding, encode in [*cases, (b"\x0b\x02\x80", "br", bytes)]:
-            with self.subTest(str(content)[:99], encoding=encoding):
-                self.script(plain(content, encoding, encode))
-                reply = self.ask_for("a", stream=False)
-                self.assertEqual(reply.body, self.scripts["antigravity"].chunks[0])
-        self.script(plain(b""))
-        reply = self.rrouter.request("HEAD", "/v1/messages", chat())
-        self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (200, "1"))
-        self.assert_untouched()
-
-    def test_other_paths_are_judged_by_their_first_event(self):
-        self.assert_rescued(sse(), 1, CHAT)
-        self.assert_rescued(sse(COMMENT, b'data: {"error":{"message":"boom"}}\n\n'), 1, CHAT)
-        first = b'data: {"choices":[{"delta":{}}]}\n\n'
-        self.script_anew([plain({}), sse(first, DATA_ERROR), sse(first, b"", gate=self.gate())])
-        for body in (b"{}", first + DATA_ERROR):
-            self.assertEqual(self.rrouter.post(target=CHAT).body, body)
-        self.begin_until(first, target=CHAT)
-        self.assert_untouched()
+    REQUESTS = 20_000 if SOAKING else 400
+    FAILURES = tuple(row.antigravity for row in SCRIPTS if row.calls == "ac")
 
     def test_rescue_sends_the_original_body_by_the_other_targets_rules(self):
         self.script(error(500))
@@ -4532,277 +3932,134 @@ class RescueTest(AutoTest):
             received.fields.remove(("Content-Length", str(len(received.body))))
         self.assertEqual(first.fields, second.fields)
 
+    def test_other_paths_are_judged_by_their_first_event(self):
+        first = b'data: {"choices":[{"delta":{}}]}\n\n'
+        self.script([sse(), sse(COMMENT, DATA_ERROR), plain({}), sse(first, DATA_ERROR),
+                     sse(first, b"", gate=self.gate())])
+        self.ask_for("ac ac", target=CHAT)
+        self.assert_state(failureCount=2)
+        for body in (b"{}", first + DATA_ERROR):
+            self.assertEqual(self.rrouter.post(target=CHAT).body, body)
+        self.begin(until=first, target=CHAT)
+        self.assert_state()
 
-COMMITS = (
-    # label                     what the client gets at once
-    ("text",                    START + PING + DELTA),
-    ("thinking",                START + block(type="thinking", thinking="")),
-    ("a call",                  START + block(type="tool_use", name="f", input={})),
-    ("a block with text",       START + block(type="text", text="x")),
-    ("tokens",                  START + end_of(5)),
-    ("no number of tokens",     START + event("message_delta", delta={"stop_reason": "end_turn"})),
-    ("a refusal",               START + end_of(0, "refusal")),
-    ("max_tokens: 0",           START + end_of(0, "max_tokens")),
-    ("CRLF",                    (START + DELTA).replace(b"\n", b"\r\n")),
-    ("no event line",           b"data: " + DELTA.partition(b"data: ")[2]),
-    ("error null",              b'data: {"type":"content_block_delta","error":null}\n\n'),
-    ("text like an error",      START + text_of("\nevent: error\ndata: {}\n\n")),
-    ("a mebibyte",              PING * 30000),
-)
-
-
-class HeldBackTest(AutoTest):
-    """A response is held back as long as it can still fail; after that nothing waits."""
+    def test_response_to_head_is_not_judged(self):
+        self.script(plain(b""))
+        reply = self.rrouter.request("HEAD", "/v1/messages", chat())
+        self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (200, "1"))
+        self.assert_state()
 
     def test_stream_is_held_back_until_its_first_content(self):
-        for prelude in (START, PING + COMMENT, START + NO_TEXT + NO_MORE_TEXT, START + DELTA[:-1]):
-            with self.subTest(prelude):
-                gate, chunks = self.gate(), (prelude, *events_of("antigravity"))
-                self.script(sse(*chunks, gate=gate))
-                connection = self.begin()
-                self.assert_silent(connection)
-                gate.set()
-                reply = read_reply(connection)
-                self.assertEqual((reply.complete, reply.body), (True, b"".join(chunks)))
+        gate = self.gate()
+        response = sse(PING + COMMENT + START + NO_TEXT + NO_MORE_TEXT + DELTA[:-1], b"\n", STOP,
+                       gate=gate)
+        self.script(response)
+        connection = self.begin()
+        self.assert_silent(connection)
+        gate.set()
+        self.assert_forwarded(read_reply(connection), response, "antigravity")
 
     def test_first_content_commits(self):
-        for label, first in COMMITS:
-            with self.subTest(label):
+        for first in (START + PING + DELTA, START + TOOL, START + end_of(5), PING * 30000,
+                      (START + DELTA).replace(b"\n", b"\r\n")):
+            with self.subTest(first[-60:]):
                 gate = self.gate()
                 self.script(sse(first, PING, STOP, gate=gate))
                 with self.opened() as response:
                     self.assertEqual(receive(response, len(first)), first)
                     gate.set()
                     self.assertEqual(response.read(), PING + STOP)
-        self.assert_untouched()
+        self.assert_state()
 
-    def test_compressed_stream_is_not_held_back(self):
-        packed = gzip.compress(START + DELTA + STOP)
-        self.script(Response(200, (packed[:9], packed[9:]), gate=self.gate(), fields=(
-            *SSE_FIELDS, ("Content-Encoding", "gzip"))))
-        self.begin_until(packed[:9])
+    def test_draining_rrouter_makes_no_second_attempt(self):
+        gate = self.gate()
+        self.script(error(500, "as it is", before=gate))
+        connection = self.begin()
+        self.rrouter.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: self.rrouter.home.health() is None)      # it accepts no more connections
+        gate.set()
+        self.assert_forwarded(read_reply(connection), error(500, "as it is"), "antigravity")
+        self.rrouter.stop()
+        self.rrouter.start()
 
+    def test_clients_side_by_side_see_no_failure_that_the_other_target_could_avoid(self):
+        dice = random.Random(int(os.environ["RROUTER_SOAK"]) if SOAKING else 1)
+        failing = [dice.choice((None, "antigravity", "claude")) for _ in range(self.REQUESTS)]
 
-LATE_FAILURES = (
-    # label                             chunks
-    ("recorded: overloaded",            (START, NO_TEXT, PING, DELTA, OVERLOADED)),
-    ("recorded: without its end",       (START, NO_TEXT, PING, DELTA)),
-    ("recorded: error after the end",   (START + NO_TEXT + DELTA, NO_MORE_TEXT + end_of(0) + STOP,
-                                         BROKEN_OFF)),
-    ("without message_stop",            (START, DELTA, end_of(5))),
-    ("in the chunk of the content",     (START + DELTA + OVERLOADED,)),
-    ("before the end",                  (START, DELTA, OVERLOADED, end_of(5), STOP)),
-    ("error without an event line",     (START, DELTA, DATA_ERROR, STOP)),
-    ("byte by byte",                    (START + DELTA, *map(bytes, zip(OVERLOADED)))),
-    ("CRLF",                            ((START + DELTA + OVERLOADED).replace(b"\n", b"\r\n"),)),
-)
+        def respond(received):
+            number, target = received.json()["number"], target_of(received)
+            if failing[number // 20] == target:
+                return self.FAILURES[number * 7919 % len(self.FAILURES)]
+            return sse(START, text_of("%d by %s" % (number, target)), STOP)
 
+        def is_served(number):
+            if number % 50 == 0:
+                self.shifts[0] += 1801
+            reply = self.rrouter.post((SONNET, OPUS, HAIKU)[number % 3], number=number)
+            words = text_of("%d by %s" % (number, reply.header("x-rrouter-target")))
+            return (reply.status, reply.complete, reply.body) == (200, True, START + words + STOP)
 
-class LateFailureTest(AutoTest):
-    """A failure after the first content is forwarded as it is, and counts without a rescue."""
-
-    def assert_forwarded(self, response, complete):
-        self.script_anew(response)
-        reply = self.ask_for("a")
-        self.assertEqual((reply.status, reply.complete), (200, complete))
-        self.assertEqual(reply.body, b"".join(response.chunks))
-
-    def test_error_or_missing_end_counts(self):
-        for label, chunks in LATE_FAILURES:
-            with self.subTest(label):
-                self.assert_forwarded(sse(*chunks), True)
-                self.assert_state("antigravity", failureCount=1)
-
-    def test_broken_response_is_broken_off_and_neutral(self):
-        good = b"".join(events_of("antigravity"))
-        cuts = range(good.index(NO_MORE_TEXT), len(good) - len(STOP), 20)
-        for response in (Response(200, b"x" * (1024 * 1024 + 1), cut=True),
-                         *(sse(good[:end], cut=True) for end in cuts)):
-            self.assert_forwarded(response, False)
-            self.assert_untouched()
-
-    def test_recorded_truncation_that_looks_complete_is_a_success(self):
-        self.assert_forwarded(sse(START + NO_TEXT + DELTA, NO_MORE_TEXT + end_of(0) + STOP), True)
-        self.assert_untouched()
-
-    def test_target_switched_to_is_left_only_after_it_has_answered_once(self):
-        broken = sse(START, DELTA)
-        self.script(broken, [broken] * 4 + [None] + [broken] * 3)
-        self.ask_for("a a a" " c c c c" " c" " c c c" " a")
-
-    def test_client_that_leaves_after_message_stop_has_a_complete_response(self):
-        self.script([error(500), sse(START + DELTA + STOP, PING, gate=self.gate())])
-        self.ask()
-        self.leave(self.begin_until(STOP))
-        self.assert_untouched()
-
-
-TOO_LARGE = "prompt is too long: 210000 tokens > 200000 maximum"
-RANKED = (
-    # rank, response of a target: the client gets the one of the lower rank, or the first
-    *((0, lambda target, status=status: error(status, target, fields=(
-        ("Retry-After", "9"), ("x-should-retry", "false")))) for status in (400, 409, 422)),
-    (1, lambda target: error(429, target)),
-    *((2, lambda target, status=status: error(status, target)) for status in (401, 403)),
-    (3, lambda target: error(404, target)),
-    *((4, lambda target, status=status: error(status, target)) for status in (500, 529, 408)),
-    (5, lambda target: error(504, target)),
-    (6, lambda target: error(503, "auth_unavailable: no auth available " + target)),
-    (6, lambda target: error(429, "All credentials for model %s are cooling down" % target)),
-    (6, lambda target: error(429, target, "model_cooldown")),
-    (6, lambda target: error(400, "unknown provider for model " + target)),
-    (7, lambda target: sse(PING, b": %b\n\n" % target.encode(), OVERLOADED)),
-    (7, lambda target: plain({"error": target})),
-    (8, lambda target: Response(hangup=True)),
-)
-
-
-class BothFailTest(AutoTest):
-    """If both targets fail, the client gets the more useful response, and nothing counts."""
-
-    def test_more_useful_response_is_forwarded_byte_for_byte(self):
-        for (first, make_first), (second, make_second) in itertools.product(RANKED, repeat=2):
-            responses = make_first("antigravity"), make_second("claude")
-            with self.subTest([response.wire() for response in responses]):
-                self.script(*responses)
-                reply = self.ask()[0]
-                if min(first, second) == 8:
-                    self.assert_error(reply, 502, self.upstream.url)
-                    continue
-                best, target = list(zip(responses, ("antigravity", "claude")))[second < first]
-                self.assertEqual((reply.status, reply.body), (best.status, b"".join(best.chunks)))
-                self.assertEqual(upstream_fields(reply)[:len(best.fields)], best.fields)
-                self.assertEqual((reply.header("x-rrouter-target"),
-                                  reply.header("x-rrouter-attempts")), (target, "2"))
-        self.assert_untouched()
-
-    def test_too_large_for_one_target_ranks_below_429_and_5xx_of_the_other(self):
-        for refusal in (error(400, TOO_LARGE), error(413, "x"), error(422, "Input is too long")):
-            for other, best in ((error(429), 429), (error(500), 500), (error(529), 529),
-                                (error(404), refusal.status), (EMPTY_STREAM, refusal.status),
-                                (error(409), None)):
-                for pair in ((refusal, other), (other, refusal)):
-                    self.script(*pair)
-                    self.assertEqual(self.ask()[0].status, best or pair[0].status)
-        self.assert_untouched()
-
-    def test_outage_of_both_moves_nothing(self):
-        for response in (error(500), SHELF_503, Response(hangup=True)):
-            self.script(response, response)
-            for _ in range(11):
-                self.assertGreaterEqual(self.ask()[0].status, 500)
-            self.assert_untouched()
-        self.script()
-        self.ask_for("a")
-
-
-TOO_LARGE_WORDINGS = (
-    # status, message
-    (400, TOO_LARGE), (400, "Your input exceeds the context window of this model"),
-    (400, "The input token count (9) exceeds the maximum number of tokens allowed (8)."),
-    (400, "Input is too long for requested model."), (400, "PROMPT TOKEN COUNT OF 9 exceeds"),
-    (422, "capability_rejected: prompt_too_long"), (400, "context length exceeded"),
-    (400, "Request too large"), (413, "whatever"))
-REJECTION = error(400, "messages.1.content.0: Invalid `signature` in `thinking` block")
-HISTORY = [{"role": "assistant", "content": [
-    {"type": "thinking", "thinking": "", "signature": "x"}, text("x")]}]
-OF_A_ROUTER = error(503, fields=(("x-rrouter-error", "1"),))
+        self.upstream.default = respond
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            served = list(pool.map(is_served, range(self.REQUESTS)))
+        self.assertEqual([number for number, good in enumerate(served) if not good], [])
 
 
 class NeutralTest(AutoTest):
-    """An outcome that says nothing about the target changes no counter."""
-
-    def test_request_too_large_for_one_target_is_rescued_and_neutral(self):
-        for status, words in TOO_LARGE_WORDINGS:
-            with self.subTest(words):
-                self.script(error(status, words))
-                self.assert_served(self.ask()[0], "claude", 2)
-        self.assert_untouched()
-        self.script(error(500, TOO_LARGE))
-        self.ask()
-        self.assert_state("antigravity", failureCount=1)
-
-    def test_own_error_of_another_rrouter_is_forwarded_and_neutral(self):
-        self.script(OF_A_ROUTER)
-        reply = self.ask_for("a a a a")
-        self.assertEqual((reply.status, reply.header("x-rrouter-error")), (503, "1"))
-        self.assert_untouched()
+    """A request that is not judged changes no counter."""
 
     def test_count_tokens_is_neutral(self):
-        self.script(error(500, "as it is"))
-        for _ in range(4):
+        self.script([error(429)] + [error(500)] * 4)
+        self.ask_for("ac")
+        for status in (500, 500, 500, 500, 200):
             reply = self.rrouter.post(target=COUNT_TOKENS)
-            self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (500, "1"))
-        self.assert_untouched()
-        self.ask()
-        self.script()
-        self.rrouter.post(target=COUNT_TOKENS)
-        self.assert_state("antigravity", failureCount=1)
+            self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (status, "1"))
+        self.assert_state(failureCount=1)
 
     def test_request_without_a_model_is_neutral(self):
-        for response in (error(500), error(429), Response(hangup=True), sse(), REJECTION):
+        for response in (error(500), HANG_UP, sse(), REJECTION):
             self.script(other=response)
             for method, target, body in (("GET", "/v1/models", None), ("POST", "/v1/messages", b""),
-                                         ("POST", "/v1/messages", b'{"model":null}'),
-                                         ("POST", "/v1/messages", b'["model"]')):
+                                         ("POST", "/v1/messages", b'{"model":null}')):
                 reply = self.rrouter.request(method, target, body)
                 self.assertIn(reply.status, (response.status, 502))
                 self.assertIsNone(reply.header("x-rrouter-target"))
-        self.assert_untouched()
+        self.assert_state()
 
-    def test_body_without_a_model_is_not_healed_however_it_is_cut(self):
+    def test_body_without_a_model_that_comes_in_pieces_is_not_healed(self):
         self.script(other=REJECTION)
-        body = json.dumps({"messages": HISTORY}).encode()
-        data = request_bytes(body=body)
-        for cut in (len(data) - len(body), len(data) - 9):
-            with self.rrouter.connect() as connection:
-                connection.sendall(data[:cut])
-                self.assert_silent(connection)      # or the kernel joins both segments
-                connection.sendall(data[cut:])
-                self.assertEqual(read_reply(connection).status, 400)
-        self.assertEqual(self.calls(), "--")
+        data = request_bytes(body=json.dumps({"messages": HISTORY}).encode())
+        with self.rrouter.connect() as connection:
+            connection.sendall(data[:-9])
+            self.assert_silent(connection)      # or the kernel joins both segments
+            connection.sendall(data[-9:])
+            self.assertEqual(read_reply(connection).status, 400)
+        self.assertEqual(self.calls(), "-")
 
-    def test_healed_response_is_judged_and_the_client_gets_the_original_400(self):
-        for failure in (error(500), EMPTY_STREAM, error(429), REJECTION):
-            self.script_anew([REJECTION, failure])
-            self.assert_served(self.ask_for("aac", messages=HISTORY), "claude", 2)
-            self.assert_state("antigravity", failureCount=1)
-            self.script([REJECTION, failure], error(429))
-            self.assertEqual(self.ask_for("aac", messages=HISTORY).body, REJECTION.chunks[0])
-            self.assert_state("antigravity", failureCount=1)
+    # Explicit modes, and names that both targets would get, have one attempt and no judge.
+    FAILURES = (error(429), error(500), sse(OVERLOADED), EMPTY_STREAM, EMPTY_MESSAGE)
 
-    def test_refused_request_has_the_header_of_own_errors_and_a_line_in_the_log(self):
-        for status, data in ((400, b"GET /\r\n\r\n"),
-                             (403, b"GET / HTTP/1.1\r\nHost: evil\r\n\r\n"),
-                             (431, b"GET / HTTP/1.1\r\nX: %b" % (b"x" * 70000))):
-            self.assertEqual(self.assert_refused(data, status).header("x-rrouter-error"), "1")
-            wait_until(lambda: "[REFUSED] %d" % status in self.rrouter.log())
+    def test_explicit_mode_neither_rescues_nor_counts(self):
+        for mode in ("antigravity", "claude"):
+            self.set_mode(mode)
+            for response in self.FAILURES:
+                self.script(response, response)
+                self.assert_forwarded(self.ask_for(mode[0]), response, mode)
+            self.assertFalse(self.rrouter.health()["autoSwitch"]["active"])
 
-
-class OneEventTest(AutoTest):
-    """Failures of requests that ran side by side count once."""
-
-    def test_forty_requests_that_fail_together_count_once(self):
-        gate = self.gate()
-        self.script(error(529, before=gate))
-        connections = [self.begin() for _ in range(40)]
-        gate.set()
-        for connection in connections:
-            self.assert_served(read_reply(connection), "claude", 2)
-        self.assert_state("antigravity", failureCount=1, switchCount=0, models={})
-
-    def test_time_is_that_of_the_failure_however_long_the_rescue_takes(self):
-        gate, rescues = self.gate(), [self.gate() for _ in range(12)]
-        self.script(error(529, before=gate), [stream(before=rescue) for rescue in rescues])
-        for _ in rescues:
-            self.begin()
-        gate.set()
-        self.upstream.wait(lambda upstream: len(upstream.received) == 24)
-        for left, rescue in zip(range(11, -1, -1), rescues):
-            rescue.set()
-            wait_until(lambda: self.rrouter.health()["activeRequests"] == left)
-            self.later(1)
-        self.assert_state("antigravity", failureCount=1)
+    def test_name_without_a_rule_goes_once_to_the_current_target(self):
+        for response in self.FAILURES:
+            self.script(other=response)
+            self.assert_forwarded(self.ask_for("-", "gpt-9"), response, "antigravity")
+        self.script(other=sse(PING, STOP, gate=self.gate()))
+        self.begin(until=PING, model="gpt-9")
+        self.assert_state()
+        self.trip()
+        self.scripts[None] = error(500)
+        self.later(1801)
+        self.assert_forwarded(self.ask_for("-", "gpt-9"), error(500), "claude")
+        self.ask_for("c", target=COUNT_TOKENS)
+        self.ask_for("ac")                          # the first that probes
 
 
 class ClientLeavesTest(AutoTest):
@@ -4810,39 +4067,41 @@ class ClientLeavesTest(AutoTest):
 
     limits = {"TICK_S": 0.05}
 
-    def assert_counted(self, timeouts, seconds, response, received=b"", **members):
-        """A client receives these bytes and leaves after some time: so many timeouts count."""
-        self.script_anew(response)
-        connection = self.begin_until(received, **members)
-        self.later(seconds)
-        self.leave(connection)
-        self.upstream.wait(lambda upstream: upstream.closed == 1)
-        self.assertEqual(self.calls(), "a")
-        self.assert_state("antigravity", failureCount=0, timeoutCount=timeouts)
-
     def test_silence_of_120_s_that_the_client_ends_is_a_timeout(self):
-        for label, response, received in (
-                ("before the head", self.silent(), b""),
-                ("in a stream", sse(START + DELTA, DELTA, gate=self.gate()), DELTA),
-                ("comments alone", slowly(COMMENT), b""),
-                ("pings alone", sse(START + DELTA, *slowly(PING).chunks, pause_s=0.02), DELTA)):
-            for seconds, timeouts in ((0, 0), (119, 0), (121, 1)):
-                with self.subTest(label, seconds=seconds):
-                    self.assert_counted(timeouts, seconds, response, received)
-        self.assert_counted(0, 121, self.silent(), stream=False)
+        for label, seconds, timeouts, response, received, members in (
+                ("before the head", 110, 0, self.silent(), b"", {}),
+                ("before the head", 121, 1, self.silent(), b"", {}),
+                ("not a stream", 121, 0, self.silent(), b"", {"stream": False}),
+                ("in a stream", 110, 0, sse(TALK, DELTA, gate=self.gate()), DELTA, {}),
+                ("in a stream", 121, 1, sse(TALK, DELTA, gate=self.gate()), DELTA, {}),
+                ("comments alone", 121, 1, slowly(COMMENT), b"", {}),
+                ("pings alone", 121, 1, slowly(PING, TALK), DELTA, {})):
+            with self.subTest(label, seconds=seconds):
+                self.script_anew(response)
+                connection = self.begin(until=received, **members)
+                self.later(seconds)
+                self.leave(connection)
+                self.upstream.wait(lambda upstream: upstream.closed == 1)
+                self.assertEqual(self.calls(), "a")
+                self.assert_state(timeoutCount=timeouts)
 
     def test_event_ends_the_silence(self):
-        for late in (text_of("later"), NO_MORE_TEXT):
-            gates = [self.gate() for _ in range(3)]
-            gates[0].set()
-            self.script(sse(START + DELTA, late, PING, gate=gates))
-            connection = self.begin_until(DELTA)
-            self.later(100)
-            gates[1].set()
-            receive_until(connection, late)
-            self.later(100)
-            self.leave(connection)
-            self.assert_untouched()
+        gates = [self.gate() for _ in range(3)]
+        gates[0].set()
+        self.script(sse(TALK, NO_MORE_TEXT, PING, gate=gates))
+        connection = self.begin(until=DELTA)
+        self.later(100)
+        gates[1].set()
+        receive_until(connection, NO_MORE_TEXT)
+        self.later(100)
+        self.leave(connection)
+        self.assert_state()
+
+    def test_response_is_complete_with_message_stop(self):
+        self.script([error(500), sse(START + DELTA + STOP, PING, gate=self.gate())])
+        self.ask()
+        self.leave(self.begin(until=STOP))
+        self.assert_state()
 
     def test_client_that_left_before_the_failure_gets_no_second_attempt(self):
         gate = self.gate()
@@ -4853,10 +4112,10 @@ class ClientLeavesTest(AutoTest):
             gate.set()
             self.leave()
             self.assertEqual(self.calls(), "a")
-            self.assert_untouched()
+            self.assert_state()
 
     def test_client_that_leaves_during_the_rescue_leaves_a_failure_after_60_s_counted(self):
-        for seconds, failures in ((0, 0), (59, 0), (61, 1)):
+        for seconds, failures in ((50, 0), (61, 1)):
             with self.subTest(first_attempt_s=seconds):
                 gate = self.gate()
                 self.script_anew(error(500, before=gate), self.silent())
@@ -4865,72 +4124,71 @@ class ClientLeavesTest(AutoTest):
                 gate.set()
                 self.upstream.wait(lambda upstream: self.calls() == "ac")
                 self.leave(connection)
-                self.assert_state("antigravity", failureCount=failures, timeoutCount=0)
-
-
-def retry_after(value, name="Retry-After"):
-    return error(429, fields=((name, value),))
-
-
-COOLDOWNS = (
-    # seconds of at most 4 hours, last of three failures
-    (90, retry_after("90")), (90.5, retry_after("90.5")), (14400, retry_after("86400")),
-    (90, retry_after("90500", "retry-after-ms")), (90, retry_after("90\r\nRetry-After: 90")),
-    (60, retry_after("5")), (60, retry_after("Fri, 27 Nov 2020 01:16:59 GMT")),
-    (14400, retry_after("soon")), (3723, error(429, "Your quota will reset after 1h2m3s.")),
-    (7200, QUOTA_429), (14400, error(429)), (90, error(503, fields=(("Retry-After", "90"),))))
+                self.assert_state(failureCount=failures)
 
 
 class SwitchTest(AutoTest):
-    """Three failures in a row switch the target, or one model of it."""
 
-    def test_health_and_log_show_the_switch(self):
-        self.trip()
-        self.assert_state("claude", active=True, switched=True, switchCount=1, failureCount=0,
-                          timeoutCount=0, models={}, cooldownSeconds=1800,
-                          reason="3 consecutive HTTP errors, last 429")
-        self.assertTrue(1790 <= self.auto()["cooldownRemainingSeconds"] <= 1800)
-        self.assert_logged(r"antigravity.*\b429\b.*\b2\b")
-        self.assert_logged("SWITCH antigravity -> claude: 3 consecutive HTTP errors, last 429; "
-                           r"retry in 30m\b")
-        self.assertEqual((self.ask()[1], self.ask(HAIKU)[1]), ("c", "c"))
-
-    def test_cooldown_is_shortened_by_the_last_failure_but_never_lengthened(self):
-        self.configure(auto_config(cooldownMinutes=[240]))
-        for seconds, failure in COOLDOWNS:
-            with self.subTest(failure.fields + list(failure.chunks)):
-                self.script_anew([retry_after("70"), error(429), failure])
-                self.ask_for("ac ac ac")
-                self.assert_state("claude")
-                self.assertAlmostEqual(self.auto()["cooldownRemainingSeconds"], seconds, delta=5)
-
-    def test_target_that_fails_in_its_turn_is_left_at_once_and_the_next_cooldown_is_longer(self):
-        for seconds in (1800, 3600, 7200):
-            self.trip()
-            self.assert_state("claude", cooldownSeconds=seconds)
-            self.ask()
-            self.script(claude=error(503))
-            self.ask_for("ca ca ca")
-            self.assertFalse(self.auto()["retryAt"])
-        self.assert_state("antigravity", switchCount=6)
-        self.assert_logged("SWITCH claude -> antigravity: 3 consecutive HTTP errors, last 503")
+    def test_forty_requests_that_fail_together_count_once_however_long_their_rescues_take(self):
+        gate, rescues = self.gate(), [self.gate() for _ in range(3)]
+        self.script(error(529, before=gate),
+                    [whole("claude", before=rescue) for rescue in rescues] + [None] * 37)
+        connections = [self.begin() for _ in range(40)]
+        gate.set()
+        for left, rescue in zip((3, 2, 1), rescues):
+            wait_until(lambda: self.rrouter.health()["activeRequests"] == left)
+            self.later(3)
+            rescue.set()
+        for connection in connections:
+            self.assert_served(read_reply(connection), "claude", 2)
+        self.assert_state(failureCount=1)
 
     def test_exhausted_model_switches_and_recovers_alone(self):
         self.script(lambda received: error(429) if "opus" in received.model
                     else whole("antigravity"))
         for _ in range(3):
             self.assertEqual((self.ask(OPUS)[1], self.ask(HAIKU)[1]), ("ac", "a"))
-        self.assert_state("antigravity", switched=False, switchCount=0)
-        model = self.auto()["models"][OPUS]
+        models = self.rrouter.health()["autoSwitch"]["models"]
+        self.assert_state(switched=False, models=models)
+        model = models[OPUS]
         self.assertEqual((model["currentTarget"], model["switchCount"], model["cooldownSeconds"]),
                          ("claude", 1, 1800))
         self.assertEqual([self.ask(name)[1] for name in (OPUS, HAIKU, SONNET)], ["c", "a", "a"])
-        self.trip(model=HAIKU)                          # the whole, and opus keeps its own machine
-        self.assertEqual(self.auto()["models"][OPUS]["retryAt"], model["retryAt"])
         self.later(1801)
         self.script()
-        self.assertEqual([self.ask(name)[1] for name in (HAIKU, OPUS, OPUS)], ["a", "a", "a"])
-        self.assert_state("antigravity", models={})
+        self.ask_for("a", OPUS)
+        self.assert_state()
+
+    def test_one_request_probes_while_all_others_stay(self):
+        self.trip()
+        self.later(1801)
+        gate = self.gate()
+        self.script(error(500, before=gate))
+        self.upstream.clear()
+        connections = [self.send() for _ in range(9)]
+        self.upstream.wait(lambda upstream: len(upstream.received) == 9)
+        self.assertEqual(sorted(self.calls()), list("a" + "c" * 8))
+        self.ask_for("c", OPUS)
+        gate.set()
+        self.assertEqual({read_reply(one).status for one in connections}, {200})
+        self.assert_state("claude", switchCount=2, cooldownSeconds=3600)
+        self.script(self.silent())
+        self.later(3601)
+        self.leave(self.begin())                        # a neutral probe
+        self.ask_for("c")
+        self.script()
+        self.ask_for("61 a")
+
+    def test_clock_that_was_set_back_and_right_again_ends_a_cooldown(self):
+        self.trip()
+        for seconds in (-86400, 86400):
+            self.shifts[0] += seconds                   # of the time of day alone
+            for _ in range(2):          # the second line is written in a later round of the watcher
+                before = self.rrouter.log().count("[REFUSED]")
+                self.rrouter.request("GET", "/", None, (("Origin", "null"),))
+                wait_until(lambda: self.rrouter.log().count("[REFUSED]") > before)
+        self.script()
+        self.ask_for("a")
 
     def test_auto_again_clears_everything(self):
         for label, way in (
@@ -4948,7 +4206,7 @@ class SwitchTest(AutoTest):
                 gate.set()
                 self.assert_served(read_reply(late), "antigravity", 2)
                 self.ask_for("a")
-                self.assert_untouched()
+                self.assert_state()
 
 
 class SilenceTest(AutoTest):
@@ -4956,28 +4214,21 @@ class SilenceTest(AutoTest):
 
     config, limits = auto_config(firstByteTimeoutSeconds=0.3), {"TICK_S": 0.05}
 
-    def test_two_timeouts_switch(self):
-        self.script(self.silent())
-        for count in (1, 2):
-            self.assert_served(self.ask()[0], "claude", 2)
-            self.upstream.wait(lambda upstream: upstream.closed >= count)   # not left running
-            if count == 1:
-                self.assert_state("antigravity", timeoutCount=1, failureCount=0)
-        self.assert_state("claude", timeoutCount=0, switchCount=1)
-        self.assert_logged("SWITCH antigravity -> claude: 2 .*timeouts.*; retry in 30m")
-
     def test_limit_runs_until_the_first_content_or_the_last_byte(self):
         gate = self.gate()
         for label, response in (
                 ("half a head", Response(raw=(sse().head()[:40], b""), gate=gate)),
                 ("no content", sse(PING + START + NO_TEXT, STOP, gate=gate)),
                 ("half a message", Response(200, (b'{"type":', b"}"), gate=gate)),
-                ("comments for ever", slowly(COMMENT)), ("pings for ever", slowly(PING)),
+                ("pings for ever", slowly(PING)),
                 ("blank lines for ever", Response(200, (b"\n",) * 999, pause_s=0.02))):
             with self.subTest(label):
                 self.script_anew(response)
                 self.assert_served(self.ask(stream="lines" not in label)[0], "claude", 2)
-                self.assert_state("antigravity", timeoutCount=1, failureCount=0)
+                self.assert_state(timeoutCount=1)
+                self.upstream.wait(lambda upstream: upstream.closed)    # not left running
+        self.ask_for("ac")
+        self.assert_state("claude", switchCount=1, reason="2 consecutive timeouts")
 
     def test_request_without_stream_has_twice_the_limit(self):
         self.script(self.silent())
@@ -4988,22 +4239,14 @@ class SilenceTest(AutoTest):
 
     def test_timeout_counts_unless_the_other_target_is_silent_or_drops_too(self):
         for first, second, status, timeouts in (
-                (None, error(529), 529, 1), (None, error(400), 400, 1), (None, SHELF_503, 503, 1),
-                (error(529), None, 529, 0), (None, None, 504, 0),
-                (None, Response(hangup=True), 504, 0)):
+                (None, SHELF_503, 503, 1), (error(529), None, 529, 0), (None, None, 504, 0),
+                (None, HANG_UP, 504, 0)):
             with self.subTest([first and first.status, second and second.status]):
                 self.script_anew(first or self.silent(), second or self.silent())
                 reply = self.ask()[0]
                 self.assertEqual((reply.status, reply.header("x-rrouter-attempts")), (status, "2"))
                 self.assertEqual(reply.header("x-rrouter-error"), "1" if status == 504 else None)
-                self.assert_state("antigravity", failureCount=0, timeoutCount=timeouts)
-
-    def test_client_that_leaves_during_the_rescue_leaves_the_timeout_counted(self):
-        self.script(self.silent(), self.silent())
-        connection = self.begin()
-        self.upstream.wait(lambda upstream: self.calls() == "ac")
-        self.leave(connection)
-        self.assert_state("antigravity", failureCount=0, timeoutCount=1)
+                self.assert_state(timeoutCount=timeouts)
 
     def test_nothing_else_has_a_limit(self):
         gate = self.gate()
@@ -5036,145 +4279,7 @@ class SilenceTest(AutoTest):
                 process.send_signal(signal.SIGCONT)
             gate.set()
             self.assert_served(read_reply(connection), "antigravity", 1)
-        self.assert_untouched()
-
-
-class ShelfTest(AutoTest):
-    """After a shelf response asking again is free: the cooldown is one minute."""
-
-    def switch_by(self, *failures):
-        self.script_anew(list(failures))
-        self.ask_for("ac ac ac")
-        self.assert_state("claude", switched=True, switchCount=1)
-        self.script()
-
-    def test_switch_by_the_shelf_lasts_a_minute_and_does_not_raise_n(self):
-        model_cooldown = Response(429, b'{"error":{"code":"model_cooldown"}}', framing="length")
-        for failures, reason in (
-                ((error(500), SHELF_503, SHELF_503), "last 503 auth_unavailable, after 500"),
-                ((INVALID_KEY_401, SHELF_503, SHELF_503), "last 503 auth_unavailable, after 401"),
-                ((SHELF_503, error(500), SHELF_503), "last 503 auth_unavailable, after 500"),
-                ((error(401), COOLING_429, COOLING_429), "after 401"),
-                ((error(500), SHELF_503, model_cooldown), "after 500"),
-                ((UNKNOWN_400,) * 3, "last 400"), ((SHELF_503,) * 3, "last 503 auth_unavailable")):
-            with self.subTest(reason):
-                self.script_anew(error(500))
-                self.rrouter.post(target=COUNT_TOKENS)      # this alone shelves a credential
-                self.switch_by(*failures)
-                self.assert_state("claude", cooldownSeconds=60)
-                self.assertIn(reason, self.auto()["reason"])
-                self.later(61)
-                self.ask_for("a")
-                self.trip()
-                self.assert_state("claude", cooldownSeconds=1800, switchCount=2)
-        self.switch_by(SHELF_503, SHELF_503, error(500))
-        self.assert_state("claude", cooldownSeconds=1800)
-
-    def test_probe_that_fails_as_expected_starts_another_minute_and_is_no_switch(self):
-        self.switch_by(error(401), SHELF_503, SHELF_503)
-        before = self.auto()
-        for failure in (SHELF_503, error(401), error(403), error(404), error(500), COOLING_429):
-            self.later(61)
-            self.script(failure)
-            self.ask_for("ac c")
-            after = self.auto()
-            for name in ("switchCount", "switchedAt", "reason", "currentTarget"):
-                self.assertEqual(after[name], before[name], name)
-            self.assertTrue(50 < after["cooldownRemainingSeconds"] <= 60, after)
-        self.later(61)
-        self.script(error(429))             # a new failure is the next switch
-        self.ask_for("ac")
-        self.assert_state("claude", switchCount=2, cooldownSeconds=1800)
-
-    def decisions(self):
-        """Return the number of lines of auto mode, when all requests have theirs."""
-        count = self.rrouter.health()["requestCount"]
-        return wait_until(lambda: self.rrouter.log().count("[REQ]") == count
-                          and self.rrouter.log().count("[AUTO]"))
-
-    def test_probes_of_the_shelf_are_logged_when_the_response_changes(self):
-        self.switch_by(*(SHELF_503,) * 3)
-        for failure, is_logged in ((error(401), True), (SHELF_503, True), (SHELF_503, False),
-                                   (SHELF_503, False), (error(403), True), (error(403), False)):
-            before = self.decisions()
-            self.later(61)
-            self.script(failure)
-            self.ask_for("ac")
-            self.assertEqual(self.decisions() > before, is_logged, failure.status)
-
-
-class ProbeTest(AutoTest):
-    """After the cooldown one request probes the target that failed."""
-
-    def trip_and_wait(self):
-        self.set_mode("auto")
-        self.trip()
-        self.later(1801)
-        self.upstream.clear()
-
-    def test_successful_probe_recovers_the_target(self):
-        self.trip_and_wait()
-        self.script()
-        self.ask_for("a a")
-        self.assert_state("antigravity", switched=False, switchCount=1, failureCount=0)
-        self.assert_logged("probe of antigravity")
-        self.assert_logged("recover")
-
-    def test_probe_succeeds_when_it_commits(self):
-        self.trip_and_wait()
-        gate = self.gate()
-        self.script([sse(START + DELTA, OVERLOADED, gate=gate)])
-        probe = self.begin_until(DELTA)
-        self.assert_state("antigravity", switched=False, failureCount=0)
-        gate.set()
-        receive_until(probe, b"0\r\n\r\n")
-        self.assert_state("antigravity", switched=False, failureCount=1)
-
-    def test_one_request_probes_while_all_others_stay_and_its_failure_is_the_next_switch(self):
-        self.trip_and_wait()
-        gate = self.gate()
-        self.script(error(500, before=gate))
-        connections = [self.send() for _ in range(9)]
-        self.upstream.wait(lambda upstream: len(upstream.received) == 9)
-        self.assertEqual(sorted(self.calls()), list("a" + "c" * 8))
-        self.ask_for("c", OPUS)
-        gate.set()
-        self.assertEqual({read_reply(one).status for one in connections}, {200})
-        self.assert_state("claude", switchCount=2, cooldownSeconds=3600, failureCount=0)
-        self.ask_for("c")
-
-    def test_neutral_probe_is_followed_by_the_next_after_a_minute(self):
-        for label, antigravity, claude in (
-                ("dropped", Response(hangup=True), None), ("both fail", error(500), error(500)),
-                ("too large", error(400, TOO_LARGE), None), ("own error", OF_A_ROUTER, None),
-                ("the client leaves", self.silent(), None)):
-            with self.subTest(label):
-                self.trip_and_wait()
-                self.script(antigravity, claude)
-                if label == "the client leaves":
-                    self.leave(self.begin())
-                else:
-                    self.ask()
-                self.assertEqual(self.calls()[0], "a")
-                self.script()
-                self.ask_for("c")
-                self.assert_state("claude", switchCount=1)
-                self.later(61)
-                self.assert_served(self.ask_for("a"), "antigravity", 1)
-
-    def test_probe_that_needs_healing_recovers(self):
-        self.trip_and_wait()
-        self.script([REJECTION, None])
-        self.assert_served(self.ask_for("aa", messages=HISTORY), "antigravity", 1)
-        self.assert_state("antigravity", switched=False)
-
-    def test_only_messages_with_a_rule_probe(self):
-        self.trip_and_wait()
-        self.assertEqual([self.rrouter.post(*request).header("x-rrouter-target") for request in (
-            ("gpt-9",), (SONNET, COUNT_TOKENS))], ["claude", "claude"])
-        self.get()
-        self.assertEqual(self.calls(), "-c-")
-        self.ask_for("ac")
+        self.assert_state()
 
 
 class UpstreamAwayTest(AutoTest):
@@ -5212,12 +4317,14 @@ class UpstreamAwayTest(AutoTest):
         return reply
 
     def test_restart_of_the_upstream_is_survived_in_every_mode(self):
-        for mode, target in (("auto", "antigravity"), ("antigravity",) * 2, ("claude",) * 2):
+        for mode, target in (("auto", "antigravity"), ("claude", "claude")):
             with self.subTest(mode):
                 self.set_mode(mode)
                 with self.away():
+                    self.leave(self.send_and_wait())    # whose waiting ends with that
                     connection = self.send_and_wait()
                 self.assert_served(read_reply(connection), target, 1)
+                self.assertEqual(self.calls(), target[0])
 
     def test_second_miss_in_a_row_is_not_to_be_retried(self):
         for _ in range(2):
@@ -5226,12 +4333,7 @@ class UpstreamAwayTest(AutoTest):
                 self.assert_error(self.get(), 502)      # without a model: at once
             self.assertEqual(retries, [None, "false", "false"])
             self.ask_for("a")
-        self.assert_untouched()
-
-    def test_client_that_leaves_ends_the_waiting(self):
-        with self.away():
-            self.leave(self.send_and_wait())
-        self.assertEqual(self.upstream.received, [])
+        self.assert_state()
 
     def test_second_attempt_does_not_wait_and_the_first_is_neutral(self):
         self.upstream.break_connections()
@@ -5242,22 +4344,9 @@ class UpstreamAwayTest(AutoTest):
 
         self.script(fail_and_go)
         self.assertEqual(self.ask_for("a").body, error(429, "last words").chunks[0])
-        self.assert_untouched()
+        self.assert_state()
         with self.away():
             pass
-
-    def test_streams_of_an_upstream_that_is_killed_are_broken_off_neutrally(self):
-        self.script(sse(START + DELTA, STOP, gate=self.gate()))
-        streams = [self.begin_until(DELTA) for _ in range(4)]
-        self.upstream.break_connections(reset=True)
-        with self.away():
-            for connection in streams:
-                self.assertFalse(read_all(connection).endswith(b"0\r\n\r\n"))
-            waiting = [self.send() for _ in range(4)]
-            self.script()
-        for connection in waiting:
-            self.assert_served(read_reply(connection), "antigravity", 1)
-        self.assert_untouched()
 
     def test_request_is_sent_again_only_if_its_kept_connection_closes_within_a_second(self):
         for mode, seconds, calls, status in (("antigravity", 0, "aa", 200),
@@ -5275,7 +4364,7 @@ class UpstreamAwayTest(AutoTest):
                 gate.set()
                 self.assertEqual(read_reply(connection).status, status)
                 self.assertEqual(self.calls(), calls)
-        self.assert_untouched()
+        self.assert_state()
         wait_until(lambda: re.search(r"\[REQ\].*sent again", self.rrouter.log()))
 
 
@@ -5295,228 +4384,54 @@ class RequestLoopTest(AutoTest):
     def test_request_loop_unwinds_at_the_connection_limit(self):
         for mode, self.drops_headers in (("claude", False), ("auto", False), ("auto", True)):
             self.set_mode(mode)
-            before, start = self.rrouter.health()["requestCount"], time.monotonic()
-            reply = self.rrouter.post()
-            self.assert_error(reply, 503)
-            self.assertLess(time.monotonic() - start, 5)
+            self.assert_error(self.rrouter.post(), 503)
             self.leave()
-            self.assertLessEqual(self.rrouter.health()["requestCount"] - before, 40)
-        self.assert_untouched()
+        self.assert_state()
 
 
 class TruncatedTlsTest(TlsTest, AutoTest):
     """A TLS connection that ends without close_notify, as the scripted one does, is broken."""
 
     def test_response_that_ends_with_the_connection_is_broken(self):
-        response = plain(message(text("x")))
+        response = plain(message("x"))
         response.framing = "close"
         self.script(response)
         self.assert_served(self.ask(stream=False)[0], "claude", 2)
-        self.assert_untouched()
+        self.assert_state()
         self.set_mode("antigravity")
         self.assertFalse(self.ask(stream=False)[0].complete)
 
 
-class SingleAttemptTest(AutoTest):
-    """Explicit modes, and names that both targets would get, have one attempt and no judge."""
-
-    RESPONSES = (error(429, "as it is"), error(500), sse(OVERLOADED), sse(), EMPTY_STREAM,
-                 plain(EMPTY_MESSAGE), plain(b"<html>"))
-
-    def assert_forwarded(self, response, target, model=SONNET):
-        before = len(self.upstream.received)
-        reply = self.rrouter.post(model)
-        self.assertEqual((reply.status, reply.body, reply.complete),
-                         (response.status, b"".join(response.chunks), True))
-        self.assertEqual((reply.header("x-rrouter-target"), reply.header("x-rrouter-attempts"),
-                          len(self.upstream.received) - before), (target, "1", 1))
-
-    def test_explicit_mode_neither_rescues_nor_counts(self):
-        for mode in ("antigravity", "claude"):
-            self.set_mode(mode)
-            for response in self.RESPONSES:
-                self.script(response, response)
-                self.assert_forwarded(response, mode)
-            self.assertFalse(self.auto()["active"])
-
-    def test_outcome_of_an_explicit_mode_does_not_reach_auto(self):
-        self.set_mode("antigravity")
-        gate = self.gate()
-        self.script(sse(PING, OVERLOADED, gate=gate))
-        connection = self.begin_until(PING)         # not held back
-        self.set_mode("auto")
-        gate.set()
-        receive_until(connection, b"0\r\n\r\n")
-        self.assert_untouched()
-
-    def test_name_without_a_rule_goes_once_to_the_current_target(self):
-        for response in self.RESPONSES:
-            self.script(other=response)
-            self.assert_forwarded(response, "antigravity", "gpt-9")
-        self.script(other=sse(PING, STOP, gate=self.gate()))
-        self.begin_until(PING, model="gpt-9")
-        self.assert_untouched()
-        self.trip()
-        self.scripts[None] = error(500)
-        self.assert_forwarded(error(500), "claude", "gpt-9")
-
-    def test_rule_matches_the_very_name_whatever_it_holds(self):
-        config = auto_config()
-        config["modes"]["antigravity"]["mappings"] = [
-            {"match": "claude-opus-4-8[1m]", "rewrite": "gemini-long"}]
-        self.configure(config)
-        self.assert_served(self.ask("claude-opus-4-8[1m]")[0], "antigravity", 1)
-        self.assertEqual(self.upstream.models(), ["gemini-long"])
-
-
-class RestartTest(AutoTest):
-    """The state, and a request under way, when rrouter ends."""
-
-    def test_switch_by_the_shelf_is_one_after_a_kill_too(self):
-        self.script(SHELF_503)
-        self.ask_for("ac ac ac")
-        state = self.rrouter.home.dir / "state.json"
-        wait_until(lambda: state.exists() and "auth_unavailable" in state.read_text())
-        self.rrouter.kill()
-        self.rrouter.start()
-        self.ask_for("c")
-        self.later(61)
-        self.ask_for("ac")
-        self.assert_state("claude", switchCount=1)
-        self.assertTrue(50 < self.auto()["cooldownRemainingSeconds"] <= 60)
-
-    def test_draining_rrouter_makes_no_second_attempt(self):
-        gate = self.gate()
-        self.script(error(500, "as it is", before=gate))
-        connection = self.begin()
-        self.rrouter.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: self.rrouter.home.health() is None)      # it accepts no more connections
-        gate.set()
-        self.assertEqual(read_reply(connection).body, error(500, "as it is").chunks[0])
-        self.assertEqual(self.calls(), "a")
-        self.rrouter.stop()
-        self.rrouter.start()
-
-
-REAL = (*(error(status) for status in (401, 404, 429, 500, 529)), EMPTY_STREAM,
-        sse(PING, OVERLOADED), sse(), plain(EMPTY_MESSAGE))
-SHELVED = SHELF_503, COOLING_429, UNKNOWN_400
-INNOCENT = (*(response for _, response in DROPPED), error(400, TOO_LARGE))
-
-
-class RandomFailuresTest(AutoTest):
-    """Targets fail at random: no client sees a failure unless both fail, and traffic stays home."""
-
-    SEEDS = (int(os.environ["RROUTER_SOAK"]),) if SOAKING else (1, 2, 3)
-    REQUESTS = 20_000 if SOAKING else 400
-
-    def test_traffic_is_away_only_during_a_cooldown_that_three_failures_earned(self):
-        self.configure(auto_config(cooldownMinutes=[30]))
-        for seed in self.SEEDS:
-            with self.subTest(seed=seed):
-                self.set_mode("auto")
-                self.walk(random.Random(seed))
-
-    def walk(self, dice):
-        """Send requests one by one, with time passing in between.
-
-        `earned` has for the whole target (None) and for each model: the failures of home in a row
-        that claude rescued, and when the cooldown ends that they earned at most.
-        """
-        earned, seen = collections.defaultdict(lambda: (0, 0.0)), collections.Counter()
-        rates, good = [0, 0], [b"".join(events_of(target)) for target in ("antigravity", "claude")]
-        for number in range(self.REQUESTS):
-            if dice.random() < 0.1:
-                rates = [dice.choice((0, 0, 0.3, 1)) for _ in rates]
-            self.later(dice.choice((0, 0, 0, 1, 20, 61, 400, 1801)))
-            model = dice.choice((SONNET, SONNET, OPUS, HAIKU))
-            home, away = [dice.choice(dice.choice((REAL, REAL, SHELVED, INNOCENT)))
-                          if dice.random() < rate else None for rate in rates]
-            self.script(home, away)
-            now, alone = time.time() + self.shifts[0], self.auto()["models"].get(model)
-            reply, calls = self.ask(model)
-            calls, what = re.sub(r"(.)\1", r"\1", calls), (number, calls, dict(earned), reply)
-            served = reply.complete and reply.body in good
-            self.assertEqual(served, not (home and away), what)
-            if calls[0] == "c" and not home and not (
-                    alone and alone["currentTarget"] == "antigravity"):     # it probes claude
-                self.assertTrue(any(count >= 3 and now < end for count, end in
-                                    (earned[None], earned[model])), what)
-            for scope in (model,) if alone else (None, model):
-                earned[scope] = self.learned(*earned[scope], calls, home, away)
-            seen[calls, served] += 1
-        self.assertEqual(len(seen), 6, seen)            # a, c, ac, ca; ac and ca in vain
-
-    def learned(self, count, end, calls, home, away):
-        """Return what a scope has earned after a request that has shown this of the targets."""
-        now = time.time() + self.shifts[0]
-        if calls == "a":
-            return 0, 0.0
-        if calls[0] == "a" and (away or home in INNOCENT) and count >= 3:
-            return count, max(end, now + 60)            # after a neutral probe
-        if calls == "ac" and not away and home not in INNOCENT:
-            return count + 1, max(end, now + (60 if home in SHELVED else 1800))
-        return count, end
-
-    def test_clients_side_by_side_see_no_failure_that_the_other_target_could_avoid(self):
-        dice, failures = random.Random(self.SEEDS[0]), REAL + SHELVED + INNOCENT
-        failing = [dice.choice((None, "antigravity", "claude")) for _ in range(self.REQUESTS)]
-
-        def respond(received):
-            number, target = received.json()["number"], target_of(received)
-            if failing[number // 20] == target:
-                return failures[number * 7919 % len(failures)]
-            return sse(START, text_of("%d by %s" % (number, target)), STOP)
-
-        def is_served(number):
-            if number % 50 == 0:
-                self.shifts[0] += 1801
-            reply = self.rrouter.post((SONNET, OPUS, HAIKU)[number % 3], number=number)
-            words = text_of("%d by %s" % (number, reply.header("x-rrouter-target")))
-            return (reply.status, reply.complete, reply.body) == (200, True, START + words + STOP)
-
-        self.upstream.default = respond
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            served = list(pool.map(is_served, range(self.REQUESTS)))
-        self.assertEqual([number for number, good in enumerate(served) if not good], [])
-
-
 # Healing ######################################################################
 
-def nested(message):
-    """Return a refusal as Antigravity writes it: JSON in the message of Google's error."""
-    inner = json.dumps({"type": "error",
-                        "error": {"type": "invalid_request_error", "message": message}})
-    return json.dumps({"error": {"code": 400, "message": inner, "status": "INVALID_ARGUMENT"}})
-
-
-def refusal(wording):
-    """Return a 400 of this wording in Anthropic's shape; bytes are the whole body, in gzip."""
-    if isinstance(wording, str):
-        return error(400, wording, "invalid_request_error")
-    return Response(400, gzip.compress(wording), fields=[("Content-Encoding", "gzip")])
-
-
 INVALID_SIGNATURE = "messages.1.content.0: Invalid `signature` in `thinking` block"
-CORRUPTED_SIGNATURE = "Corrupted thought signature."
-SIGNATURE_REFUSALS = (
-    INVALID_SIGNATURE, nested(INVALID_SIGNATURE), CORRUPTED_SIGNATURE,
-    "messages.1.content.0.thinking.signature: Field required",
-    "messages.1.content.0: `thinking` or `redacted_thinking` blocks in the latest assistant "
-    "message cannot be modified. These blocks must remain as they were in the original response.",
-    "'thinking' or 'redacted_thinking' blocks in the latest assistant message cannot be modified",
-    "messages.3.content.1: Invalid data in `redacted_thinking` block",
-    "Invalid signature in redacted_thinking", "Invalid thought signature.",
-    "Thought signature is not valid",
-    b'{"error":{"code":400,"message":"Corrupted thought signature.","status":"INVALID_ARGUMENT"}}',
-)
-OTHER_RESPONSES = (
-    *(error(400, wording, "invalid_request_error") for wording in (
+NESTED = json.dumps({"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": json.dumps(
+    {"type": "error", "error": {"message": INVALID_SIGNATURE}})}})      # as Antigravity writes it
+
+
+class SignatureRefusalTest(unittest.TestCase):
+    """Which 400 rejects the thinking signatures of another backend."""
+
+    REFUSALS = (
+        INVALID_SIGNATURE, NESTED, "Corrupted thought signature.", "Invalid thought signature.",
+        "messages.1.content.0.thinking.signature: Field required",
+        "`thinking` or `redacted_thinking` blocks in the latest assistant message cannot be "
+        "modified. These blocks must remain as they were in the original response.",
+        "'thinking' or 'redacted_thinking' blocks in the latest assistant message cannot be "
+        "modified", "messages.3.content.1: Invalid data in `redacted_thinking` block",
+        "a thinking block with an invalid signature", "Invalid signature in redacted_thinking",
+        "Thought signature is not valid", "signature is bound to a different conversation")
+    OTHERS = (
         "prompt is too long: 210000 tokens > 200000 maximum", "thinking.type: Field required",
         "unknown provider for model gemini-claude-sonnet-4-5-thinking",
-        "thinking.budget_tokens: Input should be greater than or equal to 1024")),
-    error(500, INVALID_SIGNATURE), error(429, INVALID_SIGNATURE),
-)
+        "thinking.budget_tokens: Input should be greater than or equal to 1024")
+
+    def test_it_is_known_by_its_wording(self):
+        for wordings, expected in ((self.REFUSALS, True), (self.OTHERS, False)):
+            for wording in wordings:
+                with self.subTest(wording):
+                    self.assertEqual(rrouter.names_foreign_signature(wording.encode()), expected)
+
 
 # Blocks of a history as bytes: each block that stays must stay byte-identical.
 THINKING = b'{"type":"thinking","thinking":"so ]},{ \\"type\\":\\"text\\"","signature":"c2ln"}'
@@ -5526,7 +4441,7 @@ TEXT = (b'{"type":"text","text":"caf\\u00e9 \\ud83d \\u2028 {\\"type\\":\\"think
         b'"f":1E400,"f":1.50}')
 TOOL_USE = (b'{"type":"tool_use","id":"t","name":"f","input":{"type":"thinking","content":'
             b'[{"type":"thinking"},{"type":"redacted_thinking"}],"x":1e-7}}')
-TOOL_RESULT = b'{"type":"tool_result","tool_use_id":"t","content":[{"type":"text","text":"ok"}]}'
+SHORT_TEXT = b'{"type":"text","text":"(no content)"}'
 
 
 def conversation(*contents, model=SONNET):
@@ -5534,159 +4449,74 @@ def conversation(*contents, model=SONNET):
     turns = b",".join(
         b'{"role":"user","content":"go on"},{"role":"assistant","content":[%b]}' % b",".join(blocks)
         for blocks in contents)
-    return (b'{"model":"%b","messages":[%b,{"role":"user","content":[%b]}],'
+    return (b'{"model":"%b","messages":[%b,{"role":"user","content":[{"type":"tool_result"}]}],'
             b'"system":[{"type":"text","text":"thinking"}],"metadata":{"type":"thinking"},'
             b'"thinking":{"type":"adaptive","display":"omitted"},"max_tokens":9,"stream":true}' % (
-                model.encode(), turns, TOOL_RESULT))
-
-
-WITHOUT_THINKING = (
-    # request with nothing to remove
-    conversation([TEXT], [TOOL_USE]), chat(messages=[{"content": '"type":"thinking"'}]),
-    chat(thinking={"type": "enabled"}, messages=[]), chat(messages="thinking"),
-    chat(messages=[{"type": "thinking"}, 7, None, {"content": 7}]),
-    b'{"model":"claude-sonnet-5-5","messages":[{"content":[{"type":"thinking"}]}',
-)
+                model.encode(), turns))
 
 
 class HealingTest(AutoTest):
-    """A history with foreign signatures is sent again to the same target without its thinking."""
+    """A history with foreign signatures is sent again to the same target without its thinking.
 
-    BEFORE = ([THINKING, TEXT, TOOL_USE], [TEXT, REDACTED],
+    SCRIPTS has what comes of it in auto mode.
+    """
+
+    BEFORE = ([THINKING, TEXT, TOOL_USE], [TEXT, REDACTED], [REDACTED, THINKING_LATE],
               [REDACTED, THINKING, TEXT, THINKING_LATE], [TEXT], [TEXT, THINKING, THINKING, TEXT])
-    AFTER = ([TEXT, TOOL_USE], [TEXT], [TEXT], [TEXT], [TEXT, TEXT])
+    AFTER = ([TEXT, TOOL_USE], [TEXT], [SHORT_TEXT], [TEXT], [TEXT], [TEXT, TEXT])
+    WITHOUT_THINKING = (
+        conversation([TEXT], [TOOL_USE]), chat(messages="thinking"),
+        chat(messages=[{"type": "thinking"}, 7, None, {"content": 7}]),
+        b'{"model":"claude-sonnet-5-5","messages":[{"content":[{"type":"thinking"}]}')
+
     HISTORY = conversation(*BEFORE)
 
     def send(self, body=HISTORY):
-        """POST these bytes; return (reply, calls, what the upstream received)."""
-        before = len(self.upstream.received)
-        reply = self.rrouter.request(body=body)
-        return reply, self.calls(before), self.upstream.received[before:]
+        """POST these bytes; return (reply, calls)."""
+        self.upstream.clear()
+        return self.rrouter.request(body=body), self.calls()
 
-    def test_each_wording_is_healed_in_every_mode(self):
-        for mode, target, model in (("antigravity", "antigravity", GEMINI_SONNET),
-                                    ("claude", "claude", SONNET),
-                                    ("auto", "antigravity", GEMINI_SONNET)):
-            self.set_mode(mode)
-            for wording in SIGNATURE_REFUSALS:
-                with self.subTest(mode=mode, wording=wording):
-                    self.script(**{target: [refusal(wording), whole(target)]})
-                    reply, calls, received = self.send()
-                    self.assert_served(reply, target, 1)
-                    self.assertEqual(calls, target[0] * 2)
-                    self.assertEqual([r.body for r in received], [
-                        conversation(*self.BEFORE, model=model),
-                        conversation(*self.AFTER, model=model)])
-                    self.assertEqual(self.auto()["failureCount"], 0)
+    def test_history_is_healed_in_every_mode(self):
+        packed = Response(400, gzip.compress(NESTED.encode()),
+                          fields=(("Content-Encoding", "gzip"),))
+        for mode, target, model, refusal in (
+                ("antigravity", "antigravity", GEMINI_SONNET, error(400, INVALID_SIGNATURE)),
+                ("claude", "claude", SONNET, packed),
+                ("auto", "antigravity", GEMINI_SONNET, packed)):
+            with self.subTest(mode):
+                self.set_mode(mode)
+                self.script(**{target: [refusal]})
+                reply, calls = self.send()
+                self.assert_served(reply, target, 1)
+                self.assertEqual(calls, target[0] * 2)
+                first, second = self.upstream.received
+                self.assertEqual([first.body, second.body], [
+                    conversation(*self.BEFORE, model=model),
+                    conversation(*self.AFTER, model=model)])
+                self.assertEqual(first[:2], second[:2])
+                self.assertEqual(end_to_end(first.fields), end_to_end(second.fields))
 
-    def test_healed_request_keeps_its_head(self):
-        self.script(antigravity=[refusal(INVALID_SIGNATURE)])
-        first, second = self.send()[2]
-        self.assertEqual(first[:2], second[:2])
-        self.assertEqual(end_to_end(first.fields), end_to_end(second.fields))
-        self.assertEqual(second.header("content-length"), str(len(second.body)))
-
-    def test_empty_content_gets_a_short_text(self):
-        for blocks in ([THINKING], [REDACTED, THINKING], [THINKING_LATE, REDACTED]):
-            with self.subTest(blocks):
-                self.script(antigravity=[refusal(INVALID_SIGNATURE)])
-                healed = self.send(conversation([TEXT], blocks, [THINKING, TEXT]))[2][1]
-                content, = healed.json()["messages"][3]["content"]
-                self.assertEqual(content["type"], "text")
-                self.assertTrue(0 < len(content["text"].strip()) < 80, content)
-                start, end = conversation([TEXT], [b"|"], [TEXT], model=GEMINI_SONNET).split(b"|")
-                self.assertTrue(healed.body.startswith(start) and healed.body.endswith(end))
-
-    def test_body_with_white_space_is_healed(self):
-        document = json.loads(conversation([TEXT, THINKING], [REDACTED, TEXT], [THINKING, TEXT]))
-        for indent in (1, "\t"):
-            with self.subTest(indent=indent):
-                self.script(antigravity=[refusal(INVALID_SIGNATURE)])
-                body = json.dumps(document, indent=indent).encode()
-                sent, healed = self.send(body)[2]
-                expected = sent.json()
-                self.assertEqual(expected, {**document, "model": GEMINI_SONNET})
-                for message in expected["messages"]:
-                    if isinstance(message["content"], list):
-                        message["content"] = [block for block in message["content"]
-                                              if "thinking" not in block["type"]]
-                self.assertEqual(healed.json(), expected)
-                self.assertTrue(healed.body.endswith(body[body.index(b'"system"'):]))
-
-    def test_request_without_thinking_is_not_sent_again(self):
-        response = refusal(CORRUPTED_SIGNATURE)
-        self.script(antigravity=response)
+    def test_request_without_thinking_and_other_refusals_are_not_sent_again(self):
         self.set_mode("antigravity")
-        for body in WITHOUT_THINKING:
-            with self.subTest(body):
-                reply, calls, _ = self.send(body)
-                self.assertEqual((reply.status, reply.body, calls), (400, response.chunks[0], "a"))
-
-    def test_other_refusals_are_not_healed(self):
-        self.set_mode("antigravity")
-        for response in OTHER_RESPONSES:
-            with self.subTest(response.wire()):
-                self.script(antigravity=response)
-                reply, calls, _ = self.send()
+        refusal = error(400, INVALID_SIGNATURE)
+        for response, body in (*((refusal, body) for body in self.WITHOUT_THINKING),
+                               (error(400, "thinking.type: Field required"), self.HISTORY),
+                               (error(500, INVALID_SIGNATURE), self.HISTORY)):
+            with self.subTest(body, status=response.status):
+                self.script(response)
+                reply, calls = self.send(body)
                 self.assertEqual((reply.status, reply.body, calls),
                                  (response.status, response.chunks[0], "a"))
-
-    def test_failed_healing_gives_the_original_response(self):
-        first = refusal(INVALID_SIGNATURE)
-        for mode in ("antigravity", "claude"):
-            self.set_mode(mode)
-            for second in (first, refusal("prompt is too long"), error(500), error(429),
-                           Response(hangup=True)):
-                with self.subTest(mode=mode, status=second.status):
-                    self.script(**{mode: [first, second, second]})
-                    reply, calls, _ = self.send()
-                    self.assertEqual((reply.status, reply.body), (400, first.chunks[0]))
-                    self.assertEqual(end_to_end(reply.fields), first.fields)
-                    # A reused connection that drops is stale: the request goes out once more.
-                    self.assertIn(calls, [mode[0] * 2, mode[0] * 3][:1 + second.hangup])
-
-    def test_failed_healing_is_rescued_and_counts(self):
-        self.script(antigravity=refusal(CORRUPTED_SIGNATURE))
-        for count in (1, 2):
-            reply, calls, received = self.send()
-            self.assert_served(reply, "claude", 2)
-            self.assertEqual((calls, received[2].body), ("aac", self.HISTORY))
-            self.assert_state("antigravity", failureCount=count, timeoutCount=0, models={})
-
-    def test_failed_healing_on_both_gives_the_first_original_response(self):
-        first = refusal(CORRUPTED_SIGNATURE)
-        self.script(antigravity=first, claude=refusal(INVALID_SIGNATURE))
-        for _ in range(4):
-            reply, calls, _ = self.send()
-            self.assertEqual((reply.status, reply.body, calls), (400, first.chunks[0], "aacc"))
-        self.assert_state("antigravity", failureCount=0, switchCount=0)
-
-    def test_rescue_that_is_refused_for_its_signatures_is_healed_there(self):
-        self.script(antigravity=error(529), claude=[refusal(INVALID_SIGNATURE)])
-        reply, calls, received = self.send()
-        self.assert_served(reply, "claude", 2)
-        self.assertEqual((calls, received[2].body), ("acc", conversation(*self.AFTER)))
-        self.assert_state("antigravity", failureCount=1)
 
 
 # /health, log lines, secrets ##################################################
 
-HEALTH = {
-    # field: type
-    "status": str, "version": str, "mode": str, "currentTarget": str, "defaultMode": str,
-    "requestCount": int, "activeRequests": int, "uptimeSeconds": int, "pid": int, "startedBy": str,
-    "listenAddr": str, "upstreamURL": str, "problems": list, "requests": dict, "instance": str,
-    "autoSwitch": dict,
-}
-AUTO_SWITCH = {
-    "active": bool, "targets": list, "currentTarget": str, "switched": bool, "switchCount": int,
-    "failureCount": int, "timeoutCount": int, "models": dict, "reason": type(None),
-    "switchedAt": type(None), "retryAt": type(None),
-}
+HEALTH = ("status", "version", "mode", "currentTarget", "defaultMode", "requestCount",
+          "activeRequests", "requests", "uptimeSeconds", "pid", "instance", "startedBy",
+          "listenAddr", "upstreamURL", "problems", "autoSwitch")
 
 
-class StatusLineTest(LoopbackTest):
-    """GET /health?line."""
+class StatusLineTest(unittest.TestCase):
 
     AUTO = {"active": True, "targets": ["antigravity", "claude"], "currentTarget": "claude",
             "switched": True, "reason": "3 consecutive HTTP errors, last 429",
@@ -5699,6 +4529,7 @@ class StatusLineTest(LoopbackTest):
         ({"reason": "failed a probe, last 503 auth_unavailable, after 401",
           "cooldownRemainingSeconds": 59}, 0,
          "auto → claude (antigravity 503 auth_unavailable, 59s)"),
+        ({"cooldownRemainingSeconds": 60}, 0, "auto → claude (antigravity 429, 1m)"),
         ({"cooldownRemainingSeconds": 0}, 1,
          "auto → claude (antigravity 429, now), 1 problem: rrouter status"),
         (HOME, 2, "auto → antigravity, 2 problems: rrouter status"),
@@ -5716,50 +4547,42 @@ class StatusLineTest(LoopbackTest):
                     "mode": "claude", "problems": ["x"] * problems,
                     "autoSwitch": {**self.AUTO, **changes}}))
 
-    def test_it_is_one_line_of_text(self):
-        running = self.start_rrouter("http://127.0.0.1:9", mode="auto")
-        for target in ("/health?line", "/health?session=1&line"):
-            reply = running.request("GET", target, fields=())
-            self.assertEqual((reply.header("content-type"), reply.body.decode()),
-                             ("text/plain; charset=utf-8", "auto → antigravity\n"))
-        self.assertEqual(running.request("HEAD", "/health?line", fields=()).body, b"")
-        self.assertEqual(running.request("GET", "/health?lines", fields=()).json()["mode"], "auto")
-
 
 class HealthTest(RouterTest):
 
-    def test_every_field_has_its_type_and_value(self):
-        health = self.rrouter.health()
-        for table, fields in ((HEALTH, health), (AUTO_SWITCH, health["autoSwitch"])):
-            for name, kind in table.items():
-                self.assertIs(type(fields[name]), kind, name)
-        self.assertLessEqual({"cooldownSeconds", "cooldownRemainingSeconds"},
-                             set(health["autoSwitch"]))
-        expected = {
-            "status": "ok", "version": rrouter.__version__, "pid": self.rrouter.process.pid,
-            "startedBy": "serve", "listenAddr": "localhost:%d" % self.rrouter.port,
-            "upstreamURL": self.upstream.url, "problems": [], "activeRequests": 0}
-        self.assertEqual({name: health[name] for name in expected}, expected)
-        self.assertTrue(0 <= health["uptimeSeconds"] < 3600)
-
-    def test_current_target_is_the_mode_or_in_auto_the_target_that_serves(self):
+    def test_every_field_has_its_value(self):
         for mode, target in (("antigravity", "antigravity"), ("claude", "claude"),
                              ("auto", "antigravity")):
-            with self.subTest(mode):
-                self.rrouter.home.write("mode", mode + "\n")
-                health = self.rrouter.health()
-                self.assertEqual((health["mode"], health["currentTarget"], health["defaultMode"]),
-                                 (mode, target, "claude"))
-                auto = health["autoSwitch"]
-                self.assertEqual(
-                    (auto["active"], auto["targets"], auto["currentTarget"], auto["switched"]),
-                    (mode == "auto", ["antigravity", "claude"], "antigravity", False))
+            self.rrouter.home.write("mode", mode + "\n")
+            health = self.rrouter.health()
+            self.assertLessEqual(set(HEALTH), set(health))
+            expected = {
+                "status": "ok", "version": rrouter.__version__, "pid": self.rrouter.process.pid,
+                "mode": mode, "currentTarget": target, "defaultMode": "claude",
+                "startedBy": "serve", "listenAddr": "localhost:%d" % self.rrouter.port,
+                "upstreamURL": self.upstream.url, "problems": [], "activeRequests": 0,
+                "autoSwitch": {
+                    "active": mode == "auto", "targets": ["antigravity", "claude"],
+                    "failureThreshold": 3, "timeoutThreshold": 2,
+                    "currentTarget": "antigravity", "switched": False, "switchCount": 0,
+                    "failureCount": 0, "timeoutCount": 0, "reason": None, "switchedAt": None,
+                    "retryAt": None, "cooldownSeconds": 0, "cooldownRemainingSeconds": 0,
+                    "models": {}}}
+            self.assertEqual({name: health[name] for name in expected}, expected)
+            self.assertIn(health["uptimeSeconds"], range(3600))
+
+    def test_status_line_is_one_line_of_text(self):
+        for target in ("/health?line", "/health?session=1&line"):
+            reply = self.get(target)
+            self.assertEqual((reply.header("content-type"), reply.body.decode()),
+                             ("text/plain; charset=utf-8", "antigravity\n"))
+        self.assertEqual(self.rrouter.request("HEAD", "/health?line", fields=()).body, b"")
+        self.assertEqual(self.get("/health?lines").json()["mode"], "antigravity")
 
     def test_only_get_and_head_of_health_are_answered_here(self):
         for method, target, is_ours in (
                 ("GET", "/health", True), ("HEAD", "/health", True), ("GET", "/health?x=1", True),
-                ("POST", "/health", False), ("DELETE", "/health", False),
-                ("GET", "/health/x", False), ("GET", "/healthz", False), ("GET", "/", False)):
+                ("POST", "/health", False), ("GET", "/health/x", False), ("GET", "/", False)):
             with self.subTest(method + " " + target):
                 self.upstream.clear()
                 data = request_bytes(method, target) + request_bytes("GET", "/next")
@@ -5771,52 +4594,28 @@ class HealthTest(RouterTest):
                     self.assertGreater(int(first.header("content-length")), 100)
                     self.assertEqual(bool(first.body), method == "GET")
 
-    def test_results_of_requests_are_counted_and_the_last_failure_is_kept(self):
-        def results():
-            return dict(self.rrouter.health()["requests"])
+    def test_requests_are_counted_by_their_results_and_the_last_failure_is_kept(self):
+        def counts():
+            health, names = self.rrouter.health(), ("answered", "rescued", "failed")
+            return [health["requestCount"], *(health["requests"][name] for name in names)]
 
-        before = results()
-        self.rrouter.post()
+        before = counts()
+        self.upstream.play(Response(), Response(raw=b"HTTP/1.1 x\r\n\r\n"), error(429))
+        for _ in range(3):
+            self.rrouter.post()
         self.rrouter.home.write("mode", "auto\n")
         self.upstream.play(error(503), stream())
         self.rrouter.post()                         # rescued
-        self.rrouter.home.write("mode", "claude\n")
-        self.upstream.play(error(429))
-        self.rrouter.post()
-        after = results()
-        self.assertEqual([after[name] - before[name] for name in ("answered", "rescued", "failed")],
-                         [1, 1, 1])
-        failure = after["lastFailure"]
-        self.assertEqual((failure["target"], failure["what"]), ("claude", "429"))
+        for data in (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+                     b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n"):      # are not counted
+            self.converse(data, "GET")
+        self.assertEqual([after - past for past, after in zip(before, counts())], [4, 1, 1, 2])
+        failure = self.rrouter.health()["requests"]["lastFailure"]
+        self.assertEqual((failure["target"], failure["what"]), ("antigravity", "503"))
         self.assertRegex(failure["at"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
 
-    def test_proxied_requests_are_counted_and_no_others(self):
-        before, gate = self.rrouter.health()["requestCount"], self.gate()
-        self.upstream.play(Response(), error(500), Response(hangup=True), Response(hangup=True))
-        self.rrouter.post()
-        self.rrouter.post()
-        self.rrouter.request("POST", "/v1/messages", b"[]")
-        self.upstream.clear()
-        self.get("/health")
-        self.get("/", (("Origin", "null"),))
-        self.converse(b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n", "GET")
-        self.converse(b"GET / HTTP/1.1\r\n\r\n", "GET")
-        self.upstream.play(Response(before=gate))
-        with self.rrouter.connect() as connection:
-            connection.sendall(request_bytes("POST", "/", b"[]"))
-            self.upstream.wait(lambda upstream: upstream.received)
-            health = self.rrouter.health()
-            self.assertEqual((health["requestCount"], health["activeRequests"]), (before + 4, 1))
-            gate.set()
-            self.assertEqual(read_reply(connection).status, 200)
-        self.assertEqual(self.rrouter.health()["activeRequests"], 0)
-
-    def test_it_names_neither_user_nor_paths_nor_requests(self):
-        """The problems of every file included."""
-        home, canary = self.rrouter.home, "cAnArY"
-        self.upstream.play(error(500, canary), Response())
-        self.rrouter.post(target="/v1/%s?%s" % (canary, canary), system=canary,
-                          fields=(("X-Api-Key", canary),))
+    def test_its_problems_name_neither_user_nor_paths(self):
+        home = self.rrouter.home
         home.write("config.json", "{")
         home.write("mode", "nosuch\n")
         logs = home.dir / "logs"
@@ -5830,54 +4629,9 @@ class HealthTest(RouterTest):
             (home.dir / "kept").rename(logs)
             (home.dir / "config.json").unlink()
             home.write("mode", self.mode + "\n")
-        for secret in (canary, str(home.root), os.path.expanduser("~"), ".rrouter", "sk-test"):
+        for secret in (str(home.root), os.path.expanduser("~"), ".rrouter"):
             self.assertNotIn(secret, text)
         wait_until(lambda: not self.rrouter.health()["problems"])
-
-
-class WebPageTest(RouterTest):
-    """A web page tries to spend the user's quota; GuardTest has the plain cases."""
-
-    # A page can let a name it owns point to 127.0.0.1; its requests are then not cross-site.
-    FOREIGN_NAMES = (
-        "localtest.me", "localhost.localdomain", "ip6-localhost", "127.0.0.2", "127.000.000.001",
-        "[::ffff:127.0.0.1]", "[0:0:0:0:0:0:0:1]", "[::1%25lo]", "localhost..",
-        "localhost%00.evil.com", "localhost:8316.evil.com", "localhost:8316@evil.com",
-        "localhost\\.evil.com", "localhost;evil.com", "*", "%6cocalhost", "localhost:99999999")
-    REFUSED = (
-        "Sec-Fetch-Site: CROSS-SITE", "sec-fetch-site:cross-site",
-        "Sec-Fetch-Site: same-origin\r\nSec-Fetch-Site: cross-site", "Origin:",
-        "Origin: http://localhost https://evil.com", "Origin: http://localhost,https://evil.com",
-        "Origin: //localhost", "Origin: localhost", "Origin: ws://localhost",
-        "Origin: http://localhost/", "ORIGIN:\thttps://evil.com",
-        # a request that needs no preflight, in whose body another one hides
-        "Origin: null\r\nContent-Type: text/plain\r\nContent-Length: 38\r\n\r\n"
-        "GET /hidden HTTP/1.1\r\nHost: localhost")
-    SERVED = (
-        "Host: localhost.", "Host: localhost:", "Host: \tLocalHost:8316 ", "Host: 127.0.0.1.:8316",
-        "Host: localhost\r\nOrigin: HTTP://LOCALHOST:3000",
-        "Host: localhost\r\nOrigin: https://[::1]", "Host: localhost\r\nSec-Fetch-Site: same-site")
-
-    def test_name_that_resolves_to_this_machine_is_refused(self):
-        for name in self.FOREIGN_NAMES:
-            for head in ("GET /health HTTP/1.1\r\nHost: %s\r\n",
-                         "GET http://%s/health HTTP/1.1\r\nHost: localhost\r\n",
-                         "GET /v1/models HTTP/1.1\r\nHost: localhost\r\nOrigin: http://%s\r\n",
-                         "POST / HTTP/1.0\r\nHost: %s\r\nSec-Fetch-Site: same-origin\r\n"):
-                with self.subTest(head % name):
-                    self.assert_refused((head % name + "\r\n").encode(), 400, 403)
-
-    def test_headers_of_browsers_count_in_any_case_and_on_any_line(self):
-        for lines in self.REFUSED:
-            with self.subTest(lines):
-                data = "POST / HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n" % lines
-                self.assert_refused(data.encode(), 403)
-
-    def test_unusual_spellings_of_this_machine_are_served(self):
-        for lines in self.SERVED:
-            with self.subTest(lines):
-                data = "GET / HTTP/1.1\r\n%s\r\n\r\n" % lines
-                self.assertEqual(self.converse(data.encode(), "GET")[0].status, 200)
 
 
 REQUEST_LINE = re.compile(
@@ -5893,26 +4647,18 @@ def request_lines(text):
 
 class RequestLineTest(RouterTest):
 
-    def lines_of(self, *acts):
-        """Call each of `acts`; return the matches of REQUEST_LINE in the order of the numbers."""
-        first = self.rrouter.health()["requestCount"]
-        for act in acts:
-            act()
-        wait_until(lambda: self.rrouter.health()["activeRequests"] == 0)
-        count = self.rrouter.health()["requestCount"] - first
-
-        def found():
-            lines = [REQUEST_LINE.search(line) for line in request_lines(self.rrouter.log())]
-            self.assertNotIn(None, lines)
-            new = [line for line in lines if int(line["number"]) > first]
-            return sorted(new, key=lambda line: int(line["number"])) if len(new) >= count else None
-        lines = wait_until(found) if count else []
-        self.assertEqual([int(line["number"]) - first for line in lines],
-                         list(range(1, count + 1)))
+    def lines(self):
+        """Return the matches of REQUEST_LINE by number, when all requests have their lines."""
+        count = self.rrouter.health()["requestCount"]
+        wait_until(lambda: len(request_lines(self.rrouter.log())) == count)
+        lines = [REQUEST_LINE.search(line) for line in request_lines(self.rrouter.log())]
+        lines.sort(key=lambda line: int(line["number"]))
+        self.assertEqual([int(line["number"]) for line in lines], list(range(1, count + 1)))
         return lines
 
     def leave(self):
         """Send a request and leave without its response."""
+        self.upstream.clear()
         self.upstream.play(Response(before=self.gate()))
         with self.rrouter.connect() as connection:
             connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
@@ -5922,11 +4668,11 @@ class RequestLineTest(RouterTest):
     def test_each_request_has_one_line_at_its_end(self):
         self.upstream.play(Response(), Response(), error(529), Response(raw=b"HTTP/1.1 x\r\n\r\n"),
                            Response())
-        post = self.rrouter.post
-        lines = self.lines_of(
-            lambda: post("claude-sonnet-4-5"), lambda: post("other"), post, post,
-            lambda: self.get("/v1/models?limit=1000"), self.rrouter.health, self.upstream.clear,
-            self.leave)
+        for model in "claude-sonnet-4-5", "other", SONNET, SONNET:
+            self.rrouter.post(model)
+        self.get("/v1/models?limit=1000")
+        self.leave()
+        lines = self.lines()[-6:]
         names = "method", "path", "model", "target", "sent", "status"
         target = "/v1/messages", "claude-sonnet-5-5", "antigravity", GEMINI_SONNET
         self.assertEqual([line.group(*names) for line in lines], [
@@ -5943,32 +4689,29 @@ class RequestLineTest(RouterTest):
         self.assertNotIn("limit=", self.rrouter.log())
 
     def test_refused_request_has_a_line_with_its_status(self):
+        # The last one would need no preflight; its body, in which another one hides, goes unread.
         before = len(self.rrouter.log())
-        for data in (b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
-                     b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n"):
-            self.rrouter.exchange(data)
-        wait_until(lambda: "[REFUSED] 413 " in self.rrouter.log()[before:])
-        statuses = re.findall(r"\[REFUSED\] (\d+) \S", self.rrouter.log()[before:])
-        self.assertEqual(statuses, ["403", "400", "413"])
+        for number, (status, data) in enumerate((
+                (400, b"GET / HTTP/1.1\r\n\r\n"),
+                (431, b"GET / HTTP/1.1\r\nX: %b" % (b"x" * 70000)),
+                (413, b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999\r\n\r\n"),
+                (403, b"POST / HTTP/1.1\r\nHost: localhost\r\nOrigin: null\r\n"
+                      b"Content-Length: 38\r\n\r\nGET /hidden HTTP/1.1\r\nHost: localhost"))):
+            self.assertEqual(self.assert_refused(data, status).header("x-rrouter-error"), "1")
+            statuses = wait_until(lambda: re.findall(
+                r"\[REFUSED\] (\d+) \S", self.rrouter.log()[before:])[number:])
+            self.assertEqual(statuses, [str(status)])
 
     def test_control_characters_are_escaped(self):
-        models = ("a\x1b[2Jb", "a\nb 2026 [REQ] #99 forged", "a\r\nX-Forged: 1", "a\tb", "a\0b",
-                  "a\x7fb", "a\x9bb", "a\u2028b", "a\u202eb", "\ud83d", "a\x85b")
-        targets = b"/\x1b[2J", b"/\x9b", "/한".encode(), b"/%1b%0a"
-        before = len(self.rrouter.log())
-
-        def ask():
-            for model in models:
-                self.assertIsNone(self.rrouter.post(model).header("x-forged"))
-            for target in targets:
-                self.rrouter.exchange(b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n"
-                                      b"Connection: close\r\n\r\n")
-        self.assertGreaterEqual(len(self.lines_of(ask)), len(models))
-        text = self.rrouter.log()[before:]
-        self.assertEqual(set(filter(lambda c: unicodedata.category(c) in (
-            "Cc", "Cf", "Cs", "Zl", "Zp"), text)), {"\n"})
-        self.assertFalse([line for line in text.split("\n")
-                          if line.startswith(("b 2026", "X-Forged"))])
+        for model in "\x1b[2J", "a\nb 2026 [REQ] #99", "a\r\nX-Forged: 1", "\u202e", "\ud83d":
+            self.assertIsNone(self.rrouter.post(model).header("x-forged"))
+        for target in b"/\x1b[2J", b"/\x9b", "/한".encode():
+            self.rrouter.exchange(b"GET %b HTTP/1.1\r\nHost: localhost\r\n\r\n" % target, True)
+        self.lines()
+        text = self.rrouter.log()
+        self.assertEqual({c for c in text if unicodedata.category(c) in (
+            "Cc", "Cf", "Cs", "Zl", "Zp")}, {"\n"})
+        self.assertNotRegex(text, r"(?m)^(b 2026|X-Forged)")
 
 
 class SecretsTest(LoopbackTest):
@@ -5977,17 +4720,14 @@ class SecretsTest(LoopbackTest):
     Each kind of place has its own word, so that a failure shows where the word came from.
     """
 
-    FIELDS = ("Authorization", "X-Api-Key", "Cookie", "Proxy-Authorization", "anthropic-beta",
-              "User-Agent", "Referer", "X-Claude-Code-Session-Id", "X-Anything")
-    PLACES = ("header", "query", "body", "field", "answer", "reason", "chunk", "userinfo",
-              "environment")
-
     def setUp(self):
         self.upstream = self.start_upstream()
-        self.words = {place: "sk-%s-%08x" % (place, random.getrandbits(32))
-                      for place in self.PLACES}
+        self.words = {place: "sk-%s-%08x" % (place, random.getrandbits(32)) for place in (
+            "header", "query", "body", "field", "answer", "reason", "chunk", "userinfo")}
         self.target = "/v1/messages?key=" + self.words["query"]
-        self.fields = [(name, "Bearer " + self.words["header"]) for name in self.FIELDS]
+        self.fields = [(name, "Bearer " + self.words["header"]) for name in (
+            "Authorization", "X-Api-Key", "Cookie", "Proxy-Authorization", "anthropic-beta",
+            "User-Agent", "Referer", "X-Claude-Code-Session-Id", "X-Anything")]
 
     def assert_silent(self, *texts, files=None):
         """None of the words is in these texts, nor in any file under the directory `files`."""
@@ -6007,38 +4747,31 @@ class SecretsTest(LoopbackTest):
         failed = event("error", error={"type": words["chunk"], "message": words["chunk"]})
         signature = error(400, "Corrupted thought signature. " + words["answer"])
         broken = (
-            "HTTP/1.1 %(reason)s\r\n\r\n", "%(reason)s\r\n\r\n",
-            "HTTP/1.1 200 %(reason)s\r\n%(field)s\r\n\r\n",
-            "HTTP/1.1 200 OK\r\nX: a\rb %(field)s\r\n\r\n",
+            "HTTP/1.1 %(reason)s\r\n\r\n", "HTTP/1.1 200 %(reason)s\r\n%(field)s\r\n\r\n",
             "HTTP/1.1 200 OK\r\nContent-Length: %(field)s\r\n\r\n",
             "HTTP/1.1 200 OK\r\nTransfer-Encoding: %(field)s\r\n\r\n",
-            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%(chunk)s\r\n",
-            "HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n%(chunk)s")
+            "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%(chunk)s\r\n")
         return [
             (Response(200, words["answer"].encode(), fields=fields, reason=words["reason"]),),
             (error(500, words["answer"], fields=fields),
              error(429, words["answer"], words["answer"], fields)),
-            (error(401, words["answer"], fields=fields), stream(chunk)),
             (error(502, "unknown provider for model " + words["answer"]),) * 2,
             (signature, stream(chunk)), (signature,) * 3, (stream(failed), stream(chunk)),
-            (stream(chunk, failed),), (stream(chunk, cut=True),), (Response(hangup=True),) * 2,
+            (stream(chunk, failed),), (stream(chunk, cut=True),), (HANG_UP,) * 2,
             *((Response(raw=(text % words).encode()),) * 2 for text in broken)]
 
     def malformed(self):
         """Return requests full of secrets that are refused."""
         start = "POST /v1/messages?key=%(query)s HTTP/1.1\r\nHost: localhost\r\n"
         lines = (
-            "Authorization %(header)s", "%(header)s", "X-Api-Key : %(header)s",
-            "Authorization: Bearer\r\n %(header)s", "Cookie: %(header)s\0",
-            "Content-Length: %(header)s", "Content-Length: 1\r\nContent-Length: %(header)s",
-            "Transfer-Encoding: %(header)s", "Expect: %(header)s", "Host: %(header)s",
-            "Origin: http://%(header)s", "Sec-Fetch-Site: cross-site\r\nReferer: %(header)s",
-            "Cookie: " + "%(header)s" * 4000, "Transfer-Encoding: chunked\r\n\r\n%(body)s",
-            "Transfer-Encoding: chunked\r\n\r\n3\r\n%(body)s\r\n0\r\n\r\n",
-            "Content-Length: 9999\r\n\r\n%(body)s", "Content-Length: 999999999\r\n\r\n%(body)s")
+            "%(header)s", "X-Api-Key : %(header)s", "Authorization: Bearer\r\n %(header)s",
+            "Cookie: %(header)s\0", "Content-Length: %(header)s", "Transfer-Encoding: %(header)s",
+            "Expect: %(header)s", "Host: %(header)s", "Origin: http://%(header)s",
+            "Sec-Fetch-Site: cross-site\r\nReferer: %(header)s", "Cookie: " + "%(header)s" * 4000,
+            "Transfer-Encoding: chunked\r\n\r\n%(body)s", "Content-Length: 9999\r\n\r\n%(body)s",
+            "Content-Length: 999999999\r\n\r\n%(body)s")
         others = (
-            "GET /x?key=%(query)s HTTP/9.9\r\nHost: localhost\r\n\r\n",
-            "GET /x?key=%(query)s\r\n\r\n", "%(query)s\r\n\r\n", "GET /x?%(query)s",
+            "GET /x?key=%(query)s HTTP/9.9\r\nHost: localhost\r\n\r\n", "%(query)s\r\n\r\n",
             "TRACE /x?%(query)s HTTP/1.1\r\nHost: localhost\r\nCookie: %(header)s\r\n\r\n",
             "GET http://user:%(userinfo)s@localhost/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
             "CONNECT user:%(userinfo)s@localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -6074,9 +4807,9 @@ class SecretsTest(LoopbackTest):
                     self.upstream.clear()
                     self.upstream.play(*script)
                     router.request("POST", self.target, body, self.fields)
-                for data in self.malformed():
-                    router.exchange(data.encode("latin-1"), half_close=True)
                 self.break_off(router)
+            for data in self.malformed():
+                router.exchange(data.encode("latin-1"), half_close=True)
             for wanted in ("[AUTO]", "[HEAL]", " 502 ", " 499 ", "SWITCH"):
                 wait_until(lambda: wanted in router.log())
             outputs = home.run_all(("status",), ("status", "--json"), ("check",))
@@ -6088,19 +4821,19 @@ class SecretsTest(LoopbackTest):
 
     # Functions of the standard library that fail, with the secrets in the exception.
     DEFECTS = (
-        ("before the request is sent",
-         "import http.client\ndef connect(self):\n    frame, found = sys._getframe(), []\n"
+        # before the request is sent
+        ("import http.client\ndef connect(self):\n    frame, found = sys._getframe(), []\n"
          "    while frame: found, frame = found + [repr(frame.f_locals)], frame.f_back\n"
          "    raise RuntimeError(found)\nhttp.client.HTTPConnection.connect = connect"),
-        ("while the response is forwarded",
-         "import socket\nreal = socket.socket.sendall\ndef sendall(sock, data, *flags):\n"
+        # while the response is forwarded
+        ("import socket\nreal = socket.socket.sendall\ndef sendall(sock, data, *flags):\n"
          "    if b'crash' in bytes(data): raise RuntimeError(bytes(data))\n"
          "    return real(sock, data, *flags)\nsocket.socket.sendall = sendall"),
     )
 
     def test_defect_is_logged_with_its_place_and_without_values(self):
-        for what, code in self.DEFECTS:
-            with self.subTest(what), Running(self.upstream, code=code,
+        for code in self.DEFECTS:
+            with self.subTest(code), Running(self.upstream, code=code,
                                              env={"PYTHONDEVMODE": "1"}) as router:
                 self.upstream.play(Response(200, b'"crash %s"' % self.words["answer"].encode()))
                 body = chat("crash", system=self.words["body"])
@@ -6114,23 +4847,6 @@ class SecretsTest(LoopbackTest):
                 self.assert_silent(repr(reply), router.printed(), json.dumps(router.health()),
                                    files=router.home.dir)
 
-    def test_password_in_the_environment_is_not_shown(self):
-        home, password = self.make_home(), self.words["environment"]
-        urls = [url % password for url in (
-            "http://user:%s@127.0.0.1:8317", "https://%s@host/x", "user:%s@host:8317",
-            "http:/user:%s@host")]
-        for url in urls:
-            with self.subTest(url), self.assertRaises(rrouter.UsageError) as caught:
-                rrouter.read_environment({"RROUTER_UPSTREAM": url})
-            self.assertIn("RROUTER_UPSTREAM", str(caught.exception))
-            self.assert_silent(str(caught.exception))
-        env = {"RROUTER_UPSTREAM": urls[0], "ANTHROPIC_API_KEY": password,
-               "HTTP_PROXY": "http://x:%s@127.0.0.1:9" % password}
-        for done in home.run_all(("serve",), ("start",), ("check",), env=env):
-            self.assertNotEqual(done.returncode, 0)
-            self.assertIn("RROUTER_UPSTREAM", done.stdout + done.stderr)
-            self.assert_silent(done.stdout, done.stderr, files=home.root)
-
 
 def ending_with(test, process):
     """Return the process, which ends with the test at the latest."""
@@ -6142,7 +4858,6 @@ def ending_with(test, process):
 class LogFileTest(LoopbackTest):
     """Rotation, times and stderr; HangingDiskTest, FullDiskTest and LogGoneTest have the faults."""
 
-    LIMITS = {"LOG_MAX_BYTES": 100_000}
     # Rotation takes a while: both processes are in it at once.
     SLOW_DISK = ("import os, time\nreplace = os.replace\ndef slow(old, new):\n"
                  "    time.sleep(0.1 if '.log' in new else 0)\n    replace(old, new)\n"
@@ -6151,38 +4866,16 @@ class LogFileTest(LoopbackTest):
     def setUp(self):
         self.upstream = self.start_upstream(stream())
 
-    def fill(self, home):
-        """Leave an almost full log and two older ones; return {name: content}."""
-        logs = home.dir / "logs"
-        logs.mkdir(mode=0o700)
-        old = {"rrouter.log": (b"newest".ljust(79) + b"\n") * 1215, "rrouter.log.1": b"older\n",
-               "rrouter.log.2": b"oldest\n"}
-        for name, content in old.items():
-            (logs / name).write_bytes(content)
-        return old
-
-    def assert_rotated_once(self, home, old, numbers):
-        """The old files have moved on, and each numbered request has its line in one file."""
-        logs = home.dir / "logs"
-        files = {path.name: path.read_bytes() for path in logs.iterdir()}
-        self.assertEqual(set(files), {*old, "rrouter.log.3"})
-        self.assertEqual((files["rrouter.log.2"], files["rrouter.log.3"]),
-                         (old["rrouter.log.1"], old["rrouter.log.2"]))
-        self.assertTrue(files["rrouter.log.1"].startswith(old["rrouter.log"]))
-        text = (files["rrouter.log.1"][len(old["rrouter.log"]):] + files["rrouter.log"]).decode()
-        self.assertTrue(text.endswith("\n"))
-        self.assertEqual([line for line in text.splitlines() if not LOG_LINE.fullmatch(line)], [])
-        found = re.findall(r"\[REQ\] #\d+ GET /numbered/(\d+) 200 ", text)
-        self.assertEqual(sorted(map(int, found)), list(numbers))
-        self.assertIn(b"/numbered/", files["rrouter.log"])
-
     def test_two_processes_rotate_the_file_they_share_once_and_lose_no_line(self):
         home = self.make_home(self.upstream, "claude")
-        old, logs = self.fill(home), home.dir / "logs"
+        logs, full = home.dir / "logs", (b"newest".ljust(79) + b"\n") * 1215
+        logs.mkdir(mode=0o700)
+        for name, content in ((".log", full), (".log.1", b"older\n"), (".log.2", b"oldest\n")):
+            (logs / ("rrouter" + name)).write_bytes(content)
         beside = copy.copy(home)
         beside.port = free_port()
         beside.env = dict(home.env, RROUTER_PORT=str(beside.port))
-        options = {"code": self.SLOW_DISK, "limits": self.LIMITS}
+        options = {"code": self.SLOW_DISK, "limits": {"LOG_MAX_BYTES": 100_000}}
         with Running(self.upstream, home=home, **options) as one, \
                 Running(self.upstream, home=beside, **options) as other, \
                 concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -6194,40 +4887,43 @@ class LogFileTest(LoopbackTest):
             self.assertEqual(set(pool.map(ask, range(120))), {200})
             wait_until(lambda: len(os.listdir(str(logs))) == 4 and (logs / "rrouter.log").exists())
             self.assertEqual(set(pool.map(ask, range(120, 240))), {200})
-        self.assert_rotated_once(home, old, range(240))
+        newest, *rest = [path.read_bytes() for path in sorted(logs.iterdir())]
+        self.assertEqual((rest[1:], rest[0][:len(full)]), ([b"older\n", b"oldest\n"], full))
+        text = (rest[0][len(full):] + newest).decode()
+        self.assertTrue(text.endswith("\n"))
+        self.assertEqual([line for line in text.splitlines() if not LOG_LINE.fullmatch(line)], [])
+        found = re.findall(r"\[REQ\] #\d+ GET /numbered/(\d+) 200 ", text)
+        self.assertEqual(sorted(map(int, found)), list(range(240)))
+        self.assertIn(b"/numbered/", newest)
         self.assertEqual(stat.S_IMODE((logs / "rrouter.log").stat().st_mode), 0o600)
 
     # Another process rotates the log %r just before this one locks it to do so.
     OVERTAKEN = (
         "import fcntl, os\nlog, real, done = %r, fcntl.flock, []\ndef flock(descriptor, how):\n"
         "    if not done and os.path.samestat(os.fstat(descriptor), os.stat(log)):\n"
-        "        done.append(True)\n        for number in '21':\n"
-        "            os.replace(log + '.' + number, log + '.%%d' %% (int(number) + 1))\n"
-        "        os.replace(log, log + '.1')\n        os.close(os.open(log, os.O_CREAT, 0o600))\n"
+        "        done.append(os.replace(log, log + '.1'))\n        open(log, 'a').close()\n"
         "    return real(descriptor, how)\nfcntl.flock = flock")
 
     def test_file_that_another_process_has_just_rotated_is_not_rotated_again(self):
         home = self.make_home(self.upstream, "claude")
-        old, code = self.fill(home), self.OVERTAKEN % str(home.dir / "logs" / "rrouter.log")
-        with Running(self.upstream, home=home, code=code, limits=self.LIMITS) as router:
-            for number in range(80):
-                router.request("GET", "/numbered/%d" % number, None, ())
-        self.assert_rotated_once(home, old, range(80))
+        home.dir.mkdir(mode=0o700, exist_ok=True)
+        log = home.dir / "logs" / "rrouter.log"
+        log.parent.mkdir(mode=0o700)
+        log.write_bytes(b"x" * 100_000)
+        with Running(self.upstream, home=home, code=self.OVERTAKEN % str(log),
+                     limits={"LOG_MAX_BYTES": 100_000}) as router:
+            router.post()
+            wait_until(lambda: request_lines(log.read_text()))
+        self.assertEqual(sorted(os.listdir(str(log.parent))), ["rrouter.log", "rrouter.log.1"])
 
     def test_line_has_the_local_date_and_time_of_its_end(self):
         home = self.make_home(self.upstream, "claude", env={"TZ": "KST-9"})
         clock, midnight = home.root / "clock", calendar.timegm((2031, 12, 31, 15, 0, 0))
-
-        def set_clock(seconds):
-            (home.root / "next").write_text("%.3f" % seconds)
-            (home.root / "next").rename(clock)
-
-        set_clock(midnight - 0.5)
-        code = ("import time\ndef now():\n    with open(%r) as file:\n"
-                "        return float(file.read())\ntime.time = now" % str(clock))
+        clock.touch()
+        code = "import os, time\ntime.time = lambda: os.stat(%r).st_mtime" % str(clock)
         with Running(self.upstream, home=home, code=code, env=home.env) as router:
             for number, seconds in enumerate((-0.5, 0.25, 0.75, 60.0), 1):
-                set_clock(midnight + seconds)
+                os.utime(str(clock), (0, midnight + seconds))
                 router.post()
                 wait_until(lambda: len(request_lines(router.log())) == number)
         stamps = [LOG_LINE.fullmatch(line).group(1) for line in request_lines(router.log())]
@@ -6236,8 +4932,7 @@ class LogFileTest(LoopbackTest):
 
     def test_stderr_that_takes_nothing_stops_nothing(self):
         """A terminal after Ctrl-S, or a pager."""
-        home = self.make_home(self.upstream, "claude",
-                              dict(DEFAULT_CONFIG, auto={"failureThreshold": 1000}))
+        home = self.make_home(self.upstream, "claude")
         unread, stderr = os.pipe()
         with open(unread, "rb"), open(stderr, "wb") as writer:
             os.set_blocking(stderr, False)
@@ -6249,23 +4944,15 @@ class LogFileTest(LoopbackTest):
             router = Running.__new__(Running)           # only to ask it
             router.port, router.home = home.port, home
             wait_until(home.health)
-            for mode in ("claude", "auto", "antigravity"):
-                home.write("mode", mode + "\n")
-                if mode == "auto":
-                    self.upstream.play(error(500))
-                self.assertEqual(router.post().status, 200)
             with router.connect() as connection, connection.makefile("rb") as reader:
                 for _ in range(100):
                     connection.sendall(request_bytes(body=chat(), port=router.port))
                     self.assertEqual(read_reply_from(reader).status, 200)
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(WAIT_S), 0)
-        text = home.read("logs/rrouter.log")
-        numbers = [int(REQUEST_LINE.search(line)["number"]) for line in request_lines(text)]
-        self.assertEqual(sorted(numbers), list(range(1, 104)))
-        # The lines of one connection are in order.
-        self.assertEqual([number for number in numbers if number > 3], list(range(4, 104)))
-        self.assertIn("[AUTO]", text)
+        lines = request_lines(home.read("logs/rrouter.log"))
+        self.assertEqual([int(REQUEST_LINE.search(line)["number"]) for line in lines],
+                         list(range(1, 101)))           # those of one connection are in order
 
 
 # Load and long life ###########################################################
@@ -6295,12 +4982,7 @@ class LoadTest(RouterTest):
 
     @classmethod
     def setUpClass(cls):
-        if resource:                    # macOS allows fewer sockets than these tests open
-            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-            wanted = 2048 if limits[1] == resource.RLIM_INFINITY else min(limits[1], 2048)
-            if limits[0] != resource.RLIM_INFINITY and limits[0] < wanted:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
-                cls.addClassCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        rrouter.raise_descriptor_limit()                # macOS allows fewer than these tests open
         super().setUpClass()
         cls.rrouter.process.send_signal(signal.SIGHUP)  # the last thread of the start answers it
         wait_until(lambda: "SIGHUP" in cls.rrouter.log())
@@ -6317,11 +4999,12 @@ class LoadTest(RouterTest):
         return Usage(*map(min, zip(*samples)))
 
     def assert_nothing_gathered(self, before, resident_kb=4096):
-        """Threads and descriptors are as `before`, and hardly more memory is in use."""
+        """There are no more threads and descriptors than `before`, and hardly more memory."""
         end = time.monotonic() + WAIT_S
+        limit = before._replace(resident_kb=before.resident_kb + resident_kb)
         while True:
             after = self.at_rest()
-            if after[:2] == before[:2] and after.resident_kb <= before.resident_kb + resident_kb:
+            if all(now <= most for now, most in zip(after, limit)):
                 return
             self.assertLess(time.monotonic(), end, "%s have become %s" % (before, after))
 
@@ -6344,18 +5027,26 @@ class CrowdOfClientsTest(LoadTest):
             if len(clients) % 100 == 0:
                 self.rrouter.health()
 
-    def test_idle_clients_slow_no_other_down_and_those_beyond_the_cap_are_refused(self):
-        before = self.at_rest()
+    def test_slow_clients_slow_no_other_down_and_those_beyond_the_cap_are_refused(self):
+        """Half of them are idle after a request, half have sent a part of a head or a body."""
+        before, body = self.at_rest(), chat("drip")
+        first, again = request_bytes("GET", "/first"), request_bytes("POST", "/v1/messages", body)
         with contextlib.ExitStack() as stack:
             clients = []
             self.connect_many(stack, clients, 500)
-            for client in clients[::2]:
-                client.sendall(request_bytes("GET", "/first"))
-                self.assertEqual(read_reply(client).status, 200)
+            begun = [0 if number % 2 else number % 8 * (len(again) - 1) // 8 + 1
+                     for number in range(500)]
+            for client, count in zip(clients, begun):
+                client.sendall(again[:count] or first)
+                if not count:
+                    self.assertEqual(read_reply(client).status, 200)
             self.assert_prompt(9)
-            for client in clients:
-                client.sendall(request_bytes("GET", "/again"))
+            self.assertFalse([r for r in self.upstream.received if b"drip" in r.body])
+            for client, count in zip(clients, begun):
+                client.sendall(again[count:])
             self.assertEqual([read_reply(client).status for client in clients], [200] * 500)
+            received = [r.body for r in self.upstream.received if b"drip" in r.body]
+            self.assertEqual(received, [body] * 500)
             self.connect_many(stack, clients, rrouter.CONNECTIONS_MAX + 3)
             with contextlib.suppress(ConnectionError):
                 clients[-1].sendall(request_bytes("GET", "/"))
@@ -6366,50 +5057,6 @@ class CrowdOfClientsTest(LoadTest):
             self.assertEqual(read_reply(clients[0]).status, 200)
         wait_until(lambda: self.get().status == 200)
         self.assert_nothing_gathered(before, 24 * 1024)     # the allocator keeps some memory
-
-    def test_dripping_clients_slow_no_other_down_and_are_served_in_the_end(self):
-        """In the head and in the body."""
-        before, body = self.at_rest(), chat("drip", padding="x" * 50)
-        whole = request_bytes("POST", "/v1/messages", body)
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(self.rrouter.connect()) for _ in range(100)]
-            begun = [number % 4 * (len(whole) - len(body)) // 3 + 20 for number in range(100)]
-            for client, at in zip(clients, begun):
-                client.sendall(whole[:at])
-            for step in range(3):
-                for client, at in zip(clients, begun):
-                    client.sendall(whole[at + step:at + step + 1])
-                self.assert_prompt(5)
-            self.assertFalse([r for r in self.upstream.received if b"drip" in r.body])
-            for client, at in zip(clients, begun):
-                client.sendall(whole[at + 3:])
-            self.assertEqual([read_reply(client).status for client in clients], [200] * 100)
-            received = [r.body for r in self.upstream.received if b"drip" in r.body]
-            self.assertEqual(received, [body] * 100)
-        self.assert_nothing_gathered(before, 16 * 1024)
-
-    @unittest.skipUnless(SOAKING, "--soak waits until the time for a head is over")
-    def test_head_that_drips_without_end_is_timed_out(self):
-        print("soak: 200 clients that send a byte of a head each second", file=sys.stderr)
-        before, start = self.at_rest(), time.monotonic()
-        with contextlib.ExitStack() as stack:
-            clients = [stack.enter_context(self.rrouter.connect()) for _ in range(200)]
-            dripping = set(clients)
-            for client in clients:
-                client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Drip: ")
-            while dripping:
-                self.assert_prompt(5)
-                self.assertLess(time.monotonic() - start, rrouter.HEAD_S + WAIT_S)
-                for client in list(dripping):
-                    if select.select([client], [], [], 0)[0]:
-                        self.assertEqual(read_reply(client).status, 408)
-                        dripping.remove(client)
-                    else:
-                        with contextlib.suppress(ConnectionError):
-                            client.sendall(b"x")
-                time.sleep(1)                   # the pace of the clients
-            self.assertGreater(time.monotonic() - start, rrouter.HEAD_S - 1)
-        self.assert_nothing_gathered(before, 16 * 1024)
 
     def test_hundred_connections_in_the_queue_are_all_served(self):
         """rrouter is stopped meanwhile, so that they are there at once."""
@@ -6512,57 +5159,54 @@ class OneCoreTest(RouterTest):
         ("fewer requests", 7, 8, 0.2, 1.0, False))
 
     @contextlib.contextmanager
-    def threads(self, work=None):
-        """Yield the native ids of eight threads, which call `work` until the end."""
+    def thread(self):
+        """Yield the native id of a thread that runs now and then."""
         end, ids = threading.Event(), queue.SimpleQueue()
 
         def run():
             ids.put(threading.get_native_id())
-            while not end.is_set():
-                (work or end.wait)(0.001 if work else WAIT_S)
+            while not end.wait(0.001):
+                pass
 
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            for _ in range(8):
-                pool.submit(run)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(run)
             try:
-                yield [ids.get(timeout=WAIT_S) for _ in range(8)]
+                yield ids.get(timeout=WAIT_S)
             finally:
                 end.set()
 
     def test_threads_share_a_core_from_a_load_on_and_part_at_a_lower_one(self):
         here, core, now, used_s = os.sched_getaffinity(0), rrouter.OneCore(), 1000.0, 50.0
-        with self.threads() as threads:
-            core.look(8, threads, now, used_s)      # the first look has nothing to compare with
+        with self.thread() as thread:
+            core.look(8, [thread] * 8, now, used_s)     # the first look has nothing to compare with
             for what, active, known, seconds, share, shared in self.LOOKS:
                 with self.subTest(what):
                     now, used_s = now + seconds, used_s + share * seconds
-                    core.look(active, threads[:known], now, used_s)
-                    places = {frozenset(os.sched_getaffinity(thread)) for thread in threads}
-                    self.assertEqual([len(place) for place in places],
-                                     [1 if shared else len(here)])
+                    core.look(active, [thread] * known, now, used_s)
+                    self.assertEqual(len(os.sched_getaffinity(thread)),
+                                     1 if shared else len(here))
                     self.assertEqual(os.sched_getaffinity(0), here)
             core.look(8, [2 ** 22 + 1] * 8, now + 1, used_s + 1)    # threads that have ended
 
     def test_cores_that_the_user_allows_are_kept_to(self):
         first, last = min(CORES), max(CORES)
 
-        def look_about(threads):
+        def look_about(thread):
             """Be the watcher: its own cores are changed as well."""
             core = rrouter.OneCore()
-            core.look(8, threads, 1000.0, 50.0)
+            core.look(8, [thread] * 8, 1000.0, 50.0)
             # cores allowed, share of a core used
             for number, (allowed, share) in enumerate(
                     (({first}, 1), ({last}, 1), ({first}, 0), (CORES, 0)), 1):
-                for thread in [threading.get_native_id(), *threads]:
-                    os.sched_setaffinity(thread, allowed)
-                core.look(8, threads, 1000.0 + number, 50.0 + share)
-                yield {frozenset(os.sched_getaffinity(thread)) for thread in threads}
-                time.sleep(0.01)        # the threads run where they may
+                for one in (threading.get_native_id(), thread):
+                    os.sched_setaffinity(one, allowed)
+                time.sleep(0.01)        # the thread runs where it may
+                core.look(8, [thread] * 8, 1000.0 + number, 50.0 + share)
+                yield os.sched_getaffinity(thread)
 
-        with self.threads(time.sleep) as threads, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            places = pool.submit(lambda: list(look_about(threads))).result(WAIT_S)
-        expected = {first}, {last}, {first}, CORES
-        self.assertEqual(places, [{frozenset(cores)} for cores in expected])
+        with self.thread() as thread, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            places = pool.submit(lambda: list(look_about(thread))).result(WAIT_S)
+        self.assertEqual(places, [{first}, {last}, {first}, CORES])
 
     def kept_to_one_core(self):
         """Return how many threads of the process keep to one core, and how many there are."""
@@ -6616,15 +5260,13 @@ class MemoryWithoutCollectorTest(RouterTest):
 class Megabytes:
     """As many numbered chunks of a megabyte; `sent` of them have been asked for."""
 
-    PAD = random.Random(1).getrandbits(8 * ((1 << 20) - 8)).to_bytes((1 << 20) - 8, "big")
-
     def __init__(self, count):
         self.count, self.sent = count, 0
 
     def __iter__(self):
-        for number in range(1, self.count + 1):
-            self.sent = number
-            yield b"%08d" % number + self.PAD
+        while self.sent < self.count:
+            self.sent += 1
+            yield b"%08d" % self.sent * (1 << 17)
 
     def wait_until_blocked(self):
         """Return when no more has been asked for during a while."""
@@ -6640,40 +5282,28 @@ class ParallelStreamsTest(LoadTest):
     SECONDS = 60 if SOAKING else 1
     SEED = os.environ.get("RROUTER_SOAK") or 20260129
 
-    def stream_of(self, chunks):
-        response = stream(b"", pause_s=self.PAUSE_S)
-        response.chunks = chunks
-        return response
-
     def events(self, mark):
         """Return the events of the stream `mark`, of all sizes."""
         dice = random.Random("%s %s" % (self.SEED, mark))
-        events = [event("message_start", message={"id": mark})]
-        for number in range(int(self.SECONDS / self.PAUSE_S)):
-            size = 20_000 if dice.random() < 0.02 else dice.randrange(200)
-            text = chr(dice.randrange(0x20, 0xd7ff)) * size
-            events.append(event("content_block_delta", index=number, delta={"text": text},
-                                mark=mark))
-        return [*events, event("message_stop", mark=mark)]
+        texts = [chr(dice.randrange(0x20, 0xd7ff)) * (20_000 if dice.random() < 0.02 else
+                                                      dice.randrange(200))
+                 for _ in range(int(self.SECONDS / self.PAUSE_S))]
+        return [event("content_block_delta", mark=mark, text=text) for text in texts] + [
+            event("message_stop", mark=mark)]
 
     def test_each_client_gets_all_events_of_its_own_stream(self):
         """Half of the streams begin in another mode."""
-        def client(mark):
-            with self.rrouter.connect() as connection:
-                connection.sendall(request_bytes("POST", "/v1/messages", chat(mark)))
-                return read_reply(connection)
-
         if SOAKING:
             print("soak: %d streams for %d s" % (self.STREAMS, self.SECONDS), file=sys.stderr)
         before, marks = self.at_rest(), ["mark-%d" % number for number in range(self.STREAMS)]
         self.upstream.clear()
-        self.upstream.default = lambda received: (
-            Response() if received.method == "GET" else self.stream_of(self.events(received.model)))
+        self.upstream.default = lambda received: Response() if received.method == "GET" else stream(
+            *self.events(received.model), pause_s=self.PAUSE_S)
         with concurrent.futures.ThreadPoolExecutor(self.STREAMS) as pool:
             replies = []
             for mode, some in (("claude", marks[::2]), ("auto", marks[1::2])):
                 self.rrouter.home.write("mode", mode)
-                replies += [(mark, pool.submit(client, mark)) for mark in some]
+                replies += [(mark, pool.submit(self.rrouter.post, mark)) for mark in some]
                 self.upstream.wait(lambda upstream: len(upstream.received) == len(replies))
             self.assertEqual(self.rrouter.health()["activeRequests"], self.STREAMS)
             for mark, reply in replies:
@@ -6731,56 +5361,43 @@ class LeftoversTest(LoadTest):
         "hangup": (Response(hangup=True), 502, True),
         "garbage": (Response(raw=b"garbage\r\n"), 502, True),
         "cut": (stream(event("content_block_delta"), cut=True), 200, False)}
-    OTHERS = ("kept", "upload", "chunked", "leaves early", "leaves late", "leaves uploading",
-              "malformed")
-
     def respond(self, received):
         kind = received.target.rpartition("/")[2]
-        if kind in self.RESPONSES:
-            return self.RESPONSES[kind][0]
-        if kind == "upload":
-            return Response(200, b"%d" % len(received.body), framing="length")
         if kind == "silent":
             return Response(before=self.never)
         if kind == "pausing":
             return stream(event("content_block_delta"), event("message_stop"), gate=self.never)
-        return Response()
+        return self.RESPONSES.get(kind, (Response(),))[0]
 
     def act(self, number):
         """Make the request that the seed and its number choose."""
         dice = random.Random("%s %d" % (self.SEED, number))
-        kind = dice.choice((*self.RESPONSES, *self.OTHERS))
+        size = dice.randrange(200_000, 1_500_000)
+        post = functools.partial(request_bytes, "POST")
+        upload = post("/v1/plain", chat(padding="x" * size))
+        others = {
+            # kind: what is sent, the statuses that are awaited before the client leaves
+            "kept": (post("/v1/plain", chat()) * 3, [200] * 3),
+            "upload": (upload, [200]),
+            "chunked": (post("/v1/plain", fields=[("Transfer-Encoding", "chunked")])
+                        + b"%x\r\n%b\r\n0\r\n\r\n" % (size, bytes(size)), [200]),
+            "leaves uploading": (upload[:size // 2], []),
+            "leaves early": (post("/v1/silent", chat()), []),
+            "leaves late": (post("/v1/pausing", chat()), [200]),
+            "malformed": (b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n", [400])}
+        kind = dice.choice((*self.RESPONSES, *others))
         if number % 40 == 0:
             put(self.rrouter.home, "mode", dice.choice(("antigravity", "claude", "auto")))
         if kind in self.RESPONSES:
             reply = self.rrouter.post(target="/v1/" + kind, padding="x" * dice.randrange(2000))
             self.assertEqual((reply.status, reply.complete), self.RESPONSES[kind][1:], kind)
             return
-        size = dice.randrange(200_000, 1_500_000)
+        data, statuses = others[kind]
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            if kind == "kept":
-                for _ in range(3):
-                    connection.sendall(request_bytes("POST", "/v1/plain", chat()))
-                    self.assertEqual(read_reply_from(reader).status, 200)
-            elif kind in ("upload", "leaves uploading"):
-                body = chat("other", padding="x" * size)
-                data = request_bytes("POST", "/v1/upload", body)
-                connection.sendall(data if kind == "upload" else data[:len(data) // 2])
-                if kind == "upload":
-                    self.assertEqual(read_reply_from(reader).body, b"%d" % len(body))
-            elif kind == "chunked":
-                connection.sendall(request_bytes("POST", "/v1/upload", None,
-                                                 (("Transfer-Encoding", "chunked"),)))
-                connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (size, bytes(size)))
-                self.assertEqual(read_reply_from(reader).body, b"%d" % size)
-            elif kind == "leaves early":
-                connection.sendall(request_bytes("POST", "/v1/silent", chat()))
-            elif kind == "leaves late":
-                connection.sendall(request_bytes("POST", "/v1/pausing", chat()))
-                self.assertEqual(read_head(reader)[0], 200)
-            else:
-                connection.sendall(b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n")
-                self.assertEqual(read_reply_from(reader).status, 400)
+            connection.sendall(data)
+            for status in statuses:
+                self.assertEqual(read_head(reader)[0] if kind == "leaves late"
+                                 else read_reply_from(reader).status, status)
 
     def test_threads_descriptors_and_memory_stay_as_they_were(self):
         if SOAKING:
@@ -6858,31 +5475,12 @@ class FewDescriptorsTest(LoopbackTest):
         self.assertNotIn("[ERROR]", poor.log())
 
 
-class Pace:
-    """A gate that opens after each of these gaps in turn, and after the last one never again."""
-
-    def __init__(self, *gaps_s):
-        self.gaps_s, self.due = iter(gaps_s), None
-
-    def wait(self, timeout_s):
-        now = time.monotonic()
-        if self.due is None:
-            self.due = now + next(self.gaps_s, float("inf"))
-        if now < self.due:
-            time.sleep(min(timeout_s, self.due - now))
-            return False
-        self.due = None
-        return True
-
-
 class LongStreamTest(RouterTest):
     """Gaps longer than the waits of rrouter end no response and hide no client that leaves."""
 
-    # With --soak two minutes, or as long as RROUTER_SOAK_STREAM_S says: an hour is 3600.
-    GAPS_S = (0.7, 1.1, 0.6)
-    if SOAKING:
-        GAPS_S = (15,) * (int(os.environ.get("RROUTER_SOAK_STREAM_S") or 120) // 15)
-    PING = event("ping")
+    PINGS, GAP_S = 3, 0.8
+    if SOAKING:             # two minutes, or as long as RROUTER_SOAK_STREAM_S says: an hour is 3600
+        PINGS, GAP_S = int(os.environ.get("RROUTER_SOAK_STREAM_S") or 120) // 15, 15
     config = {"modes": {"antigravity": {"mappings": []}, "claude": {"mappings": []}},
               "defaultMode": "claude", "auto": {"firstByteTimeoutSeconds": 0.5}}
 
@@ -6892,7 +5490,7 @@ class LongStreamTest(RouterTest):
         self.rrouter.home.write("mode", mode)
         before = len(self.upstream.received)
         connection = http.client.HTTPConnection("127.0.0.1", self.rrouter.port,
-                                                timeout=sum(self.GAPS_S) + WAIT_S)
+                                                timeout=self.PINGS * self.GAP_S + WAIT_S)
         self.addCleanup(connection.close)
         connection.request("POST", "/v1/messages", chat())
         self.upstream.wait(lambda upstream: len(upstream.received) > before)
@@ -6900,20 +5498,23 @@ class LongStreamTest(RouterTest):
 
     def test_gaps_end_nothing(self):
         if SOAKING:
-            print("soak: pings alone for %d s" % sum(self.GAPS_S), file=sys.stderr)
-        pings, first = [self.PING] * len(self.GAPS_S), event("content_block_delta")
-        silent = self.begin("claude", stream(before=Pace(sum(self.GAPS_S))))
-        ended = self.begin("auto", stream(first, *pings, event("message_stop"),
-                                          gate=Pace(*self.GAPS_S, 0)))
-        endless = self.begin("claude", stream(first, *pings, self.PING, gate=Pace(*self.GAPS_S)))
+            print("soak: pings alone for %d s" % (self.PINGS * self.GAP_S), file=sys.stderr)
+        first, ping, stop = event("content_block_delta"), event("ping"), event("message_stop")
+        pings, speak, go_on, never = [ping] * self.PINGS, self.gate(), self.gate(), self.gate()
+        go_on.set()
+        silent = self.begin("claude", stream(before=speak))
+        ended = self.begin("auto", stream(first, *pings, stop, pause_s=self.GAP_S))
+        endless = self.begin("claude", stream(first, *pings, ping, pause_s=self.GAP_S,
+                                              gate=[go_on] * (self.PINGS + 1) + [never]))
         for connection in (ended, endless):
             connection.response = response = connection.getresponse()
             self.addCleanup(response.close)
             self.assertEqual((response.status, receive(response, len(first))), (200, first))
-        for ping in pings:
+        for _ in pings:
             for connection in (ended, endless):
                 self.assertEqual(receive(connection.response, len(ping)), ping)
-        self.assertEqual(ended.response.read(), event("message_stop"))
+        speak.set()
+        self.assertEqual(ended.response.read(), stop)
         with contextlib.closing(silent.getresponse()) as response:
             self.assertEqual((response.status, response.read()),
                              (200, b"".join(stream().chunks)))
@@ -6950,6 +5551,15 @@ class ListenTest(LoopbackTest):
         self.assertEqual(processes(home), [])
         self.assertFalse((home.dir / "rrouter.pid").exists())
 
+    def test_lsof_names_the_owner_where_there_is_no_proc(self):
+        home = self.make_home()
+        (home.root / "lsof").write_text("#!/bin/sh\nprintf 'p47\\ncsome program\\nf3\\n'\n")
+        (home.root / "lsof").chmod(0o700)
+        self.addCleanup(setattr, os.path, "isdir", os.path.isdir)
+        self.addCleanup(os.environ.update, {"PATH": os.environ["PATH"]})
+        os.path.isdir, os.environ["PATH"] = lambda path: False, str(home.root)
+        self.assertEqual(rrouter.port_owner(1), "some program (pid 47)")
+
     def test_owner_and_upstream_that_drip_without_end_hold_up_no_command(self):
         for raw, commands in (
                 ((b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 300), {"start": 1, "status": 3}),
@@ -6959,17 +5569,14 @@ class ListenTest(LoopbackTest):
             for command, status in commands.items():
                 home.run(command, check=status, timeout=WAIT_S)
 
-    def test_one_of_two_addresses_taken_is_enough_to_refuse(self):
+    def test_address_that_cannot_be_had_is_named(self):
+        """One of two is enough to refuse."""
         home = self.make_home()
         with socket.socket(socket.AF_INET6) as holder:
             holder.bind(("::1", home.port))
-            done = home.run("serve", check=1, timeout=WAIT_S * 2)
-        self.assertRegex(done.stderr, r"(?m)^rrouter: .*\b%d\b" % home.port)
-
-    def test_address_of_another_machine_is_refused(self):
-        home = self.make_home(env={"RROUTER_HOST": "203.0.113.1"})
-        done = home.run("serve", check=1, timeout=WAIT_S * 2)
-        self.assertRegex(done.stderr, r"(?m)^rrouter: .*203\.0\.113\.1")
+            for env, word in (({}, home.port), ({"RROUTER_HOST": "203.0.113.1"}, "203.0.113.1")):
+                done = home.run("serve", check=1, env=env, timeout=WAIT_S * 2)
+                self.assertRegex(done.stderr, r"(?m)^rrouter: .*\b%s\b" % word)
 
     @unittest.skipUnless(LINUX, "only Linux has all of 127/8 on loopback")
     def test_other_host_is_bound_as_given(self):
@@ -6980,29 +5587,25 @@ class ListenTest(LoopbackTest):
         self.assertIsNone(home.health())                # 127.0.0.1 is not bound
         home.run("status", check=0)
 
-    def ask(self, router, host):
-        with router.connect() as connection:
-            connection.sendall(b"GET / HTTP/1.1\r\nHost: %b\r\n\r\n" % host)
-            return read_reply(connection)
+    # Two lines of /etc/hosts give one address twice.
+    TWICE = ("import socket\nreal = socket.getaddrinfo\nsocket.getaddrinfo ="
+             " lambda host, *others, **options: real('127.0.0.1', *others, **options) * 2")
 
-    def test_guard_holds_on_every_loopback_address_and_allows_the_names_given(self):
-        router = self.start_rrouter(self.start_upstream(), env={
-            "RROUTER_HOST": "127.0.0.1", "RROUTER_ALLOWED_HOSTS": "host.docker.internal, Box"})
-        for host in (b"host.docker.internal:8316", b"BOX.", b"localhost"):
-            self.assertEqual(self.ask(router, host).status, 200)
-        self.assert_error(self.ask(router, b"evil.com"), 403, "RROUTER_ALLOWED_HOSTS")
-        self.assertNotIn("quota", router.log())
-
-    def test_beyond_loopback_any_host_is_served_with_a_warning(self):
-        router = self.start_rrouter(self.start_upstream(), env={"RROUTER_HOST": "0.0.0.0"})
-        self.assertEqual(self.ask(router, b"box.lan").status, 200)
-        self.assertIn("can spend your quota", router.log())
-
-    def test_one_address_in_two_lines_of_etc_hosts_is_bound_once(self):
-        twice = ("import socket\nreal = socket.getaddrinfo\nsocket.getaddrinfo ="
-                 " lambda host, *others, **options: real('127.0.0.1', *others, **options) * 2")
-        router = self.start_rrouter(self.start_upstream(), env={"RROUTER_HOST": "box"}, code=twice)
-        self.assertEqual(self.ask(router, b"box").status, 200)
+    def test_guard_holds_on_loopback_addresses_alone_and_allows_the_names_given(self):
+        allowed = {"RROUTER_HOST": "127.0.0.1",
+                   "RROUTER_ALLOWED_HOSTS": "host.docker.internal, Box"}
+        for env, code, statuses, warns in (
+                (allowed, "", {b"host.docker.internal:8316": 200, b"BOX.": 200, b"localhost": 200,
+                               b"evil.com": 403}, False),
+                ({"RROUTER_HOST": "0.0.0.0"}, "", {b"box.lan": 200}, True),
+                ({"RROUTER_HOST": "box"}, self.TWICE, {b"box": 200}, False)):
+            router = self.start_rrouter(self.start_upstream(), env=env, code=code)
+            for host, status in statuses.items():
+                reply = read_reply_from(io.BytesIO(router.exchange(
+                    b"GET / HTTP/1.1\r\nHost: %b\r\nConnection: close\r\n\r\n" % host)))
+                self.assertEqual(reply.status, status, host)
+                self.assertEqual(b"RROUTER_ALLOWED_HOSTS" in reply.body, status == 403)
+            self.assertEqual("can spend your quota" in router.log(), warns)
 
 
 class DrainTest(LoopbackTest):
@@ -7066,22 +5669,40 @@ class DrainTest(LoopbackTest):
         self.assertEqual(starting.wait(WAIT_S * 2), 0)
         self.assertNotEqual(home.health()["pid"], pid)
 
-    def assert_ends_at_once(self):
-        self.rrouter.process.wait(WAIT_S)
-        with contextlib.suppress(ConnectionResetError):
-            self.assertFalse(read_chunks(self.reader)[1])
-        self.rrouter.stop(expect=None)
 
-    def test_second_signal_ends_it_at_once(self):
-        self.rrouter.process.terminate()
-        self.wait_until_refused()
-        self.rrouter.process.terminate()
-        self.assert_ends_at_once()
+class CutOffTest(LoopbackTest):
+    """Requests that the drain does not wait for."""
 
-    def test_two_signals_at_the_same_time_are_two(self):
-        for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
-            self.rrouter.process.send_signal(number)
-        self.assert_ends_at_once()
+    def test_second_signal_cuts_the_response_off_and_the_log_has_its_line(self):
+        for version, at_once in ((b"1.1", False), (b"1.0", False), (b"1.1", True)):
+            with self.subTest(version, at_once=at_once):
+                upstream = self.start_upstream(stream(
+                    event("ping"), event("message_stop"), gate=self.gate(), framing="close"))
+                running = self.start_rrouter(upstream)
+                with running.connect() as connection, connection.makefile("rb") as reader:
+                    request = request_bytes(body=b'{"model":"m"}', port=running.port)
+                    connection.sendall(request.replace(b"HTTP/1.1", b"HTTP/" + version))
+                    self.assertEqual(read_head(reader)[0], 200)
+                    for number in [signal.SIGSTOP] * at_once + [signal.SIGTERM]:
+                        running.process.send_signal(number)
+                    if not at_once:
+                        wait_until(lambda: "[STOP] SIGTERM" in running.log())
+                    for number in (signal.SIGINT, signal.SIGCONT):
+                        running.process.send_signal(number)
+                    self.assertEqual(running.process.wait(WAIT_S), 0)
+                    if version == b"1.0":               # without chunks a reset alone shows it
+                        self.assertRaises(ConnectionResetError, reader.read)
+                    else:
+                        self.assertFalse(read_chunks(reader)[1])
+                self.assertEqual(len(request_lines(running.log())), 1)
+
+    def test_connection_beyond_the_reserve_is_refused_in_words(self):
+        running = self.start_rrouter(
+            self.start_upstream(), limits={"CONNECTIONS_MAX": 2, "CONNECTIONS_RESERVE": 1})
+        with contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(running.connect()) for _ in range(4)]
+            refused = select.select(idle, [], [], WAIT_S)[0][0]
+            self.assert_error(read_reply(refused), 503, "too many connections (2)")
 
 
 class DaemonTestBase(LoopbackTest):
@@ -7121,6 +5742,15 @@ class DaemonTestBase(LoopbackTest):
             # One that lost the race for the lock, or has just released it, may still be ending.
             wait_until(lambda: processes(home) == [health["pid"]])
         return health["pid"]
+
+    @staticmethod
+    @contextlib.contextmanager
+    def held(home, line):
+        """Hold the lock of this home, with `line` (bytes) in it."""
+        with open(str(home.dir / "rrouter.lock"), "wb", buffering=0) as holder:
+            fcntl.flock(holder, fcntl.LOCK_EX)
+            holder.write(line)
+            yield
 
     def assert_nothing_left(self, home):
         self.assertEqual(processes(home), [])
@@ -7165,21 +5795,9 @@ class RunningDaemonTest(DaemonTestBase):
         if LINUX:
             process = pathlib.Path("/proc", str(pid))
             fields = process.joinpath("stat").read_text().rpartition(")")[2].split()
-            parent, terminal = int(fields[1]), int(fields[4])
-            self.assertEqual(terminal, 0)
-            self.assertIn(parent, self.ancestors())
+            self.assertEqual(int(fields[4]), 0)         # no terminal
             self.assertEqual(os.readlink(str(process / "cwd")), "/")
             self.assertEqual(os.readlink(str(process / "fd" / "0")), "/dev/null")
-
-    @staticmethod
-    def ancestors():
-        """Return the pids above this process: one of them collects orphans."""
-        found, pid = {1}, os.getppid()
-        while pid > 1:
-            found.add(pid)
-            fields = pathlib.Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-            pid = int(fields[1])
-        return found
 
     def test_its_files_are_private(self):
         for path in [self.home.dir, *self.home.dir.rglob("*")]:
@@ -7188,14 +5806,16 @@ class RunningDaemonTest(DaemonTestBase):
                     self.assertEqual(stat.S_IMODE(path.stat().st_mode),
                                      0o700 if path.is_dir() else 0o600)
 
-    def test_run_json_says_where_it_listens(self):
+    def test_run_json_says_where_it_listens_and_the_lock_who_it_is(self):
         run = json.loads(self.home.read("run.json"))
         expected = {"host": "localhost", "port": self.home.port, "pid": self.health["pid"],
                     "upstream": self.upstream.url, "startedBy": "start",
                     "instance": self.health["instance"]}
         self.assertEqual({name: run[name] for name in expected}, expected)
-        words = self.home.read("rrouter.lock").split()
-        self.assertEqual(words[:3], [str(run["pid"]), run["instance"], socket.gethostname()])
+        self.assertRegex(self.health["instance"], r"\A[0-9a-f]{16}\Z")
+        self.assertEqual(self.home.read("rrouter.lock"), "%d %s %s %d\n" % (
+            run["pid"], run["instance"], socket.gethostname(),
+            os.stat("/proc/self/ns/pid").st_ino if LINUX else 0))
 
     def test_it_is_found_whatever_port_the_shell_has(self):
         status, start = self.home.run_all(("status", "--json"), ("start",), check=0,
@@ -7204,13 +5824,6 @@ class RunningDaemonTest(DaemonTestBase):
         for pattern in ("(?i)already running", r"\b%d\b" % self.health["pid"],
                         r"\b%d\b" % self.home.port):
             self.assertRegex(start.stdout, pattern)
-
-    def test_it_is_found_by_the_environment_where_run_json_is_no_help(self):
-        good = self.home.dir / "run.json"
-        self.addCleanup(good.rename(self.home.dir / "aside").rename, good)
-        put(self.home, "run.json", "{")
-        status = self.home.run("status", "--json", check=0)
-        self.assertEqual(json.loads(status.stdout)["pid"], self.health["pid"])
 
     def test_status_shows_mode_upstream_daemon_and_problems(self):
         put(self.home, "mode", "nosuch\n")
@@ -7243,9 +5856,9 @@ class RunningDaemonTest(DaemonTestBase):
         self.assertEqual((auto["switched"], auto["currentTarget"], auto["retryAt"]),
                          (False, "antigravity", None))
 
-    def test_hang_up_signal_does_not_end_it(self):
+    def test_hang_up_signal_lets_it_read_the_files_again(self):
         os.kill(self.health["pid"], signal.SIGHUP)
-        wait_until(lambda: "SIGHUP" in self.home.read("logs/rrouter.log"))
+        wait_until(lambda: "SIGHUP: files read again" in self.home.read("logs/rrouter.log"))
         self.assertEqual(self.assert_alone(self.home), self.health["pid"])
 
     def test_its_port_is_refused_to_another_rrouter(self):
@@ -7273,13 +5886,16 @@ class RunningDaemonTest(DaemonTestBase):
 
 class DaemonLifeTest(DaemonTestBase):
 
-    def home(self, *arguments, **options):
-        return self.new_home(self.addCleanup, *arguments, **options)
+    def started(self, *arguments, **options):
+        """Return a home and the pid of the daemon that `start` began in it."""
+        home = self.new_home(self.addCleanup, *arguments, **options)
+        home.run("start", check=0)
+        return home, self.assert_alone(home)
 
     def test_restart_starts_and_replaces_and_stop_leaves_nothing(self):
-        home = self.home()
+        home = self.new_home(self.addCleanup)
         home.run("restart", check=0)
-        first = self.assert_alone(home)
+        first, instance = self.assert_alone(home), home.health()["instance"]
         with socket.create_connection(("127.0.0.1", home.port), WAIT_S) as connection:
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
                                b"Connection: close\r\n\r\n")
@@ -7287,34 +5903,36 @@ class DaemonLifeTest(DaemonTestBase):
         done = home.run("restart", check=0)
         self.assertNotIn("in use", done.stdout + done.stderr)
         self.assertNotEqual(self.assert_alone(home), first)
+        self.assertNotEqual(home.health()["instance"], instance)
         done = home.run("stop", check=0, env={"RROUTER_PORT": str(free_port())})
         self.assertRegex(done.stdout, "(?i)stopped")
         self.assert_nothing_left(home)
         home.run("status", check=3)
 
     def test_restart_keeps_port_host_and_upstream_except_what_the_shell_sets(self):
-        home = self.home(env={"RROUTER_HOST": "127.0.0.1", "RROUTER_ALLOWED_HOSTS": "a,b"})
+        home, _ = self.started(env={"RROUTER_HOST": "127.0.0.1", "RROUTER_ALLOWED_HOSTS": "a,b"})
         unset = dict.fromkeys(rrouter.DEFAULT_ENVIRONMENT, "")
-        home.run("start", check=0)
-        kept = ("host", "port", "upstream", "allowedHosts")
-        before = json.loads(home.read("run.json"))
+
+        def run_file():
+            return {name: value for name, value in json.loads(home.read("run.json")).items()
+                    if name != "instance"}
+
+        before = run_file()
+        self.assertEqual(before["allowedHosts"], "a,b")
         home.run("restart", check=0, env=unset)
-        after = json.loads(home.read("run.json"))
+        after = run_file()
         self.assertNotEqual(after["pid"], before["pid"])
-        self.assertEqual([after[name] for name in kept], [before[name] for name in kept])
-        self.assertEqual(after["allowedHosts"], "a,b")
+        self.assertEqual(after, dict(before, pid=after["pid"]))
         home.run("restart", check=0, env=dict(unset, RROUTER_UPSTREAM="http://127.0.0.1:9"))
-        after = json.loads(home.read("run.json"))
-        self.assertEqual((after["port"], after["upstream"]), (home.port, "http://127.0.0.1:9"))
+        after = run_file()
+        self.assertEqual(after, dict(before, pid=after["pid"], upstream="http://127.0.0.1:9"))
         os.kill(after["pid"], signal.SIGKILL)
         wait_until(lambda: home.run("status", env=unset).returncode == 3)
         home.run("restart", check=0, env=unset)
-        self.assertEqual(json.loads(home.read("run.json"))["port"], home.port)
+        self.assertEqual(run_file()["port"], home.port)
 
     def test_daemon_is_found_again_after_its_directory_was_removed(self):
-        home = self.home("auto")
-        home.run("start", check=0)
-        pid = self.assert_alone(home)
+        home, pid = self.started("auto")
         home.remove_directory()
         wait_until((home.dir / "run.json").exists)
         self.assertEqual(self.assert_alone(home), pid)
@@ -7330,10 +5948,25 @@ class DaemonLifeTest(DaemonTestBase):
         self.assertIn("stopped", home.run("stop", check=0, env=other).stdout)
         self.assert_nothing_left(home)
 
+    def test_home_that_is_away_is_left_alone_and_used_again_when_it_is_back(self):
+        home, pid = self.started("claude")
+        away = home.root.with_name(home.root.name + " away")
+        self.addCleanup(shutil.rmtree, str(away), ignore_errors=True)
+
+        def log_problems():
+            return [text for text in home.health()["problems"] if text.startswith("rrouter.log")]
+
+        for come_back in (lambda: away.rename(home.root), home.root.mkdir):
+            home.root.rename(away)
+            wait_until(log_problems)
+            self.assertFalse(home.root.exists())
+            come_back()
+            wait_until(lambda: not log_problems() and (home.dir / "run.json").exists())
+            self.assertEqual(self.assert_alone(home), pid)
+        self.assertIn("was removed", wait_until(lambda: home.read("logs/rrouter.log")))
+
     def test_directory_of_another_daemon_is_left_alone(self):
-        home = self.home()
-        home.run("start", check=0)
-        pid = self.assert_alone(home)
+        home, pid = self.started()
         with open(home.dir.with_name("lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             os.kill(pid, signal.SIGSTOP)
@@ -7342,7 +5975,7 @@ class DaemonLifeTest(DaemonTestBase):
             home.dir.with_name("lock").rename(home.dir / "rrouter.lock")
             os.kill(pid, signal.SIGCONT)
             wait_until((home.dir / "logs" / "rrouter.log").exists)
-            time.sleep(0.5)
+            time.sleep(0.5)                             # two rounds of the watcher
             self.assertFalse((home.dir / "run.json").exists())
             self.assertEqual(home.read("rrouter.lock"), "")
         wait_until((home.dir / "run.json").exists)
@@ -7350,9 +5983,7 @@ class DaemonLifeTest(DaemonTestBase):
 
     def test_killed_daemon_hinders_nothing_and_no_other_process_is_signalled(self):
         """The files it leaves may come to name another process."""
-        home, sleeper = self.home(), self.sleeper()
-        home.run("start", check=0)
-        killed = self.assert_alone(home)
+        (home, killed), sleeper = self.started(), self.sleeper()
         os.kill(killed, signal.SIGKILL)
         wait_until(lambda: home.health() is None)
         for name in ("rrouter.pid", "rrouter.lock", "run.json"):
@@ -7366,15 +5997,22 @@ class DaemonLifeTest(DaemonTestBase):
         self.assertEqual(processes(home), [])
         self.assertIsNone(sleeper.poll())
 
+    def test_daemon_of_a_version_that_wrote_its_pid_alone_is_stopped(self):
+        home, pid = self.started()
+        home.write("rrouter.lock", "%d\n" % pid)
+        run = json.loads(home.read("run.json"))
+        del run["instance"]
+        home.write("run.json", json.dumps(run))
+        self.assertRegex(home.run("stop", check=0).stdout, r"stopped \(pid %d\)" % pid)
+        self.assert_nothing_left(home)
+
     def test_closed_standard_streams_do_no_harm(self):
         """The files opened next have their numbers, 0 to 2."""
-        home = self.home()
-        script = 'exec "$@" <&- >&- 2>&-'
-        shell = ["/bin/sh", "-c", script, "sh", sys.executable, RROUTER]
+        home = self.new_home(self.addCleanup)
+        shell = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, RROUTER]
         home.run("start", program=shell, check=0)
         self.assert_alone(home)
-        home.run("status", program=["/bin/sh", "-c", 'exec "$@" >&-', "sh", sys.executable,
-                                    RROUTER], check=0)
+        home.run("status", program=shell, check=0)
         home.run("stop", check=0)
         process = ending_with(self, home.begin("serve", program=shell))
         wait_until(home.health)
@@ -7385,17 +6023,17 @@ class DaemonLifeTest(DaemonTestBase):
             self.assertRegex(line, LOG_LINE)
 
     def test_zip_application_starts_and_stops(self):
-        home = self.home()
-        source = home.root / "source"
-        source.mkdir()
-        shutil.copy(RROUTER, str(source))
-        archive = str(home.root / "rrouter.pyz")
-        zipapp.create_archive(str(source), archive, main="rrouter:main")
-        program = [sys.executable, os.path.basename(archive)]
-        home.run("start", program=program, cwd=str(home.root), check=0)
+        home = self.new_home(self.addCleanup)
+        (home.root / "source").mkdir()
+        shutil.copy(RROUTER, str(home.root / "source"))
+        archive = home.root / "rrouter.pyz"
+        zipapp.create_archive(str(home.root / "source"), str(archive), main="rrouter:main")
+        options = {"program": [sys.executable, archive.name], "cwd": str(home.root), "check": 0}
+        home.run("start", **options)
         self.assert_alone(home)
-        home.run("stop", program=program, cwd=str(home.root), check=0)
+        home.run("stop", **options)
         self.assert_nothing_left(home)
+
 
 
 RUN_FILE = ('{"pid": %d, "instance": "%s", "host": "localhost", "port": 1, "startedBy": "start",'
@@ -7407,27 +6045,17 @@ NO_RUN_FILES = ("", "{", "[]", "7", '{"port": -1}', '{"pid": %(pid)d, "instance"
 class FalseFilesTest(DaemonTestBase):
     """Only a held lock makes a daemon; LockTest has the lines in it."""
 
-    LINE = "%%d 1f %s %d\n" % (
-        socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino if LINUX else 0)
-
     def setUp(self):
         self.home = self.new_home(self.addCleanup, "claude")
         self.lock = self.home.dir / "rrouter.lock"
-
-    @contextlib.contextmanager
-    def held(self, line):
-        """Hold the lock, with this line in it."""
-        self.lock.write_text(line)
-        with open(str(self.lock)) as holder:
-            fcntl.flock(holder, fcntl.LOCK_EX)
-            yield
+        self.line = "%d 1f " + rrouter.own_place() + "\n"
 
     def find(self):
-        return rrouter.find_daemon(rrouter.Paths(str(self.home.root)))
+        return rrouter.Daemon.find(rrouter.Paths(str(self.home.root)))
 
     def test_files_alone_make_no_daemon(self):
         pid = self.sleeper().pid
-        for name, line in (("rrouter.pid", "%d\n"), ("rrouter.lock", self.LINE),
+        for name, line in (("rrouter.pid", "%d\n"), ("rrouter.lock", self.line),
                            ("run.json", RUN_FILE.replace("%s", "1f"))):
             self.home.write(name, line % pid)
         self.assertIsNone(self.find())
@@ -7439,17 +6067,25 @@ class FalseFilesTest(DaemonTestBase):
                 (RUN_FILE % (pid + 1, "1f"), settings.port)]
         rows += [(text % {"pid": pid} if "%" in text else text, settings.port)
                  for text in NO_RUN_FILES]
-        with self.held(self.LINE % pid):
+        with self.held(self.home, (self.line % pid).encode()):
             for text, port in rows:
                 with self.subTest(text[:60]):
                     self.home.write("run.json", text)
                     found = self.find()
                     self.assertEqual((found.pid, found.port), (pid, port))
 
+    def test_answer_of_another_rrouter_is_not_taken_for_the_daemons(self):
+        with Running(self.upstream) as other:
+            home = self.new_home(self.addCleanup, "claude", port=other.port)
+            line = "%d ab01 %s\n" % (other.process.pid, rrouter.own_place())
+            with self.held(home, line.encode()):
+                for command in ("status", "auto"):
+                    self.assertRegex(home.run(command, check=1).stderr, "does not answer")
+
     def test_start_beside_a_lock_that_names_no_process_fails_in_time(self):
         code = ("import sys; sys.path.insert(0, %r); import rrouter; rrouter.START_S = 1.2; "
                 "rrouter.main()" % str(HERE))
-        with self.held("0\n"):
+        with self.held(self.home, b"0\n"):
             done = self.home.run("start", program=[*PYTHON, "-c", code], start_new_session=True)
         self.assertEqual((done.returncode, done.stdout), (1, ""), done)
         self.assertRegex(done.stderr, r"\Arrouter: the daemon (does not answer|did not start)")
@@ -7471,18 +6107,12 @@ class FalseFilesTest(DaemonTestBase):
 
 
 class StartRaceTest(DaemonTestBase):
-    """Several starts at once, and starts interrupted by signals."""
-
-    ROUNDS = 100 if SOAKING else 6
-    SEED = os.environ.get("RROUTER_SOAK") or "20260129"
-    SIGNALS = "SIGTERM", "SIGHUP", "SIGINT", "SIGPIPE", "SIGKILL"
-    GROUP_SIGNALS = "SIGINT", "SIGTERM", "SIGHUP"       # as Ctrl-C or a closed terminal sends them
 
     def test_starts_at_once_leave_one_daemon(self):
         home = self.new_home(self.addCleanup)
         for number in range(50 if SOAKING else 1):
             with self.subTest(round=number):
-                started = home.run_all(*[("start",)] * (2 if SOAKING else 4), check=0)
+                started = home.run_all(*[("start",)] * 4, check=0)
                 pid = self.assert_alone(home)
                 for done in started:
                     for word in (pid, home.port):
@@ -7490,58 +6120,16 @@ class StartRaceTest(DaemonTestBase):
                 home.run("stop", check=0)
                 self.assertIsNone(home.health())
 
-    def assert_no_traceback(self, printed):
-        """A SIGINT may show one while Python starts: until the program's last statement."""
-        call = RROUTER_TEXT.rindex('\nif __name__ == "__main__":')
-        last = RROUTER_TEXT.count("\n", 0, call) + 2
-        for block in printed.split("Traceback (most recent call last)")[1:]:
-            frames = re.findall(r'File "[^"]*rrouter\.py", line (\d+), in (\S+)', block)
-            starts = not frames or (int(frames[0][0]) < last and frames[0][1] == "<module>")
-            # An import that is interrupted leaves its file open, which -W error shows as well.
-            is_import = not frames and "ResourceWarning: unclosed file" in block
-            self.assertTrue(is_import or (starts and "KeyboardInterrupt" in block
-                                          and "_shutdown" not in block), printed)
-
-    def interrupt(self, home, command, dice, name, group):
-        """Begin the command and send the signal to it at some moment; return what was printed."""
-        with tempfile.TemporaryFile() as output:
-            process = home.begin(command, stdout=output, stderr=output, start_new_session=True)
-            with process:
-                time.sleep(dice.random() * 0.2)         # the moment is what the dice say
-                victims = [process.pid, *processes(home)]
-                with contextlib.suppress(ProcessLookupError):
-                    if group:
-                        os.killpg(process.pid, getattr(signal, name))
-                    else:
-                        os.kill(dice.choice(victims), getattr(signal, name))
-                if command == "serve" and process.poll() is None:
-                    process.terminate()
-                try:
-                    process.wait(WAIT_S * 5)
-                finally:
-                    process.kill()
-            output.seek(0)
-            return output.read().decode()
-
-    def test_start_works_after_a_command_that_was_interrupted(self):
-        if SOAKING:
-            print("soak: seed %s, %d interrupted starts" % (self.SEED, self.ROUNDS),
-                  file=sys.stderr)
-        home, dice = self.new_home(self.addCleanup), random.Random(self.SEED)
-        for number in range(self.ROUNDS):
-            command, group = ("start", "serve", "restart", "stop")[number % 4], number % 3 != 1
-            name = dice.choice(self.GROUP_SIGNALS if group else self.SIGNALS)
-            with self.subTest(round=number, command=command, signal=name, group=group):
-                printed = self.interrupt(home, command, dice, name, group)
-                if name != "SIGINT":
-                    self.assertNotIn("Traceback", printed)
-                self.assert_no_traceback(printed)
-                home.run("start", check=0)
-                self.assert_alone(home)
-                self.assert_no_traceback(home.read("logs/rrouter.log"))
-                if number % 2:
-                    home.run("stop", check=0)
-                    self.assertIsNone(home.health())
+    @unittest.skipUnless(LINUX, "needs /proc")
+    def test_daemon_whose_starter_is_killed_runs(self):
+        home = self.new_home(self.addCleanup)
+        starter = ending_with(self, home.begin("start"))
+        wait_until(lambda: set(processes(home)) - {starter.pid})
+        starter.kill()
+        self.assertEqual(starter.wait(WAIT_S), -signal.SIGKILL)
+        wait_until(home.health)
+        home.run("start", check=0)
+        self.assert_alone(home)
 
 
 class StateTest(DaemonTestBase):
@@ -7574,16 +6162,6 @@ class StateTest(DaemonTestBase):
     def setUp(self):
         self.upstream.clear()
 
-    def changed(self, change):
-        """Return state.json with `change` of every number and string."""
-        def walk(value):
-            if isinstance(value, dict):
-                return {key: walk(item) for key, item in value.items()}
-            if isinstance(value, list):
-                return [walk(item) for item in value]
-            return value if isinstance(value, bool) or value is None else change(value)
-        return json.dumps(walk(json.loads(self.saved)))
-
     def restarted(self, state, config=DEFAULT_CONFIG, mode=None):
         """Start with these files; return `autoSwitch` of /health and the new lines of the log."""
         put(self.home, "state.json", state)
@@ -7601,18 +6179,13 @@ class StateTest(DaemonTestBase):
         self.assertEqual(list(self.before["models"]), [self.OPUS])
         rules = json.loads(json.dumps(DEFAULT_CONFIG).replace("claude-haiku-*", "haiku-*"))
         threshold = dict(DEFAULT_CONFIG, auto={"failureThreshold": 2})
-        digits = json.loads(self.saved)
-        digits["whole"]["last_cooldown_s"] = 10 ** 400
         rows = (
             # what happened meanwhile, state.json, config, mode, kept?
             ("nothing", self.saved, DEFAULT_CONFIG, None, True),
             ("the rules were written", self.saved, rules, None, True),
             ("the auto section was written", self.saved, threshold, None, False),
-            ("torn", self.saved[:len(self.saved) // 2], DEFAULT_CONFIG, None, False),
-            ("too deep", "[" * 100_000, DEFAULT_CONFIG, None, False),
-            ("other types", self.changed(lambda value: 7 if isinstance(value, str) else "x"),
-             DEFAULT_CONFIG, None, False),
-            ("a number of 400 digits", json.dumps(digits), DEFAULT_CONFIG, None, False),
+            ("the state lost its name", self.saved.replace('"whole"', '"hole"'), DEFAULT_CONFIG,
+             None, False),
             # last, because its new time stamp stays
             ("the mode was written", self.saved, DEFAULT_CONFIG, "auto\n", False))
         for what, state, config, mode, kept in rows:
@@ -7634,240 +6207,18 @@ class StateTest(DaemonTestBase):
         """The cooldown left is at most the longest one."""
         for years in (10, -10):
             with self.subTest(years=years):
-                auto, _ = self.restarted(self.changed(
-                    lambda value: value + years * 365 * 86400
-                    if isinstance(value, (int, float)) and 1e9 < value < 4e9 else value))
+                auto, _ = self.restarted(re.sub(
+                    r"\b\d{10}\.\d+", lambda found: str(float(found[0]) + years * 365 * 86400),
+                    self.saved))
                 self.assertLessEqual(auto["cooldownRemainingSeconds"] or 0, 240 * 60)
 
 
-# The log, the state and the disk ###############################################
-
-# While the file exists, each write to a file hangs, as on a disk that does not respond.
-HANGING_WRITES = """
-import os, time
-write, flag = os.write, %r
-def hanging(descriptor, data):
-    while os.path.exists(flag):
-        time.sleep(0.01)
-    return write(descriptor, data)
-os.write = hanging
-"""
-HANGING_FSYNC = HANGING_WRITES.replace("write", "fsync").replace("descriptor, data", "descriptor")
-
-
-class HangingDiskTest(unittest.TestCase):
-    """Requests, decisions of auto mode, /health and the end do not wait for a disk."""
-
-    def setUp(self):
-        self.upstream = Upstream(Response(chunks=b'{"type":"message","content":["x"]}'))
-        self.addCleanup(self.upstream.close)
-        self.home = Home(self.upstream, "auto", dict(DEFAULT_CONFIG, auto={"failureThreshold": 1}))
-        self.addCleanup(self.home.remove)
-        self.flag = self.home.root / "the disk hangs"
-
-    def running(self, code):
-        """Return a rrouter whose disk hangs while `self.flag` exists."""
-        return Running(self.upstream, code=code % str(self.flag), home=self.home)
-
-    def assert_goes_on(self, router):
-        """A failure is rescued, auto mode switches, and /health says so."""
-        self.upstream.play(error(503))
-        self.assertEqual([router.post().status for _ in range(20)], [200] * 20)
-        auto = router.health()["autoSwitch"]
-        self.assertEqual((auto["switched"], auto["reason"][-3:]), (True, "503"))
-
-    def test_hanging_log_stops_nothing_and_loses_no_line(self):
-        with self.running(HANGING_WRITES) as router:
-            self.flag.touch()
-            self.assert_goes_on(router)
-            self.assertNotIn("SWITCH", router.log())
-            self.flag.unlink()
-            router.wait_until(lambda: len(request_lines(router.log())) == 20)
-            self.assertEqual(len(re.findall(r"\[AUTO\] SWITCH ", router.log())), 1)
-
-    def test_hanging_state_file_stops_nothing_and_is_written_later(self):
-        with self.running(HANGING_FSYNC) as router:
-            self.flag.touch()
-            self.assert_goes_on(router)
-            self.assertFalse((self.home.dir / "state.json").exists())
-            self.flag.unlink()
-            state = self.home.dir / "state.json"
-            router.wait_until(lambda: state.exists() and "last 503" in state.read_text())
-
-    def test_hanging_log_does_not_hold_up_the_end(self):
-        with self.running(HANGING_WRITES) as router:
-            self.flag.touch()
-            self.assertEqual(router.post().status, 200)
-            begin = time.monotonic()
-            router.process.terminate()
-            self.assertEqual(router.process.wait(WAIT_S), 0)
-            self.assertLess(time.monotonic() - begin, 5)
-            self.assertFalse((self.home.dir / "rrouter.pid").exists())
-
-    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFO")
-    def test_fifo_that_is_not_read_stops_nothing(self):
-        (self.home.dir / "logs").mkdir(mode=0o700)
-        path = str(self.home.dir / "logs" / "rrouter.log")
-        os.mkfifo(path)
-        reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        self.addCleanup(os.close, reader)
-        with Running(self.upstream, home=self.home) as router:
-            if hasattr(fcntl, "F_SETPIPE_SZ"):
-                fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
-            self.assert_goes_on(router)
-            router.wait_until(lambda: router.post().status == 200 and router.health()["problems"])
-            self.assertIn("log lines are lost", str(router.health()["problems"]))
-
-    def test_line_is_in_the_file_within_a_third_of_a_second(self):
-        with Running(self.upstream, home=self.home) as router:
-            waited = []
-            for number in range(9):
-                router.request("GET", "/number/%d" % number, fields=())
-                begin = time.monotonic()
-                router.wait_until(lambda number=number: "/number/%d " % number in router.log())
-                waited.append(time.monotonic() - begin)
-            self.assertLess(statistics.median(waited), 0.3, waited)
-
-
-class LogQueueTest(unittest.TestCase):
-    """Lines that are not yet written."""
-
-    def test_many_lines_wake_the_writer_once(self):
-        log, calls = rrouter.Log("/nonexistent/rrouter.log", echo=False), []
-        log.wake = lambda: calls.append(None)
-        for _ in range(log.MANY - 1):
-            log.write("REQ", "line")
-        self.assertEqual(calls, [])
-        for _ in range(100):
-            log.write("REQ", "line")
-        self.assertEqual(len(calls), 1)
-
-    def test_lines_beyond_the_most_that_are_held_are_a_problem(self):
-        log = rrouter.Log("/nonexistent/rrouter.log", echo=False)
-        for _ in range(log.HELD_MAX):
-            log.write("REQ", "line")
-        self.assertIsNone(log.problem)
-        log.write("REQ", "line")
-        self.assertRegex(log.problem, "^rrouter.log: .*lines are lost$")
-
-    def test_constructors_have_no_effect(self):
-        with tempfile.TemporaryDirectory() as directory:
-            before = sorted(os.listdir("/dev/fd"))
-            paths = rrouter.Paths(directory)
-            log = rrouter.Log(paths.log, echo=False)
-            rrouter.Store(paths, log, lambda old, new, written: None)
-            rrouter.StateFile(paths.state, log)
-            rrouter.Lock(paths.lock)
-            rrouter.Signals()
-            self.assertEqual(sorted(os.listdir("/dev/fd")), before)
-            self.assertEqual(os.listdir(directory), [])
-
-
-class StateSavingTest(unittest.TestCase):
-    """state.json has one writer at a time, and fits one mode file and one auto section."""
-
-    FINGERPRINT = {"modeFile": [1, 2, 3], "auto": [["a", "b"], 3]}
-
-    def setUp(self):
-        directory = tempfile.TemporaryDirectory()
-        self.addCleanup(directory.cleanup)
-        self.path = pathlib.Path(directory.name, "sub", "state.json")
-        self.path.parent.mkdir()
-        self.lines = []
-        log = rrouter.Log("/nonexistent/rrouter.log", echo=False)
-        log.write = lambda tag, text: self.lines.append(text)
-        self.state = rrouter.StateFile(str(self.path), log)
-
-    def save(self, number):
-        self.state.save(lambda: dict(self.FINGERPRINT, whole=number))
-
-    def test_older_state_never_replaces_a_newer_one(self):
-        number, taken, gate = [1], threading.Event(), threading.Event()
-
-        def make():
-            state = dict(self.FINGERPRINT, whole=number[0])
-            taken.set()
-            gate.wait(WAIT_S)
-            return state
-
-        with concurrent.futures.ThreadPoolExecutor(2) as pool:
-            slow = pool.submit(self.state.save, make)
-            taken.wait(WAIT_S)
-            number[0] = 2
-            fast = pool.submit(self.save, 2)
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                fast.result(0.05)               # it waits for its turn
-            gate.set()
-            concurrent.futures.wait((slow, fast), WAIT_S)
-        self.assertEqual(json.loads(self.path.read_text())["whole"], 2)
-
-    def test_what_was_saved_is_loaded(self):
-        self.assertIsNone(self.state.load(self.FINGERPRINT))
-        self.save(7)
-        self.assertEqual(list(json.loads(self.path.read_text())),
-                         ["version", "modeFile", "auto", "whole"])
-        self.assertEqual(self.state.load(self.FINGERPRINT)["whole"], 7)
-
-    def test_state_of_another_mode_file_or_auto_section_is_set_aside(self):
-        self.save(7)
-        for name, value, pattern in (("modeFile", [1, 2, 4], "mode file"),
-                                     ("modeFile", None, "mode file"), ("auto", [], "auto")):
-            with self.subTest(name, value=value), \
-                    self.assertRaisesRegex(rrouter.StateError, pattern):
-                self.state.load(dict(self.FINGERPRINT, **{name: value}))
-
-    def test_same_state_is_not_written_again(self):
-        self.save(7)
-        self.path.unlink()
-        self.save(7)
-        self.assertFalse(self.path.exists())
-        self.save(8)
-        self.assertTrue(self.path.exists())
-
-    def test_failure_is_logged_once_and_ends(self):
-        self.path.parent.rmdir()
-        for number in range(3):
-            self.save(number)
-            self.assertRegex(self.state.problem, "^state.json: cannot be written: ")
-        self.assertEqual(self.lines, [self.state.problem])
-        self.path.parent.mkdir()
-        self.save(2)
-        self.assertIsNone(self.state.problem)
-
-
-# The mode file #################################################################
-
-MODE_WORDS = (
-    # content of the mode file              the word in it
-    (None,                                  None),
-    (b"",                                   ""),
-    (b" \n",                                ""),
-    (b"AUTO\r\n",                           "auto"),
-    ("\ufeffclaude\n".encode(),             "claude"),
-    ("\ufeffAuto\r\n".encode("utf-16-le"),  "auto"),
-    ("\ufeffauto".encode("utf-16-be"),      "auto"),
-    (b"\xff\xfe",                           ""),
-    (b"\xff\xfea",                          r"\x61"),
-    (b"caf\xe9",                            r"caf\xe9"),
-)
-
-
-class ModeWordTest(unittest.TestCase):
-
-    def test_word_is_read_in_the_encodings_that_shells_write(self):
-        for content, word in MODE_WORDS:
-            with self.subTest(content):
-                self.assertEqual(rrouter.mode_word(content), word)
-
-
-# The lock ######################################################################
-
 LOCK_LINES = (
     # line                              the holder in it, None if it is not believed
-    (b"12\n",                           (12, "", "", 0, False)),
-    (b"12 stopping\n",                  (12, "", "", 0, True)),
-    (b"12 ab01 host 34\n",              (12, "ab01", "host", 34, False)),
-    (b"12 ab01 h.\xc3\xa9 0 stopping\nrest", (12, "ab01", "h.\u00e9", 0, True)),
+    (b"12\n",                           (12, "", "", False)),
+    (b"12 stopping\n",                  (12, "", "", True)),
+    (b"12 ab01 host 34\n",              (12, "ab01", "host 34", False)),
+    (b"12 ab01 h.\xc3\xa9 0 stopping\nrest", (12, "ab01", "h.\u00e9 0", True)),
     (b"12",                             None),                  # half written
     (b"12 ab01 host 3",                 None),
     (b"12 ab01 host\n",                 None),
@@ -7879,34 +6230,17 @@ LOCK_LINES = (
 )
 
 
-class LockTest(unittest.TestCase):
+class LockTest(DaemonTestBase):
     """The lock names its holder, and a process elsewhere never gets a signal."""
 
     def setUp(self):
-        self.home = Home(mode="claude")
-        self.addCleanup(self.home.remove)
+        self.home = self.new_home(self.addCleanup, "claude")
         self.path = str(self.home.dir / "rrouter.lock")
-
-    @contextlib.contextmanager
-    def held(self, line):
-        """Hold the lock with `line` (bytes) in it."""
-        with open(self.path, "wb") as holder:
-            fcntl.flock(holder, fcntl.LOCK_EX)
-            holder.write(line)
-            holder.flush()
-            yield
-
-    def sleeper(self):
-        """Return a process that a signal would end."""
-        process = subprocess.Popen(["sleep", "600"])
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        return process
 
     @staticmethod
     def own_place():
-        host, namespace = rrouter.own_place()
-        return os.fsencode(host), namespace
+        host, namespace = rrouter.own_place().split()
+        return os.fsencode(host), int(namespace)
 
     def test_holder_is_seen_with_its_whole_name(self):
         lock, other = rrouter.Lock(self.path), rrouter.Lock(self.path)
@@ -7914,64 +6248,71 @@ class LockTest(unittest.TestCase):
         self.assertTrue(lock.acquire("ab01"))
         self.addCleanup(lock.release)
         self.assertFalse(other.acquire("cd02"))
-        self.assertEqual(other.look(), (os.getpid(), "ab01", *rrouter.own_place(), False))
+        self.assertEqual(other.look(), (os.getpid(), "ab01", rrouter.own_place(), False))
         self.assertEqual(other.look().elsewhere, "")
         lock.stopping = True
         lock.renew()
         self.assertTrue(other.look().stopping)
         self.assertTrue(other.look().is_same(rrouter.Holder(os.getpid(), "ab01")))
+        self.addCleanup(setattr, socket, "gethostname", socket.gethostname)
+        socket.gethostname = lambda: "another name"
+        lock.renew()
+        self.assertEqual(other.look().place.split()[0], "another_name")
         lock.release()
         self.assertIsNone(other.look())
 
-    def test_lock_whose_line_cannot_be_written_can_be_taken_again(self):
-        lock = rrouter.Lock(self.path)
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
-        self.addCleanup(signal.signal, signal.SIGXFSZ, signal.signal(
-            signal.SIGXFSZ, signal.SIG_IGN))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    def test_lock_that_cannot_be_written_leaves_no_descriptor_open(self):
+        os.mkfifo(self.path)
+        before = os.listdir("/dev/fd")
         with self.assertRaises(rrouter.DaemonError):
-            lock.acquire("ab01")
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        self.assertTrue(lock.acquire("ab01"))
-        lock.release()
+            rrouter.Lock(self.path).acquire("ab01")
+        self.assertEqual(os.listdir("/dev/fd"), before)
 
     def test_only_a_whole_line_is_believed(self):
         lock = rrouter.Lock(self.path)
         lock.PATIENCE_S = 0.05
         for line, holder in LOCK_LINES:
-            with self.subTest(line), self.held(line):
+            with self.subTest(line), self.held(self.home, line):
                 self.assertEqual(lock.look(), holder)
 
     def test_signal_goes_to_the_process_that_the_lock_names_just_now(self):
-        sleeper, lock, (host, namespace) = self.sleeper(), rrouter.Lock(self.path), self.own_place()
-        line = b"%d ab01 %b %d\n" % (sleeper.pid, host, namespace)
-        with self.held(line):
-            seen = lock.look()
-            for other in (seen._replace(instance="cd02"), seen._replace(stopping=True)):
-                rrouter.send_signal(lock, other, signal.SIGKILL)
-        rrouter.send_signal(lock, seen, signal.SIGKILL)             # the lock is free
-        with self.held(b"%d ab01 %b %d\n" % (sleeper.pid, host, namespace + 1)):
-            rrouter.send_signal(lock, lock.look(), signal.SIGKILL)  # the pid of another process
-        with self.held(line):
-            rrouter.send_signal(lock, seen, signal.SIGTERM)
-        self.assertEqual(sleeper.wait(WAIT_S), -signal.SIGTERM)
+        lock, (host, namespace) = rrouter.Lock(self.path), self.own_place()
+        for has_pidfd in (True, False):         # an old system has none
+            sleeper = self.sleeper()
+            line = b"%d ab01 %b %d\n" % (sleeper.pid, host, namespace)
+            if not has_pidfd and hasattr(os, "pidfd_open"):
+                self.addCleanup(setattr, os, "pidfd_open", os.pidfd_open)
+                del os.pidfd_open
+            with self.subTest(has_pidfd):
+                with self.held(self.home, line):
+                    seen = lock.look()
+                    for other in (seen._replace(instance="cd02"), seen._replace(stopping=True)):
+                        rrouter.send_signal(lock, other, signal.SIGKILL)
+                rrouter.send_signal(lock, seen, signal.SIGKILL)             # the lock is free
+                with self.held(self.home, line.replace(b" %d\n" % namespace, b" 1\n")):
+                    rrouter.send_signal(lock, lock.look(), signal.SIGKILL)  # another's pid
+                with self.held(self.home, line):
+                    rrouter.send_signal(lock, seen, signal.SIGTERM)
+                self.assertEqual(sleeper.wait(WAIT_S), -signal.SIGTERM)
 
     def test_daemon_elsewhere_is_named_and_left_alone(self):
         sleeper, (host, namespace) = self.sleeper(), self.own_place()
-        for place in ((b"another.host", namespace), (host, namespace + 1)):
+        for place, *commands in (((b"another.host", namespace), "stop", "restart", "start"),
+                                 ((host, namespace + 1), "stop", "status")):
             where = "runs in another container or on another host (%s)" % place[0].decode()
-            with self.subTest(where), self.held(b"%d ab01 %b %d\n" % (sleeper.pid, *place)):
+            with self.subTest(where), self.held(
+                    self.home, b"%d ab01 %b %d\n" % (sleeper.pid, *place)):
                 self.home.write("run.json", "{}")
-                for command in ("stop", "restart", "start", "status"):
+                for command in commands:
                     done = self.home.run(command, check=1)
                     self.assertRegex(done.stderr, r"\Arrouter: rrouter [^\n]+\n\Z")
                     self.assertIn(where, done.stderr)
-                self.assertIn(where, self.home.run("check", check=1).stdout)
-                self.assertIn(where, self.home.run("auto", check=0).stdout)
-                self.assertEqual(self.home.read("mode"), "auto\n")
                 self.assertEqual(self.home.read("run.json"), "{}")
-                self.assertIsNone(sleeper.poll())
+        with self.held(self.home, b"%d ab01 another.host 1\n" % sleeper.pid):
+            self.assertIn("(another.host)", self.home.run("check", check=1).stdout)
+            self.assertIn("(another.host)", self.home.run("auto", check=0).stdout)
+            self.assertEqual(self.home.read("mode"), "auto\n")
+        self.assertIsNone(sleeper.poll())
 
     IN_NAMESPACE = "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"
 
@@ -7998,56 +6339,6 @@ class LockTest(unittest.TestCase):
         self.assertIn("in another container", self.home.run("status", check=0).stdout)
 
 
-class DaemonNameTest(DaemonTestBase):
-    """Commands recognise a daemon by its instance."""
-
-    def test_lock_run_file_and_health_have_the_same_instance(self):
-        home = self.new_home(self.addCleanup)
-        home.run("start", check=0)
-        pid, instance, *_ = home.read("rrouter.lock").split()
-        self.assertRegex(home.read("rrouter.lock"), r"\A\d+ [0-9a-f]{16} \S+ \d+\n\Z")
-        for named in (json.loads(home.read("run.json")), get_health(home.port)):
-            self.assertEqual((str(named["pid"]), named["instance"]), (pid, instance))
-        home.run("restart", check=0)
-        self.assertNotEqual(home.read("rrouter.lock").split()[1], instance)
-
-    def test_daemon_of_a_version_that_wrote_its_pid_alone_is_stopped(self):
-        home = self.new_home(self.addCleanup)
-        home.run("start", check=0)
-        pid = self.assert_alone(home)
-        home.write("rrouter.lock", "%d\n" % pid)
-        run = json.loads(home.read("run.json"))
-        del run["instance"]
-        home.write("run.json", json.dumps(run))
-        self.assertRegex(home.run("stop", check=0).stdout, r"stopped \(pid %d\)" % pid)
-        self.assert_nothing_left(home)
-
-    def test_answer_of_another_rrouter_is_not_taken_for_the_daemons(self):
-        with Running(self.upstream) as other:
-            home = self.new_home(self.addCleanup, "claude", port=other.port)
-            with open(str(home.dir / "rrouter.lock"), "w") as holder:
-                fcntl.flock(holder, fcntl.LOCK_EX)
-                host, namespace = rrouter.own_place()
-                holder.write("%d ab01 %s %d\n" % (other.process.pid, host, namespace))
-                holder.flush()
-                self.assertRegex(home.run("status", check=1).stderr, "does not answer")
-                self.assertRegex(home.run("auto", check=1).stderr, "does not answer")
-
-    def test_line_follows_a_host_that_is_renamed(self):
-        name = self.new_home(self.addCleanup).root / "name"
-        name.write_text("one")
-        code = "import pathlib, socket\nsocket.gethostname = pathlib.Path(%r).read_text" % str(name)
-        with Running(self.upstream, code=code, mode="claude") as router:
-            before = router.home.read("rrouter.lock").split()
-            self.assertEqual(before[2], "one")
-            name.write_text("another name")
-            router.wait_until(lambda: "another_name" in router.home.read("rrouter.lock"))
-            after = router.home.read("rrouter.lock").split()
-            self.assertEqual(after, [*before[:2], "another_name", before[3]])
-
-
-# SIGHUP ########################################################################
-
 # Makes its standard input the controlling terminal, then runs a program.
 WITH_TERMINAL = """
 import fcntl, os, signal, sys, termios
@@ -8057,12 +6348,11 @@ os.execv(sys.argv[2], sys.argv[2:])
 """
 
 
-class HangUpTest(unittest.TestCase):
+class HangUpTest(LoopbackTest):
     """SIGHUP ends what was started from a terminal; without one the files are read again."""
 
     def setUp(self):
-        self.home = Home(mode="claude")
-        self.addCleanup(self.home.remove)
+        self.home = self.make_home(mode="claude")
 
     @contextlib.contextmanager
     def serve_in_terminal(self, how):
@@ -8098,53 +6388,22 @@ class HangUpTest(unittest.TestCase):
             Running.wait_until(lambda: "SIGHUP: files read again" in self.log())
             self.assertEqual(get_health(self.home.port)["pid"], process.pid)
 
-    def test_without_a_terminal_the_files_are_read_again(self):
-        self.addCleanup(self.home.run, "stop")
-        self.home.run("start", check=0)
-        pid = get_health(self.home.port)["pid"]
-        os.kill(pid, signal.SIGHUP)
-        Running.wait_until(lambda: "SIGHUP: files read again" in self.log())
-        self.assertEqual(get_health(self.home.port)["pid"], pid)
-
-
-class CutOffTest(LoopbackTest):
-    """Requests that the drain does not wait for."""
-
-    def test_second_signal_cuts_the_response_off_and_the_log_has_its_line(self):
-        for version, end in (("1.1", "chunks"), ("1.0", "reset")):
-            with self.subTest(version):
-                upstream = self.start_upstream(stream(
-                    event("ping"), event("message_stop"), gate=self.gate(), framing="close"))
-                running = self.start_rrouter(upstream)
-                with running.connect() as connection, connection.makefile("rb") as reader:
-                    request = request_bytes(body=b'{"model":"m"}', port=running.port)
-                    connection.sendall(request.replace(b"HTTP/1.1", b"HTTP/" + version.encode()))
-                    self.assertEqual(read_head(reader)[0], 200)
-                    running.process.send_signal(signal.SIGTERM)
-                    wait_until(lambda: "[STOP] SIGTERM" in running.log())
-                    running.process.send_signal(signal.SIGTERM)
-                    self.assertEqual(running.process.wait(WAIT_S), 0)
-                    if end == "reset":
-                        with self.assertRaises(ConnectionResetError):
-                            reader.read()
-                    else:
-                        self.assertFalse(read_chunks(reader)[1])
-                self.assertEqual(len(request_lines(running.log())), 1)
-
-    def test_connection_beyond_the_reserve_is_refused_in_words(self):
-        running = self.start_rrouter(
-            self.start_upstream(), limits={"CONNECTIONS_MAX": 2, "CONNECTIONS_RESERVE": 1})
-        with contextlib.ExitStack() as stack:
-            idle = [stack.enter_context(running.connect()) for _ in range(4)]
-            refused = select.select(idle, [], [], WAIT_S)[0][0]
-            self.assert_error(read_reply(refused), 503, "too many connections (2)")
-
 
 # Command line #################################################################
 
-USAGE_ERRORS = (("nosuch",), ("--nosuch",), ("status", "--nosuch"), ("claude", "extra"), ("",),
-                ("mode", "a", "b"), ("config", "nosuch"), ("config", "path", "extra"),
-                ("serve", "8316"), ("stop", "--force"))
+USAGE_ERRORS = (
+    # command line,         what the message names besides the word
+    ("stats",               "did you mean 'status'?"),
+    ("--port=8400 serve",   "use `RROUTER_PORT="),
+    ("doctor",              "use `rrouter check`"),
+    ("modes",               "use `rrouter mode NAME`"),
+    ("--nosuch",            "see `rrouter help`"),
+    ("help nosuch",         "see `rrouter help`"),
+    ("status --nosuch",     "see `rrouter status --help`"),
+    ("ag extra",            "see `rrouter antigravity --help`"),
+    ("config nosuch",       "see `rrouter config --help`"),
+    ("completion",          "see `rrouter completion --help`"),
+)
 NOTHING_RUNS = "(?i)not running|no rrouter is running"
 
 Printed = collections.namedtuple("Printed", "returncode stdout stderr")
@@ -8217,12 +6476,55 @@ class CommandLineTest(CommandTest):
         for word in ("version", "-V", "--version"):
             self.assertEqual(self.run_here(word), (0, f"rrouter {rrouter.__version__}\n", ""))
 
-    def test_usage_errors_are_status_2(self):
-        for arguments in USAGE_ERRORS:
-            with self.subTest(arguments):
-                done = self.run_here(*arguments)
-                self.assertEqual((done.returncode, done.stdout), (2, ""))
-                self.assertIn("rrouter", done.stderr)
+    def test_wrong_uses_are_status_2_and_what_to_use_is_named(self):
+        for line, words in USAGE_ERRORS:
+            with self.subTest(line):
+                self.assert_fails(self.run_here(*line.split()), 2, re.escape(words))
+        self.assert_fails(self.run_here(""), 2, "no command ''")
+        self.assertFalse(self.home.dir.exists())
+
+    def test_each_command_has_a_help_with_an_example_within_the_terminal(self):
+        for row in rrouter.COMMANDS:
+            for width in ("80", "60"):
+                with self.subTest(row.name, width=width):
+                    text = self.run_here("help", row.name, check=0, COLUMNS=width).stdout
+                    self.assertRegex(text, r"\Ausage: rrouter %s" % row.name)
+                    self.assertRegex(text, r"(?m)^example: .*rrouter %s" % row.name)
+                    self.assertLessEqual(max(map(len, text.splitlines())), int(width))
+            for word in (row.name, *row.aliases):
+                self.assertEqual(self.run_here(word, "--help", COLUMNS="60").stdout, text)
+
+    def test_shells_complete_commands_and_what_follows_them(self):
+        for shell in ("bash", "zsh", "fish"):
+            script = self.run_here("completion", shell, check=0).stdout
+            if shutil.which(shell):
+                subprocess.run([shell, "-n"], input=script.encode(), check=True)
+            self.assertEqual([row.name for row in rrouter.COMMANDS if row.name not in script], [])
+        ask = '\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _rrouter; echo "${COMPREPLY[@]}"'
+        script = self.run_here("completion", "bash").stdout + ask
+        for line, offered in (("st", "start stop status"), ("status --", "--json --watch"),
+                              ("config e", "edit"), ("stop ", ""), ("mode c", "claude"),
+                              ("help exp", "explain")):
+            words = ["rrouter", *line.split(" ")]
+            done = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True)
+            self.assertEqual((done.stdout.decode(), done.stderr), (offered + "\n", b""), line)
+
+    def test_colours_are_for_terminals_unless_the_environment_says_otherwise(self):
+        for env, colours in (
+                ({}, False), ({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "0"}, False),
+                ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)):
+            for command, word in (("check", "fail"), ("claude", "claude"), ("status", "claude")):
+                with self.subTest(command, env=env):
+                    self.assertEqual("m%s\033[0m" % word in self.run_here(command, **env).stdout,
+                                     colours)
+
+    def test_nothing_is_wider_than_the_terminal(self):
+        for width in (80, 60):
+            for command in ("help", "check", "status", "explain claude-opus-5-5"):
+                with self.subTest(command, width=width):
+                    lines = self.run_here(*command.split(), COLUMNS=str(width)).stdout.splitlines()
+                    self.assertLessEqual(max(len(line) for line in lines if "/rrouter" not in line),
+                                         80 if command == "help" else width)
 
     MODES = (
         # command,            mode
@@ -8250,14 +6552,25 @@ class CommandLineTest(CommandTest):
 
     def test_an_unknown_mode_is_refused_and_the_known_ones_are_named(self):
         self.home.write("mode", "claude\n")
-        self.assert_fails(self.run_here("mode", "nosuch"), 1,
-                          "nosuch", "antigravity", "claude", "auto")
+        self.assert_fails(self.run_here("mode", "antigravty", COLUMNS="40"), 1, "antigravity, "
+                          "claude, auto", "did you mean 'antigravity'")
+        self.home.write("config.json", altered("auto.targets", ["claude", "nosuch"]))
+        self.assert_fails(self.run_here("auto"), 1, r"config\.json: auto\.targets")
+        self.home.write("config.json", "{")
+        self.assert_fails(self.run_here("antigravity"), 1, r"config\.json:1:2")
         self.assertEqual(self.home.read("mode"), "claude\n")
+
+    def test_a_mode_file_that_cannot_be_used_is_named(self):
+        self.home.write("mode", "nosuch\n")
+        self.assertRegex(self.run_here("mode").stderr, "mode 'nosuch' is not defined")
+        self.assertRegex(self.run_here("status", check=3).stdout, "problem: .*'nosuch'")
 
     def test_fresh_files_are_private(self):
         mask = os.umask(0)
         try:
-            for words in (("claude",), ("config", "reset"), ("config", "reset")):
+            self.run_here("config", "reset", check=0)
+            self.file.write_text("{")
+            for words in (("config", "reset"), ("claude",)):
                 self.run_here(*words, check=0)
         finally:
             os.umask(mask)
@@ -8277,11 +6590,12 @@ class CommandLineTest(CommandTest):
         self.assertRegex(done.stderr, NOTHING_RUNS)
         self.assertRegex(self.run_here("stop", check=0).stdout, NOTHING_RUNS)
         for name in ("check", "--check", "health"):
-            printed = self.run_here(name, check=1).stdout
-            self.assertRegex(printed, r"(?m)^fail  daemon: not running")
-            self.assertRegex(printed, r"(?m)^fail  upstream: http://127\.0\.0\.1:9 ")
-            for line in printed.splitlines():
-                self.assertRegex(line, r"^(ok|warn|fail)\b|^\s")
+            *checks, last = self.run_here(name, check=1).stdout.split("\n\n")
+            self.assertRegex(*checks, r"(?m)^fail  daemon: not running")
+            self.assertRegex(*checks, r"(?m)^fail  upstream: http://127\.0\.0\.1:9 ")
+            self.assertRegex(last, r"\A\d checks: 3 ok, 1 warn, 2 fail; begin with daemon\n\Z")
+            for line in checks[0].splitlines():
+                self.assertRegex(line, r"^(ok|warn|fail)\b")
 
     def test_an_output_that_cannot_be_written_gives_no_traceback(self):
         reader, writer = os.pipe()
@@ -8320,16 +6634,12 @@ class CommandLineTest(CommandTest):
         self.assertEqual((self.home.root / ".rrouter").read_text(), "")
 
     def test_a_home_that_is_missing_or_relative_does_no_harm(self):
-        for value in (None, "", "here"):
-            with self.subTest(value):
-                env = {"HOME": value} if value is not None else {}
-                del self.home.env["HOME"]
-                done = self.run_here("config", "path", **env)
-                self.home.env["HOME"] = str(self.home.root)
-                if value == "here":
-                    self.assert_fails(done, 2, "HOME=here: expected the absolute path")
-                else:
-                    self.assertTrue(os.path.isabs(done.stdout.strip()), done)
+        del self.home.env["HOME"]
+        path = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".rrouter", "config.json\n")
+        self.assertEqual(self.run_here("config", "path").stdout, path)
+        self.assertEqual(self.run_here("config", "path", HOME="").stdout, path)
+        self.assert_fails(self.run_here("config", "path", HOME="here"), 2,
+                          "HOME=here: expected the absolute path")
 
 
 # Runs commands of rrouter, found in the directory argv[1], many times: each time in a child that
@@ -8452,12 +6762,6 @@ class ConfigCommandTest(CommandTest):
         self.assertEqual(printed["modes"], config["modes"])
         self.assertEqual(printed["auto"], {**DEFAULT_CONFIG["auto"], **config["auto"]})
 
-    def test_config_complains_about_a_bad_file(self):
-        self.home.write("config.json", "{")
-        done = self.run_here("config", check=1)
-        self.assertRegex(done.stderr, r"config\.json.*1:2")
-        self.assertEqual(done.stdout, "")
-
     def test_edit_begins_with_the_defaults(self):
         done = self.edit("/nonexistent", VISUAL="'%s' -w" % self.editor)
         self.assertEqual(done.returncode, 0, done)
@@ -8495,10 +6799,13 @@ class ConfigCommandTest(CommandTest):
                 done = self.edit(command, CODE="7")
                 self.assert_fails(done, 1, "rrouter: .*%s" % pattern)
 
-    def test_reset_keeps_each_file_it_replaces(self):
-        self.run_here("config", "reset", check=0)
-        self.assertEqual(self.backups(), [])
-        self.assert_defaults()
+    def test_reset_keeps_each_file_it_replaces_but_none_that_equals_the_defaults(self):
+        for text in (None, None, json.dumps(DEFAULT_CONFIG)):
+            if text:
+                self.file.write_text(text)
+            self.run_here("config", "reset", check=0)
+            self.assertEqual(self.backups(), [])
+            self.assert_defaults()
         texts = ["{", "second", "third"]
         for text in texts:
             self.home.write("config.json", text)
@@ -8548,12 +6855,6 @@ class CopiedFileTest(LoopbackTest):
 class EnvironmentTest(CommandTest):
     """Values are judged by ReadEnvironmentTest; these commands need them."""
 
-    def test_an_empty_home_counts_as_unset(self):
-        import pwd
-        expected = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".rrouter", "config.json")
-        self.assertEqual(self.home.run("config", "path", check=0, env={"HOME": ""}).stdout.strip(),
-                         expected)
-
     def test_an_odd_umask_keeps_the_files_readable(self):
         shell = ["/bin/sh", "-c", 'umask 0777; exec "$@"', "sh", *PYTHON, RROUTER]
         for command in (("ag",), ("config", "reset"), ("mode",), ("config",)):
@@ -8567,15 +6868,12 @@ class EnvironmentTest(CommandTest):
             done = self.home.run("mode", "\ud55c".encode(), env=env)
             self.assert_fails(done, 1, r"mode '\\ud55c' is not defined")
         with Running(None, home=self.home, mode=None):
-            self.home.write("config.json", "{")         # the daemon judges the mode
+            self.home.write("config.json", "{")         # the daemon knows the modes
             for env in locales:
                 done = self.home.run("mode", "\ud55c".encode(), env=env, check=1)
-                self.assertIn("is in mode claude", done.stderr)
-                self.assertEqual(self.home.read("mode"), "\ud55c\n")
-
-    def test_help_survives_the_loss_of_docstrings(self):
-        done = self.home.run("help", program=[sys.executable, "-OO", RROUTER], check=0)
-        self.assertIn("usage: rrouter COMMAND", done.stdout)
+                self.assertRegex(done.stderr, r"config\.json:1:2(.|\n)*'\\ud55c' is not defined")
+                self.assertFalse((self.home.dir / "mode").exists())
+            self.assertIn("in force", self.home.run("auto", check=0).stdout)
 
     def test_a_link_that_leads_nowhere_is_named_as_such(self):
         for target in ("nowhere", ".rrouter"):
@@ -8604,14 +6902,174 @@ class EnvironmentTest(CommandTest):
         self.assertEqual(processes(self.home), [])
 
 
+class DemoTest(LoopbackTest):
+    """`demo`, hurried."""
+
+    QUICK = ("import sys; sys.path[0] = sys.argv.pop(1); import rrouter\n"
+             "rrouter.DEMO_PAUSE_S, rrouter.DEMO_COOLDOWN_S = 0, 1\n"
+             "sys.exit(rrouter.main(sys.argv[1:]))")
+
+    def setUp(self):
+        self.home = self.make_home(port=1)      # it uses neither this port nor HOME
+        self.home.env.update(TMPDIR=str(self.home.root), PYTHONWARNINGS="")
+        self.arguments = "-c", self.QUICK, os.path.dirname(compiled()), "demo"
+
+    def test_it_shows_each_step_by_real_requests_and_leaves_nothing(self):
+        done = self.home.run(*self.arguments, program=PYTHON, check=0)
+        claude, gemini = "200 claude claude-sonnet-5-5", "200 antigravity " + GEMINI_SONNET
+        self.assertEqual(re.findall(r"(?m)^  (\d{3} .*)", done.stdout), [
+            claude, gemini, gemini, *[claude + ", 2 tries"] * 3, claude, gemini])
+        self.assertLessEqual(max(map(len, done.stdout.splitlines())), 80)
+        for title, _, _, meaning in rrouter.DEMO_STEPS:
+            self.assertIn(title + "\n  200", done.stdout)
+            self.assertIn("\n  %s\n" % meaning, done.stdout)
+        self.assertRegex(done.stdout, r"(?s)notice: nothing.*Next.* start .* check .* auto ")
+        self.assertEqual((list(self.home.root.iterdir()), done.stderr), ([], ""))
+
+    def test_with_stay_it_serves_until_it_is_interrupted(self):
+        for number, status in ((signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)):
+            process = ending_with(self, self.home.begin(
+                *self.arguments, "--stay", program=PYTHON, stdout=subprocess.PIPE,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)))
+            with process.stdout:
+                printed = b""
+                while b"curl" not in printed:
+                    line = process.stdout.readline()
+                    self.assertTrue(line, printed)
+                    printed += line
+                url = re.search(rb"ANTHROPIC_BASE_URL=http://127.0.0.1:(\d+) ", printed)
+                self.assertEqual(get_health(int(url.group(1)))["mode"], "auto")
+                process.send_signal(number)
+                self.assertEqual(process.wait(WAIT_S), status)
+            self.assertEqual(list(self.home.root.iterdir()), [])
+
+
+class AutoCommandTest(AutoTest):
+    """What the commands say of auto mode while it fails over."""
+
+    def say(self, *arguments, check=0, **env):
+        done = run_here(self.rrouter.home, *arguments, **env)
+        self.assertEqual(done.returncode, check, done)
+        return done.stdout
+
+    def test_status_counts_failures_names_the_switch_and_auto_says_what_it_clears(self):
+        self.upstream.default = lambda request: (
+            error(429) if request.model.startswith("gemini") else stream())
+        for failures in (1, 2):
+            self.rrouter.post()
+            self.assertIn("\ntarget:   antigravity: %d of 3 failures\n" % failures,
+                          self.say("status"))
+        self.assertIn("cleared: 2 of 3 failures of antigravity\n", self.say("auto"))
+        self.assertNotIn("cleared", self.say("auto"))
+        for _ in range(3):
+            self.rrouter.post()
+        status = self.say("status")
+        self.assertRegex(status, r"target: +on claude since \d\d:\d\d because antigravity gave 3 "
+                                 "HTTP errors in a row, last 429; tries antigravity again in 30m")
+        self.assertRegex(status, r"requests: \d+ answered, \d+ rescued, 0 failed, 0 running")
+        self.assertRegex(status, r"failure: +antigravity: 429, \d\d:\d\d\n")
+        self.assertRegex(self.say("explain"), "\n".join((
+            r"\A%s", r"  antigravity: +%s \(rule claude-sonnet-\*\)",
+            r"  claude: +%s \(no rule matches\)", r"  auto: +on claude since .*",
+            r"in force: mode auto\n\Z")) % (SONNET, GEMINI_SONNET, SONNET))
+        self.assertIn("cleared: cooldown of antigravity (429, 30m)\n", self.say("claude"))
+
+    def test_explain_needs_no_request_for_a_name_that_is_given(self):
+        self.assertRegex(self.say("explain", "other"),
+                         "auto: +no rescue, because both targets get the same name")
+        self.assertRegex(self.say("explain", SONNET), "auto: +antigravity\n")
+
+    def test_watch_draws_the_status_anew_until_it_is_interrupted(self):
+        with mock.patch.object(rrouter.time, "sleep", side_effect=[None, KeyboardInterrupt]):
+            printed = self.say("status", "--watch", check=130)
+        self.assertEqual(printed.count("mode:     auto\n"), 2)
+
+    def test_a_target_whose_credential_is_blocked_is_named_by_check(self):
+        home = self.rrouter.home
+        self.upstream.play(error(503, "auth_unavailable: no auth available"), stream())
+        self.rrouter.post()
+        self.assertRegex(run_here(home, "check").stdout, "warn  target: CLIProxyAPI blocks the "
+                         r"credential of antigravity .*503 auth_unavailable, \d\d:\d\d\)")
+        self.upstream.play(error(503), stream())
+        self.rrouter.post()
+        self.assertNotIn("target: CLIProxyAPI", run_here(home, "check").stdout)
+
+
+class LogsTest(CommandTest):
+    """`logs` without a daemon."""
+
+    def test_it_goes_back_into_the_rotated_files(self):
+        self.assert_fails(self.run_here("logs"), 1, "`rrouter start` begins it")
+        (self.home.dir / "logs").mkdir(parents=True)
+        for name, numbers in ((".2", range(30)), (".1", range(30, 35)), ("", range(35, 40))):
+            self.home.write("logs/rrouter.log" + name, "".join(
+                "%d [AUTO]\n%d\n" % (number, number) for number in numbers))
+        self.assertEqual(self.run_here("logs", "--auto", check=0).stdout.split("\n"),
+                         [*map("%d [AUTO]".__mod__, range(20, 40)), ""])
+        self.assertEqual(self.run_here("logs", check=0).stdout.split()[::3],
+                         [*map(str, range(30, 40))])
+
+    def test_it_follows_over_rotation_and_truncation(self):
+        (self.home.dir / "logs").mkdir(parents=True)
+        log = self.home.dir / "logs" / "rrouter.log"
+        log.write_bytes(b"old\n")
+        steps = (lambda: log.write_bytes(b"old\none\ntw"),
+                 lambda: log.write_bytes(b"old\none\ntwo\n"),
+                 lambda: (log.rename(log.with_suffix(".log.1")), log.write_bytes(b"three\n")),
+                 lambda: log.write_bytes(b"4\n"))
+        with mock.patch.object(rrouter.time, "sleep", side_effect=(step() for step in steps)), \
+                contextlib.closing(rrouter.follow(str(log))) as lines:
+            self.assertEqual([next(lines) for _ in range(4)],
+                             [b"one\n", b"two\n", b"three\n", b"4\n"])
+
+
+class StartReportTest(LoopbackTest):
+
+    def test_start_says_what_is_not_well_and_what_to_do_next(self):
+        home = self.make_home(config="{")
+        self.addCleanup(home.run, "stop")
+        started = home.run("start", check=0).stdout
+        self.assertRegex(started, "\n".join((
+            r"\Arrouter runs on localhost:%d \(pid \d+\), mode claude",
+            r"upstream: http://127\.0\.0\.1:9, not reachable", r"problem:  config\.json:1:2.*",
+            r"next:     rrouter check\n\Z")) % home.port)
+        home.write("config.json", json.dumps(DEFAULT_CONFIG))
+        upstream, other = self.start_upstream(), free_port()
+        again = home.run("start", check=0, env={"RROUTER_PORT": str(other)}).stdout
+        self.assertRegex(again, "\n".join((
+            r"\Arrouter is already running .*", "upstream: .*", "note:     RROUTER_PORT=%d of this "
+            "shell is not in force: `rrouter restart`", "next")) % other)
+        home.env["RROUTER_UPSTREAM"] = upstream.url
+        self.assertRegex(home.run("restart", check=0).stdout,
+                         r"\A.*stopped.*\n.*runs on.*\nupstream: %s, reachable\n\Z" % upstream.url)
+
+    def test_only_what_cliproxyapi_repeats_by_itself_is_a_late_failure(self):
+        for fault, status, took_s, is_late in (
+                ("STATUS", 429, 20.1, True), ("STATUS", 429, 20, False), ("STATUS", 500, 60, True),
+                ("SHELF", 503, 30, True), ("STATUS", 400, 60, False), ("TIMEOUT", 504, 150, False)):
+            outcome = Outcome(Fault[fault], status, "", 1000, 1000 + took_s)
+            self.assertEqual(bool(rrouter.slow_failure(outcome)), is_late, outcome)
+
+    def test_a_failure_that_came_late_is_named_in_log_and_status(self):
+        upstream = self.start_upstream(error(429, pause_s=0))
+        upstream.default.before = threading.Event()
+        router = self.start_rrouter(upstream, limits={"SLOW_FAILURE_S": 0.05})
+        threading.Timer(0.2, upstream.default.before.set).start()
+        self.assertEqual(router.post().status, 429)
+        words = "CLIProxyAPI waited 0 s before this 429; set max-retry-interval: 8"
+        self.assertIn(words, run_here(router.home, "status").stdout)
+        wait_until(lambda: "[SLOW] #1 antigravity: " + words in router.log())
+
+
 # Check ########################################################################
 
 LISTED = [rule["rewrite"] for rule in DEFAULT_CONFIG["modes"]["antigravity"]["mappings"]]
 PROXY_VARIABLES = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "all_proxy")
 
 
-def list_models(*names):
-    return Response(200, json.dumps({"data": [{"id": name} for name in names]}).encode())
+def list_models(*names, owner="antigravity"):
+    return Response(200, json.dumps({"data": [
+        {"id": name, "owned_by": owner} for name in names]}).encode())
 
 
 class CheckTest(RouterTest):
@@ -8623,7 +7081,8 @@ class CheckTest(RouterTest):
         super().setUp()
         self.home = self.rrouter.home
         self.url = "http://localhost:%d" % self.rrouter.port
-        self.settings({"ANTHROPIC_BASE_URL": self.url, "ANTHROPIC_AUTH_TOKEN": "sk-secret-token"})
+        self.settings({"ANTHROPIC_BASE_URL": self.url, "ANTHROPIC_AUTH_TOKEN": "sk-secret-token",
+                       "NO_PROXY": "127.0.0.1, localhost"})
         self.models = list_models(*LISTED)
         self.upstream.default = lambda request: (
             self.models if request.target.startswith("/v1/models") else Response())
@@ -8645,6 +7104,9 @@ class CheckTest(RouterTest):
             self.assertRegex(done.stdout, "(?m)^" + pattern)
         bad = re.findall(r"(?m)^(?:warn|fail) .*", done.stdout)
         self.assertEqual(done.returncode, any(line.startswith("fail") for line in bad), done.stdout)
+        begin = re.search(r"\n\n\d checks: .*? fail(; begin with .*)?\n\Z", done.stdout).group(1)
+        first = next((line for line in bad if line.startswith("fail") == done.returncode), "")
+        self.assertEqual(begin, first and "; begin with " + first[6:].partition(": ")[0] or None)
         return bad
 
     def test_a_sound_setup_is_ok_in_every_line(self):
@@ -8665,57 +7127,114 @@ class CheckTest(RouterTest):
 
     CLIENTS = (
         # settings.json,          shell,                 level,  words
-        ("http://localhost:1",    "",                    "warn", "settings.json: .*elsewhere"),
-        ("http://u:word@h:1",     "",                    "warn", r"\*\*\*@h:1: .*elsewhere"),
-        ("{",                     "",                    "warn", "settings.json: not JSON"),
-        ("[]",                    "",                    "warn", "settings.json: set "),
-        ('{"env": 7}',            "",                    "warn", "settings.json: set "),
-        ("{}",                    "",                    "warn", "settings.json: set "),
-        ("{}",                    "here",                "ok",   "shell: "),
+        ("here/@claude",          "",                    "ok",   "claude code: .*/@claude, by"),
+        ("here/v1",               "",                    "warn", "claude code: .*/v1, .*not work"),
+        ("here/@claude/v1",       "",                    "warn", "claude code: .*/v1, .*not work"),
+        ("https://localhost:%d",  "",                    "warn", "claude code: https:.*not work"),
+        ("http://localhost:1",    "",                    "warn", "claude code: goes elsewhere"),
+        ("http://u:word@h:1",     "",                    "warn", r"claude code: .*\*\*\*@h:1, by"),
+        ("{",                     "",                    "warn", "claude code: .*json: not JSON"),
+        ('{"env": 7}',            "",                    "warn", "claude code: set "),
+        ("{}",                    "",                    "warn", "claude code: set "),
+        ("{}",                    "here",                "ok",   "claude code: .* by this shell"),
         ("here",                  "http://localhost:1/", "warn", "shell: .*points elsewhere"),
         ("here",                  "http://u:word@h:1",   "warn", r"shell: .*=http://\*\*\*@h:1 p"),
-        ("here",                  "http://[::1",         "warn", "shell: .*points elsewhere"),
     )
 
     def test_a_client_that_points_elsewhere_is_named(self):
         for settings, shell, level, words in self.CLIENTS:
             with self.subTest(settings=settings, shell=shell):
+                settings = settings.replace("%d", str(self.rrouter.port))
                 if settings[0] in "{[":
                     self.settings(text=settings)
                 else:
                     self.settings({"ANTHROPIC_BASE_URL": settings.replace("here", self.url)})
-                bad = self.check("%s +.*%s" % (level, words),
+                bad = self.check("%s +%s" % (level, words), NO_PROXY="*",
                                  ANTHROPIC_BASE_URL=shell.replace("here", self.url))
                 self.assertEqual(len(bad), level == "warn", bad)
                 self.assertNotIn("word", "".join(bad))
 
+    def test_a_proxy_that_gets_the_requests_of_claude_code_is_named(self):
+        for exempt, is_exempt in (("", False), ("h.com,localhost.org", False), ("localhost", True),
+                                  ("h.com 127.0.0.1:80", True), ("*", True)):
+            for name in ("NO_PROXY", "no_proxy"):
+                with self.subTest(exempt, name=name):
+                    self.settings({"ANTHROPIC_BASE_URL": self.url, name: exempt})
+                    bad = self.check()
+                    self.assertEqual(bad, [] if is_exempt else [line for line in bad if re.match(
+                        'warn  proxy: HTTP_PROXY is set without NO_PROXY.*"NO_PROXY": "', line)])
+                    self.assertEqual(len(bad), not is_exempt)
+
     UPSTREAMS = (
-        # status and body of /v1/models,       key in,                 the warning
-        (200, "{}",                            "ANTHROPIC_AUTH_TOKEN", "models: .* no list"),
-        (200, '{"data":[{"id":1},{"id":"a"}]}', "ANTHROPIC_AUTH_TOKEN", "models: .* know gemini"),
-        (404, "{}",                            "ANTHROPIC_AUTH_TOKEN", r"models: .* no list \(404"),
-        (401, "{}",                            "ANTHROPIC_AUTH_TOKEN", "401.*ANTHROPIC_AUTH_TOKEN"),
-        (403, "{}",                            "ANTHROPIC_API_KEY",    "403.*ANTHROPIC_API_KEY"),
-        (401, "{}",                            "X",                    "refuses a request without"),
+        # status and body of /v1/models,            key in,                 the line
+        (200, "{}",                                 "ANTHROPIC_AUTH_TOKEN", "warn  models: .*list"),
+        (200, '{"data":[{"id":1},{"id":"a"}]}',     "ANTHROPIC_AUTH_TOKEN", "warn  .* know gemini"),
+        (404, "{}",                                 "ANTHROPIC_AUTH_TOKEN", "warn  .* with 404"),
+        (401, '{"x":\n"sk-secret-token"}',          "ANTHROPIC_AUTH_TOKEN",
+         r'fail  upstream: .*401 {"x": "\*\*\*"}.*ANTHROPIC_AUTH_TOKEN'),
+        (403, '{"error":"unsafe_example_api_key"}', "ANTHROPIC_API_KEY",
+         "fail  upstream: .*403 .*unsafe_example_api_key.*ANTHROPIC_API_KEY"),
+        (401, "{}",                                 "X", "fail  upstream: .*request without a key"),
+        (502, "upstream is rrouter itself;",        "X", "fail  upstream: .*is rrouter itself:"),
     )
 
     def test_an_upstream_that_refuses_or_answers_oddly_is_named(self):
-        for status, body, name, words in self.UPSTREAMS:
+        for status, body, name, line in self.UPSTREAMS:
             with self.subTest(status=status, body=body, key=name):
                 self.models = Response(status, body.encode())
-                self.settings({"ANTHROPIC_BASE_URL": self.url, name: "sk-secret-token"})
-                self.check("warn +.*%s" % words)
+                self.settings({"ANTHROPIC_BASE_URL": self.url, name: "sk-secret-token",
+                               "NO_PROXY": "*"})
+                self.assertEqual(len(self.check(line)), 1)
 
-    def test_names_the_upstream_does_not_know_come_with_their_remedy(self):
-        self.models = list_models(LISTED[0], LISTED[1], "gemini-3-flash")
-        self.assertEqual(len(self.check("warn +models: .* know %s" % LISTED[2],
-                                        " +oauth-model-alias:", " +alias: .*%s" % LISTED[2])), 1)
+    def test_an_upstream_that_is_rrouter_itself_is_named_before_anything_runs(self):
+        home = self.make_home()
+        done = run_here(home, "check", RROUTER_UPSTREAM="http://localhost:%d" % home.port)
+        self.assertRegex(done.stdout, "(?m)^fail  upstream: .* is rrouter itself: set RROUTER_UP")
+
+    def test_a_certificate_that_is_refused_comes_with_its_remedy(self):
+        certificate = rrouter.UpstreamUnreachable("cannot be reached: certificate verify failed")
+        with mock.patch.object(rrouter, "get_models", side_effect=certificate):
+            self.check("fail  upstream: .*verify failed: .*private CA.* SSL_CERT_FILE")
+
+    def test_names_the_upstream_does_not_know_come_with_one_block_of_aliases(self):
+        opus, flash, none = "claude-opus-4-6-thinking", "gemini-3-flash", "AN-ID-OF-ANTIGRAVITY"
+        for owner, ids, head in (("antigravity", (flash, opus), ", claude-sonnet-4-6, gemini-3-"),
+                                 ("anthropic", (none, none), "none is listed: log in")):
+            listed = list_models(LISTED[0], opus, "claude-sonnet-4-6", flash, owner=owner).chunks[0]
+            (level, text), = rrouter.check_models(rrouter.config_of(None), listed)
+            first, *lines = text.split("\n")
+            self.assertIn("does not know %s, %s (400" % (LISTED[2], LISTED[1]), first)
+            self.assertIn(head, first)
+            entries = []
+            for known, alias in zip(ids, (LISTED[2], LISTED[1])):
+                entries += ['- name: "%s"' % known, '  alias: "%s"' % alias]
+                entries += ["  fork: true"] * (known != opus)
+            self.assertEqual((level, lines), ("warn", [" " * 8 + line for line in (
+                "# version 7", "oauth-model-alias:", "  antigravity:",
+                *("    " + entry for entry in entries),
+                "# version 8", "oauth:", "  model-alias:", "    antigravity:",
+                *("      " + entry for entry in entries))]))
+
+    def test_for_programs_it_is_json(self):
+        self.models = Response(401)
+        done = run_here(self.home, "check", "--json")
+        report = json.loads(done.stdout)
+        self.assertEqual((done.returncode, report["status"]), (1, "fail"))
+        rows = {row["check"]: row for row in report["checks"]}
+        self.assertEqual((rows["upstream"]["level"], rows["config"]),
+                         ("fail", {"level": "ok", "check": "config", "text": "the defaults"}))
+
+    def test_missing_usage_headers_are_named_where_health_knows_of_them(self):
+        health = {"autoSwitch": {"switched": False, "models": {}},
+                  "requests": {"answered": 1, "lastFailure": None}}
+        for windows, found in (({"windows": {}}, 1), ({"windows": {"claude": {}}}, 0), ({}, 0)):
+            self.assertEqual(len(list(rrouter.check_targets({**health, **windows}))), found)
 
     def test_bad_files_of_rrouter_are_named(self):
         put(self.home, "config.json", "{")
         self.addCleanup((self.home.dir / "config.json").unlink)
         put(self.home, "mode", "nosuch\n")
-        self.check(r"fail +config: config\.json.*1:2", "warn +mode: .*nosuch")
+        self.check(r"fail +config: .*/config\.json:1:2", "warn +mode: .*nosuch")
 
     def test_an_installed_service_is_examined(self):
         unit = self.home.root / ".config" / "systemd" / "user" / "rrouter.service"
@@ -8727,11 +7246,14 @@ class CheckTest(RouterTest):
         unit.write_text("[Service]\n")
         program.write_text("")
         self.check("fail +service: .*starts .*/bin/rrouter, which does not exist")
+        program.write_text("#!/usr/bin/env python3\n")
         program.chmod(0o755)
-        self.check("warn +service: .*its manager does not answer here", PATH="")
-        record.write_text(json.dumps({"files": {str(unit): {"sha256": ["of another text"]}}}))
+        self.check("warn +service: .* is installed, but service managers serve",
+                   "ok +program: .*/bin/rrouter, run by /usr/bin/env: ", PATH="")
+        record.write_text(json.dumps({"files": {
+            str(program): ["", "its digest"], str(unit): ["", "digest of another text"]}}))
         self.addCleanup(record.unlink)
-        self.check("warn +service: .*is not what install.sh wrote")
+        self.check("warn +service: .*is not what was installed")
 
     def test_a_daemon_of_another_version_is_named(self):
         code = ("import sys; sys.path.insert(0, sys.argv[1]); import rrouter\n"
@@ -8739,839 +7261,891 @@ class CheckTest(RouterTest):
         done = self.home.run("-c", code, os.path.dirname(compiled()), program=PYTHON, check=0)
         self.assertRegex(done.stdout, "(?m)^warn +version: .* this program 9.9.9: rrouter restart")
 
-    def test_status_and_check_say_that_the_upstream_is_down(self):
-        home = self.start_rrouter("http://127.0.0.1:9").home
-        self.assertRegex(run_here(home, "status").stdout, "(?m)^upstream: .*:9, not reachable$")
-        done = run_here(home, "check")
-        self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stdout, r"(?m)^fail  upstream: http://127\.0\.0\.1:9 ")
-
 
 # Installation #################################################################
 
 # Stands in for systemctl and launchctl: notes each request, and starts and stops the service with
-# the bare environment of a service.  Requests that contain the word in the file `fails` fail.
-# As with the real launchd, `bootout` returns before the job ends, perhaps with 36, and launchd
-# knows the job a while longer than its process lives.
-MANAGER = r'''
-import contextlib, os, signal, sys, time
-here, home = os.path.dirname(os.path.abspath(__file__)), os.environ["HOME"]
-asked = " ".join(sys.argv[1:])
+# a bare environment.  Requests that contain the text in the file `fails` fail.  As with the real
+# launchd, `bootout` returns before the job ends, with 36, and the job is known a while longer.
+MANAGER = r"""#!/bin/sh
+cd "${0%/*}" && printf '%s\n' "$*" >>asked
+if [ -e fails ]; then
+    case $* in *"$(cat fails)"*) echo 'scripted failure' >&2; exit 1 ;; esac
+fi
+[ -e environment ] || printf "HOME=\$'%s'\n" "$HOME" >environment
+config=$(sed -n 's/^XDG_CONFIG_HOME=//p' environment)
+unit=${config:-$HOME/.config}/systemd/user/rrouter.service
+running() { [ -s pid ] && kill -0 "$(cat pid)" 2>/dev/null; }
+stop() { ! running || kill "$(cat pid)"; while running; do sleep 0.01; done; rm -f pid; }
+start() {       # the subshell reaps the daemon at once, so that its end is seen
+    (env -i HOME="$HOME" PATH=/usr/bin:/bin "$@" & echo $! >pid; wait) >/dev/null 2>&1 &
+    until [ -s pid ]; do sleep 0.01; done
+}
+case $* in
+*show-environment) cat environment ;;
+*' stop '*) stop ;;
+print*/com.rrouter) running || [ -e leaving ] ;;
+*' start '*)
+    running || start sh -c 'set -a; . "$1"; SYSTEMD_EXEC_PID=$$ exec "$2" serve' sh \
+        "$HOME$(sed -n 's/^EnvironmentFile=-%h//p' "$unit")" \
+        "$HOME$(sed -n 's/^ExecStart=%h\(.*\) serve/\1/p' "$unit")" ;;
+bootstrap*)
+    ! running && [ ! -e leaving ] || exit 5
+    start XPC_SERVICE_NAME=com.rrouter "$PYTHON" -c 'import os, plistlib, sys
+with open(sys.argv[1], "rb") as file: words = plistlib.load(file)["ProgramArguments"]
+os.execv(words[0], words)' "$HOME/Library/LaunchAgents/com.rrouter.plist" ;;
+kickstart*) running || exit 3 ;;
+bootout*)
+    touch leaving
+    (sleep 0.1; stop; sleep 0.2; rm leaving) >/dev/null 2>&1 &
+    exit 36 ;;
+esac
+"""
 
-def note(name):
-    return os.path.join(here, name)
+# The installed program in most tests: its daemon starts fast, and its commands do nothing.
+STUB = '''#!/usr/bin/env python3
+"""rrouter: a local router between the tests and nothing."""
+import os, sys
+__version__ = "0.0.1"
 
-with open(note("asked"), "a") as file:
-    file.write(asked.replace(home, "~") + "\n")
-if os.path.exists(note("fails")):
-    with open(note("fails")) as file:
-        if file.read() in asked:
-            sys.exit("scripted failure")
+def serve(root, by):
+    import fcntl, socket
+    port, lock = int(os.environ["RROUTER_PORT"]), open(root + "rrouter.lock", "a+")
+    fcntl.flock(lock, fcntl.LOCK_EX)        # which the one before holds until it has ended
+    health = ('{"host": "%s", "port": %d, "pid": %d, "mode": "auto", "startedBy": "%s", '
+              '"autoSwitch": {}, "problems": [], "upstreamURL": "http://localhost:9", '
+              '"upstream": "http://localhost:9", "listenAddr": ""}' % (
+                  os.environ.get("RROUTER_HOST") or "localhost", port, os.getpid(), by))
+    for name, text in (("run.json", health), ("rrouter.lock", "%d\\n" % os.getpid())):
+        with open(root + name, "w") as file:
+            file.write(text)
+    listener = socket.create_server(("127.0.0.1", port))
+    while True:
+        with listener.accept()[0] as connection:
+            connection.recv(65536)
+            connection.sendall(("HTTP/1.0 200 OK\\r\\n\\r\\n" + health).encode())
 
-def pid():
-    try:
-        with open(note("pid")) as file:
-            number = int(file.read())
-        os.kill(number, 0)
-        return number
-    except (OSError, ValueError):
-        return None
+def main():
+    root, verb = os.path.expanduser("~/.rrouter/"), sys.argv[1]
+    if verb == "restart":
+        with open(root + "rrouter.lock") as file:
+            os.kill(int(file.read()), 15)
+    if verb == "serve":
+        serve(root, "systemd" if "SYSTEMD_EXEC_PID" in os.environ else "launchd")
+    if verb in ("start", "restart") and not os.fork():
+        os.setsid()
+        os.closerange(0, 3)
+        serve(root, "start")
+    print("rrouter 0.0.1 did", *sys.argv[1:])
+'''
 
-def wait_for(condition, failure):
-    for _ in range(4000):
-        if condition():
-            return
-        time.sleep(0.01)
-    sys.exit(failure)
+# Runs commands of rrouter, each in a fork, because an import takes a tenth of a second.  They
+# install STUB.  A command is killed just before its change number `kill_at`, counted from 0.
+ZYGOTE = '''
+import hashlib, io, itertools, json, marshal, os, pwd, shutil, signal, subprocess, sys, types
+sys.path.insert(0, sys.argv[1])
+import rrouter, zipfile
+rrouter.__loader__ = types.SimpleNamespace(get_source=lambda _: sys.argv[2])
 
-def stop():
-    if pid():
-        os.kill(pid(), signal.SIGTERM)
-    wait_for(lambda: not pid(), "it does not end")
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(note("pid"))
+def run(words, env, output, kill_at):
+    os.environ.clear()
+    os.environ.update(env)
+    os.setsid()
+    os.dup2(os.open(os.devnull if os.path.isfile(output) else output, os.O_RDWR), 0)
+    os.dup2(os.open(output, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    sys.stdin, changes = open(0), itertools.count()
+    pwd.getpwuid = lambda _: types.SimpleNamespace(pw_dir=env["HOME_OF_USER"])
+    def count(event, _):
+        if (event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "subprocess.Popen")
+                and next(changes) == kill_at):
+            os.kill(os.getpid(), signal.SIGKILL)
+    if kill_at is not None:
+        sys.addaudithook(count)
+    return rrouter.main(words)
 
-def start(command, **marks):
-    """Return when the process exists; a short one may have ended by then."""
-    stop()
-    marks.update(HOME=home, PATH="/usr/bin:/bin:/usr/sbin:/sbin")
-    if os.fork() == 0:      # the parent that reaps it at once, so that its end is seen
+for line in sys.stdin:
+    child, status = os.fork(), 70
+    if not child:
         try:
-            os.setsid()
-            for number in 0, 1, 2:
-                os.dup2(os.open(os.devnull, os.O_RDWR), number)
-            daemon = os.posix_spawn(command[0], command, marks)
-            with open(note("new pid"), "w") as file:
-                file.write(str(daemon))
-            os.rename(note("new pid"), note("pid"))
-            os.waitpid(daemon, 0)
+            status = run(*json.loads(line))
+            sys.stdout.flush()
+        except SystemExit as end:
+            status = end.code
         finally:
-            os._exit(0)
-    wait_for(lambda: os.path.exists(note("pid")), "it does not start")
-
-unit = home + "/.config/systemd/user/rrouter.service"
-verb = [word for word in sys.argv[1:] if not word.startswith("-")][0]
-if verb == "print" and asked.endswith("com.rrouter"):
-    sys.exit(not pid() and not os.path.exists(note("leaving")))
-elif verb == "bootout":
-    open(note("leaving"), "w").close()
-    if os.fork() == 0:
-        for number in 0, 1, 2:
-            os.dup2(os.open(os.devnull, os.O_RDWR), number)
-        time.sleep(0.2)
-        stop()
-        time.sleep(0.4)
-        os.remove(note("leaving"))
-        os._exit(0)
-    if os.path.exists(note("slow")):
-        print("Boot-out failed: 36: Operation now in progress")
-        sys.exit(36)
-elif verb == "stop" or "disable --now" in asked:
-    stop()
-elif verb in ("start", "kickstart") and pid():
-    pass
-elif verb == "kickstart":
-    sys.exit("Could not find service")
-elif verb in ("start", "restart"):
-    with open(unit) as file:
-        lines = [line.rstrip().replace("%h", home) for line in file if "=" in line]
-    settings = dict(line.split("=", 1) for line in lines)
-    start(["/bin/sh", "-c",
-           '[ ! -e "$1" ] || { set -a; . "$1"; }; SYSTEMD_EXEC_PID=$$ exec "$2" serve', "sh",
-           settings["EnvironmentFile"].lstrip("-"), settings["ExecStart"].rpartition(" ")[0]],
-          INVOCATION_ID="0" * 32)
-elif verb == "bootstrap":
-    if pid() or os.path.exists(note("leaving")):
-        sys.exit("Bootstrap failed: 5: Input/output error")
-    import plistlib
-    with open(home + "/Library/LaunchAgents/com.rrouter.plist", "rb") as file:
-        start(plistlib.load(file)["ProgramArguments"], XPC_SERVICE_NAME="com.rrouter")
-'''
-
-# Answers the requests of install.sh at once and does nothing: for tests of files alone.
-STUB = r"""#!/usr/bin/env python3
-import sys
-RouterError = ValueError
-def read_environment(environ):
-    pass
-if sys.argv[1:] == ["--version"]:
-    print("rrouter 0.0.1")
-elif sys.argv[1:] == ["status", "--json"]:
-    print('{"startedBy": "start", "listenAddr": "localhost:8316"}')
-"""
-
-# Added to STUB: a daemon for a service manager.
-SLEEPER = """
-if sys.argv[1] == "serve":
-    import signal
-    signal.sigwait([signal.SIGTERM])
-"""
-
-# rrouter itself, compiled before: a start takes a third of the time.
-COMPILED = """#!/usr/bin/env python3
-import marshal
-with open(%r, "rb") as file:
-    exec(marshal.loads(file.read()[16:]))
-"""
-
-# Kills the whole installation just before the Python inside install.sh does KILL_AT.
-KILLER = '''
-import os, re, signal, sys
-def kill(event, details):
-    if (getattr(sys, "argv", [""])[0] == "-"
-            and event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
-            and re.search(os.environ["KILL_AT"], f"{event} {details[event == 'os.rename']}")):
-        os.killpg(0, signal.SIGKILL)
-sys.addaudithook(kill)
+            os._exit(status)
+    print(os.waitpid(child, 0)[1], flush=True)
 '''
 
 
-@functools.lru_cache(None)
+@functools.cache
 def light_python():
-    """Return an interpreter like this one that starts fast: its site-packages hold KILLER alone."""
-    root = pathlib.Path(tempfile.mkdtemp(prefix="rrouter-python-"))
+    """Return an interpreter like this one that starts fast, because it has no site-packages."""
+    root, real = pathlib.Path(tempfile.mkdtemp(prefix="rrouter-")), os.path.realpath(sys.executable)
     atexit.register(shutil.rmtree, str(root), True)
-    real = os.path.realpath(sys.executable)
-    # The directory of the standard library has the ABI in its name: python3.13t
-    packages = root / "lib" / os.path.basename(os.path.dirname(os.__file__)) / "site-packages"
-    packages.mkdir(parents=True)
-    (packages / "killer.py").write_text(KILLER)
-    (packages / "killer.pth").write_text(
-        "import os; os.environ.get('KILL_AT') and __import__('killer')\n")
-    (root / "pyvenv.cfg").write_text("home = %s\ninclude-system-site-packages = false\n"
-                                     % os.path.dirname(real))
+    (root / "pyvenv.cfg").write_text(
+        f"home = {os.path.dirname(real)}\ninclude-system-site-packages = false\n")
     (root / "bin").mkdir()
     (root / "bin" / "python3").symlink_to(real)
     return str(root / "bin" / "python3")
 
 
-class Installation(Home):
-    """An empty HOME with a space in its name, a clone, and stand-ins of the system's programs."""
+@functools.cache
+def zygote():
+    words = light_python(), "-c", ZYGOTE, os.path.dirname(compiled()), STUB
+    process = subprocess.Popen(words, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    atexit.register(process.communicate)
+    return process
 
-    def __init__(self, router, system="Linux", deaf=False):
+
+class Installation(Home):
+    """An empty HOME with a space in its name, and a stand-in for the manager of that name."""
+
+    PROGRAMS = {"systemd": "systemctl", "launchd": "launchctl"}
+
+    def __init__(self, manager=None):
         super().__init__()
-        self.home, self.clone, self.stand_ins = (
-            self.root / name for name in ("ho me", "a clone", "stand-ins"))
+        self.home, self.stand_ins = self.root / "ho me", self.root / "stand-ins"
+        self.home.mkdir()
         self.dir = self.home / ".rrouter"
         self.program = self.home / "bin" / "rrouter"
         self.unit = self.home / ".config" / "systemd" / "user" / "rrouter.service"
-        self.agent = self.home / "Library" / "LaunchAgents" / "com.rrouter.plist"
         self.environment = self.home / ".config" / "rrouter.env"
         self.settings = self.home / ".claude" / "settings.json"
-        self.url = "http://localhost:%d" % self.port
-        self.env.update(HOME=str(self.home), PYTHON=light_python(), SHELL="/bin/bash",
-                        PATH="%s:/usr/bin:/bin" % self.stand_ins)
-        for directory in (self.home, self.clone, self.stand_ins):
-            directory.mkdir()
-        for name in ("install.sh", "rrouter.service", "com.rrouter.plist"):
-            shutil.copy(str(HERE / name), str(self.clone))
-        (self.clone / "rrouter.py").write_text(router, encoding="utf-8")
-        self.stand_in("uname", "#!/bin/sh\necho %s\n" % system)
-        for name in ("systemctl", "launchctl"):
-            self.stand_in(name, "#!/bin/sh\nexec '%s' -IS \"${0%%/*}/manager.py\" \"$@\"\n"
-                          % sys.executable)
-        self.note("manager.py", MANAGER)
+        self.url = f"http://localhost:{self.port}"
+        self.env.update(HOME=str(self.home), HOME_OF_USER=str(self.home), PYTHON=light_python(),
+                        PATH=f"{self.stand_ins}:/usr/bin:/bin")
         self.note("asked", "")
-        if deaf:
-            self.note("fails", "")
-
-    def stand_in(self, name, text):
-        self.note(name, text)
-        (self.stand_ins / name).chmod(0o755)
+        for name, program in self.PROGRAMS.items():
+            self.note(program, MANAGER if manager == name else "#!/bin/sh\nexit 127\n")
 
     def note(self, name, text):
-        (self.stand_ins / name).write_text(text)
+        self.put(self.stand_ins / name, text.encode(), 0o755)
 
     def asked(self):
         """Return the orders to the service manager since the last call, without mere questions."""
-        lines = (self.stand_ins / "asked").read_text().splitlines()
+        lines = (self.stand_ins / "asked").read_text().replace(str(self.home), "~").splitlines()
         self.note("asked", "")
         return [line for line in lines
-                if not re.search(r"\b(show|print|reset-failed|enable gui)", line)]
+                if not re.search(r"\b(show|print|reset|daemon-reload|enable gui)", line)]
 
-    def install(self, *options, status=0, env=(), shell="sh"):
-        """Run install.sh to its end and return all it printed."""
-        printed = self.run(
-            *options, program=[*shell.split(), str(self.clone / "install.sh")], check=status,
-            env=env, cwd=str(self.root), stderr=subprocess.STDOUT, start_new_session=True).stdout
-        if "Traceback" in printed:
-            raise AssertionError(printed)
-        return printed
+    def do(self, *words, status=0, env=(), program=None, kill_at=None):
+        """Run a command of the rrouter that installs STUB, or of `program`; return all it printed.
+
+        With `kill_at`, return whether it was killed.
+        """
+        if program:
+            return self.run(*words, program=program, check=status, env=env,
+                            stderr=subprocess.STDOUT, cwd=str(self.root)).stdout
+        self.note("output", "")
+        ended = self.fork(words, env, str(self.stand_ins / "output"), kill_at)
+        printed = (self.stand_ins / "output").read_text()
+        if "Traceback" in printed or ended not in (status, kill_at is not None and -9):
+            raise AssertionError(f"{words}: status {ended}\n{printed}")
+        return printed if kill_at is None else ended == -9
+
+    def fork(self, words, env, output, kill_at=None):
+        request = words, {**self.env, **dict(env)}, output, kill_at
+        print(json.dumps(request), file=zygote().stdin, flush=True)
+        return os.waitstatus_to_exitcode(int(zygote().stdout.readline()))
 
     def rrouter(self, *arguments):
-        """Run the installed program; return what it printed on stdout."""
-        return self.run(*arguments, program=[str(self.program)], check=0).stdout
+        """Run the installed program; return what it printed."""
+        return self.do(*arguments, program=[str(self.program)])
+
+    def claude(self):
+        """Return the settings of Claude Code."""
+        return json.loads(self.settings.read_text(encoding="utf-8"))
 
     @staticmethod
     def put(path, content, mode=0o644):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         path.chmod(mode)
+        return path
 
     def tree(self, data=True):
         """Return all files under HOME as {name: (mode, content)}; with ~/.rrouter if `data`."""
         return {str(path.relative_to(self.home)): (
                     stat.S_IMODE(path.lstat().st_mode),
-                    os.readlink(str(path)) if path.is_symlink() else
+                    os.readlink(path) if path.is_symlink() else
                     path.read_bytes() if path.is_file() else None)
                 for path in sorted(self.home.rglob("*")) if data or ".rrouter" not in path.parts}
 
     def remove(self):
-        """Stop all processes and remove the files."""
-        if (self.stand_ins / "pid").exists():
-            self.note("fails", "nothing")
-            self.run("stop", program=[str(self.stand_ins / "systemctl")])
-        if (self.dir / "rrouter.pid").exists():
-            self.run("stop", program=[str(self.program)])
+        """Stop the daemon and remove the files."""
+        for name in (self.stand_ins / "pid", self.dir / "rrouter.lock"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(name.read_text().split()[0]), signal.SIGTERM)
         super().remove()
+
+
+DEFAULT_FILE = (rrouter.config_text(rrouter.config_of(None)) + "\n").encode()
 
 
 class InstallTest(unittest.TestCase):
     """Base of the tests that install."""
 
-    def installation(self, router=STUB, **options):
-        installation = Installation(router, **options)
+    def installation(self, manager=None):
+        installation = Installation(manager)
         self.addCleanup(installation.remove)
         return installation
 
-    def side_by_side(self, check, rows):
-        """Call `check` with each of the rows, all at once, because starts take most of the time."""
-        with concurrent.futures.ThreadPoolExecutor(len(rows)) as pool:
-            for row, future in [(row, pool.submit(check, *row)) for row in rows]:
-                with self.subTest(row=row):
-                    future.result()
 
-    def assert_gone(self, home):
-        """Nothing is left in HOME, and nothing runs."""
-        self.assertEqual((home.tree(), home.health()), ({}, None))
+class ServiceFilesTest(InstallTest):
 
+    def test_the_files_of_the_repository_are_those_that_are_installed(self):
+        """A new default config.json is added to SHIPPED, and none is removed."""
+        for name, text in rrouter.SERVICE_FILES.items():
+            self.assertEqual((HERE / name).read_text(encoding="utf-8"), text, name)
+        self.assertIn(rrouter.digest(DEFAULT_FILE)[:16], rrouter.SHIPPED)
 
-class ServiceFilesTest(LoopbackTest):
-
-    def test_the_unit_starts_restarts_and_stops_as_promised(self):
-        unit = configparser.ConfigParser(interpolation=None)
-        unit.optionxform = str
-        unit.read(str(HERE / "rrouter.service"), encoding="utf-8")
-        service = unit["Service"]
-        self.assertEqual((service["Restart"], service["RestartPreventExitStatus"]),
-                         ("on-failure", "2"))
-        self.assertGreater(int(service["TimeoutStopSec"]), rrouter.DRAIN_S)
-        self.assertIn("-HUP $MAINPID", service["ExecReload"])
+    def test_they_restart_and_stop_as_promised(self):
+        unit, agent = rrouter.SERVICE_FILES.values()
+        numbers = {name: int(value) for name, value in re.findall(r"(?m)^(\w+)=([0-9]+)$", unit)}
+        agent = plistlib.loads(agent.encode())
+        self.assertIn("\nRestart=on-failure\n", unit)
+        self.assertEqual((numbers["RestartPreventExitStatus"], agent["KeepAlive"]),
+                         (2, {"SuccessfulExit": False}))
         # All the starts that are allowed fit into their interval: a taken port ends in `failed`.
-        self.assertLess(int(service["RestartSec"]) * int(unit["Unit"]["StartLimitBurst"]),
-                        int(unit["Unit"]["StartLimitIntervalSec"]))
-        self.assertEqual(unit["Install"]["WantedBy"], "default.target")
-
-    def test_the_agent_starts_restarts_and_stops_as_promised(self):
-        with open(str(HERE / "com.rrouter.plist"), "rb") as file:
-            agent = plistlib.load(file)
-        self.assertEqual(agent["Label"], "com.rrouter")
-        self.assertEqual(agent["KeepAlive"], {"SuccessfulExit": False})
-        self.assertGreaterEqual(agent["ThrottleInterval"], 10)
-        self.assertGreater(agent["ExitTimeOut"], rrouter.DRAIN_S)
-
-    def home_with_program(self):
-        """Return a Home with rrouter as ~/bin/rrouter."""
-        home = self.make_home(mode="claude")
-        (home.root / "bin").mkdir()
-        program = home.root / "bin" / "rrouter"
-        program.write_text("#!%s\n%s" % (sys.executable, RROUTER_TEXT), encoding="utf-8")
-        program.chmod(0o755)
-        return home
+        self.assertLess(numbers["RestartSec"] * numbers["StartLimitBurst"],
+                        numbers["StartLimitIntervalSec"])
+        self.assertGreater(min(numbers["TimeoutStopSec"], agent["ExitTimeOut"]), rrouter.DRAIN_S)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not here")
     def test_systemd_finds_nothing_wrong_with_the_unit(self):
-        home = self.home_with_program()
-        (home.root / "run").mkdir()
-        done = home.run(program=["systemd-analyze", "--user", "verify",
-                                 str(HERE / "rrouter.service")],
-                        env={"XDG_RUNTIME_DIR": str(home.root / "run")}, stderr=subprocess.STDOUT)
-        self.assertEqual((done.returncode, done.stdout), (0, ""))
+        home = self.installation()
+        home.put(home.root / "bin" / "rrouter", b"#!/bin/sh\n", 0o755)
+        env = {"HOME": str(home.root), "XDG_RUNTIME_DIR": str(home.root)}
+        self.assertEqual(home.do("--user", "verify", str(HERE / "rrouter.service"),
+                                 program=["systemd-analyze"], env=env), "")
 
-    @unittest.skipUnless(subprocess.run(
-        ["sh", "-c", "systemctl --user show-environment"], stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, timeout=WAIT_S).returncode == 0, "no systemd user manager here")
-    def test_a_real_user_manager_runs_the_unit(self):
-        """The unit has another name and this HOME, so that an installed rrouter stays untouched."""
-        home = self.home_with_program()
-        (home.root / ".config").mkdir()
-        (home.root / ".config" / "rrouter.env").write_text("RROUTER_PORT=%d\n" % home.port)
-        name = "rrouter-test-%d.service" % os.getpid()
-        unit = pathlib.Path(os.environ["XDG_RUNTIME_DIR"], "systemd", "user", name)
-        unit.parent.mkdir(parents=True, exist_ok=True)
-        text = (HERE / "rrouter.service").read_text(encoding="utf-8")
-        text = text.replace("=%h/bin/rrouter", '="%h/bin/rrouter"').replace(
-            "[Service]", '[Service]\nEnvironment="HOME=%h"')
-        unit.write_text(text.replace("%h", str(home.root)))
 
-        def systemctl(*words):
-            return subprocess.run(["systemctl", "--user", *words], stdout=subprocess.PIPE,
-                                  check=True, text=True, timeout=60).stdout
-        try:
-            systemctl("daemon-reload")
-            systemctl("start", name)
-            self.assertEqual(wait_until(home.health)["startedBy"], "systemd")
-            home.run("auto", check=0)
-            systemctl("reload", name)
-            systemctl("stop", name)
-            self.assertIn("Result=success", systemctl("show", "-p", "Result", name))
-        finally:
-            systemctl("stop", name)
-            unit.unlink()
-            systemctl("daemon-reload")
+class ProgramTest(InstallTest):
+    """The zip application."""
+
+    def setUp(self):
+        self.home = self.installation()
+        self.program = self.home.program
+
+    def call(self, function, *arguments, text=STUB, **env):
+        """Return what a function of rrouter returns; `text` is taken as its source."""
+        code = ("import os, sys, types; sys.path.insert(0, sys.argv[1])\nimport rrouter\n"
+                "rrouter.__loader__ = types.SimpleNamespace(get_source=lambda _: sys.argv[2])\n"
+                "rrouter.STABLE_DIRECTORIES = '/no', os.environ.get('STABLE', '/no')\n"
+                "print(repr(getattr(rrouter, sys.argv[3])(*sys.argv[4:])))")
+        return ast.literal_eval(self.home.do("-c", code, os.path.dirname(compiled()), text,
+                                             function, *arguments, program=[light_python()],
+                                             env=env))
+
+    def write(self, interpreter):
+        """Write ~/bin/rrouter with this interpreter in its first line; return its bytes."""
+        content = self.call("program_bytes", str(interpreter))
+        return self.home.put(self.program, content, 0o755).read_bytes()
+
+    def test_any_interpreter_runs_it_and_check_names_the_one_that_is_gone(self):
+        for name in ("my pythons", "l" * 120):
+            python = pathlib.Path(light_python()).with_name(name) / "python3"
+            python.parent.mkdir()
+            python.symlink_to(light_python())
+            self.assertEqual(self.write(python)[:10], b"#!/bin/sh\n")
+            self.assertEqual(self.home.rrouter("a b", "c"), "rrouter 0.0.1 did a b c\n")
+            line = f"program: {self.program}, run by {python}: if that is gone, run install.sh"
+            self.assertIn(f"ok    {line}", self.home.do("check", status=1))
+            shutil.rmtree(python.parent)
+            self.assertIn(f"fail  {line}", self.home.do("check", status=1))
+
+    def test_after_an_upgrade_of_python_the_source_runs_and_an_old_one_is_refused(self):
+        content = self.write(light_python())
+        self.assertEqual(content.partition(b"\n")[0], b"#!" + light_python().encode())
+        with zipfile.ZipFile(self.program) as archive:
+            module = archive.read("rrouter.pyc")
+        self.assertEqual(module[4:8], b"\1\0\0\0")      # no time stamp, no look at the source
+        self.home.put(self.program, content.replace(module[:4], b"\0\0\r\n"), 0o755)
+        self.assertEqual(self.home.rrouter("x"), "rrouter 0.0.1 did x\n")
+        for version in ((2, 7), (3, 8)):
+            code = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
+            self.assertEqual(self.home.do("-c", code, rrouter.ZIP_MAIN, program=PYTHON, status=1),
+                             "rrouter: Python %d.%d is too old: run install.sh again\n" % version)
+
+    def test_no_file_beside_it_is_run(self):
+        self.write(light_python())
+        for name in ("json.py", "argparse.py", "rrouter.py"):
+            self.home.put(self.program.parent / name, b"raise SystemExit('run')")
+        self.assertEqual(self.home.rrouter("x"), "rrouter 0.0.1 did x\n")
+
+    def test_it_names_an_interpreter_that_lasts(self):
+        stable, mine = self.home.root / "python3", self.home.root / "mine"
+        for path in (stable, mine):
+            path.symlink_to(os.path.realpath(sys.executable))
+        self.assertEqual(
+            [self.call("stable_interpreter", STABLE=str(self.home.root), PYTHON=name)
+             for name in (str(mine), "/bin/sh", "")], [str(mine), str(stable), str(stable)])
+        chosen = self.call("stable_interpreter", PYTHON="")     # not the virtual environment
+        self.assertEqual((os.path.realpath(chosen), chosen == light_python()),
+                         (os.path.realpath(sys.executable), False))
 
 
 class InstallScriptTest(InstallTest):
-
-    def test_an_output_that_cannot_be_written_stops_it(self):
-        home = self.installation()
-        stopped = "install.sh: stopped, for nobody reads its output; run it again to go on\n"
-        full = "install.sh: [Errno 28] No space left on device\n"
-        # label, options, what stderr says
-        rows = [("closed pipe", ["--dry-run"], ""), ("closed pipe", [], stopped)]
-        if os.path.exists("/dev/full"):
-            rows.append(("full", ["--dry-run"], full))
-        for label, options, says in rows:
-            with self.subTest(label, options=options):
-                if label == "full":
-                    output = os.open("/dev/full", os.O_WRONLY)
-                else:
-                    reader, output = os.pipe()
-                    os.close(reader)
-                try:
-                    done = home.run(*options, program=["sh", str(home.clone / "install.sh")],
-                                    stdout=output, check=1)
-                finally:
-                    os.close(output)
-                self.assertEqual(done.stderr, says)
-        home.install()
-
-    OPTIONS = (
-        # options                       status  says
-        (["-h"],                        0,      "Usage: ./install.sh"),
-        (["--claud"],                   2,      "unknown option --claud"),
-        (["claude"],                    2,      "unknown option claude"),
-        (["--purge"],                   2,      "--purge goes with --uninstall"),
-        (["--uninstall", "--claude"],   2,      "--claude"),
-    )
-
-    def test_wrong_options_change_nothing(self):
-        home = self.installation()
-        for options, status, says in self.OPTIONS:
-            with self.subTest(options=options):
-                self.assertIn(says, home.install(*options, status=status))
-        self.assertEqual((home.tree(), home.asked()), ({}, []))
-
-    def test_a_dry_run_changes_nothing_and_every_shell_gives_the_same_plan(self):
-        home = self.installation()
-        plans = {home.install("--dry-run", "--claude", shell=shell)
-                 for shell in ("sh", "bash --posix", "busybox sh", "zsh --emulate sh")
-                 if shutil.which(shell.split()[0])}
-        self.assertEqual(len(plans), 1, plans)
-        plan = plans.pop()
-        for says in ("would install ~/bin/rrouter", "would run systemctl --user enable",
-                     "would set the mode to auto", "would set env.ANTHROPIC_BASE_URL"):
-            self.assertIn(says, plan)
-        created = re.findall("would create (.*)", plan)
-        self.assertIn("~/.config", created)
-        self.assertEqual(len(created), len(set(created)), created)
-        self.assertEqual((home.tree(), home.asked()), ({}, []))
-        home.put(home.program, b"another program\n", 0o755)
-        before = home.tree()
-        self.assertIn("would keep the old ~/bin/rrouter", home.install("--dry-run"))
-        self.assertEqual((home.tree(), home.asked()), (before, []))
-
-    def test_a_bad_setting_of_this_shell_stops_it_before_any_change(self):
-        home = self.installation(RROUTER_TEXT)
-        said = home.install(status=1, env={"RROUTER_PORT": "eighty"})
-        self.assertIn("RROUTER_PORT=eighty", said)
-        self.assertEqual(home.tree(), {})
-
-    def test_a_program_that_does_not_start_replaces_nothing(self):
-        home = self.installation(deaf=True)
-        home.install()
-        before = home.tree(data=False)
-        broken = STUB.replace('print("rrouter 0.0.1")', "sys.exit(1)")
-        (home.clone / "rrouter.py").write_text(broken)
-        self.assertIn("does not start here", home.install(status=1))
-        self.assertEqual(home.tree(data=False), before)
-
-    def test_a_daemon_that_does_not_start_leaves_the_settings_of_claude_code(self):
-        taken = "rrouter: port 8316 is taken by another program"
-        home = self.installation(
-            STUB + 'elif sys.argv[1] == "restart":\n    sys.exit("%s")\n' % taken, deaf=True)
-        self.assertIn(taken, home.install("--claude", status=1))
-        self.assertFalse(home.settings.exists())
-
-    def test_a_path_without_bin_is_named_with_the_remedy(self):
-        home = self.installation()
-        path = "%s:%s" % (home.program.parent, home.env["PATH"])
-        for shell, says in (("/bin/zsh", "~/.zshrc"), ("/usr/bin/fish", "fish_add_path")):
-            self.assertIn(says, home.install("--dry-run", env={"SHELL": shell}))
-        self.assertNotIn("PATH", home.install("--dry-run", env={"PATH": path}))
-
-
-class PythonChoiceTest(InstallTest):
+    """install.sh: the options, and the choice of Python."""
 
     def setUp(self):
-        self.home = self.installation(deaf=True)
+        self.home = self.installation()
         # Only the stand-ins and the tools of the script: the machine's interpreters are hidden.
-        self.tools = self.home.root / "tools"
-        self.tools.mkdir()
-        for tool in ("sh", "awk", "cat", "dirname", "id", "tail"):
-            (self.tools / tool).symlink_to(shutil.which(tool))
-        del self.home.env["PYTHON"]
-        self.home.env["PATH"] = "%s:%s" % (self.home.stand_ins, self.tools)
+        for tool in ("sh", "awk", "cat", "dirname", "tail", "uname"):
+            (self.home.stand_ins / tool).symlink_to(shutil.which(tool))
+        self.home.env.update(PYTHON="", PATH=str(self.home.stand_ins))
+        self.clone = self.home.put(
+            self.home.root / "a clone" / "rrouter.py",
+            b"import sys\nprint(*sys.argv[1:], sys.executable)").parent
+        shutil.copy(HERE / "install.sh", self.clone)
+        # An interpreter that believes to be 3.8.
+        self.python("python3", f'exec "{sys.executable}" -c \'import sys; sys.version_info = '
+                               '(3, 8, 18); exec(sys.argv[1])\' "$4"\n')
+        self.python("python3.13", "echo 'no such version' >&2; exit 127\n")
 
-    def old(self, name):
-        """Make an interpreter that believes to be 3.8."""
-        self.home.stand_in(name, '#!/bin/sh\nexec "%s" -c \'import sys; sys.version_info = '
-                           '(3, 8, 18); code = sys.argv.pop(1); exec(code)\' "$4" "$5" "$6"\n'
-                           % sys.executable)
+    def python(self, name, code=f'exec "{sys.executable}" "$@"\n'):
+        self.home.note(name, "#!/bin/sh\n" + code)
 
-    def broken(self, name):
-        self.home.stand_in(name, "#!/bin/sh\necho 'no such version' >&2\nexit 127\n")
+    def script(self, *options, shell="sh", **how):
+        program, *words = shell.split()
+        return self.home.do(*options, program=[shutil.which(program), *words,
+                                               str(self.clone / "install.sh")], **how)
 
-    def test_old_and_broken_ones_are_passed_over_and_a_shim_is_resolved(self):
-        self.old("python3")
-        self.broken("python3.13")
-        self.home.stand_in("python3.12", '#!/bin/sh\nexec "%s" "$@"\n' % sys.executable)
-        self.home.install()
-        line = self.home.program.read_text().split("\n")[0]
-        self.assertEqual(os.path.realpath(line[2:]), os.path.realpath(sys.executable))
-        self.assertEqual(stat.S_IMODE(self.home.program.stat().st_mode), 0o755)
+    OPTIONS = (
+        # options                        what rrouter.py gets
+        ((),                             "install"),
+        (("--claude", "--dry-run"),      "install --claude --dry-run"),
+        (("--dry-run", "--uninstall"),   "uninstall --dry-run"),
+        (("two words", "--purge"),       "install two words --purge"),
+    )
 
-    @unittest.skipIf(any(map(os.path.exists, ("/usr/local/bin/python3",
-                                              "/opt/homebrew/bin/python3"))), "one is always here")
+    def test_a_python_that_will_do_gets_the_options_in_every_shell(self):
+        self.python("python3.12")           # a shim, which is not what is printed
+        for shell in ("sh", "bash --posix", "busybox sh", "zsh --emulate sh"):
+            for options, words in self.OPTIONS if shutil.which(shell.split()[0]) else ():
+                with self.subTest(shell=shell, options=options):
+                    self.assertEqual(self.script(*options, shell=shell),
+                                     f"{words} {sys.executable}\n")
+        self.assertRegex(self.script("-h"), r"^Usage: ./install\.sh")
+
     def test_without_a_usable_one_all_that_were_found_are_named(self):
-        self.old("python3")
-        self.broken("python3.9")
-        said = self.home.install(status=1)
+        if any(map(os.path.exists, ("/usr/local/bin/python3", "/opt/homebrew/bin/python3"))):
+            self.skipTest("one is always here")
+        said = self.script(status=1)
         for says in ("3.9 or newer", "stand-ins/python3: is Python 3.8",
-                     "python3.9: no such version", "PYTHON"):
+                     "python3.13: no such version", "PYTHON"):
             self.assertIn(says, said)
-        self.assertEqual(self.home.tree(), {})
 
     def test_the_variable_overrides_the_search(self):
-        self.old("python3")
         for value, says in (("python3", "is Python 3.8"), ("/no/python", "not a program")):
-            self.assertIn(says, self.home.install(status=1, env={"PYTHON": value}))
-
-    def test_an_interpreter_with_a_space_in_its_path_runs_the_program(self):
-        spaced = self.home.root / "my pythons" / "python3"
-        spaced.parent.mkdir()
-        spaced.symlink_to(os.path.realpath(sys.executable))
-        self.home.env["PATH"] += ":/usr/bin:/bin"
-        said = self.home.install(env={"PYTHON": str(spaced)})
-        self.assertIn("Python: %s\n" % spaced, said)
-        self.assertIn(str(spaced), self.home.program.read_text().split("\n")[0])
-        self.assertEqual(self.home.rrouter("--version"), "rrouter 0.0.1\n")
+            self.assertIn(says, self.script(status=1, env={"PYTHON": value}))
+        self.assertEqual(self.script(env={"PYTHON": sys.executable}), f"install {sys.executable}\n")
 
 
 class InstalledLifeTest(InstallTest):
-    """From an empty HOME through an upgrade to the uninstallation, with the real daemon."""
+    """From an empty HOME through an upgrade to the end, with the real program."""
 
-    def installation(self, **options):
-        return super().installation(COMPILED % compiled(), **options)
-
-    def test_without_a_manager_the_daemon_is_forked(self):
-        home = self.installation(deaf=True)
-        said = home.install()
-        self.assertIn("systemctl --user does not answer: scripted failure", said)
-        self.assertIn('"ANTHROPIC_BASE_URL": "%s"' % home.url, said)
+    def test_it_needs_the_clone_no_longer_and_leaves_nothing(self):
+        home = self.installation()
+        copied = shutil.copy(RROUTER, home.root / "copied.py")
+        said = home.do("install", "--claude", program=[*PYTHON, copied])
+        os.unlink(copied)
+        for says in (f"\nrrouter {rrouter.__version__} is installed as {home.program}\n",
+                     "\nno service, because service managers serve your home directory",
+                     "\nok    daemon: ", "\nfail  upstream: ", "hint: ~/bin is not in PATH",
+                     f"\nnext: {home.program} status\n"):
+            self.assertIn(says, said)
         first = home.health()
         self.assertEqual((first["startedBy"], first["mode"], first["problems"]),
                          ("start", "auto", []))
         self.assertEqual([stat.S_IMODE(path.stat().st_mode) for path in (
-            home.dir, home.dir / "mode", home.dir / "config.json", home.program)],
+            home.dir, home.dir / "mode", home.dir / "install.json", home.program)],
             [0o700, 0o600, 0o600, 0o755])
-        self.assertFalse(home.unit.exists() or home.agent.exists() or home.settings.exists())
-        # The user's decisions since, and another version: the real file.
-        home.write("mode", "mine\n")
-        home.write("config.json", '{"modes": {"mine": {"mappings": []}}, "defaultMode": "mine"}')
-        (home.clone / "rrouter.py").write_text(RROUTER_TEXT, encoding="utf-8")
-        self.assertIn("upgrade ~/bin/rrouter", home.install())
-        self.assertEqual(home.program.read_text(encoding="utf-8").partition("\n")[2],
-                         RROUTER_TEXT.partition("\n")[2])
+        self.assertFalse((home.dir / "config.json").exists())
+        self.assertEqual(home.do("-c", home.claude()["statusLine"]["command"], program=["sh"]),
+                         "auto → antigravity\n")
+        home.write("mode", "claude\n")
+        home.env["PATH"] += f":{home.program.parent}"
+        del home.env["RROUTER_PORT"]        # the daemon has it, and keeps it
+        said = home.rrouter("install")
+        self.assertIn(f"{home.program} (before: {rrouter.__version__})\n", said)
+        self.assertTrue(said.endswith("\nnext: rrouter status\n"), said)
         second = home.health()
-        self.assertEqual((second["pid"] == first["pid"], second["mode"]), (False, "mine"))
-        home.install("--uninstall")
-        self.assertEqual(home.tree(data=False), {})
-        self.assertEqual(home.read("mode"), "mine\n")
-        self.assertIn("mine", home.read("config.json"))
-        self.assertIsNone(home.health())
-
-    def test_an_upgrade_keeps_the_settings_of_the_forked_daemon(self):
-        """It may run in another shell; what that one sets holds."""
-        home = self.installation(deaf=True)
-        home.install(env={"RROUTER_HOST": "127.0.0.1", "RROUTER_UPSTREAM": "http://127.0.0.1:9/a"})
-        del home.env["RROUTER_PORT"], home.env["RROUTER_UPSTREAM"]
-        for upstream, env in (("http://127.0.0.1:9/a", {}),
-                              ("http://h.invalid/b", {"RROUTER_UPSTREAM": "http://h.invalid/b"})):
-            with self.subTest(env=env):
-                self.assertIn("answers at http://127.0.0.1:%d" % home.port, home.install(env=env))
-                health = home.health()
-                self.assertEqual((health["listenAddr"], health["upstreamURL"]),
-                                 ("127.0.0.1:%d" % home.port, upstream))
-
-    def test_systemd_takes_over_from_the_forked_daemon(self):
-        home = self.installation(deaf=True)
-        home.install()
-        home.note("fails", "nothing")
-        home.asked()
-        self.assertIn("stop the running rrouter (started by start)", home.install("--claude"))
-        self.assertEqual(home.asked(), ["--user daemon-reload", "--user enable rrouter.service",
-                                        "--user restart rrouter.service"])
-        self.assertEqual(home.unit.read_bytes(), (HERE / "rrouter.service").read_bytes())
-        before = home.health()
-        self.assertEqual((before["startedBy"], before["mode"]), ("systemd", "auto"))
-        self.assertEqual(json.loads(home.settings.read_text()),
-                         {"env": {"ANTHROPIC_BASE_URL": home.url}})
-        home.rrouter("restart")
-        self.assertEqual([line for line in home.asked() if "reload" not in line],
-                         ["--user stop rrouter.service", "--user start rrouter.service"])
-        after = home.health()
-        self.assertEqual((after["startedBy"], after["pid"] == before["pid"]), ("systemd", False))
-        tree = home.tree(data=False)
-        plan = home.install("--uninstall", "--purge", "--dry-run")
-        for says in ("would remove ~/bin/rrouter", "would remove ~/.rrouter",
-                     "would put env.ANTHROPIC_BASE_URL", "would run systemctl --user disable"):
-            self.assertIn(says, plan)
-        self.assertEqual((home.tree(data=False), home.asked()), (tree, []))
-        home.install("--uninstall", "--purge")
-        self.assertEqual(home.asked(),
-                         ["--user disable --now rrouter.service", "--user daemon-reload"])
-        self.assert_gone(home)
-
-    def test_launchd_runs_it(self):
-        home = self.installation(system="Darwin")
-        bootstrap = "bootstrap gui/%d ~/Library/LaunchAgents/com.rrouter.plist" % os.getuid()
-        bootout = "bootout gui/%d/com.rrouter" % os.getuid()
-        home.install()
-        self.assertEqual((home.health()["startedBy"], home.asked()), ("launchd", [bootstrap]))
-        home.install()                  # `kickstart -k` would keep the old plist
-        self.assertEqual(home.asked(), [bootout, bootstrap])
-        home.rrouter("stop")
-        self.assertEqual((home.health(), home.asked()), (None, [bootout]))
-        home.rrouter("start")
-        self.assertEqual((home.health()["startedBy"], home.asked()[0]), ("launchd", bootstrap))
-        home.note("slow", "")
-        before = home.health()["pid"]
-        home.rrouter("restart")
-        self.assertNotEqual(home.health()["pid"], before)
-        self.assertEqual((home.health()["startedBy"], home.asked()[:2]),
-                         ("launchd", [bootout, bootstrap]))
-        (home.stand_ins / "slow").unlink()
-        home.install("--uninstall", "--purge")
-        self.assert_gone(home)
+        self.assertEqual((second["pid"] == first["pid"], second["mode"]), (False, "claude"))
+        home.env["ANTHROPIC_BASE_URL"] = home.url
+        said = home.rrouter("uninstall")
+        self.assertNotIn("still pointing here", said)       # it does not name itself
+        self.assertIn(f"stays: {home.dir} (mode, config, state and logs): rm -r '{home.dir}'\n",
+                      said)
+        removed = (home.settings, home.settings.parent, home.program, home.program.parent)
+        self.assertIn(f"\nremoved: {', '.join(map(str, removed))}\n", said)
+        self.assertEqual((home.tree(data=False), home.read("mode")), ({}, "claude\n"))
 
 
 class ServiceManagerTest(InstallTest):
-    """Orders to systemd, and the files of the service; the daemon is a stand-in."""
+    """What the manager is asked for; it starts STUB."""
 
-    def installation(self, started_by="systemd"):
-        return super().installation(STUB.replace('"start"', '"%s"' % started_by) + SLEEPER)
+    DOMAIN = f"gui/{os.getuid()}"
+    ORDERS = {
+        # manager: what it is asked for to stop, and to start
+        "systemd": ["--user stop rrouter.service", "--user start rrouter.service"],
+        # `kickstart -k` would keep the old agent, and `bootstrap` fails where it is still loaded.
+        "launchd": [f"bootout {DOMAIN}/com.rrouter",
+                    f"bootstrap {DOMAIN} ~/Library/LaunchAgents/com.rrouter.plist",
+                    f"kickstart {DOMAIN}/com.rrouter"],
+    }
 
-    ENVIRONMENTS = (
-        # port, upstream, host of the shell    lines of rrouter.env after the installation
-        (("", "http://h:1", ""),               "UPSTREAM='http://h:1'"),
-        (("9006", "http://h/a=b", "::1"),      "HOST='::1' PORT='9006' UPSTREAM='http://h/a=b'"),
-        (("9007", "", ""),                     "HOST='::1' PORT='9007' UPSTREAM='http://h/a=b'"),
+    def test_it_takes_over_from_the_forked_daemon(self):
+        for manager, (stop, *start) in self.ORDERS.items():
+            home, program = self.installation(), Installation.PROGRAMS[manager]
+            self.assertIn("no service, because neither systemd nor launchd", home.do("install"))
+            home.note(program, MANAGER)
+            home.do("install")
+            self.assertEqual(home.asked(), [])
+            home.do("restart")              # STUB has forked again
+            home.asked()
+            home.do("restart")
+            self.assertEqual((home.health()["startedBy"], home.asked()), (manager, [stop, *start]))
+            self.assertIn(f"would stop the service of {manager}", home.do("uninstall", "--dry-run"))
+            self.assertEqual((home.asked(), home.health()["startedBy"]), ([], manager))
+            home.do("uninstall", "--purge")
+            self.assertEqual((home.asked(), home.tree(), home.health()),
+                             ([stop, stop], {}, None))
+
+    CONFIGS = (
+        # XDG_CONFIG_HOME of the manager, of the installing shell, of the uninstalling one
+        ("its own", None,   None),
+        ("its own", "mine", "mine"),
+        ("",        "mine", None),
+        ("",        None,   "mine"),
     )
 
-    def test_an_upgrade_restarts_the_service_and_keeps_data_and_environment(self):
-        home, names = self.installation(), ("RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST")
-        for values, lines in self.ENVIRONMENTS:
-            with self.subTest(values=values):
-                home.asked()
-                home.install(env=zip(names, values))
-                self.assertEqual(sorted(home.environment.read_text().splitlines()[1:]),
-                                 ["RROUTER_" + line for line in lines.split()])
-                self.assertEqual(home.asked(), [
-                    "--user daemon-reload", "--user enable rrouter.service",
-                    "--user restart rrouter.service"])
-                for name in ("mode", "config.json", "state.json"):
-                    if (home.dir / name).exists():
-                        self.assertEqual(home.read(name), "decided since\n")
-                    home.write(name, "decided since\n")
+    def test_the_unit_is_where_the_manager_looks_and_found_again_from_any_shell(self):
+        for of_manager, *of_shells in self.CONFIGS:
+            home = self.installation("systemd")
+            directory = home.home / (of_manager or ".config")
+            home.note("environment", f"XDG_CONFIG_HOME=$'{directory}'\n" * bool(of_manager) + "A=B")
+            env = [{"XDG_CONFIG_HOME": str(home.home / name)} if name else {} for name in of_shells]
+            home.do("install", env=env[0])
+            self.assertTrue((directory / "systemd" / "user" / "rrouter.service").exists())
+            home.do("uninstall", "--purge", env=env[1])
+            self.assertEqual((home.asked(), home.tree()), (["--user stop rrouter.service"], {}))
 
-    def test_a_manager_out_of_reach_finds_no_unit_after_the_uninstallation(self):
-        home = self.installation()
-        home.install()
-        wanted = home.unit.parent / "default.target.wants" / "rrouter.service"
-        wanted.parent.mkdir()
-        wanted.symlink_to(home.unit)
+    def test_a_try_out_touches_neither_the_manager_nor_the_files_of_the_real_home(self):
+        for manager in self.ORDERS:
+            real, home = self.installation(manager), self.installation()
+            real.do("install", "--claude")
+            before, _ = real.tree(), real.asked()
+            home.env.update(PATH=real.env["PATH"], HOME_OF_USER=str(real.home),
+                            XDG_CONFIG_HOME=str(real.home / ".config"))
+            claude = {"CLAUDE_CONFIG_DIR": str(real.settings.parent)}
+            self.assertIn("settings.json is not in HOME=",
+                          home.do("install", "--claude", env=claude, status=2))
+            self.assertIn("\nno service, because service managers serve your home directory, ",
+                          home.do("install", env=claude))
+            home.do("install", "--claude")
+            home.do("restart")
+            home.do("uninstall", "--purge", env=claude)
+            self.assertEqual((real.tree(), (real.stand_ins / "asked").read_text(), home.tree()),
+                             (before, "", {}))
+
+    def test_a_manager_that_does_not_answer_is_a_sentence_and_finds_no_unit_in_the_end(self):
+        home = self.installation("systemd")
         home.note("fails", "")
-        home.install("--uninstall", "--purge")
+        self.assertIn("\nno service, because systemctl --user does not answer: scripted failure\n",
+                      home.do("install"))
+        self.assertFalse(home.unit.exists())
+        home.note("fails", "nothing")
+        home.do("install")
+        home.note("fails", "")
+        self.assertTrue((home.unit.parent / "default.target.wants").is_dir())
+        home.do("uninstall", "--purge")
         self.assertEqual(home.tree(), {})
 
-    def test_a_manager_that_cannot_start_it_is_replaced_by_the_fork(self):
-        home = self.installation("start")
-        home.note("fails", "enable")
-        said = home.install()
-        for says in ("scripted failure", "no service: systemd did not start it",
-                     "run rrouter start instead"):
-            self.assertIn(says, said)
-        self.assertFalse(home.unit.exists())
-
-    def test_files_of_the_user_stay_at_upgrade_and_uninstallation(self):
-        home = self.installation()
-        content = b"RROUTER_HOST='127.0.0.1'\nRROUTER_PORT='9000'\n"     # as install.sh writes it
-        home.put(home.environment, content)
-        said = home.install(env={"RROUTER_PORT": "9000", "RROUTER_UPSTREAM": ""})
-        self.assertIn("rrouter.env as it is: it is yours", said)
-        home.unit.write_bytes(home.unit.read_bytes() + b"# mine\n")
-        self.assertIn("rrouter.service as it is: changed since", home.install())
-        self.assertTrue(home.unit.read_bytes().endswith(b"# mine\n"))
-        home.install("--uninstall")
-        self.assertEqual(home.environment.read_bytes(), content)
-        self.assertEqual([path.name[:20] for path in home.unit.parent.iterdir()],
-                         ["rrouter.service.bak-"])
+    def test_a_service_gets_the_environment_of_each_installing_shell(self):
+        home, ports = self.installation("systemd"), (free_port(), free_port())
+        for env, lines in (
+                ({"PORT": ports[0], "UPSTREAM": "http://h/a=b", "HOST": "0.0.0.0"},
+                 f"PORT='{ports[0]}' UPSTREAM='http://h/a=b' HOST='0.0.0.0'"),
+                ({"PORT": ports[1], "UPSTREAM": "", "HOST": ""},
+                 f"PORT='{ports[1]}' UPSTREAM='http://h/a=b' HOST='0.0.0.0'")):
+            home.do("install", "--claude", env={f"RROUTER_{name}": str(env[name]) for name in env})
+            self.assertIn(f'"http://localhost:{env["PORT"]}"', home.settings.read_text())
+            self.assertEqual(sorted(home.environment.read_text().splitlines()[1:]),
+                             sorted(f"RROUTER_{line}" for line in lines.split()))
+        mine = home.environment.read_bytes() + b"export RROUTER_X=1\n"
+        home.put(home.environment, mine, 0o600)
+        self.assertIn(f"leave {home.environment} as it is, because it is yours", home.do("install"))
+        self.assertIn(f"stays: {home.environment} (changed since ", home.do("uninstall", "--purge"))
+        self.assertEqual(home.environment.read_bytes(), mine)
 
 
 class ForeignFilesTest(InstallTest):
-
-    def installation(self):
-        return super().installation(deaf=True)
+    """What others have put in the places of the installation."""
 
     def test_another_program_of_that_name_comes_back(self):
-        def check(label, make):
+        for make in (lambda path: path.write_bytes(b"\x7fELF\0\xff"),
+                     lambda path: path.symlink_to("/no/such/rrouter"),
+                     lambda path: path.symlink_to("../clone.py")):
             home = self.installation()
+            home.put(home.home / "clone.py", b'\n"""rrouter: a local router between')
             home.program.parent.mkdir()
             make(home.program)
-            before = home.tree(data=False)
-            self.assertIn("keep the old ~/bin/rrouter", home.install())
-            self.assertEqual(home.rrouter("--version"), "rrouter 0.0.1\n")
-            home.install("--uninstall")
-            self.assertEqual(home.tree(data=False), before)
+            before = home.tree()
+            self.assertIn(f"keep the old {home.program} as ", home.do("install"))
+            home.do("install")
+            self.assertEqual(home.rrouter("x"), "rrouter 0.0.1 did x\n")
+            home.do("uninstall", "--purge")
+            self.assertEqual(home.tree(), before)
 
-        self.side_by_side(check, (
-            ("a binary", lambda path: (path.write_bytes(b"\x7fELF\0\xff"), path.chmod(0o750))),
-            ("a dead link", lambda path: path.symlink_to("/no/such/rrouter"))))
-
-    def test_changes_made_since_are_kept_beside(self):
+    def test_it_stays_in_its_place_on_a_full_disk(self):
         home = self.installation()
-        home.install()
-        for options in ((), ("--uninstall",)):
-            changed = home.program.read_bytes() + b"# mine\n"
-            home.program.write_bytes(changed)
-            home.install(*options)
-            self.assertIn(changed, [path.read_bytes() for path in
-                                    home.program.parent.glob("rrouter.bak-*")])
-        self.assertFalse(home.program.exists())
+        home.put(home.program, b"the old one", 0o755)
+        shell = ["/bin/sh", "-c", 'ulimit -f 16; exec "$@"', "sh", *PYTHON, RROUTER]
+        self.assertIn("ile too large", home.do("install", program=shell, status=1))
+        self.assertEqual([path.read_bytes() for path in home.program.parent.iterdir()],
+                         [b"the old one"])
 
-    def test_a_directory_in_the_way_is_refused(self):
-        home = self.installation()
-        home.program.mkdir(parents=True)
-        self.assertIn("~/bin/rrouter: is a directory", home.install(status=1))
+    def test_what_was_changed_is_kept_and_named_and_rules_stay(self):
+        home, rules = self.installation("systemd"), '{"modes": {"a": {"mappings": []}}}'
+        home.write("config.json", rules)
+        home.do("install")
+        self.assertEqual((home.read("config.json"), (home.dir / "mode").exists()), (rules, False))
+        patched = home.program.read_bytes() + b"patched"
+        home.put(home.program, patched, 0o755)
+        home.put(home.unit, home.unit.read_bytes() + b"# mine\n")
+        self.assertIn(f"keep the old {home.unit} as ", home.do("install"))
+        kept = sorted(path.read_bytes()[-7:] for path in home.home.rglob("*.bak-*"))
+        self.assertEqual(kept, [b"# mine\n", b"patched"])
+        home.put(home.program, patched, 0o755)
+        self.assertIn(f"stays: {home.program} (changed since it was installed, or never replaced): "
+                      f"rm '{home.program}'\n", home.do("uninstall", "--purge"))
+        self.assertEqual(home.program.read_bytes(), patched)
+        self.assertEqual(len(list(home.home.rglob("*.bak-*"))), 2)
 
-    def test_an_uninstallation_leaves_files_that_were_not_installed(self):
+    def test_a_file_that_came_after_ours_is_not_replaced_by_an_older_one(self):
         home = self.installation()
-        home.put(home.program, b"#!/bin/sh\n", 0o755)
+        home.put(home.program, b"the first", 0o755)
+        home.do("install")
+        home.put(home.program, b"the second", 0o755)
+        said = home.do("uninstall", "--purge")
+        self.assertRegex(said, f"stays: {home.program}.bak-.* .what was there before.: rm ")
+        self.assertEqual(home.program.read_bytes(), b"the second")
+        home.do("install")
+        home.put(home.program, b"the third", 0o755)
+        home.do("install")
+        home.do("uninstall", "--purge")
+        self.assertEqual(home.program.read_bytes(), b"the third")
+        self.assertEqual(sorted(path.read_bytes() for path in home.program.parent.iterdir()),
+                         [b"the first", b"the second", b"the third"])
+
+    def test_what_cannot_be_right_is_refused_and_a_plan_changes_nothing(self):
+        home = self.installation("systemd")
+        plan = home.do("install", "--dry-run", "--claude")
+        for says in (f"would install {home.program}\n", "default.target.wants/rrouter.service\n",
+                     "would set the mode to auto", "would point Claude Code here in "):
+            self.assertIn(says, plan)
+        created = re.findall("would create (.*)", plan)
+        self.assertIn(str(home.unit.parent), created)
+        self.assertEqual(len(created), len(set(created)), created)
+        for name, value in (("RROUTER_PORT", "x"), ("RROUTER_UPSTREAM", "http://h/'")):
+            self.assertIn(f"{name}={value}: ", home.do("install", status=2, env={name: value}))
+        self.assertEqual((home.tree(), home.asked()), ({}, []))
+        for make in (os.mkdir, os.mkfifo):
+            home.program.parent.mkdir(exist_ok=True)
+            make(home.program)
+            self.assertIn("bin/rrouter: not a regular file: move it away",
+                          home.do("install", status=1))
+            self.assertEqual([*home.tree()], ["bin", "bin/rrouter"])
+            home.program.rmdir() if make is os.mkdir else home.program.unlink()
+        home.program.parent.rmdir()
+        for record in ("{", "[]", '{"files": 1}', '{"files": {"/x": [1]}}', '{"claude": 1}',
+                       '{"settings": {"/x": 1}}', '{"settings": {"/x": {"env": ["", "x"]}}}',
+                       '{"directories": [], "files": {"/x": {"sha256": 1, "backup": 1}}}',
+                       '{"files": {"/another home/bin/rrouter": ["", "its digest"]}}'):
+            home.write("install.json", record)
+            for command in ("install", "uninstall"):
+                self.assertIn("install.json: not what rrouter wrote", home.do(command, status=1))
+        self.assertEqual([*home.tree()], [".rrouter", ".rrouter/install.json"])
+        if os.getuid() == 0:
+            os.chown(home.home, 1, 1)
+            self.assertIn("run this without sudo", home.do("install", status=1))
+
+    def test_an_uninstallation_without_a_record_removes_nothing_and_says_what_it_found(self):
+        home = self.installation("systemd")
+        home.put(home.program, rrouter.ZIP_MAIN.encode(), 0o755)
+        home.put(home.unit, rrouter.SERVICE_FILES["rrouter.service"].encode())
         home.put(home.settings, b'{"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}')
-        before = home.tree(data=False)
-        said = home.install("--uninstall")
-        self.assertIn("not installed by install.sh", said)
-        self.assertIn("if it means rrouter, take it out", said)
-        self.assertEqual(home.tree(data=False), before)
+        before = home.tree()
+        said = home.do("uninstall", "--purge")
+        for says in ("install.json names no file", "removed: nothing\n",
+                     f"stays: {home.program} (not recorded as installed): rm '{home.program}'\n",
+                     f"stays: {home.unit} (not", f"stays: {home.settings} sends Claude Code to "):
+            self.assertIn(says, said)
+        self.assertEqual((home.tree(), home.asked()), (before, []))
 
-    def test_an_uninstallation_needs_neither_its_record_nor_readable_settings(self):
+    def test_temporary_files_of_killed_commands_go_and_all_others_stay(self):
         home = self.installation()
-        home.put(home.settings, b'{"env": {}, // mine\n}')
-        before = home.tree(data=False)
-        home.install()
-        (home.dir / "install.json").unlink()
-        home.install("--uninstall", "--purge")
-        self.assertFalse(home.program.exists() or home.dir.exists())
-        self.assertLessEqual(before.items(), home.tree(data=False).items())
+        home.do("install", "--claude")
+        for name in ("rrouter.12.34.tmp", "rrouter.tmp", "rrouter.x.1.tmp", "other.12.34.tmp"):
+            home.put(home.program.with_name(name), b"")
+            home.put(home.settings.with_name(name.replace("rrouter", "settings.json")), b"")
+        home.do("uninstall", "--purge")
+        self.assertEqual(sorted(path.name for path in home.home.rglob("*.tmp")), [
+            "other.12.34.tmp", "other.12.34.tmp", "rrouter.tmp", "rrouter.x.1.tmp",
+            "settings.json.tmp", "settings.json.x.1.tmp"])
+
+    def test_a_linked_data_directory_is_emptied_of_the_record_alone(self):
+        home = self.installation()
+        real = home.put(home.home / "else where" / "mine", b"").parent
+        home.dir.symlink_to(real)
+        home.do("install")
+        said = home.do("uninstall", "--purge")
+        self.assertIn(f"stays: {real} (where {home.dir} led): rm -r '{real}'\n", said)
+        self.assertFalse(home.dir.is_symlink() or (real / "install.json").exists())
+        self.assertTrue((real / "mine").exists() and (real / "mode").exists())
+
+    def test_an_installation_of_5_0_0_is_upgraded_and_uninstalled(self):
+        """In turn: by itself, and after an upgrade; the last has neither record nor settings."""
+        program = STUB.replace("0.0.1", "5.0.0").encode()
+        for is_upgraded, is_recorded in ((False, True), (True, True), (True, False)):
+            home, unit = self.installation("systemd"), rrouter.SERVICE_FILES["rrouter.service"]
+            home.put(home.program, program, 0o755)
+            home.put(home.unit, unit.encode())
+            home.put(home.dir / "config.json", DEFAULT_FILE)
+            if is_recorded:
+                home.put(home.settings, json.dumps(
+                    {"model": "opus", "env": {"ANTHROPIC_BASE_URL": home.url}}).encode())
+                home.put(home.settings.with_name("backup"), b'{"model" : "opus"}')
+                home.write("install.json", json.dumps({
+                    "files": {str(path): {
+                        "backup": None, "sha256": [rrouter.digest(path.read_bytes())]}
+                        for path in (home.program, home.unit)},
+                    "directories": [str(home.home / name) for name in (
+                        "bin", ".config", ".config/systemd", ".config/systemd/user")],
+                    "claude": {"before": {}, "written": [home.url],
+                               "sha256": rrouter.digest(home.settings.read_bytes()),
+                               "backup": str(home.settings.with_name("backup"))}}))
+            if is_upgraded:
+                self.assertIn(f"{home.program} (before: 5.0.0)\n", home.do("install"))
+                self.assertEqual([path.read_bytes() for path in home.dir.glob("config.json*")],
+                                 [DEFAULT_FILE])
+                self.assertFalse((home.dir / "config.json").exists())
+            home.do("uninstall", "--purge")
+            if is_recorded:
+                self.assertEqual([*home.tree()], [".claude", ".claude/settings.json"])
+                self.assertEqual(home.settings.read_bytes(), b'{"model" : "opus"}')
+            else:                           # not certain to be ours
+                self.assertEqual(home.program.read_bytes(), program)
 
 
 class ClaudeSettingsTest(InstallTest):
     """`--claude`, and the way back."""
 
-    URL = "http://localhost:8316"       # the address of the stub
+    TABS = '{\r\n\t"한국어": "\\ud55c",\r\n\t"env": {\r\n\t\t"A": "1"\r\n\t}\r\n}'
+    EDITS = (
+        # settings, member, what becomes of the settings
+        ("{\n}\n",         "x",     '{\n  "x": 0\n}\n'),
+        ("\ufeff {}",      "x",     '\ufeff {"x": 0}'),
+        ('{"a":[1.50]}',   "x",     '{"a":[1.50], "x": 0}'),
+        ('{"x" : "}"\n}',  "x",     '{"x" : 0\n}'),
+        (TABS,             "env.x", TABS.replace('"1"', '"1",\r\n\t\t"x": 0')),
+        (TABS,             "x",     TABS[:-3] + ',\r\n\t"x": 0\r\n}'),
+        ('{"env": {}, "env": {"x": [1e-7, 2]}}', "env.x", '{"env": {}, "env": {"x": 0}}'),
+        ('{"env": {\n}}',  "env.x", '{"env": {\n  "x": 0\n}}'),
+        ("{}",             "env.x", "{}"),
+    )
 
-    def installation(self, before):
-        """Return one with these bytes, if any, as settings.json."""
-        home = super().installation(deaf=True)
-        if before is not None:
-            home.put(home.settings, before, 0o640)
-        return home
+    def test_one_member_is_changed_and_no_other_byte(self):
+        for before, name, after in self.EDITS:
+            text, old = rrouter.edit_member(before, name, "0")
+            self.assertEqual(text, after)
+            self.assertEqual(rrouter.edit_member(text, name, old)[0], before)
+        for name, after in (("a", '{\n "b": 2}'), ("b", '{"a": 1 }')):
+            text = '{"a": 1 ,\n "b": 2}'
+            self.assertEqual(rrouter.edit_member(text, name, None),
+                             (after.replace("1 }", "1}"), {"a": "1", "b": "2"}[name]))
 
-    def install(self, home):
-        home.install("--claude")
-        return json.loads(home.settings.read_text(encoding="utf-8"))
+    CHANGES = (
+        # settings before, what is added after the installation, what is left in the end
+        (None,                               {},                   None),
+        (TABS,                               {},                   TABS),
+        ('\ufeff{"env":{"ANTHROPIC_BASE_URL":"x"},"z":[1.50,1e999]}', {}, ...),
+        ('{"statusLine": {"command": "mine"}, "env": {}}', {}, ...),
+        (None,                               {"model": "x"},       '{"model": "x"}'),
+        ('{"env": {"ANTHROPIC_BASE_URL": "y"}}', {"model": "x"},
+         '{"env": {"ANTHROPIC_BASE_URL": "y"}, "model": "x"}'),
+        ('{"a": 1}',                         {"env": {"B": "z"}},  '{"a": 1, "env": {"B": "z"}}'),
+        ('{"a": 1}',                         {"statusLine": 2},    '{"a": 1, "statusLine": 2}'),
+        ('{"env": {"ANTHROPIC_BASE_URL": "y"}}', {"env": {"ANTHROPIC_BASE_URL": "new"}},
+         '{"env": {"ANTHROPIC_BASE_URL": "new"}}'),
+    )
 
-    def test_the_key_is_set_in_the_form_of_the_file_and_taken_back(self):
-        tabs = '{\n\t"한국어": "값",\n\t"env": {\n\t\t"A": "1"\n\t}\n}'
-        key = '"ANTHROPIC_BASE_URL": "%s"' % self.URL
-
-        def check(before, after):
-            home = self.installation(before)
-            tree = home.tree(data=False)
-            home.install("--claude")
-            text = home.settings.read_text(encoding="utf-8")
-            if isinstance(after, str):
-                self.assertEqual(text, after)
-            else:
-                self.assertEqual(json.dumps(json.loads(text)), json.dumps(after))
+    def test_they_are_taken_back_to_the_byte_and_what_was_changed_since_stays(self):
+        for before, since, left in self.CHANGES:
+            home, left = self.installation(), before if left is ... else left
             if before is not None:
-                self.assertEqual(stat.S_IMODE(home.settings.stat().st_mode), 0o640)
-            backups = [path.read_bytes() for path in
-                       home.settings.parent.glob("settings.json.bak-*")]
-            self.assertEqual(backups, [before] if before is not None else [])
-            home.install("--uninstall")
-            self.assertEqual(home.tree(data=False), tree)
+                home.put(home.settings, before.encode(), 0o640)
+            home.do("install", "--claude", env={"RROUTER_PORT": str(free_port())})
+            home.do("install")              # on another port, which it keeps right
+            settings = json.loads(home.settings.read_text(encoding="utf-8-sig"))
+            self.assertEqual(settings["env"]["ANTHROPIC_BASE_URL"], home.url)
+            line = "mine" if before and "mine" in before else f"curl -s '{home.url}/health?line'"
+            self.assertEqual(settings["statusLine"]["command"], line)
+            self.assertEqual(stat.S_IMODE(home.settings.stat().st_mode), 0o640 if before else 0o600)
+            if since:
+                home.settings.write_text(json.dumps({**settings, **since}))
+            home.do("uninstall", "--purge")
+            if since:
+                self.assertEqual(home.claude(), json.loads(left))
+            else:
+                self.assertEqual([content for _, content in home.tree().values() if content],
+                                 [left.encode()] if left else [])
 
-        self.side_by_side(check, (
-            # settings.json before, and after
-            (None, '{\n  "env": {\n    %s\n  }\n}\n' % key),
-            (b'{"env": {}, "model": "opus"}\n',
-             {"env": {"ANTHROPIC_BASE_URL": self.URL}, "model": "opus"}),
-            (tabs.encode(), tabs.replace('"1"', '"1",\n\t\t' + key)),
-            (b'{"env":{"A":"1","ANTHROPIC_BASE_URL":"http://x","B":"2"},'
-             b'\n\t"z":[1.50,1e-7,"\\ud83d\xed\x95\x9c"]}',
-             {"env": {"A": "1", "ANTHROPIC_BASE_URL": self.URL, "B": "2"},
-              "z": [1.5, 1e-7, "\ud83d\ud55c"]})))
+    def test_settings_that_cannot_be_edited_are_left_and_all_else_goes_on(self):
+        home = self.installation()
+        for content, mode in ((b'{"a": 1, // why\n "env": {}}', 0o644), (b"[]", 0o644),
+                              (b'{"env": null}', 0o644), (b'{"a": NaN}', 0o644),
+                              (b'{"a": "\xff"}', 0o644), (b"[" * 100000, 0o644), (b"{}", 0o444)):
+            home.put(home.settings, content, mode)
+            said = home.do("install", "--claude", status=1)
+            self.assertIn(f"Claude Code is not pointed here: {home.settings}: ", said)
+            self.assertIn("is installed as ", said)
+            home.do("uninstall", "--purge")
+            self.assertEqual(home.tree(), {".claude": (0o755, None),
+                                           ".claude/settings.json": (mode, content)})
+            home.settings.unlink()
 
-    def test_settings_that_cannot_be_kept_are_refused_before_any_change(self):
-        def check(content):
-            home = self.installation(content)
-            before = home.tree()
-            self.assertIn("~/.claude/settings.json", home.install("--claude", status=1))
-            self.assertEqual(home.tree(), before)
+    def test_the_record_and_the_program_stay_while_something_cannot_be_taken_back(self):
+        home = self.installation()
+        home.do("install", "--claude")
+        good = home.settings.read_bytes()
+        home.put(home.settings, b"{")
+        said = home.do("uninstall", "--purge", status=1)
+        self.assertIn(f"not taken back: {home.settings}: 1:2: ", said)
+        self.assertIn(f"mend that, then run `{home.program} uninstall` again", said)
+        self.assertTrue(home.program.exists() and (home.dir / "install.json").exists())
+        home.put(home.settings, good)
+        home.do("uninstall", "--purge")
+        self.assertEqual(home.tree(), {})
 
-        self.side_by_side(check, [[content] for content in (
-            b'{"a": 1, // why\n "env": {}}', b"[]", b'{"env": null}', b'{"a": 1, "a": 2}',
-            b'{"a": 1e999}', b'{"a": "\xff"}', b"[" * 100000)])
+    def test_a_link_stays_one_and_the_record_knows_the_directory(self):
+        home = self.installation()
+        link = home.home / "claude's" / "settings.json"
+        real = home.put(home.home / "dot files" / "claude.json", b"{}", 0o600)
+        link.parent.mkdir()
+        link.symlink_to("../dot files/claude.json")
+        before = home.tree()
+        home.do("install", "--claude", env={"CLAUDE_CONFIG_DIR": str(link.parent)})
+        home.do("install", "--claude")
+        for path in (real, home.settings):
+            self.assertEqual(json.loads(path.read_text())["env"]["ANTHROPIC_BASE_URL"], home.url)
+        self.assertTrue(link.is_symlink())
+        home.do("uninstall", "--purge")
+        self.assertEqual(home.tree(), before)
 
-    def test_a_link_stays_one_a_new_port_is_written_and_the_first_value_comes_back(self):
-        home = self.installation(None)
-        real = home.home / "dot files" / "claude.json"
-        home.put(real, b'{"env": {"ANTHROPIC_BASE_URL": "http://x"}}', 0o600)
-        home.settings.parent.mkdir()
-        home.settings.symlink_to("../dot files/claude.json")
-        before = home.tree(data=False)
-        home.install("--claude")
-        (home.clone / "rrouter.py").write_text(STUB.replace("8316", "9000"))
-        home.install()                  # follows an earlier --claude
-        self.assertTrue(home.settings.is_symlink())
-        self.assertEqual(json.loads(real.read_text()),
-                         {"env": {"ANTHROPIC_BASE_URL": "http://localhost:9000"}})
-        home.install("--uninstall")
-        self.assertEqual(home.tree(data=False), before)
+    OURS = "localhost,127.0.0.1,::1"
+    PROXIES = (
+        # environment,                          typed,   NO_PROXY in the settings
+        ({},                                    None,    None),
+        ({"HTTPS_PROXY": "http://p"},           b"\n",   OURS),
+        ({"http_proxy": "p", "NO_PROXY": "a"},  b"y\n",  "a," + OURS),
+        ({"ALL_PROXY": "http://p"},             b"no\n", None),
+        ({"ALL_PROXY": "http://p"},             b"\4",   None),
+        ({"https_proxy": "p", "no_proxy": "b, localhost"}, None, None),
+    )
 
-    def test_other_changes_made_since_are_kept(self):
-        def check(before, since, left):
-            home = self.installation(before and json.dumps(before).encode())
-            home.settings.write_text(json.dumps(dict(self.install(home), **since)))
-            home.install("--uninstall")
-            self.assertEqual(json.loads(home.settings.read_text()), left)
+    def test_no_proxy_is_offered_where_a_proxy_is_set(self):
+        for env, typed, value in self.PROXIES:
+            home, (ours, its), said = self.installation(), pty.openpty(), b""
+            os.write(ours, typed or b"")
+            home.fork(("install", "--claude"), env, os.ttyname(its))
+            while b"next: " not in said:
+                said += os.read(ours, 65536)
+            os.close(ours)
+            os.close(its)
+            self.assertEqual(b"write it? [Y/n]" in said, typed is not None, said)
+            self.assertEqual(home.claude()["env"].get("NO_PROXY"), value)
+            home.do("uninstall", "--purge")
+            self.assertEqual(home.tree(), {})
+        said = home.do("install", "--claude", env={"HTTPS_PROXY": "http://p"})      # no terminal
+        self.assertIn(f'HTTPS_PROXY is set, so Claude Code needs "NO_PROXY": "{self.OURS}" in its '
+                      "env: add it", said)
+        self.assertNotIn("NO_PROXY", home.settings.read_text())
 
-        url = "ANTHROPIC_BASE_URL"
-        self.side_by_side(check, (
-            # before              added since          left in the end
-            (None,                {"model": "x"},      {"model": "x"}),
-            ({"env": {}},         {"model": "x"},      {"env": {}, "model": "x"}),
-            ({"env": {url: "y"}}, {"model": "x"},      {"env": {url: "y"}, "model": "x"}),
-            ({"a": 1},            {"env": {url: "z"}}, {"a": 1, "env": {url: "z"}})))
+    @unittest.skipUnless(PROC, "no /proc here")
+    def test_processes_that_still_point_here_are_named(self):
+        home, directory, pids = self.installation(), tempfile.mkdtemp(), []
+        self.addCleanup(shutil.rmtree, directory)
+        home.do("install", "--claude")
+        for name, url in (("shell", home.url), ("claude", "x"), ("none", "http://localhost:1")):
+            os.symlink(shutil.which("sleep"), os.path.join(directory, name))
+            process = home.begin("60", program=[os.path.join(directory, name)],
+                                 env={"ANTHROPIC_BASE_URL": url})
+            self.addCleanup(process.wait)
+            self.addCleanup(process.kill)
+            pids.append(process.pid)
+        said = home.do("uninstall", "--purge").splitlines()[-1]
+        self.assertTrue(said.startswith("still pointing here: "), said)
+        self.assertEqual([f"(pid {pid})" in said for pid in pids], [True, True, False], said)
 
 
 class InterruptedInstallTest(InstallTest):
-    """A killed installation leaves all files in working order, and can go on or back."""
+    """A command that was killed at any change leaves a state from which both commands work."""
 
-    POINTS = (
-        # the option, the point at which it is killed, whether it is run again before the way back
-        ("--claude",    "rename .*install[.]json$",           False),
-        ("--claude",    "rename .*bin/rrouter[.]bak-",        True),
-        ("--claude",    "rename .*bin/rrouter$",              False),
-        ("--claude",    "rename .*settings[.]json[.]bak-",    False),
-        ("--claude",    "rename .*settings[.]json$",          False),
-        ("--uninstall", "rename .*settings[.]json$",          False),
-    )
+    OWN = b"[Service]\n# mine\n"
+    SETTINGS = b'{"statusLine":7,"env":{"NO_PROXY":"x","ANTHROPIC_BASE_URL":"http://x"}}'
 
-    def check(self, option, point, goes_on):
-        home = self.installation(deaf=True)
-        home.put(home.program, b"#!/bin/sh\necho the old one\n", 0o755)
-        home.put(home.settings, b'{"env": {"ANTHROPIC_BASE_URL": "http://x"}}')
-        before = home.tree()
-        if option == "--uninstall":
-            home.install("--claude")
-        home.install(option, status=-signal.SIGKILL, env={"KILL_AT": point})
-        self.assertIn(home.rrouter("--version"), ("the old one\n", "rrouter 0.0.1\n"))
-        self.assertIn(json.loads(home.settings.read_text())["env"]["ANTHROPIC_BASE_URL"],
-                      ("http://x", "http://localhost:8316"))
-        if goes_on:
-            home.install(option)
-            self.assertEqual(home.rrouter("--version"), "rrouter 0.0.1\n")
-        home.install("--uninstall", "--purge")
-        now = home.tree()
-        for name in set(now) - set(before):         # a copy of what is there anyway does no harm
-            self.assertEqual(now.pop(name), before[name.partition(".bak-")[0]])
-        self.assertEqual(now, before)
+    def setUp(self):
+        self.home = self.installation("systemd")
+        self.home.put(self.home.program, b"the old one", 0o755)
+        self.home.put(self.home.unit, self.OWN)
+        self.home.put(self.home.settings, self.SETTINGS)
+        self.before = self.home.tree()
 
-    def test_it_goes_on_or_back_from_every_point(self):
-        self.side_by_side(self.check, self.POINTS)
+    def kill(self, number, *words):
+        """Return whether the command was killed; what the user had is somewhere, whole."""
+        is_killed = self.home.do(*words, kill_at=number)
+        for path, content in (self.home.program, b"the old one"), (self.home.unit, self.OWN):
+            found = path.parent.glob(f"{path.name}*")
+            self.assertIn(content, [file.read_bytes() for file in found])
+        self.assertIn(self.home.claude()["env"]["ANTHROPIC_BASE_URL"], ("http://x", self.home.url))
+        return is_killed
+
+    def test_a_killed_command_goes_on_or_back_from_every_change(self):
+        for words in ("install", "--claude"), ("uninstall", "--purge"):
+            if words[0] == "uninstall":
+                self.home.do("install", "--claude")
+                self.home.do("stop")
+            start = shutil.copytree(self.home.home, self.home.root / words[0], symlinks=True)
+            for number in itertools.count():
+                is_killed = self.kill(number, *words)
+                if number % 4 == 0 and is_killed:
+                    self.home.do(*words)
+                self.home.do("uninstall", "--purge")
+                self.assertEqual(self.home.tree(), self.before, number)
+                if not is_killed:
+                    break
+                shutil.rmtree(self.home.home)
+                shutil.copytree(start, self.home.home, symlinks=True)
+            self.assertGreater(number, 12)
+
+    def test_an_edited_unit_and_port_survive_an_upgrade_that_is_killed(self):
+        self.home.do("install", "--claude")
+        edited = self.home.unit.read_bytes() + b"# edited\n"
+        for number in itertools.count():
+            self.home.put(self.home.unit, edited)
+            port = {"RROUTER_PORT": str(free_port())}
+            is_killed = self.home.do("install", env=port, kill_at=number)
+            self.assertIn(edited, [path.read_bytes() for path in self.home.unit.parent.iterdir()
+                                   if path.is_file()])
+            if not is_killed:
+                break
+            self.home.do("stop")
+        self.home.do("uninstall", "--purge")
+        self.assertEqual(self.home.settings.read_bytes(), self.SETTINGS)
+        self.assertEqual(self.home.program.read_bytes(), b"the old one")
 
 
 # Faults of the machine ########################################################
@@ -9657,38 +8231,83 @@ class FullDiskTest(FaultTest):
             state = self.home.dir / "state.json"
             wait_until(lambda: state.exists() and "last 503" in state.read_text())
 
-    def test_small_disk_that_fills_up_while_running(self):
-        def mount(*command):
-            return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                  timeout=WAIT_S * 2).returncode == 0
 
-        old = all_files(self.home)
-        if not shutil.which("mount") or not mount(
-                "mount", "-t", "tmpfs", "-o", "size=128k,mode=0700", "rrouter", str(self.home.dir)):
-            self.skipTest("no right to mount a small file system")
-        self.addCleanup(mount, "umount", "-l", str(self.home.dir))
-        for name, content in old.items():
-            (self.home.dir / name).write_bytes(content)
-        with Running(self.upstream, home=self.home) as router:
-            router.post()
-            wait_until(lambda: "[REQ]" in router.log())
-            fill = self.home.dir / "fill"
-            with contextlib.suppress(OSError), open(str(fill), "wb", buffering=0) as file:
-                while True:
-                    file.write(b"x" * 4096)
-            # The last page of the log has some room left.
-            wait_until(lambda: router.post().status == 200
-                       and "rrouter.log" in str(router.health()["problems"]))
+# While the file exists, each write to a file hangs, as on a disk that does not respond.
+HANGING_WRITES = """
+import os, time
+write, flag = os.write, %r
+def hanging(descriptor, data):
+    while os.path.exists(flag):
+        time.sleep(0.01)
+    return write(descriptor, data)
+os.write = hanging
+"""
+HANGING_FSYNC = HANGING_WRITES.replace("write", "fsync").replace("descriptor, data", "descriptor")
+
+
+class HangingDiskTest(FaultTest):
+    """Requests, decisions of auto mode, /health and the end do not wait for a disk."""
+
+    def setUp(self):
+        super().setUp()
+        self.flag = self.home.root / "the disk hangs"
+
+    def running(self, code):
+        """Return a rrouter whose disk hangs while `self.flag` exists."""
+        return Running(self.upstream, code=code % str(self.flag), home=self.home)
+
+    def test_hanging_log_stops_nothing_and_loses_no_line(self):
+        with self.running(HANGING_WRITES) as router:
+            self.flag.touch()
             self.assert_switches(router)
-            self.wait_for_problems(router, "rrouter.log", "state.json")
-            self.assertEqual(router.printed().count("log lines are lost"), 1)
-            self.assert_told(self.home.run("claude"), "no space left")
-            self.assertEqual({name: content for name, content in all_files(self.home).items()
-                              if name.startswith(("mode", "config"))}, old)
-            fill.unlink()
-            self.assert_recovers(router)
-            self.home.run("claude", check=0)
-            self.assertEqual(router.health()["mode"], "claude")
+            self.assertNotIn("SWITCH", router.log())
+            self.flag.unlink()
+            router.wait_until(lambda: len(request_lines(router.log())) == 9)
+            self.assertEqual(len(re.findall(r"\[AUTO\] SWITCH ", router.log())), 1)
+
+    def test_hanging_state_file_stops_nothing_and_is_written_later(self):
+        with self.running(HANGING_FSYNC) as router:
+            self.flag.touch()
+            self.assert_switches(router)
+            self.assertFalse((self.home.dir / "state.json").exists())
+            self.flag.unlink()
+            state = self.home.dir / "state.json"
+            router.wait_until(lambda: state.exists() and "last 503" in state.read_text())
+
+    def test_hanging_log_does_not_hold_up_the_end(self):
+        with self.running(HANGING_WRITES) as router:
+            self.flag.touch()
+            self.assertEqual(router.post().status, 200)
+            begin = time.monotonic()
+            router.process.terminate()
+            self.assertEqual(router.process.wait(WAIT_S), 0)
+            self.assertLess(time.monotonic() - begin, 5)
+            self.assertFalse((self.home.dir / "rrouter.pid").exists())
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFO")
+    def test_fifo_that_is_not_read_stops_nothing(self):
+        (self.home.dir / "logs").mkdir(mode=0o700)
+        path = str(self.home.dir / "logs" / "rrouter.log")
+        os.mkfifo(path)
+        for flag in (os.O_RDONLY, os.O_WRONLY):
+            end = os.open(path, flag | os.O_NONBLOCK)
+            self.addCleanup(os.close, end)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(end, bytes(4096))
+        with Running(self.upstream, home=self.home) as router:
+            self.assert_switches(router)
+            wait_until(lambda: "log lines are lost" in str(router.health()["problems"]))
+
+    def test_line_is_in_the_file_within_a_third_of_a_second(self):
+        with Running(self.upstream, home=self.home) as router:
+            waited = []
+            for number in range(9):
+                router.request("GET", "/number/%d" % number, fields=())
+                begin = time.monotonic()
+                router.wait_until(lambda number=number: "/number/%d " % number in router.log())
+                waited.append(time.monotonic() - begin)
+            self.assertLess(statistics.median(waited), 0.3, waited)
 
 
 LIBC = ctypes.CDLL(None)
@@ -9722,34 +8341,17 @@ class RightsTest(FaultTest):
                 self.addCleanup(directory.chmod, 0o700)
             self.assert_switches(router)
             self.wait_for_problems(router, "state.json")
-            for _ in range(3):                  # something new to save each time, and another look
+            for _ in range(3):                  # something new to save each time
                 self.upstream.play(error(503), error(503))
                 self.assertEqual(router.post().status, 503)
-                router.process.send_signal(signal.SIGHUP)
-            wait_until(lambda: "SIGHUP" in router.log())
-            self.wait_for_problems(router, "state.json")
+                self.wait_for_problems(router, "state.json")
             self.assertEqual(router.log().count("state.json: cannot be written"), 1)
             for directory in (self.home.root, self.home.dir):
                 directory.chmod(0o700)
             self.assert_recovers(router)
             self.assertIn("last 503", self.home.read("state.json"))
 
-    def test_files_that_become_unreadable_while_running(self):
-        with Powerless(self.upstream, home=self.home) as router:
-            before = router.health()
-            for name in ("mode", "config.json"):
-                (self.home.dir / name).chmod(0)
-                self.assertEqual([router.post().status for _ in range(3)], [200] * 3)
-                health = router.health()
-                self.assertEqual((health["mode"], health["defaultMode"]),
-                                 (before["mode"], before["defaultMode"]))
-                self.assertRegex(" ".join(health["problems"]), "^%s: .*permission denied" % name)
-                (self.home.dir / name).chmod(0o600)
-                self.assertEqual(router.health()["problems"], [])
-            wait_until(lambda: router.log().count("[REQ]") == 6)
-            self.assertEqual(router.log().count("permission denied"), 1)        # config.json's line
-
-    def test_home_that_is_read_only_from_the_start(self):
+    def test_home_that_is_read_only_from_the_start_is_named(self):
         self.home.remove_directory()
         self.home.root.chmod(0o500)
         self.addCleanup(self.home.root.chmod, 0o700)
@@ -9772,12 +8374,12 @@ class RightsTest(FaultTest):
 
     @unittest.skipUnless(os.geteuid() == 0, "only root can give files away")
     def test_home_of_another_user_is_named(self):
+        for path in [self.home.dir, *self.home.dir.rglob("*")]:
+            os.chown(str(path), 65534, 65534)
         for rights in (0o700, 0o777):
-            with self.subTest(oct(rights)):
-                for path in [self.home.dir, *self.home.dir.rglob("*")]:
-                    os.chown(str(path), 65534, 65534)
-                self.home.dir.chmod(rights)
-                for command in ("serve", "claude"):
+            self.home.dir.chmod(rights)
+            for command in ("serve", "claude"):
+                with self.subTest(oct(rights), command=command):
                     self.assert_told(self.run_powerless(command), r"\.rrouter")
 
 
@@ -9789,10 +8391,6 @@ class LogGoneTest(FaultTest):
         logs = self.home.dir / "logs"
         file = logs / "rrouter.log"
 
-        def put_directory():
-            file.unlink()
-            file.mkdir()
-
         def put_file():
             shutil.rmtree(str(logs))
             logs.write_text("")
@@ -9802,8 +8400,7 @@ class LogGoneTest(FaultTest):
             file.symlink_to("/dev/full")
 
         ways = [(file.unlink, None), (lambda: shutil.rmtree(str(logs)), None),
-                (lambda: self.home.remove_directory(), None),
-                (put_directory, file.rmdir), (put_file, logs.unlink)]
+                (self.home.remove_directory, None), (put_file, logs.unlink)]
         return ways + [(point_at_full_device, file.unlink)] * os.path.exists("/dev/full")
 
     def watcher_looks(self, router):
