@@ -12,6 +12,8 @@ and plays the responses it was given.  Pure functions are tested by tables, with
 the test moves.
 """
 
+import __future__
+
 import ast
 import atexit
 import base64
@@ -21,12 +23,14 @@ import concurrent.futures
 import contextlib
 import copy
 import ctypes
+import dis
 import errno
 import faulthandler
 import fcntl
 import functools
 import gzip
 import http.client
+import inspect
 import io
 import itertools
 import json
@@ -34,10 +38,8 @@ import mmap
 import os
 import pathlib
 import plistlib
-import pty
 import pwd
 import py_compile
-import queue
 import random
 import re
 import select
@@ -56,7 +58,6 @@ import time
 import types
 import unicodedata
 import unittest
-import zipapp
 import zipfile
 import zlib
 from unittest import mock
@@ -96,26 +97,33 @@ CLAUDE_HEADERS = (
 
 # Scripted upstream ############################################################
 
+def values(fields, name):
+    return [value for key, value in fields if key.lower() == name.lower()]
+
+
 def value_of(fields, name):
     """Return the values of the header `name`, joined by commas; None if it is missing."""
-    return ", ".join(value for key, value in fields if key.lower() == name.lower()) or None
+    return ", ".join(values(fields, name)) or None
 
 
-class Received(collections.namedtuple(
-        "Received", "method target version fields body head connection")):
-    """One request as the upstream received it.
-
-    `fields` is a list of (name, value) in order, `head` the exact bytes, `connection` a number.
-    """
+class Message:
+    """A request or a response with `fields`, a list of (name, value) in order, and a `body`."""
 
     __slots__ = ()
-    model = property(lambda self: self.json().get("model"))
 
     def header(self, name):
         return value_of(self.fields, name)
 
     def json(self):
         return json.loads(self.body)
+
+
+class Received(Message, collections.namedtuple(
+        "Received", "method target version fields body head connection")):
+    """One request as the upstream received it: `head` are its bytes, `connection` is a number."""
+
+    __slots__ = ()
+    model = property(lambda self: self.json().get("model"))
 
 
 class Response:
@@ -140,15 +148,11 @@ class Response:
                  raw=None, stays=False, before=None, gate=None, pause_s=0, early=b"", unread=None,
                  hangup=False, cut=False, reset=False, close=False):
         self.status, self.fields, self.reason, self.framing = status, list(fields), reason, framing
-        self.chunks = self._parts(chunks)
-        self.raw, self.stays = None if raw is None else self._parts(raw), stays
+        self.chunks = (chunks,) if isinstance(chunks, bytes) else chunks
+        self.raw, self.stays = (raw,) if isinstance(raw, bytes) else raw, stays
         self.before, self.gate, self.pause_s = before, gate, pause_s
         self.early, self.unread = early, unread
         self.hangup, self.cut, self.reset, self.close = hangup, cut, reset, close
-
-    @staticmethod
-    def _parts(data):
-        return (data,) if isinstance(data, bytes) else data if iter(data) is data else tuple(data)
 
     def head(self):
         lines = ["HTTP/1.1 %d %s" % (self.status, self.reason)]
@@ -161,29 +165,25 @@ class Response:
             lines.append("Connection: close")
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
-    def pieces(self, method="GET"):
-        """Yield (number of the chunk, bytes) in order; the number is None for head and end."""
-        if self.raw is not None:
-            yield from enumerate(self.raw)
-            return
-        yield None, self.head()
-        if method == "HEAD" or self.framing == "none":
-            return
-        chunked = self.framing == "chunked"
-        for number, chunk in enumerate(self.chunks):
-            yield number, b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk
+    def steps(self, method="GET"):
+        """Yield the script: bytes to send, gates to wait for, seconds to wait."""
+        if self.raw is None:
+            yield self.head()
+            if method == "HEAD" or self.framing == "none":
+                return
+        chunked = self.raw is None and self.framing == "chunked"
+        for number, chunk in enumerate(self.chunks if self.raw is None else self.raw):
+            if isinstance(self.gate, list):
+                yield self.gate[number]
+            elif number:
+                yield self.gate or self.pause_s
+            yield b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk
         if chunked and not self.cut:
-            yield None, b"0\r\n\r\n"
+            yield b"0\r\n\r\n"
 
     def wire(self, method="GET"):
         """Return all bytes of the response."""
-        return b"".join(data for _, data in self.pieces(method))
-
-    def gate_of(self, number):
-        """Return the gate ahead of a chunk, or None."""
-        if isinstance(self.gate, list):
-            return self.gate[number] if number is not None else None
-        return self.gate if number else None
+        return b"".join(step for step in self.steps(method) if isinstance(step, bytes))
 
     @property
     def keeps_connection(self):
@@ -316,13 +316,14 @@ class Upstream:
                   for name, _, value in (line.partition(":") for line in lines)]
         with self.changed:
             self.heads += 1
-            response = self.queue[0] if self.queue else self.default
-            at_head = not callable(response) and (response.early or response.unread)
-            if at_head and self.queue:
-                self.queue.popleft()
+            response = self.queue.popleft() if self.queue else self.default
             self.changed.notify_all()
-        if at_head and not self._play_early(connection, response):
-            return False
+        if not callable(response):
+            connection.sendall(response.early)
+            if response.unread:
+                response.unread.wait(WAIT_S * 3)        # longer than the client waits
+            if response.early and response.hangup:
+                return False
         length = int(value_of(fields, "content-length") or 0)
         body = reader.read(length)
         if len(body) < length:
@@ -330,103 +331,70 @@ class Upstream:
         received = Received(*start.split(" "), fields, body, head, number)
         with self.changed:
             self.received.append(received)
-            if not at_head:
-                response = self.queue.popleft() if self.queue else self.default
             self.changed.notify_all()
         if callable(response):
             response = response(received)
-        return self._play(connection, response, received.method)
-
-    @staticmethod
-    def _play_early(connection, response):
-        """Play the part ahead of the request's body; return whether the body is to be read."""
-        connection.sendall(response.early)
-        if response.unread:
-            response.unread.wait(WAIT_S * 3)        # longer than the client waits
-        return not (response.early and response.hangup)
+        try:
+            return self._play(connection, response, received.method)
+        except OSError:
+            with self.changed:
+                self.closed += 1
+                self.changed.notify_all()
+            return False
 
     def _play(self, connection, response, method):
-        if response.before and not self._hold(connection, response.before):
-            return False
+        if response.before:
+            self._hold(connection, response.before)
         if response.reset:
             close_by_reset(connection)
         if response.hangup:
             return False
-        try:
-            for number, data in response.pieces(method):
-                gate = response.gate_of(number)
-                if gate and not self._hold(connection, gate):
-                    return False
-                if number and response.pause_s:
-                    time.sleep(response.pause_s)
-                connection.sendall(data)
-        except OSError:
-            self._count_closed()
-            return False
+        for step in response.steps(method):
+            if isinstance(step, (int, float)):
+                time.sleep(step)
+            elif hasattr(step, "wait"):
+                self._hold(connection, step)
+            elif step is not None:
+                connection.sendall(step)
         return response.keeps_connection
 
     def _hold(self, connection, gate):
-        """Wait until `gate` is set; return False if the other side leaves before."""
+        """Wait until `gate` is set; raise ConnectionError if the other side leaves before."""
+        peek = 0 if self.tls else socket.MSG_PEEK       # TLS cannot peek
         while not gate.wait(0.01):
-            if select.select([connection], [], [], 0)[0]:
-                with contextlib.suppress(OSError):
-                    if connection.recv(1, 0 if self.tls else socket.MSG_PEEK):  # TLS cannot peek
-                        continue
-                self._count_closed()
-                return False
-        return True
-
-    def _count_closed(self):
-        with self.changed:
-            self.closed += 1
-            self.changed.notify_all()
+            if select.select([connection], [], [], 0)[0] and not connection.recv(1, peek):
+                raise ConnectionAbortedError
 
 
 # rrouter as a process #########################################################
 
-PORT_MARKS = collections.deque()    # UDP sockets: other workers see the last ports as taken
+PORTS = itertools.count()
 
 
 def free_port():
     """Return a port that is free on both loopback addresses and that no other test will use.
 
-    It is below the range of outgoing connections: one of them could take it before its use.
+    It is below the range of outgoing connections: one of them could take it before its use.  The
+    workers, whose pids follow one another, begin far apart.
     """
     while True:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        mark = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        port = 10_000 + (os.getpid() * 331 + next(PORTS)) % 22_000
         with socket.socket() as four, socket.socket(socket.AF_INET6) as six:
             try:
-                mark.bind(("127.0.0.1", port))
                 four.bind(("127.0.0.1", port))
                 six.bind(("::1", port))
             except OSError as problem:
                 if problem.errno in (errno.EADDRINUSE, errno.EACCES):
-                    mark.close()
                     continue                        # any other error: a machine without IPv6
-        PORT_MARKS.append(mark.detach())
-        while len(PORT_MARKS) > 16:
-            os.close(PORT_MARKS.popleft())
         return port
 
 
 @functools.cache
 def compiled():
-    """Return the path of rrouter.py compiled once, which most processes of the suite run.
-
-    Python compiles a main script at each start: half of the time of a start.
-    """
+    """Return the path of rrouter.py compiled: Python compiles a main script at each start."""
     directory, owner = tempfile.mkdtemp(prefix="rrouter test "), os.getpid()
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(directory, ignore_errors=True))
     return py_compile.compile(RROUTER, os.path.join(directory, "rrouter.pyc"), doraise=True)
-
-
-def altered_program(code, limits):
-    """Return a Python program: `code`, then rrouter's `serve` with `limits` for its constants."""
-    assert set(limits) <= set(vars(rrouter)), limits
-    return "\n".join((
-        "import sys", code, "sys.path[0] = %r" % os.path.dirname(compiled()), "import rrouter",
-        "vars(rrouter).update(%r)" % dict(limits), "sys.exit(rrouter.main(['serve']))"))
 
 
 def get_health(port, address="127.0.0.1"):
@@ -490,8 +458,7 @@ class Home:
     def command(self, *arguments, program=None, env=(), **options):
         """Return what subprocess needs to run a command, as (arguments, options).
 
-        `program` (a list) replaces Python and the compiled rrouter.py; standard input is empty
-        unless the options say something else.
+        `program` (a list) replaces Python and the compiled rrouter.py.
         """
         options = {"stdin": subprocess.DEVNULL, "env": {**self.env, **dict(env)}, **options}
         return [*(program or (*PYTHON, compiled())), *arguments], options
@@ -552,10 +519,14 @@ class Running:
         self.start()
 
     def start(self):
-        if any(self.altered):
-            self.launch("-c", altered_program(*self.altered))
-        else:
+        code, limits = self.altered
+        if not code and not limits:
             self.launch(compiled(), "serve")
+            return
+        assert set(limits) <= set(vars(rrouter)), limits
+        self.launch("-c", "\n".join((
+            "import sys", code, "sys.path[0] = %r" % os.path.dirname(compiled()), "import rrouter",
+            "vars(rrouter).update(%r)" % dict(limits), "sys.exit(rrouter.main(['serve']))")))
 
     def launch(self, *arguments, **options):
         """Start Python with these arguments and wait for /health; end the process otherwise."""
@@ -582,10 +553,7 @@ class Running:
         return health is not None and health["pid"] == self.process.pid
 
     def stop(self, expect=0):
-        """End the process by SIGTERM, and check its exit status and that it left no traceback.
-
-        Any status will do if `expect` is None.  The second call does nothing.
-        """
+        """End the process by SIGTERM, check its exit status (unless None) and for a traceback."""
         if self.output.closed:
             return
         if self.process.poll() is None:
@@ -623,13 +591,8 @@ class Running:
 
     def connect(self, family=socket.AF_INET):
         """Return a raw socket to rrouter."""
-        connection = socket.socket(family)
-        connection.settimeout(WAIT_S)
-        try:
-            connection.connect(("127.0.0.1" if family == socket.AF_INET else "::1", self.port))
-        except OSError:
-            connection.close()
-            raise
+        address = "127.0.0.1" if family == socket.AF_INET else "::1"
+        connection = socket.create_connection((address, self.port), WAIT_S)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
@@ -674,7 +637,113 @@ def request_bytes(method="POST", target="/v1/messages", body=None, fields=(), po
 
 # Reading responses ############################################################
 
-class Reply(collections.namedtuple("Reply", "status reason fields body complete interim")):
+class Malformed(Exception):
+    """Bytes that are not an HTTP/1.1 message, or one that two readers could read differently.
+
+    `body` is the part of the body that came before.
+    """
+
+    def __init__(self, what, body=b""):
+        super().__init__(what)
+        self.body = body
+
+
+class Unfinished(Malformed):
+    """Bytes that more bytes may complete to a message."""
+
+
+TOKEN = "[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+FIELD = re.compile(r"(%s):[ \t]*(.*?)[ \t]*" % TOKEN)
+STATUS_LINE = re.compile("(HTTP/1[.][01]) (?!101)([1-9][0-9][0-9])(?: (.*))?")
+
+
+def text_line(line):
+    """Return the text of a line without its CR LF; raise Malformed."""
+    if not line.endswith(b"\n"):
+        raise Unfinished("a part of a line: %r" % line[:200])
+    if not re.fullmatch(rb"[\t -~\x80-\xff]*\r\n", line):
+        raise Malformed("a line: %r" % line[:200])
+    return line[:-2].decode("latin-1")
+
+
+def read_fields(reader):
+    """Return the fields up to a blank line as a list of (name, value); raise Malformed."""
+    fields = []
+    for line in iter(lambda: text_line(reader.readline()), ""):
+        field = FIELD.fullmatch(line)
+        if not field:
+            raise Malformed("a field: %r" % line[:200])
+        fields.append(field.groups())
+    return fields
+
+
+def read_head(reader):
+    """Return (status, reason, fields, version) read from a binary file; None at its end."""
+    line = reader.readline()
+    if not line:
+        return None
+    start = STATUS_LINE.fullmatch(text_line(line))
+    if not start:
+        raise Malformed("a status line: %r" % line[:200])
+    return int(start[2]), start[3] or "", read_fields(reader), start[1]
+
+
+def read_body(reader, version, fields, bodiless=False, by_close=False):
+    """Return (body, its framing), by the letter of RFC 9112; raise Malformed.
+
+    With `by_close` a body without a length ends with the connection, otherwise it is empty.
+    """
+    lengths, codings = values(fields, "content-length"), values(fields, "transfer-encoding")
+    if codings and (lengths or version == "HTTP/1.0"
+                    or [coding.lower() for coding in codings] != ["chunked"]):
+        raise Malformed("the transfer coding")
+    if len(lengths) > 1 or lengths and not re.fullmatch("[0-9]{1,15}", lengths[0]):
+        raise Malformed("the length")
+    if bodiless:
+        return b"", "none"
+    if codings:
+        return read_chunked(reader), "chunked"
+    if by_close and not lengths:
+        return reader.read(), "close"
+    length = int(lengths[0]) if lengths else 0
+    body = reader.read(length)
+    if len(body) < length:
+        raise Unfinished("a body", body)
+    return body, "length" if lengths else "none"
+
+
+def read_chunked(reader):
+    """Return a chunked body; raise Malformed."""
+    body, size = b"", 1
+    try:
+        while size:
+            line = re.fullmatch("([0-9a-fA-F]{1,15})(?:[ \t]*;.*)?", text_line(reader.readline()))
+            if not line:
+                raise Malformed("the size of a chunk")
+            size = int(line[1], 16)
+            piece = reader.read(size)
+            body += piece
+            if len(piece) < size:
+                raise Unfinished("a chunk")
+            if size and text_line(reader.readline()):
+                raise Malformed("the end of a chunk")
+        read_fields(reader)                     # the trailers
+        return body
+    except Malformed as problem:
+        problem.body = body
+        raise
+
+
+def read_chunks(reader):
+    """Return (chunked body, whether the last chunk came)."""
+    try:
+        return read_chunked(reader), True
+    except Unfinished as problem:
+        return problem.body, False
+
+
+class Reply(Message, collections.namedtuple(
+        "Reply", "status reason fields body complete interim framing")):
     """One response as the client received it.
 
     `complete` is False where it was broken off; `interim` lists the heads of 1xx responses.
@@ -682,11 +751,34 @@ class Reply(collections.namedtuple("Reply", "status reason fields body complete 
 
     __slots__ = ()
 
-    def header(self, name):
-        return value_of(self.fields, name)
 
-    def json(self):
-        return json.loads(self.body)
+def read_reply(connection, method="GET"):
+    """Read one strictly framed response; None if the connection ends without one."""
+    with connection.makefile("rb") as reader:
+        return read_reply_from(reader, method)
+
+
+def read_reply_from(reader, method="GET"):
+    """Do the same from a binary file, for several responses on one connection."""
+    interim, body, framing = [], b"", ""
+    try:
+        head = read_head(reader)
+        while head and head[0] < 200:
+            interim.append(head)
+            head = read_head(reader)
+    except ConnectionError:
+        head = None
+    if not head:
+        return None
+    status, reason, fields, version = head
+    try:
+        body, framing = read_body(reader, version, fields,
+                                  method == "HEAD" or status in (204, 304), by_close=True)
+    except Unfinished as problem:
+        body = problem.body
+    except ConnectionError:
+        pass
+    return Reply(status, reason, fields, body, bool(framing), interim, framing)
 
 
 def read_all(connection):
@@ -707,79 +799,6 @@ def receive(response, size):
             break
         data += block
     return data
-
-
-def read_head(reader):
-    """Return (status, reason, fields) read from a binary file; None at its end."""
-    line = reader.readline()
-    if not line:
-        return None
-    version, status, reason = (*line.decode("latin-1").rstrip("\r\n").split(" ", 2), "")[:3]
-    assert version in ("HTTP/1.1", "HTTP/1.0"), line
-    fields = []
-    while True:
-        line = reader.readline().decode("latin-1")
-        assert line.endswith("\r\n"), "truncated head: %r" % line
-        if line == "\r\n":
-            return int(status), reason, fields
-        name, _, value = line[:-2].partition(":")
-        fields.append((name, value.strip()))
-
-
-def read_reply(connection, method="GET"):
-    """Read one strictly framed response; None if the connection ends without one."""
-    with connection.makefile("rb") as reader:
-        return read_reply_from(reader, method)
-
-
-def read_reply_from(reader, method="GET"):
-    """Do the same from a binary file, for several responses on one connection."""
-    interim = []
-    while True:
-        try:
-            head = read_head(reader)
-        except ConnectionError:
-            head = None
-        if head is None:
-            return None
-        if head[0] >= 200:
-            break
-        interim.append(head)
-    status, reason, fields = head
-    values = {name.lower(): value for name, value in fields}
-    body, complete = b"", True
-    try:
-        if method == "HEAD" or status in (204, 304):
-            pass
-        elif "transfer-encoding" in values:
-            assert values["transfer-encoding"] == "chunked", fields
-            assert "content-length" not in values, fields
-            body, complete = read_chunks(reader)
-        elif "content-length" in values:
-            body = reader.read(int(values["content-length"]))
-            complete = len(body) == int(values["content-length"])
-        else:
-            body = reader.read()
-    except ConnectionError:
-        complete = False
-    return Reply(status, reason, fields, body, complete, interim)
-
-
-def read_chunks(reader):
-    """Return (body, whether the last chunk came)."""
-    body = b""
-    while True:
-        line = reader.readline()
-        if not line.endswith(b"\r\n"):
-            return body, False
-        size = int(line, 16)
-        data = reader.read(size + 2)
-        body += data[:size]
-        if len(data) < size + 2:
-            return body, False
-        assert data[size:] == b"\r\n", "chunk without its end"
-        if size == 0:
-            return body, True
 
 
 def end_to_end(fields):
@@ -935,7 +954,7 @@ class ParseConfigTest(unittest.TestCase):
         ('{\n  "modes" 1}', "2:11: expecting"), ('', "1:1: expecting value"),
         ('[]', "the top level: expected an object"), ('[' * 100_000, "nesting that is too deep"),
         ('{"modes": {"a": {}},\n "auto": {"firstByteTimeoutSeconds": NaN}}',
-         "2:38: expected a plain JSON number, found NaN"),
+         "2:38: expecting a number, found 'NaN"),
         ('{}', "modes: missing"), ('{"modes": {}}', "modes: expected an object with at least"),
         ('{"modes": []}', "modes: expected an object"),
         ('{"modes": {"a": 1}}', "modes.a: expected an object, found 1"),
@@ -1084,13 +1103,6 @@ class RouteTest(unittest.TestCase):
                             for rule in rules.split()]
                 config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
                 self.assertEqual(rrouter.decide_route(config, "m", model), ("m", expected))
-
-    def test_more_rules_than_fnmatch_caches_cost_little(self):
-        rules = [rrouter.Rule(f"model-{number}-*", "g") for number in range(5000)]
-        rrouter.match_rule(rules, "x")
-        start = time.process_time()
-        self.assertIsNone(rrouter.match_rule(rules, "x"))
-        self.assertLess(time.process_time() - start, 0.1)
 
 
 # Messages, by tables ##########################################################
@@ -1596,23 +1608,29 @@ class FailureTest(unittest.TestCase):
 
 class WatchTest(unittest.TestCase):
 
-    def test_there_is_no_limit_by_default_nor_after_lift(self):
-        unlimited, lifted = rrouter.Watch(None), rrouter.Watch(None, 0)
+    @staticmethod
+    def watch(limit_s=None, has_left=False):
+        watch = rrouter.Watch(lambda: has_left, False)
+        watch.limit(limit_s)
+        return watch
+
+    def test_there_is_no_limit_by_default_nor_after_it_is_removed(self):
+        unlimited, lifted = self.watch(), self.watch(0)
         lifted.start()
-        lifted.lift()
+        lifted.limit(None)
         for watch in unlimited, lifted:
             watch.start()
             self.assertEqual(watch.check(), rrouter.TICK_S)
 
     def test_what_has_arrived_is_read_before_the_limit_expires(self):
-        watch = rrouter.Watch(None, 0)
+        watch = self.watch(0)
         watch.start()
         self.assertEqual(watch.check(lambda: True), rrouter.TICK_S)
         with self.assertRaisesRegex(rrouter.UpstreamTimeout, "within 0 s"):
             watch.check(lambda: False)
 
     def test_a_client_that_left_ends_the_wait(self):
-        watch = rrouter.Watch(lambda: True)
+        watch = self.watch(has_left=True)
         with self.assertRaises(rrouter.ClientGone):
             while True:
                 watch.check()
@@ -1867,13 +1885,7 @@ class WalkTest(FailoverWalk):
             self.charge(ticket, self.failure())
         self.assertEqual(self.state(), "x 0 0 0 0")
 
-    def test_at_most_256_models_are_remembered_and_switched_ones_longest(self):
-        self.walk(ALONE)
-        for number in range(400):
-            self.walk("m%d/ag haiku/ok" % number)
-        self.assertEqual(self.state(), "ag 0 0 0 0, opus cl 1 0 0 30")
-        self.assertLessEqual(len(self.failover.save()["models"]), 256)
-        self.setUp()
+    def test_at_most_256_models_are_remembered(self):
         for number in range(258):
             self.walk("m%d/ag haiku/ok " % number * 3)
         self.assertIn("m257 cl 1 ", self.state())
@@ -1897,11 +1909,12 @@ class SavedStateTest(FailoverWalk):
     def test_foreign_content_is_refused_and_changes_nothing(self):
         self.walk("3*ag")
         good, before = self.failover.save(), self.failover.report(True)
-        changes = ({"home": "x"}, {"home": "cl", "away": "ag"}, {"level": -1}, {"level": True},
+        changes = ({"home": "x"}, {"home": "cl", "away": "ag"}, {"home": None}, {"level": -1},
+                   {"level": []}, {"level": "x"}, {"level": float("inf")}, {"level": None},
                    {"last_cooldown_s": 1e9}, {"last_cooldown_s": 10 ** 400}, {"retry_at": None},
                    {"retry_at": float("nan")}, {"switched_at": float("inf")},
                    {"switched_at": 1e300}, {"switched_at": None}, {"reason": None})
-        for content in (7, {}, {"whole": good["whole"]}, {**good, "models": []},
+        for content in ({}, {"whole": good["whole"]}, {**good, "models": []},
                         {**good, "models": {"m": 1}},
                         *({**good, "whole": {**good["whole"], **change}} for change in changes)):
             with self.subTest(content):
@@ -2247,7 +2260,7 @@ def put(home, name, content):
     path = home.dir / name
     if path.is_dir() and not path.is_symlink():
         path.rmdir()
-    fresh = home.dir / (name + ".new")
+    fresh = home.dir / f"{name}.{threading.get_ident()}.new"
     fresh.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str)
                       else content)
     os.replace(str(fresh), str(path))
@@ -2335,6 +2348,27 @@ class ReadFileTest(unittest.TestCase):
                     rrouter.read_file(directory)
             self.assertEqual(len(os.listdir("/dev/fd")), len(before))
 
+    def test_file_is_settled_when_its_next_write_gives_it_another_time(self):
+        for changed_ns, age_s, settled in (
+                (10 ** 18 + 1, 0.04, False), (10 ** 18 + 1, 0.06, True),
+                (10 ** 18, 1.9, False), (10 ** 18, 2.1, True)):     # whole seconds
+            with mock.patch.object(rrouter.time, "time", lambda: changed_ns / 1e9 + age_s):
+                self.assertEqual(rrouter._is_settled((0, 0, 0, changed_ns)), settled)
+        self.assertTrue(rrouter._is_settled(errno.ENOENT))
+
+    def test_each_write_is_noticed_though_time_stamps_are_whole_seconds(self):
+        """Newer kernels change the time stamp at each write, so that nothing else shows this."""
+        signature, home = rrouter._signature, Home(config=switchboard(0))
+        self.addCleanup(home.remove)
+        paths = rrouter.Paths(str(home.root))
+        store = rrouter.Store(paths, rrouter.Log(paths.log, echo=False), lambda *_: None)
+        with mock.patch.object(rrouter, "_signature", lambda path: tuple(
+                value // 10 ** 9 * 10 ** 9 if value > 10 ** 15 else value
+                for value in signature(path))):
+            for mode in ("one", "two") * 9:
+                home.write("mode", mode + "\n")
+                self.assertEqual(store.snapshot().mode, mode)
+
     def test_mode_word_is_read_in_the_encodings_that_shells_write(self):
         for content, word in MODE_WORDS:
             with self.subTest(content):
@@ -2342,15 +2376,12 @@ class ReadFileTest(unittest.TestCase):
 
 
 class LogQueueTest(unittest.TestCase):
-    """Lines that are not yet written."""
 
-    def test_many_lines_wake_the_writer_once_and_too_many_are_a_problem(self):
-        log, calls = rrouter.Log("/nonexistent/rrouter.log", echo=False), []
-        log.wake = lambda: calls.append(None)
-        for count, woken in ((log.MANY - 1, 0), (1, 1), (log.HELD_MAX - log.MANY, 1)):
-            for _ in range(count):
-                log.write("REQ", "line")
-            self.assertEqual((len(calls), log.problem), (woken, None))
+    def test_too_many_lines_that_are_not_yet_written_are_a_problem(self):
+        log = rrouter.Log("/nonexistent/rrouter.log", echo=False)
+        for _ in range(log.HELD_MAX):
+            log.write("REQ", "line")
+        self.assertIsNone(log.problem)
         log.write("REQ", "line")
         self.assertRegex(log.problem, "^rrouter.log: .*lines are lost$")
 
@@ -2385,15 +2416,10 @@ class StateSavingTest(unittest.TestCase):
     def save(self, number):
         self.state.save(dict(self.FINGERPRINT, whole=number))
 
-    def test_what_was_saved_is_loaded(self):
+    def test_unusable_file_and_state_of_other_files_are_set_aside(self):
         self.assertIsNone(self.state.load(self.FINGERPRINT))
         self.save(7)
-        self.assertEqual(list(json.loads(self.path.read_text())),
-                         ["version", "modeFile", "auto", "whole"])
         self.assertEqual(self.state.load(self.FINGERPRINT)["whole"], 7)
-
-    def test_unusable_file_and_state_of_other_files_are_set_aside(self):
-        self.save(7)
         good = self.path.read_text()
         for content, change, pattern in (
                 (good, {"modeFile": [1, 2, 4]}, "the mode file was written"),
@@ -2407,12 +2433,12 @@ class StateSavingTest(unittest.TestCase):
                 self.path.write_text(content)
                 self.state.load(dict(self.FINGERPRINT, **change))
 
-    def test_same_state_is_written_again_only_after_forget(self):
+    def test_same_state_is_written_again_only_after_it_was_lost(self):
         self.save(7)
-        for number, forgotten, written in ((7, False, False), (8, False, True), (8, True, True)):
+        for number, lost, written in ((7, False, False), (8, False, True), (8, True, True)):
             self.path.unlink(missing_ok=True)
-            if forgotten:
-                self.state.forget()
+            if lost:
+                self.state.saved = None
             self.save(number)
             self.assertEqual(self.path.exists(), written)
 
@@ -2460,33 +2486,6 @@ class FreshnessTest(SwitchboardTest):
         self.assertEqual(reply.status, 200)
         return reply.header("x-rrouter-model")
 
-    # A file system whose time stamps are whole seconds.
-    COARSE = ("import os, types\nreal = os.stat\ndef stat(path, **options):\n"
-              "    found = real(path, **options)\n"
-              "    values = {n: getattr(found, n) for n in dir(found) if n.startswith('st_')}\n"
-              "    for name in ('st_mtime_ns', 'st_ctime_ns'):\n"
-              "        values[name] -= values[name] % 10 ** 9\n"
-              "    return types.SimpleNamespace(**values)\nos.stat = stat")
-
-    def test_each_write_is_noticed_though_time_stamps_are_whole_seconds(self):
-        """Newer kernels change the time stamp at each write, so that nothing else shows this."""
-        router = self.start_rrouter(self.upstream, "one", switchboard(0), code=self.COARSE)
-        with router.connect() as connection, connection.makefile("rb") as reader:
-            for turn in range(30):
-                mode = ("two", "one")[turn % 2]
-                router.home.write("mode", mode + "\n")
-                self.assertEqual(self.ask(connection, reader), mode + "-000")
-
-    def test_removed_files_mean_the_defaults(self):
-        (self.home.dir / "mode").unlink()
-        self.assertEqual(self.served(), "spare-000")
-        self.home.write("mode", "two\n")
-        (self.home.dir / "config.json").unlink()
-        self.assertEqual(self.served(), SONNET)
-        self.assertEqual(self.rrouter.health()["mode"], "claude")
-        self.home.write("mode", "antigravity\n")
-        self.assertEqual(self.served(), GEMINI_SONNET)
-
     def test_every_way_to_write_is_noticed(self):
         root, mode, config = self.home.root, self.home.dir / "mode", self.home.dir / "config.json"
         aside, target = root / "aside", root / "target"
@@ -2528,7 +2527,9 @@ class FreshnessTest(SwitchboardTest):
                 ("a link", lambda: by_link("two\n"), "two-001"),
                 ("the file of the link", lambda: target.write_text("one\n"), "one-001"),
                 ("another home", lambda: by_other_home("two\n"), "two-001"),
-                ("in that home", lambda: mode.write_text("one\n"), "one-001")):
+                ("in that home", lambda: mode.write_text("one\n"), "one-001"),
+                ("no config", config.unlink, SONNET),
+                ("a mode of the defaults", lambda: mode.write_text("antigravity"), GEMINI_SONNET)):
             with self.subTest(label):
                 time.sleep(rrouter.SETTLED_S)   # what is so old is no longer read each time
                 self.served()
@@ -2569,7 +2570,6 @@ class FreshnessTest(SwitchboardTest):
 
 MODE_FILES = (
     # content, mode in force, the word that `problems` names (None: no problem)
-    (b"  TWO \r\n\n", "two", None),
     (b"\tAuto", "auto", None),
     (b" \n", "one", None),
     (b"one two\n", "spare", "one two"),
@@ -2815,7 +2815,7 @@ class KernelLimitTest(unittest.TestCase):
 
     def test_both_widths_of_time_are_tried_in_order(self):
         """A 32-bit system may have 64-bit time; the first form is misread where it is not meant."""
-        for errors in ((0,), (errno.EINVAL, 0), (errno.EINVAL, errno.EINVAL), (errno.EBADF,)):
+        for errors in ((0,), (errno.EINVAL, 0), (errno.EBADF, errno.EBADF)):
             left, values_ = list(errors), []
 
             def set_option(_, option, value):
@@ -3838,13 +3838,13 @@ SCRIPTS = (
       for response in (error(500), SHELF_503)),
 
     # A healed response is judged like any other, but the client gets the original 400.
-    Script("healed", [REJECTION], None, "aa a", "antigravity", "[HEAL]", {}),
+    Script("healed", [REJECTION], None, "aa a", "antigravity", "sent again without", {}),
     *(Script("healed in vain", [REJECTION, response], None, "aac", "claude", "failed: ",
              {"failureCount": 1}) for response in (error(500), EMPTY_STREAM, REJECTION)),
     *(Script("healed in vain, then 429", [REJECTION, *rest], error(429), calls, REJECTION, "", {})
       for rest, calls in (([error(500)], "aac"), ([HANG_UP] * 2, "aaac"))),
     both_fail("healed on both in vain", REJECTION, REJECTION, REJECTION)._replace(calls="aacc"),
-    Script("rescued and healed there", error(529), [REJECTION], "acc", "claude", "[HEAL]",
+    Script("rescued and healed there", error(529), [REJECTION], "acc", "claude", "sent again",
            {"failureCount": 1}),
 
     # Three failures switch; the last one can shorten the cooldown.
@@ -4430,7 +4430,8 @@ class SignatureRefusalTest(unittest.TestCase):
         for wordings, expected in ((self.REFUSALS, True), (self.OTHERS, False)):
             for wording in wordings:
                 with self.subTest(wording):
-                    self.assertEqual(rrouter.names_foreign_signature(wording.encode()), expected)
+                    fault = rrouter.read_failure(400, wording.encode())[0]
+                    self.assertEqual(fault is rrouter.Fault.REJECTED, expected)
 
 
 # Blocks of a history as bytes: each block that stays must stay byte-identical.
@@ -4810,7 +4811,7 @@ class SecretsTest(LoopbackTest):
                 self.break_off(router)
             for data in self.malformed():
                 router.exchange(data.encode("latin-1"), half_close=True)
-            for wanted in ("[AUTO]", "[HEAL]", " 502 ", " 499 ", "SWITCH"):
+            for wanted in ("[AUTO]", "sent again", " 502 ", " 499 ", "SWITCH"):
                 wait_until(lambda: wanted in router.log())
             outputs = home.run_all(("status",), ("status", "--json"), ("check",))
             self.assert_silent(router.printed(), *(done.stdout + done.stderr for done in outputs),
@@ -5008,15 +5009,6 @@ class LoadTest(RouterTest):
                 return
             self.assertLess(time.monotonic(), end, "%s have become %s" % (before, after))
 
-    def assert_prompt(self, count):
-        """Requests on new connections are answered in a short time, in the median."""
-        seconds = []
-        for _ in range(count):
-            start = time.monotonic()
-            self.assertEqual(self.rrouter.post().status, 200)
-            seconds.append(time.monotonic() - start)
-        self.assertLess(statistics.median(seconds), 0.25, seconds)
-
 
 class CrowdOfClientsTest(LoadTest):
 
@@ -5040,7 +5032,12 @@ class CrowdOfClientsTest(LoadTest):
                 client.sendall(again[:count] or first)
                 if not count:
                     self.assertEqual(read_reply(client).status, 200)
-            self.assert_prompt(9)
+            seconds = []
+            for _ in range(9):
+                start = time.monotonic()
+                self.assertEqual(self.rrouter.post().status, 200)
+                seconds.append(time.monotonic() - start)
+            self.assertLess(statistics.median(seconds), 0.25, seconds)
             self.assertFalse([r for r in self.upstream.received if b"drip" in r.body])
             for client, count in zip(clients, begun):
                 client.sendall(again[count:])
@@ -5151,70 +5148,60 @@ class OneCoreTest(RouterTest):
         ("too few requests", 7, 8, 0.2, 1.0, False),
         ("too few threads", 8, 7, 0.2, 1.0, False),
         ("enough", 8, 8, 0.2, 0.21, True),
-        ("less", 8, 8, 0.2, 0.11, True),
-        ("too soon after the last look", 8, 8, 0.1, 0.0, True),
+        ("too soon after the last look", 8, 8, 0.09, 0.0, True),
         ("more", 50, 8, 0.2, 1.1, True),
-        ("little", 50, 8, 0.2, 0.09, False),
-        ("much again", 8, 8, 0.2, 0.9, True),
-        ("fewer requests", 7, 8, 0.2, 1.0, False))
+        ("little", 50, 8, 0.2, 0.19, False))
 
-    @contextlib.contextmanager
     def thread(self):
-        """Yield the native id of a thread that runs now and then."""
-        end, ids = threading.Event(), queue.SimpleQueue()
+        """Return the native id of a thread that runs now and then until the test ends."""
+        end = self.gate()
 
         def run():
-            ids.put(threading.get_native_id())
             while not end.wait(0.001):
                 pass
 
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            pool.submit(run)
-            try:
-                yield ids.get(timeout=WAIT_S)
-            finally:
-                end.set()
+        thread = threading.Thread(target=run)
+        self.addCleanup(thread.join)
+        self.addCleanup(end.set)
+        thread.start()
+        return thread.native_id
 
     def test_threads_share_a_core_from_a_load_on_and_part_at_a_lower_one(self):
         here, core, now, used_s = os.sched_getaffinity(0), rrouter.OneCore(), 1000.0, 50.0
-        with self.thread() as thread:
-            core.look(8, [thread] * 8, now, used_s)     # the first look has nothing to compare with
-            for what, active, known, seconds, share, shared in self.LOOKS:
-                with self.subTest(what):
-                    now, used_s = now + seconds, used_s + share * seconds
-                    core.look(active, [thread] * known, now, used_s)
-                    self.assertEqual(len(os.sched_getaffinity(thread)),
-                                     1 if shared else len(here))
-                    self.assertEqual(os.sched_getaffinity(0), here)
-            core.look(8, [2 ** 22 + 1] * 8, now + 1, used_s + 1)    # threads that have ended
+        thread = self.thread()
+        core.look(8, [thread] * 8, now, used_s)     # the first look has nothing to compare with
+        for what, active, known, seconds, share, shared in self.LOOKS:
+            with self.subTest(what):
+                now, used_s = now + seconds, used_s + share * seconds
+                core.look(active, [thread] * known, now, used_s)
+                self.assertEqual(len(os.sched_getaffinity(thread)), 1 if shared else len(here))
+                self.assertEqual(os.sched_getaffinity(0), here)
+        core.look(8, [2 ** 22 + 1] * 8, now + 1, used_s + 1)    # threads that have ended
 
     def test_cores_that_the_user_allows_are_kept_to(self):
-        first, last = min(CORES), max(CORES)
+        first, last, thread = {min(CORES)}, {max(CORES)}, self.thread()
 
-        def look_about(thread):
-            """Be the watcher: its own cores are changed as well."""
+        def look_about():
+            """Be the watcher, whose own cores change as well."""
             core = rrouter.OneCore()
-            core.look(8, [thread] * 8, 1000.0, 50.0)
-            # cores allowed, share of a core used
-            for number, (allowed, share) in enumerate(
-                    (({first}, 1), ({last}, 1), ({first}, 0), (CORES, 0)), 1):
+            for second, (allowed, used_s) in enumerate(((first, 1), (last, 2), (CORES, 2)), 1):
                 for one in (threading.get_native_id(), thread):
                     os.sched_setaffinity(one, allowed)
                 time.sleep(0.01)        # the thread runs where it may
-                core.look(8, [thread] * 8, 1000.0 + number, 50.0 + share)
+                core.look(8, [thread] * 8, second, used_s)
                 yield os.sched_getaffinity(thread)
 
-        with self.thread() as thread, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            places = pool.submit(lambda: list(look_about(thread))).result(WAIT_S)
-        self.assertEqual(places, [{first}, {last}, {first}, CORES])
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            places = pool.submit(lambda: list(look_about())).result(WAIT_S)
+        self.assertEqual(places, [first, last, CORES])
 
     def kept_to_one_core(self):
-        """Return how many threads of the process keep to one core, and how many there are."""
-        places = []
+        """Return, for each thread of the process, whether it keeps to one core."""
+        kept = []
         for task in pathlib.Path("/proc/%d/task" % self.rrouter.process.pid).iterdir():
             with contextlib.suppress(OSError):
-                places.append(os.sched_getaffinity(int(task.name)))
-        return sum(len(place) == 1 for place in places), len(places)
+                kept.append(len(os.sched_getaffinity(int(task.name))) == 1)
+        return kept
 
     def test_threads_of_connections_come_together_and_part_again(self):
         gate = self.gate()
@@ -5223,13 +5210,12 @@ class OneCoreTest(RouterTest):
             streams = [stack.enter_context(self.rrouter.connect()) for _ in range(9)]
             for connection in streams:
                 connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
-            wait_until(lambda: self.kept_to_one_core()[0] >= 9)
-            alone, count = self.kept_to_one_core()
-            self.assertLess(alone, count)
+            wait_until(lambda: sum(self.kept_to_one_core()) >= 9)
+            self.assertFalse(all(self.kept_to_one_core()))
             gate.set()
             for connection in streams:
                 self.assertTrue(read_reply(connection).complete)
-            wait_until(lambda: self.kept_to_one_core()[0] == 0)
+            wait_until(lambda: not any(self.kept_to_one_core()))
 
 
 @unittest.skipUnless(PROC, "memory is read from /proc")
@@ -5293,8 +5279,6 @@ class ParallelStreamsTest(LoadTest):
 
     def test_each_client_gets_all_events_of_its_own_stream(self):
         """Half of the streams begin in another mode."""
-        if SOAKING:
-            print("soak: %d streams for %d s" % (self.STREAMS, self.SECONDS), file=sys.stderr)
         before, marks = self.at_rest(), ["mark-%d" % number for number in range(self.STREAMS)]
         self.upstream.clear()
         self.upstream.default = lambda received: Response() if received.method == "GET" else stream(
@@ -5455,21 +5439,19 @@ class FewDescriptorsTest(LoopbackTest):
     def test_cap_fits_a_limit_that_is_low_from_the_start(self):
         """Some of 200 clients are served, the others refused or closed, and nothing breaks."""
         code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
-        poor = self.start_rrouter(self.start_upstream(), code=code)
+        poor, served = self.start_rrouter(self.start_upstream(), code=code), []
+        request = request_bytes("POST", "/v1/messages", chat())
         with contextlib.ExitStack() as stack:
-            clients, clients_of = [], collections.defaultdict(list)
-            for _ in range(200):
-                clients.append(stack.enter_context(poor.connect()))
-                with contextlib.suppress(ConnectionError):
-                    clients[-1].sendall(request_bytes("POST", "/v1/messages", chat()))
+            clients = [stack.enter_context(poor.connect()) for _ in range(200)]
             for client in clients:
                 with contextlib.suppress(ConnectionError):
+                    client.sendall(request)
                     reply = read_reply(client)
-                    clients_of[reply.status if reply else None].append(client)
-            self.assertLessEqual(set(clients_of), {200, 503, None})
-            self.assertGreaterEqual(len(clients_of[200]), 10)
-            for client in clients_of[200]:
-                client.sendall(request_bytes("POST", "/v1/messages", chat()))
+                    self.assertIn(reply and reply.status, (200, 503, None))
+                    served += [client] if reply and reply.status == 200 else []
+            self.assertGreaterEqual(len(served), 10)
+            for client in served:
+                client.sendall(request)
                 self.assertEqual(read_reply(client).status, 200)
         wait_until(lambda: poor.post().status == 200)
         self.assertNotIn("[ERROR]", poor.log())
@@ -5497,8 +5479,6 @@ class LongStreamTest(RouterTest):
         return connection
 
     def test_gaps_end_nothing(self):
-        if SOAKING:
-            print("soak: pings alone for %d s" % (self.PINGS * self.GAP_S), file=sys.stderr)
         first, ping, stop = event("content_block_delta"), event("ping"), event("message_stop")
         pings, speak, go_on, never = [ping] * self.PINGS, self.gate(), self.gate(), self.gate()
         go_on.set()
@@ -5623,14 +5603,6 @@ class DrainTest(LoopbackTest):
         self.connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
         self.assertEqual(read_head(self.reader)[0], 200)
 
-    def wait_until_refused(self):
-        def is_refused():
-            try:
-                self.rrouter.connect().close()
-            except OSError:
-                return True
-        wait_until(is_refused)
-
     def finish_stream(self):
         """Let the stream end, and rrouter with it."""
         self.assertIsNone(self.rrouter.process.poll())
@@ -5644,8 +5616,8 @@ class DrainTest(LoopbackTest):
         self.assertRegex(done.stdout, r"(?i)already running.*\b%d\b" % self.rrouter.process.pid)
         with self.rrouter.connect() as idle:
             stops = [ending_with(self, home.begin("stop"))]
-            self.wait_until_refused()
             self.assertEqual(read_all(idle), b"")
+        self.assertRaises(OSError, self.rrouter.connect)
         wait_until(lambda: "stopping" in home.read("rrouter.lock"))
         stops.append(ending_with(self, home.begin("stop")))     # sends no second signal
         for _ in range(2):                                      # meanwhile it would have
@@ -5728,9 +5700,9 @@ class DaemonTestBase(LoopbackTest):
                 os.kill(pid, signal.SIGKILL)
         home.remove()
 
-    def sleeper(self, **options):
+    def sleeper(self):
         """Return a process that is not rrouter."""
-        return ending_with(self, subprocess.Popen(["sleep", "600"], **options))
+        return ending_with(self, subprocess.Popen(["sleep", "600"]))
 
     def assert_alone(self, home):
         """One daemon runs, answers, and is named by pid file and lock; return its pid."""
@@ -5782,12 +5754,6 @@ class RunningDaemonTest(DaemonTestBase):
         self.addCleanup(put, self.home, "mode", "antigravity\n")
         self.addCleanup(put, self.home, "config.json", json.dumps(HASTY_CONFIG))
 
-    def test_start_prints_pid_and_port(self):
-        self.assertEqual((self.started.returncode, self.started.stderr), (0, ""))
-        for number in (self.health["pid"], self.home.port):
-            self.assertRegex(self.started.stdout, r"\b%d\b" % number)
-        self.assertEqual(self.health["startedBy"], "start")
-
     def test_it_is_detached(self):
         pid = self.assert_alone(self.home)
         self.assertNotEqual(os.getsid(pid), os.getsid(0))
@@ -5806,7 +5772,10 @@ class RunningDaemonTest(DaemonTestBase):
                     self.assertEqual(stat.S_IMODE(path.stat().st_mode),
                                      0o700 if path.is_dir() else 0o600)
 
-    def test_run_json_says_where_it_listens_and_the_lock_who_it_is(self):
+    def test_start_says_where_it_listens_run_json_too_and_the_lock_who_it_is(self):
+        self.assertEqual((self.started.returncode, self.started.stderr), (0, ""))
+        self.assertIn("rrouter runs on localhost:%d (pid %d), mode antigravity\n" % (
+            self.home.port, self.health["pid"]), self.started.stdout)
         run = json.loads(self.home.read("run.json"))
         expected = {"host": "localhost", "port": self.home.port, "pid": self.health["pid"],
                     "upstream": self.upstream.url, "startedBy": "start",
@@ -5818,19 +5787,16 @@ class RunningDaemonTest(DaemonTestBase):
             os.stat("/proc/self/ns/pid").st_ino if LINUX else 0))
 
     def test_it_is_found_whatever_port_the_shell_has(self):
-        status, start = self.home.run_all(("status", "--json"), ("start",), check=0,
-                                          env={"RROUTER_PORT": str(free_port())})
-        self.assertLessEqual(set(HEALTH), set(json.loads(status.stdout)))
-        for pattern in ("(?i)already running", r"\b%d\b" % self.health["pid"],
-                        r"\b%d\b" % self.home.port):
-            self.assertRegex(start.stdout, pattern)
-
-    def test_status_shows_mode_upstream_daemon_and_problems(self):
         put(self.home, "mode", "nosuch\n")
-        status = self.home.run("status", check=0).stdout
-        for pattern in ("claude", re.escape(self.upstream.url), "(?i)reachable|answers|up",
-                        r"\b%d\b" % self.health["pid"], r"\bstart\b", "nosuch"):
-            self.assertRegex(status, pattern)
+        as_json, status, start = self.home.run_all(
+            ("status", "--json"), ("status",), ("start",), check=0,
+            env={"RROUTER_PORT": str(free_port())})
+        self.assertLessEqual(set(HEALTH), set(json.loads(as_json.stdout)))
+        pid, port = self.health["pid"], self.home.port
+        self.assertIn("already running (pid %d, port %d)" % (pid, port), start.stdout)
+        for words in ("claude", self.upstream.url + ", reachable", "pid %d" % pid,
+                      "`rrouter start`", "nosuch"):
+            self.assertIn(words, status.stdout)
 
     def test_mode_commands_return_when_the_switch_is_in_force(self):
         """Also while the config cannot be read: then the last good one is in force."""
@@ -5840,21 +5806,6 @@ class RunningDaemonTest(DaemonTestBase):
             self.assertEqual(self.home.health()["mode"], mode)
             self.assertIn(mode, done.stdout)
             self.assertNotRegex(done.stdout + done.stderr, "(?i)not running|no daemon")
-
-    def test_auto_again_clears_the_cooldown(self):
-        put(self.home, "mode", "auto\n")
-        self.upstream.play(error(503))
-        with socket.create_connection(("127.0.0.1", self.home.port), WAIT_S) as connection:
-            connection.sendall(request_bytes(body=chat(), port=self.home.port))
-            self.assertEqual(read_reply(connection).status, 200)
-        self.assertTrue(self.home.health()["autoSwitch"]["switched"])
-        status = self.home.run("status", check=0).stdout
-        self.assertRegex(status, "503")
-        self.assertRegex(status, r"\b(29|30) ?m")
-        self.home.run("auto", check=0)
-        auto = self.home.health()["autoSwitch"]
-        self.assertEqual((auto["switched"], auto["currentTarget"], auto["retryAt"]),
-                         (False, "antigravity", None))
 
     def test_hang_up_signal_lets_it_read_the_files_again(self):
         os.kill(self.health["pid"], signal.SIGHUP)
@@ -5931,25 +5882,8 @@ class DaemonLifeTest(DaemonTestBase):
         home.run("restart", check=0, env=unset)
         self.assertEqual(run_file()["port"], home.port)
 
-    def test_daemon_is_found_again_after_its_directory_was_removed(self):
+    def test_files_that_were_removed_or_away_are_there_again(self):
         home, pid = self.started("auto")
-        home.remove_directory()
-        wait_until((home.dir / "run.json").exists)
-        self.assertEqual(self.assert_alone(home), pid)
-        wait_until((home.dir / "logs" / "rrouter.log").exists)
-        wait_until(lambda: "was removed" in home.read("logs/rrouter.log"))
-        wait_until((home.dir / "state.json").exists)
-        for path in (home.dir, home.dir / "rrouter.lock"):
-            self.assertEqual(path.stat().st_mode & 0o077, 0)
-        other = {"RROUTER_PORT": str(free_port())}
-        self.assertIn(str(pid), home.run("status", check=0, env=other).stdout)
-        self.assertNotIn("no daemon", home.run("auto", check=0, env=other).stdout)
-        self.assertEqual(home.health()["mode"], "auto")
-        self.assertIn("stopped", home.run("stop", check=0, env=other).stdout)
-        self.assert_nothing_left(home)
-
-    def test_home_that_is_away_is_left_alone_and_used_again_when_it_is_back(self):
-        home, pid = self.started("claude")
         away = home.root.with_name(home.root.name + " away")
         self.addCleanup(shutil.rmtree, str(away), ignore_errors=True)
 
@@ -5963,7 +5897,15 @@ class DaemonLifeTest(DaemonTestBase):
             come_back()
             wait_until(lambda: not log_problems() and (home.dir / "run.json").exists())
             self.assertEqual(self.assert_alone(home), pid)
-        self.assertIn("was removed", wait_until(lambda: home.read("logs/rrouter.log")))
+        home.remove_directory()
+        wait_until((home.dir / "state.json").exists)
+        wait_until(lambda: "was removed" in home.read("logs/rrouter.log"))
+        for path in (home.dir, home.dir / "rrouter.lock"):
+            self.assertEqual(path.stat().st_mode & 0o077, 0)
+        other = {"RROUTER_PORT": str(free_port())}
+        self.assertIn("in force: pid %d," % pid, home.run("auto", check=0, env=other).stdout)
+        self.assertIn("stopped", home.run("stop", check=0, env=other).stdout)
+        self.assert_nothing_left(home)
 
     def test_directory_of_another_daemon_is_left_alone(self):
         home, pid = self.started()
@@ -6022,19 +5964,6 @@ class DaemonLifeTest(DaemonTestBase):
         for line in home.read("logs/rrouter.log").splitlines():
             self.assertRegex(line, LOG_LINE)
 
-    def test_zip_application_starts_and_stops(self):
-        home = self.new_home(self.addCleanup)
-        (home.root / "source").mkdir()
-        shutil.copy(RROUTER, str(home.root / "source"))
-        archive = home.root / "rrouter.pyz"
-        zipapp.create_archive(str(home.root / "source"), str(archive), main="rrouter:main")
-        options = {"program": [sys.executable, archive.name], "cwd": str(home.root), "check": 0}
-        home.run("start", **options)
-        self.assert_alone(home)
-        home.run("stop", **options)
-        self.assert_nothing_left(home)
-
-
 
 RUN_FILE = ('{"pid": %d, "instance": "%s", "host": "localhost", "port": 1, "startedBy": "start",'
             ' "upstream": ""}')
@@ -6052,13 +5981,6 @@ class FalseFilesTest(DaemonTestBase):
 
     def find(self):
         return rrouter.Daemon.find(rrouter.Paths(str(self.home.root)))
-
-    def test_files_alone_make_no_daemon(self):
-        pid = self.sleeper().pid
-        for name, line in (("rrouter.pid", "%d\n"), ("rrouter.lock", self.line),
-                           ("run.json", RUN_FILE.replace("%s", "1f"))):
-            self.home.write(name, line % pid)
-        self.assertIsNone(self.find())
 
     def test_run_json_of_another_instance_or_without_sense_is_ignored(self):
         """Then the environment says where the daemon listens."""
@@ -6159,15 +6081,9 @@ class StateTest(DaemonTestBase):
         router.kill()
         cls.saved = cls.home.read("state.json")
 
-    def setUp(self):
-        self.upstream.clear()
-
-    def restarted(self, state, config=DEFAULT_CONFIG, mode=None):
-        """Start with these files; return `autoSwitch` of /health and the new lines of the log."""
+    def restarted(self, state):
+        """Start with this state.json; return `autoSwitch` of /health and the new log lines."""
         put(self.home, "state.json", state)
-        put(self.home, "config.json", json.dumps(config))
-        if mode is not None:
-            self.home.write("mode", mode)
         log = self.home.dir / "logs" / "rrouter.log"
         before = log.stat().st_size
         with Running(self.upstream, home=self.home) as router:
@@ -6177,20 +6093,15 @@ class StateTest(DaemonTestBase):
 
     def test_it_is_kept_or_set_aside_with_a_line(self):
         self.assertEqual(list(self.before["models"]), [self.OPUS])
-        rules = json.loads(json.dumps(DEFAULT_CONFIG).replace("claude-haiku-*", "haiku-*"))
-        threshold = dict(DEFAULT_CONFIG, auto={"failureThreshold": 2})
-        rows = (
-            # what happened meanwhile, state.json, config, mode, kept?
-            ("nothing", self.saved, DEFAULT_CONFIG, None, True),
-            ("the rules were written", self.saved, rules, None, True),
-            ("the auto section was written", self.saved, threshold, None, False),
-            ("the state lost its name", self.saved.replace('"whole"', '"hole"'), DEFAULT_CONFIG,
-             None, False),
-            # last, because its new time stamp stays
-            ("the mode was written", self.saved, DEFAULT_CONFIG, "auto\n", False))
-        for what, state, config, mode, kept in rows:
-            with self.subTest(what):
-                auto, log = self.restarted(state, config, mode)
+        config = json.dumps(DEFAULT_CONFIG)
+        for what, name, content, kept in (
+                ("the rules", "config.json", config.replace("claude-haiku-*", "haiku-*"), True),
+                ("the auto section", "config.json", json.dumps(HASTY_CONFIG), False),
+                ("that section back", "config.json", config, True),
+                ("the mode", "mode", "auto\n", False)):
+            with self.subTest(what + " was written"):
+                put(self.home, name, content)
+                auto, log = self.restarted(self.saved)
                 if not kept:
                     self.assertEqual((auto["switched"], auto["switchCount"], auto["models"]),
                                      (False, 0, {}))
@@ -6206,11 +6117,10 @@ class StateTest(DaemonTestBase):
     def test_clock_set_meanwhile_locks_no_target_out(self):
         """The cooldown left is at most the longest one."""
         for years in (10, -10):
-            with self.subTest(years=years):
-                auto, _ = self.restarted(re.sub(
-                    r"\b\d{10}\.\d+", lambda found: str(float(found[0]) + years * 365 * 86400),
-                    self.saved))
-                self.assertLessEqual(auto["cooldownRemainingSeconds"] or 0, 240 * 60)
+            auto, _ = self.restarted(re.sub(
+                r"\b\d{10}\.\d+", lambda found: str(float(found[0]) + years * 365 * 86400),
+                self.saved))
+            self.assertLessEqual(auto["cooldownRemainingSeconds"] or 0, 240 * 60)
 
 
 LOCK_LINES = (
@@ -6250,13 +6160,12 @@ class LockTest(DaemonTestBase):
         self.assertFalse(other.acquire("cd02"))
         self.assertEqual(other.look(), (os.getpid(), "ab01", rrouter.own_place(), False))
         self.assertEqual(other.look().elsewhere, "")
-        lock.stopping = True
-        lock.renew()
+        lock.renew(stopping=True)
         self.assertTrue(other.look().stopping)
         self.assertTrue(other.look().is_same(rrouter.Holder(os.getpid(), "ab01")))
         self.addCleanup(setattr, socket, "gethostname", socket.gethostname)
         socket.gethostname = lambda: "another name"
-        lock.renew()
+        lock.renew(stopping=False)
         self.assertEqual(other.look().place.split()[0], "another_name")
         lock.release()
         self.assertIsNone(other.look())
@@ -6354,39 +6263,24 @@ class HangUpTest(LoopbackTest):
     def setUp(self):
         self.home = self.make_home(mode="claude")
 
-    @contextlib.contextmanager
-    def serve_in_terminal(self, how):
-        """Run `serve` in a new terminal; yield the process and the other end."""
-        near, far = os.openpty()
-        self.addCleanup(os.close, near)
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                [*PYTHON, "-c", WITH_TERMINAL, how, *PYTHON, compiled(), "serve"],
-                env=self.home.env, stdin=far, stdout=output, stderr=output,
-                start_new_session=True)
-            os.close(far)
-            try:
-                Running.wait_until(lambda: process.poll() or get_health(self.home.port))
-                yield process, near
-            finally:
-                process.kill()
-                process.wait(WAIT_S)
-
-    def log(self):
-        return self.home.read("logs/rrouter.log")
-
-    def test_closed_terminal_ends_it_though_stderr_is_redirected(self):
-        with self.serve_in_terminal("default") as (process, terminal):
-            os.dup2(os.open(os.devnull, os.O_RDONLY), terminal)         # closes it
-            self.assertEqual(process.wait(WAIT_S), 0)
-        self.assertIn("[STOP] SIGHUP: running requests may finish", self.log())
-        self.assertIn("rrouter ends", self.log())
-
-    def test_nohup_outlives_its_terminal(self):
-        with self.serve_in_terminal("nohup") as (process, terminal):
-            os.dup2(os.open(os.devnull, os.O_RDONLY), terminal)
-            Running.wait_until(lambda: "SIGHUP: files read again" in self.log())
-            self.assertEqual(get_health(self.home.port)["pid"], process.pid)
+    def test_closed_terminal_ends_it_unless_nohup_protects_it(self):
+        """The terminal counts although the output is redirected."""
+        for how, line in (("default", "[STOP] SIGHUP: running requests may finish"),
+                          ("nohup", "SIGHUP: files read again")):
+            with self.subTest(how):
+                near, far = os.openpty()
+                process = ending_with(self, self.home.begin(
+                    "-c", WITH_TERMINAL, how, *PYTHON, compiled(), "serve", program=PYTHON,
+                    stdin=far, start_new_session=True))
+                os.close(far)
+                wait_until(lambda: process.poll() or get_health(self.home.port))
+                os.close(near)
+                wait_until(lambda: line in self.home.read("logs/rrouter.log"))
+                if how == "nohup":
+                    self.assertEqual(get_health(self.home.port)["pid"], process.pid)
+                else:
+                    self.assertEqual(process.wait(WAIT_S), 0)
+                    self.assertIn("rrouter ends", self.home.read("logs/rrouter.log"))
 
 
 # Command line #################################################################
@@ -6402,36 +6296,29 @@ USAGE_ERRORS = (
     ("status --nosuch",     "see `rrouter status --help`"),
     ("ag extra",            "see `rrouter antigravity --help`"),
     ("config nosuch",       "see `rrouter config --help`"),
-    ("completion",          "see `rrouter completion --help`"),
+    ("completion",          "required: bash|zsh|fish; see `rrouter completion --help`"),
 )
-NOTHING_RUNS = "(?i)not running|no rrouter is running"
+NOT_RUNNING = "not running: `rrouter start` starts it"
 
 Printed = collections.namedtuple("Printed", "returncode stdout stderr")
 
 
-def run_here(home, *arguments, **env):
+def run_here(home, *arguments, terminal=False, **env):
     """Run a command in this process, which is twenty times faster; a defect raises.
 
     It must neither fork nor serve.  `env` is added to the environment of `home`.
     """
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(home.env, **env)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                status = rrouter.main(list(arguments))
-            except SystemExit as end:
-                status = end.code
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    texts = []
+    out.isatty = err.isatty = lambda: terminal
+    with mock.patch.dict(os.environ, {**home.env, **env}, clear=True), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = rrouter.main(list(arguments))
+        except SystemExit as end:
+            status = end.code
     for stream_ in out, err:
         stream_.flush()
-        texts.append(stream_.detach().getvalue().decode())
-    return Printed(status, *texts)
+    return Printed(status, *(stream_.buffer.getvalue().decode() for stream_ in (out, err)))
 
 
 class CommandTest(LoopbackTest):
@@ -6459,38 +6346,34 @@ class CommandTest(LoopbackTest):
 class CommandLineTest(CommandTest):
 
     def test_exit_statuses_reach_the_shell(self):
-        # command, status
-        rows = ((("version",), 0), (("check",), 1), (("nosuch",), 2), (("status",), 3))
-        for (arguments, status), done in zip(rows, self.home.run_all(*[row[0] for row in rows])):
-            self.assertEqual(done.returncode, status, arguments)
+        statuses = {"version": 0, "check": 1, "nosuch": 2, "status": 3}     # by command
+        done = self.home.run_all(*[(command,) for command in statuses])
+        self.assertEqual([each.returncode for each in done], [*statuses.values()])
 
-    def test_every_name_of_help_prints_the_same_text(self):
+    def test_every_name_of_help_and_version_prints_the_same_text(self):
         texts = {self.run_here(*words, check=0).stdout
                  for words in ((), ("help",), ("-h",), ("--help",))}
         self.assertEqual(len(texts), 1)
         for words in ("edit|reset|path", "config.json", "logs/rrouter.log", "examples"):
             self.assertIn(words, *texts)
-        self.assertFalse(self.home.dir.exists())
-
-    def test_every_name_of_version_prints_it(self):
+        self.assertLessEqual(max(map(len, texts.pop().splitlines())), 80)
         for word in ("version", "-V", "--version"):
             self.assertEqual(self.run_here(word), (0, f"rrouter {rrouter.__version__}\n", ""))
+        self.assertFalse(self.home.dir.exists())
 
     def test_wrong_uses_are_status_2_and_what_to_use_is_named(self):
         for line, words in USAGE_ERRORS:
-            with self.subTest(line):
-                self.assert_fails(self.run_here(*line.split()), 2, re.escape(words))
+            self.assert_fails(self.run_here(*line.split()), 2, re.escape(words))
         self.assert_fails(self.run_here(""), 2, "no command ''")
         self.assertFalse(self.home.dir.exists())
 
     def test_each_command_has_a_help_with_an_example_within_the_terminal(self):
         for row in rrouter.COMMANDS:
-            for width in ("80", "60"):
-                with self.subTest(row.name, width=width):
-                    text = self.run_here("help", row.name, check=0, COLUMNS=width).stdout
-                    self.assertRegex(text, r"\Ausage: rrouter %s" % row.name)
-                    self.assertRegex(text, r"(?m)^example: .*rrouter %s" % row.name)
-                    self.assertLessEqual(max(map(len, text.splitlines())), int(width))
+            with self.subTest(row.name):
+                text = self.run_here("help", row.name, check=0, COLUMNS="60").stdout
+                self.assertRegex(text, r"\Ausage: rrouter %s" % row.name)
+                self.assertRegex(text, r"(?m)^example: .*rrouter %s" % row.name)
+                self.assertLessEqual(max(map(len, text.splitlines())), 60)
             for word in (row.name, *row.aliases):
                 self.assertEqual(self.run_here(word, "--help", COLUMNS="60").stdout, text)
 
@@ -6504,56 +6387,49 @@ class CommandLineTest(CommandTest):
         script = self.run_here("completion", "bash").stdout + ask
         for line, offered in (("st", "start stop status"), ("status --", "--json --watch"),
                               ("config e", "edit"), ("stop ", ""), ("mode c", "claude"),
-                              ("help exp", "explain")):
+                              ("help exp", "explain"), ("completion b", "bash")):
             words = ["rrouter", *line.split(" ")]
             done = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True)
             self.assertEqual((done.stdout.decode(), done.stderr), (offered + "\n", b""), line)
 
     def test_colours_are_for_terminals_unless_the_environment_says_otherwise(self):
-        for env, colours in (
-                ({}, False), ({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "0"}, False),
-                ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)):
+        for env, in_pipe, on_terminal in (
+                ({}, False, True), ({"FORCE_COLOR": "1"}, True, True),
+                ({"FORCE_COLOR": "0", "TERM": "dumb"}, False, False),
+                ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False, False)):
             for command, word in (("check", "fail"), ("claude", "claude"), ("status", "claude")):
-                with self.subTest(command, env=env):
-                    self.assertEqual("m%s\033[0m" % word in self.run_here(command, **env).stdout,
-                                     colours)
+                for terminal, colours in ((False, in_pipe), (True, on_terminal)):
+                    with self.subTest(command, env=env, terminal=terminal):
+                        done = self.run_here(command, terminal=terminal, **env)
+                        self.assertEqual("m%s\033[0m" % word in done.stdout, colours)
 
-    def test_nothing_is_wider_than_the_terminal(self):
-        for width in (80, 60):
-            for command in ("help", "check", "status", "explain claude-opus-5-5"):
-                with self.subTest(command, width=width):
-                    lines = self.run_here(*command.split(), COLUMNS=str(width)).stdout.splitlines()
-                    self.assertLessEqual(max(len(line) for line in lines if "/rrouter" not in line),
-                                         80 if command == "help" else width)
-
-    MODES = (
-        # command,            mode
-        (("antigravity",),    "antigravity"),
-        (("claude",),         "claude"),
-        (("ag",),             "antigravity"),
-        (("c",),              "claude"),
-        (("auto",),           "auto"),
-        (("mode", "two"),     "two"),
-        (("a",),              "auto"),
-        (("mode", "ONE"),     "one"),
-    )
+    def test_only_a_terminal_gets_lines_that_fit_into_it(self):
+        for command, columns, width in (("check", 100, 80), ("explain claude-opus-5-5", 60, 60),
+                                        ("mode nosuch", 60, 60)):
+            for terminal in (True, False):
+                with self.subTest(command, terminal=terminal):
+                    done = self.run_here(*command.split(), terminal=terminal, NO_COLOR="1",
+                                         COLUMNS=str(columns))
+                    lines = [line for line in (done.stdout + done.stderr).splitlines()
+                             if "/rrouter" not in line]
+                    self.assertEqual(max(map(len, lines)) <= width, terminal)
 
     def test_every_name_of_a_mode_sets_it(self):
         board = switchboard(0)
         board["modes"].update(antigravity={"mappings": []}, claude={"mappings": []})
         self.home.write("config.json", json.dumps(board))
-        for arguments, mode in self.MODES:
-            with self.subTest(arguments):
-                done = self.run_here(*arguments, check=0)
-                self.assertEqual(self.home.read("mode"), mode + "\n")
-                self.assertIn(mode, done.stdout)
-                self.assertRegex(done.stdout, NOTHING_RUNS)
+        for command, mode in (("antigravity", "antigravity"), ("claude", "claude"), ("a", "auto"),
+                              ("ag", "antigravity"), ("c", "claude"), ("auto", "auto"),
+                              ("mode two", "two"), ("mode ONE", "one")):
+            done = self.run_here(*command.split(), check=0)
+            self.assertEqual(self.home.read("mode"), mode + "\n")
+            self.assertEqual(done.stdout, f"mode {mode} (written; daemon {NOT_RUNNING})\n")
         self.assertEqual(self.run_here("mode", check=0).stdout, "one\n")
 
     def test_an_unknown_mode_is_refused_and_the_known_ones_are_named(self):
         self.home.write("mode", "claude\n")
-        self.assert_fails(self.run_here("mode", "antigravty", COLUMNS="40"), 1, "antigravity, "
-                          "claude, auto", "did you mean 'antigravity'")
+        self.assert_fails(self.run_here("mode", "nosuch"), 1, r"mode 'nosuch' is not defined by "
+                          r"config\.json \(defined: antigravity, claude, auto\)")
         self.home.write("config.json", altered("auto.targets", ["claude", "nosuch"]))
         self.assert_fails(self.run_here("auto"), 1, r"config\.json: auto\.targets")
         self.home.write("config.json", "{")
@@ -6562,75 +6438,62 @@ class CommandLineTest(CommandTest):
 
     def test_a_mode_file_that_cannot_be_used_is_named(self):
         self.home.write("mode", "nosuch\n")
-        self.assertRegex(self.run_here("mode").stderr, "mode 'nosuch' is not defined")
-        self.assertRegex(self.run_here("status", check=3).stdout, "problem: .*'nosuch'")
+        self.assertRegex(self.run_here("mode").stderr, "rrouter: mode: 'nosuch' is not defined by "
+                         r"config\.json \(defined: antigravity, claude, auto\); claude is in force")
+        self.assertRegex(self.run_here("status", check=3).stdout, "problem: +mode: 'nosuch' is not")
 
-    def test_fresh_files_are_private(self):
-        mask = os.umask(0)
-        try:
-            self.run_here("config", "reset", check=0)
-            self.file.write_text("{")
-            for words in (("config", "reset"), ("claude",)):
-                self.run_here(*words, check=0)
-        finally:
+    def test_fresh_files_are_private_and_readable_whatever_the_umask(self):
+        self.addCleanup(os.umask, os.umask(0))
+        for mask in (0, 0o777):
             os.umask(mask)
-        self.assertEqual(stat.S_IMODE(self.home.dir.stat().st_mode), 0o700)
-        names = sorted(path.name.partition("-")[0] for path in self.home.dir.iterdir())
-        self.assertLessEqual({"mode", "config.json", "config.json.bak"}, set(names))
+            for words in (("config", "reset"), ("claude",), ("mode",), ("config",)):
+                self.run_here(*words, check=0)
+            self.file.write_text("{")
         for path in self.home.dir.iterdir():
             self.assertEqual(stat.S_IMODE(path.stat().st_mode),
                              0o700 if path.is_dir() else 0o600, path.name)
 
     def test_commands_say_that_nothing_runs(self):
-        done = self.run_here("status", check=3)
-        self.assertRegex(done.stdout, NOTHING_RUNS)
-        self.assertIn("claude", done.stdout)
-        done = self.run_here("status", "--json", check=3)
-        self.assertEqual(done.stdout, "")
-        self.assertRegex(done.stderr, NOTHING_RUNS)
-        self.assertRegex(self.run_here("stop", check=0).stdout, NOTHING_RUNS)
+        self.assertEqual(self.run_here("status", check=3).stdout,
+                         f"mode:     claude\ndaemon:   {NOT_RUNNING}\n")
+        self.assertEqual(self.run_here("status", "--json"), (3, "", f"rrouter: {NOT_RUNNING}\n"))
+        self.assertEqual(self.run_here("stop"), (0, "rrouter is not running\n", ""))
         for name in ("check", "--check", "health"):
-            *checks, last = self.run_here(name, check=1).stdout.split("\n\n")
-            self.assertRegex(*checks, r"(?m)^fail  daemon: not running")
-            self.assertRegex(*checks, r"(?m)^fail  upstream: http://127\.0\.0\.1:9 ")
+            checks, last = self.run_here(name, check=1).stdout.split("\n\n")
+            self.assertRegex(checks, r"(?m)^fail  daemon: not running")
+            self.assertRegex(checks, r"(?m)^fail  upstream: http://127\.0\.0\.1:9 ")
             self.assertRegex(last, r"\A\d checks: 3 ok, 1 warn, 2 fail; begin with daemon\n\Z")
-            for line in checks[0].splitlines():
+            for line in checks.splitlines():
                 self.assertRegex(line, r"^(ok|warn|fail)\b")
 
     def test_an_output_that_cannot_be_written_gives_no_traceback(self):
         reader, writer = os.pipe()
         os.close(reader)
-        outputs = [("closed pipe", writer)]
-        if os.path.exists("/dev/full"):
-            outputs.append(("full", os.open("/dev/full", os.O_WRONLY)))
-        for label, output in outputs:
-            with self.subTest(label):
-                done = self.home.run("config", stdout=output, timeout=WAIT_S * 2)
-                os.close(output)
-                self.assertNotIn("Exception ignored", done.stderr)
-                self.assertEqual(done.returncode, 1, done)
+        full = [os.open("/dev/full", os.O_WRONLY)] if os.path.exists("/dev/full") else []
+        for output in (writer, *full):
+            done = self.home.run("config", stdout=output, timeout=WAIT_S * 2)
+            os.close(output)
+            self.assertNotIn("Exception ignored", done.stderr)
+            self.assertEqual((done.returncode, "output: " in done.stderr), (1, output != writer))
 
     def test_closed_standard_streams_give_no_traceback(self):
         for closed in (">&-", ">&- 2>&-", "<&-"):
-            with self.subTest(closed):
-                self.home.run(check=0, program=[
-                    "/bin/sh", "-c", 'exec "$0" "$@" claude ' + closed, *PYTHON, compiled()])
-                self.assertEqual(self.home.read("mode"), "claude\n")
+            done = self.home.run(check=0, program=[
+                "/bin/sh", "-c", 'exec "$0" "$@" claude ' + closed, *PYTHON, compiled()])
+            self.assertEqual((self.home.read("mode"), done.stderr), ("claude\n", ""))
 
     def test_a_home_that_cannot_be_used_is_named(self):
         """Permissions do not stop root, so a file stands where the directory should be."""
         (self.home.root / ".rrouter").touch()
-        commands = ("serve",), ("start",), ("claude",), ("config", "reset"), ("config", "edit")
-        done = self.home.run_all(*commands[:2], timeout=WAIT_S * 2)
-        done += [self.run_here(*arguments, EDITOR="true") for arguments in commands[2:]]
+        done = self.home.run_all(("serve",), ("start",), timeout=WAIT_S * 2)
+        done += [self.run_here(*command.split(), EDITOR="true")
+                 for command in ("claude", "config reset", "config edit")]
         done.append(self.home.run("start", env={"HOME": str(self.home.root / ".rrouter")}))
-        for arguments, ended in zip([*commands, ("start",)], done):
-            with self.subTest(arguments):
-                self.assertEqual(ended.returncode, 1, ended)
-                self.assertRegex(ended.stderr, r"(?m)^rrouter: .*\.rrouter")
-        for arguments in (("status",), ("check",), ("stop",), ("config",), ("mode",)):
-            with self.subTest(arguments):
-                self.assertIn(self.run_here(*arguments).returncode, (0, 1, 3))
+        for ended in done:
+            self.assertEqual(ended.returncode, 1, ended)
+            self.assertRegex(ended.stderr, r"(?m)^rrouter: .*\.rrouter")
+        for command in ("status", "check", "stop", "config", "mode"):
+            self.assertIn(self.run_here(command).returncode, (0, 1, 3), command)
         self.assertEqual((self.home.root / ".rrouter").read_text(), "")
 
     def test_a_home_that_is_missing_or_relative_does_no_harm(self):
@@ -6642,82 +6505,51 @@ class CommandLineTest(CommandTest):
                           "HOME=here: expected the absolute path")
 
 
-# Runs commands of rrouter, found in the directory argv[1], many times: each time in a child that
-# gets SIGINT at another moment, the n-th call of a function since `main` was called.  Prints the
-# outcomes.  argv[3] is the statement that calls `main` in the program.
+# Runs `rrouter claude`, found in the directory argv[1].  SIGINT comes with call number argv[2]
+# since `main` was called; with -1 it does not, and stderr gets the number of calls.  argv[3] is
+# the statement that calls `main` in the program.
 INTERRUPTER = """
-import json, os, signal, sys, tempfile
-directory, some, last, *commands = sys.argv[1:]
+import atexit, os, signal, sys
+directory, moment, last = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.default_int_handler)    # the tests may ignore it
 sys.path.insert(0, directory)
 import rrouter
-names = dict(vars(rrouter), __name__="__main__")
+sys.argv, calls = ["rrouter", "claude"], -1
 
-def run(moment):
-    with tempfile.TemporaryFile() as output:
-        child = os.fork()
-        if not child:
-            play(moment, output)
-            sys.exit()
-        status = os.waitpid(child, 0)[1]
-        output.seek(0)
-        return (os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status),
-                output.read().decode())
+def count(frame, event, _):
+    global calls
+    if "call" in event and (calls >= 0 or frame.f_code.co_name == "main"):
+        calls += 1
+        if str(calls) == moment:
+            sys.setprofile(None)
+            os.kill(os.getpid(), signal.SIGINT)
 
-def play(moment, output):
-    calls = None
-
-    def count(frame, event, _):
-        nonlocal calls
-        if calls is None and frame.f_code.co_name == "main":
-            calls = 0
-        if calls is not None and "call" in event:
-            calls += 1
-            if calls == moment:
-                sys.setprofile(None)
-                os.kill(os.getpid(), signal.SIGINT)
-            elif moment is None:
-                os.pwrite(output.fileno(), b"%d" % calls, 0)
-
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)
-    os.dup2(null if moment is None else output.fileno(), 2)
-    sys.setprofile(count)
-    exec(last, names)
-
-for command in commands:
-    sys.argv = ["rrouter", command]
-    total = int(run(None)[1])
-    moments = {1, 2, *range(3, total, total // int(some)), *range(total - 4, total + 3)}
-    print(json.dumps([total, [(moment, *run(moment)) for moment in sorted(moments)]]))
+if moment == "-1":
+    atexit.register(lambda: os.write(2, b"%d" % calls))
+sys.setprofile(count)
+exec(last, dict(vars(rrouter), __name__="__main__"))
 """
 
 
 class InterruptTest(CommandTest):
     """Ctrl-C at any moment of a command, also the last: it ends and prints nothing."""
 
-    MOMENTS = 300 if SOAKING else 5
-
     def test_no_moment_shows_a_traceback(self):
-        if SOAKING:
-            print("soak: Ctrl-C at some %d moments of two commands" % self.MOMENTS, file=sys.stderr)
-        own = {"nosuch": 2, "claude": 0}        # command: its status without Ctrl-C
         last = re.search(r"(?m)^if __name__ == .*\n(?:(?: .*)?\n?)*\Z", RROUTER_TEXT).group()
-        done = self.home.run("-c", INTERRUPTER, os.path.dirname(compiled()), str(self.MOMENTS),
-                             last, *own, program=PYTHON, timeout=WAIT_S * (60 if SOAKING else 3),
-                             check=0)
-        outcomes = [json.loads(line) for line in done.stdout.splitlines()]
-        self.assertEqual(len(outcomes), len(own))
-        for command, (total, moments) in zip(own, outcomes):
-            self.assertGreater(len(moments), self.MOMENTS)
-            for moment, status, printed in moments:
-                if printed.startswith("Exception ignored in: <function _get_module_lock"):
-                    continue        # Python's import swallowed it in a callback
-                with self.subTest(command, moment=moment):
-                    self.assertNotRegex(
-                        printed, "Traceback|Exception ignored|KeyboardInterrupt")
-                    ends = (130, -signal.SIGINT, own[command] if moment > total - 5 else 130)
-                    self.assertIn(status, ends)
+
+        def run(moment):
+            return self.home.run("-c", INTERRUPTER, os.path.dirname(compiled()), str(moment), last,
+                                 program=PYTHON)
+
+        total = int(run(-1).stderr)
+        step = total // (300 if SOAKING else 5)
+        for moment in (1, 2, *range(3, total, step), *range(total - 4, total + 3)):
+            done = run(moment)
+            if done.stderr.startswith("Exception ignored in: <function _get_module_lock"):
+                continue        # Python's import swallowed it in a callback
+            with self.subTest(moment=moment):
+                self.assertEqual(done.stderr, "")
+                self.assertIn(done.returncode, (130, -signal.SIGINT, *[0] * (moment > total - 5)))
 
 
 EDITOR = """#!/bin/sh
@@ -6749,58 +6581,50 @@ class ConfigCommandTest(CommandTest):
     def assert_defaults(self, file=None):
         self.assertEqual(json.loads((file or self.file).read_text()), DEFAULT_CONFIG)
 
-    def test_config_prints_json_alone_on_stdout(self):
+    def test_config_prints_the_config_in_force_as_json_alone_on_stdout(self):
         done = self.run_here("config", check=0, RROUTER_PORT="abc", RROUTER_UPSTREAM="ftp://x")
         self.assertEqual(json.loads(done.stdout), DEFAULT_CONFIG)
-        self.assertIn(str(self.file), done.stderr)
-        self.assertEqual(self.run_here("config", "path"), (0, str(self.file) + "\n", ""))
-
-    def test_config_prints_the_config_in_force(self):
+        self.assertEqual(done.stderr, f"{self.file} (does not exist: these are the defaults)\n")
+        self.assertEqual(self.run_here("config", "path"), (0, f"{self.file}\n", ""))
         config = switchboard(3, auto={"targets": ["two", "one"], "failureThreshold": 1})
-        self.home.write("config.json", json.dumps(config))
-        printed = json.loads(self.run_here("config", check=0).stdout)
+        self.home.write("config.json", json.dumps({**config, "odd": 1}))
+        done = self.run_here("config", check=0)
+        self.assertRegex(done.stderr, r"\A%s\nrrouter: config\.json: odd: unknown" % self.file)
+        printed = json.loads(done.stdout)
         self.assertEqual(printed["modes"], config["modes"])
         self.assertEqual(printed["auto"], {**DEFAULT_CONFIG["auto"], **config["auto"]})
 
-    def test_edit_begins_with_the_defaults(self):
+    def test_edit_begins_with_the_defaults_in_the_editor_of_the_user_or_in_vi(self):
         done = self.edit("/nonexistent", VISUAL="'%s' -w" % self.editor)
-        self.assertEqual(done.returncode, 0, done)
+        self.assertEqual(done, (0, f"{self.file} is valid\n", ""))
         self.assertEqual((self.home.root / "arguments").read_text().splitlines(),
                          [str(self.editor), "-w", str(self.file)])
         self.assert_defaults(self.home.root / "given")
         self.assertEqual(stat.S_IMODE(self.file.stat().st_mode), 0o600)
-
-    def test_edit_falls_back_to_vi(self):
-        programs = self.home.root / "bin"
-        programs.mkdir()
-        shutil.copy(str(self.editor), str(programs / "vi"))
+        self.editor.rename(self.home.root / "vi")
+        path = "%s:%s" % (self.home.root, self.home.env["PATH"])
         for env in ({"VISUAL": "", "EDITOR": ""}, {}):
-            with self.subTest(env):
-                path = "%s:%s" % (programs, self.home.env["PATH"])
-                self.run_here("config", "edit", check=0, PATH=path, **env)
-                used = (self.home.root / "arguments").read_text().splitlines()[0]
-                self.assertEqual(os.path.basename(used), "vi")
+            self.run_here("config", "edit", check=0, PATH=path, **env)
+            used = (self.home.root / "arguments").read_text().splitlines()[0]
+            self.assertEqual(used, str(self.home.root / "vi"))
 
     def test_edit_judges_the_result(self):
         for new, status, pattern in (
                 (json.dumps(switchboard(1)), 0, r"\A\Z"),
-                ("{", 1, r"config\.json.*1:2"),
-                (altered("auto.failureThreshold", "3"), 1, r"auto\.failureThreshold")):
-            with self.subTest(new):
-                done = self.edit(NEW=new)
-                self.assertEqual(done.returncode, status, done)
-                self.assertRegex(done.stderr, pattern)
-                self.assertEqual(self.file.read_text(), new)
+                (json.dumps({**switchboard(1), "odd": 1}), 0, r"config\.json: odd: unknown"),
+                ("{", 1, r"config\.json.*1:2")):
+            done = self.edit(NEW=new)
+            self.assertEqual(done.returncode, status, done)
+            self.assertRegex(done.stderr, pattern)
+            self.assertEqual(self.file.read_text(), new)
 
     def test_an_editor_that_fails_is_named(self):
-        for command, pattern in ((None, "7"), ("/nonexistent/editor -w", "/nonexistent/editor"),
-                                 ("'unbalanced", "unbalanced"), ("'%s'" % self.home.root, "")):
-            with self.subTest(command):
-                done = self.edit(command, CODE="7")
-                self.assert_fails(done, 1, "rrouter: .*%s" % pattern)
+        for command, words in ((None, "status 7"), ("/no/editor -w", "/no/editor -w: no such file"),
+                               ("'unbalanced", "'unbalanced: "), ("'%s'" % self.home.root, "")):
+            self.assert_fails(self.edit(command, CODE="7"), 1, "rrouter: editor .*" + words)
 
     def test_reset_keeps_each_file_it_replaces_but_none_that_equals_the_defaults(self):
-        for text in (None, None, json.dumps(DEFAULT_CONFIG)):
+        for text in (None, json.dumps(DEFAULT_CONFIG, indent=1)):
             if text:
                 self.file.write_text(text)
             self.run_here("config", "reset", check=0)
@@ -6843,24 +6667,13 @@ class CopiedFileTest(LoopbackTest):
         shutil.copy(RROUTER, str(folder / "rrouter"))
         for name in ("argparse", "calendar", "email", "json", "socket", "zlib"):
             (folder / f"{name}.py").write_text("raise SystemExit('imported')\n")
-        for command in ("version", "help", "config", "mode", "start", "status", "check", "stop"):
-            with self.subTest(command):
-                done = subprocess.run([*PYTHON, str(folder / "rrouter"), command], text=True,
-                                      env=home.env, stdin=subprocess.DEVNULL, timeout=60,
-                                      capture_output=True)
-                self.assertNotIn("imported", done.stdout + done.stderr)
-                self.assertEqual(done.returncode, int(command == "check"), done)
+        for command in ("help", "config", "start", "check", "stop"):
+            done = home.run(command, program=[*PYTHON, str(folder / "rrouter")],
+                            check=int(command == "check"))
+            self.assertNotIn("imported", done.stdout + done.stderr)
 
 
 class EnvironmentTest(CommandTest):
-    """Values are judged by ReadEnvironmentTest; these commands need them."""
-
-    def test_an_odd_umask_keeps_the_files_readable(self):
-        shell = ["/bin/sh", "-c", 'umask 0777; exec "$@"', "sh", *PYTHON, RROUTER]
-        for command in (("ag",), ("config", "reset"), ("mode",), ("config",)):
-            self.home.run(*command, program=shell, check=0)
-        for name in ("mode", "config.json"):
-            self.assertEqual(stat.S_IMODE((self.home.dir / name).stat().st_mode), 0o600)
 
     def test_an_unknown_mode_is_shown_and_written_in_any_script_and_locale(self):
         locales = {}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -6878,9 +6691,9 @@ class EnvironmentTest(CommandTest):
     def test_a_link_that_leads_nowhere_is_named_as_such(self):
         for target in ("nowhere", ".rrouter"):
             self.home.dir.symlink_to(target)
-            for command in ("start", "ag"):
-                self.assert_fails(self.home.run(command), 1, r"\.rrouter: .*leads nowhere: remove")
-            self.assertIn("not running", self.home.run("status", check=3).stdout)
+            for done in (self.home.run("start"), self.run_here("ag")):
+                self.assert_fails(done, 1, r"\.rrouter: .*leads nowhere: remove")
+            self.assertIn("not running", self.run_here("status", check=3).stdout)
             self.home.dir.unlink()
 
     def test_a_terminal_that_is_gone_only_silences_the_echo(self):
@@ -6894,11 +6707,9 @@ class EnvironmentTest(CommandTest):
         self.assertEqual(process.wait(WAIT_S), 0)
 
     def test_a_bad_value_ends_serve_start_and_restart_with_status_2(self):
-        commands = ("serve",), ("start",), ("restart",)
-        ended = self.home.run_all(*commands, env={"RROUTER_PORT": "abc"}, timeout=WAIT_S * 2)
-        for arguments, done in zip(commands, ended):
-            with self.subTest(arguments):
-                self.assert_fails(done, 2, "RROUTER_PORT=abc: .*65535")
+        for command in ("serve", "start", "restart"):
+            self.assert_fails(self.run_here(command, RROUTER_PORT="abc"), 2,
+                              "RROUTER_PORT=abc: .*65535")
         self.assertEqual(processes(self.home), [])
 
 
@@ -6932,13 +6743,9 @@ class DemoTest(LoopbackTest):
                 *self.arguments, "--stay", program=PYTHON, stdout=subprocess.PIPE,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)))
             with process.stdout:
-                printed = b""
-                while b"curl" not in printed:
-                    line = process.stdout.readline()
-                    self.assertTrue(line, printed)
-                    printed += line
-                url = re.search(rb"ANTHROPIC_BASE_URL=http://127.0.0.1:(\d+) ", printed)
-                self.assertEqual(get_health(int(url.group(1)))["mode"], "auto")
+                found = (re.search(rb"curl http://127.0.0.1:(\d+)/", line)
+                         for line in process.stdout)
+                self.assertEqual(get_health(int(next(filter(None, found))[1]))["mode"], "auto")
                 process.send_signal(number)
                 self.assertEqual(process.wait(WAIT_S), status)
             self.assertEqual(list(self.home.root.iterdir()), [])
@@ -6975,8 +6782,7 @@ class AutoCommandTest(AutoTest):
         self.assertIn("cleared: cooldown of antigravity (429, 30m)\n", self.say("claude"))
 
     def test_explain_needs_no_request_for_a_name_that_is_given(self):
-        self.assertRegex(self.say("explain", "other"),
-                         "auto: +no rescue, because both targets get the same name")
+        self.assertRegex(self.say("explain", "other"), "auto: +no rescue, because both targets get")
         self.assertRegex(self.say("explain", SONNET), "auto: +antigravity\n")
 
     def test_watch_draws_the_status_anew_until_it_is_interrupted(self):
@@ -7009,18 +6815,22 @@ class LogsTest(CommandTest):
         self.assertEqual(self.run_here("logs", check=0).stdout.split()[::3],
                          [*map(str, range(30, 40))])
 
-    def test_it_follows_over_rotation_and_truncation(self):
+    def test_it_follows_over_rotation(self):
         (self.home.dir / "logs").mkdir(parents=True)
+        self.home.write("logs/rrouter.log", "old [AUTO]\n")
         log = self.home.dir / "logs" / "rrouter.log"
-        log.write_bytes(b"old\n")
-        steps = (lambda: log.write_bytes(b"old\none\ntw"),
-                 lambda: log.write_bytes(b"old\none\ntwo\n"),
-                 lambda: (log.rename(log.with_suffix(".log.1")), log.write_bytes(b"three\n")),
-                 lambda: log.write_bytes(b"4\n"))
-        with mock.patch.object(rrouter.time, "sleep", side_effect=(step() for step in steps)), \
-                contextlib.closing(rrouter.follow(str(log))) as lines:
-            self.assertEqual([next(lines) for _ in range(4)],
-                             [b"one\n", b"two\n", b"three\n", b"4\n"])
+        process = ending_with(self, self.home.begin("logs", "-f", "--auto", stdout=subprocess.PIPE))
+        with process.stdout as lines:
+            self.assertEqual(lines.readline(), b"old [AUTO]\n")
+            with log.open("a") as file:
+                file.write("one [AUTO]\nother\n")
+            self.assertEqual(lines.readline(), b"one [AUTO]\n")
+            log.rename(log.with_suffix(".log.1"))
+            self.home.write("logs/rrouter.log", "two [AUTO]\n")
+            self.assertEqual(lines.readline(), b"two [AUTO]\n")
+            process.send_signal(signal.SIGINT)
+            self.assertEqual((lines.read(), process.wait(WAIT_S)), (b"", 130))
+        self.assertEqual(processes(self.home), [])
 
 
 class StartReportTest(LoopbackTest):
@@ -7042,6 +6852,9 @@ class StartReportTest(LoopbackTest):
         home.env["RROUTER_UPSTREAM"] = upstream.url
         self.assertRegex(home.run("restart", check=0).stdout,
                          r"\A.*stopped.*\n.*runs on.*\nupstream: %s, reachable\n\Z" % upstream.url)
+        again = home.run("start", check=0, env={"RROUTER_PORT": "abc"}).stdout
+        self.assertRegex(again, r"(?s)already running .*, reachable\nnote:     RROUTER_PORT=abc: "
+                                r"expected [^\n]*\nnext:     rrouter check\n\Z")
 
     def test_only_what_cliproxyapi_repeats_by_itself_is_a_late_failure(self):
         for fault, status, took_s, is_late in (
@@ -7058,7 +6871,7 @@ class StartReportTest(LoopbackTest):
         self.assertEqual(router.post().status, 429)
         words = "CLIProxyAPI waited 0 s before this 429; set max-retry-interval: 8"
         self.assertIn(words, run_here(router.home, "status").stdout)
-        wait_until(lambda: "[SLOW] #1 antigravity: " + words in router.log())
+        wait_until(lambda: f"({words})\n" in router.log())
 
 
 # Check ########################################################################
@@ -7087,11 +6900,11 @@ class CheckTest(RouterTest):
         self.upstream.default = lambda request: (
             self.models if request.target.startswith("/v1/models") else Response())
 
-    def settings(self, env=None, text=None):
+    def settings(self, value):
         """Write Claude Code's settings.json: this `env`, or this text."""
         path = self.home.root / ".claude" / "settings.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"env": env}) if text is None else text)
+        path.write_text(value if isinstance(value, str) else json.dumps({"env": value}))
 
     def check(self, *patterns, **env):
         """Run it; see that status and lines agree and that each pattern is found.
@@ -7104,21 +6917,19 @@ class CheckTest(RouterTest):
             self.assertRegex(done.stdout, "(?m)^" + pattern)
         bad = re.findall(r"(?m)^(?:warn|fail) .*", done.stdout)
         self.assertEqual(done.returncode, any(line.startswith("fail") for line in bad), done.stdout)
-        begin = re.search(r"\n\n\d checks: .*? fail(; begin with .*)?\n\Z", done.stdout).group(1)
         first = next((line for line in bad if line.startswith("fail") == done.returncode), "")
-        self.assertEqual(begin, first and "; begin with " + first[6:].partition(": ")[0] or None)
+        begin = first and "; begin with " + first[6:].partition(": ")[0]
+        self.assertRegex(done.stdout, r"\n\n\d checks: .* fail%s\n\Z" % begin)
         return bad
 
     def test_a_sound_setup_is_ok_in_every_line(self):
         self.assertEqual(self.check(r"ok +upstream: .* accepts the key", r"ok +config: ",
                                     ANTHROPIC_BASE_URL=self.url), [])
-        self.assertEqual({request.method for request in self.upstream.received}, {"GET"})
-        for request in self.upstream.received:
-            self.assertEqual(request.target, "/v1/models")
-            self.assertEqual(request.header("authorization"), "Bearer sk-secret-token")
-            names = " ".join(name.lower() for name, _ in request.fields)
-            self.assertNotIn("anthropic", names)        # with those the upstream disguises names
-            self.assertNotIn("claude-cli", request.header("user-agent") or "")
+        request, = self.upstream.received
+        self.assertEqual((request.method, request.target), ("GET", "/v1/models"))
+        self.assertEqual(request.header("authorization"), "Bearer sk-secret-token")
+        # With Anthropic's headers the upstream disguises names.
+        self.assertNotRegex(str(request.fields), "(?i)anthropic|claude-cli")
 
     def test_proxies_of_the_environment_are_ignored(self):
         self.assertEqual(self.rrouter.post().status, 200)
@@ -7126,30 +6937,27 @@ class CheckTest(RouterTest):
         self.assertEqual(json.loads(done.stdout)["pid"], self.rrouter.process.pid)
 
     CLIENTS = (
-        # settings.json,          shell,                 level,  words
-        ("here/@claude",          "",                    "ok",   "claude code: .*/@claude, by"),
-        ("here/v1",               "",                    "warn", "claude code: .*/v1, .*not work"),
-        ("here/@claude/v1",       "",                    "warn", "claude code: .*/v1, .*not work"),
-        ("https://localhost:%d",  "",                    "warn", "claude code: https:.*not work"),
-        ("http://localhost:1",    "",                    "warn", "claude code: goes elsewhere"),
-        ("http://u:word@h:1",     "",                    "warn", r"claude code: .*\*\*\*@h:1, by"),
-        ("{",                     "",                    "warn", "claude code: .*json: not JSON"),
-        ('{"env": 7}',            "",                    "warn", "claude code: set "),
-        ("{}",                    "",                    "warn", "claude code: set "),
-        ("{}",                    "here",                "ok",   "claude code: .* by this shell"),
-        ("here",                  "http://localhost:1/", "warn", "shell: .*points elsewhere"),
-        ("here",                  "http://u:word@h:1",   "warn", r"shell: .*=http://\*\*\*@h:1 p"),
+        # settings.json,          shell,   level,  words after "claude code: "
+        ("here/@claude",          "",      "ok",   "goes to .*/@claude, by"),
+        ("here/v1",               "",      "warn", "http.*/v1, by .* lead here: .*only /@MODE"),
+        ("here/@claude/v1",       "",      "warn", "http.*8?/@claude/v1, by"),
+        ("https://localhost:%d",  "",      "warn", "https:"),
+        ("http://localhost:1",    "",      "warn", "http://localhost:1, by"),
+        ("http://u:word@h:1",     "",      "warn", r"http://\*\*\*@h:1, by"),
+        ("http://u:word@h:odd",   "",      "warn", r"http://\*\*\*@h:odd, by"),
+        ("{",                     "",      "warn", "cannot read .*json: not JSON"),
+        ('{"env": 7}',            "",      "warn", "set "),
+        ("{}",                    "",      "warn", "set "),
+        ("{}",                    "here",  "ok",   "goes .* by this shell"),
+        ("here",                  "other", "ok",   "goes .* by /"),
     )
 
     def test_a_client_that_points_elsewhere_is_named(self):
         for settings, shell, level, words in self.CLIENTS:
             with self.subTest(settings=settings, shell=shell):
-                settings = settings.replace("%d", str(self.rrouter.port))
-                if settings[0] in "{[":
-                    self.settings(text=settings)
-                else:
-                    self.settings({"ANTHROPIC_BASE_URL": settings.replace("here", self.url)})
-                bad = self.check("%s +%s" % (level, words), NO_PROXY="*",
+                url = settings.replace("here", self.url).replace("%d", str(self.rrouter.port))
+                self.settings(url if url[0] == "{" else {"ANTHROPIC_BASE_URL": url})
+                bad = self.check("%s +claude code: %s" % (level, words), NO_PROXY="*",
                                  ANTHROPIC_BASE_URL=shell.replace("here", self.url))
                 self.assertEqual(len(bad), level == "warn", bad)
                 self.assertNotIn("word", "".join(bad))
@@ -7197,17 +7005,18 @@ class CheckTest(RouterTest):
             self.check("fail  upstream: .*verify failed: .*private CA.* SSL_CERT_FILE")
 
     def test_names_the_upstream_does_not_know_come_with_one_block_of_aliases(self):
-        opus, flash, none = "claude-opus-4-6-thinking", "gemini-3-flash", "AN-ID-OF-ANTIGRAVITY"
-        for owner, ids, head in (("antigravity", (flash, opus), ", claude-sonnet-4-6, gemini-3-"),
-                                 ("anthropic", (none, none), "none is listed: log in")):
-            listed = list_models(LISTED[0], opus, "claude-sonnet-4-6", flash, owner=owner).chunks[0]
+        opus, none = "claude-opus-4-6-thinking", "AN-ID-OF-ANTIGRAVITY"
+        flash, other = "gemini-3-flash", "claude-sonnet-4-6"
+        for owner, ids, words in (("antigravity", (flash, opus), f"{opus}, {other}, {flash}"),
+                                  ("anthropic", (none, none), "none is listed: log in")):
+            listed = list_models(LISTED[0], opus, other, flash, owner=owner).chunks[0]
             (level, text), = rrouter.check_models(rrouter.config_of(None), listed)
             first, *lines = text.split("\n")
             self.assertIn("does not know %s, %s (400" % (LISTED[2], LISTED[1]), first)
-            self.assertIn(head, first)
+            self.assertIn(words, first)
             entries = []
             for known, alias in zip(ids, (LISTED[2], LISTED[1])):
-                entries += ['- name: "%s"' % known, '  alias: "%s"' % alias]
+                entries += [f'- name: "{known}"', f'  alias: "{alias}"']
                 entries += ["  fork: true"] * (known != opus)
             self.assertEqual((level, lines), ("warn", [" " * 8 + line for line in (
                 "# version 7", "oauth-model-alias:", "  antigravity:",
@@ -7220,9 +7029,7 @@ class CheckTest(RouterTest):
         done = run_here(self.home, "check", "--json")
         report = json.loads(done.stdout)
         self.assertEqual((done.returncode, report["status"]), (1, "fail"))
-        rows = {row["check"]: row for row in report["checks"]}
-        self.assertEqual((rows["upstream"]["level"], rows["config"]),
-                         ("fail", {"level": "ok", "check": "config", "text": "the defaults"}))
+        self.assertIn({"level": "ok", "check": "config", "text": "the defaults"}, report["checks"])
 
     def test_missing_usage_headers_are_named_where_health_knows_of_them(self):
         health = {"autoSwitch": {"switched": False, "models": {}},
@@ -7234,7 +7041,8 @@ class CheckTest(RouterTest):
         put(self.home, "config.json", "{")
         self.addCleanup((self.home.dir / "config.json").unlink)
         put(self.home, "mode", "nosuch\n")
-        self.check(r"fail +config: .*/config\.json:1:2", "warn +mode: .*nosuch")
+        self.check(r"fail +config: .*/config\.json:1:2", "ok +mode: ",
+                   "warn +mode: 'nosuch' is not")
 
     def test_an_installed_service_is_examined(self):
         unit = self.home.root / ".config" / "systemd" / "user" / "rrouter.service"
@@ -7256,10 +7064,8 @@ class CheckTest(RouterTest):
         self.check("warn +service: .*is not what was installed")
 
     def test_a_daemon_of_another_version_is_named(self):
-        code = ("import sys; sys.path.insert(0, sys.argv[1]); import rrouter\n"
-                "rrouter.__version__ = '9.9.9'; sys.exit(rrouter.main(['check']))")
-        done = self.home.run("-c", code, os.path.dirname(compiled()), program=PYTHON, check=0)
-        self.assertRegex(done.stdout, "(?m)^warn +version: .* this program 9.9.9: rrouter restart")
+        with mock.patch.object(rrouter, "__version__", "9.9.9"):
+            self.check("warn +version: .* this program 9.9.9: rrouter restart")
 
 
 # Installation #################################################################
@@ -7313,9 +7119,9 @@ def serve(root, by):
     port, lock = int(os.environ["RROUTER_PORT"]), open(root + "rrouter.lock", "a+")
     fcntl.flock(lock, fcntl.LOCK_EX)        # which the one before holds until it has ended
     health = ('{"host": "%s", "port": %d, "pid": %d, "mode": "auto", "startedBy": "%s", '
-              '"autoSwitch": {}, "problems": [], "upstreamURL": "http://localhost:9", '
-              '"upstream": "http://localhost:9", "listenAddr": ""}' % (
-                  os.environ.get("RROUTER_HOST") or "localhost", port, os.getpid(), by))
+              '"autoSwitch": {}, "problems": [], "upstreamURL": "http://h", "upstream": "", '
+              '"listenAddr": ""}' % (os.environ.get("RROUTER_HOST") or "localhost", port,
+                                     os.getpid(), by))
     for name, text in (("run.json", health), ("rrouter.lock", "%d\\n" % os.getpid())):
         with open(root + name, "w") as file:
             file.write(text)
@@ -7350,11 +7156,9 @@ rrouter.__loader__ = types.SimpleNamespace(get_source=lambda _: sys.argv[2])
 def run(words, env, output, kill_at):
     os.environ.clear()
     os.environ.update(env)
-    os.setsid()
-    os.dup2(os.open(os.devnull if os.path.isfile(output) else output, os.O_RDWR), 0)
-    os.dup2(os.open(output, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    sys.stdin, changes = open(0), itertools.count()
+    for descriptor, name in enumerate((os.devnull, output, output)):
+        os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), descriptor)
+    changes = itertools.count()
     pwd.getpwuid = lambda _: types.SimpleNamespace(pw_dir=env["HOME_OF_USER"])
     def count(event, _):
         if (event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "subprocess.Popen")
@@ -7437,17 +7241,14 @@ class Installation(Home):
         if program:
             return self.run(*words, program=program, check=status, env=env,
                             stderr=subprocess.STDOUT, cwd=str(self.root)).stdout
-        self.note("output", "")
-        ended = self.fork(words, env, str(self.stand_ins / "output"), kill_at)
-        printed = (self.stand_ins / "output").read_text()
+        output = self.put(self.stand_ins / "output", b"")
+        request = words, {**self.env, **dict(env)}, str(output), kill_at
+        print(json.dumps(request), file=zygote().stdin, flush=True)
+        ended = os.waitstatus_to_exitcode(int(zygote().stdout.readline()))
+        printed = output.read_text()
         if "Traceback" in printed or ended not in (status, kill_at is not None and -9):
             raise AssertionError(f"{words}: status {ended}\n{printed}")
         return printed if kill_at is None else ended == -9
-
-    def fork(self, words, env, output, kill_at=None):
-        request = words, {**self.env, **dict(env)}, output, kill_at
-        print(json.dumps(request), file=zygote().stdin, flush=True)
-        return os.waitstatus_to_exitcode(int(zygote().stdout.readline()))
 
     def rrouter(self, *arguments):
         """Run the installed program; return what it printed."""
@@ -7495,22 +7296,18 @@ class InstallTest(unittest.TestCase):
 class ServiceFilesTest(InstallTest):
 
     def test_the_files_of_the_repository_are_those_that_are_installed(self):
-        """A new default config.json is added to SHIPPED, and none is removed."""
+        """A new default config.json is added to OLD_DEFAULTS, and none is removed."""
         for name, text in rrouter.SERVICE_FILES.items():
             self.assertEqual((HERE / name).read_text(encoding="utf-8"), text, name)
-        self.assertIn(rrouter.digest(DEFAULT_FILE)[:16], rrouter.SHIPPED)
+        self.assertIn(rrouter.digest(DEFAULT_FILE)[:16], rrouter.OLD_DEFAULTS)
 
-    def test_they_restart_and_stop_as_promised(self):
+    def test_they_give_a_taken_port_up_and_running_streams_their_time(self):
         unit, agent = rrouter.SERVICE_FILES.values()
-        numbers = {name: int(value) for name, value in re.findall(r"(?m)^(\w+)=([0-9]+)$", unit)}
-        agent = plistlib.loads(agent.encode())
-        self.assertIn("\nRestart=on-failure\n", unit)
-        self.assertEqual((numbers["RestartPreventExitStatus"], agent["KeepAlive"]),
-                         (2, {"SuccessfulExit": False}))
-        # All the starts that are allowed fit into their interval: a taken port ends in `failed`.
-        self.assertLess(numbers["RestartSec"] * numbers["StartLimitBurst"],
-                        numbers["StartLimitIntervalSec"])
-        self.assertGreater(min(numbers["TimeoutStopSec"], agent["ExitTimeOut"]), rrouter.DRAIN_S)
+        seconds = {name: int(value) for name, value in re.findall(r"(?m)^(\w+)=([0-9]+)$", unit)}
+        self.assertLess(seconds["RestartSec"] * seconds["StartLimitBurst"],
+                        seconds["StartLimitIntervalSec"])       # else it restarts for ever
+        self.assertGreater(min(seconds["TimeoutStopSec"],
+                               plistlib.loads(agent.encode())["ExitTimeOut"]), rrouter.DRAIN_S)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not here")
     def test_systemd_finds_nothing_wrong_with_the_unit(self):
@@ -7528,20 +7325,12 @@ class ProgramTest(InstallTest):
         self.home = self.installation()
         self.program = self.home.program
 
-    def call(self, function, *arguments, text=STUB, **env):
-        """Return what a function of rrouter returns; `text` is taken as its source."""
-        code = ("import os, sys, types; sys.path.insert(0, sys.argv[1])\nimport rrouter\n"
-                "rrouter.__loader__ = types.SimpleNamespace(get_source=lambda _: sys.argv[2])\n"
-                "rrouter.STABLE_DIRECTORIES = '/no', os.environ.get('STABLE', '/no')\n"
-                "print(repr(getattr(rrouter, sys.argv[3])(*sys.argv[4:])))")
-        return ast.literal_eval(self.home.do("-c", code, os.path.dirname(compiled()), text,
-                                             function, *arguments, program=[light_python()],
-                                             env=env))
-
     def write(self, interpreter):
-        """Write ~/bin/rrouter with this interpreter in its first line; return its bytes."""
-        content = self.call("program_bytes", str(interpreter))
-        return self.home.put(self.program, content, 0o755).read_bytes()
+        """Write ~/bin/rrouter, STUB with this interpreter in its first line; return its bytes."""
+        loader = types.SimpleNamespace(get_source=lambda _: STUB)
+        with unittest.mock.patch.object(rrouter, "__loader__", loader):
+            return self.home.put(self.program, rrouter.program_bytes(str(interpreter)),
+                                 0o755).read_bytes()
 
     def test_any_interpreter_runs_it_and_check_names_the_one_that_is_gone(self):
         for name in ("my pythons", "l" * 120):
@@ -7555,35 +7344,35 @@ class ProgramTest(InstallTest):
             shutil.rmtree(python.parent)
             self.assertIn(f"fail  {line}", self.home.do("check", status=1))
 
-    def test_after_an_upgrade_of_python_the_source_runs_and_an_old_one_is_refused(self):
+    def test_it_runs_no_file_beside_it_and_its_source_after_an_upgrade_of_python(self):
         content = self.write(light_python())
         self.assertEqual(content.partition(b"\n")[0], b"#!" + light_python().encode())
         with zipfile.ZipFile(self.program) as archive:
             module = archive.read("rrouter.pyc")
         self.assertEqual(module[4:8], b"\1\0\0\0")      # no time stamp, no look at the source
-        self.home.put(self.program, content.replace(module[:4], b"\0\0\r\n"), 0o755)
-        self.assertEqual(self.home.rrouter("x"), "rrouter 0.0.1 did x\n")
-        for version in ((2, 7), (3, 8)):
-            code = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
-            self.assertEqual(self.home.do("-c", code, rrouter.ZIP_MAIN, program=PYTHON, status=1),
-                             "rrouter: Python %d.%d is too old: run install.sh again\n" % version)
-
-    def test_no_file_beside_it_is_run(self):
-        self.write(light_python())
         for name in ("json.py", "argparse.py", "rrouter.py"):
             self.home.put(self.program.parent / name, b"raise SystemExit('run')")
-        self.assertEqual(self.home.rrouter("x"), "rrouter 0.0.1 did x\n")
+        for text in content, content.replace(module[:4], b"\0\0\r\n"):
+            self.home.put(self.program, text, 0o755)
+            self.assertEqual(self.home.rrouter("x"), "rrouter 0.0.1 did x\n")
+        code = "import sys; sys.version_info = (3, 8); exec(sys.argv[1])"
+        self.assertEqual(self.home.do("-c", code, rrouter.ZIP_MAIN, program=PYTHON, status=1),
+                         "rrouter: Python 3.8 is too old: run install.sh again\n")
 
     def test_it_names_an_interpreter_that_lasts(self):
-        stable, mine = self.home.root / "python3", self.home.root / "mine"
+        real, (stable, mine, none) = os.path.realpath(sys.executable), (
+            str(self.home.root / name) for name in ("stable", "mine", "none"))
         for path in (stable, mine):
-            path.symlink_to(os.path.realpath(sys.executable))
-        self.assertEqual(
-            [self.call("stable_interpreter", STABLE=str(self.home.root), PYTHON=name)
-             for name in (str(mine), "/bin/sh", "")], [str(mine), str(stable), str(stable)])
-        chosen = self.call("stable_interpreter", PYTHON="")     # not the virtual environment
-        self.assertEqual((os.path.realpath(chosen), chosen == light_python()),
-                         (os.path.realpath(sys.executable), False))
+            os.symlink(real, path)
+        for python, link, chosen in ((mine, stable, mine), ("/bin/sh", stable, stable),
+                                     ("", none, real)):
+            with unittest.mock.patch.multiple(rrouter, STABLE_LINKS=(none, link)), \
+                    unittest.mock.patch.multiple(
+                        sys, executable=light_python(), prefix="/a virtual environment"), \
+                    unittest.mock.patch.dict(os.environ, PYTHON=python):
+                found = rrouter.stable_interpreter()
+            self.assertEqual(os.path.realpath(found) if chosen == real else found, chosen)
+            self.assertNotEqual(found, light_python())
 
 
 class InstallScriptTest(InstallTest):
@@ -7600,47 +7389,36 @@ class InstallScriptTest(InstallTest):
             b"import sys\nprint(*sys.argv[1:], sys.executable)").parent
         shutil.copy(HERE / "install.sh", self.clone)
         # An interpreter that believes to be 3.8.
-        self.python("python3", f'exec "{sys.executable}" -c \'import sys; sys.version_info = '
-                               '(3, 8, 18); exec(sys.argv[1])\' "$4"\n')
-        self.python("python3.13", "echo 'no such version' >&2; exit 127\n")
-
-    def python(self, name, code=f'exec "{sys.executable}" "$@"\n'):
-        self.home.note(name, "#!/bin/sh\n" + code)
+        code = "import sys; sys.version_info = (3, 8, 18); exec(sys.argv[1])"
+        self.home.note("python3", f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$4"\n')
+        self.home.note("python3.13", "#!/bin/sh\necho 'no such version' >&2; exit 127\n")
 
     def script(self, *options, shell="sh", **how):
         program, *words = shell.split()
         return self.home.do(*options, program=[shutil.which(program), *words,
                                                str(self.clone / "install.sh")], **how)
 
-    OPTIONS = (
-        # options                        what rrouter.py gets
-        ((),                             "install"),
-        (("--claude", "--dry-run"),      "install --claude --dry-run"),
-        (("--dry-run", "--uninstall"),   "uninstall --dry-run"),
-        (("two words", "--purge"),       "install two words --purge"),
-    )
-
     def test_a_python_that_will_do_gets_the_options_in_every_shell(self):
-        self.python("python3.12")           # a shim, which is not what is printed
+        # A shim, which is not what is printed.
+        self.home.note("python3.12", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         for shell in ("sh", "bash --posix", "busybox sh", "zsh --emulate sh"):
-            for options, words in self.OPTIONS if shutil.which(shell.split()[0]) else ():
-                with self.subTest(shell=shell, options=options):
+            for options, words in (((), "install"),
+                                   (("two words", "--claude"), "install two words --claude"),
+                                   (("--purge", "--uninstall"), "uninstall --purge")):
+                if shutil.which(shell.split()[0]):
                     self.assertEqual(self.script(*options, shell=shell),
-                                     f"{words} {sys.executable}\n")
+                                     f"{words} {sys.executable}\n", (shell, options))
         self.assertRegex(self.script("-h"), r"^Usage: ./install\.sh")
 
-    def test_without_a_usable_one_all_that_were_found_are_named(self):
-        if any(map(os.path.exists, ("/usr/local/bin/python3", "/opt/homebrew/bin/python3"))):
-            self.skipTest("one is always here")
-        said = self.script(status=1)
-        for says in ("3.9 or newer", "stand-ins/python3: is Python 3.8",
-                     "python3.13: no such version", "PYTHON"):
-            self.assertIn(says, said)
-
-    def test_the_variable_overrides_the_search(self):
+    def test_the_variable_overrides_the_search_which_names_all_that_were_found(self):
         for value, says in (("python3", "is Python 3.8"), ("/no/python", "not a program")):
             self.assertIn(says, self.script(status=1, env={"PYTHON": value}))
         self.assertEqual(self.script(env={"PYTHON": sys.executable}), f"install {sys.executable}\n")
+        if not any(map(os.path.exists, ("/usr/local/bin/python3", "/opt/homebrew/bin/python3"))):
+            said = self.script(status=1)
+            for says in ("3.9 or newer", "stand-ins/python3: is Python 3.8",
+                         "python3.13: no such version", "PYTHON"):
+                self.assertIn(says, said)
 
 
 class InstalledLifeTest(InstallTest):
@@ -7651,17 +7429,16 @@ class InstalledLifeTest(InstallTest):
         copied = shutil.copy(RROUTER, home.root / "copied.py")
         said = home.do("install", "--claude", program=[*PYTHON, copied])
         os.unlink(copied)
-        for says in (f"\nrrouter {rrouter.__version__} is installed as {home.program}\n",
-                     "\nno service, because service managers serve your home directory",
-                     "\nok    daemon: ", "\nfail  upstream: ", "hint: ~/bin is not in PATH",
-                     f"\nnext: {home.program} status\n"):
-            self.assertIn(says, said)
+        self.assertRegex(said, (
+            rf"(?s)\nrrouter {rrouter.__version__} is installed as {home.program}\n"
+            "no service, because service managers serve your home directory.*\nok    daemon: .*"
+            rf"\nfail  upstream: .*hint: ~/bin is not in PATH.*\nnext: {home.program} status\n"))
         first = home.health()
         self.assertEqual((first["startedBy"], first["mode"], first["problems"]),
                          ("start", "auto", []))
-        self.assertEqual([stat.S_IMODE(path.stat().st_mode) for path in (
+        self.assertEqual([oct(path.stat().st_mode)[-3:] for path in (
             home.dir, home.dir / "mode", home.dir / "install.json", home.program)],
-            [0o700, 0o600, 0o600, 0o755])
+            ["700", "600", "600", "755"])
         self.assertFalse((home.dir / "config.json").exists())
         self.assertEqual(home.do("-c", home.claude()["statusLine"]["command"], program=["sh"]),
                          "auto → antigravity\n")
@@ -7680,7 +7457,12 @@ class InstalledLifeTest(InstallTest):
                       said)
         removed = (home.settings, home.settings.parent, home.program, home.program.parent)
         self.assertIn(f"\nremoved: {', '.join(map(str, removed))}\n", said)
-        self.assertEqual((home.tree(data=False), home.read("mode")), ({}, "claude\n"))
+        self.assertEqual((home.tree(data=False), home.read("mode"), home.health()),
+                         ({}, "claude\n", None))
+        with socket.create_server(("127.0.0.1", home.port)):
+            said = home.do("install", program=[*PYTHON, RROUTER], status=1,
+                           env={"RROUTER_PORT": str(home.port)})
+        self.assertRegex(said, f"\nrrouter: .*{home.port}.*\n\\Z")
 
 
 class ServiceManagerTest(InstallTest):
@@ -7710,8 +7492,7 @@ class ServiceManagerTest(InstallTest):
             self.assertIn(f"would stop the service of {manager}", home.do("uninstall", "--dry-run"))
             self.assertEqual((home.asked(), home.health()["startedBy"]), ([], manager))
             home.do("uninstall", "--purge")
-            self.assertEqual((home.asked(), home.tree(), home.health()),
-                             ([stop, stop], {}, None))
+            self.assertEqual((home.asked(), home.tree(), home.health()), ([stop], {}, None))
 
     CONFIGS = (
         # XDG_CONFIG_HOME of the manager, of the installing shell, of the uninstalling one
@@ -7733,22 +7514,21 @@ class ServiceManagerTest(InstallTest):
             self.assertEqual((home.asked(), home.tree()), (["--user stop rrouter.service"], {}))
 
     def test_a_try_out_touches_neither_the_manager_nor_the_files_of_the_real_home(self):
-        for manager in self.ORDERS:
-            real, home = self.installation(manager), self.installation()
-            real.do("install", "--claude")
-            before, _ = real.tree(), real.asked()
-            home.env.update(PATH=real.env["PATH"], HOME_OF_USER=str(real.home),
-                            XDG_CONFIG_HOME=str(real.home / ".config"))
-            claude = {"CLAUDE_CONFIG_DIR": str(real.settings.parent)}
-            self.assertIn("settings.json is not in HOME=",
-                          home.do("install", "--claude", env=claude, status=2))
-            self.assertIn("\nno service, because service managers serve your home directory, ",
-                          home.do("install", env=claude))
-            home.do("install", "--claude")
-            home.do("restart")
-            home.do("uninstall", "--purge", env=claude)
-            self.assertEqual((real.tree(), (real.stand_ins / "asked").read_text(), home.tree()),
-                             (before, "", {}))
+        real, home = self.installation("systemd"), self.installation()
+        real.do("install", "--claude")
+        before, _ = real.tree(), real.asked()
+        home.env.update(PATH=real.env["PATH"], HOME_OF_USER=str(real.home),
+                        XDG_CONFIG_HOME=str(real.home / ".config"))
+        claude = {"CLAUDE_CONFIG_DIR": str(real.settings.parent)}
+        self.assertIn("settings.json is not in HOME=",
+                      home.do("install", "--claude", env=claude, status=2))
+        self.assertIn("\nno service, because service managers serve your home directory, ",
+                      home.do("install", env=claude))
+        home.do("install", "--claude")
+        home.do("restart")
+        home.do("uninstall", "--purge", env=claude)
+        self.assertEqual((real.tree(), (real.stand_ins / "asked").read_text(), home.tree()),
+                         (before, "", {}))
 
     def test_a_manager_that_does_not_answer_is_a_sentence_and_finds_no_unit_in_the_end(self):
         home = self.installation("systemd")
@@ -7782,22 +7562,72 @@ class ServiceManagerTest(InstallTest):
 
 
 class ForeignFilesTest(InstallTest):
-    """What others have put in the places of the installation."""
+    """What others have put in the places of the installation, and what is left of it in the end."""
 
-    def test_another_program_of_that_name_comes_back(self):
-        for make in (lambda path: path.write_bytes(b"\x7fELF\0\xff"),
-                     lambda path: path.symlink_to("/no/such/rrouter"),
-                     lambda path: path.symlink_to("../clone.py")):
-            home = self.installation()
-            home.put(home.home / "clone.py", b'\n"""rrouter: a local router between')
-            home.program.parent.mkdir()
-            make(home.program)
-            before = home.tree()
-            self.assertIn(f"keep the old {home.program} as ", home.do("install"))
-            home.do("install")
-            self.assertEqual(home.rrouter("x"), "rrouter 0.0.1 did x\n")
-            home.do("uninstall", "--purge")
-            self.assertEqual(home.tree(), before)
+    PROGRAM, UNIT = "bin/rrouter", ".config/systemd/user/rrouter.service"
+    CONFIG, RECORD = ".rrouter/config.json", ".rrouter/install.json"
+    RULES, DEFAULTS = '{"modes": {"a": {"mappings": []}}}', DEFAULT_FILE.decode()
+    OURS = rrouter.SERVICE_FILES["rrouter.service"]
+    OTHERS = {"bin/other.1.2.tmp": "", "bin/rrouter.tmp": "", "bin/rrouter.x.1.tmp": ""}
+    SITUATIONS = (
+        # files before ("->": a link), commands and writes (None: remove), files after (those of
+        # note, while rrouter is installed), what the last command prints
+        ({PROGRAM: "\x7fELF"}, "iiu", {PROGRAM: "\x7fELF"}, "put the old .*/bin/rrouter back"),
+        ({PROGRAM: "-> /no/such"}, "iiu", {PROGRAM: "-> /no/such"}, "."),
+        ({PROGRAM: "-> ../x", "x": "mine"}, "iiu", {PROGRAM: "-> ../x", "x": "mine"}, "."),
+        ({}, ("i", {PROGRAM: "mine"}, "u"), {PROGRAM: "mine"},
+         r"stays: (.*/bin/rrouter) \(changed since it was installed, or never replaced\): rm '\1'"),
+        ({PROGRAM: "1st"}, ("i", {PROGRAM: "2nd"}, "u"),
+         {PROGRAM: "2nd", PROGRAM + ".bak": "1st"}, "bak-.* .what was there before.: rm "),
+        ({PROGRAM: "1st"}, ("i", {PROGRAM: "3rd"}, "iu"),
+         {PROGRAM: "3rd", PROGRAM + ".bak": "1st"}, "."),
+        ({}, ("i", {UNIT: "mine"}, "i"), {UNIT: OURS}, "keep the old .*service as "),
+        ({}, ("i", {UNIT: "mine"}, "iu"), {UNIT + ".bak": "mine"}, "."),
+        ({}, ("i", {RECORD: None, ".config/rrouter.env": None}, "iu"), {}, "."),
+        ({UNIT: OURS}, "iu", {}, "."),
+        ({PROGRAM: "x", UNIT: OURS}, "u", {PROGRAM: "x", UNIT: OURS},
+         r"removed: nothing\nstays: (.*/rrouter) \(not recorded as installed\): rm '\1'\nstays: "),
+        ({}, ("i", {**OTHERS, "bin/rrouter.1.2.tmp": ""}, "u"), OTHERS, "."),
+        ({".rrouter": "-> real", "real/mine": "x"}, "iu",
+         {".rrouter": "-> real", "real/mine": "x", "real/install.json": None}, "stays: .*: rm -r"),
+        ({CONFIG: RULES}, "i", {CONFIG: RULES}, r"\A(?!(?s:.*)set the mode)"),
+        ({CONFIG: DEFAULTS}, "i", {CONFIG: None, CONFIG + ".bak": DEFAULTS},
+         "move .*, which holds nothing but defaults, "),
+    )
+
+    def write(self, home, files):
+        for name, text in files.items():
+            path = home.home / name
+            if text is None:
+                path.unlink()
+            elif text.startswith("-> "):
+                path.parent.mkdir(exist_ok=True)
+                path.symlink_to(text[3:])
+            else:
+                home.put(path, text.encode(), 0o755)
+
+    def left(self, home):
+        """Return all files and links; the time of a backup is left out of its name."""
+        return {re.sub(r"\.bak-.*", ".bak", name): (
+                    f"-> {content}" if isinstance(content, str) else content.decode("latin-1"))
+                for name, (_, content) in home.tree().items() if content is not None}
+
+    def test_what_is_not_ours_stays_or_comes_back(self):
+        for before, steps, after, says in self.SITUATIONS:
+            with self.subTest(before=[*before], steps=steps):
+                home, said = self.installation("systemd"), ""
+                self.write(home, before)
+                for step in steps:
+                    if isinstance(step, dict):
+                        self.write(home, step)
+                        continue
+                    for letter in step:
+                        said = home.do(*["install"] if letter == "i" else ["uninstall", "--purge"])
+                self.assertRegex(said, says)
+                left = self.left(home)
+                if step[-1] == "i" or ".rrouter" in before:
+                    left = {name: left.get(name) for name in after}
+                self.assertEqual(left, after)
 
     def test_it_stays_in_its_place_on_a_full_disk(self):
         home = self.installation()
@@ -7806,39 +7636,6 @@ class ForeignFilesTest(InstallTest):
         self.assertIn("ile too large", home.do("install", program=shell, status=1))
         self.assertEqual([path.read_bytes() for path in home.program.parent.iterdir()],
                          [b"the old one"])
-
-    def test_what_was_changed_is_kept_and_named_and_rules_stay(self):
-        home, rules = self.installation("systemd"), '{"modes": {"a": {"mappings": []}}}'
-        home.write("config.json", rules)
-        home.do("install")
-        self.assertEqual((home.read("config.json"), (home.dir / "mode").exists()), (rules, False))
-        patched = home.program.read_bytes() + b"patched"
-        home.put(home.program, patched, 0o755)
-        home.put(home.unit, home.unit.read_bytes() + b"# mine\n")
-        self.assertIn(f"keep the old {home.unit} as ", home.do("install"))
-        kept = sorted(path.read_bytes()[-7:] for path in home.home.rglob("*.bak-*"))
-        self.assertEqual(kept, [b"# mine\n", b"patched"])
-        home.put(home.program, patched, 0o755)
-        self.assertIn(f"stays: {home.program} (changed since it was installed, or never replaced): "
-                      f"rm '{home.program}'\n", home.do("uninstall", "--purge"))
-        self.assertEqual(home.program.read_bytes(), patched)
-        self.assertEqual(len(list(home.home.rglob("*.bak-*"))), 2)
-
-    def test_a_file_that_came_after_ours_is_not_replaced_by_an_older_one(self):
-        home = self.installation()
-        home.put(home.program, b"the first", 0o755)
-        home.do("install")
-        home.put(home.program, b"the second", 0o755)
-        said = home.do("uninstall", "--purge")
-        self.assertRegex(said, f"stays: {home.program}.bak-.* .what was there before.: rm ")
-        self.assertEqual(home.program.read_bytes(), b"the second")
-        home.do("install")
-        home.put(home.program, b"the third", 0o755)
-        home.do("install")
-        home.do("uninstall", "--purge")
-        self.assertEqual(home.program.read_bytes(), b"the third")
-        self.assertEqual(sorted(path.read_bytes() for path in home.program.parent.iterdir()),
-                         [b"the first", b"the second", b"the third"])
 
     def test_what_cannot_be_right_is_refused_and_a_plan_changes_nothing(self):
         home = self.installation("systemd")
@@ -7849,95 +7646,46 @@ class ForeignFilesTest(InstallTest):
         created = re.findall("would create (.*)", plan)
         self.assertIn(str(home.unit.parent), created)
         self.assertEqual(len(created), len(set(created)), created)
-        for name, value in (("RROUTER_PORT", "x"), ("RROUTER_UPSTREAM", "http://h/'")):
-            self.assertIn(f"{name}={value}: ", home.do("install", status=2, env={name: value}))
+        self.assertIn("RROUTER_PORT=x: ",
+                      home.do("install", status=2, env={"RROUTER_PORT": "x"}))
         self.assertEqual((home.tree(), home.asked()), ({}, []))
-        for make in (os.mkdir, os.mkfifo):
-            home.program.parent.mkdir(exist_ok=True)
-            make(home.program)
-            self.assertIn("bin/rrouter: not a regular file: move it away",
-                          home.do("install", status=1))
-            self.assertEqual([*home.tree()], ["bin", "bin/rrouter"])
-            home.program.rmdir() if make is os.mkdir else home.program.unlink()
-        home.program.parent.rmdir()
-        for record in ("{", "[]", '{"files": 1}', '{"files": {"/x": [1]}}', '{"claude": 1}',
+        home.program.mkdir(parents=True)
+        self.assertIn("bin/rrouter: not a regular file: move it away", home.do("install", status=1))
+        self.assertEqual([*home.tree()], ["bin", "bin/rrouter"])
+        for record in ("{", "[]", '{"files": 1}', '{"files": {"/x": [1]}}', '{"directories": 1}',
                        '{"settings": {"/x": 1}}', '{"settings": {"/x": {"env": ["", "x"]}}}',
-                       '{"directories": [], "files": {"/x": {"sha256": 1, "backup": 1}}}',
                        '{"files": {"/another home/bin/rrouter": ["", "its digest"]}}'):
             home.write("install.json", record)
             for command in ("install", "uninstall"):
                 self.assertIn("install.json: not what rrouter wrote", home.do(command, status=1))
-        self.assertEqual([*home.tree()], [".rrouter", ".rrouter/install.json"])
         if os.getuid() == 0:
             os.chown(home.home, 1, 1)
             self.assertIn("run this without sudo", home.do("install", status=1))
 
-    def test_an_uninstallation_without_a_record_removes_nothing_and_says_what_it_found(self):
-        home = self.installation("systemd")
-        home.put(home.program, rrouter.ZIP_MAIN.encode(), 0o755)
-        home.put(home.unit, rrouter.SERVICE_FILES["rrouter.service"].encode())
-        home.put(home.settings, b'{"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}')
-        before = home.tree()
-        said = home.do("uninstall", "--purge")
-        for says in ("install.json names no file", "removed: nothing\n",
-                     f"stays: {home.program} (not recorded as installed): rm '{home.program}'\n",
-                     f"stays: {home.unit} (not", f"stays: {home.settings} sends Claude Code to "):
-            self.assertIn(says, said)
-        self.assertEqual((home.tree(), home.asked()), (before, []))
-
-    def test_temporary_files_of_killed_commands_go_and_all_others_stay(self):
-        home = self.installation()
-        home.do("install", "--claude")
-        for name in ("rrouter.12.34.tmp", "rrouter.tmp", "rrouter.x.1.tmp", "other.12.34.tmp"):
-            home.put(home.program.with_name(name), b"")
-            home.put(home.settings.with_name(name.replace("rrouter", "settings.json")), b"")
-        home.do("uninstall", "--purge")
-        self.assertEqual(sorted(path.name for path in home.home.rglob("*.tmp")), [
-            "other.12.34.tmp", "other.12.34.tmp", "rrouter.tmp", "rrouter.x.1.tmp",
-            "settings.json.tmp", "settings.json.x.1.tmp"])
-
-    def test_a_linked_data_directory_is_emptied_of_the_record_alone(self):
-        home = self.installation()
-        real = home.put(home.home / "else where" / "mine", b"").parent
-        home.dir.symlink_to(real)
-        home.do("install")
-        said = home.do("uninstall", "--purge")
-        self.assertIn(f"stays: {real} (where {home.dir} led): rm -r '{real}'\n", said)
-        self.assertFalse(home.dir.is_symlink() or (real / "install.json").exists())
-        self.assertTrue((real / "mine").exists() and (real / "mode").exists())
-
     def test_an_installation_of_5_0_0_is_upgraded_and_uninstalled(self):
-        """In turn: by itself, and after an upgrade; the last has neither record nor settings."""
-        program = STUB.replace("0.0.1", "5.0.0").encode()
-        for is_upgraded, is_recorded in ((False, True), (True, True), (True, False)):
-            home, unit = self.installation("systemd"), rrouter.SERVICE_FILES["rrouter.service"]
-            home.put(home.program, program, 0o755)
-            home.put(home.unit, unit.encode())
-            home.put(home.dir / "config.json", DEFAULT_FILE)
-            if is_recorded:
-                home.put(home.settings, json.dumps(
-                    {"model": "opus", "env": {"ANTHROPIC_BASE_URL": home.url}}).encode())
-                home.put(home.settings.with_name("backup"), b'{"model" : "opus"}')
-                home.write("install.json", json.dumps({
-                    "files": {str(path): {
-                        "backup": None, "sha256": [rrouter.digest(path.read_bytes())]}
-                        for path in (home.program, home.unit)},
-                    "directories": [str(home.home / name) for name in (
-                        "bin", ".config", ".config/systemd", ".config/systemd/user")],
-                    "claude": {"before": {}, "written": [home.url],
-                               "sha256": rrouter.digest(home.settings.read_bytes()),
-                               "backup": str(home.settings.with_name("backup"))}}))
+        for is_upgraded in (False, True):
+            home = self.installation("systemd")
+            link = home.unit.parent / "default.target.wants" / home.unit.name
+            files = {home.program: STUB.replace("0.0.1", "5.0.0"), home.unit: "[Unit] of 5.0.0",
+                     home.settings: json.dumps(
+                         {"model": "opus", "env": {"ANTHROPIC_BASE_URL": home.url}})}
+            digests = {str(home.put(path, text.encode(), 0o755)): rrouter.digest(text.encode())
+                       for path, text in files.items()}
+            claude = {"before": {}, "written": [home.url], "sha256": digests[str(home.settings)],
+                      "backup": str(home.put(home.settings.with_name("old"), b'{"model" : 1}'))}
+            link.parent.mkdir()
+            link.symlink_to(home.unit)      # as `systemctl enable` did
+            home.write("install.json", json.dumps({
+                "files": {str(path): {"backup": None, "sha256": [digests[str(path)]]}
+                          for path in (home.program, home.unit)},
+                "directories": [str(home.home / name) for name in (
+                    "bin", ".config", ".config/systemd", ".config/systemd/user")],
+                "claude": claude}))
             if is_upgraded:
                 self.assertIn(f"{home.program} (before: 5.0.0)\n", home.do("install"))
-                self.assertEqual([path.read_bytes() for path in home.dir.glob("config.json*")],
-                                 [DEFAULT_FILE])
-                self.assertFalse((home.dir / "config.json").exists())
             home.do("uninstall", "--purge")
-            if is_recorded:
-                self.assertEqual([*home.tree()], [".claude", ".claude/settings.json"])
-                self.assertEqual(home.settings.read_bytes(), b'{"model" : "opus"}')
-            else:                           # not certain to be ours
-                self.assertEqual(home.program.read_bytes(), program)
+            self.assertEqual(self.left(home), {".claude/settings.json": '{"model" : 1}'})
+            self.assertEqual([*home.tree()], [".claude", ".claude/settings.json"])
 
 
 class ClaudeSettingsTest(InstallTest):
@@ -7948,10 +7696,9 @@ class ClaudeSettingsTest(InstallTest):
         # settings, member, what becomes of the settings
         ("{\n}\n",         "x",     '{\n  "x": 0\n}\n'),
         ("\ufeff {}",      "x",     '\ufeff {"x": 0}'),
-        ('{"a":[1.50]}',   "x",     '{"a":[1.50], "x": 0}'),
+        ('{"a":[1.50]}',   "x",     '{"x": 0,"a":[1.50]}'),
         ('{"x" : "}"\n}',  "x",     '{"x" : 0\n}'),
-        (TABS,             "env.x", TABS.replace('"1"', '"1",\r\n\t\t"x": 0')),
-        (TABS,             "x",     TABS[:-3] + ',\r\n\t"x": 0\r\n}'),
+        (TABS,             "env.x", TABS.replace('\t"A"', '\t"x": 0,\r\n\t\t"A"')),
         ('{"env": {}, "env": {"x": [1e-7, 2]}}', "env.x", '{"env": {}, "env": {"x": 0}}'),
         ('{"env": {\n}}',  "env.x", '{"env": {\n  "x": 0\n}}'),
         ("{}",             "env.x", "{}"),
@@ -7962,10 +7709,9 @@ class ClaudeSettingsTest(InstallTest):
             text, old = rrouter.edit_member(before, name, "0")
             self.assertEqual(text, after)
             self.assertEqual(rrouter.edit_member(text, name, old)[0], before)
-        for name, after in (("a", '{\n "b": 2}'), ("b", '{"a": 1 }')):
-            text = '{"a": 1 ,\n "b": 2}'
-            self.assertEqual(rrouter.edit_member(text, name, None),
-                             (after.replace("1 }", "1}"), {"a": "1", "b": "2"}[name]))
+        for name, after in (("a", '{\n "b": 2}'), ("b", '{"a": 1}')):
+            self.assertEqual(rrouter.edit_member('{"a": 1 ,\n "b": 2}', name, None),
+                             (after, {"a": "1", "b": "2"}[name]))
 
     CHANGES = (
         # settings before, what is added after the installation, what is left in the end
@@ -7974,8 +7720,6 @@ class ClaudeSettingsTest(InstallTest):
         ('\ufeff{"env":{"ANTHROPIC_BASE_URL":"x"},"z":[1.50,1e999]}', {}, ...),
         ('{"statusLine": {"command": "mine"}, "env": {}}', {}, ...),
         (None,                               {"model": "x"},       '{"model": "x"}'),
-        ('{"env": {"ANTHROPIC_BASE_URL": "y"}}', {"model": "x"},
-         '{"env": {"ANTHROPIC_BASE_URL": "y"}, "model": "x"}'),
         ('{"a": 1}',                         {"env": {"B": "z"}},  '{"a": 1, "env": {"B": "z"}}'),
         ('{"a": 1}',                         {"statusLine": 2},    '{"a": 1, "statusLine": 2}'),
         ('{"env": {"ANTHROPIC_BASE_URL": "y"}}', {"env": {"ANTHROPIC_BASE_URL": "new"}},
@@ -8016,10 +7760,7 @@ class ClaudeSettingsTest(InstallTest):
             self.assertEqual(home.tree(), {".claude": (0o755, None),
                                            ".claude/settings.json": (mode, content)})
             home.settings.unlink()
-
-    def test_the_record_and_the_program_stay_while_something_cannot_be_taken_back(self):
-        home = self.installation()
-        home.do("install", "--claude")
+        home.do("install", "--claude")      # nor does the program go while they cannot be edited
         good = home.settings.read_bytes()
         home.put(home.settings, b"{")
         said = home.do("uninstall", "--purge", status=1)
@@ -8028,7 +7769,7 @@ class ClaudeSettingsTest(InstallTest):
         self.assertTrue(home.program.exists() and (home.dir / "install.json").exists())
         home.put(home.settings, good)
         home.do("uninstall", "--purge")
-        self.assertEqual(home.tree(), {})
+        self.assertEqual([*home.tree()], [".claude"])       # it was there before
 
     def test_a_link_stays_one_and_the_record_knows_the_directory(self):
         home = self.installation()
@@ -8047,32 +7788,27 @@ class ClaudeSettingsTest(InstallTest):
 
     OURS = "localhost,127.0.0.1,::1"
     PROXIES = (
-        # environment,                          typed,   NO_PROXY in the settings
-        ({},                                    None,    None),
-        ({"HTTPS_PROXY": "http://p"},           b"\n",   OURS),
-        ({"http_proxy": "p", "NO_PROXY": "a"},  b"y\n",  "a," + OURS),
-        ({"ALL_PROXY": "http://p"},             b"no\n", None),
-        ({"ALL_PROXY": "http://p"},             b"\4",   None),
-        ({"https_proxy": "p", "no_proxy": "b, localhost"}, None, None),
+        # environment,                          typed,    NO_PROXY for the settings
+        ({},                                    "unread", None),
+        ({"HTTPS_PROXY": "http://p"},           "",       OURS),
+        ({"http_proxy": "p", "NO_PROXY": "a"},  "y",      "a," + OURS),
+        ({"ALL_PROXY": "http://p"},             "no",     None),
+        ({"ALL_PROXY": "http://p"},             EOFError, None),
+        ({"https_proxy": "p", "no_proxy": "b, localhost"}, "unread", None),
     )
 
-    def test_no_proxy_is_offered_where_a_proxy_is_set(self):
+    def test_no_proxy_is_offered_on_a_terminal_where_a_proxy_is_set(self):
+        terminal = unittest.mock.Mock(**{"isatty.return_value": True})
         for env, typed, value in self.PROXIES:
-            home, (ours, its), said = self.installation(), pty.openpty(), b""
-            os.write(ours, typed or b"")
-            home.fork(("install", "--claude"), env, os.ttyname(its))
-            while b"next: " not in said:
-                said += os.read(ours, 65536)
-            os.close(ours)
-            os.close(its)
-            self.assertEqual(b"write it? [Y/n]" in said, typed is not None, said)
-            self.assertEqual(home.claude()["env"].get("NO_PROXY"), value)
-            home.do("uninstall", "--purge")
-            self.assertEqual(home.tree(), {})
-        said = home.do("install", "--claude", env={"HTTPS_PROXY": "http://p"})      # no terminal
-        self.assertIn(f'HTTPS_PROXY is set, so Claude Code needs "NO_PROXY": "{self.OURS}" in its '
-                      "env: add it", said)
-        self.assertNotIn("NO_PROXY", home.settings.read_text())
+            for place in ({"env": env}, {}):        # the settings; the environment
+                with unittest.mock.patch.dict(os.environ, env if place == {} else {}, clear=True), \
+                        unittest.mock.patch.multiple(sys, stdin=terminal, stdout=terminal), \
+                        unittest.mock.patch("builtins.input", side_effect=[typed]) as asked:
+                    offered = rrouter.offer_no_proxy(json.dumps(place))
+                self.assertEqual((offered.get("env.NO_PROXY"), asked.called),
+                                 (value, typed != "unread"))
+        with unittest.mock.patch.dict(os.environ, HTTPS_PROXY="http://p"):
+            self.assertEqual(rrouter.offer_no_proxy("{}") if not sys.stdin.isatty() else {}, {})
 
     @unittest.skipUnless(PROC, "no /proc here")
     def test_processes_that_still_point_here_are_named(self):
@@ -8130,22 +7866,6 @@ class InterruptedInstallTest(InstallTest):
                 shutil.rmtree(self.home.home)
                 shutil.copytree(start, self.home.home, symlinks=True)
             self.assertGreater(number, 12)
-
-    def test_an_edited_unit_and_port_survive_an_upgrade_that_is_killed(self):
-        self.home.do("install", "--claude")
-        edited = self.home.unit.read_bytes() + b"# edited\n"
-        for number in itertools.count():
-            self.home.put(self.home.unit, edited)
-            port = {"RROUTER_PORT": str(free_port())}
-            is_killed = self.home.do("install", env=port, kill_at=number)
-            self.assertIn(edited, [path.read_bytes() for path in self.home.unit.parent.iterdir()
-                                   if path.is_file()])
-            if not is_killed:
-                break
-            self.home.do("stop")
-        self.home.do("uninstall", "--purge")
-        self.assertEqual(self.home.settings.read_bytes(), self.SETTINGS)
-        self.assertEqual(self.home.program.read_bytes(), b"the old one")
 
 
 # Faults of the machine ########################################################
@@ -8205,7 +7925,7 @@ class FullDiskTest(FaultTest):
         old = all_files(self.home)
         for command, pattern in (
                 (("claude",), r"\.rrouter/mode: .*(large|space).*free space"),
-                (("config", "reset"), r"\.rrouter/config\.json: .*(large|space).*free space"),
+                (("config", "reset"), r"\.rrouter/config\.json.*: .*(large|space).*free space"),
                 (("start",), r"rrouter\.lock: cannot be written: .*free space"),
                 (("serve",), r"rrouter\.lock: cannot be written: .*free space")):
             with self.subTest(command):
@@ -8235,14 +7955,14 @@ class FullDiskTest(FaultTest):
 # While the file exists, each write to a file hangs, as on a disk that does not respond.
 HANGING_WRITES = """
 import os, time
-write, flag = os.write, %r
-def hanging(descriptor, data):
-    while os.path.exists(flag):
-        time.sleep(0.01)
-    return write(descriptor, data)
-os.write = hanging
+def hanging(real):
+    def call(*arguments):
+        while os.path.exists(%r):
+            time.sleep(0.01)
+        return real(*arguments)
+    return call
+os.write, os.fsync = hanging(os.write), hanging(os.fsync)
 """
-HANGING_FSYNC = HANGING_WRITES.replace("write", "fsync").replace("descriptor, data", "descriptor")
 
 
 class HangingDiskTest(FaultTest):
@@ -8252,30 +7972,24 @@ class HangingDiskTest(FaultTest):
         super().setUp()
         self.flag = self.home.root / "the disk hangs"
 
-    def running(self, code):
+    def running(self):
         """Return a rrouter whose disk hangs while `self.flag` exists."""
-        return Running(self.upstream, code=code % str(self.flag), home=self.home)
+        return Running(self.upstream, code=HANGING_WRITES % str(self.flag), home=self.home)
 
-    def test_hanging_log_stops_nothing_and_loses_no_line(self):
-        with self.running(HANGING_WRITES) as router:
+    def test_hanging_log_or_state_stops_nothing_and_is_written_later(self):
+        state = self.home.dir / "state.json"
+        with self.running() as router:
             self.flag.touch()
             self.assert_switches(router)
             self.assertNotIn("SWITCH", router.log())
+            self.assertFalse(state.exists())
             self.flag.unlink()
             router.wait_until(lambda: len(request_lines(router.log())) == 9)
             self.assertEqual(len(re.findall(r"\[AUTO\] SWITCH ", router.log())), 1)
-
-    def test_hanging_state_file_stops_nothing_and_is_written_later(self):
-        with self.running(HANGING_FSYNC) as router:
-            self.flag.touch()
-            self.assert_switches(router)
-            self.assertFalse((self.home.dir / "state.json").exists())
-            self.flag.unlink()
-            state = self.home.dir / "state.json"
             router.wait_until(lambda: state.exists() and "last 503" in state.read_text())
 
     def test_hanging_log_does_not_hold_up_the_end(self):
-        with self.running(HANGING_WRITES) as router:
+        with self.running() as router:
             self.flag.touch()
             self.assertEqual(router.post().status, 200)
             begin = time.monotonic()
@@ -8283,21 +7997,6 @@ class HangingDiskTest(FaultTest):
             self.assertEqual(router.process.wait(WAIT_S), 0)
             self.assertLess(time.monotonic() - begin, 5)
             self.assertFalse((self.home.dir / "rrouter.pid").exists())
-
-    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFO")
-    def test_fifo_that_is_not_read_stops_nothing(self):
-        (self.home.dir / "logs").mkdir(mode=0o700)
-        path = str(self.home.dir / "logs" / "rrouter.log")
-        os.mkfifo(path)
-        for flag in (os.O_RDONLY, os.O_WRONLY):
-            end = os.open(path, flag | os.O_NONBLOCK)
-            self.addCleanup(os.close, end)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(end, bytes(4096))
-        with Running(self.upstream, home=self.home) as router:
-            self.assert_switches(router)
-            wait_until(lambda: "log lines are lost" in str(router.health()["problems"]))
 
     def test_line_is_in_the_file_within_a_third_of_a_second(self):
         with Running(self.upstream, home=self.home) as router:
@@ -8356,8 +8055,7 @@ class RightsTest(FaultTest):
         self.home.root.chmod(0o500)
         self.addCleanup(self.home.root.chmod, 0o700)
         for command in ("serve", "start", "claude"):
-            with self.subTest(command):
-                self.assert_told(self.run_powerless(command), r"\.rrouter")
+            self.assert_told(self.run_powerless(command), r"\.rrouter")
         for command in ("status", "check"):
             self.assertIn(self.run_powerless(command).returncode, (1, 3))
 
@@ -8376,11 +8074,9 @@ class RightsTest(FaultTest):
     def test_home_of_another_user_is_named(self):
         for path in [self.home.dir, *self.home.dir.rglob("*")]:
             os.chown(str(path), 65534, 65534)
-        for rights in (0o700, 0o777):
+        for rights, command in itertools.product((0o700, 0o777), ("serve", "claude")):
             self.home.dir.chmod(rights)
-            for command in ("serve", "claude"):
-                with self.subTest(oct(rights), command=command):
-                    self.assert_told(self.run_powerless(command), r"\.rrouter")
+            self.assert_told(self.run_powerless(command), r"\.rrouter")
 
 
 class LogGoneTest(FaultTest):
@@ -8403,25 +8099,17 @@ class LogGoneTest(FaultTest):
                 (self.home.remove_directory, None), (put_file, logs.unlink)]
         return ways + [(point_at_full_device, file.unlink)] * os.path.exists("/dev/full")
 
-    def watcher_looks(self, router):
-        """Return when the files have been read again; the line on stderr shows it."""
-        before = router.printed().count("SIGHUP")
-        router.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: router.printed().count("SIGHUP") > before)
-
     def test_requests_go_on_one_message_says_so_and_the_log_comes_back(self):
         file = self.home.dir / "logs" / "rrouter.log"
         with Running(self.upstream, home=self.home) as router:
             for number, (way, mend) in enumerate(self.ways()):
                 with self.subTest(number):
-                    self.watcher_looks(router)
                     before = router.printed().count("log lines are lost")
                     way()
                     if mend:
-                        self.wait_for_problems(router, "rrouter.log")
                         for _ in range(3):
-                            self.watcher_looks(router)
                             self.wait_for_problems(router, "rrouter.log")
+                            time.sleep(rrouter.POLL_S)          # a round of the watcher
                         self.assertEqual(router.printed().count("log lines are lost"), before + 1)
                         mend()
                     wait_until(lambda: router.post().status == 200 and file.is_file()
@@ -8439,10 +8127,12 @@ class DocumentsTest(unittest.TestCase):
     def setUpClass(cls):
         cls.readmes = {path.name: path.read_text(encoding="utf-8")
                        for path in sorted(HERE.glob("README*.md"))}
-        cls.help = rrouter.help_text(rrouter.COMMANDS)
+        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())) as out:
+            rrouter.main(["help"])
+        cls.help = out.buffer.getvalue().decode()
 
     def test_the_tables_of_commands_name_exactly_the_commands_and_aliases(self):
-        names = {word for name, aliases, *_ in rrouter.COMMANDS for word in (name, *aliases)}
+        names = {word for row in rrouter.COMMANDS for word in (row.name, *row.aliases)}
         for file, text in self.readmes.items():
             with self.subTest(file):
                 table = re.search(r"(?m)^\| `rrouter serve`.*\n(?:\|.*\n)*", text).group()
@@ -8453,8 +8143,8 @@ class DocumentsTest(unittest.TestCase):
                     self.assertRegex(table, "`[a-z ]*%s`" % action)
 
     def test_the_help_names_every_command_and_alias_within_its_width(self):
-        for name, aliases, *_ in rrouter.COMMANDS:
-            self.assertRegex(self.help, r"(?m)^  %s  " % ".*, ".join((name + ".*", *aliases)))
+        for row in rrouter.COMMANDS:
+            self.assertIn("\n  %s " % ", ".join([row.usage, *row.aliases]), self.help)
         self.assertLessEqual(max(map(len, self.help.splitlines())), 120)
 
     def test_code_help_and_readmes_name_the_same_environment_variables(self):
@@ -8497,50 +8187,34 @@ EFFECTS = frozenset((
 CLOCK_READS = frozenset(("now", "today", "utcnow"))         # of datetime
 
 
-def bound_names(node):
-    """Return the names that the statement or function binds, those of inner functions too."""
-    names = set()
-    for child in ast.walk(node):
-        if isinstance(child, ast.Name) and not isinstance(child.ctx, ast.Load):
-            names.add(child.id)
-        elif isinstance(child, ast.arg):
-            names.add(child.arg)
-        elif isinstance(child, ast.alias):
-            names.add((child.asname or child.name).partition(".")[0])
-        elif child is not node and getattr(child, "name", None):    # def, class, except
-            names.add(child.name)
-    return names
+def names_in(code):
+    """Return (the names that a code object binds, (name, line) of each name it takes from outside).
 
-
-def uses(node, local=frozenset()):
-    """Yield (name, line) of each name that the code of `node` takes from outside.
-
-    Annotations are left out, because they are never evaluated; a clock read or an import counts as
-    the use of the attribute or module; `threading.Lock` counts as nothing.
+    A clock read or an import counts as the use of the attribute or module; `threading.Lock` counts
+    as nothing.  Annotations are not in the code, because they are never evaluated.
     """
-    if isinstance(node, ast.Name):
-        if isinstance(node.ctx, ast.Load) and node.id not in local:
-            yield node.id, node.lineno
-        return
-    if isinstance(node, ast.Attribute):
-        if node.attr in CLOCK_READS:
-            yield node.attr, node.lineno
-        if node.attr == "Lock" and getattr(node.value, "id", "") == "threading":
-            return
-    if isinstance(node, ast.Import):
-        yield from ((alias.name.partition(".")[0], node.lineno) for alias in node.names)
-    if isinstance(node, ast.ImportFrom):
-        yield node.module.partition(".")[0], node.lineno
-    if isinstance(node, (ast.FunctionDef, ast.Lambda)):
-        local = local | bound_names(node)
-    for field, value in ast.iter_fields(node):
-        for child in value if isinstance(value, list) else [value]:
-            if field not in ("annotation", "returns") and isinstance(child, ast.AST):
-                yield from uses(child, local)
+    bound, used, line = set(), [], code.co_firstlineno
+    instructions = [*dis.get_instructions(code)]
+    for index, instruction in enumerate(instructions):
+        line = getattr(instruction, "line_number", instruction.starts_line) or line
+        what, name = instruction.opname, instruction.argval
+        if what in ("STORE_NAME", "STORE_GLOBAL"):
+            bound.add(name)
+        elif what == "IMPORT_NAME" or what in ("LOAD_ATTR", "LOAD_METHOD") and name in CLOCK_READS:
+            used.append((name.partition(".")[0], line))
+        elif what in ("LOAD_NAME", "LOAD_GLOBAL") and (
+                name != "threading" or instructions[index + 1].argval != "Lock"):
+            used.append((name, line))
+    if code.co_name != "<module>":          # a class
+        used = [(name, line) for name, line in used if name not in bound]
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            used += names_in(inner)[1]
+    return bound, used
 
 
 def floor_plan_breaches(source):
-    """Return "DEFINITION, line N: what" for each breach of the floor plan in `source`.
+    """Return "line N: what" for each breach of the floor plan in `source`.
 
     A top-level definition uses only top-level names defined above it, and above the I/O line no
     definition has effects.  The imports before the first banner are exempt.
@@ -8548,19 +8222,21 @@ def floor_plan_breaches(source):
     lines = source.splitlines()
     io_line = lines.index(IO_LINE) + 1
     first = next((number for number, line in enumerate(lines, 1) if re.match("# .* ##", line)), 0)
-    statements, breaches, defined_at = ast.parse(source).body, [], {}
-    for statement in statements:
-        named = isinstance(statement, (ast.FunctionDef, ast.ClassDef))
-        for name in [statement.name] if named else bound_names(statement):
+    parts, breaches, defined_at = [], [], {}
+    for statement in ast.parse(source).body:
+        code = compile(ast.Module([statement], []), "rrouter.py", "exec",
+                       __future__.annotations.compiler_flag)
+        bound, used = names_in(code)
+        parts.append((statement, used))
+        for name in bound:
             defined_at.setdefault(name, statement.lineno)
-    for statement in statements:
-        label = getattr(statement, "name", None) or ", ".join(sorted(bound_names(statement)))
-        for name, line in uses(statement):
+    for statement, used in parts:
+        for name, line in used:
             if defined_at.get(name, 0) > statement.lineno:
-                breaches.append("%s, line %d: uses %s, which is defined below, in line %d" % (
-                    label, line, name, defined_at[name]))
+                breaches.append("line %d: uses %s, which is defined in line %d" % (
+                    line, name, defined_at[name]))
             elif first < line < io_line and (name in EFFECTS or name in CLOCK_READS):
-                breaches.append("%s, line %d: uses %s above the I/O line" % (label, line, name))
+                breaches.append("line %d: uses %s above the I/O line" % (line, name))
     return breaches
 
 
@@ -8590,14 +8266,14 @@ bottom = Later().end()
 """
     PLANTED = (
         # lines above the I/O line, below it,          the breach
-        ("def early(): return lambda: Later()", "",    "early, line 11: uses Later, which is"),
-        ("@bottom\ndef early(): pass", "",             "early, line 11: uses bottom, which is"),
-        ("", "early = [bottom]",                       "early, line 13: uses bottom, which is"),
-        ("def pid(): return os.getpid()", "",          "pid, line 11: uses os above"),
-        ("class Late:\n  def f(): import time", "",    "Late, line 12: uses time above"),
-        ("NOW = datetime.datetime.now()", "",          "NOW, line 11: uses now above"),
-        ("WORK = threading.Thread()", "",              "WORK, line 11: uses threading above"),
-        ("def say(): print()", "",                     "say, line 11: uses print above"),
+        ("def early(): return lambda: Later()", "",    "line 11: uses Later, which is"),
+        ("@bottom\ndef early(): pass", "",             "line 11: uses bottom, which is"),
+        ("", "early = [bottom]",                       "line 13: uses bottom, which is"),
+        ("def pid(): return os.getpid()", "",          "line 11: uses os above"),
+        ("class Late:\n  def f(): import time", "",    "line 12: uses time above"),
+        ("NOW = datetime.datetime.now()", "",          "line 11: uses now above"),
+        ("WORK = threading.Thread()", "",              "line 11: uses threading above"),
+        ("def say(): print()", "",                     "line 11: uses print above"),
     )
 
     def test_each_kind_of_breach_is_reported(self):
@@ -8609,9 +8285,15 @@ bottom = Later().end()
                                  [breach])
 
 
-# Fuzz: framing ################################################################
+# Fuzz: random input ###########################################################
 
 FUZZ_SEED = os.environ.get("RROUTER_FUZZ_SEED") or os.environ.get("RROUTER_SOAK") or "20260129"
+SPACE = r"[ \t\r\n]*"
+
+# A mark names its connection and its request; digits become letters, because a damaged digit could
+# be another mark.
+MARK = re.compile("tok([Q-Z]{6})x[Q-Z]{2}kot")
+LETTERS = bytes.maketrans(b"0123456789", b"QRSTUVWXYZ")
 
 
 def fuzz_cases(suite, soak):
@@ -8619,803 +8301,38 @@ def fuzz_cases(suite, soak):
     return int(os.environ.get("RROUTER_FUZZ_CASES") or (soak if SOAKING else suite))
 
 
-def announce(cases, what):
+def run_cases(what, cases, case, threads=1):
+    """Call `case` with the dice of each case; a failure names the seed and the case."""
     if SOAKING:
-        print("soak: seed %s, %d %s" % (FUZZ_SEED, cases, what), file=sys.stderr)
+        print("soak: seed %s, %d random %s" % (FUZZ_SEED, cases, what), file=sys.stderr)
+    numbers = iter(range(cases))
 
-
-class Malformed(Exception):
-    """Bytes that are not an HTTP/1.1 message, or one that two readers could read differently."""
-
-    def __init__(self, what="", payload=b""):
-        super().__init__(what)
-        self.payload = payload
-
-
-class Unfinished(Malformed):
-    """Bytes that more bytes may complete to a message."""
-
-
-class Message(collections.namedtuple("Message", "start fields body end close framing")):
-    """A message by the plain reader: start line in three parts, fields, body, offset of its end."""
-
-
-TOKEN = re.compile(rb"tok[Q-Z]{6}x[Q-Z]{2}kot")
-LETTERS = bytes.maketrans(b"0123456789", b"QRSTUVWXYZ")     # a damaged digit could be another token
-TCHAR = frozenset(b"!#$%&'*+-.^_`|~" + b"0123456789abcdefghijklmnopqrstuvwxyz"
-                  b"ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-ONE_HOP = {b"connection", b"proxy-connection", b"keep-alive", b"proxy-authenticate",
-           b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
-
-
-def is_text(value):
-    return not re.search(rb"[\0-\x08\x0a-\x1f\x7f]", value)
-
-
-def plain_lines(data, at):
-    """Return (lines, offset after the blank line that ends them)."""
-    lines = []
-    while True:
-        end = data.find(b"\r\n", at)
-        if end < 0:
-            raise Unfinished("head")
-        line, at = data[at:end], end + 2
-        if not line:
-            return lines, at
-        if not is_text(line):
-            raise Malformed("control character")
-        lines.append(line)
-
-
-def plain_fields(lines):
-    fields = []
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon or not name or not TCHAR.issuperset(name):
-            raise Malformed("field name")
-        fields.append((name, value.strip(b" \t")))
-    return fields
-
-
-def values(fields, name):
-    return [value for key, value in fields if key.lower() == name]
-
-
-def nominated(fields):
-    """Return the names in the Connection fields, in lower case."""
-    return {token.strip(b" \t").lower() for value in values(fields, b"connection")
-            for token in value.split(b",")}
-
-
-def plain_chunks(data, at):
-    """Return (payload, offset of the end)."""
-    payload = b""
-    while True:
-        end = data.find(b"\r\n", at)
-        if end < 0:
-            raise Unfinished("chunks", payload)
-        size, semicolon, extension = data[at:end].partition(b";")
-        size = size.rstrip(b" \t") if semicolon else size
-        if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", size) or not is_text(extension):
-            raise Malformed("chunk size", payload)
-        at = end + 2
-        if not int(size, 16):
+    def work(_):
+        for number in numbers:
             try:
-                lines, at = plain_lines(data, at)
-                plain_fields(lines)
-            except Malformed as problem:
-                raise type(problem)("trailers", payload) from None
-            return payload, at
-        piece = data[at:at + int(size, 16)]
-        payload, at = payload + piece, at + int(size, 16)
-        if len(data) < at + 2:
-            raise Unfinished("chunks", payload)
-        if data[at:at + 2] != b"\r\n":
-            raise Malformed("chunk end", payload)
-        at += 2
+                case(Dice(what, number))
+            except Exception as problem:
+                collections.deque(numbers, maxlen=0)        # ends the other threads
+                raise AssertionError("RROUTER_FUZZ_SEED=%s, %s %d: %s: %s" % (
+                    FUZZ_SEED, what, number, type(problem).__name__, problem)) from problem
 
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
 
-def plain_message(data, at, start, fields, version, bodiless, by_close):
-    """Return the Message whose body begins at `at`.
 
-    `by_close`: without a length it ends with the connection.
-    """
-    lengths, codings = values(fields, b"content-length"), values(fields, b"transfer-encoding")
-    close = version == b"HTTP/1.0" or b"close" in nominated(fields)
-    if codings and (lengths or version == b"HTTP/1.0"
-                    or [coding.lower() for coding in codings] != [b"chunked"]):
-        raise Malformed("transfer coding")
-    if len(lengths) > 1 or (lengths and not re.fullmatch(rb"[0-9]{1,15}", lengths[0])):
-        raise Malformed("length")
-    if bodiless:
-        return Message(start, fields, b"", at, close, "none")
-    if codings:
-        body, end = plain_chunks(data, at)
-        return Message(start, fields, body, end, close, "chunked")
-    if not lengths and by_close:
-        return Message(start, fields, data[at:], len(data), True, "close")
-    length = int(lengths[0]) if lengths else 0
-    if len(data) < at + length:
-        raise Unfinished("body", data[at:])
-    framing = "length" if lengths else "none"
-    return Message(start, fields, data[at:at + length], at + length, close, framing)
-
-
-def plain_request(data, at=0):
-    """Return the request that begins at `at`, by the letter of RFC 9112; raise Malformed."""
-    while data[at:at + 2] == b"\r\n":
-        at += 2
-    lines, at = plain_lines(data, at)
-    start = tuple(lines[0].split(b" "))
-    if (len(start) != 3 or not start[0] or not TCHAR.issuperset(start[0])
-            or not re.fullmatch(rb"HTTP/1\.\d", start[2])):
-        raise Malformed("request line")
-    if not re.fullmatch(rb"[!-~]+", start[1]):
-        raise Malformed("target")
-    fields, old = plain_fields(lines[1:]), start[2] == b"HTTP/1.0"
-    if len(values(fields, b"host")) not in ((0, 1) if old else (1,)):
-        raise Malformed("host")
-    return plain_message(data, at, start, fields, start[2], False, False)
-
-
-def plain_response(data, method, at=0):
-    """Return the response to `method` that begins at `at`, interim ones left out.
-
-    The data ends with its connection.
-    """
-    while True:
-        lines, at = plain_lines(data, at)
-        version, _, rest = (lines[0] if lines else b"").partition(b" ")
-        status, _, reason = rest.partition(b" ")
-        if (version not in (b"HTTP/1.1", b"HTTP/1.0") or rest[3:4] not in (b"", b" ")
-                or not re.fullmatch(rb"[1-9][0-9][0-9]", status) or status == b"101"):
-            raise Malformed("status line")
-        fields = plain_fields(lines[1:])
-        bodiless = method == b"HEAD" or status in (b"204", b"304") or status < b"200"
-        message = plain_message(data, at, (version, status, reason), fields, version, bodiless,
-                                True)
-        if status >= b"200":
-            return message
-
-
-MODEL = re.compile(rb'("model"\s*:\s*)"claude-sonnet-(?:[^"\\]|\\.)*"')
-
-
-class FuzzedResponse:
-    """The response to one attempt: its bytes, their meaning, and how the connection ends."""
-
-    def __init__(self, dice, data, method, clean, damage):
-        self.data, self.clean = data, clean
-        self.vanish = dice.random() < 0.03      # the upstream closes without saying so
-        self.early = dice.random() < 0.3        # it responds as soon as it has the head
-        self.reset = not clean and dice.random() < 0.1
-        if self.reset:
-            self.data = data[:dice.randrange(len(data))]
-        elif not clean:
-            self.data = damage(data)
-        elif dice.random() < 0.2 and plain_response(data, method).framing != "close":
-            # Unrequested bytes, which must not become the response to another request.
-            self.data += b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\ntokZZZZZZxZZkot abcd"
-        try:
-            self.meant = plain_response(self.data, method)
-            self.payload, self.end = self.meant.body, self.meant.end
-        except Malformed as problem:
-            self.meant, self.payload, self.end = None, problem.payload, len(self.data)
-
-
-class Case:
-    """One request and two responses, for as many attempts, with the token in heads and bodies."""
-
-    def __init__(self, dice, token, last):
-        self.token, self.dice = token, dice
-        self.request = self.make_request()
-        self.method = self.request.split(b" ", 1)[0].strip()
-        # A fault ends the connection as a rule: most of them are in the last case.
-        self.clean_request = dice.random() < (0.4 if last else 0.98)
-        self.responses = [
-            FuzzedResponse(dice, self.make_response(), self.method,
-                           dice.random() < (0.5 if last else 0.9), self.damage) for _ in range(2)]
-        if not self.clean_request:
-            self.request = self.damage(self.request)
-
-    def body(self):
-        hidden = b"GET /hidden/%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % self.token
-        return self.dice.choice((
-            b"", hidden, b"0\r\n\r\n" + hidden,
-            self.token + b"\r\n0\r\n\r\n\0\xff\r\r\n\n" + bytes(9),
-            b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n" + self.token,
-            self.token * self.dice.choice((1, 1, 1, 9, 9, 9, 99, 20000)),
-            self.dice.getrandbits(800).to_bytes(100, "big") + self.token))
-
-    def chunks(self, body):
-        """Return `body` in chunks of any sizes, with extensions and trailers now and then."""
-        out, at, dice = b"", 0, self.dice
-        while at < len(body):
-            size = dice.choice((1, 2, 9, 99, 9999, 99999)) if len(body) < 9999 else 20000
-            piece, at = body[at:at + size], at + size
-            out += dice.choice((b"%x", b"%X", b"%04x")) % len(piece)
-            out += dice.choice((b"", b"", b"", b";x", b' ; a="b c"')) + b"\r\n" + piece + b"\r\n"
-        return out + dice.choice((b"0", b"000", b"0;last")) + b"\r\n" + dice.choice((
-            b"", b"", b"X-Trailer: %b\r\n" % self.token,
-            b"Content-Length: 3\r\nHost: evil.example\r\n")) + b"\r\n"
-
-    def framed(self, body, fields, framing):
-        """Return (fields with those of the framing, in any order, as bytes, the framed body)."""
-        if framing == "length":
-            fields.append(self.dice.choice((b"Content-Length: %d", b"content-length:%d",
-                                            b"CONTENT-LENGTH: \t00%d ")) % len(body))
-        elif framing == "chunked":
-            fields.append(self.dice.choice((b"Transfer-Encoding: chunked",
-                                            b"transfer-encoding:\tChunked ")))
-            body = self.chunks(body)
-        self.dice.shuffle(fields)
-        return b"".join(field + b"\r\n" for field in fields) + b"\r\n", body
-
-    def make_request(self):
-        dice, token = self.dice, self.token
-        method = dice.choice((b"POST",) * 4 + (b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS",
-                                               b"pOsT"))
-        target = token.join((dice.choice((
-            b"/", b"/v1/messages?beta=true&", b"//", b"/%2e%2E/../", b"http://localhost/",
-            b"HTTP://127.0.0.1:1?", b"/v1/messages/count_tokens?")), b""))
-        old = dice.random() < 0.04
-        body = self.body() if method not in (b"GET", b"HEAD") or dice.random() < 0.1 else b""
-        if method == b"POST" and dice.random() < 0.6:
-            body = chat("claude-sonnet-" + token.decode(), stream=dice.random() < 0.8,
-                        messages=[{"role": "user", "content": body.decode("latin-1")}])
-        framing = dice.choice(("length", "length" if old else "chunked")) if body else "none"
-        fields = dice.sample((
-            b"Accept: */*", b"X-Empty:", b"x-tab: a\tb  c", b"X-Latin: caf\xe9\x80",
-            b"Cookie: a=1", b"cookie: b=2", b"TE: trailers", b"Keep-Alive: timeout=5",
-            b"Expect: 100-continue", b"X-Quoted: \"a\\\"b\", ,;", b"Connection: keep-alive",
-            b"connection: X-Gone, content-length", b"X-Gone: 1", b"Upgrade: h2c"),
-            dice.randrange(6))
-        fields += [dice.choice((b"Host: localhost", b"hOST:127.0.0.1:8316", b"Host: [::1]:1 ")),
-                   b"X-Token: " + token]
-        head, body = self.framed(body, fields, framing)
-        blank = dice.choice((b"", b"", b"", b"\r\n"))
-        return blank + b"%b %b HTTP/1.%d\r\n" % (method, target, not old) + head + body
-
-    def make_response(self):
-        dice, token = self.dice, self.token
-        status = dice.choice((
-            b"200 OK", b"200 OK", b"200 OK", b"201 ", b"204 No Content", b"304 Not Modified",
-            b"400 Bad", b"404 N\xe9", b"429 Many", b"500", b"529 Overloaded", b"299 Odd"))
-        fields = dice.sample((
-            b"X-Empty:", b"Set-Cookie: a=1", b"set-cookie: b", b"X-Latin: \xe9", b"Keep-Alive: 5",
-            b"Connection: close", b"connection: X-Gone", b"X-Gone: 1", b"Date: now",
-            b"Access-Control-Allow-Origin: *"), dice.randrange(5))
-        body, kind = self.body(), b"application/octet-stream"
-        if dice.random() < 0.4:
-            kind, body = b"text/event-stream", b"".join(dice.choices((
-                event("ping"), b": comment\n\n", event("message_start", text=token.decode()),
-                b"\n", event("error", error={"type": "overloaded_error"}), event("message_stop")),
-                k=dice.randrange(5)))
-        fields += [b"Content-Type: " + kind, b"X-Response: " + token]
-        bodiless = self.method == b"HEAD" or status[:3] in (b"204", b"304")
-        framing = "none" if bodiless else dice.choice(("length", "chunked", "chunked", "close"))
-        head, body = self.framed(b"" if bodiless else body, fields, framing)
-        interim = dice.choice((b"",) * 8 + (
-            b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 102 Wait\r\n\r\n" * 3,
-            b"HTTP/1.1 103 Hints\r\nLink: <a>\r\n\r\n"))
-        version = b"HTTP/1.0" if framing == "close" and dice.random() < 0.5 else b"HTTP/1.1"
-        return interim + version + b" " + status + b"\r\n" + head + body
-
-    DAMAGES = tuple((re.compile(pattern), replacements) for pattern, replacements in (
-        (rb"(?i)(content-length):[ \t]*(\d+)", (
-            rb"\1: \2\r\n\1: 0", rb"\1: \2\r\n\1: \2", rb"\1 : \2", rb"\1: +\2", rb"\1: -\2",
-            rb"\1: 0x\2", rb"\1: \2, \2", rb"\1: \2\r\nTransfer-Encoding: chunked",
-            rb"\1:\r\n \2", rb"\1: \2\nX: y", rb"\1: 1_\2", rb"\1:", rb"\1: 1", b"\\1: \\2\x0b",
-            b"\\1: \xb2", rb"X:\r\1: \2", rb"\1: 1\2", b"\\1\0: \\2")),
-        (rb"(?i)(transfer-encoding):[ \t]*(chunked)", (
-            rb"\1: \2\r\nContent-Length: 3", rb"Content-Length: 0\r\n\1: \2", b"\\1: \x0b\\2",
-            rb"\1 : \2", rb"\1: x\2", rb"\1: identity, \2", rb"\1: \2, identity",
-            rb"\1: \2\r\n\1: identity", rb"\1:\r\n \2", rb"\1: \2;q=1", rb"\1: \2, \2",
-            rb"\1: ,\2", rb" \1: \2", rb"X: y\n\1: \2", rb"\1: 'chunked'", rb"X\1: \2")),
-        (rb"\r\n([0-9A-Fa-f]+)((?:[ \t]*;[^\r\n]*)?)\r\n", (
-            b"\r\n0x\\1\r\n", b"\r\n+\\1\r\n", b"\r\n-\\1\r\n", b"\r\n \\1\r\n", b"\r\n\\1 \r\n",
-            b"\r\n\\1\n", b"\n\\1\r\n", b"\r\n\\1;a\nb\r\n", b"\r\n\\1;\rb\r\n", b"\r\n1\\1\r\n",
-            b"\r\n\r\n", b"\r\n\\1_0\r\n", b"\r\n0\r\n", b"\r\nf0000000000000000\\1\r\n",
-            b"\\1\r\n", b"\r\n\\1\r\n\r\n", b"\r\n\\1;" + b"x" * 300 + b"\r\n")),
-        (rb"\r\n", (b"\n", b"\r", b"\r\r\n", b"\r\n ", b"\r\n\t", b" \r\n", b"\0\r\n",
-                    b"\r\n\r\n", b"\r\n: x\r\n", b"")),
-        (rb"HTTP/1\.[01]", (b"HTTP/1.1 ", b"HTTP/2.0", b"http/1.1", b"HTTP/1.2", b"HTTP/1.01",
-                            b"", b"HTTP/1.0", b"ICY")),
-        (rb"(?i)Host:([^\r\n]*)", (rb"Host:\1\r\nHost:\1", b"Host: evil.example", b"Host :x",
-                                   b"X: y", b"Host: ")),
-        (rb"(?m)^([\w-]+): ", (rb"\1 : ", rb"\1", b"\\1\xe9: ", rb"(\1): ", rb" \1: ", b"\\1:\0",
-                               b"\\1: \x7f")),
-    ))
-
-    ODD_BYTES = b"\r\n\0 \t:,;0159af\x7f\xff/\"\\{}"
-
-    def damage(self, data):
-        """Return `data` truncated, or with one or two places changed outside of the tokens."""
-        dice = self.dice
-        if dice.random() < 0.1:
-            return data[:dice.randrange(len(data))]
-        for _ in range(dice.choice((1, 1, 1, 2))):
-            rows = [(list(pattern.finditer(data[:2000]))[:12], replacements)
-                    for pattern, replacements in self.DAMAGES]
-            rows = [row for row in rows if row[0]]
-            if rows and dice.random() < 0.7:
-                found, replacements = dice.choice(rows[:2] * 2 + rows)  # the framing most of all
-                match = dice.choice(found)
-                change = match.expand(dice.choice(replacements))
-                data = data[:match.start()] + change + data[match.end():]
-                continue
-            at, odd = dice.randrange(min(len(data), 900)), dice.choice(self.ODD_BYTES)
-            more, less = dice.choice(((1, 0), (0, 1), (1, 1)))
-            spans = [match.span() for match in TOKEN.finditer(data[:2000])]
-            if not any(start - less < at < end for start, end in spans):
-                data = data[:at] + bytes((odd,)) * more + data[at + less:]
-        return data
-
-
-class FuzzedTalk:
-    """One client connection: its cases, the meaning of its bytes, the requests that arrived."""
-
-    def __init__(self, seed, mode, number):
-        dice = self.dice = random.Random("%s/%s/%d" % (seed, mode, number))
-        self.mode, self.number, self.received, self.lock = mode, number, [], threading.Lock()
-        count, self.key = dice.choice((1, 1, 2, 3, 5)), (b"%06d" % number).translate(LETTERS)
-        tokens = [b"tok%bx%bkot" % (self.key, (b"%02d" % place).translate(LETTERS))
-                  for place in range(count)]
-        self.cases = [Case(dice, token, token == tokens[-1]) for token in tokens]
-        self.data, self.meant, at = b"".join(case.request for case in self.cases), [], 0
-        self.clean = [case.clean_request for case in self.cases]
-        with contextlib.suppress(Malformed):
-            while at < len(self.data) and not (self.meant and self.meant[-1].close):
-                self.meant.append(plain_request(self.data, at))
-                at = self.meant[-1].end
-        # Whether no byte after the last request has a meaning.
-        self.whole = at == len(self.data) or bool(self.meant and self.meant[-1].close)
-        self.pipelined = dice.random() < 0.4
-        # The client leaves after so many bytes, in one of two ways.
-        leaves = self.data and dice.random() < 0.05
-        self.leaves_after = dice.randrange(len(self.data) + 1) if leaves else None
-        self.leaves_by_reset = dice.random() < 0.5
-
-    def case_of(self, place):
-        """Return the case that responds to the request `place`; None if none fits its method."""
-        case = self.cases[place] if place < len(self.cases) else None
-        return case if case and case.method == self.meant[place].start[0] else None
-
-
-def keys_in(data):
-    """Return the keys of the talks whose tokens are in `data`."""
-    return {token[3:9] for token in TOKEN.findall(data)}
-
-
-def cut_at_random(dice, data):
-    """Return `data` in pieces, cut at random places."""
-    count = dice.choice((0, 0, 0, 1, 1, 2, 2, 5, 40))
-    cuts = sorted(dice.randrange(len(data) + 1) for _ in range(count))
-    pieces = (data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)]))
-    return [piece for piece in pieces if piece]
-
-
-def forwarded(meant):
-    """Return (method, path, fields without Host and length, whether it has a length)."""
-    target = re.sub(rb"(?i)^https?://[^/?#]*", b"", meant.start[1])
-    target = target if target.startswith((b"/", b"*")) else b"/" + target
-    drop = ONE_HOP | nominated(meant.fields) | {b"host", b"content-length"}
-    fields = [field for field in meant.fields if field[0].lower() not in drop]
-    return meant.start[0], target, fields, meant.framing != "none"
-
-
-class FuzzUpstream(Upstream):
-    """Reads with the plain reader; responds to each request with the bytes of its case."""
-
-    def __init__(self):
-        super().__init__()
-        self.talks, self.faults, self.held = {}, [], {}
-
-    def _fault(self, talk, text, data):
-        self.faults.append((talk, "%s: the upstream received %r" % (text, data[:3000])))
-        return False
-
-    def _exchange(self, connection, reader, number):
-        data, early, talk = self.held.pop(number, b""), None, None
-        while True:
-            talk = talk or self.talks.get(min(keys_in(data), default=None))
-            try:
-                message = plain_request(data)
-                break
-            except Unfinished:
-                early = early or (talk and self._respond_early(talk, connection, data))
-            except Malformed as problem:
-                return self._fault(talk, "malformed (%s)" % problem, data)
-            block = connection.recv(1 << 20)
-            data += block
-            if not block:
-                if not data or early or (talk and talk.leaves_after is not None):
-                    return False
-                return self._fault(talk, "a part of a request", data)
-        if early:               # so that the next request may be here already
-            self.held[number], data = data[message.end:], data[:message.end]
-        if talk is None or keys_in(data) != {talk.key}:
-            return self._fault(talk, "bytes of another connection", data)
-        if message.end != len(data):
-            return self._fault(talk, "bytes after the request", data)
-        place = self._place(talk, message)
-        if place is None or early and place != early[0]:
-            return self._fault(talk, "a request that the client did not mean", data)
-        return (early or self._respond(talk, place, connection))[1]
-
-    def _respond_early(self, talk, connection, data):
-        """Respond to the head alone if the case wants it; return what `_respond` does, or None."""
-        head, blank, _ = data.partition(b"\r\n\r\n")
-        token = TOKEN.search(head)
-        if not blank or not token or not re.search(rb"(?i)\r\nx-token: *" + TOKEN.pattern, head):
-            return None
-        for place in range(len(talk.meant)):
-            case = talk.case_of(place)
-            if (case and token.group() == case.token
-                    and any(response.early for response in case.responses)):
-                return self._respond(talk, place, connection)
-        return None
-
-    def _respond(self, talk, place, connection):
-        """Send the next response to this request; return (place, whether the connection lives)."""
-        with talk.lock:
-            attempt = talk.received.count(place)
-            talk.received.append(place)
-        case = talk.case_of(place)
-        if case is None:
-            connection.sendall(b"HTTP/1.1 500 No Case\r\nContent-Length: 0\r\n\r\n")
-            return place, True
-        response = case.responses[min(attempt, 1)]
-        dice = random.Random("%d/%d" % (talk.number, place))
-        *pieces, last = cut_at_random(dice, response.data[:response.end]) or [b""]
-        for piece in (*pieces, last + response.data[response.end:]):
-            connection.sendall(piece)
-        if response.reset:
-            close_by_reset(connection)
-        return place, bool(response.meant) and not (
-            response.meant.close or response.vanish or response.reset)
-
-    def _place(self, talk, got):
-        """Return which of the requests meant on its connection this one is; None if none."""
-        target, fields = got.start[1], got.fields
-        if (got.start[2] != b"HTTP/1.1" or got.framing == "chunked"
-                or values(fields, b"host") != [self.url[7:].encode()]):
-            return None
-        fields = [field for field in fields if field[0].lower() not in (b"host", b"content-length")]
-        for place, meant in enumerate(talk.meant):
-            if forwarded(meant) != (got.start[0], target, fields, got.framing != "none"):
-                continue
-            rewritten = MODEL.sub(b'\\1"%b"' % GEMINI_SONNET.encode(), meant.body, 1)
-            if got.body == rewritten or (got.body == meant.body and (
-                    talk.mode == "auto" or not all(talk.clean))):
-                return place
-        return None
-
-
-class FuzzClient:
-    """Carries one talk through: sends its bytes and reads its replies."""
-
-    def __init__(self, talk, connection):
-        self.talk, self.connection = talk, connection
-        self.data, self.at, self.replies, self.ended = b"", 0, [], False
-        if talk.leaves_after is None:
-            self.stay()
-        else:
-            self.leave()
-
-    def stay(self):
-        talk = self.talk
-        ends = [0, *(meant.end for meant in talk.meant), len(talk.data)]
-        parts = list(zip(ends, ends[1:]))
-        for start, end in [(0, len(talk.data))] if talk.pipelined else parts:
-            self.send(talk.data[start:end])
-            if not talk.pipelined:
-                self.read(min(len(self.replies) + 1, len(talk.meant)))
-            if self.ended:
-                break
-        self.read(len(talk.meant))
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
-        self.read(len(talk.meant) + 1)
-
-    def leave(self):
-        talk = self.talk
-        self.send(talk.data[:talk.leaves_after])
-        if talk.leaves_after > (talk.meant[0].end if talk.meant else len(talk.data)):
-            self.read(1)
-        if talk.leaves_by_reset:
-            reset(self.connection)
-
-    def send(self, data):
-        with contextlib.suppress(ConnectionError):
-            for piece in cut_at_random(self.talk.dice, data):
-                self.connection.sendall(piece)
-
-    def read(self, count):
-        """Read until there are `count` replies or the connection has ended."""
-        meant = self.talk.meant
-        while len(self.replies) < count:
-            place = len(self.replies)
-            method = meant[place].start[0] if place < len(meant) else b"GET"
-            with contextlib.suppress(Unfinished):
-                reply = plain_response(self.data, method, self.at)
-                if reply.framing != "close" or self.ended == "closed":
-                    self.replies.append(reply)
-                    self.at = reply.end
-                    continue
-            if self.ended:
-                return
-            try:
-                block = self.connection.recv(1 << 20)
-                self.data += block
-                self.ended = not block and "closed"
-            except ConnectionError:
-                self.ended = "reset"
-
-
-class FuzzTest(RouterTest):
-    """Random messages, well-formed and not, on both sides, cut into segments at random places.
-
-    The upstream receives exactly one well-formed request equal to what the client meant, or
-    nothing; in auto mode one for each of at most two attempts.  The client receives the response to
-    one of the attempts, an error made by rrouter, or a broken connection: never a byte of another
-    request, never parts of two responses, never a broken response that seems whole.  Where neither
-    side did anything wrong it is a response.  All of this holds also where the upstream responds
-    before it has the body, resets or closes unasked, and where the client leaves: then, and only
-    then, a request may be truncated.  A reader of whole messages in this file, written after
-    RFC 9112, says what bytes mean.
-
-    RROUTER_FUZZ_SEED repeats a run, RROUTER_FUZZ_CASES sets the number of cases.
-    """
-
-    SEED, CASES, THREADS = FUZZ_SEED, fuzz_cases(1000, soak=20_000), 4
-    upstream_class = FuzzUpstream
-
-    @classmethod
-    def setUpClass(cls):
-        announce(cls.CASES, "random messages")
-        super().setUpClass()
-
-    def setUp(self):
-        self.upstream.faults.clear()
-        self.upstream.talks.clear()
-
-    def judge(self, talk, client):
-        """Raise AssertionError where the invariant does not hold."""
-        self.assertLessEqual(keys_in(client.data), {talk.key}, "cross-talk")
-        if talk.leaves_after is not None:
-            return
-        replies, rest = client.replies, client.data[client.at:]
-        sound = True            # as long as nothing has gone wrong, responses are due
-        for place, meant in enumerate(talk.meant):
-            case, count = talk.case_of(place), talk.received.count(place)
-            clean = sound and case is not None and all(talk.clean[:place + 1])
-            given = case.responses[:max(1, count)] if case else []
-            # On a connection that was used before, the request is sent once more.
-            resent = any(not response.data or response.reset for response in given)
-            self.assertLessEqual(count, (1 + (talk.mode == "auto")) * (1 + resent), "too often")
-            self.assertTrue(count or not clean, "request %d never arrived" % place)
-            must = clean and all(response.clean for response in given)
-            if place >= len(replies):
-                self.assertFalse(must, "response %d is missing" % place)
-                if place == len(replies) and rest:
-                    self.judge_broken(given, rest, meant.start[0])
-                sound = False
-                continue
-            reply = replies[place]
-            if self.is_own_error(reply):
-                self.assertFalse(must, "response %d is an error of rrouter: %r" % (place, reply))
-                sound = sound and reply.start[1] == b"502"
-                continue
-            self.assertTrue(count, "response %d without a request" % place)
-            if case is None:
-                self.assertEqual(reply.start[1:], (b"500", b"No Case"))
-                continue
-            self.assertIn(self.seen_by_client(reply),
-                          [self.seen_by_client(response.meant) for response in given
-                           if response.meant], "no whole response of the upstream")
-            sound = sound and not reply.close
-        for reply in replies[len(talk.meant):]:
-            self.assertTrue(self.is_own_error(reply) and not talk.whole,
-                            "a response to nothing: %r" % (reply,))
-        if len(replies) > len(talk.meant):
-            self.assertEqual(rest, b"")
-
-    @staticmethod
-    def seen_by_client(message):
-        """Return the parts of a response that concern the client, from either side of rrouter."""
-        drop = ONE_HOP | nominated(message.fields) | {b"content-length"}
-        fields = [field for field in message.fields if field[0].lower() not in drop
-                  and not field[0].lower().startswith((b"access-control-", b"x-rrouter-"))]
-        return message.start[1:], message.body, fields
-
-    def judge_broken(self, given, rest, method):
-        """A broken response is the beginning of one of the upstream's."""
-        try:        # where the connection marks the end, only a reset shows that it is broken
-            payload = plain_response(rest, method).body
-        except Unfinished as problem:
-            payload = problem.payload
-        wanted = [response.payload for response in given]
-        self.assertTrue(any(body.startswith(payload) for body in wanted),
-                        "%r begins none of %r" % (payload, wanted))
-
-    @staticmethod
-    def is_own_error(reply):
-        return (reply.start[1] >= b"400"
-                and values(reply.fields, b"content-type") == [b"application/json"]
-                and (b'"message": "rrouter: ' in reply.body or reply.framing == "none"))
-
-    def fuzz(self, mode):
-        self.rrouter.home.write("mode", mode + "\n")
-        numbers, lock, done = itertools.count(), threading.Lock(), [0]
-        faults, talks = self.upstream.faults, self.upstream.talks
-
-        def clients():
-            while len(faults) < 3:
-                with lock:
-                    if done[0] >= self.CASES // 2:
-                        return
-                    number = next(numbers)
-                talk = None
-                try:
-                    talk = FuzzedTalk(self.SEED, mode, number)
-                    talks[talk.key] = talk
-                    with lock:
-                        done[0] += len(talk.cases)
-                    with self.rrouter.connect() as connection:
-                        client = FuzzClient(talk, connection)
-                    self.judge(talk, client)
-                except Exception as problem:
-                    faults.append((talk, "%s: %s" % (type(problem).__name__, problem)))
-                if not talk or talk.leaves_after is None:   # else its bytes may still arrive
-                    talks.pop(talk and talk.key, None)
-
-        threads = [threading.Thread(target=clients) for _ in range(self.THREADS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if faults:
-            self.fail(self.story(mode, *faults[0]))
-
-    def story(self, mode, talk, text):
-        lines = ["RROUTER_FUZZ_SEED=%s RROUTER_FUZZ_CASES=%d, mode %s" % (
-            self.SEED, self.CASES, mode), text[:3000]]
-        if talk:
-            lines.append("connection %d, requests sent %s" % (
-                talk.number, "at once" if talk.pipelined else "one by one"))
-            for case in talk.cases:
-                lines.append("%r\n  responses: %s" % (case.request[:2000], ", then ".join(
-                    repr(response.data[:2000]) for response in case.responses)))
-        return "\n".join(lines)
-
-    def test_only_what_was_meant_passes(self):
-        self.fuzz("antigravity")
-
-    def test_only_what_was_meant_passes_in_auto_mode(self):
-        self.fuzz("auto")
-
-
-# Fuzz: bodies #################################################################
-
-SPACE = rb"[ \t\r\n]*"
-JSON_WORD = re.compile(
-    SPACE + rb'("(?:[^"\\\0-\x1f]|\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4}))*"|[][{}:,]|true|false|null'
-    rb"|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?)")
-
-
-class Json(collections.namedtuple("Json", "start end text items")):
-    """A JSON value in a body: its place and bytes; `items` of an array are Json, else None.
-
-    `items` of an object are (key, Json) in order.
-    """
-
-    def member(self, name):
-        """Return the first member `name` of an object, or None."""
-        return next((value for key, value in self.members() if key == name), None)
-
-    def members(self):
-        return self.items if self.text[:1] == b"{" else []
-
-    def elements(self):
-        return self.items if self.text[:1] == b"[" else []
-
-    def string(self):
-        """Return the text of a string; None for any other value or invalid UTF-8."""
-        with contextlib.suppress(UnicodeDecodeError):
-            return json.loads(self.text.decode()) if self.text[:1] == b'"' else None
-
-
-def parse_json(body):
-    """Return the value in `body` as a Json, by the letter of RFC 8259; raise ValueError.
-
-    Invalid UTF-8 in a string is accepted, because the upstream reads bytes too.
-    """
-    at = 0
-
-    def take(*allowed):
-        nonlocal at
-        word = JSON_WORD.match(body, at)
-        if not word or allowed and word[1] not in allowed:
-            raise ValueError("unexpected %r" % body[at:at + 20])
-        at = word.end()
-        return word
-
-    def value():
-        first = last = take()
-        items, read = None, {b"{": member, b"[": value}.get(first[1])
-        if first[1] in b"}]:,":
-            raise ValueError("expected a value")
-        if read:
-            items, closing = [], b"}" if read is member else b"]"
-            ahead = JSON_WORD.match(body, at)
-            if ahead and ahead[1] == closing:
-                last = take()
-            while last[1] != closing:
-                items.append(read())
-                last = take(b",", closing)
-        return Json(first.start(1), last.end(), body[first.start(1):last.end()], items)
-
-    def member():
-        key = take()[1]
-        if key[:1] != b'"':
-            raise ValueError("expected a key")
-        take(b":")
-        return json.loads(key.decode("utf-8", "replace")), value()
-
-    whole = value()
-    if body[at:].strip(b" \t\r\n"):
-        raise ValueError("more than one value")
-    return whole
-
-
-def meant_model(body):
-    """Return (start, end, name) of the model in `body`; None if the body is to pass untouched.
-
-    After a plain `model` as the first member nothing is examined.
-    """
-    leading = re.match(SPACE + rb"\{" + SPACE + rb'"model"' + SPACE + rb":" + SPACE
-                       + rb'("[^"\\\0-\x1f]*")' + SPACE + rb"[,}]", body)
-    if leading:
-        found = Json(*leading.span(1), leading[1], None)
-    else:
-        try:
-            found = parse_json(body).member("model")
-        except (ValueError, RecursionError):
-            return None
-    name = found and found.string()
-    return None if name is None else (found.start, found.end, name)
-
-
-def healing(body):
-    """Return a pattern of what healing must leave of `body`; None if it has no thinking blocks."""
-    pattern, at = b"", 0
-    messages = parse_json(body).member("messages")
-    for message in messages.elements() if messages else ():
-        content = message.member("content")
-        blocks = content.elements() if content else []
-        kinds = [block.member("type") for block in blocks]
-        kept = [block.text for block, kind in zip(blocks, kinds)
-                if not kind or kind.string() not in ("thinking", "redacted_thinking")]
-        if len(kept) < len(blocks):
-            kept = kept or [b'{"type":"text","text":"(no content)"}']
-            pattern += re.escape(body[at:content.start + 1]) + SPACE
-            pattern += (SPACE + b"," + SPACE).join(map(re.escape, kept)) + SPACE
-            at = content.end - 1
-    return pattern + re.escape(body[at:]) if at else None
-
-
-class BodyDice(random.Random):
-    """A source of random JSON texts and of damage to them."""
+class Dice(random.Random):
+    """A source of random bodies, files and HTTP messages, and of damage to them."""
 
     WORDS = ("model", "model", "Model", "mode", "", "stream", "messages", "type", "thinking",
              "content", "a" * 300, "claude-opus-5", "claude-sonnet-4", '"model":"x"', "\\", '"',
              "/", "\b\f\n\r\t", "\x7f\x80\u2028", "é", "한글", "😀", "\ud83d", "\udc7f", "\0",
-             "{}")
-    NAMES = ("claude-sonnet-4-5", "claude-opus-5", "claude-haiku-4-5", "gpt-5", "", "클로드",
-             "\\u0063laude-\\")
-    NUMBERS = ("0", "-0", "1", "-1.50", "1E+5", "1e-400", "1e400", "9007199254740993", "9" * 400,
-               "0." + "3" * 500, "9" * 5000)
+             "{}", "claude-sonnet-4-5", "claude-haiku-4-5", "gpt-5", "클로드", "\\u0063laude-\\")
+    ATOMS = ("null", "true", "false", "0", "-0", "1", "-1.50", "1E+5", "1e-400", "1e400",
+             "9007199254740993", "9" * 400, "0." + "3" * 500, "9" * 5000)
+
+    def __init__(self, what, number):
+        super().__init__("%s/%s/%d" % (FUZZ_SEED, what, number))
+        self.number = number
 
     def space(self):
         return self.choice(("", "", "", "", " ", "\n  ", "\t", "\r\n", " " * 50))
@@ -9423,42 +8340,34 @@ class BodyDice(random.Random):
     def string(self, text):
         """Return `text` as a JSON string, some of its characters escaped."""
         if self.random() < 0.7:
-            ascii_ = self.random() < 0.5 or not text.isprintable()
-            return json.dumps(text, ensure_ascii=ascii_)
-        out = []
-        for character in text:
-            if self.random() < 0.2 or not character.isprintable() or character in '"\\':
-                digits = character.encode("utf-16-be", "surrogatepass").hex()
-                digits = digits.upper() if self.random() < 0.5 else digits
-                out += ["\\u" + digits[at:at + 4] for at in range(0, len(digits), 4)]
-            else:
-                out.append("\\/" if character == "/" else character)
-        return '"%s"' % "".join(out)
+            return json.dumps(text, ensure_ascii=self.random() < 0.5 or not text.isprintable())
 
-    def items(self, opening, closing, items):
+        def spelled(character):
+            if character.isprintable() and character not in '"\\' and self.random() < 0.8:
+                return "\\/" if character == "/" else character
+            digits = character.encode("utf-16-be", "surrogatepass").hex()
+            return re.sub("....", r"\\u\g<0>", self.choice((digits, digits.upper())))
+
+        return '"%s"' % "".join(map(spelled, text))
+
+    def group(self, brackets, items):
         """Return `items` between brackets, with commas, and white space wherever it may be."""
         inside = ",".join(self.space() + item + self.space() for item in items)
-        return opening + (inside or self.space()) + closing
+        return brackets[0] + (inside or self.space()) + brackets[1]
 
     def member(self, key, value):
         return self.string(key) + self.space() + ":" + self.space() + value
 
     def value(self, depth=3):
-        kind = self.randrange(9 if depth else 6)
+        kind = self.randrange(8 if depth else 6)
         if kind < 3:
             return self.string(self.choice(self.WORDS))
-        if kind < 5:
-            return self.choice(self.NUMBERS)
-        if kind == 5:
-            return self.choice(("null", "true", "false"))
+        if kind < 6:
+            return self.choice(self.ATOMS)
+        items = [self.value(depth - 1) for _ in range(self.randrange(4))]
         if kind == 6:
-            return self.items("[", "]", [self.value(depth - 1) for _ in range(self.randrange(4))])
-        return self.items("{", "}", [
-            self.member(self.choice(self.WORDS), self.value(depth - 1))
-            for _ in range(self.randrange(5))])
-
-    def insert(self, items, item):
-        items.insert(self.randrange(len(items) + 1), item)
+            return self.group("[]", items)
+        return self.group("{}", [self.member(self.choice(self.WORDS), item) for item in items])
 
     def body(self):
         """Return a body: most often an object with a model somewhere; a third are damaged."""
@@ -9474,269 +8383,648 @@ class BodyDice(random.Random):
             members = [self.member(self.choice(self.WORDS), self.value())
                        for _ in range(self.randrange(6))]
             for _ in range(self.choice((1, 1, 1, 2))):
-                name = self.string(self.choice(self.NAMES + self.WORDS))
-                value = self.value(1) if self.random() < 0.15 else name
+                value = self.string(self.choice(self.WORDS))
+                value = self.value(1) if self.random() < 0.15 else value
                 key = self.string("model") if self.random() < 0.2 else '"model"'
                 members.insert(self.choice((0, 0, self.randrange(len(members) + 1))),
                                key + self.space() + ":" + self.space() + value)
-            text = self.space() + self.items("{", "}", members) + self.space()
-        return self.damage(text.encode()) if self.random() < 0.35 else text.encode()
+            text = self.space() + self.group("{}", members) + self.space()
+        return self.damaged_json(text.encode()) if self.random() < 0.35 else text.encode()
 
-    PIECES = (b",", b'"', b"\\", b"{", b"}", b"[", b"]", b":", b"\x1f", b"\x0b", b"//", b"\n",
-              b"\0", b"x", b"{}", b"\x0c", b"\xc2\xa0", b"\xff", b"\xc3", b"\xed\xa0\xbd", b"\x80",
-              b"\xf5")
-    VALUES = (b"NaN", b"Infinity", b"-Infinity", b"nul", b"01", b"+1", b".5", b"1.", b"0x1",
-              b"'a'", b"1 1")
+    # Inserted by damage.
+    IN_JSON = (*(bytes((byte,)) for byte in b',"\\{}[]:\n\0\x1f\x0b\x0cx0+\xff\xc3\x80\xf5'), b"//",
+               b"{}", b"\xc2\xa0", b"\xed\xa0\xbd", b"\xef\xbb\xbf")
+    NO_VALUES = (b"NaN", b"Infinity", b"-Infinity", b"nul", b"01", b"+1", b".5", b"1.", b"0x1",
+                 b"'a'", b"1 1")
+    IN_HTTP = (*(bytes((byte,)) for byte in b'\n\r\0 \t\x0b\x7f:;,01x+-="(\xb2\xe9'), b"\r\n",
+               b"\r\n ", b"\r\n\r\n", b", ", b"0x", b"_0", b"f" * 17, b"x" * 300, b", chunked",
+               b"identity, ", b", identity", b"\r\nContent-Length: 3", b"\r\nHost: evil.example",
+               b"\r\nTransfer-Encoding: chunked")
+    FRAMING = re.compile(
+        rb"(?im)^(?:content-length|transfer-encoding|host|connection):[^\r]*\r\n|HTTP/1\.[01]|"
+        rb"^[0-9a-f]+[^\r\n]*\r\n")
+    PIECE = re.compile(rb"\w+|\r\n|.", re.S)
 
-    def damage(self, body):
-        at, piece = self.randrange(len(body) + 1), self.choice(self.PIECES)
+    def damaged(self, data, inserts, found=()):
+        """Return `data` cut off, or a piece of it removed, repeated, replaced or put elsewhere.
+
+        The piece is one of the matches `found` or in it, if there are any, and has no mark.
+        """
+        if self.random() < 0.1:
+            return data[:self.randrange(len(data) + 1)]
+        if found:
+            match = self.choice(found)
+            pieces = [match, *self.PIECE.finditer(data, *match.span())]
+        else:
+            start = self.randrange(len(data) + 1)
+            pieces = [*self.PIECE.finditer(data, start, start + 40)] or [
+                re.compile(b"").match(data, start)]
+        piece, insert = self.choice(pieces), self.choice(inserts)
+        if MARK.search(piece.group().decode("latin-1")):
+            return data
+        before, after = data[:piece.start()], data[piece.end():]
+        return before + self.choice((
+            b"", insert, insert + piece.group(), piece.group() + insert, piece.group() * 2)) + after
+
+    def damaged_json(self, body):
+        odd = re.sub(rb"\b(?:null|true|1)\b", self.choice(self.NO_VALUES), body, count=1)
         return self.choice((
-            body[:at], body + piece, body[:at] + piece + body[at:], b"\xef\xbb\xbf" + body,
-            body[:at] + body[at + self.randrange(1, 9):], body[:at] + body[at:at + 9] + body[at:],
-            re.sub(rb"\b(null|true|1)\b", self.choice(self.VALUES), body, count=1),
-            body.decode().encode(self.choice(("utf-16", "utf-16-le", "utf-32")))))
+            odd, odd, body + self.choice(self.IN_JSON), *[self.damaged(body, self.IN_JSON)] * 4,
+            body.decode().encode(self.choice(("utf-8-sig", "utf-16", "utf-16-le", "utf-32")))))
 
-    def block(self):
-        """Return a content block."""
-        if self.random() < 0.1:
-            return self.choice(("7", "null", '"thinking"', '["thinking"]', "[]", "{}",
-                                '{"type":7}'))
-        kind = self.choice(("thinking", "thinking", "redacted_thinking", "text", "text",
-                            "tool_use", "tool_result", "Thinking", "thinking ", "redacted"))
-        members = [self.member(self.choice(("text", "thinking", "signature", "data", "x")),
-                               self.value(2)) for _ in range(self.randrange(3))]
-        if kind == "tool_result":
-            members.append(self.member("content", '[{"type":"thinking","thinking":"nested"}]'))
-        self.insert(members, self.member("type", self.string(kind)))
-        if self.random() < 0.1:
-            second = '"text"' if kind.endswith("thinking") else '"thinking"'
-            members.append(self.member("type", second))
-        return self.items("{", "}", members)
+    def damaged_message(self, data):
+        for _ in range(self.choice((1, 1, 1, 2))):
+            found = [*self.FRAMING.finditer(data[:2000])]
+            data = self.damaged(data, self.IN_HTTP, found if self.random() < 0.7 else [
+                re.match(b"(?s).{0,2000}", data)])
+        return data
 
-    def message(self):
-        members = [self.member(key, self.value(2))
-                   for key in ("role", "id", "thinking")[:self.randrange(4)]]
-        content = self.choice(('"thinking"', "null", "7", '{"type":"thinking"}', "[]"))
-        if self.random() < 0.8:
-            blocks = [self.block() for _ in range(self.choice((1, 1, 2, 3, 5)))]
-            content = self.items("[", "]", blocks)
-        self.insert(members, self.member("content", content))
-        return self.items("{", "}", members)
+    KINDS = ("thinking", "thinking", "redacted_thinking", "text", "text", "tool_use",
+             "tool_result", "Thinking", "thinking ", "redacted")
+    NO_BLOCKS = ("7", "null", '"thinking"', '["thinking"]', "[]", "{}", '{"type":7}')
+
+    def content(self):
+        """Return (a content, a pattern of what healing must leave of it)."""
+        blocks, kept = [], []
+        for _ in range(self.choice((1, 1, 2, 3, 5))):
+            kind = self.choice(self.KINDS)
+            members = self.sample([
+                self.member("type", self.string(kind)), self.member("text", self.value(2)),
+                self.member("content", '[{"type":"thinking","thinking":"nested"}]')], 3)
+            second = self.choice(('"text"', '"thinking"'))      # the first one counts
+            members += [self.member("type", second)] * (self.random() < 0.1)
+            block = self.group("{}", members)
+            if self.random() < 0.1:
+                kind = block = self.choice(self.NO_BLOCKS)
+            blocks.append(block)
+            kept += [block] * (kind not in ("thinking", "redacted_thinking"))
+        content, comma = self.group("[]", blocks), SPACE + "," + SPACE
+        if self.random() < 0.2:
+            content = self.choice(('"thinking"', "null", "7", '{"type":"thinking"}', "[]"))
+        elif len(kept) < len(blocks):
+            kept = kept or ['{"type":"text","text":"(no content)"}']
+            return content, r"\[%s]" % (SPACE + comma.join(map(re.escape, kept)) + SPACE)
+        return content, re.escape(content)
 
     def conversation(self):
-        """Return a body with thinking blocks, most of them where healing takes them out."""
-        members = [self.member(key, self.value(2))
-                   for key in ("model", "max_tokens", "stream", "tools")]
-        members.append(self.member("system", '[{"type":"thinking","thinking":"no message"}]'))
-        self.shuffle(members)
-        members = members[:self.randrange(6)]
-        messages = [self.message() for _ in range(self.randrange(4))]
-        self.insert(members, self.member("messages", self.items("[", "]", messages)))
-        if self.random() < 0.1:
-            members.append(self.member("messages", '[{"content":[{"type":"thinking"}]}]'))
-        return (self.space() + self.items("{", "}", members) + self.space()).encode()
+        """Return (a body with messages, a pattern of what healing must leave of it)."""
+        messages = [self.group("{}", self.sample([
+            self.member("role", self.value(2)), self.member("thinking", self.value(2)),
+            self.member("content", "\1")], 3)) for _ in range(self.randrange(4))]
+        members = self.sample([
+            self.member("system", '[{"type":"thinking","thinking":"no message"}]'),
+            self.member("max_tokens", self.value(2)),
+            self.member("messages", self.group("[]", messages))], 3)
+        members.append(self.member(self.choice(("messages", "model")),      # the first one counts
+                                   '[{"content":[{"type":"thinking"}]}]'))
+        body, *parts = (self.space() + self.group("{}", members) + self.space()).split("\1")
+        pattern = re.escape(body)
+        for part in parts:
+            content, left = self.content()
+            body, pattern = body + content + part, pattern + left + re.escape(part)
+        return body.encode(), pattern
+
+    ODD = (*map(json.dumps, (
+        None, True, False, "", "x", "auto", "one", "two", "Loud", "a b", "é", "\ud83d", "\0",
+        "a\nb\x1b[31m", "x" * 5000, "*", "[", "[z-a]", "[!a", "[[a--b&&c]*", "*a" * 50, [], ["one"],
+        ["one", "one"], ["two", "one"], ["one", 2], [[]], {}, {"match": "*", "rewrite": "odd"},
+        {"one": {}}, "modes", "auto", "mappings", "targets", "cooldownMinutes", "colour")),
+        "[" * 50 + "]" * 50, "[" * 100_000 + "]" * 100_000,
+        "0", "1", "2", "-1", "0.5", "1.0", "150", "1e3", "1e18", "1e999", "-0", "NaN", "Infinity",
+        "-Infinity", "9" * 30, "9" * 5000, "01", "0x1", "nan")
+    ITEM = re.compile(r'("\w*": )?("[^"]*"|[0-9.]+|\[[^][]*]|\{[^{}]*})')
+
+    def config(self):
+        """Return a config.json, up to two of its items changed, or damaged as a whole."""
+        auto = {**DEFAULT_CONFIG["auto"], "targets": ["one", "two"], "cooldownMinutes": [30, 0.5]}
+        text = json.dumps(switchboard(1, auto=auto), indent=self.choice((None, 1)))
+        for _ in range(self.choice((0, 0, 1, 1, 2))):
+            item, odd = self.choice([*self.ITEM.finditer(text)]), self.choice(self.ODD)
+            text = text[:item.start()] + self.choice((
+                (item[1] or "") + odd, odd, item[0] + "," + item[0])) + text[item.end():]
+        content, kind = (self.space() + text + self.space()).encode(), self.random()
+        if kind < 0.2:
+            return self.damaged_json(content)
+        return content if kind > 0.26 else self.choice((
+            b"", b" \n", b"\0" * 64, content + content, b"\0" + content, b"\\\"" * 2000,
+            b"{" * 100_000, b" " * 2_000_000 + content, b" " * 700_000 + content, self.body()))
+
+    def payload(self, mark):
+        """Return the body of an HTTP message, which may look like messages."""
+        hidden = b"GET /hidden/%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % mark
+        return self.choice((
+            b"", hidden, b"0\r\n\r\n" + hidden, mark + b"\r\n0\r\n\r\n\0\xff\r\r\n\n" + bytes(9),
+            b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n" + mark,
+            mark * self.choice((1, 1, 1, 9, 9, 9, 99, 20000)),
+            self.getrandbits(800).to_bytes(100, "big") + mark))
+
+    def chunks(self, body, mark):
+        """Return `body` in chunks of any sizes, with extensions and trailers now and then."""
+        out, at = b"", 0
+        while at < len(body):
+            size = self.choice((1, 2, 9, 99, 9999, 99999)) if len(body) < 9999 else 20000
+            piece, at = body[at:at + size], at + size
+            out += self.choice((b"%x", b"%X", b"%04x")) % len(piece)
+            out += self.choice((b"", b"", b"", b";x", b' ; a="b c"')) + b"\r\n" + piece + b"\r\n"
+        return out + self.choice((b"0", b"000", b"0;last")) + b"\r\n" + self.choice((
+            b"", b"", b"X-Trailer: %b\r\n" % mark,
+            b"Content-Length: 3\r\nHost: evil.example\r\n")) + b"\r\n"
+
+    def framed(self, start, fields, body, framing, mark):
+        """Return the message of these parts, its fields in any order."""
+        if framing == "length":
+            fields.append(self.choice((b"Content-Length: %d", b"content-length:%d",
+                                       b"CONTENT-LENGTH: \t00%d ")) % len(body))
+        elif framing == "chunked":
+            fields.append(self.choice((b"Transfer-Encoding: chunked",
+                                       b"transfer-encoding:\tChunked ")))
+            body = self.chunks(body, mark)
+        self.shuffle(fields)
+        return b"".join(line + b"\r\n" for line in (start, *fields, b"")) + body
+
+    def request(self, mark):
+        method = self.choice((b"POST",) * 4 + (b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS",
+                                               b"pOsT"))
+        target = self.choice((
+            b"/", b"/v1/messages?beta=true&", b"//", b"/%2e%2E/../", b"http://localhost/",
+            b"HTTP://127.0.0.1:1?", b"/v1/messages/count_tokens?")) + mark
+        old = self.random() < 0.04
+        body = b"" if method in (b"GET", b"HEAD") and self.random() < 0.9 else self.payload(mark)
+        if method == b"POST" and self.random() < 0.6:
+            body = self.choice((self.body(), chat(
+                "claude-sonnet-" + mark.decode(), stream=self.random() < 0.8,
+                messages=[{"role": "user", "content": body.decode("latin-1")}])))
+        framing = self.choice(("length", "length" if old else "chunked")) if body else "none"
+        fields = self.sample((
+            b"Accept: */*", b"X-Empty:", b"x-tab: a\tb  c", b"X-Latin: caf\xe9\x80",
+            b"Cookie: a=1", b"cookie: b=2", b"TE: trailers", b"Keep-Alive: timeout=5",
+            b"Expect: 100-continue", b"X-Quoted: \"a\\\"b\", ,;", b"Connection: keep-alive",
+            b"connection: X-Gone, content-length", b"X-Gone: 1", b"Upgrade: h2c"),
+            self.randrange(6))
+        fields += [self.choice((b"Host: localhost", b"hOST:127.0.0.1:8316", b"Host: [::1]:1 ")),
+                   b"X-Token: " + mark]
+        start = b"%b %b HTTP/1.%d" % (method, target, not old)
+        blank = self.choice((b"", b"", b"", b"\r\n"))
+        return blank + self.framed(start, fields, body, framing, mark)
+
+    def response(self, mark, method):
+        status = self.choice((
+            b"200 OK", b"200 OK", b"200 OK", b"201 ", b"204 No Content", b"304 Not Modified",
+            b"400 Bad", b"404 N\xe9", b"429 Many", b"500", b"529 Overloaded", b"299 Odd"))
+        fields = self.sample((
+            b"X-Empty:", b"Set-Cookie: a=1", b"set-cookie: b", b"X-Latin: \xe9", b"Keep-Alive: 5",
+            b"Connection: close", b"connection: X-Gone", b"X-Gone: 1", b"Date: now",
+            b"Access-Control-Allow-Origin: *"), self.randrange(5))
+        kind, body = b"application/octet-stream", self.payload(mark)
+        if self.random() < 0.4:
+            kind, body = b"text/event-stream", b"".join(self.choices((
+                event("ping"), b": comment\n\n", event("message_start", text=mark.decode()),
+                b"\n", event("error", error={"type": "overloaded_error"}), event("message_stop")),
+                k=self.randrange(5)))
+        fields += [b"Content-Type: " + kind, b"X-Response: " + mark]
+        framing = self.choice(("length", "chunked", "chunked", "close"))
+        if method == "HEAD" or status[:3] in (b"204", b"304"):
+            framing, body = "none", b""
+        interim = self.choice((b"",) * 8 + (
+            b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 102 Wait\r\n\r\n" * 3,
+            b"HTTP/1.1 103 Hints\r\nLink: <a>\r\n\r\n"))
+        old = framing == "close" and self.random() < 0.5
+        return interim + self.framed(b"HTTP/1.%d %b" % (not old, status), fields, body, framing,
+                                     mark)
+
+    def pieces(self, data):
+        """Return `data` in pieces, cut at random places."""
+        count = self.choice((0, 0, 0, 1, 1, 2, 2, 5, 40))
+        cuts = sorted(self.randrange(len(data) + 1) for _ in range(count))
+        pieces = (data[start:end] for start, end in zip([0, *cuts], [*cuts, len(data)]))
+        return [piece for piece in pieces if piece]
 
 
-def run_cases(what, cases, share, dice_class, case):
-    """Call `case` with the dice of each of `cases` / `share` cases; a failure names its seed."""
-    announce(cases // share, "random %s" % what)
-    for number in range(cases // share):
+# Fuzz: framing ################################################################
+
+ONE_HOP = {"connection", "proxy-connection", "keep-alive", "proxy-authenticate",
+           "proxy-authorization", "te", "trailer", "transfer-encoding", "upgrade"}
+Request = collections.namedtuple("Request", "method target fields body framing close")
+Case = collections.namedtuple("Case", "request method clean responses")
+
+
+def marks_in(data):
+    """Return the keys of the connections whose marks are in `data`."""
+    return set(MARK.findall(data.decode("latin-1")))
+
+
+def nominated(fields):
+    """Return the names in the Connection fields, in lower case."""
+    return {name.strip(" \t").lower() for value in values(fields, "connection")
+            for name in value.split(",")}
+
+
+def passing(fields, *more):
+    """Return the fields that pass a router, except those that are named."""
+    drop = ONE_HOP | nominated(fields) | {"content-length", *more}
+    return [field for field in fields if field[0].lower() not in drop]
+
+
+def read_request_head(reader):
+    """Return (method, target, version, fields) by the letter of RFC 9112; raise Malformed."""
+    line = ""
+    while not line:
+        line = text_line(reader.readline())
+    start = re.fullmatch("(%s) ([!-~]+) (HTTP/1[.][0-9])" % TOKEN, line)
+    if not start:
+        raise Malformed("a request line")
+    fields = read_fields(reader)
+    if len(values(fields, "host")) not in ((0, 1) if start[3] == "HTTP/1.0" else (1,)):
+        raise Malformed("Host")
+    return (*start.groups(), fields)
+
+
+def read_request(reader):
+    method, target, version, fields = read_request_head(reader)
+    body, framing = read_body(reader, version, fields)
+    close = version == "HTTP/1.0" or "close" in nominated(fields)
+    return Request(method, target, fields, body, framing, close)
+
+
+def whole_reply(data, method):
+    """Return (the response that `data` begins with, its end); raise Malformed."""
+    reader = io.BytesIO(data)
+    reply = read_reply_from(reader, method)
+    if not reply or not reply.complete:
+        raise Unfinished("a response", reply.body if reply else b"")
+    return reply, reader.tell()
+
+
+class FuzzedResponse:
+    """The response to one attempt: its bytes, their meaning, and how the connection ends."""
+
+    def __init__(self, dice, data, method, clean):
+        self.data, self.clean, self.reply = data, clean, None
+        self.early = dice.random() < 0.3        # it comes as soon as the head has arrived
+        self.reset = not clean and dice.random() < 0.1
+        if self.reset:
+            self.data = data[:dice.randrange(len(data))]
+        elif not clean:
+            self.data = dice.damaged_message(data)
+        elif dice.random() < 0.2 and whole_reply(data, method)[0].framing != "close":
+            # Unrequested bytes, which must not become the response to another request.
+            self.data += b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\ntokZZZZZZxZZkot abcd"
         try:
-            case(dice_class("%s/%s/%d" % (FUZZ_SEED, what, number)))
-        except Exception as problem:
-            raise AssertionError("RROUTER_FUZZ_SEED=%s RROUTER_FUZZ_CASES=%d, %s %d: %s: %s" % (
-                FUZZ_SEED, cases, what, number, type(problem).__name__, problem)) from problem
+            self.reply, self.end = whole_reply(self.data, method)
+            self.body = self.reply.body
+        except Malformed as problem:
+            self.body, self.end = problem.body, len(self.data)
+        self.lasts = bool(self.reply and self.reply.framing != "close" and not self.reset
+                          and "close" not in nominated(self.reply.fields)
+                          and dice.random() < 0.97)     # it may close without saying so
+
+    def send(self, connection, dice):
+        """Send the response in pieces, unrequested bytes together with the last one."""
+        *pieces, last = dice.pieces(self.data[:self.end]) or [b""]
+        for piece in (*pieces, last + self.data[self.end:]):
+            connection.sendall(piece)
+        if self.reset:
+            close_by_reset(connection)
 
 
-class SpliceFuzzTest(RouterTest):
-    """Random bodies, sound and damaged; a strict JSON reader in this file is the oracle.
+NO_CASE = Case(b"", "", False, [FuzzedResponse(
+    Dice("no case", 0), b"HTTP/1.1 500 No Case\r\nContent-Length: 0\r\n\r\n", "GET", True)])
+
+
+class FuzzedTalk:
+    """One client connection: its cases, the meaning of its bytes, and both sides of what happens.
+
+    `arrived` lists the requests at the upstream by their places, `replies` the whole responses that
+    the client received, `rest` the bytes after them.
+    """
+
+    def __init__(self, dice, mode):
+        self.dice, self.mode, self.arrived, self.cases = dice, mode, [], []
+        self.key = (b"%06d" % dice.number).translate(LETTERS).decode()
+        count = dice.choice((1, 1, 2, 3, 5))
+        for place in range(count):
+            # A fault ends the connection as a rule: most of them are in the last case.
+            mark = ("tok%sx%skot" % (self.key, "QRSTU"[place] * 2)).encode()
+            often, seldom = (0.98, 0.9) if place < count - 1 else (0.4, 0.5)
+            request, clean = dice.request(mark), dice.random() < often
+            method = request.split()[0].decode()
+            self.cases.append(Case(
+                request if clean else dice.damaged_message(request), method, clean,
+                [FuzzedResponse(dice, dice.response(mark, method), method, dice.random() < seldom)
+                 for _ in range(2)]))
+        self.sent = b"".join(case.request for case in self.cases)
+        self.meant, self.ends, reader = [], [0], io.BytesIO(self.sent)
+        with contextlib.suppress(Malformed):
+            while not (self.meant and self.meant[-1].close):
+                self.meant.append(read_request(reader))
+                self.ends.append(reader.tell())
+        leaves = self.sent and dice.random() < 0.1
+        self.leaves_after = dice.randrange(len(self.sent) + 1) if leaves else None
+        self.data, self.rest, self.replies, self.ended = b"", b"", [], ""
+
+    def __str__(self):
+        return "\n".join("%r\n  responses: %s" % (case.request[:999], ", then ".join(
+            repr(response.data[:999]) for response in case.responses)) for case in self.cases)
+
+    def case_of(self, place):
+        """Return the case that responds to the request `place`, NO_CASE if its method differs."""
+        case = (self.cases + [NO_CASE] * place)[place]
+        return case if case.method == self.meant[place].method else NO_CASE
+
+    def place_of(self, method, target, fields):
+        """Return which of the requests meant has arrived with this head; raise Malformed."""
+        head = method, target, passing(fields, "host"), bool(values(fields, "content-length"))
+        for place, meant in enumerate(self.meant):
+            path = re.sub("(?i)^https?://[^/?#]*", "", meant.target)
+            path = path if path.startswith(("/", "*")) else "/" + path
+            if head == (meant.method, path, passing(meant.fields, "host"), meant.framing != "none"):
+                return place
+        raise Malformed("a request that the client did not mean: %r" % (head,))
+
+    def bodies_of(self, place):
+        """Return the bodies that may arrive; SpliceFuzzTest examines the functions used here."""
+        body = self.meant[place].body
+        start, end, name = rrouter.find_model(body) or (0, 0, None)
+        new = rrouter.decide_route(config_with(), "antigravity", name).model
+        if new == name:
+            return (body,)
+        spliced = b"".join(rrouter.splice(body, start, end, new))
+        return (spliced, body) if self.mode == "auto" else (spliced,)
+
+    def converse(self, connection):
+        """Send the bytes in pieces, the requests at once or one by one, and read the replies."""
+        count, ends = len(self.meant), [*self.ends, len(self.sent)]
+        parts = [(self.sent[start:end], min(number, count))
+                 for number, (start, end) in enumerate(zip(ends, ends[1:]), 1)]
+        if self.leaves_after is not None:
+            parts = [(self.sent[:self.leaves_after], self.leaves_after > ends[1])]
+        elif self.dice.random() < 0.4:
+            parts = [(self.sent, count)]
+        for data, due in parts:
+            with contextlib.suppress(ConnectionError):
+                for piece in self.dice.pieces(data):
+                    connection.sendall(piece)
+            self.read(connection, due)
+        if self.leaves_after is None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
+            self.read(connection, count + 1)
+        elif self.dice.random() < 0.5:
+            reset(connection)
+
+    def read(self, connection, due):
+        """Read until there are `due` replies or the connection has ended."""
+        while len(self.replies) < due:
+            place = len(self.replies)
+            with contextlib.suppress(Unfinished):
+                method = self.meant[place].method if place < len(self.meant) else "GET"
+                reply, end = whole_reply(self.rest, method)
+                if reply.framing != "close" or self.ended == "closed":
+                    self.replies.append(reply)
+                    self.rest = self.rest[end:]
+                    continue
+            if self.ended:
+                return
+            try:
+                block = connection.recv(1 << 20)
+                self.data, self.rest = self.data + block, self.rest + block
+                self.ended = "" if block else "closed"
+            except ConnectionError:
+                self.ended = "reset"
+
+
+class FuzzUpstream(Upstream):
+    """Reads requests strictly; plays the response of the case to each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.talks, self.faults = {}, []
+
+    def _exchange(self, connection, reader, number):
+        head = talk = response = None
+        if not reader.peek(1):
+            return False
+        try:
+            method, target, _, fields = head = read_request_head(reader)
+            talk = self.talks[min(marks_in(repr(head).encode()), default=None)]
+            place = talk.place_of(method, target, fields)
+            with self.changed:
+                attempt = talk.arrived.count(place)
+                talk.arrived.append(place)
+            responses = talk.case_of(place).responses
+            response, dice = responses[:attempt + 1][-1], Dice(talk.key, len(talk.arrived))
+            if response.early:
+                response.send(connection, dice)
+            body, framing = read_body(reader, "HTTP/1.1", fields)
+            if (framing == "chunked" or body not in talk.bodies_of(place)
+                    or values(fields, "host") != [self.url[7:]]):
+                raise Malformed("Host or a body that the client did not mean: %r" % body[:2000])
+        except (Malformed, KeyError) as problem:
+            may_break = talk and talk.leaves_after is not None or response and response.early
+            if not (may_break and isinstance(problem, Unfinished)):
+                self.faults.append("the upstream received %r of %r\n%s" % (problem, head, talk))
+            return False
+        if not response.early:
+            response.send(connection, dice)
+        return response.lasts
+
+
+class FuzzTest(RouterTest):
+    """Random messages, well-formed and not, on both sides, cut into segments at random places.
+
+    The upstream receives exactly one well-formed request equal to what the client meant, or
+    nothing; in auto mode one for each of at most two attempts.  The client receives the response to
+    one of the attempts, an error made by rrouter, or a broken connection: never a byte of another
+    request, never parts of two responses, never a broken response that seems whole.  Where neither
+    side did anything wrong it is a response.  All of this holds also where the upstream responds
+    before it has the body, resets or closes unasked, and where the client leaves.
+    """
+
+    CASES = fuzz_cases(1000, soak=20_000)
+    upstream_class = FuzzUpstream
+
+    def fuzz(self, mode):
+        self.rrouter.home.write("mode", mode + "\n")
+
+        def case(dice):
+            talk = FuzzedTalk(dice, mode)
+            self.upstream.talks[talk.key] = talk
+            try:
+                with self.rrouter.connect() as connection:
+                    talk.converse(connection)
+                self.assertLessEqual(marks_in(talk.data), {talk.key}, "cross-talk")
+                if talk.leaves_after is None:   # else its bytes may still arrive
+                    self.judge(talk)
+                    del self.upstream.talks[talk.key]
+            except Exception as problem:
+                raise AssertionError("%r\n%s" % (problem, talk)) from problem
+            self.assertEqual(self.upstream.faults, [])
+
+        run_cases("connections in mode " + mode, self.CASES // 5, case, threads=4)
+        self.assertEqual(self.upstream.faults, [])          # of clients that had left
+
+    def judge(self, talk):
+        due = True              # as long as nothing has gone wrong, responses are due
+        for place, meant in enumerate(talk.meant):
+            case, count = talk.case_of(place), talk.arrived.count(place)
+            given, due = case.responses[:max(1, count)], due and case.clean
+            # On a connection that was used before, the request is sent once more.
+            resent = any(not response.data or response.reset for response in given)
+            self.assertLessEqual(count, (1 + (talk.mode == "auto")) * (1 + resent), "too often")
+            self.assertTrue(count or not due, "request %d never arrived" % place)
+            must = due and all(response.clean for response in given)
+            if place >= len(talk.replies):
+                self.assertFalse(must, "response %d is missing" % place)
+                if place == len(talk.replies) and talk.rest:
+                    self.judge_broken(given, talk.rest, meant.method)
+                due = False
+                continue
+            reply = talk.replies[place]
+            if self.is_own_error(reply):
+                self.assertFalse(must, "response %d is an error of rrouter: %r" % (place, reply))
+                due = due and reply.status == 502
+                continue
+            self.assertTrue(count, "response %d without a request" % place)
+            self.assertIn(self.seen_by_client(reply),
+                          [self.seen_by_client(response.reply) for response in given
+                           if response.reply], "no whole response of the upstream")
+            self.assertEqual(bool(reply.header("x-rrouter-target")),
+                             rrouter.find_model(meant.body) is not None)
+            due = due and "close" not in nominated(reply.fields)
+        whole = talk.ends[-1] == len(talk.sent) or talk.meant and talk.meant[-1].close
+        for reply in talk.replies[len(talk.meant):]:
+            self.assertTrue(self.is_own_error(reply) and not whole and not talk.rest,
+                            "a response to nothing: %r" % (reply,))
+
+    @staticmethod
+    def seen_by_client(reply):
+        """Return the parts of a response that concern the client, from either side of rrouter."""
+        return reply.status, reply.reason, reply.body, [
+            field for field in passing(reply.fields)
+            if not field[0].lower().startswith(("access-control-", "x-rrouter-"))]
+
+    def judge_broken(self, given, rest, method):
+        """A broken response is the beginning of one of the upstream's."""
+        try:        # where the connection marks the end, only a reset shows that it is broken
+            body = whole_reply(rest, method)[0].body
+        except Unfinished as problem:
+            body = problem.body
+        self.assertTrue(any(response.body.startswith(body) for response in given),
+                        "%r begins no response" % body)
+
+    @staticmethod
+    def is_own_error(reply):
+        return (reply.status >= 400 and reply.header("content-type") == "application/json"
+                and (b'"message": "rrouter: ' in reply.body or reply.framing == "none"))
+
+    def test_only_what_was_meant_passes(self):
+        self.fuzz("antigravity")
+
+    def test_only_what_was_meant_passes_in_auto_mode(self):
+        self.fuzz("auto")
+
+
+# Fuzz: bodies #################################################################
+
+def plain_json(body):
+    """Return the JSON value in `body`, its objects as tuples of pairs; raise ValueError.
+
+    Invalid UTF-8 in a string is accepted, because the upstream reads bytes too.
+    """
+    def refuse(constant):
+        raise ValueError(constant)
+    return json.loads(body.decode("utf-8", "surrogateescape"), object_pairs_hook=tuple,
+                      parse_int=float, parse_constant=refuse)
+
+
+LEADING_MODEL = re.compile(rb'_\{_"model"_:_("[^"\\\0-\x1f]*")_[,}]'.replace(b"_", SPACE.encode()))
+
+
+class SpliceFuzzTest(unittest.TestCase):
+    """Random bodies, sound and damaged.
 
     Only the value of the first top-level `model` of a body changes, if that is a string; every
     other byte stays.  A body that is not JSON as a whole passes untouched; after a plain leading
     `model` nothing is examined.  Healing takes the thinking blocks out of the messages, with the
     commas that are then too many, and changes nothing else.
-
-    RROUTER_FUZZ_SEED repeats a run, RROUTER_FUZZ_CASES sets the number of cases.
     """
 
     CASES = fuzz_cases(1500, soak=100_000)
 
     def test_one_value_changes_and_no_other_byte(self):
         def case(dice):
-            body, new = dice.body(), dice.choice(dice.WORDS)
-            given, meant = dice.choice((bytes, bytearray, memoryview))(body), meant_model(body)
-            self.assertEqual(rrouter.find_model(given), meant, body[:3000])
-            if meant:
-                start, end, _ = meant
-                self.assertEqual(b"".join(rrouter.splice(given, start, end, new)),
-                                 body[:start] + json.dumps(new).encode() + body[end:])
+            body, new = dice.body(), dice.choice(dice.WORDS) + "new"
+            given, tree, name = dice.choice((bytes, bytearray, memoryview))(body), (), None
+            with contextlib.suppress(ValueError, RecursionError):
+                tree = plain_json(body)
+            keys = [item[0] for item in tree] if isinstance(tree, tuple) else []
+            leading = LEADING_MODEL.match(body)
+            if leading:
+                name = leading[1][1:-1].decode("utf-8", "surrogateescape")
+            elif "model" in keys:
+                name = tree[keys.index("model")][1]
+            if not isinstance(name, str) or re.search("[\udc80-\udcff]", name):
+                self.assertIsNone(rrouter.find_model(given), body[:3000])
+                return
+            start, end, found = rrouter.find_model(given)
+            self.assertEqual((found, json.loads(body[start:end])), (name, name), body[:3000])
+            changed = b"".join(rrouter.splice(given, start, end, new))
+            self.assertEqual(changed, body[:start] + json.dumps(new).encode() + body[end:])
+            if keys:
+                place = keys.index("model")
+                self.assertEqual(plain_json(changed),
+                                 (*tree[:place], ("model", new), *tree[place + 1:]))
+            if leading:
+                self.assertEqual((start, end), leading.span(1))
 
-        run_cases("bodies", self.CASES, 1, BodyDice, case)
-
-    def test_the_upstream_receives_the_changed_body(self):
-        rules = [(rule["match"][:-1], rule["rewrite"])
-                 for rule in DEFAULT_CONFIG["modes"]["antigravity"]["mappings"]]
-
-        def case(dice):
-            body, target = dice.body(), None
-            expected, meant = body, meant_model(body)
-            if meant:
-                start, end, name = meant
-                target = "antigravity"
-                for new in [new for prefix, new in rules if name.startswith(prefix)]:
-                    expected = body[:start] + json.dumps(new).encode() + body[end:]
-            connection.sendall(request_bytes(body=body, port=self.rrouter.port))
-            reply = read_reply_from(reader, "POST")
-            self.assertEqual((reply.status, reply.header("x-rrouter-target")), (200, target))
-            self.assertEqual(self.upstream.received.pop().body, expected)
-
-        with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
-            run_cases("bodies over the wire", self.CASES, 15, BodyDice, case)
+        run_cases("bodies", self.CASES, case)
 
     def test_healing_takes_thinking_blocks_and_no_other_byte(self):
         def case(dice):
-            body = dice.conversation()
-            if dice.random() < 0.5:
-                body = dice.damage(body)
+            body, pattern = dice.conversation()
             result = rrouter.without_thinking(body)
-            try:
-                pattern = healing(body)
-            except ValueError:                  # damaged after the messages, or before
-                self.assertTrue(result is None or len(result) < len(body) + 40, body)
+            if pattern == re.escape(body.decode()):
+                self.assertIsNone(result, body)
             else:
-                self.assertEqual(result is None, pattern is None, body)
-                self.assertTrue(result is None or re.fullmatch(pattern, result),
-                                "%r became %r" % (body, result))
+                self.assertRegex(result.decode(), r"\A%s\Z" % pattern)
+            damaged = dice.damaged_json(body)
+            result = rrouter.without_thinking(damaged)
+            if result:
+                self.assertIsNone(rrouter.without_thinking(result), damaged)
+                self.assertLess(len(result), len(damaged) + 40)
 
-        run_cases("conversations", self.CASES, 2, BodyDice, case)
+        run_cases("conversations", self.CASES // 3, case)
 
 
 # Fuzz: files ##################################################################
 
-class Members(list):
-    """The members of a JSON object in order, repeated ones too, as (key, value)."""
+class FileFuzzTest(unittest.TestCase):
+    """Random contents of config.json.
 
-
-class Raw(str):
-    """JSON text that is written as it stands."""
-
-
-def nested_text(depth):
-    return Raw("[" * depth + "]" * depth)
-
-
-class ConfigDice(BodyDice):
-    """A source of contents of config.json and of the mode file, most of them wrong in some way."""
-
-    ODD = (None, True, False, "", "x", "auto", "one", "Loud", "a b", "é", "\ud83d", "a\nb\x1b[31m",
-           "x" * 5000, "*", "[", "[z-a]", "[!a", "[[a--b&&c]*", "*a" * 50,
-           [], ["one"], ["one", "one"], ["two", "one"], ["one", 2], [[]],
-           nested_text(50), nested_text(100_000),
-           Members(), Members([("match", "*"), ("rewrite", "odd")]), Members([("one", Members())]),
-           *map(Raw, ("0", "1", "2", "-1", "0.5", "1.0", "150", "1e3", "1e18", "1e999", "-0", "NaN",
-                      "Infinity", "-Infinity", "9" * 30, "9" * 5000, "01", "0x1", "nan")))
-    KEYS = ("modes", "defaultMode", "auto", "mappings", "match", "rewrite", "targets",
-            "failureThreshold", "timeoutThreshold", "cooldownMinutes", "firstByteTimeoutSeconds",
-            "one", "two", "spare", "colour", "", "\0")
-
-    def write(self, value):
-        """Return `value` as JSON text."""
-        if isinstance(value, Members):
-            return self.items("{", "}", [self.member(key, self.write(member))
-                                         for key, member in value])
-        if isinstance(value, list):
-            return self.items("[", "]", list(map(self.write, value)))
-        if isinstance(value, Raw):
-            return value
-        return self.string(value) if isinstance(value, str) else json.dumps(value)
-
-    def places(self, value):
-        """Yield (container, index) of every member and element in `value`."""
-        if isinstance(value, list):
-            for index, item in enumerate(value):
-                yield value, index
-                yield from self.places(item[1] if isinstance(value, Members) else item)
-
-    def change(self, config):
-        """Change one place of the tree `config`."""
-        container, index = self.choice(list(self.places(config)) or [(Members(), 0)])
-        if not container:
-            return
-        has_keys, way = isinstance(container, Members), self.randrange(8)
-        odd = copy.deepcopy(self.choice(self.ODD))      # a later change may alter it
-        if way == 0:
-            del container[index]
-        elif way == 1:
-            container.insert(index, copy.deepcopy(container[index]))
-        elif way == 2 and has_keys:
-            container[index] = (self.choice(self.KEYS), container[index][1])
-        elif way == 3 and has_keys:
-            container.insert(index, (self.choice(self.KEYS), odd))
-        else:
-            container[index] = (container[index][0], odd) if has_keys else odd
-
-    def config(self, number):
-        """Return the content of a config.json of this edition.
-
-        None to three places are changed, or it is damaged as a whole.
-        """
-        auto = {**DEFAULT_CONFIG["auto"], "targets": ["one", "two"], "cooldownMinutes": [30, 0.5]}
-        config = json.loads(json.dumps(switchboard(number, auto=auto)), parse_int=Raw,
-                            parse_float=Raw, object_pairs_hook=Members)
-        for _ in range(self.choice((0, 1, 1, 1, 2, 3))):
-            self.change(config)
-        content = (self.space() + self.write(config) + self.space()).encode()
-        kind = self.random()
-        if kind < 0.2:
-            return self.damage(content)
-        if kind < 0.26:
-            return self.choice((
-                b"", b" \n", b"\0" * 64, content + content, b"\0" + content, b"\\\"" * 2000,
-                b"{" * 100_000, b" " * 2_000_000 + content, b" " * 700_000 + content, self.body()))
-        return content
-
-    def mode(self):
-        """Return the content of a mode file."""
-        word = self.choice((
-            b"one", b"two", b"spare", b"auto", b"ONE", b"Auto", b"three", b"", b"one two",
-            b"\xef\xbb\xbfone", b"\0", b"on\xffe", b"\x1b[31mone", "\u00e9in".encode(), b"x" * 5000,
-            b"one\ntwo", b"a" * 2_000_000))
-        before = self.choice((b"", b" ", b"\n", b"\t\r\n"))
-        return before + word + self.choice((b"", b"\n", b"\r\n", b" \n\n"))
-
-
-class FileFuzzTest(RouterTest):
-    """Random contents of config.json and of the mode file.
-
-    A content is accepted as a whole or refused as a whole, with one line that says why, and the
-    last good one stays in force: for requests and in /health.  `rrouter.config_of` alone, without
-    any file, decides which contents are accepted.
-
-    RROUTER_FUZZ_SEED repeats a run, RROUTER_FUZZ_CASES sets the number of cases.
+    A content is accepted as a whole or refused as a whole, with one line that says why.
     """
 
     CASES = fuzz_cases(1000, soak=20_000)
-    mode, config = "one", switchboard(0)
 
     def judge(self, content):
-        """Return (the config in this content, None) or (None, the complaint in one line)."""
+        """Return the config in this content, None if it is refused."""
         try:
-            return rrouter.config_of(content), None
+            return rrouter.config_of(content)
         except (rrouter.ConfigError, UnicodeDecodeError) as problem:
             complaint = rrouter.describe_config_error(problem)
             self.assertRegex(complaint, r"\Aconfig\.json: ?[^\0-\x1f\x7f]+\Z")
-            return None, complaint
+            return None
 
     def test_a_config_is_accepted_or_refused_as_a_whole(self):
         accepted = []
 
         def case(dice):
-            content = dice.config(1)
-            config, _ = self.judge(content)
+            content = dice.config()
+            config = self.judge(content)
             if config is None:
                 return
             accepted.append(config)
-            parse_json(content[3 * content.startswith(b"\xef\xbb\xbf"):])     # Python reads more
+            plain_json(content[3 * content.startswith(b"\xef\xbb\xbf"):])     # Python reads more
             again = rrouter.parse_config(rrouter.config_text(config))
             for seconds, others in zip(config.auto.cooldowns_s, again.auto.cooldowns_s):
                 self.assertAlmostEqual(seconds, others)
@@ -9744,81 +9032,23 @@ class FileFuzzTest(RouterTest):
             self.assertEqual(again._replace(auto=auto, problems=config.problems), config)
             for word in ("one", "auto", "nosuch", config.default_mode):
                 mode = config.resolve(word)
-                usable = mode == "auto" and not config.auto_error
-                self.assertTrue(mode in config.modes or usable, mode)
+                self.assertIn(mode, [*config.modes] + ["auto"] * (not config.auto_error))
                 for target in config.auto.targets if mode == "auto" else [mode]:
                     self.assertIsInstance(rrouter.decide_route(config, target, SONNET).model, str)
 
-        run_cases("contents", self.CASES, 2, ConfigDice, case)
-        share = len(accepted) / (self.CASES // 2)
-        self.assertTrue(0.1 < share < 0.9, "%.2f accepted" % share)
+        run_cases("contents", self.CASES // 3, case)
+        self.assertTrue(0.1 < len(accepted) / (self.CASES // 3) < 0.9, len(accepted))
 
-    def test_depth_at_the_edge_of_what_python_reads_is_refused_like_any_other(self):
-        for depth in range(900, 1020):
-            for opening, closing in (("[", "]"), ('{"modes":', "}"),
-                                     ('{"modes":{"a":{"mappings":[', "]}}}")):
-                self.judge(("%s1%s" % (opening * depth, closing * depth)).encode())
-
-    def test_long_tokens_are_refused_in_linear_time(self):
+    def test_long_and_deep_contents_are_refused_in_linear_time(self):
         start = time.process_time()
         for content in (b'\\"' * 20_000, b'"\\\n' * 20_000, b'"' + b"\\" * 900_001, b"9" * 999_999,
                         b"-" * 999_999):
-            self.assertIsNone(self.judge(content)[0])
-        self.assertLess(time.process_time() - start, 1)
-
-    def test_live_files_of_any_kind_stop_no_request(self):
-        self.upstream.default = Response(chunks=b'{"type":"message","content":["x"]}')
-        home, word, edition, complaints = self.rrouter.home, "one", 0, {}
-        config = self.judge((home.dir / "config.json").read_bytes())[0]
-
-        def change_config(dice):
-            nonlocal config, edition
-            edition += 1
-            content = dice.config(edition % 1000)
-            put(home, "config.json", content)
-            if len(content) > 1 << 20:
-                complaint = "config.json: cannot be read: larger than 1048576 bytes"
-            else:
-                new, complaint = self.judge(content)
-                config = new or config
-            complaints["config.json"] = complaint
-
-        def change_mode(dice):
-            nonlocal word
-            content, complaint = dice.mode(), None
-            put(home, "mode", content)
-            if len(content) > 1 << 20:
-                complaint = "mode: larger than 1048576 bytes"
-            else:
-                word = rrouter.mode_word(content) or word
-            complaints["mode"] = complaint
-
-        def case(dice):
-            (change_mode if dice.random() < 0.3 else change_config)(dice)
-            mode = config.resolve(word)
-            targets = [mode]
-            if mode == "auto":      # a short limit may send the request to the other target
-                targets = config.auto.targets[:1 if config.auto.first_byte_s > 5 else 2]
-            self.assertEqual(self.rrouter.post().status, 200)
-            self.assertIn(self.upstream.models()[-1], [
-                rrouter.decide_route(config, target, SONNET).model for target in targets])
-            self.upstream.clear()
-            health = self.rrouter.health()
-            self.assertEqual([health[name] for name in ("status", "mode", "defaultMode")],
-                             ["ok", mode, config.default_mode])
-            problems = health["problems"]
-            self.assertNotIn("Traceback", "".join(problems))
-            expected = [complaint for complaint in complaints.values() if complaint]
-            expected += ["config.json: " + problem for problem in config.problems]
-            expected += ["mode: "] * (word not in (mode, "auto"))
-            for complaint in expected:
-                self.assertTrue(any(problem.startswith(complaint) for problem in problems),
-                                (complaint, problems))
-            if not expected and word != "auto":
-                self.assertEqual(problems, [])
-
-        run_cases("files", self.CASES, 13, ConfigDice, case)
-        self.assertIsNone(self.rrouter.process.poll())
+            self.assertIsNone(self.judge(content))
+        for depth in range(900, 1020):          # around the limit of Python
+            for opening, closing in (("[", "]"), ('{"modes":', "}"),
+                                     ('{"modes":{"a":{"mappings":[', "]}}}")):
+                self.judge(("%s1%s" % (opening * depth, closing * depth)).encode())
+        self.assertLess(time.process_time() - start, 2)
 
 
 # Claude Code ##################################################################
@@ -9832,113 +9062,59 @@ def find_claude():
 
 
 CLAUDE = find_claude()
-CLAUDE_ENV = {"ANTHROPIC_API_KEY": "sk-test", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-              "DISABLE_TELEMETRY": "1", "DISABLE_AUTOUPDATER": "1"}
 CLAUDE_WAIT_S = 30      # the net under each turn: Claude Code retries for three minutes
-SHOW_TRANSCRIPT = os.environ.get("RROUTER_TRANSCRIPT") == "1" or "-v" in sys.argv
 
 
-class RecordingRelay:
-    """A relay to a port of 127.0.0.1 that changes no byte and keeps what each client sent."""
-
-    def __init__(self, target):
-        self.target, self.sent = target, []
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self.listener.accept()
-                self.sent.append(bytearray())
-                threading.Thread(target=self._carry, args=(client, self.sent[-1]),
-                                 daemon=True).start()
-
-    def _carry(self, client, sent):
-        target = "127.0.0.1", self.target
-        with contextlib.suppress(OSError), client, socket.create_connection(target) as server:
-            while True:
-                for source in select.select([client, server], [], [])[0]:
-                    data = source.recv(65536)
-                    if not data:
-                        return
-                    if source is client:
-                        sent += data
-                    (server if source is client else client).sendall(data)
-
-    def close(self):
-        with contextlib.suppress(OSError):
-            self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
-    def take(self):
-        """Return the requests since the last call as Received; call it while the client waits."""
-        requests = []
-        for number, sent in enumerate(self.sent):
-            data = bytes(sent)
-            del sent[:]
-            while data:
-                head, _, rest = data.partition(b"\r\n\r\n")
-                start, *lines = head.decode("latin-1").split("\r\n")
-                fields = [tuple(line.split(": ", 1)) for line in lines]
-                length = int(value_of(fields, "content-length") or 0)
-                requests.append(Received(*start.split(" "), fields, rest[:length],
-                                         head + b"\r\n\r\n", number))
-                data = rest[length:]
-        return requests
-
-
-class Conversation:
+class Conversation(subprocess.Popen):
     """One Claude Code process that gets one turn after the other; a context manager."""
 
     def __init__(self, port, home):
-        self.errors = tempfile.TemporaryFile()     # noqa: SIM115
-        self.process = subprocess.Popen(
-            claude_command("--input-format", "stream-json", "--output-format", "stream-json",
-                           "--verbose"),
-            env=claude_env(port, home), cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self.errors)
+        super().__init__(
+            [CLAUDE, "-p", "--model", SONNET, "--verbose", "--input-format", "stream-json",
+             "--output-format", "stream-json"],
+            cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={"PATH": os.environ["PATH"], "HOME": home, "ANTHROPIC_API_KEY": "sk-test",
+                 "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % port, "DISABLE_TELEMETRY": "1",
+                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"})
 
     def say(self, text):
         """Return the text of the reply; fail if the turn ends in an error."""
-        watchdog = threading.Timer(CLAUDE_WAIT_S, self.process.kill)
+        watchdog, printed = threading.Timer(CLAUDE_WAIT_S, self.kill), []
         watchdog.start()
         try:
             turn = {"type": "user", "message": {"role": "user", "content": text}}
-            self.process.stdin.write(json.dumps(turn).encode() + b"\n")
-            self.process.stdin.flush()
-            for line in self.process.stdout:
+            self.stdin.write(json.dumps(turn).encode() + b"\n")
+            self.stdin.flush()
+            for line in self.stdout:
+                printed.append(line)
                 message = json.loads(line)
-                if message["type"] == "result":
-                    if message["is_error"]:
-                        raise AssertionError("Claude Code: %s" % message)
+                if message["type"] == "result" and not message["is_error"]:
                     return message["result"]
         finally:
             watchdog.cancel()
-        self.errors.seek(0)
-        raise AssertionError("Claude Code ended within a turn: %s" % self.errors.read().decode())
-
-    def __enter__(self):
-        return self
+        raise AssertionError("Claude Code ended within a turn: %s" % b"".join(printed).decode())
 
     def __exit__(self, *_):
-        with self.process.stdin, self.process.stdout, self.errors:
-            self.process.stdin.close()
+        with self.stdout:
+            self.stdin.close()
             try:
-                self.process.wait(WAIT_S)
+                self.wait(WAIT_S)
             except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(WAIT_S)
+                self.kill()
+                self.wait(WAIT_S)
 
 
-def claude_command(*arguments):
-    return [CLAUDE, "-p", "--model", SONNET, *arguments]
+def relay_to(port):
+    """Return an Upstream that records what Claude Code sends, and passes it to rrouter."""
+    def forward(request):
+        with socket.create_connection(("127.0.0.1", port), timeout=CLAUDE_WAIT_S) as connection:
+            connection.sendall(request.head + request.body)
+            reply = read_reply(connection, request.method)
+        if reply is None or not reply.complete:
+            return Response(hangup=True)
+        return Response(reply.status, reply.body, fields=end_to_end(reply.fields), framing="length")
 
-
-def claude_env(port, home):
-    return {**CLAUDE_ENV, "PATH": os.environ["PATH"], "HOME": home,
-            "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % port}
+    return Upstream(forward)
 
 
 def is_turn(request):
@@ -9948,7 +9124,9 @@ def is_turn(request):
 
 def streamed_reply(request, signature=None):
     """Return a streamed message `<model> heard <text>`; a `signature` puts a thinking first."""
-    text = "%s heard %r" % (request.model, last_user_text(request))
+    contents = [m["content"] for m in request.json()["messages"] if m["role"] == "user"]
+    last = contents[-1] if isinstance(contents[-1], str) else contents[-1][-1]["text"]
+    text = "%s heard %r" % (request.model, last)
     blocks = [({"type": "text", "text": ""}, {"type": "text_delta", "text": text})]
     if signature:
         blocks.insert(0, ({"type": "thinking", "thinking": "", "signature": ""},
@@ -9966,30 +9144,16 @@ def streamed_reply(request, signature=None):
                   event("message_stop"))
 
 
-def last_user_text(request):
-    """Return the last text of the user in the request's messages."""
-    contents = [m["content"] for m in request.json()["messages"] if m["role"] == "user"]
-    return contents[-1] if isinstance(contents[-1], str) else contents[-1][-1]["text"]
-
-
 def refuse_foreign_signatures(request):
     """Respond as a backend that accepts only thinking blocks it signed."""
     if not is_turn(request):
         return error(404)
-    own = base64.b64encode(request.model.encode()).decode()
-    if messages_without_thinking(request, keep=own) == request.json()["messages"]:
-        return streamed_reply(request, signature=own)
+    own = base64.b64encode(request.model.encode())
+    if set(re.findall(rb'"signature":"([^"]*)"', request.body)) <= {own}:
+        return streamed_reply(request, signature=own.decode())
     wording = ("Corrupted thought signature." if request.model == GEMINI_SONNET else
                "messages.1.content.0: Invalid `signature` in `thinking` block")
     return error(400, wording, "invalid_request_error")
-
-
-def messages_without_thinking(request, keep=None):
-    """Return the request's messages without the thinking blocks whose signature is not `keep`."""
-    return [message if isinstance(message["content"], str) else {**message, "content": [
-        block for block in message["content"]
-        if block["type"] != "thinking" or block["signature"] == keep]}
-        for message in request.json()["messages"]]
 
 
 def fields_without_host(request):
@@ -10001,31 +9165,26 @@ class ClaudeCodeTest(RouterTest):
     """The real Claude Code as the client; a relay ahead of rrouter keeps what it sent."""
 
     mode = "claude"
-    config = {**DEFAULT_CONFIG, "modes": {**DEFAULT_CONFIG["modes"], "fast": {
-        "mappings": [{"match": "claude-*", "rewrite": "gemini-3-flash"}]}}}
-
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.relay = RecordingRelay(cls.rrouter.port)
-        cls.addClassCleanup(cls.relay.close)
-        cls.home = tempfile.mkdtemp(prefix="claude test ")
-        cls.addClassCleanup(shutil.rmtree, cls.home, ignore_errors=True)
+    config = {**DEFAULT_CONFIG, "auto": {"firstByteTimeoutSeconds": 2},
+              "modes": {**DEFAULT_CONFIG["modes"], "fast": {
+                  "mappings": [{"match": "claude-*", "rewrite": "gemini-3-flash"}]}}}
 
     def setUp(self):
         super().setUp()
         self.upstream.default = lambda request: (
             streamed_reply(request) if is_turn(request) else error(404))
-        self.relay.take()
+        self.relay = relay_to(self.rrouter.port)
+        self.addCleanup(self.relay.close)
+        self.claude = Conversation(self.relay.port, str(self.rrouter.home.root))
+        self.addCleanup(self.claude.__exit__)
 
-    def switch(self, *command):
+    def turn(self, *command, text):
+        """Run a command and say `text`; return the reply and both sides' requests of this turn."""
         self.rrouter.home.run(*command, check=0)
-
-    def turn(self):
-        """Return (requests of the client, requests at the upstream) of the turn just ended."""
-        received = list(filter(is_turn, self.upstream.received))
-        self.upstream.received.clear()
-        return list(filter(is_turn, self.relay.take())), received
+        for side in self.relay, self.upstream:
+            side.clear()
+        return (self.claude.say(text), list(filter(is_turn, self.relay.received)),
+                list(filter(is_turn, self.upstream.received)))
 
     def assert_forwarded(self, sent, received, model):
         """The upstream received what the client sent, except for the model's name."""
@@ -10045,75 +9204,47 @@ class ClaudeCodeTest(RouterTest):
     )
 
     def test_one_conversation_moves_between_models_without_a_restart(self):
-        transcript = []
-        with Conversation(self.relay.port, self.home) as claude:
-            for number, (command, model) in enumerate(self.TURNS, 1):
-                self.switch(*command)
-                text = claude.say("turn %d" % number)
-                (sent,), (received,) = self.turn()
-                transcript.append(
-                    "turn %d  rrouter %-10s client sent %s, upstream received %s, reply: %s" % (
-                        number, " ".join(command), sent.model, received.model, text))
-                with self.subTest(turn=number, command=command):
-                    self.assertEqual(text, "%s heard 'turn %d'" % (model, number))
-                    self.assert_forwarded(sent, received, model)
-                    roles = [message["role"] for message in received.json()["messages"]]
-                    self.assertEqual(roles.count("assistant"), number - 1)  # one conversation
-            self.assertIsNone(claude.process.poll())
-        if SHOW_TRANSCRIPT:
-            print("", *transcript, sep="\n", file=sys.stderr)
+        for number, (command, model) in enumerate(self.TURNS):
+            with self.subTest(command=command):
+                text, (sent,), (received,) = self.turn(*command, text="turn %d" % number)
+                if "-v" in sys.argv:
+                    print("\nrrouter %s: client sent %s, upstream received %s, reply: %s" % (
+                        " ".join(command), sent.model, received.model, text), file=sys.stderr)
+                self.assertEqual(text, "%s heard 'turn %d'" % (model, number))
+                self.assert_forwarded(sent, received, model)
+                roles = [message["role"] for message in received.json()["messages"]]
+                self.assertEqual(roles.count("assistant"), number)      # one conversation
 
     def test_failure_of_antigravity_is_rescued_unseen(self):
-        config = self.rrouter.home.read("config.json")
-        self.addCleanup(self.rrouter.home.write, "config.json", config)
         overloaded = {"type": "overloaded_error", "message": "Overloaded"}
         for failure in (
                 error(429, "Resource has been exhausted (e.g. check quota).", "rate_limit_error"),
                 stream(event("ping"), event("error", error=overloaded)),
                 Response(hangup=True), Response(before=self.gate())):
             with self.subTest(failure.wire()):
-                limit_s = 0.5 if failure.before else 60
-                self.rrouter.home.write("config.json", json.dumps(
-                    {**self.config, "auto": {"firstByteTimeoutSeconds": limit_s}}))
-                self.switch("auto")         # this also clears the counters
-                self.assert_rescued(failure)
-
-    def assert_rescued(self, failure):
-        """`claude -p` ends well although antigravity fails, after one call to each target."""
-        self.upstream.default = lambda request: (
-            error(404) if not is_turn(request) else
-            failure if request.model == GEMINI_SONNET else streamed_reply(request))
-        pooled = self.upstream.connections
-        done = subprocess.run(
-            claude_command("say a word"), env=claude_env(self.relay.port, self.home),
-            cwd=self.home, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=CLAUDE_WAIT_S)
-        sent, received = self.turn()
-        self.assertEqual((done.returncode, done.stdout, done.stderr),
-                         (0, SONNET + " heard 'say a word'\n", ""))
-        self.assertEqual(len(sent), 1)
-        models = [request.model for request in received]
-        if failure.hangup and len(models) == 3 and received[0].connection <= pooled:
-            del models[0]                   # the idle connection seemed stale: sent once more
-        self.assertEqual(models, [GEMINI_SONNET, SONNET])
+                self.upstream.default = lambda request: (
+                    error(404) if not is_turn(request) else
+                    failure if request.model == GEMINI_SONNET else streamed_reply(request))
+                pooled = self.upstream.connections
+                text, sent, received = self.turn("auto", text="a word")     # clears the counters
+                self.assertEqual((text, len(sent)), (SONNET + " heard 'a word'", 1))
+                models = [request.model for request in received]
+                if failure.hangup and len(models) == 3 and received[0].connection <= pooled:
+                    del models[0]           # the idle connection seemed stale: sent once more
+                self.assertEqual(models, [GEMINI_SONNET, SONNET])
 
     def test_foreign_signatures_are_healed_in_both_directions(self):
         self.upstream.default = refuse_foreign_signatures
-        with Conversation(self.relay.port, self.home) as claude:
-            for command, model, calls in (("ag", GEMINI_SONNET, 1), ("claude", SONNET, 2),
-                                          ("ag", GEMINI_SONNET, 2)):
-                self.switch(command)
-                with self.subTest(command, calls=calls):
-                    self.assertEqual(claude.say("now " + command),
-                                     "%s heard 'now %s'" % (model, command))
-                    (sent,), received = self.turn()
-                    self.assertEqual(len(received), calls)
-                    self.assert_forwarded(sent, received[0], model)
-                    if calls == 2:
-                        first, healed = received
-                        self.assertEqual(healed.json(), {
-                            **first.json(), "messages": messages_without_thinking(first)})
-                        self.assertEqual(fields_without_host(healed), fields_without_host(sent))
+        for command, model, calls in (("ag", GEMINI_SONNET, 1), ("claude", SONNET, 2),
+                                      ("ag", GEMINI_SONNET, 2)):
+            with self.subTest(command, calls=calls):
+                text, (sent,), received = self.turn(command, text="now " + command)
+                self.assertEqual((text, len(received)), (f"{model} heard 'now {command}'", calls))
+                self.assert_forwarded(sent, received[0], model)
+                if calls == 2:
+                    first, healed = received
+                    self.assertEqual(healed.body, rrouter.without_thinking(first.body))
+                    self.assertEqual(fields_without_host(healed), fields_without_host(sent))
 
 
 # Running them #################################################################
@@ -10124,7 +9255,8 @@ SOAK_S = 3600 + int(os.environ.get("RROUTER_SOAK_STREAM_S") or 120)
 SLOW_S = 6              # the run names the classes that take longer and are not in SLOW
 # The run begins with the longest classes, so that the workers end together; the order of the other
 # classes does not matter, and a name without a class does no harm.
-SLOW = ("StartRaceTest", "ListenTest", "SilenceTest", "InstalledLifeTest", "RandomFailuresTest",
+SLOW = ("StartRaceTest", "ListenTest", "SilenceTest", "InstalledLifeTest", "RescueTest", "DemoTest",
+        "ReferenceModelTest",
         "DaemonLifeTest", "CommandLineTest", "DrainTest", "UpstreamAwayTest",
         "ServiceManagerTest", "ParallelStreamsTest", "CrowdOfClientsTest", "HangingDiskTest",
         "StreamTest", "SecretsTest", "FullDiskTest", "LongStreamTest", "LogGoneTest",
@@ -10132,81 +9264,65 @@ SLOW = ("StartRaceTest", "ListenTest", "SilenceTest", "InstalledLifeTest", "Rand
         "FreshnessTest", "CheckTest", "ClaudeCodeTest")
 
 
+def is_test(value):
+    return (isinstance(value, type) and issubclass(value, unittest.TestCase)
+            and unittest.defaultTestLoader.getTestCaseNames(value))
+
+
 def run_side_by_side():
     """Run all test classes in WORKERS processes; return the exit status.
 
     Each worker takes the next class when it is done.
     """
-    loader, everything = unittest.defaultTestLoader, vars(sys.modules[__name__]).items()
-    names = [name for name, value in everything if isinstance(value, type)
-             and issubclass(value, unittest.TestCase) and loader.getTestCaseNames(value)]
+    names = [name for name, value in globals().items() if is_test(value)]
     names.sort(key=lambda name: SLOW.index(name) if name in SLOW else len(SLOW))
-    start = time.monotonic()
     compiled()                                          # once for all workers
-    numbers = os.pipe()
-    results = tempfile.TemporaryFile(mode="w+")         # noqa: SIM115 - the workers inherit it
+    start, numbers, results = time.monotonic(), os.pipe(), os.pipe()
     os.write(numbers[1], bytes(range(len(names))))      # a worker reads the number of a class
     os.close(numbers[1])
-    workers = []
     for _ in range(WORKERS):
         sys.stdout.flush()
-        workers.append(os.fork())
-        if not workers[-1]:
+        if not os.fork():
+            os.close(results[0])
             faulthandler.dump_traceback_later(RUN_S, exit=True)     # shows where it hangs
-            with results:
-                run_classes(names, numbers[0], results.fileno())
+            for number in iter(lambda: os.read(numbers[0], 1), b""):
+                os.write(results[1], run_class(names[number[0]]))
             sys.exit()
-    statuses = [os.waitpid(worker, 0)[1] for worker in workers]
-    os.close(numbers[0])
-    with results:
-        results.seek(0)
-        return report(names, [json.loads(line) for line in results], any(statuses),
-                      time.monotonic() - start)
-
-
-def run_classes(names, numbers, results):
-    """Run the classes whose numbers are read from `numbers`; write begin and end to `results`."""
-    for number in iter(lambda: os.read(numbers, 1), b""):
-        name, output, start = names[number[0]], io.StringIO(), time.monotonic()
-        os.write(results, (json.dumps({"name": name}) + "\n").encode())
-        suite = unittest.defaultTestLoader.loadTestsFromTestCase(vars(sys.modules[__name__])[name])
-        result = unittest.TextTestRunner(output, verbosity=0).run(suite)
-        row = {"name": name, "run": result.testsRun, "seconds": time.monotonic() - start,
-               "failures": len(result.failures) + len(result.unexpectedSuccesses),
-               "errors": len(result.errors), "skipped": len(result.skipped)}
-        os.write(results, (json.dumps(row) + "\n").encode())
-        printed = output.getvalue() if row["failures"] or row["errors"] else "." * row["run"]
-        os.write(2, printed.encode())
-
-
-def report(names, rows, crashed, seconds):
-    """Print what the rows of the workers add up to; return the exit status."""
-    begun, ended = {row["name"] for row in rows}, {row["name"] for row in rows if "run" in row}
-    slow = {row["name"] for row in rows if row.get("seconds", 0) > SLOW_S} - set(SLOW)
-    for what, some in (("not finished", begun - ended), ("not begun", set(names) - begun),
-                       ("slow, and not in SLOW", slow)):
+    os.close(results[1])
+    with open(results[0], encoding="utf-8") as lines:
+        rows = dict(map(json.loads, lines))
+    counts = {kind: sum(row[kind] for row in rows.values())
+              for kind in ("run", "failures", "errors", "skipped")}
+    unfinished = set(names) - set(rows)
+    slow = {name for name, row in rows.items() if row["seconds"] > SLOW_S} - set(SLOW)
+    for what, some in ("not finished", unfinished), ("slow, and not in SLOW", slow):
         if some:
             print("\n%s: %s" % (what, ", ".join(sorted(some))), file=sys.stderr)
-    counts = {kind: sum(row.get(kind, 0) for row in rows)
-              for kind in ("run", "failures", "errors", "skipped")}
-    bad = counts["failures"] or counts["errors"] or set(names) - ended or crashed
-    details = ", ".join("%s=%d" % (kind, counts[kind]) for kind in ("failures", "errors", "skipped")
-                        if counts[kind])
+    bad = bool(counts["failures"] or counts["errors"] or unfinished)
+    details = ", ".join("%s=%d" % item for item in [*counts.items()][1:] if item[1])
     print("\n%s\nRan %d tests in %.3fs\n\n%s%s" % (
-        "-" * 70, counts["run"], seconds, "FAILED" if bad else "OK", details and f" ({details})"),
-        file=sys.stderr)
-    return 1 if bad else 0
+        "-" * 70, counts["run"], time.monotonic() - start, "FAILED" if bad else "OK",
+        details and f" ({details})"), file=sys.stderr)
+    return int(bad)
+
+
+def run_class(name):
+    """Run a class and print its failures; return a line of JSON with what is to be counted."""
+    output, start = io.StringIO(), time.monotonic()
+    suite = unittest.defaultTestLoader.loadTestsFromTestCase(globals()[name])
+    result = unittest.TextTestRunner(output, verbosity=0).run(suite)
+    row = {"run": result.testsRun, "seconds": time.monotonic() - start,
+           "failures": len(result.failures) + len(result.unexpectedSuccesses),
+           "errors": len(result.errors), "skipped": len(result.skipped)}
+    printed = output.getvalue() if row["failures"] or row["errors"] else "." * row["run"]
+    os.write(2, printed.encode())
+    return (json.dumps([name, row]) + "\n").encode()
 
 
 def soaked_classes():
     """Return the names of the classes that do more with --soak: their text says so."""
-    text = pathlib.Path(__file__).read_text(encoding="utf-8")
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef):
-            first = min(part.lineno for part in (node, *node.decorator_list))
-            body = "\n".join(text.split("\n")[first - 1:node.end_lineno])
-            if re.search(r"\bSOAKING\b|\bfuzz_cases\(", body):
-                yield node.name
+    return [name for name, value in globals().items() if is_test(value)
+            and re.search(r"\bSOAKING\b|\bfuzz_cases\(", inspect.getsource(value))]
 
 
 if __name__ == "__main__":
