@@ -1020,6 +1020,44 @@ def as_json(results, where):
     return json.dumps({"machine": where, "figures": figures, "targets": targets}, indent=1)
 
 
+CHART = (       # (row, words)
+    ("post 1 KB p50", "1 KB request, median"), ("post 77 KB p50", "77 KB request, median"),
+    ("post 1 MB p50", "1 MB request, median"), ("sse 50 p50", "event, 50 streams, median"),
+    ("load requests", "requests/s, 32 connections"), ("rss idle", "memory, idle"))
+CHART_SUBJECTS = ("direct", "nginx", "relay", "rrouter", "auto")
+CHART_STYLE = """
+  text { font: 12px system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif }
+  .words { font-weight: 600; font-size: 13px }
+  text { fill: #1f2328 } rect { fill: #8c959f } .own { fill: #0969da }
+  @media (prefers-color-scheme: dark) {
+    text { fill: #f0f6fc } rect { fill: #6e7681 } .own { fill: #58a6ff }
+  }
+"""
+
+
+def as_svg(results):
+    """Return a chart: a group of bars for each row, each group on its own scale."""
+    body, y = [], 8
+    for row, words in CHART:
+        values = [(name, results.median(row, name)) for name in CHART_SUBJECTS]
+        values = [(name, value) for name, value in values if value]
+        if not values:
+            continue
+        y += 16
+        body.append(f'<text class="words" x="10" y="{y}">{words}</text>')
+        for name, value in values:
+            y += 18
+            width = 420 * value / max(value for _, value in values)
+            own = ' class="own"' if name in ("rrouter", "auto") else ""
+            body += [f'<text x="70" y="{y}" text-anchor="end">{name}</text>',
+                     f'<rect{own} x="78" y="{y - 11}" width="{width:.1f}" height="13" rx="2"/>',
+                     f'<text x="{84 + width:.1f}" y="{y}">{show(row, value)}</text>']
+        y += 12
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 {y}" width="600" height="{y}">',
+        f"<style>{CHART_STYLE}</style>", *body, "</svg>", ""])
+
+
 # Run ##########################################################################
 
 def show_progress(text):
@@ -1083,6 +1121,7 @@ def build_parser():
                         help="another rrouter.py to measure beside it")
     parser.add_argument("--json", action="store_true",
                         help="print JSON, with the values of each round")
+    parser.add_argument("--svg", metavar="FILE", help="draw a chart as well")
     return parser
 
 
@@ -1111,6 +1150,8 @@ def main():
     finally:
         upstream.terminate()
         upstream.join()
+    if options.svg:
+        pathlib.Path(options.svg).write_text(as_svg(results), encoding="utf-8")
     if options.json:
         print(as_json(results, machine()))
         return 0
