@@ -1029,8 +1029,7 @@ class ChunkedBody(PlainBody):
         if data == b"\r\n":              # after each whole chunk
             return
         if len(data) > TRAILERS_MAX_BYTES or not truncated.fullmatch(data):
-            what = "malformed trailers" if self._in_trailers else "a malformed chunk"
-            self.fault = f"sent {what}"
+            self.fault = "sent a malformed chunk"
 
 
 def response_body(head: ResponseHead, method: str) -> PlainBody:
