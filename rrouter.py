@@ -4565,7 +4565,7 @@ def show(text: str, indent: int = 0, word: str = "", to: TextIO | None = None) -
     if is_terminal:
         import shutil
         import textwrap
-        # Korean and its neighbours as they are; an output that cannot show them escapes them again.
+        # Korean and Chinese as they are; an output that cannot show them escapes them again.
         text = re.sub(r"\\u([3-9abc]\w{3}|d[0-7]\w\w)", lambda found: chr(int(found[1], 16)), text)
         first, newline, rest = text.partition("\n")
         width = max(40, min(80, shutil.get_terminal_size().columns))
@@ -5221,7 +5221,7 @@ Next, with CLIProxyAPI running on {upstream}:
   {rrouter} start     start rrouter on port {port}
   {rrouter} check     what is still missing, and what to do about it
   {rrouter} auto      what you have just seen
-  export ANTHROPIC_BASE_URL=http://localhost:{port} ANTHROPIC_AUTH_TOKEN=KEY; claude
+  ANTHROPIC_BASE_URL=http://localhost:{port} ANTHROPIC_AUTH_TOKEN=KEY claude
 where KEY is one of api-keys in CLIProxyAPI's config"""
 DEMO_STAY = """
 This router and its upstream stay until Ctrl-C. In another shell:
@@ -5786,7 +5786,8 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
         import difflib
         hint = HINTS.get(first.lower().lstrip("-").partition("=")[0]) or "` or `".join(
             f"rrouter {row.name} {first}" for row in commands if f"[{first}]" in row.usage)
-        similar = difflib.get_close_matches(first.lower(), rows, 1)
+        similar = [name for name in rows if first.isalpha() and name.startswith(first.lower())]
+        similar = similar or difflib.get_close_matches(first.lower(), rows, 1)
         raise UsageError(f"no command '{printable(first, 40)}'; " + (
             f"use `{hint}`" if hint else
             f"did you mean '{similar[0]}'?" if similar else "see `rrouter help`"))
@@ -5872,7 +5873,6 @@ def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tu
     both = {**os.environ, **in_file}
     url = both.get("ANTHROPIC_BASE_URL", "")
     where = f"from {path}" if "ANTHROPIC_BASE_URL" in in_file else f"in this shell, not in {path}"
-    leads_here = points_to(url, settings)
     shown = printable(re.sub(r"(?s)^(\w+:/+)?.*[^/]@", r"\1***@", url)) + f" ({where})"
     form = re.fullmatch("http://[^/]+(?:/|/@([^/]+)/?)?", url)
     proxy = next((name for name, value in both.items() if value and name.lower() in (
@@ -5880,7 +5880,7 @@ def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tu
     exempt = both.get("NO_PROXY") or both.get("no_proxy") or ""
     if not url:
         yield WARN, f'claude code: set {{"env": {{"ANTHROPIC_BASE_URL": "{wanted}"}}}} in {path}'
-    elif not leads_here:
+    elif not points_to(url, settings):
         yield WARN, f"claude code: points to {shown}, not to rrouter: set it to {wanted}"
     elif not form:
         yield WARN, f"claude code: {shown} will not work: use {wanted}, or {wanted}/@MODE"
@@ -6079,7 +6079,7 @@ COMMANDS = (
             "rrouter explain claude-opus-5-5"),
     Command("logs [-f] [--auto]", (), cmd_logs, "print the end of the log",
             "rrouter logs -f --auto"),
-    Command("check [--json]", ("health", "--check"), cmd_check, "check everything; name remedies"),
+    Command("check [--json]", ("health", "--check"), cmd_check, "check all and say how to fix it"),
     Command("config [edit|reset|path]", (), cmd_config,
             "print, edit or reset the config, or its path", "rrouter config | jq .auto",
             (("--yes", {"action": "store_true"}),)),    # `reset` never asks
