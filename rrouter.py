@@ -5885,7 +5885,7 @@ def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tu
     elif not form:
         yield WARN, f"claude code: {shown} will not work: use {wanted}, or {wanted}/@MODE"
     elif form[1] and modes and form[1].lower() not in modes:
-        yield WARN, f"claude code: {shown} will not work: {describe_unknown_mode(form[1], modes)}"
+        yield WARN, f"claude code: {shown}: mode {describe_unknown_mode(form[1], modes)}"
     else:
         yield OK, f"claude code: uses {shown}"
         if proxy and not re.search(r"(^|[,\s])(localhost|127\.0\.0\.1|\*)($|[,:\s])", exempt):

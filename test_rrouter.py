@@ -5570,13 +5570,6 @@ class ListenTest(LoopbackTest):
         self.assertEqual(processes(home), [])
         self.assertFalse((home.dir / "rrouter.pid").exists())
 
-    def test_a_port_that_rrouter_holds_is_named_with_the_right_remedy(self):
-        router = self.start_rrouter(self.start_upstream())
-        for home, remedy in ((router.home, "`rrouter stop` stops it"),
-                             (self.make_home(port=router.port), "set RROUTER_PORT")):
-            self.assertRegex(home.run("serve").stderr, r"\A[^\n]* \(pid %d\): %s\n\Z" % (
-                router.process.pid, remedy))            # one line, so the log gets nothing
-
     def test_lsof_names_the_owner_where_there_is_no_proc(self):
         home = self.make_home()
         (home.root / "lsof").write_text("#!/bin/sh\nprintf 'p47\\ncsome program\\nf3\\n'\n")
@@ -5889,10 +5882,12 @@ class RunningDaemonTest(DaemonTestBase):
 
     def test_its_port_is_refused_to_another_rrouter(self):
         other = self.new_home(self.addCleanup, port=self.home.port)
-        commands = [other.run("start", timeout=WAIT_S * 2), self.home.run("serve")]
-        for done in commands:
-            self.assertEqual(done.returncode, 1, done)
-            self.assertRegex(done.stderr, r"rrouter: .*rrouter.*\b%d\b" % self.health["pid"])
+        for home, command, remedy in ((other, "start", "set RROUTER_PORT"),
+                                      (self.home, "serve", "`rrouter stop` stops it")):
+            done = home.run(command, check=1, timeout=WAIT_S * 2)
+            self.assertRegex(done.stderr, r"\Arrouter: .* \(pid %d\): %s\n\Z" % (
+                self.health["pid"], remedy))
+        self.assertNotIn("[", other.read("logs/rrouter.log"))
         self.assertEqual(processes(other), [])
 
     def test_serve_beside_it_leaves_its_files_alone(self):
@@ -6994,6 +6989,8 @@ class StartReportTest(LoopbackTest):
         self.assertRegex(home.run("restart", check=0).stdout, "\n".join((
             r"\A.*stopped.*\n.*runs on.*", "upstream: %s, a program listens there",
             r"next:     ANTHROPIC_BASE_URL=.*:%d claude\n\Z")) % (upstream.url, home.port))
+        again = home.run("start", check=0, env={"ANTHROPIC_BASE_URL": "http://h"}).stdout
+        self.assertIn("a program listens there\nnext:     rrouter check\n", again)
         again = home.run("start", check=0, env={"RROUTER_PORT": "abc"}).stdout
         self.assertRegex(again, r"(?s)already running .* there\nnote:     RROUTER_PORT=abc: "
                                 r"expected [^\n]*\nnext:     rrouter check\n\Z")
@@ -7081,7 +7078,7 @@ class CheckTest(RouterTest):
     CLIENTS = (
         # settings.json,          shell,   level,  words after "claude code: "
         ("here/@claude",          "",      "ok",   r"uses .*/@claude \(from /"),
-        ("here/@nope",            "",      "warn", "http.*/@nope .*: 'nope' is not defined"),
+        ("here/@nope",            "",      "warn", "http.*/@nope .*: mode 'nope' is not"),
         ("here/v1",               "",      "warn", "http.*/v1 .* will not work: use .*/@MODE"),
         ("https://localhost:%d",  "",      "warn", "https:"),
         ("http://localhost:1",    "",      "warn", "points to http://localhost:1 .*not to rrouter"),
@@ -7142,6 +7139,9 @@ class CheckTest(RouterTest):
         home = self.make_home()
         done = run_here(home, "check", RROUTER_UPSTREAM="http://localhost:%d" % home.port)
         self.assertRegex(done.stdout, "(?m)^fail  upstream: .* is rrouter itself: set RROUTER_UP")
+        health = {"upstreamURL": "http://localhost:%d" % home.port, "problems": []}
+        daemon = rrouter.Daemon(None, "localhost", home.port, "start")
+        self.assertIn(", rrouter itself: set RR", rrouter.trouble_rows(daemon, health)[0][1])
 
     def test_a_fault_of_tls_is_named_in_words(self):
         for reason, words in (("CERTIFICATE_VERIFY_FAILED", r"not trusted \(odd\): set SSL_CERT_"),
