@@ -5199,8 +5199,8 @@ rrouter uses Antigravity's quota first and falls back to Claude when that fails,
 without touching your session. Here the real router and a scripted CLIProxyAPI
 show it in one process: no account, no network, no file left.
 
-Each line with a status is what Claude Code gets for claude-sonnet-5-5: from
-which target (antigravity or claude), the name sent there, the tries.
+Each line with a status is what Claude Code gets for claude-sonnet-5-5: the
+target (whose models answered: antigravity or claude) and the name sent there.
 """
 DEMO_NOTICE = "\n  You notice: nothing but another model answering; no error, no restart."
 # Title, mode that the step sets, whether Antigravity refuses its request, meaning.
