@@ -2107,7 +2107,7 @@ class Store:
                 self._config_bytes = error
             if complaint != self._config_error:
                 self._config_error = complaint
-                self._log.write("CONFIG", f"{complaint}; the previous config stays in force")
+                self._log.write("CONFIG", f"{complaint}; the config in force stays")
 
     def _read_mode(self, signature: object) -> None:
         try:
@@ -3779,12 +3779,13 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | N
     return None
 
 
-def describe_taken(settings: Settings) -> str:
+def describe_taken(settings: Settings, paths: Paths) -> str:
     """Return what to say when the port is taken."""
-    health = ask_health(settings.host, settings.port, timeout_s=1)
+    health, holder = ask_health(settings.host, settings.port, timeout_s=1), Lock(paths.lock).look()
+    if health and holder and holder.is_same(Holder(health["pid"], health.get("instance", ""))):
+        return f"runs already ({holder.name}): `rrouter stop` stops it"
     if health:
-        return (f"port {settings.port} is taken by rrouter (pid {health['pid']}): if it is yours, "
-                "`rrouter stop` stops it; else set RROUTER_PORT")
+        return f"port {settings.port} is another rrouter's (pid {health['pid']}): set RROUTER_PORT"
     owner = port_owner(settings.port)
     return (f"port {settings.port} is taken{f' by {owner}' if owner else ''}: stop that program or "
             "set RROUTER_PORT (CLIProxyAPI's pprof uses 8316 by default: see pprof.addr in its "
@@ -3804,7 +3805,7 @@ def listen(settings: Settings, router: Router) -> list[ProxyServer]:
             if error.errno == errno.EADDRINUSE:
                 for server in servers:
                     server.server_close()
-                raise DaemonError(describe_taken(settings)) from error
+                raise DaemonError(describe_taken(settings, router.store.paths)) from error
             servers.pop().server_close()
             why = reason_of(error)
             router.log.write("START", f"not listening on {address[0]}: {why}")
@@ -3959,10 +3960,10 @@ def run_to_the_end(signals: Signals, router: Router, servers: list[ProxyServer],
 def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
     """Load the files and listen; return the servers.  Raises DaemonError, UsageError."""
     log, settings = router.log, router.settings
-    router.store.snapshot()             # reads mode and config for the first time
     spare = raise_descriptor_limit() - CONNECTIONS_RESERVE - 24
     router.connections_max = min(CONNECTIONS_MAX, max(1, spare // 2))
-    servers = listen(settings, router)
+    servers = listen(settings, router)  # first: a port that is taken is no news for the log
+    router.store.snapshot()             # reads mode and config for the first time
     if owns_files:
         router.load_state()
         write_run_files(router)
@@ -4284,12 +4285,14 @@ def show(text: str, indent: int = 0, word: str = "", to: TextIO | None = None) -
     if is_terminal:
         import shutil
         import textwrap
+        # Korean and Chinese as they are; an output that cannot show them escapes them again.
+        text = re.sub(r"\\u([3-9abc]\w{3}|d[0-7]\w\w)", lambda found: chr(int(found[1], 16)), text)
         first, newline, rest = text.partition("\n")
         width = max(40, min(80, shutil.get_terminal_size().columns))
         text = textwrap.fill(first, width, subsequent_indent=" " * indent,
                              break_long_words=False, break_on_hyphens=False) + newline + rest
-    forced, barred = env("FORCE_COLOR", "0") not in ("", "0"), env("NO_COLOR")
-    if word in COLOURS and not barred and (forced or (is_terminal and env("TERM") != "dumb")):
+    wanted = env("FORCE_COLOR") or ("1" if is_terminal and env("TERM") != "dumb" else "0")
+    if word in COLOURS and wanted != "0" and not env("NO_COLOR"):
         text = text.replace(word, f"\033[{COLOURS[word]}m{word}\033[0m", 1)
     print(text, file=stream, flush=True)
 
@@ -4847,45 +4850,47 @@ def uninstall(work: Installer, purge: bool) -> list[str]:
 DEMO_PAUSE_S = 0.8              # for reading a step
 DEMO_COOLDOWN_S = 3
 DEMO_START = """\
-rrouter demo: the real router and a scripted CLIProxyAPI, both inside this
-process. It needs no account and no network, and leaves no file.
+rrouter uses Antigravity's quota first and falls back to Claude when that fails,
+without touching your session. Here the real router and a scripted CLIProxyAPI
+show it in one process: no account, no network, no file left.
 
-Each line with a status shows what Claude Code gets when it asks for
-claude-sonnet-5-5: the target that answers, the name sent there, the tries.
+Each line with a status is what Claude Code gets for claude-sonnet-5-5: the
+target (whose models answered: antigravity or claude) and the name sent there.
 """
+DEMO_NOTICE = "\n  You notice: nothing but another model answering; no error, no restart."
 # Title, mode that the step sets, whether Antigravity refuses its request, meaning.
 DEMO_STEPS = (
     ("$ rrouter claude", "claude", False, "The name stays as it is."),
-    ("$ rrouter antigravity", "antigravity", False,
-     "A rule writes another name. You notice: another model, in the same session."),
+    ("$ rrouter antigravity", "antigravity", False, "A rule writes another name." + DEMO_NOTICE),
     ("$ rrouter auto", MODE_AUTO, False, "Antigravity, as long as it works."),
     ("Antigravity's quota runs out: from now on it responds 429", "", True,
-     "Antigravity refused, so claude got the same request. You notice: nothing."),
+     "Antigravity refused, so claude got the same request." + DEMO_NOTICE),
     ("the next request", "", True, "Rescued again. You notice: nothing."),
     ("the next request", "", True,
      "The third failure in a row: rrouter switches to claude. You notice: nothing."),
     ("the next request", "", True, "Straight to claude. You notice: nothing."),
     (f"{DEMO_COOLDOWN_S} s later (30 min outside the demo) the quota is back", "", False,
-     "This one request probed antigravity: all return to it. You notice: nothing."))
+     "This request probed antigravity: it worked, so everything goes back to it." + DEMO_NOTICE))
 DEMO_END = """
-Next, with CLIProxyAPI running on port 8317:
-  {rrouter} start     start rrouter on port 8316
+Next, with CLIProxyAPI running on {upstream}:
+  {rrouter} start     start rrouter on port {port}
   {rrouter} check     what is still missing, and what to do about it
   {rrouter} auto      what you have just seen
-  export ANTHROPIC_BASE_URL=http://localhost:8316; claude"""
+  ANTHROPIC_BASE_URL=http://localhost:{port} ANTHROPIC_AUTH_TOKEN=KEY claude
+where KEY is one of api-keys in CLIProxyAPI's config"""
 DEMO_STAY = """
 This router and its upstream stay until Ctrl-C. In another shell:
   export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=demo
   curl {url}/v1/messages -d '{{"model": "claude-sonnet-5-5"}}'"""
-DEMO_EVENTS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("message_start", {"message": {
+DEMO_EVENTS: tuple[dict[str, Any], ...] = (
+    {"type": "message_start", "message": {
         "id": "msg_demo", "type": "message", "role": "assistant", "model": "demo", "content": [],
-        "usage": {"input_tokens": 1, "output_tokens": 0}}}),
-    ("content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}}),
-    ("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": "hello"}}),
-    ("content_block_stop", {"index": 0}),
-    ("message_delta", {"delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 1}}),
-    ("message_stop", {}))
+        "usage": {"input_tokens": 1, "output_tokens": 0}}},
+    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "hello"}},
+    {"type": "content_block_stop", "index": 0},
+    {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": 1}},
+    {"type": "message_stop"})
 
 
 class DemoUpstream(http.server.BaseHTTPRequestHandler):
@@ -4894,11 +4899,6 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     refuses = False             #: whether Antigravity responds 429
 
-    def handle(self) -> None:
-        """Carry requests through until the other side leaves."""
-        with contextlib.suppress(OSError):
-            super().handle()
-
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing."""
 
@@ -4906,8 +4906,8 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
         """Respond with a short stream, or with 429."""
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         status, kind, data = 200, b"text/event-stream", b"".join(
-            b"event: %b\ndata: %b\n\n" % (event.encode(), json.dumps(
-                {"type": event, **members}).encode()) for event, members in DEMO_EVENTS)
+            b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json.dumps(event).encode())
+            for event in DEMO_EVENTS)
         if self.refuses and b'"gemini' in body:
             status, kind, data = 429, b"application/json", b'{"error": "quota exhausted"}'
         self.wfile.write(b"HTTP/1.1 %d Demo\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b"
@@ -4930,10 +4930,9 @@ def demo_request(port: int) -> str:
 @contextlib.contextmanager
 def demo_router(home: str) -> Iterator[Router]:
     """Run a scripted upstream and a router on free ports, with files in `home`."""
-    paths, config = Paths(home), config_of(None)
+    paths, auto = Paths(home), {"cooldownMinutes": [DEMO_COOLDOWN_S / 60]}
     paths.create()
-    auto = config.auto._replace(cooldowns_s=(DEMO_COOLDOWN_S,))
-    write_atomically(paths.config, config_text(config._replace(auto=auto)))
+    write_atomically(paths.config, json.dumps({**DEFAULT_CONFIG, "auto": auto}))
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), DemoUpstream) as upstream:
         upstream.daemon_threads = True
         settings = Settings("127.0.0.1", 0, f"http://127.0.0.1:{upstream.server_address[1]}")
@@ -4953,6 +4952,7 @@ def demo_router(home: str) -> Iterator[Router]:
 def cmd_demo(context: Any) -> None:
     """Show by real requests what rrouter does; with --stay, keep it running."""
     import tempfile
+    shell = read_environment(dict(os.environ))          # for the last lines
     for number in (signal.SIGTERM, signal.SIGHUP):      # else they would leave the folder
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="rrouter-demo-") as home, demo_router(home) as router:
@@ -4968,11 +4968,11 @@ def cmd_demo(context: Any) -> None:
             show(f"  {result}", 2, result.split()[1])
             show(f"  {meaning}", 2)
         name = os.path.basename(sys.argv[0])
-        print(DEMO_END.format(rrouter=name if name == "rrouter" else f"python3 {sys.argv[0]}"))
+        print(DEMO_END.format(rrouter=name if name == "rrouter" else f"python3 {sys.argv[0]}",
+                              port=shell.port, upstream=shell.upstream))
         if context.arguments.stay:
-            with contextlib.suppress(KeyboardInterrupt):
-                print(DEMO_STAY.format(url=f"http://{router.settings.listen_addr}"), flush=True)
-                signal.pause()
+            print(DEMO_STAY.format(url=f"http://{router.settings.listen_addr}"), flush=True)
+            signal.pause()
 
 
 # Command line #################################################################
@@ -5051,6 +5051,15 @@ def address_in(url: str) -> tuple[str, int]:
     return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
+def points_to(url: str, listener: Settings | Daemon) -> bool:
+    """Return whether a URL leads to the address on which rrouter listens."""
+    try:
+        host, port = address_in(url)
+        return host in ("localhost", "127.0.0.1", "::1", listener.host) and port == listener.port
+    except ValueError:
+        return False
+
+
 def environment_of(daemon: Daemon) -> dict[str, str]:
     """Return the RROUTER_* with which the daemon could have been started."""
     return {f"RROUTER_{name.upper()}": str(getattr(daemon, name)) for name in Settings._fields}
@@ -5075,17 +5084,20 @@ def describe_target(auto: dict[str, Any]) -> str:
     """Return in words which target serves, since when, why, and when the other is probed."""
     current: str = auto["currentTarget"]
     if not auto["switched"]:
-        return ": ".join(filter(None, (current, counted(auto))))
+        return current + (f" ({counted(auto)} before a switch)" if counted(auto) else "")
     failed, why, _ = failed_side(auto)
     when = until_probe(auto)
-    return (f"on {current} since {local_time(auto['switchedAt'])} because {failed} {why}; "
-            f"tries {failed} again {when if when == 'now' else 'in ' + when}")
+    return (f"{current} since {local_time(auto['switchedAt'])}: {failed} {why}; "
+            f"next try {when if when == 'now' else 'in ' + when}")
 
 
-def trouble_rows(health: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return whether the upstream of /health is reachable, and the problems."""
-    is_there = _listens(*address_in(health["upstreamURL"]))
-    return [("upstream", f"{health['upstreamURL']}, {'' if is_there else 'not '}reachable"),
+def trouble_rows(daemon: Daemon, health: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return whether anything listens where the upstream should, and the problems."""
+    url = health["upstreamURL"]
+    state = ("rrouter itself: set RROUTER_UPSTREAM to the address of CLIProxyAPI"
+             if points_to(url, daemon) else
+             f"{'a program' if _listens(*address_in(url)) else 'nothing'} listens there")
+    return [("upstream", f"{url}, {state}"),
             *(("problem", printable(problem, 500)) for problem in health["problems"])]
 
 
@@ -5105,7 +5117,7 @@ def status_rows(daemon: Daemon, health: dict[str, Any]) -> Iterator[tuple[str, s
     if failure:
         what = f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}"
         yield "failure", "; ".join(filter(None, (what, failure.get("slow"))))
-    yield from trouble_rows(health)
+    yield from trouble_rows(daemon, health)
 
 
 def describe_silence(daemon: Daemon | None) -> str:
@@ -5151,12 +5163,12 @@ def cmd_status(context: Context) -> int:
 
 
 def cmd_start(context: Context) -> None:
-    """Start the daemon; say what is not well."""
+    """Start the daemon; say what is not well, and what to do next."""
     print(start_daemon(context.paths, context.home))
     daemon, health = find_health(context.paths)
     if not daemon or not health:
         return
-    rows, runs, remedy = trouble_rows(health), environment_of(daemon), "`rrouter restart`"
+    rows, runs, remedy = trouble_rows(daemon, health), environment_of(daemon), "`rrouter restart`"
     if daemon.started_by in ("systemd", "launchd"):
         remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
     for name in runs:
@@ -5167,9 +5179,12 @@ def cmd_start(context: Context) -> None:
                                      f"{remedy}"))
         except UsageError as error:
             rows.append(("note", str(error)))
-    if len(rows) > 1 or "not reachable" in rows[0][1]:
-        rows.append(("next", "rrouter check"))
-    print_rows(*rows)
+    step = "rrouter check"
+    if len(rows) == 1 and "a program" in rows[0][1]:
+        with contextlib.suppress(ValueError):
+            if "ANTHROPIC_BASE_URL" not in {**os.environ, **claude_environment(context.home)}:
+                step = f"ANTHROPIC_BASE_URL=http://localhost:{daemon.port} claude"
+    print_rows(*rows, ("next", step))
 
 
 def cmd_restart(context: Context) -> None:
@@ -5269,8 +5284,8 @@ def cmd_explain(context: Context) -> None:
         lines = b"".join(reversed(deque(log_lines(context.paths.log, b"[REQ] "), 1000)))
         models = re.findall(r"#\d+ \S+ \S+ (\S+) -> ", lines.decode("utf-8", "replace"))
         if not models:
-            raise RouterError("no model has passed yet: name one, as in `rrouter explain "
-                              "claude-sonnet-5-5`")
+            raise RouterError("no request has come through yet: name a model, as in `rrouter "
+                              "explain claude-sonnet-5-5`")
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
         print(printable(model))
         for mode, rules in config.modes.items():
@@ -5320,7 +5335,7 @@ def config_reset(paths: Paths) -> None:
         write_file(spare, read_file(paths.config) or b"")
         print(f"kept: {spare}")
     write_file(paths.config, config_text(defaults) + "\n")
-    print(f"{paths.config} holds the defaults")
+    print(f"{paths.config} now holds the defaults")
 
 
 def cmd_config(context: Context) -> None:
@@ -5376,8 +5391,7 @@ def cmd_install(context: Context) -> int:
     work = Installer(context.home, context.paths, arguments.dry_run)
     failures = (install(work, arguments.claude) if arguments.command == "install" else
                 uninstall(work, arguments.purge))
-    for failure in failures:
-        complain(failure)
+    complain(*failures)
     return 1 if failures else 0
 
 
@@ -5389,42 +5403,29 @@ usage: rrouter COMMAND             new here? rrouter demo
 %s
 
 files in ~/.rrouter     mode, config.json, logs/rrouter.log (rotated at %d MB)
-for the service         RROUTER_* in ~/.config/rrouter.env
 
-environment
+environment (of the service: ~/.config/rrouter.env)
   RROUTER_PORT          port to listen on (8316)
   RROUTER_UPSTREAM      where CLIProxyAPI is (http://localhost:8317)
-  RROUTER_HOST          address to listen on (localhost: 127.0.0.1 and ::1); who
-                        reaches one beyond loopback can spend your quota
-  RROUTER_ALLOWED_HOSTS more names for Host, with commas: host.docker.internal
-
-examples
-  rrouter start         and, in ~/.claude/settings.json,
-                        {"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}
+  RROUTER_HOST          address to listen on (localhost); anyone who can reach a
+                        non-loopback address can spend your quota
+  RROUTER_ALLOWED_HOSTS extra Host names, comma-separated: host.docker.internal
 
 exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are ours."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UsageError."""
-        raise UsageError(f"{printable(message)}; see `{self.prog} --help`")
-
-
 # Words that people try, and the command that does it.
-HINTS = {
-    "port": "RROUTER_PORT=8400 rrouter start", "daemon": "rrouter start", "run": "rrouter serve",
-    "upstream": "RROUTER_UPSTREAM=URL rrouter start", "kill": "rrouter stop",
-    "doctor": "rrouter check", "test": "rrouter demo", "reload": "rrouter restart",
-    "modes": "rrouter mode NAME", "switch": "rrouter mode NAME", "models": "rrouter explain",
-    "gemini": "rrouter antigravity"}
+HINTS = {word: hint for hint, words in {
+    "RROUTER_PORT=8400 rrouter start": "port", "rrouter demo": "test", "rrouter serve": "run",
+    "rrouter start": "up daemon", "rrouter stop": "down kill", "rrouter status": "ps",
+    "rrouter check": "doctor", "rrouter install": "setup init", "rrouter explain": "models",
+    "rrouter mode NAME": "modes switch use set", "rrouter antigravity": "gemini",
+    "cli-proxy-api -antigravity-login": "login"}.items() for word in words.split()}
 ARGUMENTS = {
-    "--auto": "decisions of auto mode alone", "--claude": "point Claude Code here, too",
+    "--auto": "only the decisions of auto mode", "--claude": "point Claude Code here, too",
     "--dry-run": "say what would be done", "--json": "print JSON",
     "--purge": "remove ~/.rrouter, too", "--stay": "keep it running until Ctrl-C",
-    "--watch": "again each second until Ctrl-C", "-f": "go on until Ctrl-C",
+    "--watch": "refresh every second until Ctrl-C", "-f": "follow until Ctrl-C",
     "COMMAND": "its arguments, an example", "NAME": "the mode to set",
     "MODEL": "as Claude Code sends it; without it, those that passed lately",
     "bash|zsh|fish": "your shell",
@@ -5433,30 +5434,39 @@ ARGUMENTS = {
 
 def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.Namespace:
     """Return the command line, `help` if it is empty; raise UsageError."""
-    rows = {name: row for row in commands for name in (row.name, *row.aliases)}
+    rows = {name.lower(): row for row in commands for name in (row.name, *row.aliases)}
     first, *rest = words or ["help"]
-    if first not in rows:
+    row = rows.get(first.lower())
+    if row is None:
         import difflib
-        hint = HINTS.get(first.lstrip("-").partition("=")[0])
-        similar = difflib.get_close_matches(first, rows, 1)
+        hint = HINTS.get(first.lower().lstrip("-").partition("=")[0]) or "` or `".join(
+            f"rrouter {row.name} {first}" for row in commands if f"[{first}]" in row.usage)
+        similar = [name for name in rows if first.isalpha() and name.startswith(first.lower())]
+        similar = similar or difflib.get_close_matches(first.lower(), rows, 1)
         raise UsageError(f"no command '{printable(first, 40)}'; " + (
             f"use `{hint}`" if hint else
             f"did you mean '{similar[0]}'?" if similar else "see `rrouter help`"))
-    row = rows[first]
-    parser = Parser(prog=f"rrouter {row.name}", description=f"rrouter {row.name}: {row.help}",
-                    epilog=f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        f"rrouter {row.name}", f"rrouter {row.usage}", f"rrouter {row.name}: {row.help}",
+        f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False)
     parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
     for argument in row.usage.split()[1:]:
         word = argument.strip("[]")
         if word[0] == "-":
             parser.add_argument(word, action="store_true", help=ARGUMENTS[word])
         else:
-            parser.add_argument("word", nargs="?" if word != argument else None, metavar=word,
-                                choices=word.split("|") if "|" in word else None,
-                                help=ARGUMENTS[word])
+            parser.add_argument("word", nargs="?", metavar=word, help=ARGUMENTS[word])
     for name, options in row.hidden:
         parser.add_argument(name, help=argparse.SUPPRESS, **options)
-    return parser.parse_args(rest)
+    takes = re.findall(r"[^\[\]| ]+", row.usage)[1:]
+    found, wrong = parser.parse_known_args(rest)
+    if "|" in row.usage and found.word not in (*takes, None if "[" in row.usage else ""):
+        wrong.append(found.word or "")
+    if wrong:       # argparse would say it in its own jargon
+        given = f", not '{printable(wrong[0], 40)}'" if wrong[0] else ""
+        raise UsageError(f"{row.name} takes {', '.join(takes) or 'no argument'}{given}; "
+                         f"see `rrouter {row.name} --help`")
+    return found
 
 
 def cmd_help(context: Context) -> None:
@@ -5501,15 +5511,7 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
         yield OK, f"service: {manager.name}, {path}"
 
 
-def _points_here(url: str, settings: Settings) -> bool:
-    try:
-        host, port = address_in(url)
-        return host in ("localhost", "127.0.0.1", "::1", settings.host) and port == settings.port
-    except ValueError:
-        return False
-
-
-def check_client(home: str, settings: Settings) -> Iterator[tuple[str, str]]:
+def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tuple[str, str]]:
     """Yield whether Claude Code sends its requests here: by its settings, else by this shell."""
     path, wanted = claude_settings_path(home), f"http://localhost:{settings.port}"
     try:
@@ -5519,24 +5521,27 @@ def check_client(home: str, settings: Settings) -> Iterator[tuple[str, str]]:
         return
     both = {**os.environ, **in_file}
     url = both.get("ANTHROPIC_BASE_URL", "")
-    where = path if "ANTHROPIC_BASE_URL" in in_file else f"this shell, not {path}"
-    leads_here = _points_here(url, settings)
-    is_plain = leads_here and "@" not in url.split("/")[2]
-    shown = printable(url if is_plain else _without_password(url))
+    where = f"from {path}" if "ANTHROPIC_BASE_URL" in in_file else f"in this shell, not in {path}"
+    shown = printable(re.sub(r"(?s)^(\w+:/+)?.*[^/]@", r"\1***@", url)) + f" ({where})"
+    form = re.fullmatch("http://[^/]+(?:/|/@([^/]+)/?)?", url)
     proxy = next((name for name, value in both.items() if value and name.lower() in (
         "http_proxy", "https_proxy", "all_proxy")), "")
     exempt = both.get("NO_PROXY") or both.get("no_proxy") or ""
     if not url:
         yield WARN, f'claude code: set {{"env": {{"ANTHROPIC_BASE_URL": "{wanted}"}}}} in {path}'
-    elif not leads_here or not re.fullmatch("http://[^/]+(/|/@[^/]+/?)?", url):
-        yield WARN, (f"claude code: {shown}, by {where}, does not lead here: set {wanted}, to "
-                     "which only /@MODE may be added")
+    elif not points_to(url, settings):
+        yield WARN, f"claude code: points to {shown}, not to rrouter: set it to {wanted}"
+    elif not form:
+        yield WARN, f"claude code: {shown} will not work: use {wanted}, or {wanted}/@MODE"
+    elif form[1] and modes and form[1].lower() not in modes:
+        yield WARN, f"claude code: {shown}: mode {describe_unknown_mode(form[1], modes)}"
     else:
-        yield OK, f"claude code: goes to {shown}, by {where}"
+        yield OK, f"claude code: uses {shown}"
         if proxy and not re.search(r"(^|[,\s])(localhost|127\.0\.0\.1|\*)($|[,:\s])", exempt):
-            yield WARN, (f"proxy: {proxy} is set without NO_PROXY, so no request of Claude Code "
-                         'reaches rrouter: add "NO_PROXY": "localhost,127.0.0.1,::1" to env in '
-                         f"{path}")
+            names = f"{exempt},localhost,127.0.0.1,::1".lstrip(", ")
+            state = "lacks localhost" if exempt else "is not"
+            yield WARN, (f"proxy: {proxy} is set and NO_PROXY {state}, so Claude Code never gets "
+                         f'here: put "NO_PROXY": "{printable(names)}" into env in {path}')
 
 
 def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
@@ -5557,7 +5562,7 @@ def alias_blocks(names: list[str], known: list[str]) -> str:
     import difflib
     entries = []
     for name in names:
-        found = [*difflib.get_close_matches(name, known, 1, 0), "AN-ID-OF-ANTIGRAVITY"][0]
+        found = difflib.get_close_matches(name, known, 1, 0)[0]
         entries += [f'- name: "{printable(found, 80)}"', f'  alias: "{printable(name)}"']
         # Without this the id itself disappears; a claude- id then means the other channel alone.
         entries += [] if found.startswith("claude-") else ["  fork: true"]
@@ -5579,48 +5584,59 @@ def check_models(config: Config, body: bytes) -> Iterator[tuple[str, str]]:
     if not missing:
         yield OK, f"models: the upstream knows all {len(rewrites)} names that the rules write"
         return
+    left_alone = {rule.rewrite for rule in config.modes.get("claude", ())}
+    ours = [name for name in missing if name.startswith("gemini") and name not in left_alone]
     # A name in the rules may be an alias itself, and an alias of an alias is ignored.
     known = [str(name) for name, owner in owners.items()
              if owner == "antigravity" and name not in rewrites]
-    listed = ", ".join(printable(name, 60) for name in known[:6])
-    yield WARN, (
-        f"models: the upstream does not know {', '.join(map(printable, missing))} (400 unknown "
-        "provider): write ids of Antigravity into the rules "
-        f"({listed or 'none is listed: log in with -antigravity-login'}), or add the block of your "
-        "version to CLIProxyAPI's config.yaml; only one such block may exist:\n"
-        + alias_blocks(missing, known))
+    remedy = "log in first: cli-proxy-api -antigravity-login" if ours else "correct your rules"
+    if ours and known:
+        remedy = ("use an Antigravity model id in your rules ("
+                  f"{', '.join(printable(name, 60) for name in known[:6])}), or add the block of "
+                  "your version to CLIProxyAPI's config.yaml; only one such block may exist:\n"
+                  + alias_blocks(ours, known))
+    yield WARN, (f"models: the upstream does not know {', '.join(map(printable, missing))} (400 "
+                 f"unknown provider): {remedy}")
+
+
+TLS_FAULTS = {      # by OpenSSL's reason
+    "CERTIFICATE_VERIFY_FAILED": "has a certificate that is not trusted ({0.verify_message}): set "
+        "SSL_CERT_FILE to the file of its CA, also for the daemon, and `rrouter restart`",
+    "WRONG_VERSION_NUMBER": "speaks http: set RROUTER_UPSTREAM to http://..."}
 
 
 def check_upstream(home: str, settings: Settings,
                    config: Config | None) -> Iterator[tuple[str, str]]:
     """Yield whether the upstream answers, accepts the client's key, and knows the rules' names."""
-    environment, label = dict(os.environ), f"upstream: {settings.upstream}"
-    with contextlib.suppress(ValueError):
-        environment = {**claude_environment(home), **environment}
+    environment, label, text = dict(os.environ), f"upstream: {settings.upstream}", ""
+    with contextlib.suppress(ValueError, OSError):
+        environment.update(claude_environment(home))
+        text = str(read_file(claude_settings_path(home)))
     variable = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
+    helper = "what your apiKeyHelper prints" if "apiKeyHelper" in text and not variable else ""
     key = environment.get(variable, "")
     key = key if key.isascii() and key.isprintable() else ""        # no other fits into a header
     status, body = 502, b"is rrouter itself"
     try:
-        if not _points_here(settings.upstream, settings):
+        if not points_to(settings.upstream, settings):
             # Without Anthropic's headers: CLIProxyAPI responds to those with disguised names.
             status, body = get_models(Upstream(settings.upstream, lambda _: False),
                                       {"Authorization": f"Bearer {key}"} if key else {})
     except UpstreamUnreachable as error:
-        remedy = error.remedy if "certificate" not in str(error) else (
-            "if a private CA signed it, set SSL_CERT_FILE to the file of that CA, also for the "
-            "daemon, and `rrouter restart`")
-        yield FAIL, f"{label} {error}: {remedy}"
+        fault = TLS_FAULTS.get(getattr(error.__cause__, "reason", ""), "{1}: {1.remedy}")
+        yield FAIL, f"{label} {fault.format(error.__cause__, error)}"
         return
     if status == 502 and b"is rrouter itself" in body:
         yield FAIL, f"{label} is rrouter itself: set RROUTER_UPSTREAM to the address of CLIProxyAPI"
     elif status in (401, 403):
         words = printable(" ".join(body.decode("utf-8", "replace").split()), 200)
         words = words.replace(key, "***") if key else words
-        yield FAIL, (f"{label} refuses {'the' if key else 'a request without a'} key ({status} "
-                     f"{words}): compare api-keys (version 8: access.api-keys) in CLIProxyAPI's "
-                     "config with "
-                     f"{variable or 'ANTHROPIC_AUTH_TOKEN, which Claude Code has to send'}")
+        yield (WARN if helper else FAIL), (
+            f"{label} refuses {'the' if key else 'a request without a'} key ({status} {words}): "
+            "compare api-keys (version 8: access.api-keys) in CLIProxyAPI's config with "
+            + (helper or variable or "ANTHROPIC_AUTH_TOKEN, which Claude Code has to send"))
+    elif status == 400 and b"HTTPS server" in body:         # as programs in Go put it
+        yield FAIL, f"{label} speaks https: set RROUTER_UPSTREAM to https://..."
     elif status != 200:
         yield WARN, f"{label} answers /v1/models with {status}: cannot compare the rules with it"
     else:
@@ -5628,21 +5644,19 @@ def check_upstream(home: str, settings: Settings,
         yield from check_models(config, body) if config else ()
 
 
-def check_targets(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield which target CLIProxyAPI has blocked, by the failures that rrouter has seen."""
+def check_outcomes(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what the failures that rrouter has seen say of the targets."""
     auto, failure = health["autoSwitch"], health["requests"]["lastFailure"]
     seen = {failed_side(own)[0]: own["reason"] for own in (auto, *auto["models"].values())
             if own["switched"]}
     if failure and not seen:
         seen[failure["target"]] = f"{failure['what']}, {local_time(failure['at'])}"
     for target, why in seen.items():
-        if any(name in why for _, _, name in SHELF_WORDINGS):
-            yield WARN, (f"target: CLIProxyAPI blocks the credential of {target} for a while "
-                         f"({printable(why)}): after 401 log in there again, after 429 wait")
-    if health.get("windows") == {} and health["requests"]["answered"]:
-        yield WARN, ("usage: no response had anthropic-ratelimit-unified-* headers, which Claude "
-                     "Code's usage bars need: set passthrough-headers: true (version 8: "
-                     "requests.passthrough-headers) in CLIProxyAPI's config")
+        is_blocked = any(name in why for _, _, name in SHELF_WORDINGS)
+        what = f"CLIProxyAPI has suspended its {target} login" if is_blocked else f"{target} failed"
+        if is_blocked or (not auto["active"] and failure["at"] > str(utc(time.time() - 600))):
+            yield WARN, (f"target: {what} ({printable(why)}): after a 401 log in again at "
+                         "CLIProxyAPI, after a 429 wait or use the other target")
 
 
 def run_checks(context: Context) -> Iterator[tuple[str, str]]:
@@ -5656,9 +5670,9 @@ def run_checks(context: Context) -> Iterator[tuple[str, str]]:
                          f"program {__version__}: rrouter restart")
     else:
         settings = read_environment(dict(os.environ))
-        yield FAIL, f"daemon: {describe_silence(daemon)}"
-        if daemon is None and _listens(settings.host, settings.port):
-            yield FAIL, describe_taken(settings)
+        is_taken = daemon is None and _listens(settings.host, settings.port)
+        yield FAIL, "daemon: " + (f"not running: {describe_taken(settings, context.paths)}"
+                                  if is_taken else describe_silence(daemon))
     config, path = None, context.paths.config
     try:
         config = read_config(context.paths)
@@ -5667,12 +5681,12 @@ def run_checks(context: Context) -> Iterator[tuple[str, str]]:
     except RouterError as error:
         yield FAIL, f"config: {error}"
     mode, problems = find_mode(context.paths, health)
-    yield OK, f"mode: {mode}"
-    yield from ((WARN, text) for text in problems if not text.startswith("config.json"))
+    yield from ([(WARN, text) for text in problems if not text.startswith("config.json")]
+                or [(OK, f"mode: {mode}")])
     yield from check_service(context.home)
-    yield from check_client(context.home, settings)
+    yield from check_client(context.home, settings, config.choices if config else [])
     yield from check_upstream(context.home, settings, config)
-    yield from check_targets(health) if health else ()
+    yield from check_outcomes(health) if health else ()
 
 
 def cmd_check(context: Context) -> int:
@@ -5695,10 +5709,10 @@ def cmd_check(context: Context) -> int:
 
 
 COMMANDS = (
-    Command("demo [--stay]", (), cmd_demo, "show it at work: no account, no network, 10 s"),
+    Command("demo [--stay]", (), cmd_demo, "see it work: no account, no network, 10 s"),
     Command("serve", (), cmd_serve, "run in the foreground; log to stderr too",
             hidden=(("--ready-descriptor", {"type": int}),)),
-    Command("start", (), cmd_start, "start the daemon, by systemd or launchd",
+    Command("start", (), cmd_start, "start the daemon (as a service if installed)",
             "RROUTER_PORT=8400 rrouter start"),
     Command("stop", (), lambda context: print(stop_daemon(context.paths, context.home)),
             "stop it; running requests finish first"),
@@ -5707,20 +5721,20 @@ COMMANDS = (
             "rrouter status --json | jq .currentTarget"),
     Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
-    Command("auto", ("a",), cmd_mode, "let failures decide; again: end the cooldowns"),
+    Command("auto", ("a",), cmd_mode, "Antigravity, else Claude; again: retry now"),
     Command("mode [NAME]", (), cmd_mode, "print the mode, or set any of config.json",
             "rrouter mode claude"),
     Command("explain [MODEL]", (), cmd_explain, "what becomes of a model name in each mode",
             "rrouter explain claude-opus-5-5"),
     Command("logs [-f] [--auto]", (), cmd_logs, "print the end of the log",
             "rrouter logs -f --auto"),
-    Command("check [--json]", ("health", "--check"), cmd_check, "examine all, with remedies"),
+    Command("check [--json]", ("health", "--check"), cmd_check, "check all and say how to fix it"),
     Command("config [edit|reset|path]", (), cmd_config,
             "print, edit or reset the config, or its path", "rrouter config | jq .auto",
             (("--yes", {"action": "store_true"}),)),    # `reset` never asks
     Command("install [--claude] [--dry-run]", (), cmd_install,
             "install to ~/bin and start, or upgrade", "rrouter install --claude"),
-    Command("uninstall [--purge] [--dry-run]", (), cmd_install, "take back what install did"),
+    Command("uninstall [--purge] [--dry-run]", (), cmd_install, "undo install"),
     Command("completion bash|zsh|fish", (), cmd_completion, "print the completion for a shell",
             'eval "$(rrouter completion bash)"'),
     Command("help [COMMAND]", ("-h", "--help"), cmd_help, "show this text, or that of a command",

@@ -5529,6 +5529,7 @@ class ListenTest(LoopbackTest):
             self.assertRegex(text, "(?i)CLIProxyAPI.*pprof")
             if LINUX:
                 self.assertRegex(text, r"\b%d\b" % os.getpid())
+        self.assertIn("fail  daemon: not running: port", text)
         self.assertEqual(processes(home), [])
         self.assertFalse((home.dir / "rrouter.pid").exists())
 
@@ -5815,10 +5816,12 @@ class RunningDaemonTest(DaemonTestBase):
 
     def test_its_port_is_refused_to_another_rrouter(self):
         other = self.new_home(self.addCleanup, port=self.home.port)
-        commands = [other.run("start", timeout=WAIT_S * 2), self.home.run("serve")]
-        for done in commands:
-            self.assertEqual(done.returncode, 1, done)
-            self.assertRegex(done.stderr, r"rrouter: .*rrouter.*\b%d\b" % self.health["pid"])
+        for home, command, remedy in ((other, "start", "set RROUTER_PORT"),
+                                      (self.home, "serve", "`rrouter stop` stops it")):
+            done = home.run(command, check=1, timeout=WAIT_S * 2)
+            self.assertRegex(done.stderr, r"\Arrouter: .* \(pid %d\): %s\n\Z" % (
+                self.health["pid"], remedy))
+        self.assertNotIn("[", other.read("logs/rrouter.log"))
         self.assertEqual(processes(other), [])
 
     def test_serve_beside_it_leaves_its_files_alone(self):
@@ -6288,16 +6291,16 @@ class HangUpTest(LoopbackTest):
 
 USAGE_ERRORS = (
     # command line,         what the message names besides the word
-    ("stats",               "did you mean 'status'?"),
+    ("stat",                "did you mean 'status'?"),
     ("--port=8400 serve",   "use `RROUTER_PORT="),
-    ("doctor",              "use `rrouter check`"),
     ("modes",               "use `rrouter mode NAME`"),
-    ("--nosuch",            "see `rrouter help`"),
     ("help nosuch",         "see `rrouter help`"),
-    ("status --nosuch",     "see `rrouter status --help`"),
-    ("ag extra",            "see `rrouter antigravity --help`"),
-    ("config nosuch",       "see `rrouter config --help`"),
-    ("completion",          "required: bash|zsh|fish; see `rrouter completion --help`"),
+    ("ag extra",            "no argument, not 'extra'; see `rrouter antigravity --help`"),
+    ("completion",          "takes bash, zsh, fish; see `rrouter completion --help`"),
+    ("config edt",          "config takes edit, reset, path, not 'edt'; see"),
+    ("logs -n 20",          "logs takes -f, --auto, not '-n'; see"),
+    ("--json",              "use `rrouter status --json` or `rrouter check --json`"),
+    ("SETUP",               "use `rrouter install`"),
 )
 NOT_RUNNING = "not running: `rrouter start` starts it"
 
@@ -6355,10 +6358,10 @@ class CommandLineTest(CommandTest):
         texts = {self.run_here(*words, check=0).stdout
                  for words in ((), ("help",), ("-h",), ("--help",))}
         self.assertEqual(len(texts), 1)
-        for words in ("edit|reset|path", "config.json", "logs/rrouter.log", "examples"):
+        for words in ("edit|reset|path", "config.json", "logs/rrouter.log", "RROUTER_HOST"):
             self.assertIn(words, *texts)
         self.assertLessEqual(max(map(len, texts.pop().splitlines())), 80)
-        for word in ("version", "-V", "--version"):
+        for word in ("version", "-V", "-v", "--version"):
             self.assertEqual(self.run_here(word), (0, f"rrouter {rrouter.__version__}\n", ""))
         self.assertFalse(self.home.dir.exists())
 
@@ -6396,7 +6399,7 @@ class CommandLineTest(CommandTest):
     def test_colours_are_for_terminals_unless_the_environment_says_otherwise(self):
         for env, in_pipe, on_terminal in (
                 ({}, False, True), ({"FORCE_COLOR": "1"}, True, True),
-                ({"FORCE_COLOR": "0", "TERM": "dumb"}, False, False),
+                ({"FORCE_COLOR": "0"}, False, False), ({"TERM": "dumb"}, False, False),
                 ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False, False)):
             for command, word in (("check", "fail"), ("claude", "claude"), ("status", "claude")):
                 for terminal, colours in ((False, in_pipe), (True, on_terminal)):
@@ -6420,7 +6423,7 @@ class CommandLineTest(CommandTest):
         board["modes"].update(antigravity={"mappings": []}, claude={"mappings": []})
         self.home.write("config.json", json.dumps(board))
         for command, mode in (("antigravity", "antigravity"), ("claude", "claude"), ("a", "auto"),
-                              ("ag", "antigravity"), ("c", "claude"), ("auto", "auto"),
+                              ("ag", "antigravity"), ("c", "claude"), ("AUTO", "auto"),
                               ("mode two", "two"), ("mode ONE", "one")):
             done = self.run_here(*command.split(), check=0)
             self.assertEqual(self.home.read("mode"), mode + "\n")
@@ -6681,6 +6684,7 @@ class EnvironmentTest(CommandTest):
         for env in locales:
             done = self.home.run("mode", "\ud55c".encode(), env=env)
             self.assert_fails(done, 1, r"mode '\\ud55c' is not defined")
+        self.assertIn("'\ud55c'", self.run_here("mode", "\ud55c", terminal=True).stderr)
         with Running(None, home=self.home, mode=None):
             self.home.write("config.json", "{")         # the daemon knows the modes
             for env in locales:
@@ -6735,11 +6739,11 @@ class DemoTest(LoopbackTest):
         for title, _, _, meaning in rrouter.DEMO_STEPS:
             self.assertIn(title + "\n  200", done.stdout)
             self.assertIn("\n  %s\n" % meaning, done.stdout)
-        self.assertRegex(done.stdout, r"(?s)notice: nothing.*Next.* start .* check .* auto ")
+        self.assertRegex(done.stdout, r"(?s)nothing.*Next.*:9:\n.* auto .*:1 ANTHROPIC_AUTH_TOKEN")
         self.assertEqual((list(self.home.root.iterdir()), done.stderr), ([], ""))
 
     def test_with_stay_it_serves_until_it_is_interrupted(self):
-        for number, status in ((signal.SIGINT, 0), (signal.SIGTERM, 128 + signal.SIGTERM)):
+        for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             process = ending_with(self, self.home.begin(
                 *self.arguments, "--stay", program=PYTHON, stdout=subprocess.PIPE,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)))
@@ -6765,20 +6769,20 @@ class AutoCommandTest(AutoTest):
             error(429) if request.model.startswith("gemini") else stream())
         for failures in (1, 2):
             self.rrouter.post()
-            self.assertIn("\ntarget:   antigravity: %d of 3 failures\n" % failures,
+            self.assertIn("\ntarget:   antigravity (%d of 3 failures before a switch)\n" % failures,
                           self.say("status"))
         self.assertIn("cleared: 2 of 3 failures of antigravity\n", self.say("auto"))
         self.assertNotIn("cleared", self.say("auto"))
         for _ in range(3):
             self.rrouter.post()
         status = self.say("status")
-        self.assertRegex(status, r"target: +on claude since \d\d:\d\d because antigravity gave 3 "
-                                 "HTTP errors in a row, last 429; tries antigravity again in 30m")
+        self.assertRegex(status, r"target: +claude since \d\d:\d\d: antigravity gave 3 HTTP "
+                                 "errors in a row, last 429; next try in 30m")
         self.assertRegex(status, r"requests: \d+ answered, \d+ rescued, 0 failed, 0 running")
         self.assertRegex(status, r"failure: +antigravity: 429, \d\d:\d\d\n")
         self.assertRegex(self.say("explain"), "\n".join((
             r"\A%s", r"  antigravity: +%s \(rule claude-sonnet-\*\)",
-            r"  claude: +%s \(no rule matches\)", r"  auto: +on claude since .*",
+            r"  claude: +%s \(no rule matches\)", r"  auto: +claude since .*",
             r"in force: mode auto\n\Z")) % (SONNET, GEMINI_SONNET, SONNET))
         self.assertIn("cleared: cooldown of antigravity (429, 30m)\n", self.say("claude"))
 
@@ -6795,11 +6799,19 @@ class AutoCommandTest(AutoTest):
         home = self.rrouter.home
         self.upstream.play(error(503, "auth_unavailable: no auth available"), stream())
         self.rrouter.post()
-        self.assertRegex(run_here(home, "check").stdout, "warn  target: CLIProxyAPI blocks the "
-                         r"credential of antigravity .*503 auth_unavailable, \d\d:\d\d\)")
+        self.assertRegex(run_here(home, "check").stdout, "warn  target: CLIProxyAPI has "
+                         r"suspended its antigravity login .*503 auth_unavailable, \d\d:\d\d\)")
         self.upstream.play(error(503), stream())
         self.rrouter.post()
-        self.assertNotIn("target: CLIProxyAPI", run_here(home, "check").stdout)
+        self.assertNotIn("target: ", run_here(home, "check").stdout)
+
+    def test_a_recent_failure_in_an_explicit_mode_is_named_by_check(self):
+        auto = {"active": False, "switched": False, "models": {}}
+        for age_s, words in ((590, "target: claude failed (401, "), (610, "")):
+            failure = {"at": rrouter.utc(time.time() - age_s), "target": "claude", "what": "401"}
+            health = {"autoSwitch": auto, "requests": {"lastFailure": failure}}
+            found = rrouter.check_outcomes(health)
+            self.assertEqual("".join(text[:len(words)] for _, text in found), words)
 
 
 class LogsTest(CommandTest):
@@ -6842,7 +6854,7 @@ class StartReportTest(LoopbackTest):
         started = home.run("start", check=0).stdout
         self.assertRegex(started, "\n".join((
             r"\Arrouter runs on localhost:%d \(pid \d+\), mode claude",
-            r"upstream: http://127\.0\.0\.1:9, not reachable", r"problem:  config\.json:1:2.*",
+            r"upstream: http://.*:9, nothing listens there", r"problem:  config\.json:1:2.*",
             r"next:     rrouter check\n\Z")) % home.port)
         home.write("config.json", json.dumps(DEFAULT_CONFIG))
         upstream, other = self.start_upstream(), free_port()
@@ -6851,10 +6863,13 @@ class StartReportTest(LoopbackTest):
             r"\Arrouter is already running .*", "upstream: .*", "note:     RROUTER_PORT=%d of this "
             "shell is not in force: `rrouter restart`", "next")) % other)
         home.env["RROUTER_UPSTREAM"] = upstream.url
-        self.assertRegex(home.run("restart", check=0).stdout,
-                         r"\A.*stopped.*\n.*runs on.*\nupstream: %s, reachable\n\Z" % upstream.url)
+        self.assertRegex(home.run("restart", check=0).stdout, "\n".join((
+            r"\A.*stopped.*\n.*runs on.*", "upstream: %s, a program listens there",
+            r"next:     ANTHROPIC_BASE_URL=.*:%d claude\n\Z")) % (upstream.url, home.port))
+        again = home.run("start", check=0, env={"ANTHROPIC_BASE_URL": "http://h"}).stdout
+        self.assertIn("a program listens there\nnext:     rrouter check\n", again)
         again = home.run("start", check=0, env={"RROUTER_PORT": "abc"}).stdout
-        self.assertRegex(again, r"(?s)already running .*, reachable\nnote:     RROUTER_PORT=abc: "
+        self.assertRegex(again, r"(?s)already running .* there\nnote:     RROUTER_PORT=abc: "
                                 r"expected [^\n]*\nnext:     rrouter check\n\Z")
 
     def test_only_what_cliproxyapi_repeats_by_itself_is_a_late_failure(self):
@@ -6925,7 +6940,7 @@ class CheckTest(RouterTest):
 
     def test_a_sound_setup_is_ok_in_every_line(self):
         self.assertEqual(self.check(r"ok +upstream: .* accepts the key", r"ok +config: ",
-                                    ANTHROPIC_BASE_URL=self.url), [])
+                                    ANTHROPIC_BASE_URL=self.url, ANTHROPIC_AUTH_TOKEN="other"), [])
         request, = self.upstream.received
         self.assertEqual((request.method, request.target), ("GET", "/v1/models"))
         self.assertEqual(request.header("authorization"), "Bearer sk-secret-token")
@@ -6939,18 +6954,17 @@ class CheckTest(RouterTest):
 
     CLIENTS = (
         # settings.json,          shell,   level,  words after "claude code: "
-        ("here/@claude",          "",      "ok",   "goes to .*/@claude, by"),
-        ("here/v1",               "",      "warn", "http.*/v1, by .* lead here: .*only /@MODE"),
-        ("here/@claude/v1",       "",      "warn", "http.*8?/@claude/v1, by"),
+        ("here/@claude",          "",      "ok",   r"uses .*/@claude \(from /"),
+        ("here/@nope",            "",      "warn", "http.*/@nope .*: mode 'nope' is not"),
+        ("here/v1",               "",      "warn", "http.*/v1 .* will not work: use .*/@MODE"),
         ("https://localhost:%d",  "",      "warn", "https:"),
-        ("http://localhost:1",    "",      "warn", "http://localhost:1, by"),
-        ("http://u:word@h:1",     "",      "warn", r"http://\*\*\*@h:1, by"),
-        ("http://u:word@h:odd",   "",      "warn", r"http://\*\*\*@h:odd, by"),
+        ("http://localhost:1",    "",      "warn", "points to http://localhost:1 .*not to rrouter"),
+        ("http://u:word@h:odd",   "",      "warn", r"points to http://\*\*\*@h:odd "),
         ("{",                     "",      "warn", "cannot read .*json: not JSON"),
         ('{"env": 7}',            "",      "warn", "set "),
         ("{}",                    "",      "warn", "set "),
-        ("{}",                    "here",  "ok",   "goes .* by this shell"),
-        ("here",                  "other", "ok",   "goes .* by /"),
+        ("{}",                    "here",  "ok",   r"uses .* \(in this shell, not in /"),
+        ("here",                  "other", "ok",   r"uses .* \(from /"),
     )
 
     def test_a_client_that_points_elsewhere_is_named(self):
@@ -6971,7 +6985,8 @@ class CheckTest(RouterTest):
                     self.settings({"ANTHROPIC_BASE_URL": self.url, name: exempt})
                     bad = self.check()
                     self.assertEqual(bad, [] if is_exempt else [line for line in bad if re.match(
-                        'warn  proxy: HTTP_PROXY is set without NO_PROXY.*"NO_PROXY": "', line)])
+                        'warn  proxy: HTTP_PROXY is set and NO_PROXY %s, .*"NO_PROXY": "%slocalhost'
+                        % (("lacks localhost", exempt + ",") if exempt else ("is not", "")), line)])
                     self.assertEqual(len(bad), not is_exempt)
 
     UPSTREAMS = (
@@ -6984,6 +6999,8 @@ class CheckTest(RouterTest):
         (403, '{"error":"unsafe_example_api_key"}', "ANTHROPIC_API_KEY",
          "fail  upstream: .*403 .*unsafe_example_api_key.*ANTHROPIC_API_KEY"),
         (401, "{}",                                 "X", "fail  upstream: .*request without a key"),
+        (401, "{}",                                 "apiKeyHelper", "warn  .* your apiKeyHelper"),
+        (400, "HTTP request to an HTTPS server",    "X", "fail  upstream: .* speaks https: set"),
         (502, "upstream is rrouter itself;",        "X", "fail  upstream: .*is rrouter itself:"),
     )
 
@@ -6999,17 +7016,23 @@ class CheckTest(RouterTest):
         home = self.make_home()
         done = run_here(home, "check", RROUTER_UPSTREAM="http://localhost:%d" % home.port)
         self.assertRegex(done.stdout, "(?m)^fail  upstream: .* is rrouter itself: set RROUTER_UP")
+        health = {"upstreamURL": "http://localhost:%d" % home.port, "problems": []}
+        daemon = rrouter.Daemon(None, "localhost", home.port, "start")
+        self.assertIn(", rrouter itself: set RR", rrouter.trouble_rows(daemon, health)[0][1])
 
-    def test_a_certificate_that_is_refused_comes_with_its_remedy(self):
-        certificate = rrouter.UpstreamUnreachable("cannot be reached: certificate verify failed")
-        with mock.patch.object(rrouter, "get_models", side_effect=certificate):
-            self.check("fail  upstream: .*verify failed: .*private CA.* SSL_CERT_FILE")
+    def test_a_fault_of_tls_is_named_in_words(self):
+        for reason, words in (("CERTIFICATE_VERIFY_FAILED", r"not trusted \(odd\): set SSL_CERT_"),
+                              ("WRONG_VERSION_NUMBER", "speaks http: "), ("X", "here: start CLI")):
+            error = rrouter.UpstreamUnreachable("is not here")
+            error.__cause__ = ssl.SSLCertVerificationError()
+            error.__cause__.reason, error.__cause__.verify_message = reason, "odd"
+            with mock.patch.object(rrouter, "get_models", side_effect=error):
+                self.check("fail  upstream: .* " + words)
 
     def test_names_the_upstream_does_not_know_come_with_one_block_of_aliases(self):
-        opus, none = "claude-opus-4-6-thinking", "AN-ID-OF-ANTIGRAVITY"
-        flash, other = "gemini-3-flash", "claude-sonnet-4-6"
+        opus, flash, other = "claude-opus-4-6-thinking", "gemini-3-flash", "claude-sonnet-4-6"
         for owner, ids, words in (("antigravity", (flash, opus), f"{opus}, {other}, {flash}"),
-                                  ("anthropic", (none, none), "none is listed: log in")):
+                                  ("anthropic", (), ": log in first: cli-proxy-api")):
             listed = list_models(LISTED[0], opus, other, flash, owner=owner).chunks[0]
             (level, text), = rrouter.check_models(rrouter.config_of(None), listed)
             first, *lines = text.split("\n")
@@ -7019,11 +7042,16 @@ class CheckTest(RouterTest):
             for known, alias in zip(ids, (LISTED[2], LISTED[1])):
                 entries += [f'- name: "{known}"', f'  alias: "{alias}"']
                 entries += ["  fork: true"] * (known != opus)
-            self.assertEqual((level, lines), ("warn", [" " * 8 + line for line in (
+            self.assertEqual((level, lines), ("warn", [" " * 8 + line for line in ids and (
                 "# version 7", "oauth-model-alias:", "  antigravity:",
                 *("    " + entry for entry in entries),
                 "# version 8", "oauth:", "  model-alias:", "    antigravity:",
                 *("      " + entry for entry in entries))]))
+        for mode, name in (("antigravity", "claude-x"), ("claude", "gemini-x")):
+            config = rrouter.config_of(json.dumps({"modes": {mode: {"mappings": [
+                {"match": "*", "rewrite": name}]}}}).encode())
+            (_, text), = rrouter.check_models(config, listed)
+            self.assertTrue(text.endswith(name + " (400 unknown provider): correct your rules"))
 
     def test_for_programs_it_is_json(self):
         self.models = Response(401)
@@ -7032,20 +7060,14 @@ class CheckTest(RouterTest):
         self.assertEqual((done.returncode, report["status"]), (1, "fail"))
         self.assertIn({"level": "ok", "check": "config", "text": "the defaults"}, report["checks"])
 
-    def test_missing_usage_headers_are_named_where_health_knows_of_them(self):
-        health = {"autoSwitch": {"switched": False, "models": {}},
-                  "requests": {"answered": 1, "lastFailure": None}}
-        for windows, found in (({"windows": {}}, 1), ({"windows": {"claude": {}}}, 0), ({}, 0)):
-            self.assertEqual(len(list(rrouter.check_targets({**health, **windows}))), found)
-
     def test_bad_files_of_rrouter_are_named(self):
         put(self.home, "config.json", "{")
         self.addCleanup((self.home.dir / "config.json").unlink)
         put(self.home, "mode", "nosuch\n")
-        self.check(r"fail +config: .*/config\.json:1:2", "ok +mode: ",
-                   "warn +mode: 'nosuch' is not")
+        bad = self.check(r"fail +config: .*/config\.json:1:2", "warn +mode: 'nosuch' is not")
+        self.assertEqual(len(bad), 2)
 
-    def test_an_installed_service_is_examined(self):
+    def test_an_installed_service_and_another_version_are_named(self):
         unit = self.home.root / ".config" / "systemd" / "user" / "rrouter.service"
         program = self.home.root / "bin" / "rrouter"
         record = self.home.dir / "install.json"
@@ -7063,8 +7085,6 @@ class CheckTest(RouterTest):
             str(program): ["", "its digest"], str(unit): ["", "digest of another text"]}}))
         self.addCleanup(record.unlink)
         self.check("warn +service: .*is not what was installed")
-
-    def test_a_daemon_of_another_version_is_named(self):
         with mock.patch.object(rrouter, "__version__", "9.9.9"):
             self.check("warn +version: .* this program 9.9.9: rrouter restart")
 
