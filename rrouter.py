@@ -5005,7 +5005,7 @@ def uninstall(work: Installer, purge: bool) -> list[str]:
     senders = ", ".join([*shell, *find_senders(here, work.home if had_claude else "")])
     if senders:
         print(f"still pointing here: {senders}: unset ANTHROPIC_BASE_URL in a shell, end others")
-    return [f"not taken back: {failure}: mend that, then run `{work.program} uninstall` again"
+    return [f"not taken back: {failure}: mend that, then run this again"
             for failure in work.failures]
 
 
@@ -5551,12 +5551,12 @@ def cmd_install(context: Context) -> int:
     try:
         failures = (install(work, arguments.claude) if arguments.command == "install" else
                     uninstall(work, arguments.purge))
+    except (KeyboardInterrupt, BrokenPipeError):
+        complain("interrupted: `install` completes it, `uninstall` undoes it")
+        raise
     except OSError as error:
         raise RouterError(f"{error.filename or home}: {reason_of(error)}: mend that, then run this "
                           "again") from error
-    except KeyboardInterrupt:
-        complain("interrupted: `install` completes it, `uninstall` undoes it")
-        raise
     for failure in failures:
         complain(failure)
     return 1 if failures else 0

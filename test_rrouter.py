@@ -7810,7 +7810,7 @@ class ClaudeSettingsTest(InstallTest):
         home.put(home.settings, b"{")
         said = home.do("uninstall", "--purge", status=1)
         self.assertIn(f"not taken back: {home.settings}: 1:2: ", said)
-        self.assertIn(f": left as it is: mend that, then run `{home.program} uninstall` ", said)
+        self.assertIn(": left as it is: mend that, then run this again", said)
         self.assertTrue(home.program.exists() and (home.dir / "install.json").exists())
         home.put(home.settings, good)
         home.do("uninstall", "--purge")
