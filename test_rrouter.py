@@ -7469,7 +7469,8 @@ class InstalledLifeTest(InstallTest):
         self.assertNotIn(f"stays: {home.program}", home.do("uninstall", "--purge"))
         shutil.copy(RROUTER, home.put(home.program, b"", 0o755))        # a copy is ours, too
         home.do("install", program=[*PYTHON, home.program])
-        home.rrouter("uninstall", "--purge")
+        (home.root / "same").symlink_to(home.home)
+        home.do("uninstall", "--purge", program=[home.program], env={"HOME": f"{home.root}/same"})
         self.assertEqual(home.tree(), {})
 
 
@@ -7666,9 +7667,8 @@ class ForeignFilesTest(InstallTest):
         self.assertEqual(len(created), len(set(created)), created)
         self.assertIn("RROUTER_PORT=x: ",
                       home.do("install", status=2, env={"RROUTER_PORT": "x"}))
-        for value in ("http://h/'", "http://h/\\"):
-            self.assertIn("RROUTER_UPSTREAM: a service cannot have a quote",
-                          home.do("install", status=2, env={"RROUTER_UPSTREAM": value}))
+        self.assertIn("RROUTER_UPSTREAM: a service cannot have a quote",
+                      home.do("install", status=2, env={"RROUTER_UPSTREAM": "http://h/'"}))
         descriptor = os.open(home.home, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         self.assertIn("another rrouter install is running", home.do("uninstall", status=1))
@@ -7859,6 +7859,7 @@ class ClaudeSettingsTest(InstallTest):
     def test_processes_that_still_point_here_are_named(self):
         home, directory, pids = self.installation(), tempfile.mkdtemp(), []
         self.addCleanup(shutil.rmtree, directory)
+        home.put(home.settings, b'{"env": {"ANTHROPIC_BASE_URL": "http://localhost:1"}}')
         home.do("install", "--claude")
         for name, url in (("shell", home.url), ("claude", "x"), ("none", "http://localhost:1")):
             os.symlink(shutil.which("sleep"), os.path.join(directory, name))
