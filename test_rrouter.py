@@ -7593,7 +7593,6 @@ class ForeignFilesTest(InstallTest):
          {PROGRAM: "3rd", PROGRAM + ".bak": "1st"}, "."),
         ({}, ("i", {UNIT: "mine"}, "i"), {UNIT: OURS}, "keep the old .*service as "),
         ({}, ("i", {UNIT: "mine"}, "iu"), {UNIT + ".bak": "mine"}, r"stays: .*e\.bak-"),
-        ({UNIT: "mine"}, "iiu", {UNIT: "mine"}, "."),
         ({UNIT: "mine", LINK: "-> ../rrouter.service"}, "iiu",
          {UNIT: "mine", LINK: "-> ../rrouter.service"}, "."),
         ({}, ("i", {RECORD: None, ".config/rrouter.env": None}, "iu"), {}, "."),
@@ -7689,14 +7688,14 @@ class ForeignFilesTest(InstallTest):
                 self.assertIn("run this without sudo", home.do(command, status=1))
 
     OF_5_0_0 = (
-        # `before` and whether there is a backup in its record, what the user added, what is left
+        # `before` in its record, whether its backup is there, what the user added, what is left
         ({},                                  True,  {},       '{"model" : 1}'),
         ({},                                  False, {},       '{"model": "opus"}'),
         ({},                                  True,  {"a": 1}, '{"model": "opus", "a": 1}'),
         ({"env": {"ANTHROPIC_BASE_URL": ""}}, False, {},
          '{"model": "opus", "env": {"ANTHROPIC_BASE_URL": ""}}'),
-        ({"env": {}},                         False, {},       '{"model": "opus", "env": {}}'),
         (None,                                False, {},       '{"model": "opus"}'),
+        (None,                                False, {},       "null"),     # no file
     )
 
     def test_an_installation_of_5_0_0_is_upgraded_and_uninstalled(self):
@@ -7704,15 +7703,15 @@ class ForeignFilesTest(InstallTest):
         for (before, has_backup, added, left), is_upgraded in rows:
             home = self.installation("systemd")
             link = home.unit.parent / "default.target.wants" / home.unit.name
-            settings = {"model": "opus", "env": {"ANTHROPIC_BASE_URL": home.url}}
+            settings = {"model": "opus"} if left != "null" else {}
+            settings["env"] = {"ANTHROPIC_BASE_URL": home.url}
             files = {home.program: STUB.replace("0.0.1", "5.0.0"), home.unit: "[Unit] of 5.0.0",
-                     home.settings: json.dumps(settings)}
+                     home.settings: json.dumps(settings, indent=2) + "\n"}
             digests = {str(home.put(path, text.encode(), 0o755)): rrouter.digest(text.encode())
                        for path, text in files.items()}
             backup = home.settings.with_name("old")
-            claude = {"before": before, "written": [home.url],
-                      "sha256": digests[str(home.settings)],
-                      "backup": str(backup) if has_backup else None}
+            claude = {"before": before, "written": [home.url], "backup": str(backup),
+                      "sha256": digests[str(home.settings)]}
             if has_backup:
                 home.put(backup, b'{"model" : 1}')
             link.parent.mkdir()
@@ -7728,9 +7727,10 @@ class ForeignFilesTest(InstallTest):
             if is_upgraded:
                 self.assertIn(f"{home.program} (before: 5.0.0)\n", home.do("install"))
             home.do("uninstall", "--purge")
-            backup.unlink(missing_ok=True)
-            self.assertEqual(home.claude(), json.loads(left))
-            self.assertEqual([*home.tree()], [".claude", ".claude/settings.json"])
+            self.assertEqual(json.loads(self.left(home).get(self.SETTINGS, "null")),
+                             json.loads(left))
+            shutil.rmtree(home.settings.parent)
+            self.assertEqual(home.tree(), {})
 
 
 class ClaudeSettingsTest(InstallTest):
