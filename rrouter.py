@@ -4666,8 +4666,8 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
                     if found), home)
         if os.path.realpath(was) != os.path.realpath(home):
             raise ValueError(f"it is of HOME={was}")
-        return {re.sub(f"^{re.escape(was)}/", lambda _: f"{home}/", path): entry
-                for path, entry in files.items()}, settings
+        return {home + path[len(was):] if path.startswith(f"{was}/") and path not in settings
+                else path: entry for path, entry in files.items()}, settings
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RouterError(f"{paths.record}: not what rrouter wrote ({error}): repair it, or move "
                           "it away and remove by hand what is installed") from error
