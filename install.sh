@@ -40,6 +40,7 @@ for option in "$@"; do      # takes --uninstall out of the arguments
     *) set -- "$@" "$option" ;;
     esac
 done
+case "$action $*" in install*--purge*) fail "--purge goes with --uninstall" ;; esac
 case ${HOME:-} in
 /*) ;;
 *) fail "HOME is not set to a directory" ;;

@@ -4312,10 +4312,7 @@ def claude_settings_path(home: str) -> str:
 
 
 def claude_environment(home: str) -> dict[str, str]:
-    """Return the `env` of Claude Code's settings.json, {} without one.
-
-    Raises ValueError if the file is not JSON.
-    """
+    """Return the `env` of Claude Code's settings.json, {} without one; raise ValueError."""
     try:
         value = json.loads((read_file(claude_settings_path(home)) or b"{}").decode("utf-8-sig"))
         return {str(key): str(item) for key, item in value["env"].items()}
@@ -4357,7 +4354,7 @@ def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | Non
 
 
 def read_settings(path: str) -> str | None:
-    """Return settings that can be edited, None without a file; raise RouterError."""
+    """Return settings that can be edited, None if there is nothing; raise RouterError."""
     try:
         content = read_file(path)
         if content is not None and not os.stat(path).st_mode & stat.S_IWUSR:
@@ -4365,11 +4362,10 @@ def read_settings(path: str) -> str | None:
         text = (content or b"{}").decode("utf-8")
         _parse_json(text.lstrip("\ufeff"))
         edit_member(text, "env.", None)         # demands an object, and an object as its env
-        return None if content is None else text
+        return text if content else None
     except (OSError, ValueError, RouterError) as error:
         why = reason_of(error) if isinstance(error, OSError) else error
-        raise RouterError(f"{path}: {why}: left as it is; repair it, then run this again"
-                          ) from error
+        raise RouterError(f"{path}: {why}: left as it is") from error
 
 
 # Installation #################################################################
@@ -4478,14 +4474,12 @@ def program_bytes(interpreter: str) -> bytes:
 
 
 def content_of(path: str) -> bytes | None:
-    """Return what a file holds or where a link leads, None for nothing; raise RouterError."""
+    """Return what a file holds or where a link leads, None for nothing; raise OSError."""
     if os.path.islink(path):
         return LINK + os.fsencode(os.readlink(path))
     if not os.path.lexists(path):
         return None
-    if not os.path.isfile(path):
-        raise RouterError(f"{path}: not a regular file: move it away")
-    with open(path, "rb") as file:
+    with open_for_reading(path) as file:
         return file.read()
 
 
@@ -4508,11 +4502,13 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
         if "directories" in record:     # of 5.0.0
             claude = record.get("claude")
             if claude:
-                url = (claude["before"] or {}).get("env", {}).get("ANTHROPIC_BASE_URL")
+                env = (claude["before"] or {}).get("env")
                 path = os.path.realpath(os.path.join(home, ".claude", "settings.json"))
-                files[path] = {**claude, "sha256": [claude["sha256"]]}
-                settings[path] = {"env.ANTHROPIC_BASE_URL": [
-                    url and json.dumps(url), *claude["written"]]}
+                settings[path] = {"env": [None, {}]} if env is None else {}
+                settings[path]["env.ANTHROPIC_BASE_URL"] = [
+                    json.dumps(env["ANTHROPIC_BASE_URL"]) if env else None, *claude["written"]]
+                files[path] = {**claude, "sha256": [        # null: it made the file
+                    digest(EMPTY_SETTINGS) if claude["before"] is None else claude["sha256"]]}
             files = {**dict.fromkeys(record["directories"], []),
                      **{path: [entry["backup"] or "", *entry["sha256"]]
                         for path, entry in files.items()}}
@@ -4523,9 +4519,12 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
         "".join(itertools.chain(*files.values()))       # demands strings
         for before, *_ in itertools.chain(*(members.values() for members in settings.values())):
             json.loads("null" if before is None else before)
-        if files and not any(map(os.path.join(home, "bin", "rrouter").startswith, files)):
-            raise ValueError("it is of another home directory")
-        return files, settings
+        was = next((found[1] for found in map(re.compile("(.*)/bin(/rrouter)?").fullmatch, files)
+                    if found), home)
+        if os.path.realpath(was) != os.path.realpath(home):
+            raise ValueError(f"it is of HOME={was}")
+        return {home + path[len(was):] if path.startswith(f"{was}/") and path not in settings
+                else path: entry for path, entry in files.items()}, settings
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RouterError(f"{paths.record}: not what rrouter wrote ({error}): repair it, or move "
                           "it away and remove by hand what is installed") from error
@@ -4567,7 +4566,7 @@ class Installer:
             action(*arguments)
         except (OSError, RouterError) as error:
             self.failures.append(str(error) if isinstance(error, RouterError) else
-                                 f"{error.filename2 or error.filename}: {reason_of(error)}")
+                                 f"{error.filename or self.home}: {reason_of(error)}")
 
     def make_directory(self, path: str) -> None:
         """Make a directory and its parents; in the end those that are empty are removed."""
@@ -4613,9 +4612,8 @@ class Installer:
             if os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path):
                 self.step(f"remove {path}", os.rmdir, path)
         elif old is not None and digest(old) not in ours:
-            self.leave(path, "changed since it was installed, or never replaced")
-            if os.path.lexists(backup):
-                self.leave(backup, "what was there before")
+            if not backup or os.path.lexists(backup):       # else it was never replaced
+                self.leave(path, "changed since it was installed")
         elif os.path.lexists(backup):
             self.step(f"put the old {path} back", os.replace, backup, path)
         elif old is not None:
@@ -4643,43 +4641,53 @@ def offer_no_proxy(text: str) -> dict[str, str]:
     return {}
 
 
+def write_settings(path: str, text: str) -> None:
+    """Write settings that exist, and keep their mode and owner."""
+    status = os.stat(path)
+    write_atomically(path, text, True, stat.S_IMODE(status.st_mode))
+    with contextlib.suppress(PermissionError):
+        os.chown(path, status.st_uid, status.st_gid)
+
+
 def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
     """Point Claude Code here; unless `asked`, only renew what an earlier installation wrote."""
     content = read_settings(path)
     text = old = EMPTY_SETTINGS.decode() if content is None else content
-    members, command = work.settings.get(path, {}), f"curl -s '{url}/health?line'"
+    members, command = {**work.settings.get(path, {})}, f"curl -s '{url}/health?line'"
     for name, value in {"env": {}, "env.ANTHROPIC_BASE_URL": url,
                         "statusLine": {"type": "command", "command": command},
                         **(offer_no_proxy(text) if asked and not work.dry else {})}.items():
         now = edit_member(text, name, None)[1]
+        is_equal = now is not None and json.loads(now) == value     # the record may have been lost
         is_held = now is not None and json.loads(now) in members.get(name, ())[1:]
-        is_free = now is None or name not in ("env", "statusLine")
-        if (is_held or asked and is_free) and (now is None or json.loads(now) != value):
-            members[name] = [*(members[name] if is_held else [now]), value]
-            text = edit_member(text, name, json.dumps(value))[0]
-    if text != old:
+        is_free = now is None or name not in ("env", "statusLine") or is_equal and name != "env"
+        if (is_held or asked and is_free) and not (is_held and is_equal):
+            members[name] = [*(members.get(name, [None]) if is_equal or is_held else [now]), value]
+            text = text if is_equal else edit_member(text, name, json.dumps(value))[0]
+    if text != old or members != work.settings.get(path, {}):
         work.settings[path] = members
         if content is None:
             work.put(path, EMPTY_SETTINGS, 0o600)
         work.save()
-        mode = 0o600 if content is None else stat.S_IMODE(os.stat(path).st_mode)
-        work.step(f"point Claude Code here in {path}", write_atomically, path, text, True, mode)
+        work.step(f"point Claude Code here in {path}", write_settings, path, text)
 
 
 def disconnect_claude(work: Installer, path: str) -> None:
     """Take out of Claude Code's settings what was written, to the byte if nothing else changed."""
     text = old = read_settings(path) or ""
-    for name, (before, *written) in reversed(work.settings[path].items()) if old else ():
-        now = edit_member(text, name, None)[1]
+    for name, (before, *written) in sorted(work.settings[path].items(), reverse=True):
+        now = edit_member(text, name, None)[1] if old else None
         if now is not None and json.loads(now) in written:
             text = edit_member(text, name, before)[0]
-    if path in work.files and text.encode("utf-8") == EMPTY_SETTINGS:
-        work.step(f"remove {path}", os.unlink, path)
-    elif digest(old.encode("utf-8")) in work.files.get(path, ()):       # as 5.0.0 wrote it
+    now = digest(old.encode("utf-8"))
+    backup, *ours = work.files.get(path, [""])
+    if ours and (not old or digest(text.encode("utf-8")) in ours
+                 or now in ours and os.path.lexists(backup)):       # as 5.0.0 wrote it
+        work.files[path].append(now)
         work.take_back(path)
     elif text != old:
-        work.step(f"take back {', '.join(work.settings[path])} in {path}", write_atomically,
-                  path, text, True, stat.S_IMODE(os.stat(path).st_mode))
+        names = ", ".join(work.settings[path])
+        work.step(f"take back {names} in {path}", write_settings, path, text)
     work.files.pop(path, None)          # what is left is the user's
     del work.settings[path]
     work.save()
@@ -4691,7 +4699,7 @@ def find_senders(here: str, home: str) -> Iterator[str]:
         with contextlib.suppress(OSError):
             name, environment = ((read_file(f"{process}/{file}") or b"").decode("utf-8", "replace")
                                  for file in ("comm", "environ"))
-            if re.search(rf"(?:\A|\0)ANTHROPIC_BASE_URL={here}[/\0]", environment) or (
+            if re.search(rf"(?:\A|\0)ANTHROPIC_BASE_URL={here}", environment) or (
                     name == "claude\n" and home and f"HOME={home}" in environment.split("\0")):
                 yield f"{printable(name.strip())} (pid {os.path.basename(process)})"
 
@@ -4722,24 +4730,29 @@ def start_installed(work: Installer, manager: Manager | None) -> None:
     if manager:
         put_environment(work)
         work.put(manager.path, SERVICE_FILES[os.path.basename(manager.path)].encode("utf-8"))
-        if manager.name == "systemd":
-            work.put(os.path.join(os.path.dirname(manager.path), WANTED_LINK),
-                     LINK + os.fsencode(manager.path))
+        link = os.path.join(os.path.dirname(manager.path), WANTED_LINK)
+        is_enabled = os.path.realpath(link) == os.path.realpath(manager.path) and (
+            link in work.files or work.files[manager.path][0])      # a unit that comes back
+        if manager.name == "systemd" and not is_enabled:
+            work.put(link, LINK + os.fsencode(manager.path))
     verb = "restart" if Daemon.find(work.paths) else "start"
     work.step(f"run {work.program} {verb}", start)
 
 
 def report_installation(work: Installer, before: bytes | None, why: str) -> None:
     """Print what was installed, what `check` says of it, and what to do next."""
+    import shlex
     import shutil
     version = re.search(rb'(?m)^__version__ = "([ -~]*)"', before or b"")
     old = f" (before: {version[1].decode('ascii')})" if version else ""
     print(f"\nrrouter {__version__} is installed as {work.program}{old}"
           + f"\nno service, because {why}" * bool(why))
+    files = [path for path, digests in work.files.items() if digests]
+    print(f"in place: {', '.join(dict.fromkeys([*files, *work.settings]))}")
     print(run_program((work.program, "check"), MANAGER_S)[1].rstrip())
     found, command = shutil.which("rrouter"), "rrouter"
     if not found or os.path.realpath(found) != os.path.realpath(work.program):
-        command = work.program
+        command = shlex.quote(work.program)
         print(f"hint: {found + ' comes first' if found else '~/bin is not'} in PATH: add this to "
               'what your shell reads at its start: export PATH="$HOME/bin:$PATH"')
     print(f"next: {command} status" if work.settings else
@@ -4748,14 +4761,20 @@ def report_installation(work: Installer, before: bytes | None, why: str) -> None
 
 def install(work: Installer, with_claude: bool) -> list[str]:
     """Install this program for the user, or upgrade it, and start it; return what failed."""
-    if os.geteuid() == 0 and os.stat(work.home).st_uid != 0:
-        raise RouterError(f"HOME={work.home} belongs to another user: run this without sudo")
     settings = read_environment(dict(os.environ))
+    for name in DEFAULT_ENVIRONMENT:
+        if re.search(r"['\\\n]", os.environ.get(name, "")):
+            raise UsageError(f"{name}: a service cannot have a quote, backslash or newline in it")
     asked = claude_settings_path(work.home) if with_claude else ""
     if asked and not is_own_home(work.home) and not asked.startswith(work.home + "/"):
         raise UsageError(f"{asked} is not in HOME={work.home}: unset CLAUDE_CONFIG_DIR")
     work.files, work.settings = read_record(work.paths)
     program, before = program_bytes(stable_interpreter()), content_of(work.program)
+    running = next(filter(os.path.isfile, (__file__, os.path.dirname(__file__))), os.devnull)
+    if before and before == content_of(os.path.realpath(running)):      # copied by hand
+        if work.program not in work.files and len(os.listdir(os.path.dirname(work.program))) == 1:
+            work.files[os.path.dirname(work.program)] = []
+        work.files[work.program] = [*work.files.get(work.program, [""]), digest(before)]
     manager, why = reach_manager(work.home)
     if not work.dry:
         work.paths.create()
@@ -4778,21 +4797,18 @@ def install(work: Installer, with_claude: bool) -> list[str]:
         print("nothing has been changed")
     else:
         report_installation(work, before, why)
-    return [f"Claude Code is not pointed here: {failure}" for failure in work.failures]
+    return [f"Claude Code is not pointed here: {failure}: mend that, then run this again"
+            for failure in work.failures]
 
 
 def remove_installed(work: Installer, daemon: Daemon | None, purge: bool) -> None:
-    """Take back what the record names, the program last, because it can run again.
-
-    Then remove the record, and with `purge` all that is beside it.
-    """
+    """Take back what the record names, the program last, because it can run again."""
     import shutil
     manager, root = find_manager(work.home), work.paths.root
     manager = manager if manager and manager.path in work.files else None
-    for path in (*work.files, *work.settings, work.paths.record):
-        for other in glob.glob(glob.escape(path) + ".*.tmp") if not work.dry else ():
-            if re.fullmatch(r"\.\d+\.\d+\.tmp", other[len(path):]):       # of a killed command
-                remove_files(other)
+    places = [*[path for path, digests in work.files.items() if digests], *work.settings]
+    for path in (*places, work.paths.record) if not work.dry else ():       # of killed commands
+        remove_files(*glob.glob(glob.escape(path) + ".[0-9]*.[0-9]*.tmp"))
     for path in list(work.settings):
         work.attempt(disconnect_claude, work, path)
     if manager:
@@ -4806,6 +4822,9 @@ def remove_installed(work: Installer, daemon: Daemon | None, purge: bool) -> Non
         needed = [*work.settings, *[work.program] * bool(work.failures)]
         if not any(other.startswith(path) for other in needed):
             work.attempt(work.take_back, path)
+    for path in dict.fromkeys(places) if not work.dry else ():
+        for backup in sorted(glob.glob(f"{glob.escape(path)}.bak-{'[0-9]' * 8}-*")):
+            work.leave(backup, "a backup")
     if manager and manager.name == "systemd":
         work.step("have systemd forget it", run_program, manager.start_commands[0], MANAGER_S)
     if not work.failures and os.path.lexists(root):
@@ -4821,13 +4840,14 @@ def uninstall(work: Installer, purge: bool) -> list[str]:
     """Take back what `install` did, with `purge` what the daemon keeps, too; return what failed."""
     work.files, work.settings = read_record(work.paths)
     daemon, had_claude = Daemon.find(work.paths), bool(work.settings)
+    written = [values for members in work.settings.values() for _, *values in members.values()]
     ports = {str(daemon.port if daemon else DEFAULT_ENVIRONMENT["RROUTER_PORT"]),
-             *re.findall(r':([0-9]+)[/"\\]', json.dumps(work.settings))}
-    here = rf"http://(?:localhost|127\.0\.0\.1|\[::1\]):(?:{'|'.join(ports)})"
+             *re.findall(r':([0-9]+)[/"\\]', json.dumps(written))}
+    here = rf"http://(?:localhost|127\.0\.0\.1|\[::1\]):(?:{'|'.join(ports)})(?![0-9])"
     for path in (work.program, work.environment, os.path.join(work.home, AGENT_PATH),
                  os.path.join(os.path.dirname(work.environment), UNIT_PATH)):
         if path not in work.files and os.path.lexists(path):
-            work.leave(path, "not recorded as installed")
+            work.left.append(f"{path} (not recorded as installed): look at it before you remove it")
     remove_installed(work, daemon, purge)
     with contextlib.suppress(ValueError):
         url = claude_environment(work.home).get("ANTHROPIC_BASE_URL", "")
@@ -4838,10 +4858,11 @@ def uninstall(work: Installer, purge: bool) -> list[str]:
     print(f"\n{'would be ' * work.dry}removed: {', '.join(removed) or 'nothing'}")
     for line in work.left:
         print(f"stays: {line}")
-    senders = ", ".join(find_senders(here, work.home if had_claude else ""))
+    shell = ["this shell"] * bool(re.match(here, os.environ.get("ANTHROPIC_BASE_URL", "")))
+    senders = ", ".join([*shell, *find_senders(here, work.home if had_claude else "")])
     if senders:
-        print(f"still pointing here: {senders}: end them, or in a shell `unset ANTHROPIC_BASE_URL`")
-    return [f"not taken back: {failure}: mend that, then run `{work.program} uninstall` again"
+        print(f"still pointing here: {senders}: unset ANTHROPIC_BASE_URL in a shell, end others")
+    return [f"not taken back: {failure}: mend that, then run this again"
             for failure in work.failures]
 
 
@@ -5387,10 +5408,24 @@ def cmd_completion(context: Context) -> None:
 
 def cmd_install(context: Context) -> int:
     """Install or upgrade this program for the user, or take back what was installed."""
-    arguments = context.arguments
-    work = Installer(context.home, context.paths, arguments.dry_run)
-    failures = (install(work, arguments.claude) if arguments.command == "install" else
-                uninstall(work, arguments.purge))
+    arguments, home = context.arguments, context.home
+    work = Installer(home, context.paths, arguments.dry_run)
+    if os.geteuid() == 0 and os.stat(home).st_uid != 0:
+        raise RouterError(f"HOME={home} belongs to another user: run this without sudo")
+    try:                                # until this process ends
+        fcntl.flock(os.open(home, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:            # NFS cannot lock a directory
+        if isinstance(error, BlockingIOError):
+            raise RouterError("another rrouter install is running: let it end first") from error
+    try:
+        failures = (install(work, arguments.claude) if arguments.command == "install" else
+                    uninstall(work, arguments.purge))
+    except (KeyboardInterrupt, BrokenPipeError):
+        complain("interrupted: `install` completes it, `uninstall` undoes it")
+        raise
+    except OSError as error:
+        raise RouterError(f"{error.filename or home}: {reason_of(error)}: mend that, then run this "
+                          "again") from error
     complain(*failures)
     return 1 if failures else 0
 

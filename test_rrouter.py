@@ -5796,7 +5796,7 @@ class RunningDaemonTest(DaemonTestBase):
         self.assertLessEqual(set(HEALTH), set(json.loads(as_json.stdout)))
         pid, port = self.health["pid"], self.home.port
         self.assertIn("already running (pid %d, port %d)" % (pid, port), start.stdout)
-        for words in ("claude", self.upstream.url + ", reachable", "pid %d" % pid,
+        for words in ("claude", self.upstream.url + ", a program listens there", "pid %d" % pid,
                       "`rrouter start`", "nosuch"):
             self.assertIn(words, status.stdout)
 
@@ -7430,6 +7430,7 @@ class InstallScriptTest(InstallTest):
                     self.assertEqual(self.script(*options, shell=shell),
                                      f"{words} {sys.executable}\n", (shell, options))
         self.assertRegex(self.script("-h"), r"^Usage: ./install\.sh")
+        self.assertIn("--purge goes with --uninstall", self.script("--purge", status=1))
 
     def test_the_variable_overrides_the_search_which_names_all_that_were_found(self):
         for value, says in (("python3", "is Python 3.8"), ("/no/python", "not a program")):
@@ -7452,8 +7453,9 @@ class InstalledLifeTest(InstallTest):
         os.unlink(copied)
         self.assertRegex(said, (
             rf"(?s)\nrrouter {rrouter.__version__} is installed as {home.program}\n"
-            "no service, because service managers serve your home directory.*\nok    daemon: .*"
-            rf"\nfail  upstream: .*hint: ~/bin is not in PATH.*\nnext: {home.program} status\n"))
+            "no service, because service managers serve your home directory.*\nin place: "
+            rf"{home.program}, {home.settings}\nok    daemon: .*\nfail  upstream: .*"
+            rf"hint: ~/bin is not in PATH.*\nnext: '{home.program}' status\n"))
         first = home.health()
         self.assertEqual((first["startedBy"], first["mode"], first["problems"]),
                          ("start", "auto", []))
@@ -7473,7 +7475,7 @@ class InstalledLifeTest(InstallTest):
         self.assertEqual((second["pid"] == first["pid"], second["mode"]), (False, "claude"))
         home.env["ANTHROPIC_BASE_URL"] = home.url
         said = home.rrouter("uninstall")
-        self.assertNotIn("still pointing here", said)       # it does not name itself
+        self.assertIn("\nstill pointing here: this shell: unset ANTHROPIC_BASE_URL ", said)
         self.assertIn(f"stays: {home.dir} (mode, config, state and logs): rm -r '{home.dir}'\n",
                       said)
         removed = (home.settings, home.settings.parent, home.program, home.program.parent)
@@ -7484,6 +7486,12 @@ class InstalledLifeTest(InstallTest):
             said = home.do("install", program=[*PYTHON, RROUTER], status=1,
                            env={"RROUTER_PORT": str(home.port)})
         self.assertRegex(said, f"\nrrouter: .*{home.port}.*\n\\Z")
+        self.assertNotIn(f"stays: {home.program}", home.do("uninstall", "--purge"))
+        shutil.copy(RROUTER, home.put(home.program, b"", 0o755))        # a copy is ours, too
+        home.do("install", program=[*PYTHON, home.program])
+        (home.root / "same").symlink_to(home.home)
+        home.do("uninstall", "--purge", program=[home.program], env={"HOME": f"{home.root}/same"})
+        self.assertEqual(home.tree(), {})
 
 
 class ServiceManagerTest(InstallTest):
@@ -7586,6 +7594,7 @@ class ForeignFilesTest(InstallTest):
     """What others have put in the places of the installation, and what is left of it in the end."""
 
     PROGRAM, UNIT = "bin/rrouter", ".config/systemd/user/rrouter.service"
+    SETTINGS, LINK = ".claude/settings.json", os.path.dirname(UNIT) + "/" + rrouter.WANTED_LINK
     CONFIG, RECORD = ".rrouter/config.json", ".rrouter/install.json"
     RULES, DEFAULTS = '{"modes": {"a": {"mappings": []}}}', DEFAULT_FILE.decode()
     OURS = rrouter.SERVICE_FILES["rrouter.service"]
@@ -7597,17 +7606,22 @@ class ForeignFilesTest(InstallTest):
         ({PROGRAM: "-> /no/such"}, "iiu", {PROGRAM: "-> /no/such"}, "."),
         ({PROGRAM: "-> ../x", "x": "mine"}, "iiu", {PROGRAM: "-> ../x", "x": "mine"}, "."),
         ({}, ("i", {PROGRAM: "mine"}, "u"), {PROGRAM: "mine"},
-         r"stays: (.*/bin/rrouter) \(changed since it was installed, or never replaced\): rm '\1'"),
+         r"stays: (.*/bin/rrouter) \(changed since it was installed\): rm '\1'"),
         ({PROGRAM: "1st"}, ("i", {PROGRAM: "2nd"}, "u"),
-         {PROGRAM: "2nd", PROGRAM + ".bak": "1st"}, "bak-.* .what was there before.: rm "),
+         {PROGRAM: "2nd", PROGRAM + ".bak": "1st"}, "stays: .*bak-.* .a backup.: rm "),
         ({PROGRAM: "1st"}, ("i", {PROGRAM: "3rd"}, "iu"),
          {PROGRAM: "3rd", PROGRAM + ".bak": "1st"}, "."),
         ({}, ("i", {UNIT: "mine"}, "i"), {UNIT: OURS}, "keep the old .*service as "),
-        ({}, ("i", {UNIT: "mine"}, "iu"), {UNIT + ".bak": "mine"}, "."),
+        ({}, ("i", {UNIT: "mine"}, "iu"), {UNIT + ".bak": "mine"}, r"stays: .*e\.bak-"),
+        ({UNIT: "mine", LINK: "-> ../rrouter.service"}, "iiu",
+         {UNIT: "mine", LINK: "-> ../rrouter.service"}, "."),
         ({}, ("i", {RECORD: None, ".config/rrouter.env": None}, "iu"), {}, "."),
+        ({}, ("c", {RECORD: None, ".config/rrouter.env": None}, "cu"),
+         {SETTINGS: '{\n  "env": {}\n}\n'}, "."),
+        ({SETTINGS: ""}, "cu", {SETTINGS: ""}, "."),
         ({UNIT: OURS}, "iu", {}, "."),
         ({PROGRAM: "x", UNIT: OURS}, "u", {PROGRAM: "x", UNIT: OURS},
-         r"removed: nothing\nstays: (.*/rrouter) \(not recorded as installed\): rm '\1'\nstays: "),
+         "removed: nothing\nstays: .*/rrouter .not recorded as installed.: look at it .*\nstays: "),
         ({}, ("i", {**OTHERS, "bin/rrouter.1.2.tmp": ""}, "u"), OTHERS, "."),
         ({".rrouter": "-> real", "real/mine": "x"}, "iu",
          {".rrouter": "-> real", "real/mine": "x", "real/install.json": None}, "stays: .*: rm -r"),
@@ -7622,7 +7636,7 @@ class ForeignFilesTest(InstallTest):
             if text is None:
                 path.unlink()
             elif text.startswith("-> "):
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 path.symlink_to(text[3:])
             else:
                 home.put(path, text.encode(), 0o755)
@@ -7643,7 +7657,8 @@ class ForeignFilesTest(InstallTest):
                         self.write(home, step)
                         continue
                     for letter in step:
-                        said = home.do(*["install"] if letter == "i" else ["uninstall", "--purge"])
+                        said = home.do(*{"i": ["install"], "c": ["install", "--claude"],
+                                         "u": ["uninstall", "--purge"]}[letter])
                 self.assertRegex(said, says)
                 left = self.left(home)
                 if step[-1] == "i" or ".rrouter" in before:
@@ -7654,7 +7669,9 @@ class ForeignFilesTest(InstallTest):
         home = self.installation()
         home.put(home.program, b"the old one", 0o755)
         shell = ["/bin/sh", "-c", 'ulimit -f 16; exec "$@"', "sh", *PYTHON, RROUTER]
-        self.assertIn("ile too large", home.do("install", program=shell, status=1))
+        self.assertIn(f"\nrrouter: {home.home}: file too large: mend that, then run this again\n",
+                      home.do("install", program=shell, status=1))
+        self.assertNotIn(str(home.program), home.do("uninstall"))       # no advice to remove it
         self.assertEqual([path.read_bytes() for path in home.program.parent.iterdir()],
                          [b"the old one"])
 
@@ -7669,9 +7686,15 @@ class ForeignFilesTest(InstallTest):
         self.assertEqual(len(created), len(set(created)), created)
         self.assertIn("RROUTER_PORT=x: ",
                       home.do("install", status=2, env={"RROUTER_PORT": "x"}))
+        self.assertIn("RROUTER_UPSTREAM: a service cannot have a quote",
+                      home.do("install", status=2, env={"RROUTER_UPSTREAM": "http://h/'"}))
+        descriptor = os.open(home.home, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        self.assertIn("another rrouter install is running", home.do("uninstall", status=1))
+        os.close(descriptor)
         self.assertEqual((home.tree(), home.asked()), ({}, []))
         home.program.mkdir(parents=True)
-        self.assertIn("bin/rrouter: not a regular file: move it away", home.do("install", status=1))
+        self.assertIn("bin/rrouter: is a directory: mend that, ", home.do("install", status=1))
         self.assertEqual([*home.tree()], ["bin", "bin/rrouter"])
         for record in ("{", "[]", '{"files": 1}', '{"files": {"/x": [1]}}', '{"directories": 1}',
                        '{"settings": {"/x": 1}}', '{"settings": {"/x": {"env": ["", "x"]}}}',
@@ -7681,19 +7704,36 @@ class ForeignFilesTest(InstallTest):
                 self.assertIn("install.json: not what rrouter wrote", home.do(command, status=1))
         if os.getuid() == 0:
             os.chown(home.home, 1, 1)
-            self.assertIn("run this without sudo", home.do("install", status=1))
+            for command in ("install", "uninstall"):
+                self.assertIn("run this without sudo", home.do(command, status=1))
+
+    OF_5_0_0 = (
+        # `before` in its record, whether its backup is there, what the user added, what is left
+        ({},                                  True,  {},       '{"model" : 1}'),
+        ({},                                  False, {},       '{"model": "opus"}'),
+        ({},                                  True,  {"a": 1}, '{"model": "opus", "a": 1}'),
+        ({"env": {"ANTHROPIC_BASE_URL": ""}}, False, {},
+         '{"model": "opus", "env": {"ANTHROPIC_BASE_URL": ""}}'),
+        (None,                                False, {},       '{"model": "opus"}'),
+        (None,                                False, {},       "null"),     # no file
+    )
 
     def test_an_installation_of_5_0_0_is_upgraded_and_uninstalled(self):
-        for is_upgraded in (False, True):
+        rows = itertools.product(self.OF_5_0_0, (False, True))
+        for (before, has_backup, added, left), is_upgraded in rows:
             home = self.installation("systemd")
             link = home.unit.parent / "default.target.wants" / home.unit.name
+            settings = {"model": "opus"} if left != "null" else {}
+            settings["env"] = {"ANTHROPIC_BASE_URL": home.url}
             files = {home.program: STUB.replace("0.0.1", "5.0.0"), home.unit: "[Unit] of 5.0.0",
-                     home.settings: json.dumps(
-                         {"model": "opus", "env": {"ANTHROPIC_BASE_URL": home.url}})}
+                     home.settings: json.dumps(settings, indent=2) + "\n"}
             digests = {str(home.put(path, text.encode(), 0o755)): rrouter.digest(text.encode())
                        for path, text in files.items()}
-            claude = {"before": {}, "written": [home.url], "sha256": digests[str(home.settings)],
-                      "backup": str(home.put(home.settings.with_name("old"), b'{"model" : 1}'))}
+            backup = home.settings.with_name("old")
+            claude = {"before": before, "written": [home.url], "backup": str(backup),
+                      "sha256": digests[str(home.settings)]}
+            if has_backup:
+                home.put(backup, b'{"model" : 1}')
             link.parent.mkdir()
             link.symlink_to(home.unit)      # as `systemctl enable` did
             home.write("install.json", json.dumps({
@@ -7702,11 +7742,15 @@ class ForeignFilesTest(InstallTest):
                 "directories": [str(home.home / name) for name in (
                     "bin", ".config", ".config/systemd", ".config/systemd/user")],
                 "claude": claude}))
+            if added:
+                home.settings.write_text(json.dumps({**settings, **added}))
             if is_upgraded:
                 self.assertIn(f"{home.program} (before: 5.0.0)\n", home.do("install"))
             home.do("uninstall", "--purge")
-            self.assertEqual(self.left(home), {".claude/settings.json": '{"model" : 1}'})
-            self.assertEqual([*home.tree()], [".claude", ".claude/settings.json"])
+            self.assertEqual(json.loads(self.left(home).get(self.SETTINGS, "null")),
+                             json.loads(left))
+            shutil.rmtree(home.settings.parent)
+            self.assertEqual(home.tree(), {})
 
 
 class ClaudeSettingsTest(InstallTest):
@@ -7786,7 +7830,7 @@ class ClaudeSettingsTest(InstallTest):
         home.put(home.settings, b"{")
         said = home.do("uninstall", "--purge", status=1)
         self.assertIn(f"not taken back: {home.settings}: 1:2: ", said)
-        self.assertIn(f"mend that, then run `{home.program} uninstall` again", said)
+        self.assertIn(": left as it is: mend that, then run this again", said)
         self.assertTrue(home.program.exists() and (home.dir / "install.json").exists())
         home.put(home.settings, good)
         home.do("uninstall", "--purge")
@@ -7835,6 +7879,7 @@ class ClaudeSettingsTest(InstallTest):
     def test_processes_that_still_point_here_are_named(self):
         home, directory, pids = self.installation(), tempfile.mkdtemp(), []
         self.addCleanup(shutil.rmtree, directory)
+        home.put(home.settings, b'{"env": {"ANTHROPIC_BASE_URL": "http://localhost:1"}}')
         home.do("install", "--claude")
         for name, url in (("shell", home.url), ("claude", "x"), ("none", "http://localhost:1")):
             os.symlink(shutil.which("sleep"), os.path.join(directory, name))
