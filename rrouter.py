@@ -3144,6 +3144,7 @@ class Router:
         self.addresses: list[tuple[str, int]] = []      #: what the servers are bound to
         self.hosts: frozenset[str] = frozenset()        #: the values of Host served; none: any
         self.keeps_state = False        #: whether state.json is ours to write
+        self.usage_limits: bool | None = None   #: whether messages of Claude carry usage limits
         self._one_core = OneCore()
         self._lock = threading.Lock()
         self._requests = self._active = 0
@@ -3230,6 +3231,7 @@ class Router:
                 "defaultMode": snapshot.config.default_mode, "modes": snapshot.config.choices,
                 "requestCount": self._requests, "activeRequests": self._active,
                 "requests": {**self._results, "lastFailure": self._last_failure},
+                "usageLimits": self.usage_limits,
                 "uptimeSeconds": int(time.monotonic() - self._started),
                 "pid": os.getpid(), "instance": self.instance, "startedBy": self.started_by,
                 "listenAddr": self.settings.listen_addr, "upstreamURL": self.settings.upstream,
@@ -3310,6 +3312,11 @@ class Exchange:
             attempt.ticket, lines = self._router.failover.commit(attempt.ticket)
             self._router.log_decisions(lines, self._number)
         self._request.watch.limit(None)
+        if (response.head.status == 200 and self._request.is_message
+                and (attempt.route.model or "").startswith("claude")):
+            self._router.usage_limits = self._router.usage_limits or any(
+                name.startswith(b"anthropic-ratelimit-unified-")
+                for name in response.head.fields.values)
         writer = self._writer = ResponseWriter(
             self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
@@ -5692,6 +5699,9 @@ def check_outcomes(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if is_blocked or (not auto["active"] and failure["at"] > str(utc(time.time() - 600))):
             yield WARN, (f"target: {what} ({printable(why)}): after a 401 log in again at "
                          "CLIProxyAPI, after a 429 wait or use the other target")
+    if health.get("usageLimits") is False:
+        yield WARN, ("usage limits: Claude's responses carry none, so Claude Code shows none: set "
+                     "passthrough-headers: true in CLIProxyAPI (version 8: under requests)")
 
 
 def run_checks(context: Context) -> Iterator[tuple[str, str]]:

@@ -6938,6 +6938,18 @@ class CheckTest(RouterTest):
         self.assertRegex(done.stdout, r"\n\n\d checks: .* fail%s\n\Z" % begin)
         return bad
 
+    def test_messages_of_claude_without_usage_limits_are_named(self):
+        put(self.home, "mode", "claude\n")
+        limits = (("anthropic-ratelimit-unified-status", "allowed"),)
+        for fields, model, expected in (
+                ((), "gemini-3", None), ((), SONNET, False), (limits, SONNET, True),
+                ((), SONNET, True)):
+            self.upstream.play(Response(fields=fields))
+            self.rrouter.post(model)
+            with self.subTest(fields=fields, model=model):
+                self.assertIs(self.rrouter.health()["usageLimits"], expected)
+                self.assertEqual("usage limits: " in str(self.check()), expected is False)
+
     def test_a_sound_setup_is_ok_in_every_line(self):
         self.assertEqual(self.check(r"ok +upstream: .* accepts the key", r"ok +config: ",
                                     ANTHROPIC_BASE_URL=self.url, ANTHROPIC_AUTH_TOKEN="other"), [])
