@@ -74,7 +74,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, Union
 
-__version__ = "5.0.0"
+__version__ = "5.1.0"
 
 
 # Constants ####################################################################
