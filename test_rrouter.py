@@ -3057,6 +3057,19 @@ class RequestFramingTest(RouterTest):
 
 # Requests: connections ########################################################
 
+class EndOfReadingTest(unittest.TestCase):
+
+    def test_request_that_arrived_before_the_drain_is_served_and_one_that_is_cut_off_is_not(self):
+        for cut_off in (False, True):
+            ours, client = socket.socketpair()
+            with self.subTest(cut_off=cut_off), ours, client:
+                client.sendall(request_bytes("GET"))
+                connection = rrouter.ClientConnection(ours)
+                connection.stop_reading(cut_off)
+                self.assertEqual(connection.read_head(WAIT_S).method, "GET")
+                self.assertEqual(connection.has_left(), cut_off)
+
+
 class RequestSequenceTest(RouterTest):
     """Several requests on one connection, and bodies that wait for 100 (Continue)."""
 
