@@ -7180,14 +7180,23 @@ def serve(root, by):
 def main():
     root, verb = os.path.expanduser("~/.rrouter/"), sys.argv[1]
     if verb == "restart":
+        import fcntl
         with open(root + "rrouter.lock") as file:
             os.kill(int(file.read()), 15)
+            fcntl.flock(file, fcntl.LOCK_EX)        # it has ended
     if verb == "serve":
         serve(root, "systemd" if "SYSTEMD_EXEC_PID" in os.environ else "launchd")
     if verb in ("start", "restart") and not os.fork():
         os.setsid()
         os.closerange(0, 3)
         serve(root, "start")
+    if verb in ("start", "restart"):
+        import socket, time
+        address, refused = ("127.0.0.1", int(os.environ["RROUTER_PORT"])), True
+        while refused:
+            time.sleep(0.01)
+            with socket.socket() as connection:
+                refused = connection.connect_ex(address)
     print("rrouter 0.0.1 did", *sys.argv[1:])
 '''
 
@@ -8420,6 +8429,9 @@ class Dice(random.Random):
              "{}", "claude-sonnet-4-5", "claude-haiku-4-5", "gpt-5", "클로드", "\\u0063laude-\\")
     ATOMS = ("null", "true", "false", "0", "-0", "1", "-1.50", "1E+5", "1e-400", "1e400",
              "9007199254740993", "9" * 400, "0." + "3" * 500, "9" * 5000)
+
+    def __new__(cls, *_):
+        return super().__new__(cls)     # Python 3.10 would take at most one argument
 
     def __init__(self, what, number):
         super().__init__("%s/%s/%d" % (FUZZ_SEED, what, number))
