@@ -7505,6 +7505,7 @@ class InstalledLifeTest(InstallTest):
         said = home.rrouter("install")
         self.assertIn(f"{home.program} (before: {rrouter.__version__})\n", said)
         self.assertTrue(said.endswith("\nnext: rrouter status\n"), said)
+        home.env["RROUTER_PORT"] = str(home.port)
         second = home.health()
         self.assertEqual((second["pid"] == first["pid"], second["mode"]), (False, "claude"))
         home.env["ANTHROPIC_BASE_URL"] = home.url
