@@ -124,6 +124,7 @@ LENGTH_DIGITS_MAX = 15          # of Content-Length and chunk sizes; fits a 64-b
 TRAILERS_MAX_BYTES = 8 * 1024   # also of the line that begins a chunk
 BODY_MAX_BYTES = 64 * 1024 * 1024   # of a request; Anthropic's API allows 32 MB
 READ_AHEAD_MAX_BYTES = 1024 * 1024  # of a response held back; error bodies are a few KB
+GZIP_MEMBERS_MAX = 100          # of a response that is held back
 READ_AHEAD_S = 10               # from the head of an error response to its end
 
 # Connections.
@@ -1584,7 +1585,7 @@ class Breaker:
         try:
             values: dict[str, Any] = {
                 name: None if saved[name] is None else convert(saved[name])
-                for name, convert in SAVED.items()}
+                for name, convert in SAVED.items() if name in saved or name != "on_shelf"}
         except (LookupError, TypeError, ValueError, OverflowError) as error:
             raise StateError("not the state that rrouter wrote") from error
         absent = {name for name, value in values.items() if value is None} - {"returned_at"}
@@ -1722,7 +1723,9 @@ class Failover:
         own = self._models.get(ticket.model)
         if own is None:
             if len(self._models) >= MODELS_REMEMBERED:
-                self._models.popitem(last=False)        # the one longest without a failure
+                # The one longest without a failure, if possible one that has not switched.
+                closed = (name for name, other in self._models.items() if other.state == CLOSED)
+                del self._models[next(closed, next(iter(self._models)))]
             own = self._models[ticket.model] = Breaker(self._auto, self._serial, ticket.model)
             own.close(self._whole.order)
         self._models.move_to_end(ticket.model)
@@ -1761,7 +1764,7 @@ class Failover:
         if whole.home != self._auto.targets[0] or not isinstance(models, dict):
             raise StateError("not the state that rrouter wrote")
         restored: OrderedDict[str, Breaker] = OrderedDict()
-        for model, own in models.items():
+        for model, own in itertools.islice(models.items(), MODELS_REMEMBERED):
             restored[model] = Breaker(self._auto, self._serial, model)
             restored[model].restore(own)
         with self._lock:
@@ -1915,7 +1918,7 @@ def is_at(path: str, descriptor: int) -> bool:
 
 
 def _signature(path: str) -> tuple[int, ...] | int | None:
-    """Return a value that changes with each write of the file; the number of an error instead.
+    """Return a value that changes with each write of the file, None without one, or an errno.
 
     Compared by equality, because `mv` and `git checkout` can bring an older time.  The last member,
     the time of the last change of any kind, changes even if a writer sets the other time back.
@@ -1923,7 +1926,7 @@ def _signature(path: str) -> tuple[int, ...] | int | None:
     try:
         status = os.stat(path)
     except OSError as error:
-        return error.errno
+        return None if error.errno == errno.ENOENT else error.errno
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
@@ -2563,11 +2566,13 @@ class Response:
         """Return `ahead`, decompressed; of too much, READ_AHEAD_MAX_BYTES and one byte more."""
         if self.head.coding not in ("gzip", "deflate"):
             return self.ahead
-        text = b""
+        text, members = b"", 0
         for format_bits in (zlib.MAX_WBITS | 32, -zlib.MAX_WBITS):  # with a header, or without
             data = b"" if text else self.ahead
             with contextlib.suppress(zlib.error):
-                while data and len(text) <= READ_AHEAD_MAX_BYTES:   # gzip may have several members
+                # gzip may have several members; each one copies the rest, so few are read.
+                while data and len(text) <= READ_AHEAD_MAX_BYTES and members < GZIP_MEMBERS_MAX:
+                    members += 1
                     decoder = zlib.decompressobj(format_bits)
                     text += decoder.decompress(data, READ_AHEAD_MAX_BYTES + 1 - len(text))
                     data = decoder.unused_data
@@ -3333,7 +3338,8 @@ class Exchange:
             try:
                 payload = attempt.receive(response)
             except UpstreamError as error:
-                attempt.fail_late(Fault.DROPPED, f"the upstream {error}")
+                if attempt.outcome.fault is None:
+                    attempt.fail_late(Fault.DROPPED, f"the upstream {error}")
                 self._end(response.head.status)
                 raise ClientGone() from error
 

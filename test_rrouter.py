@@ -1807,6 +1807,12 @@ class WalkTest(FailoverWalk):
             self.walk(f"m{number}/ag haiku/ok")
         self.assertIn("m0 cl 1", self.state())
 
+    def test_a_model_that_switched_alone_outlives_many_that_failed_once(self):
+        self.walk(ALONE)
+        for number in range(257):
+            self.walk(f"m{number}/ag haiku/ok")
+        self.assertIn("opus cl 1", self.state())
+
     def test_a_model_with_an_overlong_name_never_switches_alone(self):
         self.walk(f"{'m' * 257}/ag haiku/ok " * 3)
         self.assertEqual(self.state(), "ag 0 0 0 0")
@@ -1906,6 +1912,14 @@ class SavedStateTest(FailoverWalk):
             **before, "reason": before["reason"] + "\\x1b[2J"})
         self.walk("20m haiku/ag")                   # a failed probe: the second cooldown
         self.assertEqual(self.state(), "cl 2 0 0 60, opus cl 1 0 0 0")
+
+    def test_an_older_state_is_taken_over_and_no_more_models_than_are_remembered(self):
+        self.walk(ALONE)
+        saved = self.failover.save()
+        del saved["whole"]["on_shelf"]
+        saved["models"] = {f"m{number}": saved["models"]["opus"] for number in range(300)}
+        self.failover.restore(saved)
+        self.assertEqual(len(self.failover.report(True)["models"]), 256)
 
     def test_foreign_content_is_refused_and_changes_nothing(self):
         self.walk("3*ag")
@@ -2349,26 +2363,33 @@ class ReadFileTest(unittest.TestCase):
                     rrouter.read_file(directory)
             self.assertEqual(len(os.listdir("/dev/fd")), len(before))
 
-    def test_file_is_settled_when_its_next_write_gives_it_another_time(self):
-        for changed_ns, age_s, settled in (
-                (10 ** 18 + 1, 0.04, False), (10 ** 18 + 1, 0.06, True),
-                (10 ** 18, 1.9, False), (10 ** 18, 2.1, True)):     # whole seconds
-            with mock.patch.object(rrouter.time, "time", lambda: changed_ns / 1e9 + age_s):
-                self.assertEqual(rrouter._is_settled((0, 0, 0, changed_ns)), settled)
-        self.assertTrue(rrouter._is_settled(errno.ENOENT))
+    def store(self, home):
+        paths = rrouter.Paths(str(home.root))
+        return rrouter.Store(paths, rrouter.Log(paths.log, echo=False), lambda *_: None)
 
     def test_each_write_is_noticed_though_time_stamps_are_whole_seconds(self):
         """Newer kernels change the time stamp at each write, so that nothing else shows this."""
-        signature, home = rrouter._signature, Home(config=switchboard(0))
+        stat, home = os.stat, Home(config=switchboard(0))
         self.addCleanup(home.remove)
-        paths = rrouter.Paths(str(home.root))
-        store = rrouter.Store(paths, rrouter.Log(paths.log, echo=False), lambda *_: None)
-        with mock.patch.object(rrouter, "_signature", lambda path: tuple(
-                value // 10 ** 9 * 10 ** 9 if value > 10 ** 15 else value
-                for value in signature(path))):
-            for mode in ("one", "two") * 9:
-                home.write("mode", mode + "\n")
+
+        def coarse_stat(path):
+            status = stat(path)
+            times = {name: getattr(status, name) // 10 ** 9 * 10 ** 9
+                     for name in ("st_mtime_ns", "st_ctime_ns")}
+            return types.SimpleNamespace(st_size=status.st_size, st_ino=status.st_ino, **times)
+
+        store = self.store(home)
+        for mode in ("one", "two") * 9:
+            home.write("mode", mode + "\n")
+            with mock.patch("os.stat", coarse_stat):    # a file system of the machine
                 self.assertEqual(store.snapshot().mode, mode)
+
+    def test_absent_mode_file_has_the_fingerprint_that_earlier_versions_saved(self):
+        home = Home()
+        self.addCleanup(home.remove)
+        store = self.store(home)
+        store.snapshot()
+        self.assertIsNone(store.fingerprint()["modeFile"])
 
     def test_mode_word_is_read_in_the_encodings_that_shells_write(self):
         for content, word in MODE_WORDS:
