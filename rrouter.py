@@ -4446,6 +4446,7 @@ rrouter.main()
 """
 STABLE_LINKS = ("/usr/bin/python3", "/usr/local/bin/python3", "/opt/homebrew/bin/python3")
 SHEBANG_MAX_BYTES = 120         # older kernels cut the line off at 127
+EDITED = re.compile(rb'rrouter\.pyc|bin/rrouter"? serve')     # in a file of ours, also changed
 EMPTY_SETTINGS = b"{\n}\n"
 LINK = b"link to "              # begins what `content_of` returns of a symbolic link
 WANTED_LINK = os.path.join("default.target.wants", SYSTEMD_UNIT)    # as `systemctl enable` makes it
@@ -4587,7 +4588,7 @@ class Installer:
             self.make_directory(os.path.dirname(path))
             self.files[path] = []
             self.save()
-            self.step(f"create {path}", os.mkdir, path)
+            self.step(f"create {path}", os.mkdir, path, 0o755)
 
     def put(self, path: str, content: bytes, mode: int = 0o644) -> None:
         """Install a file or a link.  What is there and not ours is kept beside it until the end."""
@@ -4598,7 +4599,7 @@ class Installer:
                  (write_atomically, path, content, True, mode))
         if old is not None and old != content and digest(old) not in ours:
             spare = spare_name(path)
-            if backup or not ours:      # a changed file of ours does not come back
+            if not ours or backup and not EDITED.search(old):   # an edited one is not the user's
                 backup = spare
         self.files[path] = [backup, *(other for other in ours if other != new), new]
         self.save()
@@ -4681,6 +4682,9 @@ def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
         work.settings[path] = members
         if content is None:
             work.put(path, EMPTY_SETTINGS, 0o600)
+        backup, *ours = work.files.get(path, [""])
+        if digest(old.encode("utf-8")) in ours and os.path.lexists(backup):     # of 5.0.0
+            work.files[path].append(digest(text.encode("utf-8")))
         work.save()
         work.step(f"point Claude Code here in {path}", write_settings, path, text)
 
@@ -4803,9 +4807,10 @@ def install(work: Installer, with_claude: bool) -> list[str]:
     daemon = Daemon.find(work.paths) or settings
     host = "localhost" if daemon.host in ("0.0.0.0", "::") else daemon.host
     url = f"http://{Settings(host, daemon.port, '').listen_addr}"
-    for path in filter(None, dict.fromkeys((*work.settings, asked and os.path.realpath(asked)))):
+    asked = asked and os.path.realpath(asked)
+    for path in filter(None, dict.fromkeys((*work.settings, asked))):
         # Last, because nothing listened there before.
-        work.attempt(connect_claude, work, path, url, path == os.path.realpath(asked))
+        work.attempt(connect_claude, work, path, url, path == asked)
     if work.dry:
         print("nothing has been changed")
     else:
@@ -4821,7 +4826,8 @@ def remove_installed(work: Installer, daemon: Daemon | None, purge: bool) -> Non
     manager = manager if manager and manager.path in work.files else None
     places = [*[path for path, digests in work.files.items() if digests], *work.settings]
     for path in (*places, work.paths.record) if not work.dry else ():       # of killed commands
-        remove_files(*glob.glob(glob.escape(path) + ".[0-9]*.[0-9]*.tmp"))
+        remove_files(*(other for other in glob.glob(glob.escape(path) + ".*.tmp")
+                       if re.fullmatch(r"\.\d+\.\d+\.tmp", other[len(path):])))
     for path in list(work.settings):
         work.attempt(disconnect_claude, work, path)
     if manager:
@@ -4837,7 +4843,7 @@ def remove_installed(work: Installer, daemon: Daemon | None, purge: bool) -> Non
             work.attempt(work.take_back, path)
     for path in dict.fromkeys(places) if not work.dry else ():
         for backup in sorted(glob.glob(f"{glob.escape(path)}.bak-{'[0-9]' * 8}-*")):
-            work.leave(backup, "a backup")
+            work.left.append(f"{backup} (kept from before): look at it before you remove it")
     if manager and manager.name == "systemd":
         work.step("have systemd forget it", run_program, manager.start_commands[0], MANAGER_S)
     if not work.failures and os.path.lexists(root):

@@ -7654,7 +7654,8 @@ class ForeignFilesTest(InstallTest):
     CONFIG, RECORD = ".rrouter/config.json", ".rrouter/install.json"
     RULES, DEFAULTS = '{"modes": {"a": {"mappings": []}}}', DEFAULT_FILE.decode()
     OURS = rrouter.SERVICE_FILES["rrouter.service"]
-    OTHERS = {"bin/other.1.2.tmp": "", "bin/rrouter.tmp": "", "bin/rrouter.x.1.tmp": ""}
+    OTHERS = {"bin/other.1.2.tmp": "", "bin/rrouter.tmp": "", "bin/rrouter.x.1.tmp": "",
+              "bin/rrouter.1a.2.tmp": ""}
     SITUATIONS = (
         # files before ("->": a link), commands and writes (None: remove), files after (those of
         # note, while rrouter is installed), what the last command prints
@@ -7664,9 +7665,11 @@ class ForeignFilesTest(InstallTest):
         ({}, ("i", {PROGRAM: "mine"}, "u"), {PROGRAM: "mine"},
          r"stays: (.*/bin/rrouter) \(changed since it was installed\): rm '\1'"),
         ({PROGRAM: "1st"}, ("i", {PROGRAM: "2nd"}, "u"),
-         {PROGRAM: "2nd", PROGRAM + ".bak": "1st"}, "stays: .*bak-.* .a backup.: rm "),
+         {PROGRAM: "2nd", PROGRAM + ".bak": "1st"}, "stays: .*bak-.* .kept from before.: look "),
         ({PROGRAM: "1st"}, ("i", {PROGRAM: "3rd"}, "iu"),
          {PROGRAM: "3rd", PROGRAM + ".bak": "1st"}, "."),
+        ({UNIT: "mine"}, ("i", {UNIT: OURS + "# edited"}, "iu"),
+         {UNIT: "mine", UNIT + ".bak": OURS + "# edited"}, "."),
         ({}, ("i", {UNIT: "mine"}, "i"), {UNIT: OURS}, "keep the old .*service as "),
         ({}, ("i", {UNIT: "mine"}, "iu"), {UNIT + ".bak": "mine"}, r"stays: .*e\.bak-"),
         ({UNIT: "mine", LINK: "-> ../rrouter.service"}, "iiu",
@@ -7775,8 +7778,9 @@ class ForeignFilesTest(InstallTest):
     )
 
     def test_an_installation_of_5_0_0_is_upgraded_and_uninstalled(self):
-        rows = itertools.product(self.OF_5_0_0, (False, True))
-        for (before, has_backup, added, left), is_upgraded in rows:
+        upgrades = (), ("install",), ("install", "--claude")
+        for (before, has_backup, added, left), upgrade in itertools.product(
+                self.OF_5_0_0, upgrades):
             home = self.installation("systemd")
             link = home.unit.parent / "default.target.wants" / home.unit.name
             settings = {"model": "opus"} if left != "null" else {}
@@ -7800,8 +7804,8 @@ class ForeignFilesTest(InstallTest):
                 "claude": claude}))
             if added:
                 home.settings.write_text(json.dumps({**settings, **added}))
-            if is_upgraded:
-                self.assertIn(f"{home.program} (before: 5.0.0)\n", home.do("install"))
+            if upgrade:
+                self.assertIn(f"{home.program} (before: 5.0.0)\n", home.do(*upgrade))
             home.do("uninstall", "--purge")
             self.assertEqual(json.loads(self.left(home).get(self.SETTINGS, "null")),
                              json.loads(left))
