@@ -1091,7 +1091,9 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
     """
     leading = _LEADING_MODEL.match(body)
     try:
-        start, end = leading.span(1) if leading else next(
+        if leading:                     # plain, so there is nothing to unescape
+            return (*leading.span(1), str(leading[1][1:-1], "utf-8"))
+        start, end = next(
             (start, end) for key, start, end in _walk_body(body)[1] if key == "model")
         name = json.loads(str(body[start:end], "utf-8"))
     except (ValueError, StopIteration, RecursionError):     # not JSON or UTF-8, or too deep
