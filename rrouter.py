@@ -13,7 +13,7 @@ The path of a request, each step a method or function of that name in this file:
       find_model                    the model name in the body, and where it stands
     Exchange.run                  the request gets its number
     Exchange._forward             up to the response:
-      Store.snapshot                config and mode as the files say at this moment
+      Router.snapshot               config and mode as the files, or /@MODE, say at this moment
       decide_route                  the first matching rule names the model for a target
       Failover.admit                in auto mode: whose turn it is
       Attempt.run                   one try on one target
@@ -183,8 +183,9 @@ HOP_BY_HOP = frozenset((
 
 # The types that Anthropic's API uses with these statuses; Claude Code shows and sorts by them.
 ERROR_TYPES = {
-    403: "permission_error", 408: "timeout_error", 413: "request_too_large", 500: "api_error",
-    502: "api_error", 503: "overloaded_error", 504: "timeout_error"}
+    403: "permission_error", 404: "not_found_error", 408: "timeout_error",
+    413: "request_too_large", 500: "api_error", 502: "api_error", 503: "overloaded_error",
+    504: "timeout_error"}
 
 # Claude Code's patterns (lower case, without backticks), then the wordings of Gemini, which it does
 # not know.  A row matches if all its words are present, in any order.
@@ -334,6 +335,11 @@ class Config(NamedTuple):
     auto_error: str             #: why mode auto cannot be used; "" if it can
     problems: tuple[str, ...]   #: complaints that do no harm
 
+    @property
+    def usable_modes(self) -> list[str]:
+        """The names of the modes, `auto` among them if it can be used."""
+        return [*self.modes] + [MODE_AUTO] * (not self.auto_error)
+
     def resolve(self, mode: str) -> str:
         """Return the mode in force for `mode`, one of the modes or a usable `auto`."""
         if mode in self.modes or (mode == MODE_AUTO and not self.auto_error):
@@ -374,7 +380,7 @@ class RequestHead(NamedTuple):
     """A request line and its fields, valid and unambiguous."""
 
     method: str
-    target: bytes               #: in origin form (or `*`), bytes untouched
+    target: bytes               #: in origin form (or `*`), without /@MODE, bytes untouched
     authority: str              #: the host the client asks for; "" in HTTP/1.0 without Host
     http11: bool
     fields: Fields
@@ -382,6 +388,7 @@ class RequestHead(NamedTuple):
     keep_alive: bool
     expects_continue: bool
     path: str                   #: the target without its query, which may hold secrets
+    mode: str | None            #: what /@MODE at the beginning of the target names, in lower case
 
 
 class ResponseHead(NamedTuple):
@@ -846,6 +853,7 @@ _NUMBER = re.compile(b"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
 _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
+_MODE_PREFIX = re.compile(rb"/@([^/?#]*)")
 _LOOPBACK_ORIGIN = re.compile(
     rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
 
@@ -926,6 +934,16 @@ def _origin_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, byte
     return path if path.startswith(b"/") else b"/" + path, authority
 
 
+def _take_mode(target: bytes) -> tuple[str | None, bytes]:
+    """Return (mode, the target to forward) of a target that begins with /@MODE, else None first."""
+    named = _MODE_PREFIX.match(target)
+    if not named:
+        return None, target
+    rest = target[named.end():]
+    mode = urllib.parse.unquote(named.group(1).decode("ascii")).lower()
+    return mode, rest if rest.startswith(b"/") else b"/" + rest
+
+
 def _request_length(fields: Fields, http11: bool) -> int | None:
     """Return the length of the body in bytes, or None if it is chunked (RFC 9112 §6)."""
     lengths, codings = fields.all(b"content-length"), fields.all(b"transfer-encoding")
@@ -971,6 +989,7 @@ def parse_request_head(head: bytes) -> RequestHead:
         raise RequestError(400, "malformed request: expected exactly one Host field, "
                                 f"found {len(hosts)}")
     target, authority = _origin_form(method, target, hosts[0] if hosts else b"")
+    mode, target = _take_mode(target)
     if not all(map(_AUTHORITY.fullmatch, [authority, *hosts])):
         raise RequestError(400, "malformed Host: expected NAME or NAME:PORT")
     length = _request_length(fields, http11)
@@ -981,7 +1000,7 @@ def parse_request_head(head: bytes) -> RequestHead:
         method=method.decode("ascii"), target=target, authority=authority.decode("latin-1"),
         http11=http11, fields=fields, length=length,
         keep_alive=http11 and b"close" not in fields.options, expects_continue=bool(expectations),
-        path=target.partition(b"?")[0].decode("ascii"))
+        path=target.partition(b"?")[0].decode("ascii"), mode=mode)
 
 
 def head_too_large(data: bytes) -> RequestError:
@@ -3766,9 +3785,21 @@ class Router:
             self._trimmed = self._requests, now
             return_free_memory()
 
-    def health(self) -> dict[str, Any]:
-        """Return what /health shows."""
+    def snapshot(self, mode: str | None) -> Snapshot:
+        """Return config and mode for a request that names `mode`; raise RequestError 404."""
         snapshot = self.store.snapshot()
+        if mode is None:
+            return snapshot
+        modes = snapshot.config.usable_modes
+        if mode not in modes:
+            raise RequestError(404, f"mode '{printable(mode, 40)}' in /@MODE is not defined by "
+                               f"config.json; defined are {', '.join(modes)}",
+                               "the mode in /@MODE is not defined")
+        return snapshot._replace(mode=mode)
+
+    def health(self, mode: str | None = None) -> dict[str, Any]:
+        """Return what /health shows, /@MODE/health if a mode is named."""
+        snapshot = self.snapshot(mode)
         is_auto = snapshot.mode == MODE_AUTO
         auto = self.failover.report(is_auto)
         problems = [*snapshot.problems, self.log.problem, self.state.problem]
@@ -3805,10 +3836,14 @@ class Exchange:
         self._ended: tuple[int, str, float] | None = None   # status, note, duration in seconds
 
     def run(self) -> None:
-        """Carry the request through; raise ClientGone if the connection cannot carry another."""
+        """Carry the request through; raise ClientGone if the connection cannot carry another.
+
+        Raises RequestError if the mode it names is unknown.
+        """
+        snapshot = self._router.snapshot(self._request.head.mode)
         self._started, self._number = time.monotonic(), self._router.begin()
         try:
-            self._answer(self._forward(self._router.store.snapshot()))
+            self._answer(self._forward(snapshot))
         except UpstreamError as error:
             self._report(error)
         except ClientGone:
@@ -4017,7 +4052,8 @@ class Exchange:
             notes += attempt.notes
         late = self._chosen.late_failure if self._chosen is not None else ""
         notes += [text for text in (late, note) if text]
-        line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
+        prefix = f"/@{head.mode}" if head.mode is not None else ""
+        line = f"#{self._number} {printable(head.method, 40)} {prefix}{printable(head.path)}"
         line += f" {routed}{status} {duration_s:.2f}s"
         return line + "".join(f" ({note})" for note in notes)
 
@@ -4111,7 +4147,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         self._client.send_error(error, b"Connection: close\r\n")
 
     def _report_health(self, head: RequestHead) -> None:
-        health, content_type = self._router.health(), b"application/json"
+        health, content_type = self._router.health(head.mode), b"application/json"
         text = json.dumps(health, indent=2)
         if b"line" in head.target.partition(b"?")[2].split(b"&"):
             text, content_type = status_line(health), b"text/plain; charset=utf-8"
@@ -5203,10 +5239,9 @@ def check_mode(config: Config, mode: str) -> None:
     """Raise RouterError unless `mode` can be set with this config."""
     if mode == MODE_AUTO and config.auto_error:
         raise RouterError(f"config.json: {config.auto_error}")
-    if mode != MODE_AUTO and mode not in config.modes:
-        defined = ", ".join([*config.modes] + [MODE_AUTO] * (not config.auto_error))
+    if mode not in config.usable_modes:
         raise RouterError(f"mode '{printable(mode, 40)}' is not defined by config.json; "
-                          f"defined are {defined}")
+                          f"defined are {', '.join(config.usable_modes)}")
 
 
 def set_mode(paths: Paths, mode: str) -> int:

@@ -5726,6 +5726,57 @@ class StatusLineTest(LoopbackTest):
         self.assertEqual(running.request("GET", "/health?lines", fields=()).json()["mode"], "auto")
 
 
+class ModeInTargetTest(RouterTest):
+    """A target that begins with /@MODE; the mode file says antigravity."""
+
+    TARGETS = (
+        # target of the client,               the upstream's,         model there
+        ("/@claude/v1/messages?beta=true",    "/v1/messages?beta=true", SONNET),
+        ("/@CL%61ude/v1/x%2F?/@y",            "/v1/x%2F?/@y",         SONNET),
+        ("/@auto/v1/x",                       "/v1/x",                GEMINI_SONNET),
+        ("http://localhost/@claude/a",        "/a",                   SONNET),
+        ("/@claude",                          "/",                    SONNET),
+        ("/@claude?a",                        "/?a",                  SONNET),
+        ("/@claude/@auto/v1/messages",        "/@auto/v1/messages",   SONNET),
+        ("/v1/@claude/messages",              "/v1/@claude/messages", GEMINI_SONNET),
+        ("//@claude/v1",                      "//@claude/v1",         GEMINI_SONNET),
+    )
+
+    def test_it_is_served_in_that_mode_and_goes_on_without_it(self):
+        for target, forwarded, model in self.TARGETS:
+            with self.subTest(target):
+                self.upstream.clear()
+                self.assertEqual(self.rrouter.post(target=target).status, 200)
+                (received,) = self.upstream.received
+                self.assertEqual((received.target, received.model), (forwarded, model))
+        wait_until(lambda: " POST /@claude/@auto/v1/messages " + SONNET in self.rrouter.log())
+
+    def test_connection_may_alternate_between_modes(self):
+        targets = ("/@claude/v1/messages", "/v1/messages") * 2
+        self.converse(b"".join(request_bytes(target=target, body=chat()) for target in targets),
+                      *["POST"] * 4)
+        self.assertEqual([received.model for received in self.upstream.received],
+                         [SONNET, GEMINI_SONNET] * 2)
+
+    def test_failure_of_its_auto_is_rescued(self):
+        self.upstream.default = lambda request: (
+            error(429) if request.model == GEMINI_SONNET else streamed_reply(request))
+        self.assertEqual(self.rrouter.post(target="/@auto/v1/messages").status, 200)
+        self.assertEqual(len(self.upstream.received), 2)
+
+    def test_unknown_one_is_refused_with_the_names_of_the_modes(self):
+        before = self.rrouter.health()["requestCount"]
+        for target in ("/@gemini/v1/messages", "/@/v1/messages", "/@gemini/health?line"):
+            reply = self.assert_refused(request_bytes("GET", target), 404)
+            self.assert_error(reply, 404, "defined are antigravity, claude, auto")
+        self.assertEqual(self.rrouter.health()["requestCount"], before)
+
+    def test_health_shows_it(self):
+        for mode, line in (("claude", "claude"), ("auto", "auto → antigravity")):
+            self.assertEqual(self.get(f"/@{mode}/health").json()["mode"], mode)
+            self.assertEqual(self.get(f"/@{mode}/health?line").body.decode(), line + "\n")
+
+
 class HealthTest(RouterTest):
 
     def test_every_field_has_its_type_and_value(self):
