@@ -304,10 +304,15 @@ T = TypeVar("T")
 
 
 class Rule(NamedTuple):
-    """One mapping: model names that match the glob `match` become `rewrite`."""
+    """One mapping: model names that match the glob `match` become `rewrite`.
+
+    With a glob `agent` or `request_class` only in requests of such an agent or class.
+    """
 
     match: str
     rewrite: str
+    agent: str = ""
+    request_class: str = ""
 
 
 class AutoSettings(NamedTuple):
@@ -374,6 +379,10 @@ class Fields(NamedTuple):
     def all(self, name: bytes) -> list[bytes]:
         """Return the values of the field `name`, line by line; none if it is absent."""
         return self.values.get(name, [])
+
+    def text(self, name: bytes) -> str:
+        """Return the first value of the field `name`; "" if it is absent."""
+        return self.all(name)[0].decode("latin-1") if name in self.values else ""
 
 
 class RequestHead(NamedTuple):
@@ -594,21 +603,24 @@ def _members(value: Any, what: str, prefix: str, known: Collection[str],
     return value
 
 
+_RULE_KEYS = dict(zip(("match", "rewrite", "agent", "class"), Rule._fields))
+
+
 def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
-    known = "match", "rewrite"
-    members = _members(value, path, f"{path}.", known, problems)
-    for key in known:
+    members = _members(value, path, f"{path}.", _RULE_KEYS, problems)
+    for key in ("match", "rewrite"):
         if key not in members:
             raise ConfigError(f"{path}.{key}: missing, expected a string")
-        if not isinstance(members[key], str) or not members[key]:
+    given = {key: members[key] for key in _RULE_KEYS if key in members}
+    for key, text in given.items():
+        if not isinstance(text, str) or not text:
             raise ConfigError(f"{path}.{key}: expected a string that is not empty, "
-                              f"found {_found(members[key])}")
-    rule = Rule(members["match"], members["rewrite"])
-    try:
-        re.compile(fnmatch.translate(rule.match))
-    except re.error as error:           # [z-a], before Python 3.10
-        raise ConfigError(f"{path}.match: expected a glob, found {_found(rule.match)}") from error
-    return rule
+                              f"found {_found(text)}")
+        try:
+            re.compile(fnmatch.translate(text) if key != "rewrite" else "")
+        except re.error as error:       # [z-a], before Python 3.10
+            raise ConfigError(f"{path}.{key}: expected a glob, found {_found(text)}") from error
+    return Rule(**{_RULE_KEYS[key]: text for key, text in given.items()})
 
 
 def _is_mode_name(name: str) -> bool:
@@ -722,7 +734,8 @@ def config_text(config: Config) -> str:
     """Return the JSON text that `parse_config` reads as `config`."""
     auto = config.auto
     return json.dumps({
-        "modes": {name: {"mappings": [rule._asdict() for rule in rules]}
+        "modes": {name: {"mappings": [{key: text for key, text in zip(_RULE_KEYS, rule) if text}
+                                      for rule in rules]}
                   for name, rules in config.modes.items()},
         "defaultMode": config.default_mode,
         "auto": {
@@ -819,17 +832,47 @@ def _glob(pattern: str) -> Callable[[str], object]:
     return re.compile(fnmatch.translate(pattern)).match
 
 
-def match_rule(rules: Iterable[Rule], model: str) -> Rule | None:
-    """Return the first rule that matches `model`: a name that equals it, or a glob; else None."""
+class Sender:
+    """What sends a request, as far as rules ask: its agent and class, "" where it has none.
+
+    `find_agent` searches the body for the name of an agent of oh-my-claudecode; it is called at
+    most once, and only if a rule asks.
+    """
+
+    def __init__(self, agent: str = "", request_class: str = "",
+                 find_agent: Callable[[], str] = str) -> None:
+        self.request_class, self._header, self._find_agent = request_class, agent, find_agent
+        self._agent: str | None = None
+
+    @property
+    def agent(self) -> str:
+        """The name in the header, unless it is the one that all agents of plugins share."""
+        if self._agent is None:
+            found = self._find_agent() if self._header in ("", "custom") else ""
+            self._agent = found or self._header
+        return self._agent
+
+
+def _suits(pattern: str, name: str) -> bool:
+    """Return whether `name` exists and matches the glob in any case; Claude Code has `Explore`."""
+    return bool(name and re.match("(?i)" + fnmatch.translate(pattern), name))
+
+
+def match_rule(rules: Iterable[Rule], model: str, sender: Sender | None = None) -> Rule | None:
+    """Return the first rule that matches: `model` by equality or as a glob, and the sender."""
+    sender = sender or Sender()
     for rule in rules:
-        if model == rule.match or _glob(rule.match)(model):
+        if ((model == rule.match or _glob(rule.match)(model))
+                and (not rule.request_class or _suits(rule.request_class, sender.request_class))
+                and (not rule.agent or _suits(rule.agent, sender.agent))):
             return rule
     return None
 
 
-def decide_route(config: Config, target: str, model: str | None) -> Route:
+def decide_route(config: Config, target: str, model: str | None,
+                 sender: Sender | None = None) -> Route:
     """Return where a request for `model` goes when it is the turn of `target`."""
-    rule = match_rule(config.modes[target], model) if model is not None else None
+    rule = match_rule(config.modes[target], model, sender) if model is not None else None
     return Route(target, model if rule is None else rule.rewrite)
 
 
@@ -861,6 +904,7 @@ _LOOPBACK_ORIGIN = re.compile(
 _READ = frozenset((
     b"connection", b"content-length", b"transfer-encoding",
     b"host", b"expect", b"origin", b"sec-fetch-site",
+    b"x-claude-code-agent-type", b"x-claude-code-request-class",
     b"content-type", b"content-encoding", b"retry-after", b"retry-after-ms", b"x-rrouter-error"))
 # Options of Connection that remove no field.  Without Content-Length the body would lose its end.
 _KEPT_OPTIONS = frozenset((b"", b"keep-alive", b"content-length"))
@@ -1230,6 +1274,7 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
 _OPENS_OBJECT = re.compile(rb"[ \t\n\r]*\{")
+_AGENT = re.compile(rb"oh-my-claudecode:([A-Za-z0-9_-]+)")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 _BODY_END_BYTES = 2048          # room for the few small members before or after the messages
 
@@ -1327,6 +1372,23 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
         return start, end, json.loads(str(body[start:end], "utf-8"))
     except ValueError:                                  # the name is not UTF-8
         return None
+
+
+def find_agent(body: BytesLike) -> str:
+    """Return the name after `oh-my-claudecode:` in the system prompt, "" without one.
+
+    Messages may mention the word, so it counts only within the top-level `system` value, which is
+    looked for only if the word occurs at all.
+    """
+    if not _AGENT.search(body):
+        return ""
+    text = str(body, "latin-1")
+    with contextlib.suppress(ValueError, IndexError, RecursionError):   # not JSON, or truncated
+        for key, start, end in _walk(text, _skip_space(text, 0), "{"):
+            if key == "system":
+                found = _AGENT.search(body, start, end)
+                return str(found.group(1), "ascii") if found else ""
+    return ""
 
 
 def asks_for_stream(body: BytesLike) -> bool:
@@ -3485,6 +3547,13 @@ class Request(NamedTuple):
         return self.head.path.endswith("/messages")
 
     @property
+    def sender(self) -> Sender:
+        """The agent and the class of the request."""
+        fields = self.head.fields
+        return Sender(fields.text(b"x-claude-code-agent-type"),
+                      fields.text(b"x-claude-code-request-class"), partial(find_agent, self.body))
+
+    @property
     def asks_for_stream(self) -> bool:
         """True if the response should be a stream."""
         return asks_for_stream(self.body)
@@ -3867,12 +3936,13 @@ class Exchange:
     def _forward(self, snapshot: Snapshot) -> Attempt:
         """Return the attempt whose response the client gets, after at most two."""
         config, model, failover = snapshot.config, self._request.model, self._router.failover
-        targets = config.auto.targets
+        targets, sender = config.auto.targets, self._request.sender
         ends = Ends(self._client, self._writer, self._router.upstream,
                     Patience(self._client.has_left) if model is not None else None)
         if snapshot.mode != MODE_AUTO:
-            return self._try(ends, decide_route(config, snapshot.mode, model), None, None)
-        routes = {target: decide_route(config, target, model) for target in targets}
+            return self._try(ends, decide_route(config, snapshot.mode, model, sender),
+                             None, None)
+        routes = {target: decide_route(config, target, model, sender) for target in targets}
         if not self._request.is_judged or len({route.model for route in routes.values()}) == 1:
             return self._try(ends, routes[failover.current(model, targets)], None, None)
         limit_s = config.auto.first_byte_limit_s(self._request.asks_for_stream)

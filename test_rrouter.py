@@ -951,6 +951,9 @@ class ParseConfigTest(unittest.TestCase):
          "modes.a.mappings[0].rewrite: missing"),
         ("empty rewrite", '{"modes": {"a": {"mappings": [{"match": "x", "rewrite": ""}]}}}',
          "mappings[0].rewrite: expected"),
+        ("class is null",
+         '{"modes": {"a": {"mappings": [{"match": "x", "rewrite": "y", "class": null}]}}}',
+         "mappings[0].class: expected a string that is not empty, found null"),
         ("default unknown", '{"modes": {"a": {}}, "defaultMode": "b"}',
          'defaultMode: expected one of a, auto, found "b"'),
         ("default is null", '{"modes": {"a": {}}, "defaultMode": null}',
@@ -988,6 +991,13 @@ class ParseConfigTest(unittest.TestCase):
     def test_a_glob_that_the_library_rejects_is_refused(self):
         self.assert_refused('{"modes": {"m": {"mappings": [{"match": "[z-a]*", "rewrite": "x"}]}}}',
                             "modes.m.mappings[0].match: expected a glob")
+
+    def test_agent_and_class_of_a_rule_are_kept(self):
+        rule = {"match": "m", "rewrite": "r", "agent": "explore", "class": "sub*"}
+        config = config_with(modes={"antigravity": {"mappings": [rule]}, "claude": {}})
+        self.assertEqual(config.modes["antigravity"], (rrouter.Rule("m", "r", "explore", "sub*"),))
+        self.assertEqual(config.problems, ())
+        self.assertEqual(rrouter.parse_config(rrouter.config_text(config)), config)
 
     def test_unknown_keys_are_named_and_do_no_harm(self):
         config = rrouter.parse_config(
@@ -1092,6 +1102,57 @@ class RouteTest(unittest.TestCase):
                 config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
                 self.assertEqual(rrouter.decide_route(config, "m", model).model, expected)
 
+    SENDERS = (
+        # the rule's agent, class   the request's agent, class, prompt's agent   whether it matches
+        (("explore", ""),           ("", "", "explore"),                         True),
+        (("explore", ""),           ("Explore", "subagent", ""),                 True),
+        (("explore", ""),           ("Plan", "subagent", "explore"),             False),
+        (("explore", ""),           ("custom", "subagent", "explore"),           True),
+        (("custom", ""),            ("custom", "subagent", ""),                  True),
+        (("e*[er]", "sub*"),        ("explorer", "subagent", ""),                True),
+        (("*", ""),                 ("", "main", ""),                            False),
+        (("", "*"),                 ("Explore", "", "explore"),                  False),
+        (("", "compaction"),        ("", "Compaction", ""),                      True),
+        (("explore", "main"),       ("explore", "subagent", ""),                 False),
+    )
+
+    def test_rule_with_agent_or_class_matches_only_their_requests(self):
+        for (agent, kind), (header, sent_kind, prompt), expected in self.SENDERS:
+            with self.subTest(rule=(agent, kind), request=(header, sent_kind, prompt)):
+                sender = rrouter.Sender(header, sent_kind, lambda: prompt)
+                rule = rrouter.Rule("*", "g", agent, kind)
+                self.assertEqual(rrouter.match_rule([rule], "m", sender) is rule, expected)
+
+    def test_body_is_searched_once_and_only_if_a_rule_asks(self):
+        searches = []
+        sender = rrouter.Sender(find_agent=lambda: searches.append(1) or "explore")
+        rules = [rrouter.Rule("other", "g", "*"), rrouter.Rule("*", "g", "", "main"),
+                 rrouter.Rule("m", "g")]
+        rrouter.match_rule(rules, "m", sender)
+        self.assertEqual(searches, [])
+        for agent in ("architect", "critic", "explore"):
+            rrouter.match_rule([rrouter.Rule("*", "g", agent)], "m", sender)
+        self.assertEqual(searches, [1])
+
+    AGENTS = (
+        # the agent, the members of the body after its model
+        ("explore",      '"system":"You are oh-my-claudecode:explore."'),
+        ("deep-executor_2", '"messages":[{"content":"oh-my-claudecode:critic"}],"system":[{"type":'
+                         '"text","text":"Go"},{"type":"text","text":"oh-my-claudecode:'
+                         'deep-executor_2\\n\xed\x95\x9c"}]'),
+        ("",             '"messages":[{"content":"oh-my-claudecode:explore"}],"system":"Go"'),
+        ("",             '"messages":[{"system":"oh-my-claudecode:explore"}]'),
+        ("",             '"system":"the plugin oh-my-claudecode: none"'),
+        ("",             '"system":"Go","system":"oh-my-claudecode:explore"'),
+        ("",             '"messages":[oh-my-claudecode:explore'),
+    )
+
+    def test_agent_is_named_by_the_system_prompt_alone(self):
+        for agent, members in self.AGENTS:
+            for kind in (bytes, bytearray, memoryview):
+                with self.subTest(members, kind=kind):
+                    body = ('{"model":"m",%s}' % members).encode("latin-1")
+                    self.assertEqual(rrouter.find_agent(kind(body)), agent)
 
     def test_more_rules_than_fnmatch_caches_cost_little(self):
         rules = [rrouter.Rule(f"model-{number}-*", "g") for number in range(5000)]
@@ -5775,6 +5836,28 @@ class ModeInTargetTest(RouterTest):
         for mode, line in (("claude", "claude"), ("auto", "auto → antigravity")):
             self.assertEqual(self.get(f"/@{mode}/health").json()["mode"], mode)
             self.assertEqual(self.get(f"/@{mode}/health?line").body.decode(), line + "\n")
+
+
+class AgentRuleTest(RouterTest):
+    """Rules for agents and classes, through the router."""
+
+    config = {**DEFAULT_CONFIG, "modes": {**DEFAULT_CONFIG["modes"], "antigravity": {"mappings": [
+        {"match": "*", "rewrite": "large", "agent": "explore"},
+        {"match": "*", "rewrite": "small", "class": "compaction"}]}}}
+
+    def test_headers_and_system_prompt_choose_the_rule(self):
+        system = [{"type": "text", "text": "You are oh-my-claudecode:explore"}]
+        for fields, members, model in (
+                ((), {}, SONNET), ((), {"system": system}, "large"),
+                ((("X-Claude-Code-Agent-Type", "Explore"),), {}, "large"),
+                ((("x-claude-code-request-class", "compaction"),), {}, "small"),
+                ((("x-claude-code-request-class", "main"),), {}, SONNET)):
+            with self.subTest(fields=fields, members=members):
+                self.upstream.clear()
+                self.rrouter.post(fields=fields, **members)
+                self.assertEqual(self.upstream.received[0].model, model)
+                self.assertEqual(self.upstream.received[0].fields[1:-1], [*fields])
+        self.assertEqual(self.rrouter.health()["problems"], [])
 
 
 class HealthTest(RouterTest):
