@@ -68,7 +68,7 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, NoReturn, TypeVar, Union
@@ -1665,6 +1665,71 @@ class StreamScan:
                 self.committed = True   # the model may have nothing to say
         elif kind == "message_stop" or data == b"[DONE]":
             self.defect = "empty message"
+
+
+class TokenReader:
+    """Reads the tokens that a message reports, from the payloads of its response.
+
+    It holds the beginning of a line of a stream, or a body that is not streamed, at most
+    READ_AHEAD_MAX_BYTES.  What it cannot read has no tokens.
+    """
+
+    _LINE_MAX = 16 * 1024       # bytes; the lines with tokens have less than 2 KB
+    _NAMES = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens",
+              "output_tokens")
+
+    def __init__(self, head: ResponseHead) -> None:
+        self._is_stream = head.is_event_stream
+        self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16) if head.coding else None
+        self._can_read = head.coding in ("", "gzip")
+        self._held = b""
+        self._counts: dict[str, int] = {}
+
+    def feed(self, payload: bytes) -> None:
+        """Read more of the response."""
+        if self._decoder is None:
+            self._read(payload)
+        while self._decoder is not None and self._can_read:
+            try:
+                text = self._decoder.decompress(payload, RECEIVE_BYTES)
+            except zlib.error:
+                self._can_read = False
+                return
+            self._read(text)
+            payload = self._decoder.unconsumed_tail
+            if len(text) < RECEIVE_BYTES:
+                return
+
+    def _read(self, text: bytes) -> None:
+        if not self._can_read or (self._is_stream and not self._held
+                                  and text.endswith(b"\n") and b'"usage"' not in text):
+            return                      # as nearly all payloads of a stream
+        self._held += text
+        if self._is_stream:
+            end = max(self._held.rfind(b"\n"), self._held.rfind(b"\r")) + 1
+            for line in self._held[:end].splitlines() if b'"usage"' in self._held else ():
+                if line.startswith(b"data:") and b'"usage"' in line:
+                    self._take(line[5:])
+            self._held = self._held[end:][:self._LINE_MAX]      # the rest of it cannot matter
+        self._can_read = len(self._held) <= READ_AHEAD_MAX_BYTES
+
+    def _take(self, data: bytes) -> None:
+        """Take the counts of an event or a message; a later one replaces an earlier one."""
+        event = _load_object(data) or {}
+        message = event.get("message") if event.get("type") == "message_start" else event
+        usage = message.get("usage") if isinstance(message, dict) else None
+        counts = usage if isinstance(usage, dict) else {}
+        for name in self._NAMES:
+            count = counts.get(name)
+            if type(count) is int and 0 <= count < 10 ** 12:
+                self._counts[name] = count or self._counts.get(name, 0)
+
+    def note(self) -> str:
+        """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
+        if not self._is_stream and self._can_read:
+            self._take(self._held)
+        uncached, written, cached, out = (self._counts.get(name, 0) for name in self._NAMES)
+        return f" in {uncached + written}+{cached} out {out}" if self._counts else ""
 
 
 # Failover #####################################################################
@@ -3900,6 +3965,7 @@ class Exchange:
         self._writer = ResponseWriter(client, request.head)
         self._attempts: list[Attempt] = []
         self._chosen: Attempt | None = None     # whose response the client gets
+        self._tokens: TokenReader | None = None
         self._number = 0
         self._started = 0.0             # time.monotonic
         self._ended: tuple[int, str, float] | None = None   # status, note, duration in seconds
@@ -3995,15 +4061,20 @@ class Exchange:
             self._settle(attempt, Effect.COMMIT)
         attempt.watch.lift()
         self._writer.start(response.head, self._reply_fields())
+        if self._request.is_message and response.head.status < 300:
+            self._tokens = TokenReader(response.head)
         payload, response.ahead = response.ahead, b""
         while True:
             if attempt.ticket is not None and attempt.outcome.fault is None:
                 self._settle_progress(attempt, response)
-            if response.complete:
+            is_last = response.complete
+            if is_last:
                 self._end(response.head.status)
-                self._writer.send(payload, is_last=True)
+            self._writer.send(payload, is_last)
+            if self._tokens is not None:
+                self._tokens.feed(payload)
+            if is_last:
                 return
-            self._writer.send(payload, is_last=False)
             payload = response.receive(attempt.watch)
             attempt.inspect(payload, response.complete)
 
@@ -4124,7 +4195,7 @@ class Exchange:
         notes += [text for text in (late, note) if text]
         prefix = f"/@{head.mode}" if head.mode is not None else ""
         line = f"#{self._number} {printable(head.method, 40)} {prefix}{printable(head.path)}"
-        line += f" {routed}{status} {duration_s:.2f}s"
+        line += f" {routed}{status} {duration_s:.2f}s{self._tokens.note() if self._tokens else ''}"
         return line + "".join(f" ({note})" for note in notes)
 
 
@@ -5481,7 +5552,7 @@ exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
 def help_text(commands: tuple[Command, ...]) -> str:
     """Return what `rrouter help` prints of `commands`."""
-    usage = {"status": "status [--json]", "mode": "mode [NAME]",
+    usage = {"status": "status [--json]", "mode": "mode [NAME]", "usage": "usage [--days N]",
              "config": "config [edit|reset|path]"}
     rows = [f"  {', '.join([usage.get(row.name, row.name), *row.aliases]):26} {row.help}"
             for row in commands]
@@ -5497,6 +5568,81 @@ def cmd_help(context: Context) -> int:
 def cmd_version(_: Context) -> int:
     """Print the version."""
     print(f"rrouter {__version__}")
+    return 0
+
+
+# Command line: usage ##########################################################
+
+_USAGE_LINE = re.compile(
+    r"(?P<day>\S+) \S+ \[REQ\] #\d+ \S+ (?P<path>\S+) .+ -> (?P<target>\S+) (?P<model>.+) "
+    r"(?P<status>\d+) \d+\.\d\ds(?: in (?P<in>\d+)\+(?P<fromCache>\d+) out (?P<out>\d+))?"
+    r"(?P<notes>.*)")
+_USAGE_FAILED = re.compile(r"\((?:error event|stream without|the upstream |internal error)")
+# Their widths fill 80 columns with a name of 38 characters.
+USAGE_COLUMNS = {"requests": 8, "rescued": 8, "failed": 7, "in": 6, "fromCache": 7, "out": 6}
+BAR_CHARACTERS = 60
+
+
+def add_up(lines: Iterable[str], first_day: str) -> dict[tuple[str, str, str], Counter[str]]:
+    """Return the sums of USAGE_COLUMNS by day, target and model, from the lines of a log."""
+    sums: dict[tuple[str, str, str], Counter[str]] = {}
+    for line in lines:
+        found = _USAGE_LINE.match(line) if "[REQ]" in line and line >= first_day else None
+        if found is None or found["path"].endswith("/count_tokens"):
+            continue
+        status, notes = int(found["status"]), found["notes"]
+        failed = status != LEFT.status and (status >= 400 or bool(_USAGE_FAILED.search(notes)))
+        rescued = status < 400 and not failed and " failed: " in notes
+        tokens = {name: int(found[name] or 0) for name in ("in", "fromCache", "out")}
+        sums.setdefault((found["day"], found["target"], found["model"]), Counter()).update(
+            requests=1, rescued=int(rescued), failed=int(failed), **tokens)
+    return sums
+
+
+def short(count: int) -> str:
+    """Return a count in at most five characters: 9999, 48k, 1200M."""
+    units = ["", "k", "M", "G", "T", "P"]
+    while count > 9999:
+        count //= 1000
+        del units[0]
+    return f"{count}{units[0]}"
+
+
+def usage_table(sums: dict[tuple[str, str, str], Counter[str]], with_bars: bool) -> Iterator[str]:
+    """Yield the lines of the table: each day, with a bar of its tokens, then its rows."""
+    def row(name: str, counts: Counter[str]) -> str:
+        cells = (f"{short(counts[column]):>{width}}" for column, width in USAGE_COLUMNS.items())
+        return f"{name:38.38}{''.join(cells)}"
+
+    yield f"{'day, target and model':38}requests rescued failed    in cached   out"
+    days: Counter[str] = Counter()
+    for (day, _, _), counts in sums.items():
+        days[day] += counts["in"] + counts["fromCache"] + counts["out"]
+    for day, keys in itertools.groupby(sorted(sums), key=lambda key: key[0]):
+        length = days[day] * BAR_CHARACTERS // max(*days.values(), 1)
+        yield f"{day} {'#' * length}" if with_bars else day
+        yield from (row(f"  {key[1]} {key[2]}", sums[key]) for key in keys)
+    yield row("all", sum(sums.values(), Counter()))
+
+
+def read_log(path: str) -> Iterator[str]:
+    """Yield the lines of the log, those of the rotated files first."""
+    for name in [*(f"{path}.{number}" for number in range(LOG_FILES, 0, -1)), path]:
+        with contextlib.suppress(FileNotFoundError), \
+                open(name, encoding="utf-8", errors="replace") as file:
+            yield from file
+
+
+def cmd_usage(context: Context) -> int:
+    """Print requests and tokens by day, target and model."""
+    first = datetime.date.today().toordinal() - max(context.arguments.days, 1) + 1
+    sums = add_up(read_log(context.paths.log), str(datetime.date.fromordinal(max(first, 1))))
+    if context.arguments.json:
+        print(json.dumps([{"day": day, "target": target, "model": model,
+                           **{column: sums[day, target, model][column] for column in USAGE_COLUMNS}}
+                          for day, target, model in sorted(sums)], indent=2))
+    else:
+        print("\n".join(usage_table(sums, sys.stdout.isatty())))
     return 0
 
 
@@ -5747,6 +5893,10 @@ COMMANDS = (
     Command("status",      (),                   cmd_status,
             "show mode, target, daemon, upstream and problems",
             (("--json", {"action": "store_true", "help": "print /health"}),)),
+    Command("usage",       (),                   cmd_usage,
+            "add up requests and tokens by day, target and model",
+            (("--days", {"type": int, "default": 10 ** 6, "metavar": "N"}),
+             ("--json", {"action": "store_true", "help": "print a list of objects"}))),
     Command("antigravity", ("ag",),              cmd_own_mode,
             "rewrite model names for Antigravity (Gemini)"),
     Command("claude",      ("c",),               cmd_own_mode,

@@ -1383,6 +1383,78 @@ class StreamScanTest(unittest.TestCase):
         self.assertTrue(scan.ended)
 
 
+class TokenReaderTest(unittest.TestCase):
+
+    START = event("message_start", message={"type": "message", "usage": {
+        "input_tokens": 1200, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 48211,
+        "output_tokens": 1, "cache_creation": {"ephemeral_1h_input_tokens": 7}}})
+    BLOCKS = (
+        event("content_block_delta", delta={"type": "text_delta", "text": '"usage":{"output_tok'}),
+        event("content_block_start", content_block={"input": {"usage": {"output_tokens": 9}}}),
+        event("ping") + b": a comment\n\n")
+    END = event("message_delta", usage={"output_tokens": 512}) + event("message_stop")
+    WHOLE = START + b"".join(BLOCKS) + event("message_delta", usage={"output_tokens": 9}) + END
+    NOTE = " in 1203+48211 out 512"
+    BODY = json.dumps({"type": "message", "content": [{"input": {"usage": {"output_tokens": 9}}}],
+                       "usage": {"input_tokens": 5, "output_tokens": 6}}).encode()
+
+    def note(self, *payloads, kind=b"text/event-stream", coding=b""):
+        head = rrouter.parse_response_head(
+            b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Encoding: %b\r\n\r\n" % (kind, coding))
+        reader = rrouter.TokenReader(head)
+        for payload in payloads:
+            reader.feed(payload)
+        return reader.note()
+
+    STREAMS = (
+        # payloads,                                                    the note
+        ((WHOLE.replace(b"\n", b"\r\n"),),                            NOTE),
+        ((WHOLE.replace(b"\n", b"\r"),),                              NOTE),
+        ((START, *BLOCKS, b"data: " + 50_000 * b"x", b"\n", END),      NOTE),
+        ((START,),                                                     " in 1203+48211 out 1"),
+        ((event("message_start", message={"usage": {"input_tokens": 0}}),
+          event("message_delta", usage={"input_tokens": 7, "output_tokens": 0})), " in 7+0 out 0"),
+        ((START, event("message_delta", usage={"input_tokens": 0, "output_tokens": 512})), NOTE),
+        ((event("message_delta", usage={"output_tokens": True, "input_tokens": -1}),), ""),
+        ((event("message_delta", usage=["output_tokens"]), event("message_start", message=3)), ""),
+        (BLOCKS,                                                       ""),
+        ((b'data: {"usage"\n', b'data:"usage"\n\n', b"data: [DONE]\n\n"), ""),
+    )
+
+    def test_a_stream_reports_them_at_its_start_and_its_end(self):
+        for payloads, note in self.STREAMS:
+            with self.subTest(payloads[0][:80]):
+                self.assertEqual(self.note(*payloads), note)
+        for size in (1, 7, 100, 1000):
+            pieces = [self.WHOLE[at:at + size] for at in range(0, len(self.WHOLE), size)]
+            self.assertEqual(self.note(*pieces), self.NOTE, size)
+
+    def test_a_body_reports_them_in_its_own_usage(self):
+        self.assertEqual(self.note(self.BODY[:60], self.BODY[60:], kind=b"application/json"),
+                         " in 5+0 out 6")
+        for body in (b"", b"[]", b'{"type":"message","usage":', self.BODY + b" " * 1024 ** 2):
+            self.assertEqual(self.note(body, kind=b"application/json"), "")
+
+    def test_gzip_is_read_and_other_encodings_say_nothing(self):
+        long = self.START + 100 * event("content_block_delta", text="x" * 5000) + self.END
+        packed = gzip.compress(long)
+        self.assertEqual(self.note(packed, coding=b"gzip"), self.NOTE)
+        self.assertEqual(self.note(*(bytes([byte]) for byte in packed), coding=b"gzip"), self.NOTE)
+        self.assertEqual(self.note(gzip.compress(self.BODY), kind=b"text/json", coding=b"gzip"),
+                         " in 5+0 out 6")
+        self.assertEqual(self.note(packed[:20] + b"damaged" * 9, self.END, coding=b"gzip"), "")
+        self.assertEqual(self.note(self.WHOLE, coding=b"br"), "")
+
+    def test_what_it_holds_and_reads_is_bounded(self):
+        reader = rrouter.TokenReader(rrouter.parse_response_head(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"))
+        start = time.process_time()
+        for _ in range(20_000):
+            reader.feed(b"x" * 1000)
+        self.assertLess(time.process_time() - start, 1)
+        self.assertLess(len(reader._held), 20_000)
+
+
 class AsksForStreamTest(unittest.TestCase):
 
     def test_the_member_is_found_at_the_ends_and_in_the_middle(self):
@@ -6076,6 +6148,20 @@ class RequestLineTest(RouterTest):
         self.assertNotIn("/health", self.rrouter.log())
         self.assertNotIn("limit=", self.rrouter.log())
 
+    def test_message_has_the_tokens_that_its_response_reports(self):
+        packed = gzip.compress(TokenReaderTest.BODY)
+        self.upstream.play(
+            stream(TokenReaderTest.WHOLE), stream(TokenReaderTest.WHOLE, framing="close"),
+            Response(chunks=(packed,), fields=(("Content-Encoding", "gzip"),)), error(429),
+            Response(chunks=(TokenReaderTest.BODY,)), Response(chunks=(TokenReaderTest.BODY,)))
+        post, auto = self.rrouter.post, "/@auto/v1/messages"
+        lines = self.lines_of(
+            post, lambda: post(target=auto), lambda: post(target=auto), lambda: post(target=auto),
+            lambda: post(target="/v1/messages/count_tokens"))
+        self.assertEqual([line["notes"] for line in lines], [
+            TokenReaderTest.NOTE, TokenReaderTest.NOTE, " in 5+0 out 6",
+            " in 5+0 out 6 (antigravity failed: 429)", ""])
+
     def test_refused_request_has_a_line_with_its_status(self):
         before = len(self.rrouter.log())
         for data in (b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
@@ -8659,6 +8745,59 @@ class ConfigCommandTest(CommandTest):
         self.assertEqual((mine / "mode").read_text(), "auto\n")
         self.assertEqual([json.loads(path.read_text()) for path in self.backups()],
                          [switchboard(2)])
+
+
+class UsageTest(CommandTest):
+    """`rrouter usage` reads the rotated logs."""
+
+    REQ = "[REQ] #1 POST /v1/messages claude-opus-5-5 -> "
+    LOGS = {
+        "rrouter.log.3": ("2026-01-01 10:00:00.000 " + REQ + "claude old 200 1.00s in 1+2 out 3",),
+        "rrouter.log.1": (
+            "%(day)s 10:00:00.000 " + REQ + "antigravity gemini 200 1.00s in 1203+48211 out 512",
+            "%(day)s 10:00:01.000 [AUTO] #1 " + REQ, "half a li"),
+        "rrouter.log": (
+            "%(day)s 10:00:02.000 " + REQ + "antigravity gemini 200 1.00s (claude failed: 429)",
+            "%(day)s 10:00:03.000 " + REQ + "antigravity gemini 529 0.02s (claude failed: 429)",
+            "%(day)s 10:00:04.000 " + REQ + "antigravity gemini 200 0.02s in 7+0 out 1 "
+            "(error event in the stream)",
+            "%(day)s 10:00:05.000 " + REQ + "antigravity gemini 499 9.00s (the client left)",
+            "%(day)s 10:00:06.000 [REQ] #7 GET /v1/models 200 1.00s",
+            "%(day)s 10:00:07.000 [REQ] #8 POST /@claude/v1/messages a b -> c d -> claude e 200 "
+            "0.10s (sent again: the kept connection was stale)",
+            "%(day)s 10:00:08.000 [REQ] #9 POST /v1/messages/count_tokens a -> claude e 200 0.10s")}
+
+    def setUp(self):
+        super().setUp()
+        self.day = time.strftime("%Y-%m-%d")
+        (self.home.dir / "logs").mkdir(parents=True)
+        for name, lines in self.LOGS.items():
+            self.home.write("logs/" + name, "\n".join(lines) % {"day": self.day} + "\n")
+
+    def test_it_adds_up_by_day_target_and_model(self):
+        for days, expected in (("1", 2), ("99999999", 3), ("-5", 2)):
+            done = self.run_here("usage", "--json", f"--days={days}", check=0)
+            rows = [list(row.values()) for row in json.loads(done.stdout)]
+            self.assertEqual(rows[-2:], [
+                [self.day, "antigravity", "gemini", 5, 1, 2, 1210, 48211, 513],
+                [self.day, "claude", "e", 1, 0, 0, 0, 0, 0]])
+            self.assertEqual(len(rows), expected)
+
+    def test_it_is_a_table_within_80_columns_with_bars_on_a_terminal(self):
+        done = self.run_here("usage", check=0)
+        self.assertEqual(done.stdout.splitlines()[1:], [
+            "2026-01-01",
+            "  claude old                                 1       0      0     1      2     3",
+            self.day,
+            "  antigravity gemini                         5       1      2  1210    48k   513",
+            "  claude e                                   1       0      0     0      0     0",
+            "all                                          7       1      2  1211    48k   516"])
+        key = self.day, "antigravity", "m" * 99
+        for count, bar in ((10 ** 15, "#" * 60), (1, "#" * 60), (0, "")):
+            counts = collections.Counter(dict.fromkeys(rrouter.USAGE_COLUMNS, count))
+            lines = list(rrouter.usage_table({key: counts}, True))
+            self.assertEqual(lines[1], f"{self.day} {bar}")
+            self.assertEqual({len(line) for line in lines} - {len(lines[1])}, {80})
 
 
 class CopiedFileTest(LoopbackTest):
