@@ -1675,6 +1675,8 @@ class TokenReader:
     """
 
     _LINE_MAX = 16 * 1024       # bytes; the lines with tokens have less than 2 KB
+    _USAGE = re.compile(rb'"usage"\s*:\s*(?=\{)')
+    _decode = json.JSONDecoder().raw_decode
     _NAMES = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens",
               "output_tokens")
 
@@ -1708,20 +1710,24 @@ class TokenReader:
         if self._is_stream:
             end = max(self._held.rfind(b"\n"), self._held.rfind(b"\r")) + 1
             for line in self._held[:end].splitlines() if b'"usage"' in self._held else ():
-                if line.startswith(b"data:") and b'"usage"' in line:
-                    self._take(line[5:])
+                if b'"message_start"' in line or b'"message_delta"' in line:
+                    self._take(line)
             self._held = self._held[end:][:self._LINE_MAX]      # the rest of it cannot matter
         self._can_read = len(self._held) <= READ_AHEAD_MAX_BYTES
 
     def _take(self, data: bytes) -> None:
-        """Take the counts of an event or a message; a later one replaces an earlier one."""
-        event = _load_object(data) or {}
-        message = event.get("message") if event.get("type") == "message_start" else event
-        usage = message.get("usage") if isinstance(message, dict) else None
-        counts = usage if isinstance(usage, dict) else {}
+        """Take the counts of the last `usage` in an event or a message.
+
+        No string can be mistaken for it, because the quotes within strings are escaped.
+        """
+        found = self._USAGE.match(data, data.rfind(b'"usage"'))
+        counts: dict[str, Any] = {}
+        if found:
+            with contextlib.suppress(ValueError, RecursionError):
+                counts = self._decode(str(data[found.end():], "latin-1"))[0]
         for name in self._NAMES:
             count = counts.get(name)
-            if type(count) is int and 0 <= count < 10 ** 12:
+            if type(count) is int and 0 <= count < 10 ** 12:    # later counts replace earlier ones
                 self._counts[name] = count or self._counts.get(name, 0)
 
     def note(self) -> str:
