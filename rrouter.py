@@ -124,6 +124,7 @@ EVENTS_REMEMBERED = 16          # failures that a later one is compared with
 LONG_FAILURE_S = 60             # a failure this slow counts although the client did not wait longer
 ABANDONED_S = 120               # of silence in a stream, after which a client gives the target up
 MODELS_REMEMBERED = 256         # bounds the memory that names from outside can take
+SESSIONS_REMEMBERED = 256
 MODEL_NAME_MAX = 256            # characters; a longer name has no failover machine
 
 # Heads and bodies.  A smaller limit refuses real messages, a larger one lets a peer take memory.
@@ -904,7 +905,7 @@ _LOOPBACK_ORIGIN = re.compile(
 _READ = frozenset((
     b"connection", b"content-length", b"transfer-encoding",
     b"host", b"expect", b"origin", b"sec-fetch-site",
-    b"x-claude-code-agent-type", b"x-claude-code-request-class",
+    b"x-claude-code-agent-type", b"x-claude-code-request-class", b"x-claude-code-session-id",
     b"content-type", b"content-encoding", b"retry-after", b"retry-after-ms", b"x-rrouter-error"))
 # Options of Connection that remove no field.  Without Content-Length the body would lose its end.
 _KEPT_OPTIONS = frozenset((b"", b"keep-alive", b"content-length"))
@@ -2246,6 +2247,21 @@ class Failover:
             self._whole, self._models = whole, models
 
 
+class Sessions(OrderedDict[Any, T]):
+    """What is known of the sessions that sent last; a key is a session, or a session and a model.
+
+    Any thread may use it.
+    """
+
+    def note(self, key: tuple[str, ...], value: T) -> None:
+        """Keep `value` for some time, unless the key would take much memory."""
+        if all(0 < len(part) <= MODEL_NAME_MAX for part in key):
+            self.pop(key, None)         # it becomes the last
+            self[key] = value
+            while len(self) > SESSIONS_REMEMBERED:
+                self.popitem(last=False)
+
+
 def _status_note(auto: dict[str, Any]) -> str:
     """Return " (antigravity 429, 23m)": which target failed, how, and when it is probed."""
     if not auto["switched"]:
@@ -2257,10 +2273,17 @@ def _status_note(auto: dict[str, Any]) -> str:
     return f" ({failed} {printable(what, 40)}, {when})"
 
 
-def status_line(health: dict[str, Any]) -> str:
-    """Return /health in one line: auto → claude (antigravity 429, 23m)."""
+def status_line(health: dict[str, Any], models: tuple[str, ...] = ()) -> str:
+    """Return /health in one line: auto → claude (antigravity 429, 23m).
+
+    `models` are the names that a session asked for and got last, which the line then shows.
+    """
     auto = health["autoSwitch"]
-    if auto["active"]:
+    if models:
+        asked, answered = (model.removeprefix("claude-") for model in models)
+        own = auto["models"].get(models[0], auto)
+        parts = [f"asked {asked}, answered {answered}{_status_note(own) if auto['active'] else ''}"]
+    elif auto["active"]:
         scopes = {"auto": auto, **auto["models"]}
         parts = [f"{printable(name, 40)} → {own['currentTarget']}{_status_note(own)}"
                  for name, own in itertools.islice(scopes.items(), STATUS_SCOPES)]
@@ -3618,6 +3641,11 @@ class Request(NamedTuple):
         return self.head.path.endswith("/messages")
 
     @property
+    def session(self) -> str:
+        """The id of the client's conversation."""
+        return self.head.fields.text(b"x-claude-code-session-id")
+
+    @property
     def sender(self) -> Sender:
         """The agent and the class of the request."""
         fields = self.head.fields
@@ -3837,6 +3865,7 @@ class Router:
         self._requests = self._active = 0
         self._results = {"answered": 0, "rescued": 0, "failed": 0}
         self._last_failure: dict[str, Any] | None = None
+        self.sessions: Sessions[tuple[str, ...]] = Sessions()   #: models last asked for, and got
         self._trimmed = -1, 0.0         # requests when free memory was last returned, and the time
         self._started = time.monotonic()
 
@@ -4123,6 +4152,10 @@ class Exchange:
             self._settle(attempt, Effect.RELEASE)
         self._ended = status, note, time.monotonic() - self._started
         self._router.end(*self._result(status, note))
+        if status < 400 and self._request.is_judged and self._chosen is not None:
+            models = self._request.model, self._chosen.route.model
+            self._router.sessions.note((self._request.session,),
+                                       tuple(printable(model or "", 40) for model in models))
 
     def _result(self, status: int, note: str) -> tuple[str, dict[str, Any] | None]:
         """Return what the request counts as in /health, and its last failure."""
@@ -4296,8 +4329,11 @@ class ProxyHandler(socketserver.BaseRequestHandler):
     def _report_health(self, head: RequestHead) -> None:
         health, content_type = self._router.health(head.mode), b"application/json"
         text = json.dumps(health, indent=2)
-        if b"line" in head.target.partition(b"?")[2].split(b"&"):
-            text, content_type = status_line(health), b"text/plain; charset=utf-8"
+        query = head.target.partition(b"?")[2].decode("ascii").split("&")
+        if "line" in query:
+            session = "".join(part[8:] for part in query if part.startswith("session="))
+            models = self._router.sessions.get((urllib.parse.unquote(session),), ())
+            text, content_type = status_line(health, models), b"text/plain; charset=utf-8"
         fields = b"Cache-Control: no-store\r\n"
         if not head.keep_alive or self._router.draining or self._is_crowded:
             fields += b"Connection: close\r\n"

@@ -5849,6 +5849,19 @@ class StatusLineTest(LoopbackTest):
                     "mode": "claude", "problems": ["x"] * problems,
                     "autoSwitch": {**self.AUTO, **changes}}))
 
+    def test_it_says_who_answered_a_session(self):
+        auto = {**self.AUTO, "models": {"opus": {**self.AUTO, "reason": "2 consecutive timeouts"}}}
+        for models, active, line in (
+                (("claude-opus-5-5", "gemini-3.8-flash"), True,
+                 "asked opus-5-5, answered gemini-3.8-flash (antigravity 429, 23m)"),
+                (("opus", "b"), True, "asked opus, answered b (antigravity timeouts, 23m)"),
+                (("claude-x", "claude-x"), False,
+                 "asked x, answered x, 1 problem: rrouter status")):
+            with self.subTest(line):
+                health = {"mode": "claude", "problems": ["x"] * (not active)}
+                self.assertEqual(line, rrouter.status_line(
+                    {**health, "autoSwitch": {**auto, "active": active}}, models))
+
     def test_it_is_one_line_of_text(self):
         running = self.start_rrouter("http://127.0.0.1:9", mode="auto")
         for target in ("/health?line", "/health?session=1&line"):
@@ -5908,6 +5921,36 @@ class ModeInTargetTest(RouterTest):
         for mode, line in (("claude", "claude"), ("auto", "auto → antigravity")):
             self.assertEqual(self.get(f"/@{mode}/health").json()["mode"], mode)
             self.assertEqual(self.get(f"/@{mode}/health?line").body.decode(), line + "\n")
+
+
+class SessionTest(RouterTest):
+    """GET /health?line&session=ID."""
+
+    def line(self, session):
+        return self.get("/health?line&session=" + session).body.decode().strip()
+
+    def post_as(self, session, model=SONNET, target="/v1/messages", **members):
+        return self.rrouter.post(model, target, (("x-claude-code-session-id", session),), **members)
+
+    def test_it_names_the_models_of_its_last_answered_request(self):
+        self.post_as("one")
+        self.post_as("two 2", target="/@claude/v1/messages")
+        self.post_as("two 2", "x", target="/v1/messages/count_tokens")
+        self.upstream.play(error(429))
+        self.post_as("one", "claude-opus-5-5")
+        self.assertEqual(self.line("one"), "asked sonnet-5-5, answered " + GEMINI_SONNET)
+        self.assertEqual(self.line("two%202"), "asked sonnet-5-5, answered sonnet-5-5")
+        self.assertEqual((self.line("three"), self.line("")), ("antigravity",) * 2)
+
+    def test_only_the_last_256_and_the_beginning_of_names_are_kept(self):
+        for number in range(257):
+            self.post_as(f"s{number}", "m")
+        self.post_as("i" * 300, "m")
+        self.post_as("s9", "x\n" * 999)
+        long = "x\\n" * 20 + "..."
+        self.assertEqual([self.line(session) for session in ("s0", "s1", "i" * 300, "s9")],
+                         ["antigravity", "asked m, answered m", "antigravity",
+                          f"asked {long}, answered {long}"])
 
 
 class AgentRuleTest(RouterTest):
