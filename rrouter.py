@@ -113,6 +113,7 @@ MODE_AUTO = "auto"              # built in: config.json cannot define it
 THRESHOLDS = (1, 1000)
 COOLDOWN_MINUTES = (0.0001, 525600)     # up to a year
 FIRST_BYTE_S = (0.001, 86400)           # up to a day
+STAY_MINUTES = (0, 60)                  # up to STAY_MAX_S
 
 # Auto mode.
 # A response that is not streamed is generated as a whole before its first byte arrives.
@@ -125,6 +126,8 @@ LONG_FAILURE_S = 60             # a failure this slow counts although the client
 ABANDONED_S = 120               # of silence in a stream, after which a client gives the target up
 MODELS_REMEMBERED = 256         # bounds the memory that names from outside can take
 SESSIONS_REMEMBERED = 256
+STAY_S = 300                    # a pause after which a prompt cache is gone, for auto.stay
+STAY_MAX_S = 3600               # after a recovery, for a session that never pauses
 MODEL_NAME_MAX = 256            # characters; a longer name has no failover machine
 
 # Heads and bodies.  A smaller limit refuses real messages, a larger one lets a peer take memory.
@@ -324,6 +327,7 @@ class AutoSettings(NamedTuple):
     timeout_threshold: int
     cooldowns_s: tuple[float, ...]
     first_byte_s: float
+    stay_s: float = STAY_S      #: the pause after which a session returns to a recovered target
 
     def first_byte_limit_s(self, streamed: bool) -> float:
         """Return how long an attempt may stay silent, in seconds."""
@@ -476,6 +480,7 @@ class Ticket(NamedTuple):
     generation: int             #: of the machine when the attempt began
     probe: int = 0              #: number of the probe this is; 0 for none
     quiet: bool = False         #: a probe of the shelf, logged only if its response changes
+    session: str = ""           #: "" if the client names none
 
 
 class Settings(NamedTuple):
@@ -663,7 +668,7 @@ def _threshold(value: Any, path: str) -> int:
 
 
 def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
-    members = dict(DEFAULT_CONFIG["auto"])
+    members = {**DEFAULT_CONFIG["auto"], "stay": STAY_S / 60}
     members.update(_members(value, "auto", "auto.", tuple(members), problems))
     targets, minutes = members["targets"], members["cooldownMinutes"]
     if not (isinstance(targets, list) and len(targets) == 2
@@ -680,7 +685,8 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
         cooldowns_s=tuple(60.0 * _number(cooldown, f"auto.cooldownMinutes[{i}]", COOLDOWN_MINUTES)
                           for i, cooldown in enumerate(minutes)),
         first_byte_s=_number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds",
-                             FIRST_BYTE_S))
+                             FIRST_BYTE_S),
+        stay_s=60 * _number(members["stay"], "auto.stay", STAY_MINUTES))
 
 
 def _parse_default_mode(top: dict[str, Any], modes: Collection[str]) -> str:
@@ -734,6 +740,7 @@ def config_of(content: bytes | None) -> Config:
 def config_text(config: Config) -> str:
     """Return the JSON text that `parse_config` reads as `config`."""
     auto = config.auto
+    optional = {} if auto.stay_s == STAY_S else {"stay": tidy(auto.stay_s / 60)}
     return json.dumps({
         "modes": {name: {"mappings": [{key: text for key, text in zip(_RULE_KEYS, rule) if text}
                                       for rule in rules]}
@@ -744,7 +751,7 @@ def config_text(config: Config) -> str:
             "failureThreshold": auto.failure_threshold,
             "timeoutThreshold": auto.timeout_threshold,
             "cooldownMinutes": [tidy(seconds / 60) for seconds in auto.cooldowns_s],
-            "firstByteTimeoutSeconds": tidy(auto.first_byte_s)},
+            "firstByteTimeoutSeconds": tidy(auto.first_byte_s), **optional},
     }, indent=2, ensure_ascii=False)
 
 
@@ -1849,6 +1856,7 @@ class Breaker:
         self.reason: str | None = None
         self.switched_at: float | None = None
         self.retry_at: float | None = None
+        self.recovered_at: float | None = None  # if home serves because a probe of it succeeded
         self.start_counting()
 
     def start_counting(self) -> None:
@@ -1889,6 +1897,11 @@ class Breaker:
             return self.home, self.probe
         return self.current, 0
 
+    def lets_stay(self, now: float, target: str) -> bool:
+        """Return whether sessions may stay on `target`, the one that served during the cooldown."""
+        return (self.state == CLOSED and target == self.away and self.recovered_at is not None
+                and now - self.recovered_at <= STAY_MAX_S)
+
     def is_probe(self, ticket: Ticket) -> bool:
         """Return whether the ticket is that of the probe under way."""
         return self.state == HALF_OPEN and ticket.probe == self.probe
@@ -1896,7 +1909,7 @@ class Breaker:
     def recover(self, now: float) -> list[str]:
         """Return to home, because its probe has committed."""
         self.close((self.home, self.away))
-        self.returned_at = now
+        self.returned_at = self.recovered_at = now
         return [f"RECOVERED: {self.home} answers again{self.label}"]
 
     def succeed(self, ticket: Ticket) -> None:
@@ -2051,6 +2064,21 @@ class Breaker:
         self.state = OPEN if is_open else CLOSED
 
 
+class Sessions(OrderedDict[Any, T]):
+    """What is known of the sessions that sent last; a key is a session, or a session and a model.
+
+    Any thread may use it.
+    """
+
+    def note(self, key: tuple[str, ...], value: T) -> None:
+        """Keep `value` for some time, unless the key would take much memory."""
+        if all(0 < len(part) <= MODEL_NAME_MAX for part in key):
+            self.pop(key, None)         # it becomes the last
+            self[key] = value
+            while len(self) > SESSIONS_REMEMBERED:
+                self.popitem(last=False)
+
+
 class Failover:
     """Whose turn it is in auto mode: one breaker for the whole target, one for each single model.
 
@@ -2068,6 +2096,8 @@ class Failover:
     def _clear(self) -> None:
         self._whole = Breaker(self._auto.targets, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
+        # By session and model: the target of the last request, and its time.
+        self._places: Sessions[tuple[str, float]] = Sessions()
 
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
         """Forget everything, and continue with the settings `auto`."""
@@ -2078,24 +2108,40 @@ class Failover:
             self._clear()
         return [f"RESET: {why}; on {auto.targets[0]}"] if used else []
 
-    def admit(self, model: str, targets: tuple[str, str]) -> Ticket:
+    def admit(self, model: str, targets: tuple[str, str], session: str = "") -> Ticket:
         """Return the ticket for the first attempt of a request.
 
         `targets` are those of the request's snapshot.  If the configuration has changed since, the
-        outcome of the attempt is ignored.
+        outcome of the attempt is ignored, as it is where a session stays.
         """
         with self._lock:
             if targets != self._auto.targets:
                 return Ticket(targets[0], model, False, -1)
+            now = self._clock()
             breaker, alone = self._breaker(model)
-            target, probe = breaker.admit(self._clock())
-            return Ticket(target, model, alone, breaker.generation, probe,
-                          bool(probe) and breaker.on_shelf)
+            cached = "" if alone else self._find_cache(now, session, model)
+            if cached:
+                ticket = Ticket(cached, model, False, -1, session=session)
+            else:
+                target, probe = breaker.admit(now)
+                ticket = Ticket(target, model, alone, breaker.generation, probe,
+                                bool(probe) and breaker.on_shelf, session)
+            self._places.note((session, model), (ticket.target, now))
+            return ticket
+
+    def _find_cache(self, now: float, session: str, model: str) -> str:
+        """Return the target where the session stays because of its prompt cache, or ""."""
+        target, sent_at = self._places.get((session, model), ("", now))
+        stays = now - sent_at < self._auto.stay_s and any(
+            scope.lets_stay(now, target)
+            for scope in (self._whole, self._models.get(model, self._whole)))
+        return target if stays else ""
 
     def rescue(self, ticket: Ticket, targets: tuple[str, str]) -> Ticket:
         """Return the ticket for the second attempt, on the other of `targets`."""
         other = targets[1] if ticket.target == targets[0] else targets[0]
         with self._lock:
+            self._places.pop((ticket.session, ticket.model), None)
             if targets != self._auto.targets:
                 return Ticket(other, ticket.model, False, -1)
             breaker, alone = self._breaker(ticket.model)
@@ -2122,6 +2168,8 @@ class Failover:
             if not ticket.probe or breaker is None or not breaker.is_probe(ticket):
                 return ticket, []
             lines = breaker.recover(self._clock())
+            for place in [place for place in self._places if place[0] == ticket.session]:
+                del self._places[place]
             if ticket.alone:
                 self._align(breaker)
             else:
@@ -2146,6 +2194,7 @@ class Failover:
         """
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
+            self._places.pop((ticket.session, ticket.model), None)
             if ticket.alone or (own is not None and own.state != CLOSED and not ticket.probe):
                 if own is None:
                     return []
@@ -2245,21 +2294,6 @@ class Failover:
             models[model].restore(own, longest_s)
         with self._lock:
             self._whole, self._models = whole, models
-
-
-class Sessions(OrderedDict[Any, T]):
-    """What is known of the sessions that sent last; a key is a session, or a session and a model.
-
-    Any thread may use it.
-    """
-
-    def note(self, key: tuple[str, ...], value: T) -> None:
-        """Keep `value` for some time, unless the key would take much memory."""
-        if all(0 < len(part) <= MODEL_NAME_MAX for part in key):
-            self.pop(key, None)         # it becomes the last
-            self[key] = value
-            while len(self) > SESSIONS_REMEMBERED:
-                self.popitem(last=False)
 
 
 def _status_note(auto: dict[str, Any]) -> str:
@@ -4047,7 +4081,7 @@ class Exchange:
         if not self._request.is_judged or len({route.model for route in routes.values()}) == 1:
             return self._try(ends, routes[failover.current(model, targets)], None, None)
         limit_s = config.auto.first_byte_limit_s(self._request.asks_for_stream)
-        ticket = failover.admit(model or "", targets)
+        ticket = failover.admit(model or "", targets, self._request.session)
         if ticket.probe and not ticket.quiet:
             self._router.log_decisions([f"PROBE of {ticket.target}"], self._number)
         first = self._try(ends, routes[ticket.target], ticket, limit_s)

@@ -971,6 +971,7 @@ class ParseConfigTest(unittest.TestCase):
         ("cooldownMinutes", [0], "auto.cooldownMinutes[0]: expected"),
         ("firstByteTimeoutSeconds", "9", "auto.firstByteTimeoutSeconds: expected"),
         ("firstByteTimeoutSeconds", 10 ** 400, "auto.firstByteTimeoutSeconds"),
+        ("stay", 61, "auto.stay: expected a number from 0 to 60, found 61"),
     )
 
     def assert_refused(self, text, words):
@@ -992,9 +993,11 @@ class ParseConfigTest(unittest.TestCase):
         self.assert_refused('{"modes": {"m": {"mappings": [{"match": "[z-a]*", "rewrite": "x"}]}}}',
                             "modes.m.mappings[0].match: expected a glob")
 
-    def test_agent_and_class_of_a_rule_are_kept(self):
+    def test_optional_members_are_kept(self):
         rule = {"match": "m", "rewrite": "r", "agent": "explore", "class": "sub*"}
-        config = config_with(modes={"antigravity": {"mappings": [rule]}, "claude": {}})
+        config = config_with(modes={"antigravity": {"mappings": [rule]}, "claude": {}},
+                             auto={"stay": 0.5})
+        self.assertEqual(config.auto.stay_s, 30)
         self.assertEqual(config.modes["antigravity"], (rrouter.Rule("m", "r", "explore", "sub*"),))
         self.assertEqual(config.problems, ())
         self.assertEqual(rrouter.parse_config(rrouter.config_text(config)), config)
@@ -1697,12 +1700,12 @@ class FailoverWalk(unittest.TestCase):
         """Return a failure that begins and ends now."""
         return outcome(fault, what=what, began=self.clock.now, ended=self.clock.now, **changes)
 
-    def request(self, dead=(), model="opus", **failure):
+    def request(self, dead=(), model="opus", session="", **failure):
         """Carry one request through, each attempt on a target in `dead` failing.
 
         Return the targets that were tried.
         """
-        tickets = [self.failover.admit(model, TARGETS)]
+        tickets = [self.failover.admit(model, TARGETS, session)]
         if tickets[0].target in dead:
             tickets.append(self.failover.rescue(tickets[0], TARGETS))
         outcomes = [self.outcome(**failure) if ticket.target in dead else outcome()
@@ -2073,6 +2076,73 @@ class SingleModelWalk(FailoverWalk):
                 self.request((), model="haiku")
         self.assertEqual(self.state("m257")[0], "cl")
         self.assertLessEqual(len(self.failover.report(True)["models"]), 256)
+
+
+class SessionsWalk(FailoverWalk):
+    """After a recovery a session stays where its prompt cache is until it pauses."""
+
+    def recover(self, model="haiku"):
+        """Let S and T send to cl, and P's probe recover ag for all models; or for opus alone."""
+        self.requests(3, "ag", model="haiku", session="P")
+        self.pass_minutes(26)
+        for session in "STP":
+            self.assertEqual(self.request(session=session), ["cl"])
+        self.pass_minutes(4)
+        self.assertEqual(self.request(model=model, session="P"), ["ag"])
+
+    def test_it_stays_until_it_pauses_and_all_others_return_at_once(self):
+        self.recover()
+        for session, model, target in (
+                ("S", "opus", "cl"), ("S", "haiku", "ag"), ("", "opus", "ag"),
+                ("P", "opus", "ag"), ("new", "opus", "ag")):
+            self.assertEqual(self.request(model=model, session=session), [target], session)
+        self.pass_minutes(2)
+        self.assertEqual(self.request(session="T"), ["ag"])     # a pause of six minutes
+        self.pass_minutes(2.9)
+        self.assertEqual(self.request(session="S"), ["cl"])
+        self.pass_minutes(5)
+        self.assertEqual(self.requests(2, session="S"), ["ag"])
+
+    def test_it_stays_at_most_an_hour(self):
+        self.recover()
+        moves = []
+        for _ in range(22):
+            moves += self.request(session="S")
+            self.pass_minutes(3)
+        self.assertEqual(moves, ["cl"] * 21 + ["ag"])
+
+    def test_a_failure_ends_the_stay_and_counts_for_no_target(self):
+        self.recover()
+        self.assertEqual(self.request("cl", session="S"), ["cl", "ag"])
+        self.assertEqual(self.request(session="S"), ["ag"])
+        ticket = self.failover.admit("opus", TARGETS, "T")
+        self.failover.charge(ticket, self.outcome(direct=True))
+        self.assertEqual((ticket.target, self.state()), ("cl", ("ag", 1, 0, 0, 0)))
+        self.assertEqual(self.request(session="T"), ["ag"])
+
+    def test_only_a_recovery_by_probe_lets_it_stay(self):
+        self.requests(3, "ag", session="S")
+        self.assertEqual(self.request(session="S"), ["cl"])
+        self.requests(3, "cl", session="T")                     # back at once
+        self.assertEqual(self.request(session="S"), ["ag"])
+        self.requests(3, "ag", session="S")
+        self.assertEqual(self.request(session="S"), ["cl"])     # and no session stays at a switch
+
+    def test_a_model_that_was_alone_keeps_its_sessions_too(self):
+        self.opus_fails_alone()
+        self.pass_minutes(29)
+        self.assertEqual(self.request(session="S"), ["cl"])
+        self.pass_minutes(1)
+        self.assertEqual(self.request(session="P"), ["ag"])
+        self.assertEqual([self.request(session=session) for session in "SP"], [["cl"], ["ag"]])
+
+    def test_auto_again_and_a_stay_of_0_move_all(self):
+        self.recover()
+        self.failover.reset(self.auto, "")
+        self.assertEqual(self.request(session="S"), ["ag"])
+        self.failover.reset(self.auto._replace(stay_s=0), "")
+        self.recover()
+        self.assertEqual(self.request(session="S"), ["ag"])
 
 
 class SavedStateTest(FailoverWalk):
@@ -5244,6 +5314,18 @@ class ProbeTest(AutoTest):
         self.trip()
         self.later(1801)
         self.upstream.clear()
+
+    def test_a_session_stays_where_it_sent_lately_when_another_one_recovers_the_target(self):
+        other = {"fields": (("X-Claude-Code-Session-Id", "S"),)}
+        self.trip()
+        self.script()
+        self.later(1700)
+        self.ask_for("c", **other)
+        self.later(101)
+        self.ask_for("a a")
+        self.ask_for("c", **other)
+        self.set_mode("auto")
+        self.ask_for("a", **other)
 
     def test_successful_probe_recovers_the_target(self):
         self.trip_and_wait()
