@@ -70,7 +70,7 @@ import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple, NoReturn, TypeVar, Union
 
 __version__ = "5.0.0"
@@ -178,6 +178,7 @@ LOG_FILES = 3                   # rotated ones, beside the one being written
 CUT_OFF_S = 1                   # for requests to end that the drain has not waited for
 DRAIN_S = 30                    # for running requests after SIGTERM; systemd kills after 45 s
 STATUS_SCOPES = 3               # in a status line: auto itself, and models that switched alone
+HOOK_S = 10                     # for the program of auto.onSwitch
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
 
 # RFC 9110 §7.6.1, and those that golang/go net/http/httputil/reverseproxy.go removes as well.
@@ -328,6 +329,7 @@ class AutoSettings(NamedTuple):
     cooldowns_s: tuple[float, ...]
     first_byte_s: float
     stay_s: float = STAY_S      #: the pause after which a session returns to a recovered target
+    on_switch: tuple[str, ...] = ()     #: a program and its arguments, run at each move
 
     def first_byte_limit_s(self, streamed: bool) -> float:
         """Return how long an attempt may stay silent, in seconds."""
@@ -668,9 +670,9 @@ def _threshold(value: Any, path: str) -> int:
 
 
 def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
-    members = {**DEFAULT_CONFIG["auto"], "stay": STAY_S / 60}
+    members = {**DEFAULT_CONFIG["auto"], "stay": STAY_S / 60, "onSwitch": []}
     members.update(_members(value, "auto", "auto.", tuple(members), problems))
-    targets, minutes = members["targets"], members["cooldownMinutes"]
+    targets, minutes, hook = (members[key] for key in ("targets", "cooldownMinutes", "onSwitch"))
     if not (isinstance(targets, list) and len(targets) == 2
             and all(isinstance(target, str) for target in targets) and targets[0] != targets[1]):
         raise ConfigError("auto.targets: expected two different names of modes, found "
@@ -678,6 +680,9 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
     if not isinstance(minutes, list) or not minutes:
         raise ConfigError("auto.cooldownMinutes: expected a list of minutes, found "
                           + _found(minutes))
+    if not isinstance(hook, list) or not all(isinstance(word, str) for word in hook):
+        raise ConfigError("auto.onSwitch: expected a list of strings, a program and its arguments, "
+                          f"found {_found(hook)}")
     return AutoSettings(
         targets=(targets[0], targets[1]),
         failure_threshold=_threshold(members["failureThreshold"], "auto.failureThreshold"),
@@ -686,7 +691,7 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
                           for i, cooldown in enumerate(minutes)),
         first_byte_s=_number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds",
                              FIRST_BYTE_S),
-        stay_s=60 * _number(members["stay"], "auto.stay", STAY_MINUTES))
+        stay_s=60 * _number(members["stay"], "auto.stay", STAY_MINUTES), on_switch=tuple(hook))
 
 
 def _parse_default_mode(top: dict[str, Any], modes: Collection[str]) -> str:
@@ -740,7 +745,9 @@ def config_of(content: bytes | None) -> Config:
 def config_text(config: Config) -> str:
     """Return the JSON text that `parse_config` reads as `config`."""
     auto = config.auto
-    optional = {} if auto.stay_s == STAY_S else {"stay": tidy(auto.stay_s / 60)}
+    optional: dict[str, Any] = {"onSwitch": list(auto.on_switch)} if auto.on_switch else {}
+    if auto.stay_s != STAY_S:
+        optional["stay"] = tidy(auto.stay_s / 60)
     return json.dumps({
         "modes": {name: {"mappings": [{key: text for key, text in zip(_RULE_KEYS, rule) if text}
                                       for rule in rules]}
@@ -850,15 +857,12 @@ class Sender:
     def __init__(self, agent: str = "", request_class: str = "",
                  find_agent: Callable[[], str] = str) -> None:
         self.request_class, self._header, self._find_agent = request_class, agent, find_agent
-        self._agent: str | None = None
 
-    @property
+    @cached_property
     def agent(self) -> str:
         """The name in the header, unless it is the one that all agents of plugins share."""
-        if self._agent is None:
-            found = self._find_agent() if self._header in ("", "custom") else ""
-            self._agent = found or self._header
-        return self._agent
+        found = self._find_agent() if self._header in ("", "custom") else ""
+        return found or self._header
 
 
 def _suits(pattern: str, name: str) -> bool:
@@ -1697,18 +1701,14 @@ class TokenReader:
 
     def feed(self, payload: bytes) -> None:
         """Read more of the response."""
-        if self._decoder is None:
+        decoder = self._decoder
+        if decoder is None:
             self._read(payload)
-        while self._decoder is not None and self._can_read:
-            try:
-                text = self._decoder.decompress(payload, RECEIVE_BYTES)
-            except zlib.error:
-                self._can_read = False
-                return
-            self._read(text)
-            payload = self._decoder.unconsumed_tail
-            if len(text) < RECEIVE_BYTES:
-                return
+            return
+        with contextlib.suppress(zlib.error):
+            while payload:
+                self._read(decoder.decompress(payload, RECEIVE_BYTES))
+                payload = decoder.unconsumed_tail
 
     def _read(self, text: bytes) -> None:
         if not self._can_read or (self._is_stream and not self._held
@@ -1827,6 +1827,12 @@ def judge(first: Outcome, second: Outcome) -> Verdict:
 # cooldown has passed since the return to home, without a switch.
 
 
+class Move(str):
+    """A line for the log about a scope that moves to another target."""
+
+    words: dict[str, str]       #: for auto.onSwitch
+
+
 class Breaker:
     """Which of two targets serves one scope: `home` while closed, `away` while open.
 
@@ -1910,7 +1916,15 @@ class Breaker:
         """Return to home, because its probe has committed."""
         self.close((self.home, self.away))
         self.returned_at = self.recovered_at = now
-        return [f"RECOVERED: {self.home} answers again{self.label}"]
+        return [self._move(f"RECOVERED: {self.home} answers again{self.label}", self.home,
+                           "answers again")]
+
+    def _move(self, line: str, to: str, reason: str, cooldown_s: float = 0) -> Move:
+        move = Move(line)
+        move.words = {"from": self.away if to == self.home else self.home, "to": to,
+                      "scope": self.label.removeprefix(" for ") or MODE_AUTO, "reason": reason,
+                      "minutes": str(tidy(round(cooldown_s / 60, 1)))}
+        return move
 
     def succeed(self, ticket: Ticket) -> None:
         """Count a success of `ticket.target`."""
@@ -1951,7 +1965,8 @@ class Breaker:
         self.close((self.home, self.away))
         self.returned_at = now
         self.switch_count += 1
-        return [*lines, f"SWITCH {self.away} -> {self.home}{self.label}: {reason}"]
+        return [*lines, self._move(f"SWITCH {self.away} -> {self.home}{self.label}: {reason}",
+                                   self.home, reason)]
 
     def _count(self, outcome: Outcome, auto: AutoSettings) -> tuple[int, int, str]:
         """Count a failure; return (how many in a row, how many switch, their name)."""
@@ -1983,8 +1998,8 @@ class Breaker:
         self.switch_count += 1
         self.reason, self.switched_at = reason, now
         self.retry_at, self.last_cooldown_s = now + cooldown_s, cooldown_s
-        return [f"SWITCH {self.home} -> {self.away}{self.label}: {reason}; "
-                f"retry in {span(cooldown_s)}"]
+        line = f"SWITCH {self.home} -> {self.away}{self.label}: {reason}; "
+        return [self._move(f"{line}retry in {span(cooldown_s)}", self.away, reason, cooldown_s)]
 
     def _fail_probe(self, now: float, outcome: Outcome, auto: AutoSettings) -> list[str]:
         lines = [f"PROBE of {self.home} failed{self.label}: {outcome.what}"]
@@ -3878,6 +3893,28 @@ class Attempt:
             self.response.close()
 
 
+def run_hook(command: Sequence[str], words: dict[str, str], log: Log) -> None:
+    """Run the program of auto.onSwitch; what it prints goes nowhere, a failure is one line."""
+    import subprocess
+    with_words = [re.sub(r"\{(from|to|scope|reason|minutes)\}", lambda found: words[found[1]], word)
+                  for word in command]
+    try:
+        process = subprocess.Popen(
+            with_words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            status = process.wait(HOOK_S)
+            problem = f"ended with status {status}" if status else ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)      # with what it has started
+            process.wait()
+            problem = f"did not end within {HOOK_S} s"
+    except (OSError, ValueError) as error:      # ValueError: a null byte in config.json
+        problem = str(error)
+    if problem:
+        log.write("AUTO", f"onSwitch: {printable(command[0])}: {printable(problem)}")
+
+
 class Router:
     """What all connections share: settings, files, failover, upstream, log and counters."""
 
@@ -3926,6 +3963,9 @@ class Router:
         for line in lines:
             with_number = number and "SWITCH" not in line
             self.log.write("AUTO", f"#{number} {line}" if with_number else line)
+            if isinstance(line, Move) and (hook := self.store.snapshot().config.auto.on_switch):
+                threading.Thread(target=run_hook, args=(hook, line.words, self.log),
+                                 daemon=True).start()
         if lines:
             self.store.wake()
 
@@ -4040,10 +4080,7 @@ class Exchange:
         self._ended: tuple[int, str, float] | None = None   # status, note, duration in seconds
 
     def run(self) -> None:
-        """Carry the request through; raise ClientGone if the connection cannot carry another.
-
-        Raises RequestError if the mode it names is unknown.
-        """
+        """Carry the request through; raise ClientGone if the connection cannot carry another."""
         snapshot = self._router.snapshot(self._request.head.mode)
         self._started, self._number = time.monotonic(), self._router.begin()
         try:

@@ -972,6 +972,7 @@ class ParseConfigTest(unittest.TestCase):
         ("firstByteTimeoutSeconds", "9", "auto.firstByteTimeoutSeconds: expected"),
         ("firstByteTimeoutSeconds", 10 ** 400, "auto.firstByteTimeoutSeconds"),
         ("stay", 61, "auto.stay: expected a number from 0 to 60, found 61"),
+        ("onSwitch", "notify-send", 'auto.onSwitch: expected a list of strings, a program and'),
     )
 
     def assert_refused(self, text, words):
@@ -996,8 +997,8 @@ class ParseConfigTest(unittest.TestCase):
     def test_optional_members_are_kept(self):
         rule = {"match": "m", "rewrite": "r", "agent": "explore", "class": "sub*"}
         config = config_with(modes={"antigravity": {"mappings": [rule]}, "claude": {}},
-                             auto={"stay": 0.5})
-        self.assertEqual(config.auto.stay_s, 30)
+                             auto={"stay": 0.5, "onSwitch": ["notify-send", "{to}"]})
+        self.assertEqual(config.auto[-2:], (30, ("notify-send", "{to}")))
         self.assertEqual(config.modes["antigravity"], (rrouter.Rule("m", "r", "explore", "sub*"),))
         self.assertEqual(config.problems, ())
         self.assertEqual(rrouter.parse_config(rrouter.config_text(config)), config)
@@ -1111,11 +1112,9 @@ class RouteTest(unittest.TestCase):
         (("explore", ""),           ("Explore", "subagent", ""),                 True),
         (("explore", ""),           ("Plan", "subagent", "explore"),             False),
         (("explore", ""),           ("custom", "subagent", "explore"),           True),
-        (("custom", ""),            ("custom", "subagent", ""),                  True),
         (("e*[er]", "sub*"),        ("explorer", "subagent", ""),                True),
         (("*", ""),                 ("", "main", ""),                            False),
         (("", "*"),                 ("Explore", "", "explore"),                  False),
-        (("", "compaction"),        ("", "Compaction", ""),                      True),
         (("explore", "main"),       ("explore", "subagent", ""),                 False),
     )
 
@@ -1129,8 +1128,7 @@ class RouteTest(unittest.TestCase):
     def test_body_is_searched_once_and_only_if_a_rule_asks(self):
         searches = []
         sender = rrouter.Sender(find_agent=lambda: searches.append(1) or "explore")
-        rules = [rrouter.Rule("other", "g", "*"), rrouter.Rule("*", "g", "", "main"),
-                 rrouter.Rule("m", "g")]
+        rules = rrouter.Rule("other", "g", "*"), rrouter.Rule("*", "g", "", "main")
         rrouter.match_rule(rules, "m", sender)
         self.assertEqual(searches, [])
         for agent in ("architect", "critic", "explore"):
@@ -1145,7 +1143,6 @@ class RouteTest(unittest.TestCase):
                          'deep-executor_2\\n\xed\x95\x9c"}]'),
         ("",             '"messages":[{"content":"oh-my-claudecode:explore"}],"system":"Go"'),
         ("",             '"messages":[{"system":"oh-my-claudecode:explore"}]'),
-        ("",             '"system":"the plugin oh-my-claudecode: none"'),
         ("",             '"system":"Go","system":"oh-my-claudecode:explore"'),
         ("",             '"messages":[oh-my-claudecode:explore'),
     )
@@ -1414,13 +1411,11 @@ class TokenReaderTest(unittest.TestCase):
         ((WHOLE.replace(b"\n", b"\r\n"),),                            NOTE),
         ((WHOLE.replace(b"\n", b"\r"),),                              NOTE),
         ((START, *BLOCKS, b"data: " + 50_000 * b"x", b"\n", END),      NOTE),
-        ((START,),                                                     " in 1203+48211 out 1"),
         ((event("message_start", message={"usage": {"input_tokens": 0}}),
           event("message_delta", usage={"input_tokens": 7, "output_tokens": 0})), " in 7+0 out 0"),
         ((START, event("message_delta", usage={"input_tokens": 0, "output_tokens": 512})), NOTE),
         ((event("message_delta", usage={"output_tokens": True, "input_tokens": -1}),), ""),
         ((event("message_delta", usage=["output_tokens"]), event("message_start", message=3)), ""),
-        (BLOCKS,                                                       ""),
         ((b'data: {"usage"\n', b'data:"usage"\n\n', b"data: [DONE]\n\n"), ""),
     )
 
@@ -1448,14 +1443,10 @@ class TokenReaderTest(unittest.TestCase):
         self.assertEqual(self.note(packed[:20] + b"damaged" * 9, self.END, coding=b"gzip"), "")
         self.assertEqual(self.note(self.WHOLE, coding=b"br"), "")
 
-    def test_what_it_holds_and_reads_is_bounded(self):
-        reader = rrouter.TokenReader(rrouter.parse_response_head(
-            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"))
+    def test_a_line_without_end_costs_little(self):
         start = time.process_time()
-        for _ in range(20_000):
-            reader.feed(b"x" * 1000)
+        self.assertEqual(self.note(*[b"x" * 1000] * 20_000), "")
         self.assertLess(time.process_time() - start, 1)
-        self.assertLess(len(reader._held), 20_000)
 
 
 class AsksForStreamTest(unittest.TestCase):
@@ -5392,6 +5383,45 @@ class ProbeTest(AutoTest):
         self.ask_for("ac")
 
 
+class HookTest(AutoTest):
+    """auto.onSwitch: a program that runs at each move."""
+
+    limits = {"HOOK_S": 0.5}
+    NOTE = ("import sys; print('noise'); open(sys.argv[1], 'a').write(' '.join(sys.argv[2:] + "
+            "[chr(10)]))")
+
+    def test_it_runs_at_each_switch_and_recovery_with_the_words_as_arguments(self):
+        path = self.rrouter.home.dir / "moves"
+        self.configure(auto_config(onSwitch=[
+            sys.executable, "-c", self.NOTE, str(path), "{from}>{to} $HOME {}", "{scope}|{reason}",
+            "{minutes}"]))
+        self.trip()
+        wait_until(path.exists)
+        self.script()
+        self.later(1801)
+        self.ask_for("a")
+        wait_until(lambda: path.read_text().count("\n") == 2)
+        self.assertEqual(path.read_text().splitlines(), [
+            "antigravity>claude $HOME {} auto|3 consecutive HTTP errors, last 429 30 ",
+            "claude>antigravity $HOME {} auto|answers again 0 "])
+
+    def test_one_that_fails_or_hangs_delays_nothing_and_has_one_line(self):
+        for command, words in (
+                (["/nowhere"], "/nowhere: [Errno 2] No such file"),
+                (["a\0"], "a\\x00: embedded null byte"),
+                (["sh", "-c", "exit 3"], "sh: ended with status 3"),
+                (["sh", "-c", "sleep 60; true"], "sh: did not end within 0.5 s")):
+            self.configure(auto_config(onSwitch=command))
+            self.set_mode("auto")
+            before, start = len(self.rrouter.log()), time.monotonic()
+            self.trip()
+            self.assertLess(time.monotonic() - start, 0.4)
+            wait_until(lambda: "onSwitch: " + words in self.rrouter.log()[before:])
+            self.assertEqual(self.rrouter.log()[before:].count("onSwitch: " + words[:5]), 1)
+        if LINUX:                       # what it had started is gone too
+            wait_until(lambda: len(processes(self.rrouter.home)) == 1)
+
+
 class UpstreamAwayTest(AutoTest):
     """A request waits up to 15 s for an upstream that is not there, and that is neutral."""
 
@@ -5980,17 +6010,11 @@ class ModeInTargetTest(RouterTest):
         wait_until(lambda: " POST /@claude/@auto/v1/messages " + SONNET in self.rrouter.log())
 
     def test_connection_may_alternate_between_modes(self):
-        targets = ("/@claude/v1/messages", "/v1/messages") * 2
-        self.converse(b"".join(request_bytes(target=target, body=chat()) for target in targets),
-                      *["POST"] * 4)
-        self.assertEqual([received.model for received in self.upstream.received],
-                         [SONNET, GEMINI_SONNET] * 2)
-
-    def test_failure_of_its_auto_is_rescued(self):
-        self.upstream.default = lambda request: (
-            error(429) if request.model == GEMINI_SONNET else streamed_reply(request))
-        self.assertEqual(self.rrouter.post(target="/@auto/v1/messages").status, 200)
-        self.assertEqual(len(self.upstream.received), 2)
+        data = [request_bytes(target=target, body=chat())
+                for target in ("/@claude/v1/messages", "/v1/messages") * 2]
+        self.converse(b"".join(data), *["POST"] * 4)
+        models = [received.model for received in self.upstream.received]
+        self.assertEqual(models, [SONNET, GEMINI_SONNET] * 2)
 
     def test_unknown_one_is_refused_with_the_names_of_the_modes(self):
         before = self.rrouter.health()["requestCount"]
