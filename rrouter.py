@@ -848,20 +848,20 @@ def _glob(pattern: str) -> Callable[[str], object]:
 
 
 class Sender:
-    """What sends a request, as far as rules ask: its agent and class, "" where it has none.
+    """The agent and the class of a request, "" where it has none, as far as rules ask.
 
-    `find_agent` searches the body for the name of an agent of oh-my-claudecode; it is called at
+    `search` looks in the body for the name of an agent of oh-my-claudecode; it is called at
     most once, and only if a rule asks.
     """
 
     def __init__(self, agent: str = "", request_class: str = "",
-                 find_agent: Callable[[], str] = str) -> None:
-        self.request_class, self._header, self._find_agent = request_class, agent, find_agent
+                 search: Callable[[], str] = str) -> None:
+        self.request_class, self._header, self._search = request_class, agent, search
 
     @cached_property
     def agent(self) -> str:
         """The name in the header, unless it is the one that all agents of plugins share."""
-        found = self._find_agent() if self._header in ("", "custom") else ""
+        found = self._search() if self._header in ("", "custom") else ""
         return found or self._header
 
 
@@ -1693,27 +1693,27 @@ class TokenReader:
               "output_tokens")
 
     def __init__(self, head: ResponseHead) -> None:
+        coding = head.coding
         self._is_stream = head.is_event_stream
-        self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16) if head.coding else None
-        self._can_read = head.coding in ("", "gzip")
+        self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding else None
+        self._can_read = coding in ("", "gzip")
         self._held = b""
         self._counts: dict[str, int] = {}
 
     def feed(self, payload: bytes) -> None:
         """Read more of the response."""
-        decoder = self._decoder
-        if decoder is None:
+        if self._decoder is not None:
+            with contextlib.suppress(zlib.error):
+                while payload:
+                    self._read(self._decoder.decompress(payload, RECEIVE_BYTES))
+                    payload = self._decoder.unconsumed_tail
+        elif (self._held or not self._is_stream or b'"usage"' in payload
+                or not payload.endswith(b"\n")):   # else whole events without tokens, as nearly all
             self._read(payload)
-            return
-        with contextlib.suppress(zlib.error):
-            while payload:
-                self._read(decoder.decompress(payload, RECEIVE_BYTES))
-                payload = decoder.unconsumed_tail
 
     def _read(self, text: bytes) -> None:
-        if not self._can_read or (self._is_stream and not self._held
-                                  and text.endswith(b"\n") and b'"usage"' not in text):
-            return                      # as nearly all payloads of a stream
+        if not self._can_read:
+            return
         self._held += text
         if self._is_stream:
             end = max(self._held.rfind(b"\n"), self._held.rfind(b"\r")) + 1
@@ -1733,17 +1733,18 @@ class TokenReader:
         if found:
             with contextlib.suppress(ValueError, RecursionError):
                 counts = self._decode(str(data[found.end():], "latin-1"))[0]
-        for name in self._NAMES:
-            count = counts.get(name)
-            if type(count) is int and 0 <= count < 10 ** 12:    # later counts replace earlier ones
+        for name, count in counts.items():      # later ones replace earlier ones
+            if name in self._NAMES and type(count) is int and 0 <= count < 10 ** 12:
                 self._counts[name] = count or self._counts.get(name, 0)
 
     def note(self) -> str:
         """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
         if not self._is_stream and self._can_read:
             self._take(self._held)
+        if not self._counts:
+            return ""
         uncached, written, cached, out = (self._counts.get(name, 0) for name in self._NAMES)
-        return f" in {uncached + written}+{cached} out {out}" if self._counts else ""
+        return f" in {uncached + written}+{cached} out {out}"
 
 
 # Failover #####################################################################
@@ -2080,7 +2081,7 @@ class Breaker:
 
 
 class Sessions(OrderedDict[Any, T]):
-    """What is known of the sessions that sent last; a key is a session, or a session and a model.
+    """Facts about the sessions that sent last; a key is a session, or a session and a model.
 
     Any thread may use it.
     """
@@ -2329,7 +2330,7 @@ def status_line(health: dict[str, Any], models: tuple[str, ...] = ()) -> str:
     """
     auto = health["autoSwitch"]
     if models:
-        asked, answered = (model.removeprefix("claude-") for model in models)
+        asked, answered = (printable(model.removeprefix("claude-"), 40) for model in models)
         own = auto["models"].get(models[0], auto)
         parts = [f"asked {asked}, answered {answered}{_status_note(own) if auto['active'] else ''}"]
     elif auto["active"]:
@@ -4224,9 +4225,8 @@ class Exchange:
         self._ended = status, note, time.monotonic() - self._started
         self._router.end(*self._result(status, note))
         if status < 400 and self._request.is_judged and self._chosen is not None:
-            models = self._request.model, self._chosen.route.model
-            self._router.sessions.note((self._request.session,),
-                                       tuple(printable(model or "", 40) for model in models))
+            asked, answered = self._request.model or "", self._chosen.route.model or ""
+            self._router.sessions.note((self._request.session,), (asked[:41], answered[:41]))
 
     def _result(self, status: int, note: str) -> tuple[str, dict[str, Any] | None]:
         """Return what the request counts as in /health, and its last failure."""

@@ -1127,7 +1127,7 @@ class RouteTest(unittest.TestCase):
 
     def test_body_is_searched_once_and_only_if_a_rule_asks(self):
         searches = []
-        sender = rrouter.Sender(find_agent=lambda: searches.append(1) or "explore")
+        sender = rrouter.Sender(search=lambda: searches.append(1) or "explore")
         rules = rrouter.Rule("other", "g", "*"), rrouter.Rule("*", "g", "", "main")
         rrouter.match_rule(rules, "m", sender)
         self.assertEqual(searches, [])
@@ -1411,8 +1411,7 @@ class TokenReaderTest(unittest.TestCase):
         ((WHOLE.replace(b"\n", b"\r\n"),),                            NOTE),
         ((WHOLE.replace(b"\n", b"\r"),),                              NOTE),
         ((START, *BLOCKS, b"data: " + 50_000 * b"x", b"\n", END),      NOTE),
-        ((event("message_start", message={"usage": {"input_tokens": 0}}),
-          event("message_delta", usage={"input_tokens": 7, "output_tokens": 0})), " in 7+0 out 0"),
+        ((event("message_delta", usage={"input_tokens": 7, "output_tokens": 0}),), " in 7+0 out 0"),
         ((START, event("message_delta", usage={"input_tokens": 0, "output_tokens": 512})), NOTE),
         ((event("message_delta", usage={"output_tokens": True, "input_tokens": -1}),), ""),
         ((event("message_delta", usage=["output_tokens"]), event("message_start", message=3)), ""),
@@ -5416,8 +5415,7 @@ class HookTest(AutoTest):
             before, start = len(self.rrouter.log()), time.monotonic()
             self.trip()
             self.assertLess(time.monotonic() - start, 0.4)
-            wait_until(lambda: "onSwitch: " + words in self.rrouter.log()[before:])
-            self.assertEqual(self.rrouter.log()[before:].count("onSwitch: " + words[:5]), 1)
+            wait_until(lambda: self.rrouter.log()[before:].count("onSwitch: " + words) == 1)
         if LINUX:                       # what it had started is gone too
             wait_until(lambda: len(processes(self.rrouter.home)) == 1)
 
@@ -6007,7 +6005,7 @@ class ModeInTargetTest(RouterTest):
                 self.assertEqual(self.rrouter.post(target=target).status, 200)
                 (received,) = self.upstream.received
                 self.assertEqual((received.target, received.model), (forwarded, model))
-        wait_until(lambda: " POST /@claude/@auto/v1/messages " + SONNET in self.rrouter.log())
+        wait_until(lambda: " POST /@claude/@auto/v1/messages " in self.rrouter.log())
 
     def test_connection_may_alternate_between_modes(self):
         data = [request_bytes(target=target, body=chat())
