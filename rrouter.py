@@ -847,44 +847,50 @@ def _glob(pattern: str) -> Callable[[str], object]:
     return re.compile(fnmatch.translate(pattern)).match
 
 
-class Sender:
-    """The agent and the class of a request, "" where it has none, as far as rules ask.
-
-    `search` looks in the body for the name of an agent of oh-my-claudecode; it is called at
-    most once, and only if a rule asks.
-    """
-
-    def __init__(self, agent: str = "", request_class: str = "",
-                 search: Callable[[], str] = str) -> None:
-        self.request_class, self._header, self._search = request_class, agent, search
-
-    @cached_property
-    def agent(self) -> str:
-        """The name in the header, unless it is the one that all agents of plugins share."""
-        found = self._search() if self._header in ("", "custom") else ""
-        return found or self._header
-
-
 def _suits(pattern: str, name: str) -> bool:
     """Return whether `name` exists and matches the glob in any case; Claude Code has `Explore`."""
     return bool(name and re.match("(?i)" + fnmatch.translate(pattern), name))
 
 
-def match_rule(rules: Iterable[Rule], model: str, sender: Sender | None = None) -> Rule | None:
+class Sender:
+    """The agent and the class of a request, "" where it has none.
+
+    `search` returns the agent that the body names; it is called at most once, if a rule asks.
+    """
+
+    def __init__(self, agent: str = "", request_class: str = "",
+                 search: Callable[[], str] = str) -> None:
+        self._class, self._header, self._search = request_class, agent, search
+
+    @cached_property
+    def _agent(self) -> str:
+        """The name in the header, unless it is the one that all agents of plugins share."""
+        found = self._search() if self._header in ("", "custom") else ""
+        return found or self._header
+
+    def suits(self, rule: Rule) -> bool:
+        """Return whether a rule is meant for such requests."""
+        return ((not rule.request_class or _suits(rule.request_class, self._class))
+                and (not rule.agent or _suits(rule.agent, self._agent)))
+
+
+def match_rule(rules: Iterable[Rule], model: str,
+               find_sender: Callable[[], Sender] = Sender) -> Rule | None:
     """Return the first rule that matches: `model` by equality or as a glob, and the sender."""
-    sender = sender or Sender()
+    sender = None
     for rule in rules:
-        if ((model == rule.match or _glob(rule.match)(model))
-                and (not rule.request_class or _suits(rule.request_class, sender.request_class))
-                and (not rule.agent or _suits(rule.agent, sender.agent))):
-            return rule
+        if model == rule.match or _glob(rule.match)(model):
+            if rule.agent or rule.request_class:
+                sender = sender or find_sender()
+            if sender is None or sender.suits(rule):
+                return rule
     return None
 
 
 def decide_route(config: Config, target: str, model: str | None,
-                 sender: Sender | None = None) -> Route:
+                 find_sender: Callable[[], Sender] = Sender) -> Route:
     """Return where a request for `model` goes when it is the turn of `target`."""
-    rule = match_rule(config.modes[target], model, sender) if model is not None else None
+    rule = match_rule(config.modes[target], model, find_sender) if model is not None else None
     return Route(target, model if rule is None else rule.rewrite)
 
 
@@ -2081,14 +2087,11 @@ class Breaker:
 
 
 class Sessions(OrderedDict[Any, T]):
-    """Facts about the sessions that sent last; a key is a session, or a session and a model.
-
-    Any thread may use it.
-    """
+    """Facts about the sessions that sent last, for any thread; keys begin with the session's id."""
 
     def note(self, key: tuple[str, ...], value: T) -> None:
         """Keep `value` for some time, unless the key would take much memory."""
-        if all(0 < len(part) <= MODEL_NAME_MAX for part in key):
+        if key[0] and len(key[0]) <= MODEL_NAME_MAX and len(key[-1]) <= MODEL_NAME_MAX:
             self.pop(key, None)         # it becomes the last
             self[key] = value
             while len(self) > SESSIONS_REMEMBERED:
@@ -3695,9 +3698,8 @@ class Request(NamedTuple):
         """The id of the client's conversation."""
         return self.head.fields.text(b"x-claude-code-session-id")
 
-    @property
-    def sender(self) -> Sender:
-        """The agent and the class of the request."""
+    def find_sender(self) -> Sender:
+        """Return the agent and the class of the request."""
         fields = self.head.fields
         return Sender(fields.text(b"x-claude-code-agent-type"),
                       fields.text(b"x-claude-code-request-class"), partial(find_agent, self.body))
@@ -4109,12 +4111,11 @@ class Exchange:
     def _forward(self, snapshot: Snapshot) -> Attempt:
         """Return the attempt whose response the client gets, after at most two."""
         config, model, failover = snapshot.config, self._request.model, self._router.failover
-        targets, sender = config.auto.targets, self._request.sender
+        targets, sender = config.auto.targets, self._request.find_sender
         ends = Ends(self._client, self._writer, self._router.upstream,
                     Patience(self._client.has_left) if model is not None else None)
         if snapshot.mode != MODE_AUTO:
-            return self._try(ends, decide_route(config, snapshot.mode, model, sender),
-                             None, None)
+            return self._try(ends, decide_route(config, snapshot.mode, model, sender), None, None)
         routes = {target: decide_route(config, target, model, sender) for target in targets}
         if not self._request.is_judged or len({route.model for route in routes.values()}) == 1:
             return self._try(ends, routes[failover.current(model, targets)], None, None)

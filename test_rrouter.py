@@ -1123,16 +1123,17 @@ class RouteTest(unittest.TestCase):
             with self.subTest(rule=(agent, kind), request=(header, sent_kind, prompt)):
                 sender = rrouter.Sender(header, sent_kind, lambda: prompt)
                 rule = rrouter.Rule("*", "g", agent, kind)
-                self.assertEqual(rrouter.match_rule([rule], "m", sender) is rule, expected)
+                found = rrouter.match_rule([rule], "m", lambda: sender)
+                self.assertEqual(found is rule, expected)
 
     def test_body_is_searched_once_and_only_if_a_rule_asks(self):
         searches = []
         sender = rrouter.Sender(search=lambda: searches.append(1) or "explore")
         rules = rrouter.Rule("other", "g", "*"), rrouter.Rule("*", "g", "", "main")
-        rrouter.match_rule(rules, "m", sender)
+        rrouter.match_rule(rules, "m", lambda: sender)
         self.assertEqual(searches, [])
-        for agent in ("architect", "critic", "explore"):
-            rrouter.match_rule([rrouter.Rule("*", "g", agent)], "m", sender)
+        rules = [rrouter.Rule("*", "g", agent) for agent in ("architect", "critic", "explore")]
+        self.assertIs(rrouter.match_rule(rules, "m", lambda: sender), rules[2])
         self.assertEqual(searches, [1])
 
     AGENTS = (
