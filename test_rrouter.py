@@ -8906,7 +8906,7 @@ class UsageTest(CommandTest):
             "%(day)s 10:00:01.000 [AUTO] #1 " + REQ, "half a li"),
         "rrouter.log": (
             "%(day)s 10:00:02.000 " + REQ + "antigravity gemini 200 1.00s (claude failed: 429)",
-            "%(day)s 10:00:03.000 " + REQ + "antigravity gemini 529 0.02s (claude failed: 429)",
+            "%(day)s 10:00:03.000 " + REQ + "antigravity gemini 400 0.02s (claude failed: 429)",
             "%(day)s 10:00:04.000 " + REQ + "antigravity gemini 200 0.02s in 7+0 out 1 "
             "(error event in the stream)",
             "%(day)s 10:00:05.000 " + REQ + "antigravity gemini 499 9.00s (the client left)",
