@@ -1730,17 +1730,17 @@ class TokenReader:
         self._can_read = len(self._held) <= READ_AHEAD_MAX_BYTES
 
     def _take(self, data: bytes) -> None:
-        """Take the counts of the last `usage` in an event or a message.
-
-        No string can be mistaken for it, because the quotes within strings are escaped.
-        """
+        """Take the counts of the last `usage`; within strings its quotes would be escaped."""
         found = self._USAGE.match(data, data.rfind(b'"usage"'))
-        counts: dict[str, Any] = {}
-        if found:
-            with contextlib.suppress(ValueError, RecursionError):
-                counts = self._decode(str(data[found.end():], "latin-1"))[0]
-        for name, count in counts.items():      # later ones replace earlier ones
-            if name in self._NAMES and type(count) is int and 0 <= count < 10 ** 12:
+        if found is None:
+            return
+        try:
+            counts, _ = self._decode(str(data, "latin-1"), found.end())
+        except (ValueError, RecursionError):
+            return
+        for name in self._NAMES:
+            count = counts.get(name)
+            if type(count) is int and 0 <= count < 10 ** 12:    # later counts replace earlier ones
                 self._counts[name] = count or self._counts.get(name, 0)
 
     def note(self) -> str:
@@ -1749,7 +1749,7 @@ class TokenReader:
             self._take(self._held)
         if not self._counts:
             return ""
-        uncached, written, cached, out = (self._counts.get(name, 0) for name in self._NAMES)
+        uncached, written, cached, out = [self._counts.get(name, 0) for name in self._NAMES]
         return f" in {uncached + written}+{cached} out {out}"
 
 
