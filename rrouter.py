@@ -113,7 +113,6 @@ MODE_AUTO = "auto"              # built in: config.json cannot define it
 THRESHOLDS = (1, 1000)
 COOLDOWN_MINUTES = (0.0001, 525600)     # up to a year
 FIRST_BYTE_S = (0.001, 86400)           # up to a day
-STAY_MINUTES = (0, 60)                  # up to STAY_MAX_S
 
 # Auto mode.
 # A response that is not streamed is generated as a whole before its first byte arrives.
@@ -691,7 +690,8 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
                           for i, cooldown in enumerate(minutes)),
         first_byte_s=_number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds",
                              FIRST_BYTE_S),
-        stay_s=60 * _number(members["stay"], "auto.stay", STAY_MINUTES), on_switch=tuple(hook))
+        stay_s=60 * _number(members["stay"], "auto.stay", (0, STAY_MAX_S // 60)),
+        on_switch=tuple(hook))
 
 
 def _parse_default_mode(top: dict[str, Any], modes: Collection[str]) -> str:
@@ -2115,8 +2115,7 @@ class Failover:
     def _clear(self) -> None:
         self._whole = Breaker(self._auto.targets, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
-        # By session and model: the target of the last request, and its time.
-        self._places: Sessions[tuple[str, float]] = Sessions()
+        self._places: Sessions[tuple[str, float]] = Sessions()      # last target, and when
 
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
         """Forget everything, and continue with the settings `auto`."""
@@ -2160,11 +2159,14 @@ class Failover:
         """Return the ticket for the second attempt, on the other of `targets`."""
         other = targets[1] if ticket.target == targets[0] else targets[0]
         with self._lock:
-            self._places.pop((ticket.session, ticket.model), None)
             if targets != self._auto.targets:
                 return Ticket(other, ticket.model, False, -1)
+            now, place = self._clock(), (ticket.session, ticket.model)
+            self._places.note(place, (other, now))
+            if self._find_cache(now, *place):   # only a recovery that is yet to come lets it stay
+                del self._places[place]
             breaker, alone = self._breaker(ticket.model)
-            return Ticket(other, ticket.model, alone, breaker.generation)
+            return Ticket(other, ticket.model, alone, breaker.generation, session=ticket.session)
 
     def current(self, model: str | None, targets: tuple[str, str]) -> str:
         """Return the target, one of `targets`, for a request that is not judged."""
@@ -2213,7 +2215,9 @@ class Failover:
         """
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
-            self._places.pop((ticket.session, ticket.model), None)
+            place = ticket.session, ticket.model
+            if place in self._places and self._places[place][0] == ticket.target:
+                del self._places[place]
             if ticket.alone or (own is not None and own.state != CLOSED and not ticket.probe):
                 if own is None:
                     return []
@@ -2327,10 +2331,7 @@ def _status_note(auto: dict[str, Any]) -> str:
 
 
 def status_line(health: dict[str, Any], models: tuple[str, ...] = ()) -> str:
-    """Return /health in one line: auto → claude (antigravity 429, 23m).
-
-    `models` are the names that a session asked for and got last, which the line then shows.
-    """
+    """Return /health in one line, or the `models` that a session asked for and got, and why."""
     auto = health["autoSwitch"]
     if models:
         asked, answered = (printable(model.removeprefix("claude-"), 40) for model in models)
