@@ -13,7 +13,7 @@ The path of a request, each step a method or function of that name in this file:
       find_model                    the model name in the body, and where it stands
     Exchange.run                  the request gets its number
     Exchange._forward             up to the response:
-      Store.snapshot                config and mode as the files say at this moment
+      Router.snapshot               config and mode as the files, or /@MODE, say at this moment
       decide_route                  the first matching rule names the model for a target
       Failover.admit                in auto mode: whose turn it is
       Attempt.run                   one try on one target
@@ -69,7 +69,7 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar, Union
@@ -126,6 +126,9 @@ SLOW_FAILURE_S = 20             # by then CLIProxyAPI has repeated the request b
 LONG_FAILURE_S = 60             # a failure this slow counts although the client did not wait longer
 ABANDONED_S = 120               # of silence in a stream, after which a client gives the target up
 MODELS_REMEMBERED = 256         # bounds the memory that names from outside can take
+SESSIONS_REMEMBERED = 256
+STAY_S = 300                    # a pause after which a prompt cache is gone, for auto.stay
+STAY_MAX_S = 3600               # after a recovery, for a session that never pauses
 MODEL_NAME_MAX = 256            # characters; a longer name has no failover machine
 
 # Heads and bodies.  A smaller limit refuses real messages, a larger one lets a peer take memory.
@@ -178,6 +181,7 @@ DRAIN_S = 30                    # for running requests after SIGTERM; systemd ki
 LOG_SHOWN = 20                  # lines that `logs` begins with
 MODELS_SHOWN = 5                # by `explain` without a name
 STATUS_SCOPES = 3               # in a status line: auto itself, and models that switched alone
+HOOK_S = 10                     # for the program of auto.onSwitch
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
 
 # RFC 9110 §7.6.1, and those that golang/go net/http/httputil/reverseproxy.go removes as well.
@@ -187,8 +191,9 @@ HOP_BY_HOP = frozenset((
 
 # The types that Anthropic's API uses with these statuses; Claude Code shows and sorts by them.
 ERROR_TYPES = {
-    403: "permission_error", 408: "timeout_error", 413: "request_too_large", 500: "api_error",
-    502: "api_error", 503: "overloaded_error", 504: "timeout_error"}
+    403: "permission_error", 404: "not_found_error", 408: "timeout_error",
+    413: "request_too_large", 500: "api_error", 502: "api_error", 503: "overloaded_error",
+    504: "timeout_error"}
 
 # Claude Code's patterns (lower case, without backticks), then the wordings of Gemini, which it does
 # not know.  A row matches if all its words are present, in any order.
@@ -288,14 +293,20 @@ class UpstreamTimeout(UpstreamError):
 # Values #######################################################################
 
 BytesLike = Union[bytes, bytearray, memoryview]
+K = TypeVar("K")
 T = TypeVar("T")
 
 
 class Rule(NamedTuple):
-    """One mapping: model names that match the glob `match` become `rewrite`."""
+    """One mapping: model names that match the glob `match` become `rewrite`.
+
+    Not empty, the globs `agent` and `request_class` limit it to requests of such a sender.
+    """
 
     match: str
     rewrite: str
+    agent: str = ""
+    request_class: str = ""
 
 
 class AutoSettings(NamedTuple):
@@ -306,6 +317,8 @@ class AutoSettings(NamedTuple):
     timeout_threshold: int
     cooldowns_s: tuple[float, ...]
     first_byte_s: float
+    stay_s: float = STAY_S      #: the pause after which a session returns to a recovered target
+    on_switch: tuple[str, ...] = ()     #: a program and its arguments, run at each move
 
     def first_byte_limit_s(self, streamed: bool) -> float:
         """Return how long an attempt may stay silent, in seconds."""
@@ -360,13 +373,16 @@ class Fields(NamedTuple):
         """Return the values of the field `name`, line by line; none if it is absent."""
         return self.values.get(name, [])
 
+    def text(self, name: bytes) -> str:
+        """Return the first value of the field `name`; "" if it is absent."""
+        return self.values.get(name, [b""])[0].decode("latin-1")
 
 
 class RequestHead(NamedTuple):
     """A request line and its fields, valid and unambiguous."""
 
     method: str
-    target: bytes               #: in origin form (or `*`), bytes untouched
+    target: bytes               #: in origin form (or `*`), without /@MODE, bytes untouched
     authority: str              #: the host the client asks for; "" in HTTP/1.0 without Host
     http11: bool
     fields: Fields
@@ -374,6 +390,7 @@ class RequestHead(NamedTuple):
     keep_alive: bool
     expects_continue: bool
     path: str                   #: the target without its query, which may hold secrets
+    mode: str | None            #: what /@MODE at the beginning of the target names, in lower case
 
 
 class ResponseHead(NamedTuple):
@@ -388,8 +405,7 @@ class ResponseHead(NamedTuple):
 
     def value(self, name: bytes) -> str:
         """Return the first value of the field `name`, in lower case; "" if it is absent."""
-        values = self.fields.all(name)
-        return values[0].lower().decode("latin-1") if values else ""
+        return self.fields.text(name).lower()
 
     @property
     def is_event_stream(self) -> bool:
@@ -450,6 +466,7 @@ class Ticket(NamedTuple):
     generation: int             #: of the machine when the attempt began
     probe: int = 0              #: number of the probe this is; 0 for none
     quiet: bool = False         #: a probe of the shelf, logged only if its response changes
+    session: str = ""           #: "" if the client names none
 
 
 class Settings(NamedTuple):
@@ -565,21 +582,23 @@ def _members(value: Any, what: str, prefix: str, known: Collection[str],
     return value
 
 
+RULE_KEYS = "match", "rewrite", "agent", "class"     # of Rule, in its order
+
+
 def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
-    known = "match", "rewrite"
-    members = _members(value, path, f"{path}.", known, problems)
-    for key in known:
-        if key not in members:
+    members = _members(value, path, f"{path}.", RULE_KEYS, problems)
+    for key in RULE_KEYS:
+        if key not in members and key in RULE_KEYS[:2]:
             raise ConfigError(f"{path}.{key}: missing, expected a string")
-        if not isinstance(members[key], str) or not members[key]:
+        text = members.get(key, "*")
+        if not isinstance(text, str) or not text:
             raise ConfigError(f"{path}.{key}: expected a string that is not empty, "
-                              f"found {_found(members[key])}")
-    rule = Rule(members["match"], members["rewrite"])
-    try:
-        re.compile(fnmatch.translate(rule.match))
-    except re.error as error:           # [z-a], before Python 3.10
-        raise ConfigError(f"{path}.match: expected a glob, found {_found(rule.match)}") from error
-    return rule
+                              f"found {_found(text)}")
+        try:
+            re.compile(fnmatch.translate(text if key != "rewrite" else ""))
+        except re.error as error:       # [z-a], before Python 3.10
+            raise ConfigError(f"{path}.{key}: expected a glob, found {_found(text)}") from error
+    return Rule(*(members.get(key, "") for key in RULE_KEYS))
 
 
 def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]:
@@ -616,9 +635,9 @@ def _threshold(value: Any, path: str) -> int:
 
 
 def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
-    members = dict(DEFAULT_CONFIG["auto"])
+    members = {**DEFAULT_CONFIG["auto"], "stay": STAY_S / 60, "onSwitch": []}
     members.update(_members(value, "auto", "auto.", tuple(members), problems))
-    targets, minutes = members["targets"], members["cooldownMinutes"]
+    targets, minutes, hook = (members[key] for key in ("targets", "cooldownMinutes", "onSwitch"))
     if not (isinstance(targets, list) and len(targets) == 2
             and all(isinstance(target, str) for target in targets) and targets[0] != targets[1]):
         raise ConfigError("auto.targets: expected two different names of modes, found "
@@ -626,6 +645,9 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
     if not isinstance(minutes, list) or not minutes:
         raise ConfigError("auto.cooldownMinutes: expected a list of minutes, found "
                           + _found(minutes))
+    if not isinstance(hook, list) or not all(isinstance(word, str) for word in hook):
+        raise ConfigError("auto.onSwitch: expected a list of strings, a program and its arguments, "
+                          f"found {_found(hook)}")
     return AutoSettings(
         targets=(targets[0], targets[1]),
         failure_threshold=_threshold(members["failureThreshold"], "auto.failureThreshold"),
@@ -633,7 +655,9 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
         cooldowns_s=tuple(60.0 * _number(cooldown, f"auto.cooldownMinutes[{i}]", COOLDOWN_MINUTES)
                           for i, cooldown in enumerate(minutes)),
         first_byte_s=_number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds",
-                             FIRST_BYTE_S))
+                             FIRST_BYTE_S),
+        stay_s=60 * _number(members["stay"], "auto.stay", (0, STAY_MAX_S // 60)),
+        on_switch=tuple(hook))
 
 
 
@@ -673,8 +697,12 @@ def config_of(content: bytes | None) -> Config:
 def config_text(config: Config) -> str:
     """Return the JSON text that `parse_config` reads as `config`."""
     auto = config.auto
+    optional: dict[str, Any] = {"stay": tidy(auto.stay_s / 60)} if auto.stay_s != STAY_S else {}
+    if auto.on_switch:
+        optional["onSwitch"] = list(auto.on_switch)
     return json.dumps({
-        "modes": {name: {"mappings": [rule._asdict() for rule in rules]}
+        "modes": {name: {"mappings": [{key: text for key, text in zip(RULE_KEYS, rule) if text}
+                                      for rule in rules]}
                   for name, rules in config.modes.items()},
         "defaultMode": config.default_mode,
         "auto": {
@@ -682,7 +710,7 @@ def config_text(config: Config) -> str:
             "failureThreshold": auto.failure_threshold,
             "timeoutThreshold": auto.timeout_threshold,
             "cooldownMinutes": [tidy(seconds / 60) for seconds in auto.cooldowns_s],
-            "firstByteTimeoutSeconds": tidy(auto.first_byte_s)},
+            "firstByteTimeoutSeconds": tidy(auto.first_byte_s), **optional},
     }, indent=2, ensure_ascii=False)
 
 
@@ -769,17 +797,28 @@ def _glob(pattern: str) -> Callable[[str], object]:
     return re.compile(fnmatch.translate(pattern)).match
 
 
-def match_rule(rules: Iterable[Rule], model: str) -> Rule | None:
-    """Return the first rule that matches `model`: a name that equals it, or a glob; else None."""
-    for rule in rules:
-        if model == rule.match or _glob(rule.match)(model):
-            return rule
-    return None
+def _suits(glob: str, find: Callable[[], str]) -> bool:
+    """Return whether the name that `find` returns matches the glob in any case, if there is one."""
+    name = find() if glob else ""       # Claude Code's agent Explore is the explore of others
+    return not glob or bool(name and re.match("(?i)" + fnmatch.translate(glob), name))
 
 
-def decide_route(config: Config, target: str, model: str | None) -> Route:
+def rules_for(rules: Iterable[Rule], model: str) -> Iterator[Rule]:
+    """Yield the rules that match `model`: a name that equals it, or a glob."""
+    return (rule for rule in rules if model == rule.match or _glob(rule.match)(model))
+
+
+def match_rule(rules: Iterable[Rule], model: str, find_agent: Callable[[], str] = str,
+               find_class: Callable[[], str] = str) -> Rule | None:
+    """Return the first rule that matches `model`, the agent and the class, or None."""
+    return next((rule for rule in rules_for(rules, model) if _suits(rule.agent, find_agent)
+                 and _suits(rule.request_class, find_class)), None)
+
+
+def decide_route(config: Config, target: str, model: str | None,
+                 *find: Callable[[], str]) -> Route:
     """Return where a request for `model` goes when it is the turn of `target`."""
-    rule = match_rule(config.modes[target], model) if model is not None else None
+    rule = match_rule(config.modes[target], model, *find) if model is not None else None
     return Route(target, model if rule is None else rule.rewrite)
 
 
@@ -806,6 +845,7 @@ _HOST_LINE = re.compile(rb"(?im)^(host:)[^\r]*")
 _LENGTH_LINE = re.compile(rb"(?im)^(content-length:)[^\r]*")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
 _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
+_MODE_PREFIX = re.compile(rb"/@([^/?#]*)(.*)")
 _LOOPBACK_ORIGIN = re.compile(
     rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
 
@@ -813,6 +853,7 @@ _LOOPBACK_ORIGIN = re.compile(
 _READ = frozenset((
     b"connection", b"content-length", b"transfer-encoding",
     b"host", b"expect", b"origin", b"sec-fetch-site",
+    b"x-claude-code-agent-type", b"x-claude-code-request-class", b"x-claude-code-session-id",
     b"content-type", b"content-encoding", b"retry-after", b"retry-after-ms", b"x-rrouter-error"))
 # Options of Connection that remove no field.  Without Content-Length the body would lose its end.
 _KEPT_OPTIONS = frozenset((b"", b"keep-alive", b"content-length"))
@@ -871,6 +912,16 @@ def _origin_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, byte
     return path if path.startswith(b"/") else b"/" + path, authority
 
 
+def _take_mode(target: bytes) -> tuple[bytes, str | None]:
+    """Return (target to forward, mode) of a target that begins with /@MODE, else None last."""
+    named = _MODE_PREFIX.fullmatch(target)
+    if not named:
+        return target, None
+    mode, rest = named.groups()
+    return (rest if rest.startswith(b"/") else b"/" + rest,
+            urllib.parse.unquote(mode.decode("ascii")).lower())
+
+
 def _request_length(fields: Fields, http11: bool) -> int | None:
     """Return the length of the body in bytes, or None if it is chunked (RFC 9112 §6)."""
     lengths, codings = fields.all(b"content-length"), fields.all(b"transfer-encoding")
@@ -916,6 +967,7 @@ def parse_request_head(head: bytes) -> RequestHead:
         raise RequestError(400, "malformed request: expected exactly one Host field, "
                                 f"found {len(hosts)}")
     target, authority = _origin_form(method, target, hosts[0] if hosts else b"")
+    target, mode = _take_mode(target)
     if not all(map(_AUTHORITY.fullmatch, [authority, *hosts])):
         raise RequestError(400, "malformed Host: expected NAME or NAME:PORT")
     length = _request_length(fields, http11)
@@ -926,7 +978,7 @@ def parse_request_head(head: bytes) -> RequestHead:
         method=method.decode("ascii"), target=target, authority=authority.decode("latin-1"),
         http11=http11, fields=fields, length=length,
         keep_alive=http11 and b"close" not in fields.options, expects_continue=bool(expectations),
-        path=target.partition(b"?")[0].decode("ascii"))
+        path=target.partition(b"?")[0].decode("ascii"), mode=mode)
 
 
 def head_too_large(data: bytes) -> RequestError:
@@ -1120,6 +1172,7 @@ def response_body(head: ResponseHead, method: str) -> PlainBody:
 _SPACE = re.compile(r"[ \t\n\r]*")
 _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
+_AGENT = re.compile(rb"oh-my-claudecode:([A-Za-z0-9_-]+)")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 _BODY_END_BYTES = 2048          # room for the few small members before or after the messages
 
@@ -1197,6 +1250,21 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
         return start, end, json.loads(str(body[start:end], "utf-8"))
     except (ValueError, IndexError, RecursionError):    # not JSON or UTF-8, truncated, too deep
         return None
+
+
+def find_agent(body: BytesLike) -> str:
+    """Return the name after `oh-my-claudecode:` in the system prompt, "" without one.
+
+    Messages may mention the word, so it counts only within the top-level `system` value, which is
+    looked for only if the word occurs at all.
+    """
+    with contextlib.suppress(ValueError, IndexError, RecursionError):   # not JSON, or truncated
+        text = str(body, "latin-1") if _AGENT.search(body) else "{}"
+        for key, start, end in _walk(text, _skip_space(text, 0), "{"):
+            if key == "system":
+                found = _AGENT.search(body, start, end)
+                return str(found.group(1), "ascii") if found else ""
+    return ""
 
 
 def asks_for_stream(body: BytesLike) -> bool:
@@ -1438,6 +1506,43 @@ class StreamScan:
             self.defect = "empty message"
 
 
+class TokenReader:
+    """Reads the tokens that a message reports, near the beginning and the end of its response."""
+
+    _END_BYTES = 4096           # the events with tokens have less than 2 KB
+    # Within strings the quotes would be escaped.
+    _COUNT = re.compile(rb'"((?:cache_creation_|cache_read_)?input_tokens|output_tokens)"\s*:\s*'
+                        rb'([0-9]{1,12})(?=[\s,}])')
+
+    def __init__(self, coding: str) -> None:
+        self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding == "gzip" else None
+        self._text = b""                # both ends of the response
+
+    def feed(self, payload: bytes) -> None:
+        """Read more of the response; in an encoding other than gzip it says nothing."""
+        if self._decoder is None:
+            self._keep(payload)
+            return
+        with contextlib.suppress(zlib.error):
+            while payload:
+                self._keep(self._decoder.decompress(payload, RECEIVE_BYTES))
+                payload = self._decoder.unconsumed_tail
+
+    def _keep(self, text: bytes) -> None:
+        self._text += text
+        if len(self._text) > 2 * self._END_BYTES:
+            self._text = self._text[:self._END_BYTES] + self._text[-self._END_BYTES:]
+
+    def note(self) -> str:
+        """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
+        # The last counts of a stream are its sums, unless they are 0.
+        counts = Counter({str(name, "ascii"): int(count)
+                          for name, count in self._COUNT.findall(self._text) if int(count)})
+        uncached = counts["input_tokens"] + counts["cache_creation_input_tokens"]
+        note = f" in {uncached}+{counts['cache_read_input_tokens']} out {counts['output_tokens']}"
+        return note if counts else ""
+
+
 # Failover #####################################################################
 
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
@@ -1524,6 +1629,12 @@ MAY_BE_NONE = "returned_at", "reason", "switched_at", "retry_at"    # of an open
 # cooldown has passed since the return to home, without a switch.
 
 
+class Move(str):
+    """A line for the log about a scope that moves to another target."""
+
+    words: dict[str, str]       #: for auto.onSwitch
+
+
 class Breaker:
     """Which of two targets serves one scope: `home` while closed, `away` while open.
 
@@ -1593,7 +1704,15 @@ class Breaker:
         """Return to home, because its probe has committed."""
         self.close((self.home, self.away))
         self.returned_at = now
-        return [f"RECOVERED: {self.home} responds again{self.label}"]
+        reason = "responds again"
+        return [self._move(f"RECOVERED: {self.home} {reason}{self.label}", self.home, reason)]
+
+    def _move(self, line: str, to: str, reason: str, cooldown_s: float = 0) -> Move:
+        move = Move(line)
+        move.words = {"from": self.away if to == self.home else self.home, "to": to,
+                      "scope": self.label.removeprefix(" for ") or MODE_AUTO, "reason": reason,
+                      "minutes": str(tidy(round(cooldown_s / 60, 1)))}
+        return move
 
     def succeed(self, ticket: Ticket) -> None:
         """Count a success of `ticket.target`."""
@@ -1630,7 +1749,8 @@ class Breaker:
         self.close((self.home, self.away))
         self.returned_at = now
         self.switch_count += 1
-        return [*lines, f"SWITCH {self.away} -> {self.home}{self.label}: {reason}"]
+        return [*lines, self._move(f"SWITCH {self.away} -> {self.home}{self.label}: {reason}",
+                                   self.home, reason)]
 
     def _count(self, outcome: Outcome, auto: AutoSettings) -> tuple[int, int, str]:
         """Count a failure; return (how many in a row, how many switch, their name)."""
@@ -1663,8 +1783,9 @@ class Breaker:
         self.switch_count += 1
         self.reason, self.switched_at = reason, now
         self.retry_at, self.last_cooldown_s = now + cooldown_s, cooldown_s
-        return [f"SWITCH {self.home} -> {self.away}{self.label}: {reason}; "
-                f"retry in {span(cooldown_s)}"]
+        line = (f"SWITCH {self.home} -> {self.away}{self.label}: {reason}; "
+                f"retry in {span(cooldown_s)}")
+        return [self._move(line, self.away, reason, cooldown_s)]
 
     def _fail_probe(self, now: float, outcome: Outcome, auto: AutoSettings) -> list[str]:
         still_on_shelf = outcome.fault is Fault.SHELF or (outcome.fault is Fault.STATUS and (
@@ -1730,6 +1851,14 @@ class Breaker:
         self.state = OPEN if saved.get("open") else CLOSED
 
 
+def remember(known: OrderedDict[K, T], key: K, value: T) -> None:
+    """Keep the value as the last of SESSIONS_REMEMBERED; any thread may call it."""
+    known.pop(key, None)
+    known[key] = value
+    if len(known) > SESSIONS_REMEMBERED:
+        known.popitem(last=False)
+
+
 class Failover:
     """Whose turn it is in auto mode: one breaker for the whole target, one for each single model.
 
@@ -1746,6 +1875,8 @@ class Failover:
     def _clear(self, auto: AutoSettings) -> None:
         self._auto, self._whole = auto, Breaker(auto.targets, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
+        # By session and model: the target used last, when, and until when the session may stay.
+        self._places: OrderedDict[tuple[str, str], tuple[str, float, float]] = OrderedDict()
 
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
         """Forget everything, and continue with the settings `auto`."""
@@ -1755,25 +1886,39 @@ class Failover:
             self._clear(auto)
         return [f"RESET: {why}; on {auto.targets[0]}"] if used else []
 
-    def admit(self, model: str, targets: tuple[str, str]) -> Ticket:
+    def admit(self, model: str, targets: tuple[str, str], session: str = "") -> Ticket:
         """Return the ticket for the first attempt of a request.
 
         `targets` are those of the request's snapshot.  If the configuration has changed since, the
-        outcome of the attempt is ignored.
+        outcome of the attempt is ignored, as it is where a session stays.
         """
         with self._lock:
-            breaker, ticket = self._breaker(model), self._ticket(targets[0], model, targets)
+            breaker, now = self._breaker(model), self._clock()
+            ticket = self._ticket(targets[0], model, targets)._replace(session=session)
             if ticket.generation == OUTDATED:
                 return ticket
-            target, probe = breaker.admit(self._clock())
-            return ticket._replace(
-                target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf)
+            cached, sent_at, until = self._places.get((session, model), ("", 0.0, 0.0))
+            if cached != breaker.current and now <= until and now - sent_at < self._auto.stay_s:
+                ticket = ticket._replace(target=cached, generation=OUTDATED)
+            else:
+                target, probe = breaker.admit(now)
+                ticket = ticket._replace(
+                    target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf)
+                until = 0.0
+            return self._note_place(ticket, now, until)
+
+    def _note_place(self, ticket: Ticket, now: float, until: float = 0.0) -> Ticket:
+        """Remember where a session sends something, and until when it may stay there."""
+        if ticket.session and len(ticket.model) <= MODEL_NAME_MAX:
+            remember(self._places, (ticket.session, ticket.model), (ticket.target, now, until))
+        return ticket
 
     def rescue(self, ticket: Ticket, targets: tuple[str, str]) -> Ticket:
         """Return the ticket for the second attempt, on the other of `targets`."""
         other = targets[1] if ticket.target == targets[0] else targets[0]
         with self._lock:
-            return self._ticket(other, ticket.model, targets)
+            rescue = self._ticket(other, ticket.model, targets)._replace(session=ticket.session)
+            return self._note_place(rescue, self._clock())
 
     def current(self, model: str | None, targets: tuple[str, str]) -> str:
         """Return the target, one of `targets`, for a request that is not judged."""
@@ -1802,7 +1947,12 @@ class Failover:
             breaker = self._probed(ticket)
             if breaker is None:
                 return ticket, []
-            lines = breaker.recover(self._clock())
+            now = self._clock()
+            lines = breaker.recover(now)
+            for (session, model), (target, sent_at, _) in self._places.items():
+                if (session != ticket.session and target == breaker.away
+                        and (breaker is self._whole or model == ticket.model)):
+                    self._places[session, model] = target, sent_at, now + STAY_MAX_S
             if breaker is self._whole:
                 self._follow()
             else:
@@ -1826,6 +1976,9 @@ class Failover:
         """
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
+            place = ticket.session, ticket.model
+            if self._places.get(place, ("",))[0] == ticket.target:
+                del self._places[place]         # a failure ends a stay
             if own is not None and (ticket.alone or (own.state != CLOSED and not ticket.probe)):
                 lines = own.fail(now, ticket, outcome, self._auto, whole.current)
                 self._align(own)
@@ -1967,10 +2120,14 @@ def scope_note(auto: dict[str, Any]) -> str:
     return f" ({failed} {what}, {until_probe(auto)})"
 
 
-def status_line(health: dict[str, Any]) -> str:
-    """Return /health in one line: auto → claude (antigravity 429, 23m)."""
+def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -> str:
+    """Return /health in one line, or the `models` that a session asked for and got, and why."""
     auto = health["autoSwitch"]
-    if auto["active"]:
+    if models:
+        asked, answered = (printable(model.removeprefix("claude-"), 40) for model in models)
+        own = auto["models"].get(models[0], auto)
+        parts = [f"asked {asked}, answered {answered}{scope_note(own) if auto['active'] else ''}"]
+    elif auto["active"]:
         scopes = {"auto": auto, **auto["models"]}
         parts = [f"{printable(name, 40)} → {own['currentTarget']}{scope_note(own)}"
                  for name, own in itertools.islice(scopes.items(), STATUS_SCOPES)]
@@ -3219,6 +3376,20 @@ class Request(NamedTuple):
         """True if the response should be a message of Anthropic's API."""
         return self.head.path.endswith("/messages")
 
+    @property
+    def session(self) -> str:
+        """The id of the client's conversation, "" without one."""
+        return self.head.fields.text(b"x-claude-code-session-id")[:MODEL_NAME_MAX]
+
+    def find_agent(self) -> str:
+        """Return the name in the header, unless all agents of plugins share it, or in the body."""
+        name = self.head.fields.text(b"x-claude-code-agent-type")
+        return (find_agent(self.body) if name in ("", "custom") else "") or name
+
+    def find_class(self) -> str:
+        """Return the class of the request, as Claude Code sees it."""
+        return self.head.fields.text(b"x-claude-code-request-class")
+
 
 FAULT_OF_ERROR = {UpstreamTimeout: Fault.TIMEOUT, UpstreamUnreachable: Fault.UNREACHABLE}
 
@@ -3388,6 +3559,24 @@ class Attempt:
             self.response.close()
 
 
+def run_hook(command: Sequence[str], words: dict[str, str], log: Log) -> None:
+    """Run the program of auto.onSwitch; what it prints goes nowhere, a failure is one line."""
+    import subprocess
+    command = [re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), part)
+               for part in command]
+    try:
+        status = subprocess.run(
+            command, timeout=HOOK_S, start_new_session=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+        problem = f"ended with status {status}" if status else ""
+    except subprocess.TimeoutExpired:
+        problem = f"did not end within {HOOK_S} s"
+    except (OSError, ValueError) as error:      # ValueError: a null byte in config.json
+        problem = str(error)
+    if problem:
+        log.write("AUTO", f"onSwitch: {printable(command[0])}: {printable(problem)}")
+
+
 class Router:
     """The settings, files, failover, upstream, log and counters that all connections share."""
 
@@ -3409,6 +3598,7 @@ class Router:
         self._requests = self._active = 0
         self._results = {"answered": 0, "rescued": 0, "failed": 0}
         self._last_failure: dict[str, Any] | None = None
+        self.sessions: OrderedDict[str, tuple[str, str]] = OrderedDict()    #: models asked, and got
         self._trimmed = -1, 0.0         # requests when free memory was last returned, and the time
         self._started = time.monotonic()
 
@@ -3432,6 +3622,9 @@ class Router:
         for line in lines:
             with_number = number and "SWITCH" not in line
             self.log.write("AUTO", f"#{number} {line}" if with_number else line)
+            if isinstance(line, Move) and (hook := self.store.snapshot().config.auto.on_switch):
+                threading.Thread(target=run_hook, args=(hook, line.words, self.log),
+                                 daemon=True).start()
         if lines:
             self.store.wake()
 
@@ -3490,9 +3683,18 @@ class Router:
             self._trimmed = self._requests, now
             return_free_memory()        # after requests, and once after the start
 
-    def health(self) -> dict[str, Any]:
-        """Return what /health shows."""
+    def snapshot(self, mode: str | None) -> Snapshot:
+        """Return config and mode for a request that names `mode`; raise RequestError 404."""
         snapshot = self.store.snapshot()
+        choices = snapshot.config.choices
+        if mode is not None and mode not in choices:
+            raise RequestError(404, f"/@MODE: {describe_unknown_mode(mode, choices)}",
+                               "the mode in /@MODE is not defined")
+        return snapshot if mode is None else snapshot._replace(mode=mode)
+
+    def health(self, mode: str | None = None) -> dict[str, Any]:
+        """Return what /health shows, or /@MODE/health."""
+        snapshot = self.snapshot(mode)
         is_auto = snapshot.mode == MODE_AUTO
         auto = self.failover.report(is_auto)
         problems = [*snapshot.problems, self.log.problem, self.state.problem]
@@ -3517,12 +3719,14 @@ class Exchange:
         self._writer: ResponseWriter | None = None      # of that response, once it begins
         self._number, self._started = 0, 0.0    # the latter by time.monotonic
         self._has_ended = False
+        self._tokens = TokenReader("")
 
     def run(self) -> None:
         """Carry the request through; raise ClientGone if the connection cannot carry another."""
+        snapshot = self._router.snapshot(self._request.head.mode)
         self._started, self._number = time.monotonic(), self._router.begin()
         try:
-            self._answer(self._forward(self._router.store.snapshot()))
+            self._answer(self._forward(snapshot))
         except ClientGone:
             self._leave()
             if self._writer is not None:
@@ -3542,13 +3746,14 @@ class Exchange:
         """Return the attempt whose response the client gets, after at most two."""
         config, request, failover = snapshot.config, self._request, self._router.failover
         model, targets = request.model, config.auto.targets
+        sender = lru_cache(None)(request.find_agent), request.find_class
         if snapshot.mode != MODE_AUTO:
-            return self._try(decide_route(config, snapshot.mode, model))
-        routes = {target: decide_route(config, target, model) for target in targets}
+            return self._try(decide_route(config, snapshot.mode, model, *sender))
+        routes = {target: decide_route(config, target, model, *sender) for target in targets}
         if not request.is_judged or len({route.model for route in routes.values()}) == 1:
             return self._try(routes[failover.current(model, targets)])
         limit_s = config.auto.first_byte_limit_s(asks_for_stream(request.body))
-        ticket = failover.admit(model or "", targets)
+        ticket = failover.admit(model or "", targets, request.session)
         if ticket.probe and not ticket.quiet:
             self._router.log_decisions([f"PROBE of {ticket.target}"], self._number)
         first = self._try(routes[ticket.target], ticket, limit_s)
@@ -3603,7 +3808,9 @@ class Exchange:
         writer = self._writer = ResponseWriter(
             self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
+        self._tokens = TokenReader(response.head.coding)
         while True:
+            self._tokens.feed(payload)
             defect = attempt.late_defect
             if defect:
                 attempt.fail_late(Fault.NO_MESSAGE, defect)
@@ -3669,11 +3876,14 @@ class Exchange:
         """Let the request end, once, before the client can know that it has ended."""
         if self._has_ended:
             return
-        self._has_ended = True
+        self._has_ended, request = True, self._request
         for attempt in self._attempts:
             self._settle(attempt)
             attempt.close()
         self._router.end(*self._result(status))
+        if status < 400 and request.is_judged and request.session and self._chosen is not None:
+            models = request.model or "", self._chosen.route.model or ""
+            remember(self._router.sessions, request.session, models)
         self._router.log.write("REQ", self._line(status, note))
 
     def _result(self, status: int) -> tuple[str, dict[str, Any] | None]:
@@ -3703,8 +3913,10 @@ class Exchange:
                 notes.append(attempt.outcome.what)
         if note:
             notes.append(note)
-        line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
+        prefix = f"/@{head.mode}" if head.mode is not None else ""
+        line = f"#{self._number} {printable(head.method, 40)} {prefix}{printable(head.path)}"
         line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
+        line += self._tokens.note() if self._request.is_message else ""
         return line + "".join(f" ({note})" for note in notes)
 
 
@@ -3796,10 +4008,12 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         self._client.send_error(error, CLOSE)
 
     def _report_health(self, head: RequestHead) -> None:
-        health, content_type = self._router.health(), b"application/json"
+        health, content_type = self._router.health(head.mode), b"application/json"
         text = json.dumps(health, indent=2)
-        if b"line" in head.target.partition(b"?")[2].split(b"&"):
-            text, content_type = status_line(health), b"text/plain; charset=utf-8"
+        query = urllib.parse.parse_qs(head.target.partition(b"?")[2].decode("ascii"), True)
+        if "line" in query:
+            models = self._router.sessions.get(query.get("session", [""])[0])
+            text, content_type = status_line(health, models), b"text/plain; charset=utf-8"
         fields = b"Cache-Control: no-store\r\n"
         if not head.keep_alive or self._router.draining or self._is_crowded:
             fields += CLOSE
@@ -5764,10 +5978,18 @@ def cmd_explain(context: Context) -> None:
             raise RouterError("no model has passed yet: name one, as in `rrouter explain "
                               "claude-sonnet-5-5`")
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
-        found = {mode: match_rule(rules, model) for mode, rules in config.modes.items()}
-        rows = [(f"  {mode}", printable(f"{rule.rewrite} (rule {rule.match})" if rule else
-                                        f"{model} (no rule matches)"))
-                for mode, rule in found.items()]
+        rows = []
+        for mode, rules in config.modes.items():
+            label = f"  {mode}"
+            for rule in rules_for(rules, model):
+                limits = [f", {key} {glob}" for key, glob in zip(RULE_KEYS[2:], rule[2:]) if glob]
+                text = f"{rule.rewrite} (rule {rule.match}{''.join(limits)})"
+                rows.append((label, printable(text)))
+                label = ""
+                if not limits:
+                    break
+            else:
+                rows.append((label, printable(f"{model} (no rule matches)")))
         if not config.auto_error:
             first, second = config.auto.targets
             text = f"{first} first, {second} if it fails"
@@ -5962,6 +6184,59 @@ def cmd_help(context: Context) -> None:
 def cmd_version(_: Context) -> None:
     """Print the version."""
     print(f"rrouter {__version__}")
+
+
+# Command line: usage ##########################################################
+
+_USAGE_LINE = re.compile(
+    r"(\S+) \S+ \[REQ\] #\d+ \S+ \S+(?<!/count_tokens) .+ -> (\S+) (.+) (\d+) \d+\.\d\ds"
+    r"(?: in (\d+)\+(\d+) out (\d+))?(.*)")
+_USAGE_FAILED = re.compile(r"\((?:error event|stream without|the upstream )")
+USAGE_COLUMNS = "requests", "rescued", "failed", "in", "fromCache", "out"
+
+
+def add_up(lines: Iterable[bytes]) -> dict[tuple[str, str, str], Counter[str]]:
+    """Return the sums of USAGE_COLUMNS by day, target and model, from the lines of a log."""
+    sums: dict[tuple[str, str, str], Counter[str]] = {}
+    for line in lines:
+        found = _USAGE_LINE.match(line.decode("utf-8", "replace"))
+        if found:
+            day, target, model, status, *tokens, notes = found.groups("0")
+            failed = status != "499" and (status >= "400" or bool(_USAGE_FAILED.search(notes)))
+            rescued = status < "400" and not failed and " failed: " in notes
+            sums.setdefault((day, target, model), Counter()).update(
+                dict(zip(USAGE_COLUMNS, (1, rescued, failed, *map(int, tokens)))))
+    return sums
+
+
+def usage_table(sums: dict[tuple[str, str, str], Counter[str]], with_bars: bool) -> Iterator[str]:
+    """Yield the lines of the table: each day, with a bar of its tokens, then its rows."""
+    def row(name: str, counts: Counter[str]) -> str:
+        requests, rescued, failed, *tokens = (counts[column] for column in USAGE_COLUMNS)
+        cells = (f"{count / 1000:7.0f}" for count in tokens)
+        return f"{name:38.38}{requests:7}{rescued:8}{failed:6}{''.join(cells)}"
+
+    yield f"{'day, target, model; tokens in 1000':37}requests rescued failed   in cached    out"
+    days: Counter[str] = Counter()
+    for (day, _, _), counts in sums.items():
+        days[day] += counts["in"] + counts["fromCache"] + counts["out"]
+    for day, keys in itertools.groupby(sorted(sums), key=lambda key: key[0]):
+        length = 60 * days[day] // max(*days.values(), 1)
+        yield f"{day} {'#' * length}" if with_bars else day
+        yield from (row(f"  {key[1]} {key[2]}", sums[key]) for key in keys)
+    yield row("all", sum(sums.values(), Counter()))
+
+
+def cmd_usage(context: Context) -> None:
+    """Print requests and tokens by day, target and model."""
+    sums = add_up(log_lines(context.paths.log, b"[REQ] ", sys.maxsize))
+    days = sorted({day for day, _, _ in sums})[-context.arguments.days:]
+    sums = {key: sums[key] for key in sorted(sums) if key[0] in days}
+    if context.arguments.json:
+        print(json.dumps([dict(zip(("day", "target", "model"), key), **counts)
+                          for key, counts in sums.items()], indent=2))
+    else:
+        print("\n".join(usage_table(sums, sys.stdout.isatty())))
 
 
 # Command line: check ##########################################################
@@ -6232,6 +6507,9 @@ COMMANDS = (
     Command("status", (), cmd_status, "show mode, target, requests and problems",
             (JSON, ("--watch", {**FLAG, "help": "again each second until Ctrl-C"})),
             "rrouter status --json | jq .currentTarget"),
+    Command("usage", (), cmd_usage, "add up requests and tokens by day and model",
+            (("--days", {"type": int, "default": 0, "metavar": "N", "help": "the last N alone"}),
+             JSON), "rrouter usage --days 7"),
     Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
     Command("auto", ("a",), cmd_mode, "let failures decide; again: end the cooldowns"),

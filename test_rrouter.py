@@ -972,6 +972,8 @@ class ParseConfigTest(unittest.TestCase):
          "modes.a.mappings[0].rewrite: missing"),
         ('{"modes": {"a": {"mappings": [{"match": "x", "rewrite": ""}]}}}',
          "mappings[0].rewrite: expected"),
+        ('{"modes": {"a": {"mappings": [{"match": "x", "rewrite": "y", "class": null}]}}}',
+         "mappings[0].class: expected a string that is not empty, found null"),
         ('{"modes": {"a": {}}, "defaultMode": "b"}',
          'defaultMode: expected one of a, auto, found "b"'),
         ('{"modes": {"a": {}}, "defaultMode": null}', "defaultMode: expected one of"),
@@ -988,6 +990,8 @@ class ParseConfigTest(unittest.TestCase):
         ("cooldownMinutes", [0], "auto.cooldownMinutes[0]: expected"),
         ("firstByteTimeoutSeconds", "9", "auto.firstByteTimeoutSeconds: expected"),
         ("firstByteTimeoutSeconds", 10 ** 400, "auto.firstByteTimeoutSeconds"),
+        ("stay", 61, "auto.stay: expected a number from 0 to 60, found 61"),
+        ("onSwitch", "notify-send", 'auto.onSwitch: expected a list of strings, a program and'),
     )
 
     def test_a_config_that_does_not_fit_is_refused_with_its_place(self):
@@ -1000,6 +1004,15 @@ class ParseConfigTest(unittest.TestCase):
             with self.subTest(text[:100]), self.assertRaises(rrouter.ConfigError) as caught:
                 rrouter.parse_config(text)
             self.assertIn(words, str(caught.exception))
+
+    def test_optional_members_are_kept(self):
+        rule = {"match": "m", "rewrite": "r", "agent": "explore", "class": "sub*"}
+        config = config_with(modes={"antigravity": {"mappings": [rule]}, "claude": {}},
+                             auto={"stay": 0.5, "onSwitch": ["notify-send", "{to}"]})
+        self.assertEqual(config.auto[-2:], (30, ("notify-send", "{to}")))
+        self.assertEqual(config.modes["antigravity"], (rrouter.Rule("m", "r", "explore", "sub*"),))
+        self.assertEqual(config.problems, ())
+        self.assertEqual(rrouter.parse_config(rrouter.config_text(config)), config)
 
     def test_unknown_keys_are_named_and_do_no_harm(self):
         config = rrouter.parse_config(
@@ -1106,6 +1119,43 @@ class RouteTest(unittest.TestCase):
                             for rule in rules.split()]
                 config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
                 self.assertEqual(rrouter.decide_route(config, "m", model), ("m", expected))
+
+    SENDERS = (
+        # the rule's agent and class, the request's, whether it matches
+        ("explore", "", "explore", "", True),           ("explore", "", "Explore", "", True),
+        ("explore", "", "explorer", "", False),         ("e*[er]", "sub*", "Explorer", "sub", True),
+        ("*", "", "", "main", False),                   ("", "*", "explore", "", False),
+        ("explore", "main", "explore", "sub", False),   ("", "", "explore", "sub", True),
+    )
+
+    def test_rule_with_agent_or_class_matches_only_their_requests(self):
+        for *rule, agent, kind, expected in self.SENDERS:
+            with self.subTest(rule=rule, agent=agent, kind=kind):
+                found = rrouter.match_rule([rrouter.Rule("*", "g", *rule)], "m",
+                                           lambda: agent, lambda: kind)
+                self.assertEqual(found is not None, expected)
+
+    def test_agent_is_asked_for_only_if_a_rule_for_the_model_has_one(self):
+        rules = rrouter.Rule("other", "g", "*"), rrouter.Rule("*", "g", "", "main")
+        self.assertIsNone(rrouter.match_rule(rules, "m", self.fail))
+
+    AGENTS = (
+        # the agent, the members of the body after its model
+        ("explore", '"system":"You are oh-my-claudecode:explore."'),
+        ("deep-executor_2", '"messages":[{"content":"oh-my-claudecode:critic"}],"system":[{"text":'
+                            '"Go"},{"text":"oh-my-claudecode:deep-executor_2\\n\xed\x95\x9c"}]'),
+        ("", '"messages":[{"content":"oh-my-claudecode:explore"}],"system":"Go"'),
+        ("", '"messages":[{"system":"oh-my-claudecode:explore"}]'),
+        ("", '"system":"Go","system":"oh-my-claudecode:explore"'),
+        ("", '"messages":[oh-my-claudecode:explore'),
+    )
+
+    def test_agent_is_named_by_the_system_prompt_alone(self):
+        for agent, members in self.AGENTS:
+            for kind in (bytes, bytearray, memoryview):
+                with self.subTest(members, kind=kind):
+                    body = kind(('{"model":"m",%s}' % members).encode("latin-1"))
+                    self.assertEqual(rrouter.find_agent(body), agent)
 
     def test_more_rules_than_fnmatch_caches_cost_little(self):
         rules = [rrouter.Rule(f"model-{number}-*", "g") for number in range(5000)]
@@ -1537,6 +1587,44 @@ class StreamScanTest(unittest.TestCase):
                 self.assertEqual(rrouter.asks_for_stream(body), expected)
 
 
+class TokenReaderTest(unittest.TestCase):
+
+    START = event("message_start", message={"type": "message", "usage": {
+        "input_tokens": 1200, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 48211,
+        "output_tokens": 1, "cache_creation": {"ephemeral_1h_input_tokens": 7}}})
+    TALK = event("content_block_delta", delta={"text": '"output_tokens":7,' + "x" * 5000})
+    END = event("message_delta", usage={"input_tokens": 0, "output_tokens": 512})
+    WHOLE = START + event("message_delta", usage={"output_tokens": 9}) + END + event("message_stop")
+    NOTE = " in 1203+48211 out 512"
+    BODY = json.dumps({"type": "message", "content": [{"input": {"usage": {"output_tokens": 9}}}],
+                       "usage": {"input_tokens": 5, "output_tokens": 6}}).encode()
+    LONG, PACKED = START + 500 * TALK + END, gzip.compress(START + 500 * TALK + END)
+    CASES = (
+        # content encoding, payloads, note
+        ("", [WHOLE.replace(b"\n", b"\r")], NOTE), ("", [LONG], NOTE),
+        ("", [START, *[TALK] * 99, END], NOTE), ("", [BODY], " in 5+0 out 6"),
+        ("", [b" " * 9000, BODY[:60], BODY[60:]], " in 5+0 out 6"), ("", [TALK, b"", b"[]"], ""),
+        ("", [event("message_delta", usage={"output_tokens": True, "input_tokens": -1})], ""),
+        ("", [b'{"output_tokens":%d}' % 10 ** 12, b'{"output_tokens":1'], ""),
+        ("gzip", [PACKED], NOTE), ("gzip", [b"%c" % byte for byte in PACKED], NOTE),
+        ("gzip", [PACKED[:20] + b"damaged" * 9, END], ""), ("br", [zlib.compress(WHOLE)], ""),
+    )
+
+    def test_counts_come_from_both_ends_of_a_response(self):
+        for coding, payloads, note in self.CASES:
+            with self.subTest(coding=coding, first=payloads[0][:80], note=note):
+                self.assertEqual(self.note(coding, payloads), note)
+        for size in (1, 7, 100):
+            pieces = [self.WHOLE[at:at + size] for at in range(0, len(self.WHOLE), size)]
+            self.assertEqual(self.note("", pieces), self.NOTE, size)
+
+    def note(self, coding, payloads):
+        reader = rrouter.TokenReader(coding)
+        for payload in payloads:
+            reader.feed(payload)
+        return reader.note()
+
+
 class MessageTest(unittest.TestCase):
 
     SILENT = b'{"type":"message","content":[],"stop_reason":"%b","usage":{"output_tokens":0}}'
@@ -1679,7 +1767,7 @@ def outcome(fault=None, status=None, **changes):
 
 
 TARGETS = ("ag", "cl")
-STEP = re.compile(r"(?:(\d+)\*)?(?:(\w+)/)?([a-z+]+)(?::(\w+))?")
+STEP = re.compile(r"(?:(\d+)\*)?(?:([A-Z])\.)?(?:(\w+)/)?([a-z+]+)(?::(\w+))?")
 
 
 class FailoverWalk(unittest.TestCase):
@@ -1687,8 +1775,8 @@ class FailoverWalk(unittest.TestCase):
 
     The words of a walk: `ag` is a request that fails on ag and is rescued by cl; `ag+cl` fails on
     both, `ok` on none; `late` fails after its first content, wherever it goes.  `ag:401` has
-    another status, `ag:TIMEOUT` another fault, `opus/ag` another model; `3*ag` is three requests,
-    `30m` half an hour.
+    another status, `ag:TIMEOUT` another fault, `opus/ag` another model, `S.ag` comes from session
+    S; `3*ag` is three requests, `30m` half an hour.
     """
 
     def setUp(self):
@@ -1703,13 +1791,13 @@ class FailoverWalk(unittest.TestCase):
             if step.endswith("m"):
                 self.clock.advance(60 * int(step[:-1]))
                 continue
-            count, model, dead, failure = STEP.fullmatch(step).groups()
+            count, session, model, dead, failure = STEP.fullmatch(step).groups()
             for _ in range(int(count or 1)):
-                tried = self.request(model or "opus", dead, failure or "429")
+                tried = self.request(model or "opus", dead, failure or "429", session or "")
         return tried
 
-    def request(self, model, dead, failure):
-        tickets = [self.failover.admit(model, TARGETS)]
+    def request(self, model, dead, failure, session):
+        tickets = [self.failover.admit(model, TARGETS, session)]
         if dead == "late":
             ticket = self.failover.commit(tickets[0])[0]
             self.charge(ticket, self.failure("NO_MESSAGE", direct=True))
@@ -1900,6 +1988,49 @@ class WalkTest(FailoverWalk):
             self.walk("m%d/ag haiku/ok " % number * 3)
         self.assertIn("m257 cl 1 ", self.state())
         self.assertLessEqual(len(self.failover.report(True)["models"]), 256)
+
+
+AWAY = "3*P.haiku/ag 26m S.ok T.ok P.ok 4m "        # S and T send to cl, until a cooldown is over
+BACK = AWAY + "P.haiku/ok "
+STAYS = (
+    # what holds, then steps and the targets that the last request tried, by turns
+    ("a session stays until it pauses", BACK + "S.ok", "cl", "4m S.ok", "cl", "5m S.ok", "ag"),
+    ("one that has paused returns", BACK + "2m T.ok", "ag"),
+    ("others return at once", BACK + "ok", "ag", "P.ok", "ag", "N.ok", "ag", "S.haiku/ok", "ag"),
+    ("at most an hour", BACK + "S.ok " + "3m S.ok " * 20, "cl", "3m S.ok", "ag"),
+    ("a failure ends the stay", BACK + "S.cl", "cl ag", "S.ok", "ag", "T.late", "cl", "T.ok", "ag"),
+    ("where it was rescued", "3*S.ag:SHELF 1m P.ok S.ok", "cl", "T.ag", "ag cl", "T.ok", "ag"),
+    ("a switch ends the stay", BACK + "T.ok 3*N.ag T.ok", "cl", "3*N.cl T.ok", "ag"),
+    ("a return without a probe moves all", "3*S.ag S.ok 3*T.cl S.ok", "ag"),
+    ("a failed probe moves none", AWAY + "P.haiku/ag S.ok", "cl"),
+    ("a model alone", "opus/ag haiku/ok " * 3 + "29m S.ok 1m P.ok S.ok", "cl", "P.ok", "ag"),
+)
+
+
+class StayTest(FailoverWalk):
+    """After a recovery a session stays where its prompt cache is until it pauses."""
+
+    def test_sessions_go_to_these_targets(self):
+        for what, *turns in STAYS:
+            with self.subTest(what):
+                self.setUp()
+                for steps, targets in zip(turns[::2], turns[1::2]):
+                    self.assertEqual(" ".join(self.walk(steps)), targets, steps)
+
+    def test_auto_again_moves_all_and_a_stay_of_0_lets_none_stay(self):
+        for stay_s in (0, 300):
+            self.failover.reset(self.auto._replace(stay_s=stay_s), "")
+            self.walk(BACK)
+            if stay_s:
+                self.failover.reset(self.auto, "")
+            self.assertEqual(self.walk("S.ok"), ["ag"])
+
+    def test_256_are_remembered_and_names_that_are_too_long_are_not(self):
+        self.walk("3*ag S.ok " + "S.%s/ok " % ("m" * 257))
+        for number in range(255):
+            self.walk("T.m%d/ok" % number)
+        self.walk("30m")
+        self.assertEqual(len(self.failover._places), 256)
 
 
 class SavedStateTest(FailoverWalk):
@@ -4304,6 +4435,53 @@ class SilenceTest(AutoTest):
         self.assert_state()
 
 
+class HookTest(AutoTest):
+    """auto.onSwitch: a program that runs at each move."""
+
+    limits = {"HOOK_S": 0.5}
+    NOTE = ("import sys; print('noise'); open(sys.argv[1], 'a').write(' '.join(sys.argv[2:] + "
+            "[chr(10)]))")
+
+    def test_it_runs_at_each_switch_and_recovery_with_the_words_as_arguments(self):
+        path = self.rrouter.home.dir / "moves"
+        self.configure(auto_config(onSwitch=[
+            sys.executable, "-c", self.NOTE, str(path), "{from}>{to} $HOME {} {x}",
+            "{scope}|{reason}", "{minutes}"]))
+        self.trip()
+        wait_until(path.exists)
+        self.script()
+        self.ask_for("1801 a")
+        wait_until(lambda: path.read_text().count("\n") == 2)
+        self.assertEqual(path.read_text().splitlines(), [
+            "antigravity>claude $HOME {} {x} auto|3 consecutive HTTP errors, last 429 30 ",
+            "claude>antigravity $HOME {} {x} auto|responds again 0 "])
+
+    def test_one_that_fails_or_hangs_delays_nothing_and_has_one_line(self):
+        for command, words in (
+                (["/nowhere"], "/nowhere: [Errno 2] No such file"),
+                (["a\0"], "a\\x00: embedded null byte"),
+                (["sh", "-c", "exit 3"], "sh: ended with status 3"),
+                (["sleep", "60"], "sleep: did not end within 0.5 s")):
+            self.configure(auto_config(onSwitch=command))
+            self.set_mode("auto")
+            before, start = len(self.rrouter.log()), time.monotonic()
+            self.trip()
+            self.assertLess(time.monotonic() - start, 0.4)
+            wait_until(lambda: self.rrouter.log()[before:].count("onSwitch: " + words) == 1)
+        if LINUX:
+            wait_until(lambda: len(processes(self.rrouter.home)) == 1)
+
+    def test_a_session_stays_where_it_sent_lately_when_another_one_recovers_the_target(self):
+        other = {"fields": (("X-Claude-Code-Session-Id", "S"),)}
+        self.trip()
+        self.script()
+        self.ask_for("1700 c", **other)
+        self.ask_for("101 a a")
+        self.ask_for("c", **other)
+        self.set_mode("auto")
+        self.ask_for("a", **other)
+
+
 class UpstreamAwayTest(AutoTest):
     """A request waits up to 15 s for an upstream that is not there, and that is neutral."""
 
@@ -4570,6 +4748,109 @@ class StatusLineTest(unittest.TestCase):
                     "mode": "claude", "problems": ["x"] * problems,
                     "autoSwitch": {**self.AUTO, **changes}}))
 
+    def test_it_says_which_models_a_session_asked_for_and_got(self):
+        auto = {**self.AUTO, "models": {"opus": {**self.AUTO, "reason": "2 consecutive timeouts"}}}
+        for models, active, line in (
+                (("claude-opus-5-5", "gemini-3.8-flash"), True,
+                 "asked opus-5-5, answered gemini-3.8-flash (antigravity 429, 23m)"),
+                (("opus", "b"), True, "asked opus, answered b (antigravity timeouts, 23m)"),
+                (("claude-x", "claude-x"), False, "asked x, answered x")):
+            with self.subTest(line):
+                self.assertEqual(line, rrouter.status_line({
+                    "mode": "claude", "problems": [], "autoSwitch": {**auto, "active": active}},
+                    models))
+
+
+class ModeInTargetTest(RouterTest):
+    """A target that begins with /@MODE; the mode file says antigravity."""
+
+    TARGETS = (
+        # target of the client,               the upstream's,         model there
+        ("/@claude/v1/messages?beta=true",    "/v1/messages?beta=true", SONNET),
+        ("/@CL%61ude/v1/x%2F?/@y",            "/v1/x%2F?/@y",         SONNET),
+        ("/@auto/v1/x",                       "/v1/x",                GEMINI_SONNET),
+        ("http://localhost/@claude/a",        "/a",                   SONNET),
+        ("/@claude",                          "/",                    SONNET),
+        ("/@claude?a",                        "/?a",                  SONNET),
+        ("/@claude/@auto/v1/messages",        "/@auto/v1/messages",   SONNET),
+        ("/v1/@claude/messages",              "/v1/@claude/messages", GEMINI_SONNET),
+        ("//@claude/v1",                      "//@claude/v1",         GEMINI_SONNET),
+    )
+
+    def test_it_is_served_in_that_mode_and_goes_on_without_it(self):
+        for target, forwarded, model in self.TARGETS:
+            with self.subTest(target):
+                self.upstream.clear()
+                self.assertEqual(self.rrouter.post(target=target).status, 200)
+                (received,) = self.upstream.received
+                self.assertEqual((received.target, received.model), (forwarded, model))
+        wait_until(lambda: " POST /@claude/@auto/v1/messages " in self.rrouter.log())
+
+    def test_unknown_one_is_refused_with_the_names_of_the_modes(self):
+        before = self.rrouter.health()["requestCount"]
+        for target in ("/@gemini/v1/messages", "/@/v1/messages", "/@gemini/health?line"):
+            reply = self.assert_refused(request_bytes("GET", target), 404)
+            self.assert_error(reply, 404, "(defined: antigravity, claude, auto)")
+        self.assertEqual(self.rrouter.health()["requestCount"], before)
+
+    def test_health_shows_it(self):
+        for mode, line in (("claude", "claude"), ("auto", "auto → antigravity")):
+            self.assertEqual(self.get(f"/@{mode}/health").json()["mode"], mode)
+            self.assertEqual(self.get(f"/@{mode}/health?line").body.decode(), line + "\n")
+
+
+class SessionTest(RouterTest):
+    """GET /health?line&session=ID."""
+
+    def line(self, session):
+        return self.get("/health?line&session=" + session).body.decode().strip()
+
+    def post_as(self, session, model=SONNET, target="/v1/messages", **members):
+        return self.rrouter.post(model, target, (("x-claude-code-session-id", session),), **members)
+
+    def test_it_names_the_models_of_its_last_answered_request(self):
+        self.post_as("one")
+        self.post_as("two 2", target="/@claude/v1/messages")
+        self.post_as("two 2", "x", target="/v1/messages/count_tokens")
+        self.rrouter.post(fields=())
+        self.upstream.play(error(429))
+        self.post_as("one", "claude-opus-5-5")
+        self.assertEqual(self.line("one"), "asked sonnet-5-5, answered " + GEMINI_SONNET)
+        self.assertEqual(self.line("two%202"), "asked sonnet-5-5, answered sonnet-5-5")
+        self.assertEqual((self.line("three"), self.line("")), ("antigravity",) * 2)
+
+    def test_only_the_last_256_are_kept(self):
+        for number in range(257):
+            self.post_as(f"s{number}", "m")
+        self.post_as("s9", "x\n" * 999)
+        long = "x\\n" * 20 + "..."
+        self.assertEqual([self.line("s0"), self.line("s1"), self.line("s9")],
+                         ["antigravity", "asked m, answered m", f"asked {long}, answered {long}"])
+
+
+class AgentRuleTest(RouterTest):
+    """Rules for agents and classes, through the router."""
+
+    config = {**DEFAULT_CONFIG, "modes": {**DEFAULT_CONFIG["modes"], "antigravity": {"mappings": [
+        {"match": "*", "rewrite": "large", "agent": "explore"},
+        {"match": "*", "rewrite": "small", "class": "compaction"}]}}}
+
+    def test_headers_and_system_prompt_choose_the_rule(self):
+        system = {"system": [{"type": "text", "text": "You are oh-my-claudecode:explore"}]}
+        for agent, kind, members, model in (
+                (None, None, {}, SONNET), (None, None, system, "large"),
+                ("Explore", None, {}, "large"), ("Plan", None, system, SONNET),
+                ("custom", None, system, "large"), ("custom", "main", {}, SONNET),
+                (None, "compaction", {}, "small")):
+            fields = [field for field in (("X-Claude-Code-Agent-Type", agent),
+                                          ("x-claude-code-request-class", kind)) if field[1]]
+            with self.subTest(fields=fields, members=members):
+                self.upstream.clear()
+                self.rrouter.post(fields=fields, **members)
+                self.assertEqual(self.upstream.received[0].model, model)
+                self.assertEqual(self.upstream.received[0].fields[1:-1], fields)
+        self.assertEqual(self.rrouter.health()["problems"], [])
+
 
 class HealthTest(RouterTest):
 
@@ -4710,6 +4991,18 @@ class RequestLineTest(RouterTest):
             self.assertIn(line.group(0), self.rrouter.printed())
         self.assertNotIn("/health", self.rrouter.log())
         self.assertNotIn("limit=", self.rrouter.log())
+
+    def test_message_has_the_tokens_that_its_response_reports(self):
+        events, body = TokenReaderTest.WHOLE, TokenReaderTest.BODY
+        packed = Response(200, gzip.compress(body), fields=(("Content-Encoding", "gzip"),))
+        self.upstream.play(sse(events), sse(events, framing="close"), packed, error(429),
+                           Response(200, body), Response(200, body))
+        for target in ("messages", "@auto/v1/messages", "@auto/v1/messages", "@auto/v1/messages",
+                       "messages/count_tokens"):
+            self.rrouter.post(target=("/v1/" if target[0] == "m" else "/") + target)
+        self.assertEqual([line["notes"] for line in self.lines()[-5:]], [
+            TokenReaderTest.NOTE, TokenReaderTest.NOTE, " in 5+0 out 6",
+            " in 5+0 out 6 (antigravity failed: 429)", ""])
 
     def test_refused_request_has_a_line_with_its_status(self):
         # The last one would need no preflight; its body, in which another one hides, goes unread.
@@ -6855,6 +7148,56 @@ class ConfigCommandTest(CommandTest):
         self.assertEqual((mine / "mode").read_text(), "auto\n")
         self.assertEqual([json.loads(path.read_text()) for path in self.backups()],
                          [switchboard(2)])
+
+
+class UsageTest(CommandTest):
+    """`rrouter usage` reads the rotated logs."""
+
+    REQ = "[REQ] #1 POST /v1/messages claude-opus-5-5 -> "
+    TO = "2026-02-03 10:00:00.000 " + REQ + "antigravity gemini "
+    LOGS = {
+        ".3": ("2026-01-01 10:00:00.000 " + REQ + "claude old 200 1.00s in 1499+2 out 3",),
+        ".1": (TO + "200 1.00s in 1203+48211 out 512", "2026-02-03 10:00:01.000 [AUTO] #1 " + REQ,
+               "half a li"),
+        "": (TO + "200 1.00s (claude failed: 429)", TO + "400 0.02s (claude failed: 429)",
+             TO + "200 0.02s in 7+0 out 1 (error event in the stream)",
+             TO + "499 9.00s (timeout, ended by the client)",
+             "2026-02-03 10:00:06.000 [REQ] #7 GET /v1/models 200 1.00s",
+             "2026-02-03 10:00:07.000 [REQ] #8 POST /@claude/v1/messages a b -> c d -> claude e "
+             "200 0.10s (sent again: the kept connection was stale)",
+             "2026-02-03 10:00:08.000 [REQ] #9 POST /v1/messages/count_tokens a -> claude e 200 "
+             "0.10s")}
+
+    def setUp(self):
+        super().setUp()
+        (self.home.dir / "logs").mkdir(parents=True)
+        for name, lines in self.LOGS.items():
+            self.home.write("logs/rrouter.log" + name, "\n".join(lines) + "\n")
+
+    def test_it_adds_up_by_day_target_and_model(self):
+        for days, expected in ((["--days=1"], 2), (["--days=9999999"], 3), ([], 3)):
+            done = self.run_here("usage", "--json", *days, check=0)
+            rows = [list(row.values()) for row in json.loads(done.stdout)]
+            self.assertEqual(rows[-2:], [
+                ["2026-02-03", "antigravity", "gemini", 5, 1, 2, 1210, 48211, 513],
+                ["2026-02-03", "claude", "e", 1, 0, 0, 0, 0, 0]])
+            self.assertEqual(len(rows), expected)
+
+    def test_it_is_a_table_within_80_columns_with_bars_on_a_terminal(self):
+        self.assertEqual(self.run_here("usage", check=0).stdout.splitlines(), [
+            "day, target, model; tokens in 1000   requests rescued failed   in cached    out",
+            "2026-01-01",
+            "  claude old                                1       0     0      1      0      0",
+            "2026-02-03",
+            "  antigravity gemini                        5       1     2      1     48      1",
+            "  claude e                                  1       0     0      0      0      0",
+            "all                                         7       1     2      3     48      1"])
+        key = "2026-02-03", "antigravity", "m" * 99
+        for count, bar in ((999_999, "#" * 60), (1, "#" * 60), (0, "")):
+            counts = collections.Counter(dict.fromkeys(rrouter.USAGE_COLUMNS, count))
+            lines = list(rrouter.usage_table({key: counts}, True))
+            self.assertEqual(lines[1], f"2026-02-03 {bar}")
+            self.assertLessEqual(max(map(len, lines)), 80)
 
 
 class CopiedFileTest(LoopbackTest):
