@@ -191,9 +191,8 @@ HOP_BY_HOP = frozenset((
 
 # The types that Anthropic's API uses with these statuses; Claude Code shows and sorts by them.
 ERROR_TYPES = {
-    403: "permission_error", 404: "not_found_error", 408: "timeout_error",
-    413: "request_too_large", 500: "api_error", 502: "api_error", 503: "overloaded_error",
-    504: "timeout_error"}
+    403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "request_too_large",
+    500: "api_error", 502: "api_error", 503: "overloaded_error", 504: "timeout_error"}
 
 # Claude Code's patterns (lower case, without backticks), then the wordings of Gemini, which it does
 # not know.  A row matches if all its words are present, in any order.
@@ -697,9 +696,6 @@ def config_of(content: bytes | None) -> Config:
 def config_text(config: Config) -> str:
     """Return the JSON text that `parse_config` reads as `config`."""
     auto = config.auto
-    optional: dict[str, Any] = {"stay": tidy(auto.stay_s / 60)} if auto.stay_s != STAY_S else {}
-    if auto.on_switch:
-        optional["onSwitch"] = list(auto.on_switch)
     return json.dumps({
         "modes": {name: {"mappings": [{key: text for key, text in zip(RULE_KEYS, rule) if text}
                                       for rule in rules]}
@@ -710,7 +706,9 @@ def config_text(config: Config) -> str:
             "failureThreshold": auto.failure_threshold,
             "timeoutThreshold": auto.timeout_threshold,
             "cooldownMinutes": [tidy(seconds / 60) for seconds in auto.cooldowns_s],
-            "firstByteTimeoutSeconds": tidy(auto.first_byte_s), **optional},
+            "firstByteTimeoutSeconds": tidy(auto.first_byte_s),
+            **({"stay": tidy(auto.stay_s / 60)} if auto.stay_s != STAY_S else {}),
+            **({"onSwitch": list(auto.on_switch)} if auto.on_switch else {})},
     }, indent=2, ensure_ascii=False)
 
 
@@ -798,9 +796,9 @@ def _glob(pattern: str) -> Callable[[str], object]:
 
 
 def _suits(glob: str, find: Callable[[], str]) -> bool:
-    """Return whether the name that `find` returns matches the glob in any case, if there is one."""
-    name = find() if glob else ""       # Claude Code's agent Explore is the explore of others
-    return not glob or bool(name and re.match("(?i)" + fnmatch.translate(glob), name))
+    """Return True without a glob, or if what `find` finds matches it in any case."""
+    name = find().lower() if glob else ""       # Claude Code says Explore
+    return not glob or bool(name and _glob(glob.lower())(name))
 
 
 def rules_for(rules: Iterable[Rule], model: str) -> Iterator[Rule]:
@@ -808,17 +806,17 @@ def rules_for(rules: Iterable[Rule], model: str) -> Iterator[Rule]:
     return (rule for rule in rules if model == rule.match or _glob(rule.match)(model))
 
 
-def match_rule(rules: Iterable[Rule], model: str, find_agent: Callable[[], str] = str,
-               find_class: Callable[[], str] = str) -> Rule | None:
-    """Return the first rule that matches `model`, the agent and the class, or None."""
-    return next((rule for rule in rules_for(rules, model) if _suits(rule.agent, find_agent)
-                 and _suits(rule.request_class, find_class)), None)
+def match_rule(rules: Iterable[Rule], model: str, agent: Callable[[], str] = str,
+               request_class: Callable[[], str] = str) -> Rule | None:
+    """Return the first rule that matches `model` and what the functions return, or None."""
+    return next((rule for rule in rules_for(rules, model) if _suits(rule.agent, agent)
+                 and _suits(rule.request_class, request_class)), None)
 
 
 def decide_route(config: Config, target: str, model: str | None,
-                 *find: Callable[[], str]) -> Route:
+                 *sender: Callable[[], str]) -> Route:
     """Return where a request for `model` goes when it is the turn of `target`."""
-    rule = match_rule(config.modes[target], model, *find) if model is not None else None
+    rule = match_rule(config.modes[target], model, *sender) if model is not None else None
     return Route(target, model if rule is None else rule.rewrite)
 
 
@@ -1516,22 +1514,17 @@ class TokenReader:
 
     def __init__(self, coding: str) -> None:
         self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding == "gzip" else None
-        self._text = b""                # both ends of the response
+        self._text = bytearray()        # both ends of the response
 
     def feed(self, payload: bytes) -> None:
         """Read more of the response; in an encoding other than gzip it says nothing."""
-        if self._decoder is None:
-            self._keep(payload)
+        try:
+            self._text += (self._decoder.decompress(payload, READ_AHEAD_MAX_BYTES)
+                           if self._decoder is not None else payload)
+        except zlib.error:              # damaged, or more than READ_AHEAD_MAX_BYTES at once
             return
-        with contextlib.suppress(zlib.error):
-            while payload:
-                self._keep(self._decoder.decompress(payload, RECEIVE_BYTES))
-                payload = self._decoder.unconsumed_tail
-
-    def _keep(self, text: bytes) -> None:
-        self._text += text
-        if len(self._text) > 2 * self._END_BYTES:
-            self._text = self._text[:self._END_BYTES] + self._text[-self._END_BYTES:]
+        if len(self._text) > 4 * self._END_BYTES:
+            del self._text[self._END_BYTES:-self._END_BYTES]
 
     def note(self) -> str:
         """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
@@ -1875,7 +1868,7 @@ class Failover:
     def _clear(self, auto: AutoSettings) -> None:
         self._auto, self._whole = auto, Breaker(auto.targets, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
-        # By session and model: the target used last, when, and until when the session may stay.
+        # By session and model: the target used last, when, and the end of its stay there.
         self._places: OrderedDict[tuple[str, str], tuple[str, float, float]] = OrderedDict()
 
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
@@ -1897,20 +1890,20 @@ class Failover:
             ticket = self._ticket(targets[0], model, targets)._replace(session=session)
             if ticket.generation == OUTDATED:
                 return ticket
-            cached, sent_at, until = self._places.get((session, model), ("", 0.0, 0.0))
-            if cached != breaker.current and now <= until and now - sent_at < self._auto.stay_s:
+            cached, sent_at, end = self._places.get((session, model), ("", 0.0, 0.0))
+            if cached != breaker.current and now <= end and now - sent_at < self._auto.stay_s:
                 ticket = ticket._replace(target=cached, generation=OUTDATED)
             else:
                 target, probe = breaker.admit(now)
                 ticket = ticket._replace(
                     target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf)
-                until = 0.0
-            return self._note_place(ticket, now, until)
+                end = 0.0
+            return self._note_place(ticket, now, end)
 
-    def _note_place(self, ticket: Ticket, now: float, until: float = 0.0) -> Ticket:
-        """Remember where a session sends something, and until when it may stay there."""
+    def _note_place(self, ticket: Ticket, now: float, end: float = 0.0) -> Ticket:
+        """Remember where a session sends something, and the end of its stay there."""
         if ticket.session and len(ticket.model) <= MODEL_NAME_MAX:
-            remember(self._places, (ticket.session, ticket.model), (ticket.target, now, until))
+            remember(self._places, (ticket.session, ticket.model), (ticket.target, now, end))
         return ticket
 
     def rescue(self, ticket: Ticket, targets: tuple[str, str]) -> Ticket:
@@ -3386,10 +3379,6 @@ class Request(NamedTuple):
         name = self.head.fields.text(b"x-claude-code-agent-type")
         return (find_agent(self.body) if name in ("", "custom") else "") or name
 
-    def find_class(self) -> str:
-        """Return the class of the request, as Claude Code sees it."""
-        return self.head.fields.text(b"x-claude-code-request-class")
-
 
 FAULT_OF_ERROR = {UpstreamTimeout: Fault.TIMEOUT, UpstreamUnreachable: Fault.UNREACHABLE}
 
@@ -3746,7 +3735,8 @@ class Exchange:
         """Return the attempt whose response the client gets, after at most two."""
         config, request, failover = snapshot.config, self._request, self._router.failover
         model, targets = request.model, config.auto.targets
-        sender = lru_cache(None)(request.find_agent), request.find_class
+        sender = (lru_cache(None)(request.find_agent),      # the body is searched once
+                  partial(request.head.fields.text, b"x-claude-code-request-class"))
         if snapshot.mode != MODE_AUTO:
             return self._try(decide_route(config, snapshot.mode, model, *sender))
         routes = {target: decide_route(config, target, model, *sender) for target in targets}
@@ -5981,15 +5971,13 @@ def cmd_explain(context: Context) -> None:
         rows = []
         for mode, rules in config.modes.items():
             label = f"  {mode}"
-            for rule in rules_for(rules, model):
-                limits = [f", {key} {glob}" for key, glob in zip(RULE_KEYS[2:], rule[2:]) if glob]
-                text = f"{rule.rewrite} (rule {rule.match}{''.join(limits)})"
-                rows.append((label, printable(text)))
+            for rule in (*rules_for(rules, model), Rule("", model)):
+                words = ", ".join(f"{key} {glob}" for key, glob in zip(
+                    ("rule", *RULE_KEYS[2:]), (rule.match, *rule[2:])) if glob)
+                rows.append((label, printable(f"{rule.rewrite} ({words or 'no rule matches'})")))
                 label = ""
-                if not limits:
+                if not any(rule[2:]):
                     break
-            else:
-                rows.append((label, printable(f"{model} (no rule matches)")))
         if not config.auto_error:
             first, second = config.auto.targets
             text = f"{first} first, {second} if it fails"
@@ -6205,7 +6193,7 @@ def add_up(lines: Iterable[bytes]) -> dict[tuple[str, str, str], Counter[str]]:
             failed = status != "499" and (status >= "400" or bool(_USAGE_FAILED.search(notes)))
             rescued = status < "400" and not failed and " failed: " in notes
             sums.setdefault((day, target, model), Counter()).update(
-                dict(zip(USAGE_COLUMNS, (1, rescued, failed, *map(int, tokens)))))
+                dict(zip(USAGE_COLUMNS, (1, int(rescued), int(failed), *map(int, tokens)))))
     return sums
 
 
@@ -6508,7 +6496,7 @@ COMMANDS = (
             (JSON, ("--watch", {**FLAG, "help": "again each second until Ctrl-C"})),
             "rrouter status --json | jq .currentTarget"),
     Command("usage", (), cmd_usage, "add up requests and tokens by day and model",
-            (("--days", {"type": int, "default": 0, "metavar": "N", "help": "the last N alone"}),
+            (("--days", {"type": int, "default": 0, "metavar": "N", "help": "the last N days"}),
              JSON), "rrouter usage --days 7"),
     Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),

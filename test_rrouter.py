@@ -1009,9 +1009,8 @@ class ParseConfigTest(unittest.TestCase):
         rule = {"match": "m", "rewrite": "r", "agent": "explore", "class": "sub*"}
         config = config_with(modes={"antigravity": {"mappings": [rule]}, "claude": {}},
                              auto={"stay": 0.5, "onSwitch": ["notify-send", "{to}"]})
-        self.assertEqual(config.auto[-2:], (30, ("notify-send", "{to}")))
-        self.assertEqual(config.modes["antigravity"], (rrouter.Rule("m", "r", "explore", "sub*"),))
-        self.assertEqual(config.problems, ())
+        self.assertEqual((config.auto[-2:], *config.modes["antigravity"], config.problems), (
+            (30, ("notify-send", "{to}")), rrouter.Rule("m", "r", "explore", "sub*"), ()))
         self.assertEqual(rrouter.parse_config(rrouter.config_text(config)), config)
 
     def test_unknown_keys_are_named_and_do_no_harm(self):
@@ -1152,10 +1151,10 @@ class RouteTest(unittest.TestCase):
 
     def test_agent_is_named_by_the_system_prompt_alone(self):
         for agent, members in self.AGENTS:
-            for kind in (bytes, bytearray, memoryview):
-                with self.subTest(members, kind=kind):
-                    body = kind(('{"model":"m",%s}' % members).encode("latin-1"))
-                    self.assertEqual(rrouter.find_agent(body), agent)
+            with self.subTest(members):
+                body = ('{"model":"m",%s}' % members).encode("latin-1")
+                for kind in (bytes, bytearray, memoryview):
+                    self.assertEqual(rrouter.find_agent(kind(body)), agent)
 
     def test_more_rules_than_fnmatch_caches_cost_little(self):
         rules = [rrouter.Rule(f"model-{number}-*", "g") for number in range(5000)]
@@ -1598,10 +1597,11 @@ class TokenReaderTest(unittest.TestCase):
     NOTE = " in 1203+48211 out 512"
     BODY = json.dumps({"type": "message", "content": [{"input": {"usage": {"output_tokens": 9}}}],
                        "usage": {"input_tokens": 5, "output_tokens": 6}}).encode()
-    LONG, PACKED = START + 500 * TALK + END, gzip.compress(START + 500 * TALK + END)
+    LONG, PACKED = START + 99 * TALK + END, gzip.compress(START + 99 * TALK + END)
     CASES = (
         # content encoding, payloads, note
         ("", [WHOLE.replace(b"\n", b"\r")], NOTE), ("", [LONG], NOTE),
+        ("", [b"%c" % byte for byte in WHOLE], NOTE),
         ("", [START, *[TALK] * 99, END], NOTE), ("", [BODY], " in 5+0 out 6"),
         ("", [b" " * 9000, BODY[:60], BODY[60:]], " in 5+0 out 6"), ("", [TALK, b"", b"[]"], ""),
         ("", [event("message_delta", usage={"output_tokens": True, "input_tokens": -1})], ""),
@@ -1614,9 +1614,6 @@ class TokenReaderTest(unittest.TestCase):
         for coding, payloads, note in self.CASES:
             with self.subTest(coding=coding, first=payloads[0][:80], note=note):
                 self.assertEqual(self.note(coding, payloads), note)
-        for size in (1, 7, 100):
-            pieces = [self.WHOLE[at:at + size] for at in range(0, len(self.WHOLE), size)]
-            self.assertEqual(self.note("", pieces), self.NOTE, size)
 
     def note(self, coding, payloads):
         reader = rrouter.TokenReader(coding)
@@ -2025,12 +2022,9 @@ class StayTest(FailoverWalk):
                 self.failover.reset(self.auto, "")
             self.assertEqual(self.walk("S.ok"), ["ag"])
 
-    def test_256_are_remembered_and_names_that_are_too_long_are_not(self):
-        self.walk("3*ag S.ok " + "S.%s/ok " % ("m" * 257))
-        for number in range(255):
-            self.walk("T.m%d/ok" % number)
-        self.walk("30m")
-        self.assertEqual(len(self.failover._places), 256)
+    def test_names_that_are_too_long_are_not_remembered(self):
+        self.walk("3*ag S.%s/ok" % ("m" * 257))
+        self.assertEqual(len(self.failover._places), 0)
 
 
 class SavedStateTest(FailoverWalk):
@@ -4468,18 +4462,13 @@ class HookTest(AutoTest):
             self.trip()
             self.assertLess(time.monotonic() - start, 0.4)
             wait_until(lambda: self.rrouter.log()[before:].count("onSwitch: " + words) == 1)
-        if LINUX:
-            wait_until(lambda: len(processes(self.rrouter.home)) == 1)
 
     def test_a_session_stays_where_it_sent_lately_when_another_one_recovers_the_target(self):
         other = {"fields": (("X-Claude-Code-Session-Id", "S"),)}
         self.trip()
         self.script()
-        self.ask_for("1700 c", **other)
-        self.ask_for("101 a a")
-        self.ask_for("c", **other)
-        self.set_mode("auto")
-        self.ask_for("a", **other)
+        for calls, fields in (("1700 c", other), ("101 a a", {}), ("c", other)):
+            self.ask_for(calls, **fields)
 
 
 class UpstreamAwayTest(AutoTest):
@@ -4749,16 +4738,12 @@ class StatusLineTest(unittest.TestCase):
                     "autoSwitch": {**self.AUTO, **changes}}))
 
     def test_it_says_which_models_a_session_asked_for_and_got(self):
-        auto = {**self.AUTO, "models": {"opus": {**self.AUTO, "reason": "2 consecutive timeouts"}}}
-        for models, active, line in (
-                (("claude-opus-5-5", "gemini-3.8-flash"), True,
-                 "asked opus-5-5, answered gemini-3.8-flash (antigravity 429, 23m)"),
-                (("opus", "b"), True, "asked opus, answered b (antigravity timeouts, 23m)"),
-                (("claude-x", "claude-x"), False, "asked x, answered x")):
-            with self.subTest(line):
-                self.assertEqual(line, rrouter.status_line({
-                    "mode": "claude", "problems": [], "autoSwitch": {**auto, "active": active}},
-                    models))
+        own = {**self.AUTO, "reason": "2 consecutive timeouts"}
+        health = {"problems": [], "autoSwitch": {**self.AUTO, "models": {"opus": own}}}
+        for asked, failed in (("claude-opus-5-5", "429"), ("opus", "timeouts")):
+            self.assertEqual("asked %s, answered gemini (antigravity %s, 23m)" % (
+                asked.replace("claude-", ""), failed), rrouter.status_line(
+                    health, (asked, "gemini")))
 
 
 class ModeInTargetTest(RouterTest):
@@ -4768,13 +4753,10 @@ class ModeInTargetTest(RouterTest):
         # target of the client,               the upstream's,         model there
         ("/@claude/v1/messages?beta=true",    "/v1/messages?beta=true", SONNET),
         ("/@CL%61ude/v1/x%2F?/@y",            "/v1/x%2F?/@y",         SONNET),
-        ("/@auto/v1/x",                       "/v1/x",                GEMINI_SONNET),
         ("http://localhost/@claude/a",        "/a",                   SONNET),
-        ("/@claude",                          "/",                    SONNET),
         ("/@claude?a",                        "/?a",                  SONNET),
         ("/@claude/@auto/v1/messages",        "/@auto/v1/messages",   SONNET),
         ("/v1/@claude/messages",              "/v1/@claude/messages", GEMINI_SONNET),
-        ("//@claude/v1",                      "//@claude/v1",         GEMINI_SONNET),
     )
 
     def test_it_is_served_in_that_mode_and_goes_on_without_it(self):
@@ -4815,9 +4797,9 @@ class SessionTest(RouterTest):
         self.rrouter.post(fields=())
         self.upstream.play(error(429))
         self.post_as("one", "claude-opus-5-5")
-        self.assertEqual(self.line("one"), "asked sonnet-5-5, answered " + GEMINI_SONNET)
-        self.assertEqual(self.line("two%202"), "asked sonnet-5-5, answered sonnet-5-5")
-        self.assertEqual((self.line("three"), self.line("")), ("antigravity",) * 2)
+        self.assertEqual([*map(self.line, ("one", "two%202", "three", ""))], [
+            "asked sonnet-5-5, answered " + GEMINI_SONNET, "asked sonnet-5-5, answered sonnet-5-5",
+            "antigravity", "antigravity"])
 
     def test_only_the_last_256_are_kept(self):
         for number in range(257):
@@ -4849,7 +4831,6 @@ class AgentRuleTest(RouterTest):
                 self.rrouter.post(fields=fields, **members)
                 self.assertEqual(self.upstream.received[0].model, model)
                 self.assertEqual(self.upstream.received[0].fields[1:-1], fields)
-        self.assertEqual(self.rrouter.health()["problems"], [])
 
 
 class HealthTest(RouterTest):
@@ -7176,12 +7157,10 @@ class UsageTest(CommandTest):
 
     def test_it_adds_up_by_day_target_and_model(self):
         for days, expected in ((["--days=1"], 2), (["--days=9999999"], 3), ([], 3)):
-            done = self.run_here("usage", "--json", *days, check=0)
-            rows = [list(row.values()) for row in json.loads(done.stdout)]
-            self.assertEqual(rows[-2:], [
+            rows = json.loads(self.run_here("usage", "--json", *days, check=0).stdout)
+            self.assertEqual((len(rows), [list(row.values()) for row in rows[-2:]]), (expected, [
                 ["2026-02-03", "antigravity", "gemini", 5, 1, 2, 1210, 48211, 513],
-                ["2026-02-03", "claude", "e", 1, 0, 0, 0, 0, 0]])
-            self.assertEqual(len(rows), expected)
+                ["2026-02-03", "claude", "e", 1, 0, 0, 0, 0, 0]]))
 
     def test_it_is_a_table_within_80_columns_with_bars_on_a_terminal(self):
         self.assertEqual(self.run_here("usage", check=0).stdout.splitlines(), [
@@ -7344,6 +7323,15 @@ class AutoCommandTest(AutoTest):
         self.assertRegex(self.say("explain", "other"),
                          "auto: +no rescue, because both targets get the same name")
         self.assertRegex(self.say("explain", SONNET), "auto: +antigravity\n")
+
+    def test_explain_names_the_conditions_of_rules(self):
+        self.configure({**DEFAULT_CONFIG, "modes": {"claude": {}, "antigravity": {"mappings": [
+            {"match": "*", "rewrite": "large", "agent": "explore", "class": "sub*"},
+            {"match": "opus", "rewrite": "g"}, {"match": "*", "rewrite": "never"}]}}})
+        self.assertRegex(self.say("explain", "opus"), "\n".join((
+            r"  claude: +opus \(no rule matches\)",
+            r"  antigravity: large \(rule \*, agent explore, class sub\*\)",
+            r" +g \(rule opus\)", r"  auto")))
 
     def test_watch_draws_the_status_anew_until_it_is_interrupted(self):
         with mock.patch.object(rrouter.time, "sleep", side_effect=[None, KeyboardInterrupt]):
