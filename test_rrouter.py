@@ -9739,7 +9739,8 @@ class Conversation(subprocess.Popen):
             cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={"PATH": os.environ["PATH"], "HOME": home, "ANTHROPIC_API_KEY": "sk-test",
                  "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % port, "DISABLE_TELEMETRY": "1",
-                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"})
+                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1",
+                 "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1"})
 
     def say(self, text):
         """Return the text of the reply; fail if the turn ends in an error."""
@@ -9786,15 +9787,21 @@ def is_turn(request):
     return request.method == "POST" and request.target.partition("?")[0] == "/v1/messages"
 
 
-def streamed_reply(request, signature=None):
-    """Return a streamed message `<model> heard <text>`; a `signature` puts a thinking first."""
+def streamed_reply(request, signature=None, call=None):
+    """Return a streamed message `<model> heard <text>`; a `signature` puts a thinking first.
+
+    With `call`, a name and an input, it calls that tool.
+    """
     contents = [m["content"] for m in request.json()["messages"] if m["role"] == "user"]
-    last = contents[-1] if isinstance(contents[-1], str) else contents[-1][-1]["text"]
+    last = contents[-1] if isinstance(contents[-1], str) else contents[-1][-1].get("text")
     text = "%s heard %r" % (request.model, last)
     blocks = [({"type": "text", "text": ""}, {"type": "text_delta", "text": text})]
     if signature:
         blocks.insert(0, ({"type": "thinking", "thinking": "", "signature": ""},
                           {"type": "signature_delta", "signature": signature}))
+    if call:
+        blocks = [({"type": "tool_use", "id": "toolu_1", "name": call[0], "input": {}},
+                   {"type": "input_json_delta", "partial_json": json.dumps(call[1])})]
     events = [event("message_start", message={
         "id": "msg_1", "type": "message", "role": "assistant", "model": request.model,
         "content": [], "stop_reason": None, "stop_sequence": None,
@@ -9803,7 +9810,7 @@ def streamed_reply(request, signature=None):
         events += [event("content_block_start", index=index, content_block=block), event("ping"),
                    event("content_block_delta", index=index, delta=delta),
                    event("content_block_stop", index=index)]
-    end = {"stop_reason": "end_turn", "stop_sequence": None}
+    end = {"stop_reason": "tool_use" if call else "end_turn", "stop_sequence": None}
     return stream(*events, event("message_delta", delta=end, usage={"output_tokens": 2}),
                   event("message_stop"))
 
@@ -9820,6 +9827,18 @@ def refuse_foreign_signatures(request):
     return error(400, wording, "invalid_request_error")
 
 
+def delegate(request):
+    """Respond to the user with the call of a subagent, and to that one with a text."""
+    if not is_turn(request):
+        return error(404)
+    names = [tool["name"] for tool in request.json().get("tools", ())]
+    call = next((name for name in names if name in ("Task", "Agent")), None)
+    if call is None or b"tool_result" in request.body or request.model == "explorer":
+        return streamed_reply(request)
+    return streamed_reply(request, call=(call, {
+        "description": "look", "prompt": "look around", "subagent_type": "Explore"}))
+
+
 def fields_without_host(request):
     return [field for field in end_to_end(request.fields) if field[0] != "Host"]
 
@@ -9831,7 +9850,8 @@ class ClaudeCodeTest(RouterTest):
     mode = "claude"
     config = {**DEFAULT_CONFIG, "auto": {"firstByteTimeoutSeconds": 2},
               "modes": {**DEFAULT_CONFIG["modes"], "fast": {
-                  "mappings": [{"match": "claude-*", "rewrite": "gemini-3-flash"}]}}}
+                  "mappings": [{"match": "claude-*", "rewrite": "explorer", "agent": "explore"},
+                               {"match": "claude-*", "rewrite": "gemini-3-flash"}]}}}
 
     def setUp(self):
         super().setUp()
@@ -9878,6 +9898,14 @@ class ClaudeCodeTest(RouterTest):
                 self.assert_forwarded(sent, received, model)
                 roles = [message["role"] for message in received.json()["messages"]]
                 self.assertEqual(roles.count("assistant"), number)      # one conversation
+
+    def test_request_of_a_subagent_follows_the_rule_of_its_agent(self):
+        self.upstream.default = delegate
+        self.turn("mode", "fast", text="delegate")
+        sent = wait_until(lambda: {     # the subagent may go on in the background
+            (request.header("x-claude-code-agent-type"), request.model)
+            for request in filter(is_turn, self.upstream.received)} - {(None, "gemini-3-flash")})
+        self.assertEqual(sent, {("Explore", "explorer")})
 
     def test_failure_of_antigravity_is_rescued_unseen(self):
         overloaded = {"type": "overloaded_error", "message": "Overloaded"}
