@@ -1999,8 +1999,10 @@ STAYS = (
     ("where it was rescued", "3*S.ag:SHELF 1m P.ok S.ok", "cl", "T.ag", "ag cl", "T.ok", "ag"),
     ("a switch ends the stay", BACK + "T.ok 3*N.ag T.ok", "cl", "3*N.cl T.ok", "ag"),
     ("a return without a probe moves all", "3*S.ag S.ok 3*T.cl S.ok", "ag"),
+    ("nor does one that was not away", "S.ok 3*N.ag:SHELF 1m P.ok 3*ag S.ok", "cl"),
     ("a failed probe moves none", AWAY + "P.haiku/ag S.ok", "cl"),
-    ("a model alone", "opus/ag haiku/ok " * 3 + "29m S.ok 1m P.ok S.ok", "cl", "P.ok", "ag"),
+    ("a model alone", ALONE + "29m S.ok T.haiku/ag 1m P.ok S.ok", "cl", "P.ok", "ag",
+     "T.haiku/ok", "ag"),
 )
 
 
