@@ -71,7 +71,7 @@ import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar, Union
 
 __version__ = "5.0.0"
@@ -809,8 +809,10 @@ def rules_for(rules: Iterable[Rule], model: str) -> Iterator[Rule]:
 def match_rule(rules: Iterable[Rule], model: str, agent: Callable[[], str] = str,
                request_class: Callable[[], str] = str) -> Rule | None:
     """Return the first rule that matches `model` and what the functions return, or None."""
-    return next((rule for rule in rules_for(rules, model) if _suits(rule.agent, agent)
-                 and _suits(rule.request_class, request_class)), None)
+    for rule in rules_for(rules, model):
+        if _suits(rule.agent, agent) and _suits(rule.request_class, request_class):
+            return rule
+    return None
 
 
 def decide_route(config: Config, target: str, model: str | None,
@@ -1507,7 +1509,8 @@ class StreamScan:
 class TokenReader:
     """Reads the tokens that a message reports, near the beginning and the end of its response."""
 
-    _END_BYTES = 4096           # the events with tokens have less than 2 KB
+    _END_BYTES = 4096           # the events with tokens have less than 2 KB, ...
+    _USAGE_BYTES = 512          # ... and their `usage` less than this
     # Within strings the quotes would be escaped.
     _COUNT = re.compile(rb'"((?:cache_creation_|cache_read_)?input_tokens|output_tokens)"\s*:\s*'
                         rb'([0-9]{1,12})(?=[\s,}])')
@@ -1528,12 +1531,13 @@ class TokenReader:
 
     def note(self) -> str:
         """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
+        first, last = self._text.find(b'"usage"'), self._text.rfind(b'"usage"')
+        usage = self._text[first:first + self._USAGE_BYTES] + self._text[last:][:self._USAGE_BYTES]
         # The last counts of a stream are its sums, unless they are 0.
-        counts = Counter({str(name, "ascii"): int(count)
-                          for name, count in self._COUNT.findall(self._text) if int(count)})
-        uncached = counts["input_tokens"] + counts["cache_creation_input_tokens"]
-        note = f" in {uncached}+{counts['cache_read_input_tokens']} out {counts['output_tokens']}"
-        return note if counts else ""
+        counts = {name: int(count) for name, count in self._COUNT.findall(usage) if int(count)}
+        uncached = counts.get(b"input_tokens", 0) + counts.get(b"cache_creation_input_tokens", 0)
+        cached, out = counts.get(b"cache_read_input_tokens", 0), counts.get(b"output_tokens", 0)
+        return f" in {uncached}+{cached} out {out}" if counts else ""
 
 
 # Failover #####################################################################
@@ -3374,11 +3378,6 @@ class Request(NamedTuple):
         """The id of the client's conversation, "" without one."""
         return self.head.fields.text(b"x-claude-code-session-id")[:MODEL_NAME_MAX]
 
-    def find_agent(self) -> str:
-        """Return the name in the header, unless all agents of plugins share it, or in the body."""
-        name = self.head.fields.text(b"x-claude-code-agent-type")
-        return (find_agent(self.body) if name in ("", "custom") else "") or name
-
 
 FAULT_OF_ERROR = {UpstreamTimeout: Fault.TIMEOUT, UpstreamUnreachable: Fault.UNREACHABLE}
 
@@ -3729,14 +3728,20 @@ class Exchange:
             self._writer.break_off()
             raise ClientGone("the response was broken off") from error
 
+    @cached_property
+    def _agent(self) -> str:
+        """The name in the header, unless all agents of plugins share it, or in the body."""
+        name = self._request.head.fields.text(b"x-claude-code-agent-type")
+        return (find_agent(self._request.body) if name in ("", "custom") else "") or name
+
     # ---- Up to the response
 
     def _forward(self, snapshot: Snapshot) -> Attempt:
         """Return the attempt whose response the client gets, after at most two."""
         config, request, failover = snapshot.config, self._request, self._router.failover
         model, targets = request.model, config.auto.targets
-        sender = (lru_cache(None)(request.find_agent),      # the body is searched once
-                  partial(request.head.fields.text, b"x-claude-code-request-class"))
+        sender = ((lambda: self._agent),
+                  lambda: request.head.fields.text(b"x-claude-code-request-class"))
         if snapshot.mode != MODE_AUTO:
             return self._try(decide_route(config, snapshot.mode, model, *sender))
         routes = {target: decide_route(config, target, model, *sender) for target in targets}

@@ -1605,7 +1605,7 @@ class TokenReaderTest(unittest.TestCase):
         ("", [START, *[TALK] * 99, END], NOTE), ("", [BODY], " in 5+0 out 6"),
         ("", [b" " * 9000, BODY[:60], BODY[60:]], " in 5+0 out 6"), ("", [TALK, b"", b"[]"], ""),
         ("", [event("message_delta", usage={"output_tokens": True, "input_tokens": -1})], ""),
-        ("", [b'{"output_tokens":%d}' % 10 ** 12, b'{"output_tokens":1'], ""),
+        ("", [b'{"output_tokens":1,"usage":{"output_tokens":%d}}' % 10 ** 12], ""),
         ("gzip", [PACKED], NOTE), ("gzip", [b"%c" % byte for byte in PACKED], NOTE),
         ("gzip", [PACKED[:20] + b"damaged" * 9, END], ""), ("br", [zlib.compress(WHOLE)], ""),
     )
