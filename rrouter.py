@@ -801,16 +801,12 @@ def _suits(glob: str, find: Callable[[], str]) -> bool:
     return not glob or bool(name and _glob(glob.lower())(name))
 
 
-def rules_for(rules: Iterable[Rule], model: str) -> Iterator[Rule]:
-    """Yield the rules that match `model`: a name that equals it, or a glob."""
-    return (rule for rule in rules if model == rule.match or _glob(rule.match)(model))
-
-
 def match_rule(rules: Iterable[Rule], model: str, agent: Callable[[], str] = str,
                request_class: Callable[[], str] = str) -> Rule | None:
     """Return the first rule that matches `model` and what the functions return, or None."""
-    for rule in rules_for(rules, model):
-        if _suits(rule.agent, agent) and _suits(rule.request_class, request_class):
+    for rule in rules:
+        if ((model == rule.match or _glob(rule.match)(model)) and _suits(rule.agent, agent)
+                and _suits(rule.request_class, request_class)):
             return rule
     return None
 
@@ -1532,7 +1528,9 @@ class TokenReader:
     def note(self) -> str:
         """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
         first, last = self._text.find(b'"usage"'), self._text.rfind(b'"usage"')
-        usage = self._text[first:first + self._USAGE_BYTES] + self._text[last:][:self._USAGE_BYTES]
+        usage = self._text[last:last + self._USAGE_BYTES]
+        if first < last:
+            usage[:0] = self._text[first:first + self._USAGE_BYTES]
         # The last counts of a stream are its sums, unless they are 0.
         counts = {name: int(count) for name, count in self._COUNT.findall(usage) if int(count)}
         uncached = counts.get(b"input_tokens", 0) + counts.get(b"cache_creation_input_tokens", 0)
@@ -3674,11 +3672,13 @@ class Router:
     def snapshot(self, mode: str | None) -> Snapshot:
         """Return config and mode for a request that names `mode`; raise RequestError 404."""
         snapshot = self.store.snapshot()
+        if mode is None:
+            return snapshot
         choices = snapshot.config.choices
-        if mode is not None and mode not in choices:
+        if mode not in choices:
             raise RequestError(404, f"/@MODE: {describe_unknown_mode(mode, choices)}",
                                "the mode in /@MODE is not defined")
-        return snapshot if mode is None else snapshot._replace(mode=mode)
+        return snapshot._replace(mode=mode)
 
     def health(self, mode: str | None = None) -> dict[str, Any]:
         """Return what /health shows, or /@MODE/health."""
@@ -3707,7 +3707,7 @@ class Exchange:
         self._writer: ResponseWriter | None = None      # of that response, once it begins
         self._number, self._started = 0, 0.0    # the latter by time.monotonic
         self._has_ended = False
-        self._tokens = TokenReader("")
+        self._tokens: TokenReader | None = None
 
     def run(self) -> None:
         """Carry the request through; raise ClientGone if the connection cannot carry another."""
@@ -3803,9 +3803,9 @@ class Exchange:
         writer = self._writer = ResponseWriter(
             self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
-        self._tokens = TokenReader(response.head.coding)
+        tokens = self._tokens = TokenReader(response.head.coding)
         while True:
-            self._tokens.feed(payload)
+            tokens.feed(payload)
             defect = attempt.late_defect
             if defect:
                 attempt.fail_late(Fault.NO_MESSAGE, defect)
@@ -3871,14 +3871,14 @@ class Exchange:
         """Let the request end, once, before the client can know that it has ended."""
         if self._has_ended:
             return
-        self._has_ended, request = True, self._request
+        self._has_ended, request, session = True, self._request, self._request.session
         for attempt in self._attempts:
             self._settle(attempt)
             attempt.close()
         self._router.end(*self._result(status))
-        if status < 400 and request.is_judged and request.session and self._chosen is not None:
+        if status < 400 and session and request.is_judged and self._chosen is not None:
             models = request.model or "", self._chosen.route.model or ""
-            remember(self._router.sessions, request.session, models)
+            remember(self._router.sessions, session, models)
         self._router.log.write("REQ", self._line(status, note))
 
     def _result(self, status: int) -> tuple[str, dict[str, Any] | None]:
@@ -3911,7 +3911,7 @@ class Exchange:
         prefix = f"/@{head.mode}" if head.mode is not None else ""
         line = f"#{self._number} {printable(head.method, 40)} {prefix}{printable(head.path)}"
         line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
-        line += self._tokens.note() if self._request.is_message else ""
+        line += self._tokens.note() if self._tokens and self._request.is_message else ""
         return line + "".join(f" ({note})" for note in notes)
 
 
@@ -5976,7 +5976,8 @@ def cmd_explain(context: Context) -> None:
         rows = []
         for mode, rules in config.modes.items():
             label = f"  {mode}"
-            for rule in (*rules_for(rules, model), Rule("", model)):
+            matching = (rule for rule in rules if match_rule([Rule(*rule[:2])], model))
+            for rule in (*matching, Rule("", model)):
                 words = ", ".join(f"{key} {glob}" for key, glob in zip(
                     ("rule", *RULE_KEYS[2:]), (rule.match, *rule[2:])) if glob)
                 rows.append((label, printable(f"{rule.rewrite} ({words or 'no rule matches'})")))
