@@ -1889,7 +1889,7 @@ class Failover:
         """
         with self._lock:
             breaker, now = self._breaker(model), self._clock()
-            ticket = self._ticket(targets[0], model, targets)._replace(session=session)
+            ticket = self._ticket(targets[0], model, targets, session)
             if ticket.generation == OUTDATED:
                 return ticket
             cached, sent_at, end = self._places.get((session, model), ("", 0.0, 0.0))
@@ -1912,8 +1912,8 @@ class Failover:
         """Return the ticket for the second attempt, on the other of `targets`."""
         other = targets[1] if ticket.target == targets[0] else targets[0]
         with self._lock:
-            rescue = self._ticket(other, ticket.model, targets)._replace(session=ticket.session)
-            return self._note_place(rescue, self._clock())
+            return self._note_place(
+                self._ticket(other, ticket.model, targets, ticket.session), self._clock())
 
     def current(self, model: str | None, targets: tuple[str, str]) -> str:
         """Return the target, one of `targets`, for a request that is not judged."""
@@ -1926,10 +1926,11 @@ class Failover:
         own = self._models.get(model or "")
         return own if own is not None and own.state != CLOSED else self._whole
 
-    def _ticket(self, target: str, model: str, targets: tuple[str, str]) -> Ticket:
+    def _ticket(self, target: str, model: str, targets: tuple[str, str],
+                session: str = "") -> Ticket:
         breaker = self._breaker(model)
-        return Ticket(target, model, breaker is not self._whole,
-                      breaker.generation if targets == self._auto.targets else OUTDATED)
+        return Ticket(target, model, breaker is not self._whole, session=session,
+                      generation=breaker.generation if targets == self._auto.targets else OUTDATED)
 
     def _probed(self, ticket: Ticket) -> Breaker | None:
         """Return the breaker whose probe under way has this ticket, or None."""
