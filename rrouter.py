@@ -297,15 +297,12 @@ T = TypeVar("T")
 
 
 class Rule(NamedTuple):
-    """One mapping: model names that match the glob `match` become `rewrite`.
-
-    Not empty, the globs `agent` and `request_class` limit it to requests of such a sender.
-    """
+    """One mapping: model names that match the glob `match` become `rewrite`."""
 
     match: str
     rewrite: str
-    agent: str = ""
-    request_class: str = ""
+    agent: str = ""             #: a glob that the agent has to match as well; "" for any
+    request_class: str = ""     #: the same of the class of the request
 
 
 class AutoSettings(NamedTuple):
