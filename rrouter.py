@@ -23,7 +23,7 @@ The path of a request, each step a method or function of that name in this file:
         without_thinking              sent once more if the target rejects the history
       judge                         after a second attempt, on the other target: which failure
                                     counts, and which response the client gets
-    Exchange._answer, _relay      the response is forwarded as it arrives (ResponseWriter)
+    Exchange._relay               the response is forwarded as it arrives (ResponseWriter)
       Failover.commit               a probe succeeds, because the client gets its response
       Exchange._settle              Failover learns the outcome (credit, charge, release)
       Exchange._end                 the request is counted as ended and logged (Exchange._line);
@@ -42,7 +42,6 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", sys.flags.isol
     del sys.path[0]     # the folder of this file, where any file could pose as a standard module
 
 import argparse
-import codecs
 import contextlib
 import datetime
 import email.utils
@@ -50,6 +49,7 @@ import enum
 import errno
 import fcntl
 import fnmatch
+import glob
 import http.client
 import http.server
 import ipaddress
@@ -71,8 +71,8 @@ import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache, partial
-from typing import Any, BinaryIO, NamedTuple, NoReturn, TypeVar, Union
+from functools import cached_property, partial
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, Union
 
 __version__ = "5.0.0"
 
@@ -85,8 +85,6 @@ DEFAULT_ENVIRONMENT = {
     "RROUTER_PORT": "8316",
     "RROUTER_UPSTREAM": "http://localhost:8317",    # CLIProxyAPI's default port
 }
-PORT_MAX = 65535
-HOST_MAX = 253                  # characters; the longest name in DNS
 
 DEFAULT_CONFIG: dict[str, Any] = {
     "modes": {
@@ -109,16 +107,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
 }
 MODE_AUTO = "auto"              # built in: config.json cannot define it
 
-# The numbers that config.json may hold.  The low ends let a trial run in seconds; values beyond the
-# high ends can only be typing errors.
-THRESHOLDS = (1, 1000)
-COOLDOWN_MINUTES = (0.0001, 525600)     # up to a year
-FIRST_BYTE_S = (0.001, 86400)           # up to a day
-
 # Auto mode.
-# A response that is not streamed is generated as a whole before its first byte arrives.
-UNSTREAMED_FACTOR = 2
-UNSTREAMED_MAX_S = 280          # Claude Code gives up at 300 s, so a later timeout comes too late
 RECHECK_S = 60                  # a shorter cooldown moves a conversation, uncached, back and forth
 EVENT_S = 2                     # between failures that one event may have caused
 EVENTS_REMEMBERED = 16          # failures that a later one is compared with
@@ -135,8 +124,7 @@ MODEL_NAME_MAX = 256            # characters; a longer name has no failover mach
 HEAD_MAX_BYTES = 64 * 1024      # start line and fields together; nginx allows 32 KiB, Go 1 MiB
 FIELDS_MAX = 200                # of a request; Claude Code sends about 23
 LENGTH_DIGITS_MAX = 15          # of Content-Length and chunk sizes; fits a 64-bit integer
-CHUNK_LINE_MAX_BYTES = 256      # size and extensions of one chunk
-TRAILERS_MAX_BYTES = 8 * 1024
+TRAILERS_MAX_BYTES = 8 * 1024   # also of the line that begins a chunk
 BODY_MAX_BYTES = 64 * 1024 * 1024   # of a request; Anthropic's API allows 32 MB
 READ_AHEAD_MAX_BYTES = 1024 * 1024  # of a response held back; error bodies are a few KB
 READ_AHEAD_S = 10               # from the head of an error response to its end
@@ -150,8 +138,6 @@ HEAD_S = 15                     # for one request head; if more, a slow client h
 BODY_STALL_S = 60               # without a byte of the request body, whose memory is held meanwhile
 WRITE_STALL_S = 300             # without the client reading; Claude Code itself waits 300 s
 LINGER_S = 1                    # for the client to close first; else a reset destroys the response
-UNACKNOWLEDGED_S = 120          # until a remote connection is broken: Linux waits 15 min; a peer
-                                # that lives but does not read for so long is broken off as well
 POOL_MAX = 32                   # idle upstream connections; each one costs a descriptor
 POOL_IDLE_S = 60                # if more, servers close them first, commonly after 60 s or later
 CONNECTIONS_MAX = 512           # clients at once; each one costs a thread
@@ -211,13 +197,11 @@ SHELF_WORDINGS = (
     ((429, 503), (b"model_cooldown",), "model_cooldown"),
     ((400, 502), (b"unknown provider for model",), UNKNOWN_MODEL))
 
-# What targets say of a request beyond their limits, in lower case.
+# The wordings of targets for a request beyond their limits, in lower case.
 TOO_LARGE_WORDINGS = (
     b"prompt is too long", b"exceeds the context window", b"exceeds the maximum number of tokens",
     b"input is too long", b"prompt token count of", b"prompt_too_long", b"context length exceeded",
     b"request too large")
-THINKING_TYPES = ("thinking", "redacted_thinking")
-EMPTY_CONTENT = b'{"type":"text","text":"(no content)"}'    # the API refuses []
 
 
 # Errors #######################################################################
@@ -268,12 +252,6 @@ class UpstreamError(RouterError):
     remedy = "see the log of CLIProxyAPI"
 
 
-def without_trace(error: UpstreamError) -> UpstreamError:
-    """Return `error` without its traceback, whose frames would keep the request in memory."""
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-    return error
-
-
 class UpstreamUnreachable(UpstreamError):
     """No connection could be opened."""
 
@@ -318,9 +296,9 @@ class AutoSettings(NamedTuple):
 
     def first_byte_limit_s(self, streamed: bool) -> float:
         """Return how long an attempt may stay silent, in seconds."""
-        if streamed:
-            return self.first_byte_s
-        return min(self.first_byte_s * UNSTREAMED_FACTOR, UNSTREAMED_MAX_S)
+        # A response that is not streamed is generated as a whole before its first byte arrives.
+        # Claude Code gives up at 300 s, so a later timeout comes too late.
+        return self.first_byte_s if streamed else min(2 * self.first_byte_s, 280)
 
 
 class Config(NamedTuple):
@@ -359,7 +337,7 @@ class Route(NamedTuple):
 
 
 class Fields(NamedTuple):
-    """The fields of a head: the values that the router reads, and the lines that it forwards."""
+    """The fields of a head: their values, and the lines that the router forwards."""
 
     values: dict[bytes, list[bytes]]    #: by lower-case name, one for each line
     options: set[bytes]                 #: what Connection lists, in lower case
@@ -372,7 +350,6 @@ class Fields(NamedTuple):
     def text(self, name: bytes) -> str:
         """Return the first value of the field `name`; "" if it is absent."""
         return self.values.get(name, [b""])[0].decode("latin-1")
-
 
 class RequestHead(NamedTuple):
     """A request line and its fields, valid and unambiguous."""
@@ -434,7 +411,7 @@ class Outcome(NamedTuple):
     """How one attempt ended, as far as it is known before the client has received a byte."""
 
     fault: Fault | None         #: None: the attempt succeeded
-    status: int                 #: of the response; of rrouter's own error where none came
+    status: int                 #: of the response, or of the error that replaces it
     what: str                   #: the status or the fault, for people
     began: float = 0.0          #: Unix seconds
     ended: float = 0.0
@@ -447,7 +424,7 @@ LEFT = Outcome(Fault.LEFT, 499, "the client left")
 
 
 class Verdict(NamedTuple):
-    """What the outcomes of one request mean."""
+    """The meaning of the outcomes of one request."""
 
     counts: tuple[bool, bool]   #: whether the first and the second failure count
     chosen: int                 #: whose response the client gets: 0 or 1
@@ -458,7 +435,7 @@ class Ticket(NamedTuple):
 
     target: str
     model: str
-    alone: bool                 #: the model follows a machine of its own
+    alone: bool                 #: the model follows a separate machine
     generation: int             #: of the machine when the attempt began
     probe: int = 0              #: number of the probe this is; 0 for none
     quiet: bool = False         #: a probe of the shelf, logged only if its response changes
@@ -471,7 +448,7 @@ class Settings(NamedTuple):
     host: str
     port: int
     upstream: str
-    allowed_hosts: tuple[str, ...] = ()     #: names for Host besides those of loopback
+    allowed_hosts: tuple[str, ...] = ()     #: more names for Host than those of loopback
 
     @property
     def listen_addr(self) -> str:
@@ -534,146 +511,123 @@ def describe_defect(error: BaseException | None) -> str:
 
 # Configuration ################################################################
 
-# The first alternative skips strings.  Its closing quote is optional, because looking for a missing
-# one from each quote would take hours in 1 MB of \".  The second matches what json.loads accepts
-# but JSON forbids, and integers that it may refuse without a position (4,300 digits by default).
-_STRING_OR_ODD_NUMBER = re.compile(
-    r'(?s)"[^"\\]*(?:\\.[^"\\]*)*"?|(?P<odd>NaN|-?Infinity|[0-9]{1000,})')
-_EXCERPT_CHARS = 20             # of the text, in a complaint about it
-
-
 def _parse_json(text: str) -> Any:
-    for match in _STRING_OR_ODD_NUMBER.finditer(text):
-        if match["odd"]:
-            place = json.JSONDecodeError("", text, match.start())
-            raise ConfigError(f"{place.lineno}:{place.colno}: expected a plain JSON number, found "
-                              + printable(match["odd"], _EXCERPT_CHARS))
+    def refuse(constant: str) -> NoReturn:      # NaN or Infinity
+        raise json.JSONDecodeError("Expecting a number", text, text.index(constant))
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         what = error.msg[0].lower() + error.msg[1:].replace("Expecting", "expecting")
-        rest = text[error.pos:error.pos + _EXCERPT_CHARS]
+        rest = text[error.pos:error.pos + 20]
         found = repr(rest) if rest else "the end of the file"
         raise ConfigError(f"{error.lineno}:{error.colno}: {what}, found {found}") from error
-    except RecursionError as error:     # 100,000 brackets
-        raise ConfigError(
-            "1:1: expected an object of modes, found nesting that is too deep") from error
+    except (ValueError, RecursionError) as error:       # 5,000 digits; 100,000 brackets
+        raise ConfigError("1:1: expected an object of modes, found a number that is too long or "
+                          "nesting that is too deep") from error
 
 
-def _found(value: Any) -> str:
-    """Return `value` as it stands in a complaint."""
-    try:
-        return printable(json.dumps(value), limit=60)
-    except RecursionError:              # json.loads gets a little deeper than json.dumps
-        return "nesting that is too deep"
+def _expect(fits: bool, path: str, what: str, value: Any) -> None:
+    """Raise ConfigError unless the value at `path` is what config.json may hold there."""
+    if not fits:
+        try:
+            found = printable(json.dumps(value), limit=60)
+        except RecursionError:          # json.loads gets a little deeper than json.dumps
+            found = "nesting that is too deep"
+        raise ConfigError(f"{path}: expected {what}, found {found}")
 
 
-def _members(value: Any, what: str, prefix: str, known: Collection[str],
+def _members(value: Any, path: str, known: Collection[str],
              problems: list[str]) -> dict[str, Any]:
     """Return the object `value`; add each member that is not `known` to `problems`."""
-    if not isinstance(value, dict):
-        raise ConfigError(f"{what}: expected an object, found {_found(value)}")
+    _expect(isinstance(value, dict), path or "the top level", "an object", value)
+    prefix = f"{path}." if path else ""
     problems.extend(f"{prefix}{printable(key)}: unknown key, ignored; known are {', '.join(known)}"
                     for key in value if key not in known)
-    return value
+    return dict(value)
 
 
 RULE_KEYS = "match", "rewrite", "agent", "class"     # of Rule, in its order
 
 
 def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
-    members = _members(value, path, f"{path}.", RULE_KEYS, problems)
+    members = _members(value, path, RULE_KEYS, problems)
     for key in RULE_KEYS:
         if key not in members and key in RULE_KEYS[:2]:
             raise ConfigError(f"{path}.{key}: missing, expected a string")
         text = members.get(key, "*")
-        if not isinstance(text, str) or not text:
-            raise ConfigError(f"{path}.{key}: expected a string that is not empty, "
-                              f"found {_found(text)}")
+        _expect(isinstance(text, str) and text != "", f"{path}.{key}",
+                "a string that is not empty", text)
         try:
             re.compile(fnmatch.translate(text if key != "rewrite" else ""))
-        except re.error as error:       # [z-a], before Python 3.10
-            raise ConfigError(f"{path}.{key}: expected a glob, found {_found(text)}") from error
+        except re.error:                # [z-a], before Python 3.10
+            _expect(False, f"{path}.{key}", "a glob", text)
     return Rule(*(members.get(key, "") for key in RULE_KEYS))
 
 
 def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]:
-    if not isinstance(value, dict) or not value:
-        raise ConfigError("modes: expected an object with at least one mode, found "
-                          + _found(value))
+    _expect(isinstance(value, dict) and len(value) > 0, "modes",
+            "an object with at least one mode", value)
     modes = {}
     for name, mode in value.items():
         path = f"modes.{printable(name)}"
-        if name == MODE_AUTO:
-            raise ConfigError(f"{path}: expected another name, found auto, which is built in")
-        if name.split() != [name] or not name == name.lower() == printable(name):
-            raise ConfigError(f"{path}: expected a name in lower-case ASCII without spaces, "
-                              f"found {_found(name)}")
-        mappings = _members(mode, path, f"{path}.", ("mappings",), problems).get("mappings", [])
-        if not isinstance(mappings, list):
-            raise ConfigError(f"{path}.mappings: expected a list, found {_found(mappings)}")
+        _expect(name != MODE_AUTO, path, "another name, because auto is built in", name)
+        _expect(name.split() == [name] and name == name.lower() == printable(name), path,
+                "a name in lower-case ASCII without spaces", name)
+        mappings = _members(mode, path, ("mappings",), problems).get("mappings", [])
+        _expect(isinstance(mappings, list), f"{path}.mappings", "a list", mappings)
         modes[name] = tuple(_parse_rule(rule, f"{path}.mappings[{index}]", problems)
                             for index, rule in enumerate(mappings))
     return modes
 
 
-def _number(value: Any, path: str, limits: tuple[float, float], whole: bool = False) -> float:
-    low, high = limits
-    kinds = int if whole else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not low <= value <= high:
-        raise ConfigError(f"{path}: expected a {'whole ' if whole else ''}number "
-                          f"from {low} to {high}, found {_found(value)}")
+def _number(value: Any, path: str, low: float, high: float) -> Any:
+    """Return a number of config.json; it must be whole if `low` is whole."""
+    kind = "whole number" if isinstance(low, int) else "number"
+    kinds = int if isinstance(low, int) else (int, float)
+    _expect(isinstance(value, kinds) and value is not True and low <= value <= high, path,
+            f"a {kind} from {low} to {high}", value)
     return value
-
-
-def _threshold(value: Any, path: str) -> int:
-    return int(_number(value, path, THRESHOLDS, whole=True))
 
 
 def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
     members = {**DEFAULT_CONFIG["auto"], "stay": STAY_S / 60, "onSwitch": []}
-    members.update(_members(value, "auto", "auto.", tuple(members), problems))
+    members.update(_members(value, "auto", tuple(members), problems))
     targets, minutes, hook = (members[key] for key in ("targets", "cooldownMinutes", "onSwitch"))
-    if not (isinstance(targets, list) and len(targets) == 2
-            and all(isinstance(target, str) for target in targets) and targets[0] != targets[1]):
-        raise ConfigError("auto.targets: expected two different names of modes, found "
-                          + _found(targets))
-    if not isinstance(minutes, list) or not minutes:
-        raise ConfigError("auto.cooldownMinutes: expected a list of minutes, found "
-                          + _found(minutes))
-    if not isinstance(hook, list) or not all(isinstance(word, str) for word in hook):
-        raise ConfigError("auto.onSwitch: expected a list of strings, a program and its arguments, "
-                          f"found {_found(hook)}")
+    _expect(isinstance(targets, list) and len(targets) == 2 and targets[0] != targets[1]
+            and all(isinstance(target, str) for target in targets),
+            "auto.targets", "two different names of modes", targets)
+    _expect(isinstance(minutes, list) and len(minutes) > 0, "auto.cooldownMinutes",
+            "a list of minutes", minutes)
+    _expect(isinstance(hook, list) and all(isinstance(word, str) for word in hook),
+            "auto.onSwitch", "a list of strings, a program and its arguments", hook)
+    # The low ends let a trial run in seconds; values beyond the high ends are typing errors.
     return AutoSettings(
         targets=(targets[0], targets[1]),
-        failure_threshold=_threshold(members["failureThreshold"], "auto.failureThreshold"),
-        timeout_threshold=_threshold(members["timeoutThreshold"], "auto.timeoutThreshold"),
-        cooldowns_s=tuple(60.0 * _number(cooldown, f"auto.cooldownMinutes[{i}]", COOLDOWN_MINUTES)
+        failure_threshold=_number(members["failureThreshold"], "auto.failureThreshold", 1, 1000),
+        timeout_threshold=_number(members["timeoutThreshold"], "auto.timeoutThreshold", 1, 1000),
+        cooldowns_s=tuple(60.0 * _number(cooldown, f"auto.cooldownMinutes[{i}]", 0.0001, 525600)
                           for i, cooldown in enumerate(minutes)),
         first_byte_s=_number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds",
-                             FIRST_BYTE_S),
-        stay_s=60 * _number(members["stay"], "auto.stay", (0, STAY_MAX_S // 60)),
+                              0.001, 86400),
+        stay_s=60 * _number(members["stay"], "auto.stay", 0.0, STAY_MAX_S / 60),
         on_switch=tuple(hook))
-
-
 
 
 def parse_config(text: str) -> Config:
     """Return the configuration in the JSON text `text`; raise ConfigError if any part is wrong."""
     problems: list[str] = []
-    top = _members(_parse_json(text), "the top level", "", ("modes", "defaultMode", "auto"),
-                   problems)
+    top = _members(_parse_json(text), "", ("modes", "defaultMode", "auto"), problems)
     if "modes" not in top:
         raise ConfigError("modes: missing, expected an object of modes")
     modes = _parse_modes(top["modes"], problems)
     built_in = DEFAULT_CONFIG["defaultMode"]
     default_mode = top.get("defaultMode", built_in if built_in in modes else next(iter(modes)))
     names = [*sorted(modes), MODE_AUTO]
-    if default_mode not in names:
-        raise ConfigError(f"defaultMode: expected one of {', '.join(names)}, "
-                          f"found {_found(default_mode)}")
+    _expect(default_mode in names, "defaultMode", f"one of {', '.join(names)}", default_mode)
     auto, auto_error = _parse_auto(top.get("auto", {}), problems), ""
-    unknown = ", ".join(_found(target) for target in auto.targets if target not in modes)
+    unknown = ", ".join(printable(json.dumps(target), 60) for target in auto.targets
+                        if target not in modes)
     if unknown:
         auto_error = (f"auto.targets: {unknown}: not among the modes ({', '.join(modes)}), "
                       "so mode auto cannot be used")
@@ -714,7 +668,7 @@ def mode_word(content: bytes | None) -> str | None:
     if content is None:
         return None
     # Windows PowerShell writes UTF-16, or UTF-8 with a byte order mark.
-    is_utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    is_utf_16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
     text = content.decode("utf-16" if is_utf_16 else "utf-8", "backslashreplace")
     return text.removeprefix("\ufeff").strip().lower()
 
@@ -732,15 +686,14 @@ def describe_config_error(error: Exception) -> str:
 
 def describe_unknown_mode(mode: str, choices: Iterable[str]) -> str:
     """Return what to say of a mode that cannot be set."""
-    return (f"mode '{printable(mode, 40)}' is not defined by config.json "
+    return (f"'{printable(mode, 40)}' is not defined by config.json "
             f"(defined: {', '.join(choices)})")
 
 
 def _is_host(host: str) -> bool:
     """Return whether `host` is an address or a name that can be looked up."""
     try:
-        return bool(re.fullmatch("[A-Za-z0-9._:%-]+", host) and len(host) <= HOST_MAX
-                    and host.encode("idna"))
+        return bool(re.fullmatch("[A-Za-z0-9._:%-]{1,253}", host) and host.encode("idna"))
     except UnicodeError:                # a label is empty or over 63 characters
         return False
 
@@ -765,45 +718,37 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
     """Return the settings; raise UsageError with the variable, its value and what is allowed."""
     # An empty variable counts as unset.
     values = {name: environ.get(name) or default for name, default in DEFAULT_ENVIRONMENT.items()}
-    port = values["RROUTER_PORT"]
-    if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= PORT_MAX:
-        raise UsageError(f"RROUTER_PORT={printable(port)}: "
-                         f"expected a port number from 1 to {PORT_MAX}")
-    host = values["RROUTER_HOST"].strip("[]")
-    if not _is_host(host):
-        raise UsageError(f"RROUTER_HOST={printable(host)}: "
-                         "expected localhost, an address or a host name")
-    upstream = values["RROUTER_UPSTREAM"]
-    if not _is_upstream_url(upstream):
-        raise UsageError(f"RROUTER_UPSTREAM={printable(_without_password(upstream))}: expected "
-                         "http(s)://HOST[:PORT][/PATH] without user, query or fragment")
-    words = values["RROUTER_ALLOWED_HOSTS"].split(",")
+    port, host = values["RROUTER_PORT"], values["RROUTER_HOST"].strip("[]")
+    upstream, words = values["RROUTER_UPSTREAM"], values["RROUTER_ALLOWED_HOSTS"].split(",")
     allowed = tuple(word.strip(" []").rstrip(".").lower() for word in words if word.strip())
-    if not all(map(_is_host, allowed)):
-        raise UsageError(f"RROUTER_ALLOWED_HOSTS={printable(','.join(words))}: expected names or "
-                         "addresses, without port, separated by commas")
+    for name, fits, expected in (
+            ("RROUTER_PORT", re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65535,
+             "a port number from 1 to 65535"),
+            ("RROUTER_HOST", _is_host(host), "localhost, an address or a host name"),
+            ("RROUTER_UPSTREAM", _is_upstream_url(upstream),
+             "http(s)://HOST[:PORT][/PATH] without user, query or fragment"),
+            ("RROUTER_ALLOWED_HOSTS", all(map(_is_host, allowed)),
+             "names or addresses, without port, separated by commas")):
+        if not fits:
+            raise UsageError(f"{name}={printable(_without_password(values[name]))}: "
+                             f"expected {expected}")
     return Settings(host, int(port), upstream.rstrip("/"), allowed)
 
 
 # Routing ######################################################################
 
-@lru_cache(maxsize=32768)       # that of `fnmatch` holds 256 in Python 3.9
-def _glob(pattern: str) -> Callable[[str], object]:
-    return re.compile(fnmatch.translate(pattern)).match
-
-
 def _suits(glob: str, find: Callable[[], str]) -> bool:
     """Return True without a glob, or if what `find` finds matches it in any case."""
     name = find().lower() if glob else ""       # Claude Code says Explore
-    return not glob or bool(name and _glob(glob.lower())(name))
+    return not glob or bool(name and fnmatch.fnmatchcase(name, glob.lower()))
 
 
 def match_rule(rules: Iterable[Rule], model: str, agent: Callable[[], str] = str,
                request_class: Callable[[], str] = str) -> Rule | None:
     """Return the first rule that matches `model` and what the functions return, or None."""
     for rule in rules:
-        if ((model == rule.match or _glob(rule.match)(model)) and _suits(rule.agent, agent)
-                and _suits(rule.request_class, request_class)):
+        if ((model == rule.match or fnmatch.fnmatchcase(model, rule.match))
+                and _suits(rule.agent, agent) and _suits(rule.request_class, request_class)):
             return rule
     return None
 
@@ -830,7 +775,7 @@ _REQUEST_HEAD = re.compile(_REQUEST_START.pattern + b"\r\n")
 _RESPONSE_HEAD = re.compile(
     rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: (%b))?\r\n%b\r\n" % (_TEXT, _FIELDS))
 _TRAILERS = re.compile(b"%b\r\n" % _FIELDS)
-_TRUNCATED_TRAILERS = re.compile(b"%b(?:\r|%b(?::%b\r?)?)?" % (_FIELDS, _TOKEN, _TEXT))
+_TRUNCATED_TRAILERS = re.compile(rb"%b[^\r\n]*\r?" % _FIELDS)
 _NAME = re.compile(_TOKEN)
 _NUMBER = re.compile(b"[0-9]{1,%d}" % LENGTH_DIGITS_MAX)
 _BARE_LF = re.compile(rb"(?<!\r)\n")
@@ -842,14 +787,6 @@ _MODE_PREFIX = re.compile(rb"/@([^/?#]*)(.*)")
 _LOOPBACK_ORIGIN = re.compile(
     rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
 
-# The fields whose values the router reads.
-_READ = frozenset((
-    b"connection", b"content-length", b"transfer-encoding",
-    b"host", b"expect", b"origin", b"sec-fetch-site",
-    b"x-claude-code-agent-type", b"x-claude-code-request-class", b"x-claude-code-session-id",
-    b"content-type", b"content-encoding", b"retry-after", b"retry-after-ms", b"x-rrouter-error"))
-# Options of Connection that remove no field.  Without Content-Length the body would lose its end.
-_KEPT_OPTIONS = frozenset((b"", b"keep-alive", b"content-length"))
 # Fields of a response that are not forwarded: CORS would open rrouter to every web page, and in a
 # chain of routers each one adds its own x-rrouter fields.
 _WITHHELD = (b"access-control-", b"x-rrouter-target", b"x-rrouter-model", b"x-rrouter-attempts")
@@ -870,13 +807,13 @@ def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
     for line in block.splitlines(keepends=True):
         name, _, value = line.partition(b":")
         name = name.lower()
-        if name in _READ:
-            values.setdefault(name, []).append(value.strip())
+        values.setdefault(name, []).append(value.strip())
         if name not in HOP_BY_HOP and not name.startswith(withheld):
             end_to_end.append(line)
     options = {option.strip().lower()
                for value in values.get(b"connection", ()) for option in value.split(b",")}
-    listed = options - _KEPT_OPTIONS
+    # Without Content-Length a body would lose its end.
+    listed = options - {b"keep-alive", b"content-length"}
     return Fields(values, options, _without(end_to_end, listed) if listed else end_to_end)
 
 
@@ -1070,7 +1007,7 @@ class PlainBody:
         self.left = 1 << 62 if length is None else length   #: bytes due, of the body or a chunk
         self.done = length == 0
         self.rest = b""                 #: the bytes after the end
-        self.fault = ""                 #: what broke the coding; `finish` raises it
+        self.fault = ""                 #: what broke the body; `finish` raises it
 
     def feed(self, data: bytes) -> bytes:
         """Return the payload in `data`."""
@@ -1082,7 +1019,7 @@ class PlainBody:
 
     def finish(self) -> None:
         """Take the end of what can be decoded; raise UpstreamError if it truncates the body."""
-        if self.delimited:
+        if self.delimited or self.fault:
             raise UpstreamError(self.fault or "broke off in the middle of its response")
         self.done = True
 
@@ -1093,11 +1030,8 @@ class ChunkedBody(PlainBody):
     _SIZE = b"([0-9A-Fa-f]{1,%d})" % LENGTH_DIGITS_MAX
     _QUOTED = rb'"(?:[\t !\x23-\x5b\x5d-\x7e\x80-\xff]|\\[\t\x20-\x7e\x80-\xff])*"'
     _EXTENSION = rb"[ \t]*;[ \t]*%b(?:[ \t]*=[ \t]*(?:%b|%b))?" % (_TOKEN, _TOKEN, _QUOTED)
-    # Size and extensions together stay below CHUNK_LINE_MAX_BYTES.
     _SIZE_LINE = re.compile(rb"\r\n%b(?:(?=[^\r]{1,220}\r)(?:%b)+)?\r\n" % (_SIZE, _EXTENSION))
-    _PLAIN_SIZE_LINE = re.compile(b"%b\r\n" % _SIZE)
-    _TRUNCATED_SIZE_LINE = re.compile(
-        rb"\r?|\r\n(?:%b(?:[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?)?\r?)?" % _SIZE)
+    _TRUNCATED_SIZE_LINE = re.compile(rb"\r?|\r\n(?:%b[^\r\n]*\r?)?" % _SIZE)
 
     def __init__(self) -> None:
         super().__init__(0)
@@ -1107,21 +1041,10 @@ class ChunkedBody(PlainBody):
         self._held = b"\r\n"
 
     def feed(self, data: bytes) -> bytes:
-        """Return the payload in `data`, as far as the coding is not broken."""
+        """Return the payload in `data`, which may begin and end anywhere in the coding."""
         if self.left >= len(data):     # the middle of a large chunk
             self.left -= len(data)
             return data
-        # One whole chunk, as events come; _walk would take three times as long.
-        if self._held == b"\r\n":
-            size_line = self._PLAIN_SIZE_LINE.match(data)
-            if size_line and data.endswith(b"\r\n"):
-                start = size_line.end()
-                if start < len(data) - 2 == start + int(size_line.group(1), 16):
-                    return data[start:-2]
-        return self._walk(data)
-
-    def _walk(self, data: bytes) -> bytes:
-        """Return the payload in `data`, which may begin and end anywhere in the coding."""
         position = self.left           # where the chunk under way ends
         payload = [data[:position]] if position else []
         self.left = 0
@@ -1129,7 +1052,7 @@ class ChunkedBody(PlainBody):
         while not self._in_trailers:
             size_line = self._SIZE_LINE.match(data, position)
             if not size_line:
-                self._hold(data[position:], CHUNK_LINE_MAX_BYTES, self._TRUNCATED_SIZE_LINE)
+                self._hold(data[position:], self._TRUNCATED_SIZE_LINE)
                 return b"".join(payload)
             start, size = size_line.end(), int(size_line.group(1), 16)
             position = start + size
@@ -1142,13 +1065,15 @@ class ChunkedBody(PlainBody):
         if trailers and trailers.end(1) - position <= TRAILERS_MAX_BYTES:
             self.done, self.rest = True, data[trailers.end():]
         else:
-            self._hold(data[position:], TRAILERS_MAX_BYTES, _TRUNCATED_TRAILERS)
+            self._hold(data[position:], _TRUNCATED_TRAILERS)
         return b"".join(payload)
 
-    def _hold(self, data: bytes, limit: int, truncated: re.Pattern[bytes]) -> None:
+    def _hold(self, data: bytes, truncated: re.Pattern[bytes]) -> None:
         """Keep `data` until more comes, or find the fault in it if it is not just `truncated`."""
         self._held = data
-        if len(data) > limit or not truncated.fullmatch(data):
+        if data == b"\r\n":              # after each whole chunk
+            return
+        if len(data) > TRAILERS_MAX_BYTES or not truncated.fullmatch(data):
             what = "malformed trailers" if self._in_trailers else "a malformed chunk"
             self.fault = f"sent {what}"
 
@@ -1162,87 +1087,62 @@ def response_body(head: ResponseHead, method: str) -> PlainBody:
 
 # Messages: JSON ###############################################################
 
-_SPACE = re.compile(r"[ \t\n\r]*")
 _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
 _AGENT = re.compile(rb"oh-my-claudecode:([A-Za-z0-9_-]+)")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
-_BODY_END_BYTES = 2048          # room for the few small members before or after the messages
-
-
 # Scans a value in C.  The hooks avoid building numbers and objects that are never read, and the
 # limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
-_decode = json.JSONDecoder(
-    parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len).raw_decode
+_DECODER = json.JSONDecoder(
+    parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len)
+_BETWEEN_TOKENS = re.compile(r"[ \t\n\r]*[,:]?[ \t\n\r]*")
 
 
-def _skip_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
+def _next_token(text: str, position: int) -> int:
+    """Return where the next token begins after space, and after a comma or colon."""
+    match = _BETWEEN_TOKENS.match(text, position)
     return match.end() if match else position
 
 
-def _skip_character(text: str, position: int, character: str) -> int:
-    """Return where the next token begins after `character`, which must be at `position`."""
-    if text[position] != character:
-        raise ValueError(f"expected {character}")
-    return _skip_space(text, position + 1)
-
-
-def _read_key(text: str, position: int) -> tuple[str, int]:
-    """Return the key at `position` and where its value begins."""
-    if text[position] != '"':
-        raise ValueError("expected a key")
-    key, end = _decode(text, position)
-    return key, _skip_character(text, _skip_space(text, end), ":")
-
-
 def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, int]]:
-    """Yield (key, start, end) of each value in the object or array at `position`.
+    """Yield (key, start, end) of each value in the object or array at `position` of valid JSON.
 
-    `opening` is "{" for an object and "[" for an array, whose keys are "".  Raises ValueError or
-    IndexError where the text is not JSON.  After the last value comes the closing bracket.
+    `opening` is "{" for an object and "[" for an array, whose keys are ""; ValueError for others.
     """
-    closing = "}" if opening == "{" else "]"
-    key, start = "", _skip_character(text, position, opening)
-    if text[start] == closing:
-        return
-    while True:
+    if text[position] != opening:
+        raise ValueError(f"expected {opening}")
+    key, position = "", _next_token(text, position + 1)
+    while text[position] not in "}]":
         if opening == "{":
-            key, start = _read_key(text, start)
-        _, end = _decode(text, start)
-        yield key, start, end
-        position = _skip_space(text, end)
-        if text[position] == closing:
-            return
-        start = _skip_character(text, position, ",")
+            key, end = _DECODER.raw_decode(text, position)
+            position = _next_token(text, end)
+        _, end = _DECODER.raw_decode(text, position)
+        yield key, position, end
+        position = _next_token(text, end)
 
 
-def _walk_to_model(text: str) -> tuple[int, int]:
-    """Return the span of the first top-level `model`; raise what `_walk` does if there is none."""
-    found, end = None, 0
-    for key, start, end in _walk(text, _skip_space(text, 0), "{"):
-        if key == "model" and found is None:
-            found = start, end
-    bracket = _skip_space(text, end)
-    if found is None or text[found[0]] != '"' or _skip_space(text, bracket + 1) != len(text):
-        raise ValueError("no model")
-    return found
+def _walk_body(body: BytesLike) -> tuple[str, Iterator[tuple[str, int, int]]]:
+    """Return (text, what `_walk` yields for its top level); raise ValueError if it is not JSON."""
+    text = str(body, "latin-1")         # one character for each byte
+    _DECODER.decode(text)
+    return text, _walk(text, _next_token(text, 0), "{")
 
 
 def find_model(body: BytesLike) -> tuple[int, int, str] | None:
     """Return (start, end, name) of the top-level `model` string of a JSON object, or None.
 
     `start` and `end` are byte offsets, quotes included.  If `model` is the first member and plain,
-    as Claude Code sends it, nothing after it is examined.  Otherwise the whole top level is walked,
-    so that a body that is not JSON stays untouched, and the first `model` counts, because
-    CLIProxyAPI (gjson) reads the first as well.
+    as Claude Code sends it, nothing after it is examined.  Otherwise the whole body must be JSON,
+    and the first `model` counts, because CLIProxyAPI (gjson) reads the first as well.
     """
     leading = _LEADING_MODEL.match(body)
-    try:                                # latin-1: one character for each byte
-        start, end = leading.span(1) if leading else _walk_to_model(str(body, "latin-1"))
-        return start, end, json.loads(str(body[start:end], "utf-8"))
-    except (ValueError, IndexError, RecursionError):    # not JSON or UTF-8, truncated, too deep
+    try:
+        start, end = leading.span(1) if leading else next(
+            (start, end) for key, start, end in _walk_body(body)[1] if key == "model")
+        name = json.loads(str(body[start:end], "utf-8"))
+    except (ValueError, StopIteration, RecursionError):     # not JSON or UTF-8, or too deep
         return None
+    return (start, end, name) if isinstance(name, str) else None
 
 
 def find_agent(body: BytesLike) -> str:
@@ -1251,9 +1151,8 @@ def find_agent(body: BytesLike) -> str:
     Messages may mention the word, so it counts only within the top-level `system` value, which is
     looked for only if the word occurs at all.
     """
-    with contextlib.suppress(ValueError, IndexError, RecursionError):   # not JSON, or truncated
-        text = str(body, "latin-1") if _AGENT.search(body) else "{}"
-        for key, start, end in _walk(text, _skip_space(text, 0), "{"):
+    with contextlib.suppress(ValueError, RecursionError):       # not JSON, or too deep
+        for key, start, end in _walk_body(body)[1] if _AGENT.search(body) else ():
             if key == "system":
                 found = _AGENT.search(body, start, end)
                 return str(found.group(1), "ascii") if found else ""
@@ -1262,10 +1161,8 @@ def find_agent(body: BytesLike) -> str:
 
 def asks_for_stream(body: BytesLike) -> bool:
     """Return whether `body` seems to ask for a stream; it only moves a time limit."""
-    # First at the two ends, where clients write it.
-    return any(map(_STREAM_MEMBER.search,
-                   (body[-_BODY_END_BYTES:], body[:_BODY_END_BYTES], body)))
-
+    # First at the two ends, among the few small members beside the messages.
+    return any(map(_STREAM_MEMBER.search, (body[-2048:], body[:2048], body)))
 
 
 def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]:
@@ -1274,9 +1171,9 @@ def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]
     return [view[:start], json.dumps(model).encode("ascii"), view[end:]]
 
 
-def _items(text: str, position: int, name: str) -> list[tuple[int, int]]:
-    """Return the spans of the items in the array `name` of the object at `position`."""
-    for key, start, _ in _walk(text, position, "{"):
+def _items(text: str, members: Iterable[tuple[str, int, int]], name: str) -> list[tuple[int, int]]:
+    """Return the spans of the items in the first member `name`, if that is an array."""
+    for key, start, _ in members:
         if key == name:
             return [item[1:] for item in _walk(text, start, "[")] if text[start] == "[" else []
     return []
@@ -1284,40 +1181,29 @@ def _items(text: str, position: int, name: str) -> list[tuple[int, int]]:
 
 def _is_thinking(text: str, block: int) -> bool:
     """Return whether the value at `block` is an object of a thinking type."""
-    if text[block] != "{":
-        return False
-    kinds = (text[start:end] for key, start, end in _walk(text, block, "{") if key == "type")
-    kind = next(kinds, "")
-    return kind.startswith('"') and json.loads(kind) in THINKING_TYPES
-
-
-def _cut_thinking(text: str, blocks: list[tuple[int, int]]) -> list[tuple[int, int, bytes]]:
-    """Return (start, end, replacement) that remove thinking blocks and the commas left over."""
-    kept = [number for number, (start, _) in enumerate(blocks) if not _is_thinking(text, start)]
-    if len(kept) == len(blocks):
-        return []
-    if not kept:
-        return [(blocks[0][0], blocks[-1][1], EMPTY_CONTENT)]
-    return [(blocks[0][0], blocks[kept[0]][0], b""),
-            *((blocks[number][1], blocks[following - 1][1], b"")
-              for number, following in zip(kept, [*kept[1:], len(blocks)]))]
+    members = _walk(text, block, "{") if text[block] == "{" else ()
+    kind = next((text[start:end] for key, start, end in members if key == "type"), "null")
+    return _DECODER.decode(kind) in ("thinking", "redacted_thinking")
 
 
 def without_thinking(body: BytesLike) -> bytes | None:
     """Return `body` without the thinking blocks in its messages, or None if it has none.
 
-    All other bytes stay as they are.  A content that would be left empty gets a short text block.
+    All other values keep their bytes.  A content that would be left empty gets a short text block.
     """
-    text, position = str(body, "latin-1"), 0
-    pieces: list[BytesLike] = []
+    position, pieces = 0, []
     try:
-        for message, _ in _items(text, _skip_space(text, 0), "messages"):
-            for start, end, replacement in _cut_thinking(text, _items(text, message, "content")):
-                pieces += [body[position:start], replacement]
-                position = end
-    except (ValueError, IndexError, RecursionError):    # not JSON, truncated, or nested too deep
+        text, members = _walk_body(body)
+        for message, _ in _items(text, members, "messages"):
+            blocks = _items(text, _walk(text, message, "{"), "content")
+            kept = [text[start:end] for start, end in blocks if not _is_thinking(text, start)]
+            if len(kept) < len(blocks):
+                empty = '{"type":"text","text":"(no content)"}'     # the API refuses []
+                pieces += [text[position:blocks[0][0]], ",".join(kept) or empty]
+                position = blocks[-1][1]
+    except (ValueError, RecursionError):        # not JSON, or nested too deep
         return None
-    return b"".join([*pieces, body[position:]]) if pieces else None
+    return "".join([*pieces, text[position:]]).encode("latin-1") if pieces else None
 
 
 # Messages: responses ##########################################################
@@ -1404,7 +1290,7 @@ def message_defect(body: bytes) -> str:
 
 
 class StreamScan:
-    """What an event stream has shown so far.
+    """The state of an event stream, as far as it has come.
 
     `committed` is set by the first content of a message, on other paths by the first event that is
     not an error, and in any case after READ_AHEAD_MAX_BYTES.  `defect` is set if something else
@@ -1413,8 +1299,6 @@ class StreamScan:
     """
 
     _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
-    _TYPE = re.compile(rb'\{\s*"type"\s*:\s*"([a-z_]+)"')
-    _USUAL = b"event: content_block_delta\n"
 
     def __init__(self, is_message: bool) -> None:
         self._is_message = is_message
@@ -1426,7 +1310,10 @@ class StreamScan:
 
     def feed(self, payload: bytes) -> None:
         """Read more of the stream."""
-        if self.committed and not self._partial and self._is_usual(payload):
+        # Whole events with content alone need not be read; finding that out costs a tenth.
+        if (self.committed and not self._partial and payload.endswith(b"\n\n")
+                and payload.startswith(b"event: content_block_delta\n")
+                and b"error" not in payload and b"message_stop" not in payload):
             self.events += 1
             return
         data, start = self._partial + payload, 0
@@ -1438,13 +1325,7 @@ class StreamScan:
         if self._size > READ_AHEAD_MAX_BYTES and not self.defect:
             self.committed = True
         if len(self._partial) > READ_AHEAD_MAX_BYTES:
-            self._partial = self._partial[:len(self._USUAL)]    # the rest of it cannot matter
-
-    @classmethod
-    def _is_usual(cls, payload: bytes) -> bool:
-        """Return whether whole events carry content alone; finding out costs a tenth of reading."""
-        return (payload.startswith(cls._USUAL) and payload.endswith(b"\n\n")
-                and b"error" not in payload and b"message_stop" not in payload)
+            self._partial = self._partial[:100]     # the rest of it cannot matter
 
     def finish(self) -> None:
         """Read the end of the stream."""
@@ -1457,19 +1338,14 @@ class StreamScan:
         """Read the lines up to a blank one."""
         if self.defect:
             return
-        may_be_error = b"error" in block
         lines = [line for line in block.lstrip(b"\xef\xbb\xbf").splitlines()
                  if line and not line.startswith(b":")]
         names = [line[6:].strip() for line in lines if line.startswith(b"event:")]
         data = b"\n".join(line[5:].strip() for line in lines if line.startswith(b"data:"))
         if not names and not data:
             return                      # comments, or an id alone
-        found = self._TYPE.match(data)
-        needs_parsing = not self.committed or may_be_error or not (found or names)
-        event = _load_object(data) or {} if needs_parsing else {}
-        kind = (found.group(1) if found else names[-1] if names else b"").decode("latin-1")
-        if isinstance(event.get("type"), str):
-            kind = event["type"]
+        event = _load_object(data) or {}
+        kind = event.get("type", names[-1].decode("latin-1") if names else "")
         is_error = kind == "error" or b"error" in names or event.get("error") is not None
         self.events += kind != "ping"
         if self.committed:
@@ -1590,11 +1466,10 @@ def judge(first: Outcome, second: Outcome) -> Verdict:
 
 
 # The attributes of a Breaker that a restart keeps, and their types.
-SAVED: dict[str, tuple[type, ...]] = {
-    "home": (str,), "away": (str,), "answered": (bool,), "on_shelf": (bool,), "level": (int,),
-    "switch_count": (int,), "last_cooldown_s": (float, int), "returned_at": (float, int),
-    "reason": (str,), "switched_at": (float, int), "retry_at": (float, int)}
-MAY_BE_NONE = "returned_at", "reason", "switched_at", "retry_at"    # of an open one the first alone
+SAVED: dict[str, Callable[[Any], Any]] = {
+    "home": str, "away": str, "answered": bool, "on_shelf": bool, "level": int,
+    "switch_count": int, "last_cooldown_s": float, "returned_at": float,
+    "reason": str, "switched_at": float, "retry_at": float}
 
 
 # One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
@@ -1613,9 +1488,9 @@ MAY_BE_NONE = "returned_at", "reason", "switched_at", "retry_at"    # of an open
 #              a switch that the shelf caused
 #   HALF_OPEN  the probe is neutral                         OPEN         the next one after a minute
 #   HALF_OPEN  success or failure of away                   as in OPEN
-#   any        outcome of the target that does not serve    same         nothing
-#   any        failure of an attempt from before a switch   same         nothing
-#   any        failure of the same event as the last one    same         nothing
+#   any        outcome of the target that does not serve,   same         nothing
+#              of an attempt from before a switch, or of
+#              the same event as a failure before
 #
 # HTTP failures and timeouts are counted apart.  N returns to the first cooldown when twice the last
 # cooldown has passed since the return to home, without a switch.
@@ -1634,16 +1509,17 @@ class Breaker:
     for the log.  Not locked.
     """
 
-    def __init__(self, targets: tuple[str, str], serial: Iterator[int], label: str = "") -> None:
+    def __init__(self, auto: AutoSettings, serial: Iterator[int], model: str = "") -> None:
+        self._auto = auto
         self._serial = serial           # numbers of one sequence, so that a ticket fits one machine
+        self._label = f" for {printable(model)}" if model else ""
         self._counted_at: deque[float] = deque(maxlen=EVENTS_REMEMBERED)    # times of failures
-        self.label = label              #: " for MODEL", or ""
         self.probe = 0                  # number of the latest probe
         self.level = 0                  # index of the next cooldown
         self.switch_count = 0
         self.last_cooldown_s = 0.0
         self.returned_at: float | None = None
-        self.close(targets)
+        self.close(auto.targets)
 
     def close(self, targets: tuple[str, str]) -> None:
         """Start again on the first of `targets`; N and the number of switches stay."""
@@ -1664,15 +1540,14 @@ class Breaker:
         self.real_failure = ""          # the first one in the row that the shelf did not cause
 
     @property
+    def order(self) -> tuple[str, str]:
+        """The targets, the one whose turn it is first."""
+        return (self.home, self.away) if self.state == CLOSED else (self.away, self.home)
+
+    @property
     def current(self) -> str:
         """The target whose turn it is."""
-        return self.home if self.state == CLOSED else self.away
-
-    def _is_same_event(self, outcome: Outcome) -> bool:
-        """Return whether an event that was counted may have caused this failure too."""
-        # By the times of the failures: their rescues, which decide what counts, differ in length.
-        return any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
-                   for at in self._counted_at)
+        return self.order[0]
 
     def remaining_s(self, now: float) -> float:
         """Return the seconds until home may be probed, within the cooldown if the clock was set."""
@@ -1693,16 +1568,16 @@ class Breaker:
         return self.state == HALF_OPEN and ticket.probe == self.probe
 
     def recover(self, now: float) -> list[str]:
-        """Return to home, because its probe has committed."""
+        """Return to home; the line says so of a probe that has committed."""
         self.close((self.home, self.away))
         self.returned_at = now
         reason = "responds again"
-        return [self._move(f"RECOVERED: {self.home} {reason}{self.label}", self.home, reason)]
+        return [self._move(f"RECOVERED: {self.home} {reason}{self._label}", self.home, reason)]
 
     def _move(self, line: str, to: str, reason: str, cooldown_s: float = 0) -> Move:
         move = Move(line)
         move.words = {"from": self.away if to == self.home else self.home, "to": to,
-                      "scope": self.label.removeprefix(" for ") or MODE_AUTO, "reason": reason,
+                      "scope": self._label.removeprefix(" for ") or MODE_AUTO, "reason": reason,
                       "minutes": str(tidy(round(cooldown_s / 60, 1)))}
         return move
 
@@ -1710,20 +1585,29 @@ class Breaker:
         """Count a success of `ticket.target`."""
         if ticket.target == self.current:
             self.start_counting()
-            self.level += not self.answered and not self.on_shelf
+            self.level += self.state != CLOSED and not self.answered and not self.on_shelf
             self.answered = True
 
-    def fail(self, now: float, ticket: Ticket, outcome: Outcome, auto: AutoSettings,
-             followed: str) -> list[str]:
+    def fail(self, now: float, ticket: Ticket, outcome: Outcome, followed: str = "") -> list[str]:
         """Count a failure of `ticket.target`; once closed, the scope gets the target `followed`."""
         if self.is_probe(ticket):
-            return self._fail_probe(now, outcome, auto)
-        failed = f"{ticket.target} failed{self.label}: {outcome.what}"
+            return self._fail_probe(now, outcome)
+        failed = f"{ticket.target} failed{self._label}: {outcome.what}"
         if ticket.generation != self.generation or ticket.target != self.current:
             return [failed]
-        if self._is_same_event(outcome):
+        # By the times of the failures: their rescues, which decide what counts, differ in length.
+        if any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
+               for at in self._counted_at):
             return [failed + " (the same event)"]
-        count, limit, name = self._count(outcome, auto)
+        self._counted_at.append(outcome.ended)
+        if outcome.fault is Fault.TIMEOUT:
+            self.timeouts += 1
+            count, limit, name = self.timeouts, self._auto.timeout_threshold, "timeouts"
+        else:
+            self.failures += 1
+            count, limit, name = self.failures, self._auto.failure_threshold, "HTTP errors"
+        if outcome.fault is not Fault.SHELF:
+            self.real_failure = self.real_failure or outcome.what
         of_limit = f" of {limit}" if count <= limit else ""
         lines = [f"{failed} ({count}{of_limit} {name} in a row)"]
         if count < limit or (outcome.direct and not self.answered):
@@ -1734,33 +1618,20 @@ class Breaker:
         if outcome.fault is Fault.SHELF and self.real_failure:
             reason += f", after {self.real_failure}"
         if self.state != CLOSED and followed == self.away:
-            # Closed, it would follow to the very target that it leaves.
-            self.close((self.away, self.home))
+            self.close(self.order)      # it would follow to the very target that it leaves
         if self.state == CLOSED:
-            return lines + self._open(now, reason, outcome, auto)
-        self.close((self.home, self.away))
-        self.returned_at = now
+            return lines + self._open(now, reason, outcome)
+        self.recover(now)
         self.switch_count += 1
-        return [*lines, self._move(f"SWITCH {self.away} -> {self.home}{self.label}: {reason}",
+        return [*lines, self._move(f"SWITCH {self.away} -> {self.home}{self._label}: {reason}",
                                    self.home, reason)]
 
-    def _count(self, outcome: Outcome, auto: AutoSettings) -> tuple[int, int, str]:
-        """Count a failure; return (how many in a row, how many switch, their name)."""
-        self._counted_at.append(outcome.ended)
-        if outcome.fault is not Fault.SHELF:
-            self.real_failure = self.real_failure or outcome.what
-        if outcome.fault is Fault.TIMEOUT:
-            self.timeouts += 1
-            return self.timeouts, auto.timeout_threshold, "timeouts"
-        self.failures += 1
-        return self.failures, auto.failure_threshold, "HTTP errors"
-
-    def _open(self, now: float, reason: str, outcome: Outcome, auto: AutoSettings) -> list[str]:
+    def _open(self, now: float, reason: str, outcome: Outcome) -> list[str]:
         """Leave home, or stay away from it, for the next cooldown."""
         if self.returned_at is not None and now - self.returned_at >= 2 * self.last_cooldown_s:
             self.level = 0
         self.returned_at = None
-        cooldown_s = auto.cooldowns_s[min(self.level, len(auto.cooldowns_s) - 1)]
+        cooldown_s = self._auto.cooldowns_s[:self.level + 1][-1]
         shortest_s = min(cooldown_s, RECHECK_S)
         on_shelf = outcome.fault is Fault.SHELF
         if on_shelf:
@@ -1775,21 +1646,21 @@ class Breaker:
         self.switch_count += 1
         self.reason, self.switched_at = reason, now
         self.retry_at, self.last_cooldown_s = now + cooldown_s, cooldown_s
-        line = (f"SWITCH {self.home} -> {self.away}{self.label}: {reason}; "
+        line = (f"SWITCH {self.home} -> {self.away}{self._label}: {reason}; "
                 f"retry in {span(cooldown_s)}")
         return [self._move(line, self.away, reason, cooldown_s)]
 
-    def _fail_probe(self, now: float, outcome: Outcome, auto: AutoSettings) -> list[str]:
+    def _fail_probe(self, now: float, outcome: Outcome) -> list[str]:
         still_on_shelf = outcome.fault is Fault.SHELF or (outcome.fault is Fault.STATUS and (
             outcome.status in (401, 403, 404) or outcome.status >= 500))
         if not (self.on_shelf and still_on_shelf):
             self._counted_at.append(outcome.ended)
-            return self._open(now, f"failed a probe, last {outcome.what}", outcome, auto)
+            return self._open(now, f"failed a probe, last {outcome.what}", outcome)
         self._postpone_probe(now)
         if outcome.what == self.shelf_said:
             return []
         self.shelf_said = outcome.what
-        return [f"PROBE of {self.home} failed{self.label}: {outcome.what}"]
+        return [f"PROBE of {self.home} failed{self._label}: {outcome.what}"]
 
     def _postpone_probe(self, now: float) -> None:
         self.state = OPEN
@@ -1800,7 +1671,7 @@ class Breaker:
         self._postpone_probe(now)
         if ticket.quiet:                # its begin was not logged either
             return []
-        return [f"PROBE of {self.home} inconclusive{self.label}; "
+        return [f"PROBE of {self.home} inconclusive{self._label}; "
                 f"the next one in {span(self.remaining_s(now))}"]
 
     def report(self, now: float) -> dict[str, Any]:
@@ -1816,31 +1687,28 @@ class Breaker:
 
     def save(self) -> dict[str, Any]:
         """Return what a restart keeps; the counters and a probe under way are lost."""
-        return dict({name: getattr(self, name) for name in SAVED}, open=self.state != CLOSED)
+        return {name: getattr(self, name) for name in SAVED}
 
-    def restore(self, saved: Any, longest_s: float) -> None:
+    def restore(self, saved: Any) -> None:
         """Take over what `save` returned; raise StateError if it does not fit.
 
-        `saved` comes from a file that anyone may have written; an older one has no `on_shelf`.
+        `saved` comes from a file that anyone may have written.
         """
-        if not isinstance(saved, dict):
-            raise StateError("expected an object")
-        values: dict[str, Any] = {name: saved.get(name) for name in SAVED}
-        values["on_shelf"] = saved.get("on_shelf", False)
-        may_be_none = MAY_BE_NONE[:1] if saved.get("open") else MAY_BE_NONE
-        for name, kinds in SAVED.items():
-            value = values[name]
-            if value is None and name in may_be_none:
-                continue
-            if type(value) not in kinds:        # not isinstance: a bool is an int
-                raise StateError(f"{name}: expected {kinds[0].__name__}")
-            if kinds[-1] is int and not 0 <= value < 1e11:
-                raise StateError(f"{name}: expected a number within reason")
-        if ({values["home"], values["away"]} != {self.home, self.away}
-                or values["last_cooldown_s"] > longest_s):
-            raise StateError("the targets or cooldowns are not those of config.json")
+        try:
+            values: dict[str, Any] = {
+                name: None if saved[name] is None else convert(saved[name])
+                for name, convert in SAVED.items()}
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise StateError("not the state that rrouter wrote") from error
+        absent = {name for name, value in values.items() if value is None} - {"returned_at"}
+        if (absent not in (set(), {"reason", "switched_at", "retry_at"})
+                or {values["home"], values["away"]} != set(self._auto.targets)
+                or values["last_cooldown_s"] > max(self._auto.cooldowns_s)
+                or not all(0 <= value < 1e11 for value in values.values()
+                           if isinstance(value, (int, float)))):
+            raise StateError("not the state that rrouter wrote")
         vars(self).update(values, reason=values["reason"] and printable(values["reason"]))
-        self.state = OPEN if saved.get("open") else CLOSED
+        self.state = CLOSED if absent else OPEN
 
 
 def remember(known: OrderedDict[K, T], key: K, value: T) -> None:
@@ -1865,7 +1733,7 @@ class Failover:
         self._clear(auto)
 
     def _clear(self, auto: AutoSettings) -> None:
-        self._auto, self._whole = auto, Breaker(auto.targets, self._serial)
+        self._auto, self._whole = auto, Breaker(auto, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
         # By session and model: the target used last, when, and the end of its stay there.
         self._places: OrderedDict[tuple[str, str], tuple[str, float, float]] = OrderedDict()
@@ -1949,7 +1817,7 @@ class Failover:
             if breaker is self._whole:
                 self._follow()
             else:
-                self._align(breaker)
+                breaker.close(self._whole.order)
             return self._ticket(ticket.target, ticket.model, self._auto.targets), lines
 
     def credit(self, ticket: Ticket) -> None:
@@ -1959,7 +1827,6 @@ class Failover:
             own = self._models.get(ticket.model)
             if own is not None:
                 own.succeed(ticket)
-                self._align(own)
 
     def charge(self, ticket: Ticket, outcome: Outcome) -> list[str]:
         """Count a failure.
@@ -1973,15 +1840,13 @@ class Failover:
             if self._places.get(place, ("",))[0] == ticket.target:
                 del self._places[place]         # a failure ends a stay
             if own is not None and (ticket.alone or (own.state != CLOSED and not ticket.probe)):
-                lines = own.fail(now, ticket, outcome, self._auto, whole.current)
-                self._align(own)
-                return lines
+                return own.fail(now, ticket, outcome, followed=whole.current)
             switches = whole.switch_count
             fresh = ticket.generation == whole.generation and ticket.target == whole.current
-            lines = whole.fail(now, ticket, outcome, self._auto, whole.home)
+            lines = whole.fail(now, ticket, outcome)
             if whole.switch_count != switches:
                 self._follow()
-            elif fresh:
+            elif fresh and len(ticket.model) <= MODEL_NAME_MAX:
                 lines += self._charge_model(now, ticket, outcome)
             return lines
 
@@ -2000,41 +1865,22 @@ class Failover:
 
     def _charge_model(self, now: float, ticket: Ticket, outcome: Outcome) -> list[str]:
         """Count a failure of the whole target for its model too; logged only if that switches."""
-        if len(ticket.model) > MODEL_NAME_MAX:
-            return []
         own = self._models.get(ticket.model)
         if own is None:
             if len(self._models) >= MODELS_REMEMBERED:
-                # The one longest unseen goes, if possible one that is not switched.
-                closed = (m for m, other in self._models.items() if other.state == CLOSED)
-                del self._models[next(closed, next(iter(self._models)))]
-            own = Breaker(self._ordered(), self._serial, f" for {printable(ticket.model)}")
-            self._models[ticket.model] = own
+                self._models.popitem(last=False)        # the one longest without a failure
+            own = self._models[ticket.model] = Breaker(self._auto, self._serial, ticket.model)
+            own.close(self._whole.order)
         self._models.move_to_end(ticket.model)
         own.answered = self._whole.answered     # they are on the same target
-        ticket = ticket._replace(generation=own.generation)
-        lines = own.fail(now, ticket, outcome, self._auto, own.home)
-        own.answered = own.answered or own.state == CLOSED
-        return lines[1:]
-
-    def _ordered(self) -> tuple[str, str]:
-        """Return the targets, the one that serves the whole first."""
-        whole = self._whole
-        return (whole.home, whole.away) if whole.state == CLOSED else (whole.away, whole.home)
-
-    def _align(self, own: Breaker) -> None:
-        """Let a model follow the whole target unless it is switched alone, to another target."""
-        first, second = self._ordered()
-        if ((own.state == CLOSED and own.home != first)
-                or (own.state != CLOSED and own.away == first == self._whole.home)):
-            own.close((first, second))
+        return own.fail(now, ticket._replace(generation=own.generation), outcome)[1:]
 
     def _follow(self) -> None:
-        """Reset the counters of the models, because the whole target has switched."""
+        """Let the models that are not switched alone follow the whole target, with new counters."""
+        targets = self._whole.order
         for own in self._models.values():
-            if own.state == CLOSED:
-                own.start_counting()
-            self._align(own)
+            if own.state == CLOSED or own.away == targets[0] == self._whole.home:
+                own.close(targets)
 
     def report(self, active: bool) -> dict[str, Any]:
         """Return the `autoSwitch` object of /health."""
@@ -2054,21 +1900,18 @@ class Failover:
                     "models": {model: own.save() for model, own in self._models.items()
                                if own.state != CLOSED or own.level}}
 
-    def restore(self, saved: Any) -> None:
+    def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `save` returned; if it does not fit, change nothing, raise StateError."""
-        longest_s = max(self._auto.cooldowns_s)
-        if not isinstance(saved, dict) or not isinstance(saved.get("models"), dict):
-            raise StateError("expected an object with whole and models")
-        whole = Breaker(self._auto.targets, self._serial)
-        whole.restore(saved.get("whole"), longest_s)
-        if whole.home != self._auto.targets[0]:
-            raise StateError(f"whole.home: expected {self._auto.targets[0]}")
-        models: OrderedDict[str, Breaker] = OrderedDict()
-        for model, own in list(saved["models"].items())[:MODELS_REMEMBERED]:
-            models[model] = Breaker(self._auto.targets, self._serial, f" for {printable(model)}")
-            models[model].restore(own, longest_s)
+        whole, models = Breaker(self._auto, self._serial), saved.get("models")
+        whole.restore(saved.get("whole"))
+        if whole.home != self._auto.targets[0] or not isinstance(models, dict):
+            raise StateError("not the state that rrouter wrote")
+        restored: OrderedDict[str, Breaker] = OrderedDict()
+        for model, own in models.items():
+            restored[model] = Breaker(self._auto, self._serial, model)
+            restored[model].restore(own)
         with self._lock:
-            self._whole, self._models = whole, models
+            self._whole, self._models = whole, restored
 
 
 def slow_failure(outcome: Outcome) -> str:
@@ -2082,15 +1925,11 @@ def slow_failure(outcome: Outcome) -> str:
 
 
 def failed_side(auto: dict[str, Any]) -> tuple[str, str, str]:
-    """Return which target was left, why, and the last failure alone.
-
-    For example: antigravity, `gave 3 HTTP errors in a row, last 429`, `429`.
-    """
+    """Return the target that was left, why (gave 3 HTTP errors in a row, last 429), and `429`."""
     failed = next(name for name in auto["targets"] if name != auto["currentTarget"])
     reason = auto["reason"] or ""
-    return (failed, re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row",
-                           reason),
-            printable(re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", reason), 40))
+    why = re.sub(r"^(\d+) consecutive (HTTP errors|timeouts)", r"gave \1 \2 in a row", reason)
+    return failed, why, printable(re.sub("^(.*last|[0-9]+ consecutive) |,.*", "", reason), 40)
 
 
 def until_probe(auto: dict[str, Any]) -> str:
@@ -2115,21 +1954,19 @@ def scope_note(auto: dict[str, Any]) -> str:
 
 def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -> str:
     """Return /health in one line, or the `models` that a session asked for and got, and why."""
-    auto = health["autoSwitch"]
+    auto, problems = health["autoSwitch"], len(health["problems"])
+    scopes = {"auto": auto, **auto["models"]} if auto["active"] else {}
+    parts = [] if scopes else [health["mode"]]
     if models:
         asked, answered = (printable(model.removeprefix("claude-"), 40) for model in models)
-        own = auto["models"].get(models[0], auto)
-        parts = [f"asked {asked}, answered {answered}{scope_note(own) if auto['active'] else ''}"]
-    elif auto["active"]:
-        scopes = {"auto": auto, **auto["models"]}
-        parts = [f"{printable(name, 40)} → {own['currentTarget']}{scope_note(own)}"
-                 for name, own in itertools.islice(scopes.items(), STATUS_SCOPES)]
-        hidden = len(scopes) - len(parts)
-        parts += [f"{hidden} more"] if hidden else []
-    else:
-        parts = [health["mode"]]
-    count = len(health["problems"])
-    parts += [f"{count} problem{'s' * (count > 1)}: rrouter status"] if count else []
+        note = scope_note(scopes.get(models[0], auto)) if scopes else ""
+        parts, scopes = [f"asked {asked}, answered {answered}{note}"], {}
+    for name, own in itertools.islice(scopes.items(), STATUS_SCOPES):
+        parts.append(f"{printable(name, 40)} → {own['currentTarget']}{scope_note(own)}")
+    if len(scopes) > STATUS_SCOPES:
+        parts.append(f"{len(scopes) - STATUS_SCOPES} more")
+    if problems:
+        parts.append(f"{problems} problem{'s' * (problems > 1)}: rrouter status")
     return ", ".join(parts)
 
 
@@ -2161,11 +1998,18 @@ class Paths:
                     os.chmod(directory, 0o700)
         except OSError as error:
             path = error.filename or self.root
-            if os.path.islink(path) and not os.path.exists(path):
-                raise DaemonError(f"{path}: a symbolic link that leads nowhere: remove it, or "
-                                  "create its target") from error
-            raise DaemonError(f"{path}: {reason_of(error)}: rrouter keeps "
-                              "its files there; set HOME to a directory you can write") from error
+            raise DaemonError(f"{path}: " + (
+                "a symbolic link that leads nowhere: remove it, or create its target"
+                if os.path.islink(path) and not os.path.exists(path) else
+                f"{reason_of(error)}: rrouter keeps its files there; set HOME to a directory you "
+                "can write")) from error
+
+
+def remove_files(*paths: str) -> None:
+    """Remove files that may not exist."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def write_atomically(path: str, content: str | bytes, durable: bool = True,
@@ -2177,20 +2021,17 @@ def write_atomically(path: str, content: str | bytes, durable: bool = True,
     """
     path = os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb", opener=partial(os.open, mode=0o600)) as file:
             file.write(content.encode("utf-8") if isinstance(content, str) else content)
             if mode != 0o600:
-                os.fchmod(descriptor, mode)
+                os.fchmod(file.fileno(), mode)
             file.flush()
             if durable:                 # else a crash may leave the new name with no content
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    finally:
+        remove_files(temporary)         # gone already after the replacement
 
 
 def spare_name(path: str) -> str:
@@ -2220,13 +2061,12 @@ def read_file(path: str) -> bytes | None:
     return content
 
 
-def read_json(path: str) -> Any:
-    """Return what the JSON in a file says, None without a file; raise OSError or ValueError."""
-    content = read_file(path)
+def is_at(path: str, descriptor: int) -> bool:
+    """Return whether the open file is still the one at `path`: others rotate and remove files."""
     try:
-        return None if content is None else json.loads(content.decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError("nesting that is too deep") from error
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def _signature(path: str) -> tuple[int, ...] | int | None:
@@ -2242,23 +2082,17 @@ def _signature(path: str) -> tuple[int, ...] | int | None:
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
-def _if_stable(signature: object) -> object:
-    """Return `signature`, or what equals nothing while the next write may not change it."""
-    if isinstance(signature, tuple):
-        settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
-        if time.time() - signature[3] / 1e9 < settled_s:
-            return object()
-    return signature
+def _is_settled(signature: tuple[int, ...] | int | None) -> bool:
+    """Return whether the next write of the file changes its signature."""
+    if not isinstance(signature, tuple):
+        return True
+    settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
+    return time.time() - signature[3] / 1e9 >= settled_s
 
 
-def _write_all(descriptor: int, data: bytes) -> OSError | None:
-    """Write `data`, in one piece if the system lets; return the error that ended it early."""
-    try:
-        while data:
-            data = data[os.write(descriptor, data):]
-    except OSError as error:
-        return error
-    return None
+def open_log(path: str) -> int:
+    """Open the log file, without waiting for a reader if it is a FIFO; return its descriptor."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
 
 
 class Log:
@@ -2269,30 +2103,21 @@ class Log:
     """
 
     HELD_MAX = 10_000       # lines; only while the disk hangs can so many be held
-    MANY = 1_000            # lines that wake the watcher early
-    ECHO_S = 0.2            # how long to wait, once, for a stderr that accepts nothing
+    ECHO_S = 0.1            # how long a stderr that accepts nothing may hold up a flush
 
     def __init__(self, path: str, echo: bool):
         self._path, self._echo = path, echo
-        self.wake: Callable[[], None] = lambda: None    #: wakes the watcher; must not block
         self.problem: str | None = None
-        self._lock = threading.Lock()       # keeps the lines in the order of their times
         self._lines: deque[bytes] = deque(maxlen=self.HELD_MAX)
         self._descriptor: int | None = None
-        self._is_stuck = False              # stderr accepts nothing
 
     def write(self, tag: str, text: str) -> None:
         """Add one line; the caller has made everything printable that comes from outside."""
-        with self._lock:
-            now = time.time()
-            stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-            if len(self._lines) == self.HELD_MAX:
-                self.problem = "rrouter.log: the disk does not respond: log lines are lost"
-            line = f"{stamp}.{int(now % 1 * 1000):03d} [{tag}] {text}\n"
-            self._lines.append(line.encode("utf-8", "replace"))
-            many = len(self._lines) == self.MANY
-        if many:
-            self.wake()
+        now = datetime.datetime.fromtimestamp(time.time())
+        if len(self._lines) == self.HELD_MAX:
+            self.problem = "rrouter.log: the disk does not respond: log lines are lost"
+        line = f"{now.isoformat(' ', 'milliseconds')} [{tag}] {text}\n"
+        self._lines.append(line.encode("utf-8", "replace"))
 
     def flush(self) -> None:
         """Write the lines added so far."""
@@ -2301,49 +2126,47 @@ class Log:
             return
         self._rotate_if_full(len(data))
         if self._descriptor is not None:
-            self._note(_write_all(self._descriptor, data))
+            with self._noting_problem():
+                rest = data
+                while rest:             # written in one piece if the system lets
+                    rest = rest[os.write(self._descriptor, rest):]
         if self._echo:
             self._write_stderr(data)
 
     def _write_stderr(self, data: bytes) -> None:
         """Write as much to stderr as it accepts: a terminal may be stopped, a pipe full."""
         # A pipe that is ready accepts PIPE_BUF bytes without blocking.
-        for start in range(0, len(data), select.PIPE_BUF):
-            ready = select.select([], [2], [], 0 if self._is_stuck else self.ECHO_S)[1]
-            self._is_stuck = not ready
-            if self._is_stuck:
-                return
-            _write_all(2, data[start:start + select.PIPE_BUF])
+        with contextlib.suppress(OSError):
+            for start in range(0, len(data), select.PIPE_BUF):
+                if not select.select([], [2], [], self.ECHO_S)[1]:
+                    return
+                os.write(2, data[start:start + select.PIPE_BUF])
 
-    def _note(self, error: OSError | None) -> None:
-        """Keep the problem for /health; say it once on stderr, with the path."""
-        problem = f"rrouter.log: {reason_of(error)}: log lines are lost" if error else None
-        if problem and not self.problem:        # /health has no path, because it names the user
-            line = f"rrouter: {problem} ({self._path})\n"
-            self._write_stderr(line.encode("utf-8", "replace"))
-        self.problem = problem
+    @contextlib.contextmanager
+    def _noting_problem(self) -> Iterator[None]:
+        """Keep an OSError for /health; say it once on stderr, with the path."""
+        try:
+            yield
+            self.problem = None
+        except OSError as error:
+            problem = f"rrouter.log: {reason_of(error)}: log lines are lost"
+            if not self.problem:        # /health has no path, because it names the user
+                self._write_stderr(os.fsencode(f"rrouter: {problem} ({self._path})\n"))
+            self.problem = problem
 
     def open(self) -> None:
-        """Open the file unless it is open and at its path: others rotate and remove files too."""
-        with contextlib.suppress(OSError):
-            if self._descriptor is not None and os.path.samestat(
-                    os.stat(self._path), os.fstat(self._descriptor)):
+        """Open the file unless it is open and at its path."""
+        if self._descriptor is not None:
+            if is_at(self._path, self._descriptor):
                 return
-        descriptor = problem = None
-        try:
+            os.close(self._descriptor)
+            self._descriptor = None
+        with self._noting_problem():
             with contextlib.suppress(FileExistsError):      # no `makedirs`: HOME may be away
                 os.mkdir(os.path.dirname(self._path), 0o700)
-            # A FIFO without a reader would block.
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
-            descriptor = os.open(self._path, flags, 0o600)
-        except OSError as error:
-            problem = error
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-        self._descriptor = descriptor
-        if descriptor is not None and not self._echo:
-            os.dup2(descriptor, 2)      # the daemon's stderr, for messages of Python itself
-        self._note(problem)
+            self._descriptor = open_log(self._path)
+            if not self._echo:
+                os.dup2(self._descriptor, 2)    # the daemon's, for messages of Python itself
 
     def _rotate_if_full(self, coming: int) -> None:
         """Begin a new file if the next `coming` bytes do not fit; if that fails, keep the old."""
@@ -2354,7 +2177,7 @@ class Log:
             # Two processes may write the same file.  One of them rotates it; the other finds
             # another file at the path.  Closing the file in `open` releases the lock.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.stat(self._path), os.fstat(descriptor)):
+            if is_at(self._path, descriptor):
                 for number in range(LOG_FILES - 1, 0, -1):
                     with contextlib.suppress(FileNotFoundError):
                         os.replace(f"{self._path}.{number}", f"{self._path}.{number + 1}")
@@ -2416,9 +2239,9 @@ class Store:
         if written or new != old:
             self._changed(old, new, written)
         self._current = new
-        # A file that could not be read is read again by the next request.
+        # The next request reads again a file that could not be read or is not settled.
         readable = self._mode_error is None and not isinstance(self._config_bytes, OSError)
-        self._seen = tuple(map(_if_stable, seen)) if readable else None
+        self._seen = seen if readable and all(map(_is_settled, seen)) else None
         return new
 
     def _read_config(self) -> None:
@@ -2443,13 +2266,11 @@ class Store:
 
     def _read_mode(self, signature: object) -> None:
         try:
-            content = read_file(self.paths.mode)
+            word = mode_word(read_file(self.paths.mode))
+            self._mode_error = None
         except OSError as error:
-            self._mode_error = f"mode: {reason_of(error)}: the mode in force stays"
-            return
-        self._mode_error = None
-        word = mode_word(content)
-        if word != "":                  # else it is just being written
+            word, self._mode_error = "", f"mode: {reason_of(error)}: the mode in force stays"
+        if word != "":                  # else it is unreadable or just being written
             self._word = word
             # chmod changes the last member, but does not write the mode.
             self._mode_signature = signature[:3] if isinstance(signature, tuple) else signature
@@ -2462,28 +2283,26 @@ class Store:
         if word == MODE_AUTO and word != mode:
             problems.append(f"config.json: {config.auto_error}")
         elif word is not None and word != mode:
-            problems.append(f"{describe_unknown_mode(word, config.choices)}; {mode} is in force")
+            unknown = describe_unknown_mode(word, config.choices)
+            problems.append(f"mode: {unknown}; {mode} is in force")
         return Snapshot(config, mode, tuple(dict.fromkeys(filter(None, problems))))
 
 
 class StateFile:
-    """state.json: the state of auto mode, kept over a restart.  One thread alone writes it."""
+    """state.json: the state of auto mode, kept over a restart.  Only the watcher writes it."""
 
     def __init__(self, path: str, log: Log):
         self._path, self._log = path, log
-        self._saved: dict[str, Any] | None = None
-        self.problem: str | None = None     #: why the last state could not be written
+        self.saved: dict[str, Any] | None = None    #: in the file; None lets `save` write again
+        self.problem: str | None = None             #: why the last state could not be written
 
     def load(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the state saved with this `fingerprint`, None without a file.
-
-        Raises StateError if the file is unusable or has another fingerprint.
-        """
+        """Return the state saved with this `fingerprint`, None without a file; raise StateError."""
         try:
-            state = read_json(self._path)
+            state = json.loads(read_file(self._path) or b"null")
         except OSError as error:
             raise StateError(reason_of(error)) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StateError("not the JSON that rrouter wrote") from error
         if state is None:
             return None
@@ -2494,17 +2313,13 @@ class StateFile:
                 raise StateError(f"{what} was written since")
         return state
 
-    def forget(self) -> None:
-        """Let the next `save` write, because the file was removed."""
-        self._saved = None
-
     def save(self, state: dict[str, Any]) -> None:
         """Write the state unless it is the last saved; a failure is logged once."""
-        if state == self._saved:
+        if state == self.saved:
             return
         try:
             write_atomically(self._path, json.dumps({"version": 1, **state}, indent=1) + "\n")
-            self._saved, self.problem = state, None
+            self.saved, self.problem = state, None
         except OSError as error:
             problem = (f"state.json: cannot be written: {reason_of(error)}: "
                        "a restart forgets the cooldowns")
@@ -2536,11 +2351,8 @@ class RememberedHead:
     def remember(self, data: bytes, head: RequestHead) -> None:
         """Keep `head`, which was parsed from `data`."""
         number = _ONE_LENGTH.search(data)
-        if number:
-            self._before, self._after = data[:number.start(1)], data[number.end(1):]
-        else:
-            self._before, self._after = data, b""
-        self._head = head
+        begin, end = number.span(1) if number else (len(data), len(data))
+        self._before, self._after, self._head = data[:begin], data[end:], head
 
     def match(self, data: bytes) -> tuple[RequestHead, int] | None:
         """Return (head, its size in bytes) if `data` begins with the same head, else None."""
@@ -2553,8 +2365,7 @@ class RememberedHead:
         if (not number or not data.startswith(self._after, number.end())
                 or int(number.group()) > BODY_MAX_BYTES):
             return None
-        head = head._replace(length=int(number.group()))
-        return head, number.end() + len(self._after)
+        return head._replace(length=int(number.group())), number.end() + len(self._after)
 
 
 class OneCore:
@@ -2564,51 +2375,33 @@ class OneCore:
     for.  When there is little to do, a thread is better off on whichever core is free.
     """
 
-    ACTIVE_MIN = 8                      # requests under way
-    BUSY, CALM = 0.2, 0.1               # share of one core: where this begins, and where it ends
-    PERIOD_S = POLL_S * 0.9             # a shorter time proves nothing
+    REQUESTS, BUSY = 8, 0.2             # from which this pays: under way, share of a core in use
 
     def __init__(self) -> None:
-        self._core: int | None = None   # the core that the threads keep to
+        self._shared = False            # the threads keep to one core
         self._seen = 0.0, 0.0
 
     def look(self, active: int, threads: list[int], now: float, used_s: float) -> None:
-        """Decide again; not to be called from one of `threads`, which are native ids.
+        """Decide again, with `active` requests under way; not to be called from one of `threads`.
 
-        `active` is the number of requests under way.  `now` (time.monotonic) and `used_s` show how
-        busy the process was since the last call: processor time in user mode, because the kernel
-        does not need the interpreter lock.
+        Those are native ids.  `now` (time.monotonic) and `used_s` show how busy the process was:
+        processor time in user mode, because the kernel does not need the interpreter lock.
         """
-        if now - self._seen[0] < self.PERIOD_S or not hasattr(os, "sched_setaffinity"):
-            return
-        busy = (used_s - self._seen[1]) / (now - self._seen[0])
-        self._seen = now, used_s
-        with contextlib.suppress(OSError):              # a sandbox may forbid it
-            allowed = os.sched_getaffinity(0)           # each time, because the user may change it
-            enough = min(active, len(threads)) >= self.ACTIVE_MIN
-            if enough and busy >= (self.BUSY if self._core is None else self.CALM):
-                if self._core not in allowed:
-                    self._core = self._core_of(threads[0])
-                if self._core in allowed:
-                    self._place(threads, {self._core})
-            elif self._core is not None:
-                self._core = None
-                self._place(threads, allowed)
-
-    @staticmethod
-    def _core_of(thread: int) -> int | None:
-        """Return the core a busy thread last ran on: the kernel knows the fast cores."""
-        # The thread may have ended, and not every system has /proc.
-        with contextlib.suppress(OSError, ValueError, IndexError), \
-                open(f"/proc/self/task/{thread}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[36])
-        return None
-
-    @staticmethod
-    def _place(threads: list[int], cores: Iterable[int]) -> None:
-        for thread in threads:
-            with contextlib.suppress(OSError):          # it has ended
-                os.sched_setaffinity(thread, cores)
+        period_s, busy_s = now - self._seen[0], used_s - self._seen[1]
+        if period_s < POLL_S / 2 or not hasattr(os, "sched_setaffinity"):
+            return                      # a short time proves nothing
+        was_shared, self._seen = self._shared, (now, used_s)
+        self._shared = min(active, len(threads)) >= self.REQUESTS and busy_s >= self.BUSY * period_s
+        if self._shared or was_shared:
+            with contextlib.suppress(OSError):          # a sandbox may forbid it, or has no /proc
+                cores = os.sched_getaffinity(0)         # the user may change it
+                if self._shared:        # where one of them last ran: the kernel knows fast cores
+                    status = read_file(f"/proc/self/task/{threads[0]}/stat") or b""
+                    core = status.rpartition(b")")[2].split()[36:37]
+                    cores = cores.intersection(map(int, core)) or cores
+                for thread in threads:
+                    with contextlib.suppress(OSError):  # it has ended
+                        os.sched_setaffinity(thread, cores)
 
 
 def _ask_libc(function: str, *arguments: int) -> None:
@@ -2618,25 +2411,15 @@ def _ask_libc(function: str, *arguments: int) -> None:
         getattr(ctypes.CDLL(None), function)(*arguments)
 
 
-def use_one_heap() -> None:
-    """Make glibc use one malloc arena, because it never returns the free end of the others.
-
-    To be called before there are threads.
-    """
-    _ask_libc("mallopt", -8, 1)         # M_ARENA_MAX in <malloc.h>
-
-
-def return_free_memory() -> None:
-    """Return to the system what Python has freed and the C library keeps."""
-    _ask_libc("malloc_trim", 0)
+# Make glibc use one malloc arena (M_ARENA_MAX), because it never returns the free end of the
+# others; before there are threads.
+use_one_heap = partial(_ask_libc, "mallopt", -8, 1)
+# Return to the system what Python has freed and the C library keeps.
+return_free_memory = partial(_ask_libc, "malloc_trim", 0)
 
 
 def outlive_main_script(run: Callable[[], None]) -> None:
-    """Call `run` in a thread that outlives the main script.
-
-    Python keeps the syntax tree of the script, 8 MB, until it has ended.  The interpreter waits for
-    the thread before it finalizes anything.
-    """
+    """Call `run` in a thread that outlives the main script, whose syntax tree takes 8 MB."""
     if (3, 12) <= sys.version_info < (3, 12, 2):    # no thread starts there after it (gh-113964)
         run()
     else:
@@ -2645,21 +2428,31 @@ def outlive_main_script(run: Callable[[], None]) -> None:
 
 # Upstream #####################################################################
 
-# The option that ends a connection which no longer acknowledges, and its value.
-UNACKNOWLEDGED = ((0x80, UNACKNOWLEDGED_S) if sys.platform == "darwin" else     # RXT_CONNDROPTIME
-                  (getattr(socket, "TCP_USER_TIMEOUT", None), UNACKNOWLEDGED_S * 1000))
+# The option that breaks a connection after 120 s without acknowledgement, because Linux waits for
+# 15 minutes.  A peer that lives but does not read for so long is broken off as well.
+UNACKNOWLEDGED = ((0x80, 120) if sys.platform == "darwin" else      # RXT_CONNDROPTIME
+                  (getattr(socket, "TCP_USER_TIMEOUT", None), 120_000))
 # As a number, because `|` of the standard library's flags runs 5 us of Python code.
 PEEK_NOW = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's time limit
 
 
 class Watch:
-    """What ends a wait for the upstream: the client leaves, or the attempt's time limit expires."""
+    """Ends the waiting of a request for the upstream: when its client leaves, or at a time limit.
 
-    def __init__(self, has_left: Callable[[], bool] | None, limit_s: float | None = None) -> None:
-        self._has_left, self._limit_s = has_left, limit_s
+    `awaits_start` says whether it waits for an upstream that is not there, because that restarts.
+    """
+
+    def __init__(self, has_left: Callable[[], bool], awaits_start: bool) -> None:
+        self._has_left = has_left
         self._looked_at = self._checked_at = time.monotonic()
+        self._limit_s: float | None = None
         self._deadline: float | None = None
+        self.give_up_at = math.inf if awaits_start else 0.0     #: while the upstream is away
+
+    def limit(self, seconds: float | None) -> None:
+        """Set the time limit that `start` lets begin; None for none."""
+        self._limit_s, self._deadline = seconds, None
 
     def start(self) -> None:
         """Let the time limit begin, unless it has."""
@@ -2667,17 +2460,13 @@ class Watch:
             self._checked_at = time.monotonic()
             self._deadline = self._checked_at + self._limit_s
 
-    def lift(self) -> None:
-        """Remove the time limit."""
-        self._limit_s = self._deadline = None
-
     def check(self, has_input: Callable[[], bool] | None = None) -> float:
         """Return the seconds after which to ask again; raise ClientGone or UpstreamTimeout.
 
         The limit does not expire while the process is stopped, nor before what has arrived is read.
         """
         now = time.monotonic()
-        if self._has_left is not None and now - self._looked_at >= TICK_S * 0.9:
+        if now - self._looked_at >= TICK_S * 0.9:
             self._looked_at = now
             if self._has_left():
                 raise ClientGone()
@@ -2693,16 +2482,8 @@ class Watch:
             raise UpstreamTimeout("sent no first byte within %g s" % (self._limit_s or 0))
         return TICK_S
 
-
-class Patience:
-    """How long one request waits for an upstream that is not there, because it restarts."""
-
-    def __init__(self, has_left: Callable[[], bool]) -> None:
-        self._has_left = has_left
-        self.give_up_at = math.inf      #: since the first miss, by time.monotonic
-
-    def wait(self) -> bool:
-        """Wait before the next try; return False if it is time to give up; raise ClientGone."""
+    def wait_to_reconnect(self) -> bool:
+        """Wait before the next try to connect; return False if it is time to give up."""
         now = time.monotonic()
         self.give_up_at = min(self.give_up_at, now + RECONNECT_FOR_S)
         if now + RECONNECT_EVERY_S > self.give_up_at:
@@ -2711,15 +2492,6 @@ class Patience:
         if self._has_left():
             raise ClientGone()
         return True
-
-
-class Outbound(NamedTuple):
-    """A request as it goes upstream."""
-
-    method: str
-    pieces: Sequence[BytesLike]
-    #: called with each 1xx head; None drops them: HTTP/1.0 does not know them (RFC 9110 §15.2)
-    interim: Callable[[ResponseHead], None] | None
 
 
 def is_loopback(address: str) -> bool:
@@ -2732,9 +2504,7 @@ def set_kernel_limit(sock: socket.socket, option: int, seconds: float) -> None:
     time_value = int(seconds), int(seconds % 1 * 1e6)
     try:
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *time_value))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
+    except OSError:
         # A 32-bit system with 64-bit time.  Not first: 32-bit x86 accepts and misreads it.
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@qq", *time_value))
 
@@ -2808,7 +2578,7 @@ class UpstreamConnection(Wire):
         """Return whether there is something to read, or the end; never ask a closed connection."""
         if self._plain:
             return bool(self._poller.poll(0))
-        # TLS: session tickets come unasked, and only reading tells them from a response.
+        # TLS: session tickets come unasked, and only reading shows which it is.
         self.limit(0)
         try:
             self.held = bytes(self.held) + self.sock.recv(RECEIVE_BYTES)
@@ -2847,13 +2617,12 @@ class UpstreamConnection(Wire):
     def rest(self) -> None:
         """Be idle until the next request."""
         self._responding = False        # no byte of its response has come
-        self._idle_since = time.monotonic(), time.time()
+        self._idle_since = time.time()      # because time.monotonic stops while systems sleep
 
     @property
     def is_old(self) -> bool:
-        """True if it has been idle for too long; the monotonic clock stops while systems sleep."""
-        since, wall_since = self._idle_since
-        return max(time.monotonic() - since, abs(time.time() - wall_since)) >= POOL_IDLE_S
+        """True if it has been idle for too long, or if the clock was set back since."""
+        return abs(time.time() - self._idle_since) >= POOL_IDLE_S
 
     @property
     def was_stale(self) -> bool:
@@ -2869,11 +2638,9 @@ class UpstreamConnection(Wire):
             self.limit(watch.check(self.has_input))
             try:
                 return self.receive()
-            except NOTHING_CAME as error:
-                if error.errno == errno.ETIMEDOUT:      # the network's limit, not ours
-                    raise UpstreamError("broke the connection: timed out") from error
-            except OSError as error:
-                raise UpstreamError(f"broke the connection: {reason_of(error)}") from error
+            except OSError as error:            # ETIMEDOUT is the network's limit, not ours
+                if not isinstance(error, NOTHING_CAME) or error.errno == errno.ETIMEDOUT:
+                    raise UpstreamError(f"broke the connection: {reason_of(error)}") from error
 
     def read_head(self, watch: Watch) -> ResponseHead:
         """Return the next head, 1xx ones included."""
@@ -2911,7 +2678,6 @@ class Response:
                  release: Callable[[UpstreamConnection], None] | None) -> None:
         self.head, self.ahead = head, b""
         self._body, self._connection, self._release = body, connection, release
-        self._error: UpstreamError | None = None
 
     @property
     def complete(self) -> bool:
@@ -2938,8 +2704,6 @@ class Response:
 
     def receive(self, watch: Watch) -> bytes:
         """Return the next payload; b"" may come with `complete`.  Raises what `wait` raises."""
-        if self._error is not None:
-            raise type(self._error)(str(self._error))   # a new one: see `without_trace`
         payload, body = b"", self._body
         while not payload and not body.done:
             data = b"" if body.fault else self._connection.wait(watch)
@@ -2975,7 +2739,7 @@ class Response:
         except UpstreamTimeout:
             pass
         except UpstreamError as error:
-            self._error = without_trace(error)
+            self._body.fault = str(error)
 
     def close(self) -> None:
         """Break the connection off unless the response is complete."""
@@ -2998,21 +2762,22 @@ class Upstream:
         self._tls: ssl.SSLContext | None = None     # made at the first connection
         self._missed_at: float | None = None    # when a request last did not reach it
 
-    def send(self, outbound: Outbound, watch: Watch, patience: Patience | None,
+    def send(self, method: str, pieces: Sequence[BytesLike],
+             interim: Callable[[ResponseHead], None] | None, watch: Watch,
              notes: list[str]) -> Response:
         """Send a request and return the response, its head read; raise UpstreamError, ClientGone.
 
-        A request goes out a second time, and `notes` says so, only if the kept connection was
-        stale: sending failed, or it closed within a second, before any byte of a response.
-        RFC 9110 §9.2.2 leaves that to the client for POST; model calls change nothing, and the
-        client would do the same after an error.
+        `interim` is called with each 1xx head.  A request goes out a second time, and `notes` says
+        so, only if the kept connection was stale: sending failed, or it closed within a second,
+        before any byte of a response.  RFC 9110 §9.2.2 leaves that to the client for POST; model
+        calls change nothing, and the client would do the same after an error.
         """
         kept = self._take()
         while True:
             try:
-                return self._send_on(kept or self.connect(), outbound, watch, patience)
+                return self._send_on(kept or self.connect(), method, pieces, interim, watch)
             except UpstreamUnreachable:
-                if patience is None or not patience.wait():
+                if not watch.wait_to_reconnect():
                     raise
             except UpstreamError as error:
                 if kept is None or isinstance(error, UpstreamTimeout) or not kept.was_stale:
@@ -3020,25 +2785,24 @@ class Upstream:
                 notes.append("sent again: the kept connection was stale")
                 kept = None
 
-    def _send_on(self, connection: UpstreamConnection, outbound: Outbound, watch: Watch,
-                 patience: Patience | None) -> Response:
+    def _send_on(self, connection: UpstreamConnection, method: str, pieces: Sequence[BytesLike],
+                 interim: Callable[[ResponseHead], None] | None, watch: Watch) -> Response:
         watch.start()
         try:
-            unsent = connection.send(outbound.pieces, watch)
+            unsent = connection.send(pieces, watch)
             head = connection.read_head(watch)
             while head.status < 200:
-                if outbound.interim is not None and head.status != 100:     # rrouter sent its own
-                    outbound.interim(head)
+                if interim is not None and head.status != 100:      # rrouter sent its own
+                    interim(head)
                 unsent = connection.send(unsent, watch) if unsent else []
                 head = connection.read_head(watch)
         except BaseException:
             connection.close()
             raise
         self._missed_at = None
-        if patience is not None:
-            patience.give_up_at = 0.0       # it is there
+        watch.give_up_at = 0.0              # it is there
         # After a request not sent in full the next one would be taken for the rest of it.
-        response = Response(head, response_body(head, outbound.method), connection,
+        response = Response(head, response_body(head, method), connection,
                             None if unsent else self.keep)
         response.hand_back()
         return response
@@ -3080,9 +2844,7 @@ class Upstream:
         except OSError as error:
             connection.close()
             raise UpstreamUnreachable(f"cannot be reached: {reason_of(error)}") from error
-
         return connection
-
 
     def _take(self) -> UpstreamConnection | None:
         """Return a kept connection that seems alive, or None."""
@@ -3098,14 +2860,12 @@ class Upstream:
         """Keep a connection whose response is complete."""
         connection.rest()
         self._kept.append(connection)
-        if len(self._kept) > POOL_MAX:
-            with contextlib.suppress(IndexError):
-                self._kept.popleft().close()
+        self.prune()
 
     def prune(self) -> None:
-        """Close the connections that have been idle for too long."""
+        """Close the connections that are too many or have been idle for too long."""
         with contextlib.suppress(IndexError):
-            while self._kept[0].is_old:
+            while len(self._kept) > POOL_MAX or self._kept[0].is_old:
                 self._kept.popleft().close()
 
 
@@ -3134,8 +2894,7 @@ class ClientConnection(Wire):
         """
         data, self.held = bytes(self.held), b""
         self.busy = self._asks_head = False
-        self.limit(idle_s)
-        deadline, seen = None, 0
+        deadline, seen = 0.0, 0
         while True:
             if data.startswith(b"\r\n"):        # RFC 9112 §2.2: ignored before a request
                 data, seen = data[2:], 0
@@ -3145,9 +2904,9 @@ class ClientConnection(Wire):
                 if head is not None:
                     return head
                 deadline = deadline or time.monotonic() + HEAD_S
-                self.limit(max(0.001, deadline - time.monotonic()))
-            more = self._receive(self.receive)
-            if deadline is not None and (more is None or time.monotonic() > deadline):
+            left_s = max(0.001, deadline - time.monotonic()) if deadline else idle_s
+            more = self._receive(left_s, self.receive)
+            if deadline and (more is None or time.monotonic() > deadline):
                 raise RequestError(408, f"request head not complete within {HEAD_S:.0f} s")
             if not more:
                 return None
@@ -3173,32 +2932,39 @@ class ClientConnection(Wire):
         self._last_head.remember(data[:end], head)
         return head
 
-    def _receive(self, receive: Callable[[], T]) -> T | None:
+    def _receive(self, limit_s: float, receive: Callable[[], T]) -> T | None:
         """Return what `receive` returns, None if nothing came in time; raise ClientGone."""
         try:
+            self.limit(limit_s)
             return receive()
         except NOTHING_CAME:
             return None
         except OSError as error:
             raise ClientGone() from error
 
+    def _receive_body(self, receive: Callable[[], T]) -> T:
+        received = self._receive(BODY_STALL_S, receive)
+        if received is None:
+            raise RequestError(408, f"request body without progress for {BODY_STALL_S:.0f} s")
+        if not received:
+            raise ClientGone()
+        return received
+
     def read_body(self, head: RequestHead) -> BytesLike:
         """Return the whole body of the request; raise RequestError, ClientGone."""
-        if head.length == 0:
-            return b""
-        if head.expects_continue and not self.held:
+        length, have = head.length, len(self.held)
+        if head.expects_continue and length != 0 and not have:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self._read_chunks() if head.length is None else self._read_fixed(head.length)
-
-    def _read_fixed(self, length: int) -> BytesLike:
-        if len(self.held) >= length:
+        if length is None:
+            return self._read_chunks()
+        if length <= have:
             whole, self.held = self.held[:length], bytes(self.held[length:])
             return whole
         # Memory grows with what has come, not with what is claimed: from a part, by doubling.
         size = length
-        while size > max(len(self.held), BODY_STEP_BYTES):
+        while size > max(have, BODY_STEP_BYTES):
             size = (size + 1) // 2
-        have, body = len(self.held), bytearray(size)
+        body = bytearray(size)
         body[:have], self.held = self.held, b""
         while have < length:
             if have == len(body):
@@ -3222,15 +2988,6 @@ class ClientConnection(Wire):
         self.held = decoder.rest
         return body
 
-    def _receive_body(self, receive: Callable[[], T]) -> T:
-        self.limit(BODY_STALL_S)        # only here, because each change is a system call
-        received = self._receive(receive)
-        if received is None:
-            raise RequestError(408, f"request body without progress for {BODY_STALL_S:.0f} s")
-        if not received:
-            raise ClientGone("the client left before the end of its request")
-        return received
-
     def has_left(self) -> bool:
         """Return whether the client has closed its connection.
 
@@ -3240,16 +2997,14 @@ class ClientConnection(Wire):
         """
         if self._read_shut:
             return False
+        poller = select.poll()          # `select` fails with descriptors over 1023
+        poller.register(self.sock, getattr(select, "POLLRDHUP", 0))
         try:
-            if not self.sock.recv(1, PEEK_NOW):
-                return True
+            return not self.sock.recv(1, PEEK_NOW) or bool(poller.poll(0))
         except BlockingIOError:
             return False
         except OSError:
             return True
-        poller = select.poll()          # `select` fails with descriptors over 1023
-        poller.register(self.sock, getattr(select, "POLLRDHUP", 0))
-        return bool(poller.poll(0))
 
     def stop_reading(self, cut_off: bool) -> None:
         """Let a wait for the next request end; called from another thread.
@@ -3302,6 +3057,7 @@ class ClientConnection(Wire):
                 if not self.sock.recv(RECEIVE_BYTES):
                     break
 
+
 class ResponseWriter:
     """One response on its way to the client: the upstream's head, our fields, framed payload.
 
@@ -3352,7 +3108,7 @@ class Request(NamedTuple):
     outbound: tuple[bytes, bytes]       #: the head to forward, see `outbound_head`
     body: BytesLike
     found: tuple[int, int, str] | None      #: where its model name stands, and the name
-    patience: Patience | None           #: while the upstream is not there; None: no wait
+    watch: Watch                        #: what ends its waiting for the upstream
 
     @property
     def model(self) -> str | None:
@@ -3390,11 +3146,9 @@ class Attempt:
         self.route = route
         self.ticket = ticket            #: until Failover knows the outcome
         self.response: Response | None = None
-        self.error: UpstreamError | None = None
-        self.watch: Watch               #: of the latest send
+        self.error: UpstreamError       #: instead of a response
         self.outcome = LEFT             #: LEFT until the attempt has ended
         self.notes: list[str] = []      #: for the line in the log
-        self.healed = False             #: sent again without thinking blocks
         self._upstream, self._request, self._limit_s = upstream, request, limit_s
         self._scan: StreamScan | None = None    # of an event stream that is judged
         self._began = 0.0               # of the latest send, in Unix seconds
@@ -3403,22 +3157,22 @@ class Attempt:
     def run(self) -> None:
         """Send the request, healed if its history needs that; raise ClientGone."""
         self._send(self._request.body, self._request.found)
-        rejection = self.response
-        if rejection is None or self.outcome.fault is not Fault.REJECTED:
+        rejection, request = self.response, self._request
+        is_rejected = self.outcome.fault is Fault.REJECTED and request.found is not None
+        body = without_thinking(request.body) if is_rejected else None
+        if body is None or rejection is None:
             return
-        body = without_thinking(self._request.body)
-        if body is None:
-            return
-        self.healed = True
+        self.notes.append(f"{self.route.target} rejected thinking blocks of another backend: "
+                          "sent again without them")
         self._send(body, find_model(body))
-        if self.outcome.fault is None:
+        fault = self.outcome.fault
+        if fault is None:
             rejection.close()
             return
         self.close()
-        self.response, self.error, self._scan = rejection, None, None
-        self.outcome = self.outcome._replace(status=400, keeps_400=True)
-        if self.outcome.fault is Fault.REJECTED:    # although it has no such history any more
-            self.outcome = self.outcome._replace(fault=Fault.STATUS)
+        self.response, self._scan = rejection, None
+        self.outcome = self.outcome._replace(       # REJECTED without such a history is any 400
+            fault=Fault.STATUS if fault is Fault.REJECTED else fault, status=400, keeps_400=True)
 
     def _send(self, body: BytesLike, found: tuple[int, int, str] | None) -> None:
         """Send `body` once and receive as much as must be known before the client gets a byte."""
@@ -3428,55 +3182,48 @@ class Attempt:
             pieces = splice(body, found[0], found[1], model)
         before, after = request.outbound
         length = b"%d" % sum(map(len, pieces)) if after else b""
-        outbound = Outbound(request.head.method, [before + length + after, *pieces],
-                            request.client.send_interim if request.head.http11 else None)
-        self.response = self.error = self._scan = None
-        self.watch = Watch(request.client.has_left, self._limit_s)
+        # HTTP/1.0 does not know interim responses (RFC 9110 §15.2).
+        interim = request.client.send_interim if request.head.http11 else None
+        self.response = self._scan = None
+        request.watch.limit(self._limit_s)
         self._began, self._active_at = time.time(), time.monotonic()
         try:
-            self.response = self._upstream.send(outbound, self.watch, request.patience, self.notes)
+            self.response = self._upstream.send(
+                request.head.method, [before + length + after, *pieces], interim, request.watch,
+                self.notes)
             defect = self._hold_back(self.response)
             self.outcome = self._read_outcome(self.response, defect)
         except UpstreamError as error:
             self.close()
-            self.response, self.error = None, without_trace(error)
+            # A new one, because the frames in its traceback would keep the request in memory.
+            self.response, self.error = None, type(error)(str(error))
             fault = FAULT_OF_ERROR.get(type(error), Fault.DROPPED)
             self.outcome = Outcome(fault, error.http_status, error.what, self._began, time.time())
 
     def _hold_back(self, response: Response) -> str:
-        """Read as much of the response as decides whether the client gets it.
-
-        Returns the defect of a 2xx that is of no use to the client, else "".
-        """
+        """Read as much as decides whether the client gets the response; return a defect or ""."""
         head, request = response.head, self._request
         is_judged = self.ticket is not None and request.head.method != "HEAD"
-        if is_judged and head.status < 300 and head.is_event_stream and not head.coding:
-            return self._hold_stream(response)
-        if (is_judged and head.status < 300 and request.is_message and not head.is_event_stream
+        is_success = is_judged and head.status < 300
+        if is_success and head.is_event_stream and not head.coding:
+            scan = self._scan = StreamScan(request.is_message)
+            while not (scan.committed or scan.defect):
+                response.ahead += self.receive(response)
+            return scan.defect
+        if (is_success and request.is_message and not head.is_event_stream
                 and head.coding in Response.CODINGS):
-            return self._hold_message(response)
+            while not response.complete and len(response.ahead) <= READ_AHEAD_MAX_BYTES:
+                response.ahead += response.receive(request.watch)
+            text = response.text()
+            is_whole = response.complete and len(text) <= READ_AHEAD_MAX_BYTES
+            return message_defect(text) if is_whole else ""
         if (is_judged and head.status >= 400) or (head.status == 400 and request.model is not None):
-            watch = Watch(request.client.has_left, READ_AHEAD_S)
-            watch.start()
-            response.read_ahead(watch)
+            request.watch.limit(READ_AHEAD_S)
+            request.watch.start()
+            response.read_ahead(request.watch)
         else:
             response.take_held()        # broken chunks right after the head can still be rescued
         return ""
-
-    def _hold_stream(self, response: Response) -> str:
-        """Read an event stream up to the event that decides."""
-        scan = self._scan = StreamScan(self._request.is_message)
-        while not (scan.committed or scan.defect):
-            response.ahead += self.receive(response)
-        return scan.defect
-
-    def _hold_message(self, response: Response) -> str:
-        """Read a message that is not streamed to its end."""
-        while not response.complete and len(response.ahead) <= READ_AHEAD_MAX_BYTES:
-            response.ahead += response.receive(self.watch)
-        text = response.text()
-        is_whole = response.complete and len(text) <= READ_AHEAD_MAX_BYTES
-        return message_defect(text) if is_whole else ""
 
     def _read_outcome(self, response: Response, defect: str) -> Outcome:
         """Return how the attempt ended, as far as it is known before the client gets a byte."""
@@ -3489,17 +3236,15 @@ class Attempt:
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
-            if fault is Fault.REJECTED and self._request.found is None:
-                fault = Fault.STATUS
             retry_after_s = read_retry_after(
                 head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
         return Outcome(fault, head.status, what, self._began, ended, retry_after_s)
 
     def receive(self, response: Response) -> bytes:
         """Return more of the response, after a look at what it says about the target."""
-        payload, scan = response.receive(self.watch), self._scan
-        events = scan.events if scan is not None else -1
+        payload, scan = response.receive(self._request.watch), self._scan
         if scan is not None:
+            events = scan.events
             scan.feed(payload)
             if response.complete:
                 scan.finish()
@@ -3604,8 +3349,7 @@ class Router:
     def log_decisions(self, lines: list[str], number: int = 0) -> None:
         """Log decisions of auto mode, and let the watcher save what has come of them."""
         for line in lines:
-            with_number = number and "SWITCH" not in line
-            self.log.write("AUTO", f"#{number} {line}" if with_number else line)
+            self.log.write("AUTO", f"#{number} {line}" if number and "SWITCH" not in line else line)
             if isinstance(line, Move) and (hook := self.store.snapshot().config.auto.on_switch):
                 threading.Thread(target=run_hook, args=(hook, line.words, self.log),
                                  daemon=True).start()
@@ -3614,10 +3358,8 @@ class Router:
 
     def _changed(self, old: Snapshot, new: Snapshot, mode_written: bool) -> None:
         """Clear the failover state when the user asks for it: by the mode or the auto section."""
-        if old.mode != new.mode:
-            why = f"mode {new.mode}"
-        elif mode_written:
-            why = f"mode {new.mode} written again"
+        if old.mode != new.mode or mode_written:
+            why = f"mode {new.mode}" + " written again" * (old.mode == new.mode)
         elif old.config.auto != new.config.auto:
             why = "the auto section of config.json changed"
         else:
@@ -3631,10 +3373,6 @@ class Router:
             host == peer[0] or (host in ("0.0.0.0", "::") and own[0] == peer[0]))
             for host, port in self.addresses)
 
-    def load(self) -> None:
-        """Read mode and config for the first time."""
-        self.store.snapshot()
-
     def load_state(self) -> None:
         """Continue with the failover state of before a restart if it fits; keep it from now on."""
         self.keeps_state = True
@@ -3647,12 +3385,6 @@ class Router:
         except StateError as error:
             self.log.write("AUTO", f"state.json set aside: {error}")
 
-    def save_state(self) -> None:
-        """Write state.json if there is something new."""
-        if self.keeps_state:
-            # The fingerprint first: a reset by a mode written meanwhile must not be undone.
-            self.state.save({**self.store.fingerprint(), **self.failover.save()})
-
     def watch(self) -> None:
         """Look at the files and at the clock; one step of the watcher."""
         # First, because the rest takes long while threads contend for the interpreter lock.
@@ -3660,7 +3392,9 @@ class Router:
         self._one_core.look(self._active, threads, time.monotonic(), os.times().user)
         self.store.snapshot()
         self.failover.look_at_clock()
-        self.save_state()
+        if self.keeps_state:
+            # The fingerprint first: a reset by a mode written meanwhile must not be undone.
+            self.state.save({**self.store.fingerprint(), **self.failover.save()})
         self.upstream.prune()
         (count, when), now = self._trimmed, time.monotonic()
         if not self._active and self._requests != count and now - when >= TRIM_S:
@@ -3712,19 +3446,19 @@ class Exchange:
         snapshot = self._router.snapshot(self._request.head.mode)
         self._started, self._number = time.monotonic(), self._router.begin()
         try:
-            self._answer(self._forward(snapshot))
-        except ClientGone:
-            self._leave()
+            chosen = self._chosen = self._forward(snapshot)
+            if chosen.response is None:
+                self._report(chosen.error)
+            else:
+                self._relay(chosen, chosen.response)
+        except Exception as error:
+            if isinstance(error, ClientGone):
+                self._leave()
+            else:                       # a defect of ours
+                self._end(500, "internal error")
             if self._writer is not None:
                 self._writer.break_off()
             raise
-        except Exception as error:      # a defect of ours
-            self._end(500, "internal error")
-            if self._writer is None:
-                raise
-            self._router.log.write("ERROR", describe_defect(error))
-            self._writer.break_off()
-            raise ClientGone("the response was broken off") from error
 
     @cached_property
     def _agent(self) -> str:
@@ -3769,35 +3503,16 @@ class Exchange:
         attempt = Attempt(self._router.upstream, self._request, route, ticket, limit_s)
         self._attempts.append(attempt)
         attempt.run()
-        if attempt.healed:
-            self._router.log.write("HEAL", f"#{self._number} {route.target} rejected thinking "
-                                   "blocks of another backend: sent again without them")
-        slow = slow_failure(attempt.outcome)
-        if slow:
-            self._router.log.write("SLOW", f"#{self._number} {route.target}: {slow}")
         return attempt
 
     # ---- From the response on
-
-    def _answer(self, attempt: Attempt) -> None:
-        """Send the client the response of the attempt, or its error."""
-        self._chosen = attempt
-        if attempt.error is not None:
-            self._report(attempt.error)
-        elif attempt.response is not None:
-            try:
-                self._relay(attempt, attempt.response)
-            except UpstreamError as error:
-                attempt.fail_late(Fault.DROPPED, f"the upstream {error}")
-                self._end(attempt.response.head.status)
-                raise ClientGone("the response was broken off") from error
 
     def _relay(self, attempt: Attempt, response: Response) -> None:
         """Forward the response as it comes; its outcome is settled before its end is sent."""
         if attempt.ticket is not None and attempt.outcome.fault is None:
             attempt.ticket, lines = self._router.failover.commit(attempt.ticket)
             self._router.log_decisions(lines, self._number)
-        attempt.watch.lift()
+        self._request.watch.limit(None)
         writer = self._writer = ResponseWriter(
             self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
@@ -3813,13 +3528,17 @@ class Exchange:
                 writer.send(payload, is_last=True)
                 return
             writer.send(payload, is_last=False)
-            payload = attempt.receive(response)
+            try:
+                payload = attempt.receive(response)
+            except UpstreamError as error:
+                attempt.fail_late(Fault.DROPPED, f"the upstream {error}")
+                self._end(response.head.status)
+                raise ClientGone() from error
 
     def _report(self, error: UpstreamError) -> None:
         """Send the client the error that replaces a response."""
-        upstream = self._router.upstream
+        upstream, fields = self._router.upstream, self._reply_fields()
         self._end(error.http_status, f"the upstream {error}")
-        fields = self._reply_fields()
         # Without it Claude Code retries for three silent minutes.
         if (isinstance(error, UpstreamUnreachable) and self._request.model is not None
                 and upstream.miss(self._started)):
@@ -3844,15 +3563,13 @@ class Exchange:
     def _settle(self, attempt: Attempt, counts: bool = False) -> None:
         """Report a judged attempt to Failover, once: it counts, has succeeded, or is neutral."""
         ticket, attempt.ticket = attempt.ticket, None
-        lines: list[str] = []
+        failover = self._router.failover
         if ticket is None:
             return
-        if counts:
-            lines = self._router.failover.charge(ticket, attempt.outcome)
-        elif attempt.is_complete:
-            self._router.failover.credit(ticket)
-        else:
-            lines = self._router.failover.release(ticket)
+        if not counts and attempt.is_complete:
+            failover.credit(ticket)
+            return
+        lines = failover.charge(ticket, attempt.outcome) if counts else failover.release(ticket)
         self._router.log_decisions(lines, self._number)
 
     def _leave(self) -> None:
@@ -3899,18 +3616,15 @@ class Exchange:
             route = (self._chosen or self._attempts[-1]).route
             routed = f"{printable(model)} -> {route.target} {printable(route.model or '')} "
         for attempt in self._attempts:
+            outcome = attempt.outcome
             if self._chosen not in (None, attempt):
-                notes.append(f"{attempt.route.target} failed: {attempt.outcome.what}")
-            notes += attempt.notes
-            if attempt.outcome.direct:
-                notes.append(attempt.outcome.what)
-        if note:
-            notes.append(note)
+                notes.append(f"{attempt.route.target} failed: {outcome.what}")
+            notes += [*attempt.notes, outcome.what if outcome.direct else "", slow_failure(outcome)]
         prefix = f"/@{head.mode}" if head.mode is not None else ""
         line = f"#{self._number} {printable(head.method, 40)} {prefix}{printable(head.path)}"
         line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
         line += self._tokens.note() if self._tokens and self._request.is_message else ""
-        return line + "".join(f" ({note})" for note in notes)
+        return line + "".join(f" ({text})" for text in [*notes, note] if text)
 
 
 class ProxyHandler(socketserver.BaseRequestHandler):
@@ -3920,33 +3634,27 @@ class ProxyHandler(socketserver.BaseRequestHandler):
     its buffered reader would hide bytes from `has_left`.
     """
 
-    def __init__(self, *arguments: Any, router: Router) -> None:
-        self._router = router
-        self._checked: Fields | None = None     # fields of the last head that was checked
-        self._outbound = b"", b""
-        super().__init__(*arguments)    # the standard frame: setup, handle, finish
-
-    def setup(self) -> None:
-        """Take the connection."""
-        self._client = ClientConnection(self.request)
-        try:
-            self._client.set_up(WRITE_STALL_S)
-        except OSError as error:        # macOS: reset already
-            raise ClientGone() from error
+    server: Any                         # the ProxyServer that accepted the connection
+    _checked: Fields | None = None      # fields of the last head that was checked
+    _outbound = b"", b""                # what that head becomes upstream
 
     def handle(self) -> None:
         """Carry requests through until one side ends the connection."""
+        self._client = ClientConnection(self.request)
+        self._router: Router = self.server.router
         connections = self._router.connections
         connections.add(self._client)
         try:
+            self._client.set_up(WRITE_STALL_S)
             beyond = len(connections) - self._router.connections_max
-            self._is_crowded = beyond > 0           # only /health is answered, and once
+            full = RequestError(503, f"too many connections ({self._router.connections_max})")
+            self._full = full if beyond > 0 else None   # then only /health is answered, and once
             if beyond > CONNECTIONS_RESERVE:
-                self._refuse(self._too_many())
+                self._refuse(full)
             else:
                 while self._handle_request():
                     pass
-        except ClientGone:
+        except (ClientGone, OSError):   # macOS: reset before it was accepted
             pass
         finally:
             connections.discard(self._client)
@@ -3964,22 +3672,24 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         """Carry one request through; return whether the connection can carry another."""
         client, router = self._client, self._router
         try:
-            head = client.read_head(LINGER_S if self._is_crowded else IDLE_S)
+            head = client.read_head(LINGER_S if self._full else IDLE_S)
             if head is None:
                 return False
+            if self._full or router.draining:
+                head = head._replace(keep_alive=False)
             self._admit(head)
             is_health = head.path == "/health" and head.method in ("GET", "HEAD")
-            if self._is_crowded and not is_health:
-                raise self._too_many()
+            if self._full and not is_health:
+                raise self._full
             body = client.read_body(head)
             if is_health:
                 self._report_health(head)
             else:
                 found = find_model(body)
-                patience = Patience(client.has_left) if found else None
-                request = Request(client, head, self._outbound, body, found, patience)
+                watch = Watch(client.has_left, awaits_start=found is not None)
+                request = Request(client, head, self._outbound, body, found, watch)
                 Exchange(router, request).run()
-            if head.keep_alive and not router.draining and not self._is_crowded:
+            if head.keep_alive and not router.draining:
                 return True
         except RequestError as error:
             self._refuse(error)
@@ -3991,9 +3701,6 @@ class ProxyHandler(socketserver.BaseRequestHandler):
             client.send_error(defect, CLOSE)
         client.linger()
         return False
-
-    def _too_many(self) -> RequestError:
-        return RequestError(503, f"too many connections ({self._router.connections_max})")
 
     def _refuse(self, error: RequestError) -> None:
         """Send the error, and log it."""
@@ -4007,9 +3714,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         if "line" in query:
             models = self._router.sessions.get(query.get("session", [""])[0])
             text, content_type = status_line(health, models), b"text/plain; charset=utf-8"
-        fields = b"Cache-Control: no-store\r\n"
-        if not head.keep_alive or self._router.draining or self._is_crowded:
-            fields += CLOSE
+        fields = b"Cache-Control: no-store\r\n" + (b"" if head.keep_alive else CLOSE)
         self._client.send_whole(200, text.encode("utf-8") + b"\n", fields, content_type)
 
 
@@ -4017,14 +3722,13 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     """One listening socket; a thread for each of its connections."""
 
     request_queue_size = BACKLOG
-    daemon_threads = True
     allow_reuse_address = True          # TIME_WAIT would keep a restart off the port
     allow_reuse_port = False            # else two could share it, each with half of the requests
 
     def __init__(self, family: int, address: Any, router: Router) -> None:
         self.address_family = family
-        self._router, self._complained_at = router, 0.0
-        super().__init__(address, partial(ProxyHandler, router=router), bind_and_activate=False)
+        self.router, self._complained_at = router, 0.0
+        super().__init__(address, ProxyHandler, bind_and_activate=False)
 
     def server_bind(self) -> None:
         """Bind without asking for the host's name, which can take 35 s on macOS."""
@@ -4041,16 +3745,14 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 if time.monotonic() - self._complained_at > 60:
                     self._complained_at = time.monotonic()
-                    self._router.log.write(
+                    self.router.log.write(
                         "ERROR", f"cannot accept connections: {reason_of(error)}")
                 time.sleep(0.1)
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a defect of ours in one line."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, (ConnectionError, ClientGone)):
-            self._router.log.write("ERROR", describe_defect(error))
+        self.router.log.write("ERROR", describe_defect(sys.exc_info()[1]))
 
 
 # Daemon #######################################################################
@@ -4087,8 +3789,7 @@ class Holder(NamedTuple):
         """Where the process lives if its pid means nothing here, else ""."""
         if not self.instance or self.place == own_place():
             return ""
-        host = self.place.split()[0]
-        return f"in another container or on another host ({printable(host)})"
+        return f"in another container or on another host ({printable(self.place.split()[0])})"
 
     @property
     def name(self) -> str:
@@ -4114,13 +3815,9 @@ class Lock:
         self._path = path
         self._descriptor: int | None = None
         self._written = Holder(0)       # this process, as the file names it
-        self.stopping = False           #: what `renew` says of this process
 
     def acquire(self, instance: str, patience_s: float = PATIENCE_S) -> bool:
-        """Lock the file until this process ends; return False if another one holds it.
-
-        Raises DaemonError.
-        """
+        """Lock the file until this process ends, False if another one does.  Raises DaemonError."""
         holder = Holder(os.getpid(), instance, own_place())
         try:
             with contextlib.ExitStack() as failed:
@@ -4157,15 +3854,11 @@ class Lock:
 
     def is_removed(self) -> bool:
         """Return whether the file that this process holds has left its path."""
-        try:
-            return self._descriptor is not None and not os.path.samestat(
-                os.stat(self._path), os.fstat(self._descriptor))
-        except OSError as error:
-            return isinstance(error, FileNotFoundError)
+        return self._descriptor is not None and not is_at(self._path, self._descriptor)
 
-    def renew(self) -> None:
+    def renew(self, stopping: bool) -> None:
         """Correct the line if this process holds the lock: laptops change their host names."""
-        holder = self._written._replace(place=own_place(), stopping=self.stopping)
+        holder = self._written._replace(place=own_place(), stopping=stopping)
         if self._descriptor is not None and holder != self._written:
             with contextlib.suppress(OSError):
                 self._write(self._descriptor, holder)
@@ -4199,27 +3892,24 @@ class Lock:
 class Signals:
     """Signals as bytes in a pipe, because a handler can run in the middle of anything."""
 
-    def __init__(self) -> None:
-        self._read = self._write = -1
-        self.hang_up_ends = False       #: SIGHUP means that our terminal closed, not "read again"
+    hang_up_ends = False        #: SIGHUP means that our terminal closed, not "read again"
 
     def install(self) -> None:
         """Catch SIGTERM, SIGINT and SIGHUP from now on; for the main thread."""
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
+        self._read, write_end = os.pipe()
+        os.set_blocking(write_end, False)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # else we run under nohup
             with contextlib.suppress(OSError):                      # there is no terminal
                 os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
                 self.hang_up_ends = True
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
 
     def wait(self, timeout_s: float | None = None) -> int:
         """Return the number of the next signal, 0 if none comes within `timeout_s`."""
-        if not select.select([self._read], [], [], timeout_s)[0]:
-            return 0
-        return os.read(self._read, 1)[0]        # one at a time: the second has another meaning
+        is_there = select.select([self._read], [], [], timeout_s)[0]
+        return os.read(self._read, 1)[0] if is_there else 0     # the second has another meaning
 
 
 def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
@@ -4254,18 +3944,17 @@ def port_owner(port: int) -> str:
         output = run_program(("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"), 3)[1]
         found = re.search(r"p(\d+)\nc([^\n]+)", output)
         return f"{printable(found[2])} (pid {found[1]})" if found else ""
-    inodes = set()
+    links = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError), open(table, encoding="ascii") as file:
-            rows = [line.split() for line in file][1:]
-            inodes |= {f"socket:[{row[9]}]" for row in rows
-                       if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}
-    for pid in filter(str.isdigit, os.listdir("/proc") if inodes else []):
+            links |= {f"socket:[{row[9]}]" for row in map(str.split, file)
+                      if row[1].endswith(f":{port:04X}") and row[3] == "0A"}
+    for path in glob.iglob("/proc/[0-9]*/fd/*") if links else ():
         with contextlib.suppress(OSError):              # it has ended, or is not ours
-            for descriptor in os.listdir(f"/proc/{pid}/fd"):
-                if os.readlink(f"/proc/{pid}/fd/{descriptor}") in inodes:
-                    with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
-                        return f"{printable(file.read().strip())} (pid {pid})"
+            if os.readlink(path) in links:
+                pid = path.split("/")[2]
+                name = read_file(f"/proc/{pid}/comm") or b""
+                return f"{printable(name.decode('utf-8', 'replace').strip())} (pid {pid})"
     return ""
 
 
@@ -4290,7 +3979,8 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | N
     several = {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}
     for address in several.get(host, (host,)):
         connection = http.client.HTTPConnection(address, port, timeout=timeout_s)
-        try:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError, RecursionError), \
+                contextlib.closing(connection):
             connection.connect()
             with total_limit(connection.sock, timeout_s):
                 connection.request("GET", "/health", headers={"Host": "localhost"})
@@ -4298,10 +3988,6 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | N
             if (isinstance(health, dict) and "autoSwitch" in health
                     and isinstance(health.get("pid"), int)):
                 return health
-        except (OSError, http.client.HTTPException, ValueError):
-            continue
-        finally:
-            connection.close()
     return None
 
 
@@ -4320,24 +4006,22 @@ def describe_taken(settings: Settings) -> str:
 def listen(settings: Settings, router: Router) -> list[ProxyServer]:
     """Return the listening servers; raise DaemonError if an address is taken or none is ours."""
     servers: list[ProxyServer] = []
-    problem: OSError | None = None
+    why = ""
     for family, address in addresses_of(settings):
-        server = ProxyServer(family, address, router)
+        servers.append(ProxyServer(family, address, router))
         try:
-            server.server_bind()
-            server.server_activate()
-            servers.append(server)
+            servers[-1].server_bind()
+            servers[-1].server_activate()
         except OSError as error:
-            server.server_close()
-            problem = error
             if error.errno == errno.EADDRINUSE:
-                break
-            router.log.write("START", f"not listening on {address[0]}: {reason_of(error)}")
-    if problem is not None and (problem.errno == errno.EADDRINUSE or not servers):
-        for server in servers:
-            server.server_close()
-        raise DaemonError(describe_taken(settings) if problem.errno == errno.EADDRINUSE else
-                          f"cannot listen on {settings.listen_addr}: {reason_of(problem)}")
+                for server in servers:
+                    server.server_close()
+                raise DaemonError(describe_taken(settings)) from error
+            servers.pop().server_close()
+            why = reason_of(error)
+            router.log.write("START", f"not listening on {address[0]}: {why}")
+    if not servers:
+        raise DaemonError(f"cannot listen on {settings.listen_addr}: {why}")
     router.addresses = [server.server_address[:2] for server in servers]    # type: ignore[misc]
     if all(is_loopback(host) for host, _ in router.addresses):
         names = ("localhost", "127.0.0.1", "::1", settings.host.lower().rstrip("."),
@@ -4353,9 +4037,7 @@ def who_starts() -> str:
     """Return what started this process in the foreground: systemd, launchd, or `serve` by hand."""
     if os.environ.get("SYSTEMD_EXEC_PID") == str(os.getpid()):
         return "systemd"
-    if os.environ.get("XPC_SERVICE_NAME", "0") == LAUNCHD_LABEL:
-        return "launchd"
-    return "serve"
+    return "launchd" if os.environ.get("XPC_SERVICE_NAME") == LAUNCHD_LABEL else "serve"
 
 
 def report_start(ready: int, words: str) -> None:
@@ -4366,8 +4048,8 @@ def report_start(ready: int, words: str) -> None:
             os.close(ready)                     # `start` reads to the end of file
 
 
-def write_run_files(router: Router) -> bool:
-    """Write pid and run.json, without which the daemon works as well; return False on failure."""
+def write_run_files(router: Router) -> None:
+    """Write pid and run.json, without which the daemon works as well."""
     paths, settings = router.store.paths, router.settings
     run = {"host": settings.host, "port": settings.port, "upstream": settings.upstream,
            "pid": os.getpid(), "instance": router.instance, "startedBy": router.started_by,
@@ -4378,8 +4060,6 @@ def write_run_files(router: Router) -> bool:
     except OSError as error:
         router.log.write("ERROR", f"{paths.run}: {reason_of(error)}: "
                                   "other commands may not find this daemon")
-        return False
-    return True
 
 
 def raise_descriptor_limit() -> int:
@@ -4387,44 +4067,34 @@ def raise_descriptor_limit() -> int:
     import resource
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = 4 * CONNECTIONS_MAX
-    if soft == resource.RLIM_INFINITY:
-        return enough
-    wanted = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
-    if soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            return wanted
+    if soft == resource.RLIM_INFINITY or soft >= enough:
+        return max(soft, enough)        # Linux writes infinity as -1
+    with contextlib.suppress(OSError, ValueError):
+        wanted = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
     return soft
 
 
-class Watcher:
-    """The thread that does, every POLL_S or when woken, what no request may wait for.
-
-    Once it runs, it alone writes the log and the state.
-    """
-
-    END_S = 1               # for the last round; a disk that hangs would take for ever
+class Watcher(threading.Thread):
+    """Does, every POLL_S or when woken, what no request waits for; alone writes log and state."""
 
     def __init__(self, router: Router, lock: Lock):
+        super().__init__(daemon=True)
         self._router, self._lock = router, lock
         self._owns_files = router.keeps_state
-        self._ending = self._is_unwritten = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._ending = False
 
-    def start(self) -> None:
-        """Begin; the log wakes it when it holds many lines."""
-        self._router.log.wake = self._router.store.wake
-        self._thread.start()
-
-    def _run(self) -> None:
-        condition, log = self._router.store.condition, self._router.log
+    def run(self) -> None:
+        """Take the steps until `end`; a defect in one stops no other."""
+        router, condition, log = self._router, self._router.store.condition, self._router.log
         is_last = False
         while not is_last:
             with condition:
                 condition.wait(0 if self._ending else POLL_S)
             is_last = self._ending      # lines added before are written in this round
-            for step in (self._reclaim, self._lock.renew, self._router.watch, log.open,
-                         log.flush):
+            for step in (self._reclaim, partial(self._lock.renew, router.draining), router.watch,
+                         log.open, log.flush):
                 try:
                     step()
                 except Exception as error:  # of any kind: without the watcher the log would end
@@ -4441,22 +4111,21 @@ class Watcher:
             with contextlib.suppress(DaemonError):
                 paths.create()
                 if self._lock.acquire(router.instance, patience_s=0):
-                    router.state.forget()
-                    self._is_unwritten = True
+                    router.state.saved = None
+                    write_run_files(router)
                     router.log.write("START", "~/.rrouter was removed: this daemon has it again")
-        if self._is_unwritten:
-            self._is_unwritten = not write_run_files(router)
 
     def end(self) -> None:
         """Let it save and log the rest in a last round."""
         self._ending = True
         self._router.store.wake()
-        self._thread.join(self.END_S)
+        self.join(1)            # a disk that hangs would take for ever
 
 
 def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
     """Accept no connection, and wait for the requests under way; a second signal ends the wait."""
     router.draining = True
+    router.store.wake()         # the watcher writes it into the lock, because a disk may hang
     for server in servers:
         with contextlib.suppress(OSError):
             server.socket.shutdown(socket.SHUT_RDWR)    # refuses at once, and wakes the loop
@@ -4476,37 +4145,25 @@ def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
     until(lambda: not router.connections, CUT_OFF_S)    # each request writes its line
 
 
-def remove_files(*paths: str) -> None:
-    """Remove files that may not exist."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-
-
-def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[ProxyServer],
+def run_to_the_end(signals: Signals, router: Router, servers: list[ProxyServer],
                    watcher: Watcher) -> None:
-    """Serve until a signal says otherwise, drain, and end the process."""
+    """Serve until a signal says otherwise, drain, and end the process, which frees the lock."""
     log, status = router.log, 1
     try:
-        number = signals.wait()
-        while number == signal.SIGHUP and not signals.hang_up_ends:
+        while (number := signals.wait()) == signal.SIGHUP and not signals.hang_up_ends:
             log.write("START", "SIGHUP: files read again")      # written after the watcher's look
             router.store.wake()
-            number = signals.wait()
         log.write("STOP", f"{signal.Signals(number).name}: running requests may finish within "
                           f"{DRAIN_S} s")
-        lock.stopping = True            # the watcher writes it down, because a disk may hang
-        router.store.wake()
         drain(signals, router, servers)
         log.write("STOP", f"rrouter ends, pid {os.getpid()}")
-        watcher.end()
-        if router.keeps_state:
-            remove_files(router.store.paths.pid, router.store.paths.run)
-        lock.release()
         status = 0
     except Exception as error:          # a defect of ours
         log.write("ERROR", describe_defect(error))
+    try:
         watcher.end()
+        if router.keeps_state:
+            remove_files(router.store.paths.pid, router.store.paths.run)
     finally:
         os._exit(status)    # threads of streams past the drain time would hold the interpreter up
 
@@ -4514,7 +4171,7 @@ def run_to_the_end(signals: Signals, lock: Lock, router: Router, servers: list[P
 def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
     """Load the files and listen; return the servers.  Raises DaemonError, UsageError."""
     log, settings = router.log, router.settings
-    router.load()
+    router.store.snapshot()             # reads mode and config for the first time
     spare = raise_descriptor_limit() - CONNECTIONS_RESERVE - 24
     router.connections_max = min(CONNECTIONS_MAX, max(1, spare // 2))
     servers = listen(settings, router)
@@ -4536,14 +4193,14 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
 def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     """Start the router; return 0, also where another one runs already.
 
-    `start` waits on the descriptor `ready` for a word: `ready`, `running`, or what is wrong.
+    `start` waits on the descriptor `ready` for a word: `ready`, or what is wrong.
     """
     signals, lock, instance = Signals(), Lock(paths.lock), os.urandom(8).hex()
     signals.install()
     paths.create()
     owns_files = lock.acquire(instance)
     if ready is not None and not owns_files:
-        report_start(ready, "running")
+        report_start(ready, "ready")
         return 0
     use_one_heap()
     log = Log(paths.log, echo=ready is None)
@@ -4560,7 +4217,7 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     watcher.start()
     if ready is not None:
         report_start(ready, "ready")
-    outlive_main_script(partial(run_to_the_end, signals, lock, router, servers, watcher))
+    outlive_main_script(partial(run_to_the_end, signals, router, servers, watcher))
     return 0
 
 
@@ -4583,11 +4240,11 @@ class Daemon(NamedTuple):
     def last(cls, paths: Paths) -> Daemon | None:
         """Return the one in run.json, live or killed; None without a usable file."""
         try:
-            run = read_json(paths.run)
+            run = json.loads(read_file(paths.run) or b"null")
             holder = Holder(int(run["pid"]), str(run.get("instance", "")))
             return cls(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
                        str(run["upstream"]), str(run.get("allowedHosts", "")))
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
     @classmethod
@@ -4609,22 +4266,18 @@ class Daemon(NamedTuple):
         return None
 
 
-def last_lines(path: str, count: int = 5) -> str:
-    """Return the last lines of a file, indented."""
+def end_of_log(paths: Paths) -> str:
+    """Return the last lines of the log, for a message."""
     try:
-        with open_for_reading(path) as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            lines = file.read().decode("utf-8", "replace").splitlines()[-count:]
+        with open_for_reading(paths.log) as file:
+            lines = [line.decode("utf-8", "replace").rstrip() for line in deque(file, 5)]
     except OSError as error:
-        lines = [f"{path}: {reason_of(error)}"]
-    return "\n".join(f"  {printable(line)}" for line in lines)
+        lines = [f"{paths.log}: {reason_of(error)}"]
+    return "\n  ".join(["the log ends with", *map(printable, lines)])
 
 
 def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
-    """Return the daemon and its /health once it answers, None once none runs.
-
-    Raises DaemonError.
-    """
+    """Return the daemon and its /health once it answers, None once none runs, or raise."""
     begin = time.monotonic()
     while True:
         daemon = Daemon.find(paths)
@@ -4636,56 +4289,42 @@ def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
         if daemon.holder.elsewhere:
             raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
         if time.monotonic() - begin > (DRAIN_S + 5 if daemon.holder.stopping else START_S):
-            raise DaemonError("the daemon does not answer; the log ends with\n"
-                              + last_lines(paths.log))
+            raise DaemonError(f"the daemon does not answer; {end_of_log(paths)}")
         time.sleep(0.02)
-
-
-def _become_daemon(descriptors: tuple[int, ...], arguments: list[str]) -> NoReturn:
-    """In a forked child: run the program in a session without a terminal, as an orphan.
-
-    It gets the `descriptors` as 0, 1, 2 ... and no others; their own numbers are higher.
-    """
-    try:
-        os.setsid()
-        if os.fork() == 0:              # not the session's leader: it never gets a terminal
-            os.umask(0o077)
-            os.chdir("/")
-            for target, source in enumerate(descriptors):
-                os.dup2(source, target)
-            os.closerange(len(descriptors), 1 << 16)
-            # A new program, because what macOS loads into a process does not survive a fork
-            # (python/cpython#105912).
-            os.execv(arguments[0], arguments)
-    finally:
-        os._exit(1)
 
 
 def spawn_daemon(paths: Paths) -> None:
     """Run `serve` as a daemon; return when it listens or finds another one.  Raises DaemonError."""
+    import subprocess
     paths.create()
     program = os.path.abspath(__file__ if os.path.isfile(__file__) else sys.argv[0])
-    arguments = [sys.executable, program, "serve", "--ready-descriptor", "3"]
     read_end, write_end = os.pipe()
-    # A FIFO in its place would block.
-    log = os.open(paths.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
-    null = os.open(os.devnull, os.O_RDWR)
+    log = open_log(paths.log)
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
-        _become_daemon((null, log, log, write_end), arguments)
-    for descriptor in (write_end, log, null):
-        os.close(descriptor)
+        try:
+            os.setsid()     # the daemon is not the session's leader, so it never gets a terminal
+            # A new program, because what macOS loads into a process does not survive a fork
+            # (python/cpython#105912).
+            _orphan = subprocess.Popen(
+                (sys.executable, program, "serve", "--ready-descriptor", str(write_end)), cwd="/",
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[write_end], umask=0o077)
+        finally:
+            os._exit(0)
+    os.close(write_end)
+    os.close(log)
     os.waitpid(child, 0)
     with os.fdopen(read_end, "rb") as pipe:
         ready = select.select([pipe], [], [], START_S)[0]
         words = pipe.read().decode("utf-8", "replace") if ready else ""
-    if words not in ("ready", "running"):
-        raise DaemonError(words or "the daemon did not start; the log ends with\n"
-                          + last_lines(paths.log))
+    if words != "ready":
+        raise DaemonError(words or f"the daemon did not start; {end_of_log(paths)}")
 
 
 SYSTEMD_UNIT = "rrouter.service"
+UNIT_PATH = f"systemd/user/{SYSTEMD_UNIT}"      # below ~/.config or what replaces it
+AGENT_PATH = f"Library/LaunchAgents/{LAUNCHD_LABEL}.plist"      # below the home directory
 MANAGER_S = DRAIN_S + 15        # a stop through the service manager includes the drain
 
 
@@ -4706,31 +4345,18 @@ class Manager(NamedTuple):
 
     def stop(self) -> None:
         """Ask for the stop; raise DaemonError if the manager refuses."""
-        if not self.job_query:
-            self._demand(self.stop_command)
-            return
-        # `bootout` may report 36 although the job stops, and returns before the job is unloaded;
-        # until then `bootstrap` would fail with 5.
-        output = run_program(self.stop_command, MANAGER_S)[1]
-        if not until(lambda: run_program(self.job_query, MANAGER_S)[0], MANAGER_S):
-            raise DaemonError(f"{' '.join(self.stop_command)} did not unload the job within "
-                              f"{MANAGER_S} s: {printable(output.strip())}")
+        self._demand(self.stop_command, self.job_query)
 
-    def _demand(self, command: tuple[str, ...]) -> None:
+    @staticmethod
+    def _demand(command: Sequence[str], job_query: Sequence[str] = ()) -> None:
         status, output = run_program(command, MANAGER_S)
+        if job_query:
+            # `bootout` may report 36 although the job stops, and returns before the job is
+            # unloaded; until then `bootstrap` would fail with 5.
+            status = not until(lambda: run_program(job_query, MANAGER_S)[0], MANAGER_S)
         if status:
             why = printable(output.strip()) or f"status {status}"
             raise DaemonError(f"{' '.join(command)} failed: {why}")
-
-
-def unit_path(config: str) -> str:
-    """Return where the systemd user unit is installed, below ~/.config or what replaces it."""
-    return os.path.join(config, "systemd", "user", SYSTEMD_UNIT)
-
-
-def agent_path(home: str) -> str:
-    """Return where the launchd agent is installed."""
-    return os.path.join(home, "Library", "LaunchAgents", LAUNCHD_LABEL + ".plist")
 
 
 def is_own_home(home: str) -> bool:
@@ -4751,7 +4377,8 @@ def reach_manager(home: str) -> tuple[Manager | None, str]:
     if status == 0:
         # Its own, not that of this shell; an odd value comes as $'...'.
         config = re.search(r"(?m)^XDG_CONFIG_HOME=(?:\$')?(.+?)'?$", output)
-        return Manager("systemd", unit_path(config[1] if config else os.path.join(home, ".config")),
+        directory = config[1] if config else os.path.join(home, ".config")
+        return Manager("systemd", os.path.join(directory, UNIT_PATH),
                        ((*systemctl, "daemon-reload"), (*systemctl, "reset-failed", SYSTEMD_UNIT),
                         (*systemctl, "start", SYSTEMD_UNIT)),
                        (*systemctl, "stop", SYSTEMD_UNIT)), ""
@@ -4761,7 +4388,7 @@ def reach_manager(home: str) -> tuple[Manager | None, str]:
         status, output = run_program(("launchctl", "print", domain), MANAGER_S)
     if status == 0:
         # Loaded again at each start, because `kickstart` would use the plist as it was when loaded.
-        path, label = agent_path(home), f"{domain}/{LAUNCHD_LABEL}"
+        path, label = os.path.join(home, AGENT_PATH), f"{domain}/{LAUNCHD_LABEL}"
         return Manager("launchd", path, (("launchctl", "bootstrap", domain, path),
                                          ("launchctl", "kickstart", label)),
                        ("launchctl", "bootout", label), ("launchctl", "print", label)), ""
@@ -4795,24 +4422,23 @@ def start_daemon(paths: Paths, home: str) -> str:
     until(lambda: Daemon.find(paths), START_S)          # a service manager may not wait for it
     found = wait_for_daemon(paths)
     if not found:
-        raise DaemonError("the daemon did not start; the log ends with\n" + last_lines(paths.log))
+        raise DaemonError(f"the daemon did not start; {end_of_log(paths)}")
     daemon, health = found
     by = f", by {manager.name}" if manager else ""
     return f"rrouter runs on {health['listenAddr']} (pid {daemon.pid}{by}), mode {health['mode']}"
 
 
 def _listens(host: str, port: int) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         socket.create_connection((host, port), timeout=1).close()
         return True
-    except OSError:
-        return False
+    return False
 
 
 def send_signal(lock: Lock, holder: Holder, number: int) -> None:
     """Signal `holder` if it lives here and the lock still names it.  Raises DaemonError."""
     send: Callable[[int], None] = partial(os.kill, holder.pid)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, contextlib.suppress(ProcessLookupError):
         with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
             # Opened before the look, so it cannot mean a later process with the same pid.
             descriptor = os.pidfd_open(holder.pid)
@@ -4823,8 +4449,6 @@ def send_signal(lock: Lock, holder: Holder, number: int) -> None:
                 send(number)
         except PermissionError as error:
             raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
-        except ProcessLookupError:
-            pass
 
 
 def stop_daemon(paths: Paths, home: str) -> str:
@@ -4849,8 +4473,7 @@ def stop_daemon(paths: Paths, home: str) -> str:
         holder = lock.look()
         if holder and daemon.holder.is_same(holder):
             send_signal(lock, holder, signal.SIGKILL)
-        text = (f"rrouter killed (pid {daemon.pid}), because it did not stop within "
-                f"{DRAIN_S + 5} s")
+        text = f"rrouter killed (pid {daemon.pid}): it did not stop within {DRAIN_S + 5} s"
         if not until(is_gone, 5):
             raise DaemonError(f"pid {daemon.pid} does not end: find out what holds it")
         remove_files(paths.pid, paths.run)
@@ -4866,31 +4489,27 @@ OK, WARN, FAIL = "ok", "warn", "fail"
 COLOURS = {OK: 32, WARN: 33, FAIL: 31, "antigravity": 36, "claude": 35, MODE_AUTO: 34}
 
 
-def painted(word: str) -> str:
-    """Return `word` in its colour where stdout shows colours."""
-    env = os.environ.get
-    shows = not env("NO_COLOR") and (env("FORCE_COLOR") not in (None, "", "0") or (
-        sys.stdout.isatty() and env("TERM") != "dumb"))
-    return f"\033[{COLOURS[word]}m{word}\033[0m" if shows and word in COLOURS else word
-
-
-def wrapped(text: str, indent: int) -> str:
-    """Return `text`, its first line as wide as the terminal; `grep` in a pipe gets it whole."""
-    import shutil
-    import textwrap
-    first, *rest = text.split("\n")
-    if sys.stdout.isatty() or os.environ.get("COLUMNS"):
+def show(text: str, indent: int = 0, word: str = "", to: TextIO | None = None) -> None:
+    """Print `text`; a terminal gets its first line wrapped, and `word` in its colour."""
+    stream, env = to or sys.stdout, os.environ.get
+    is_terminal = stream.isatty()
+    if is_terminal:
+        import shutil
+        import textwrap
+        first, newline, rest = text.partition("\n")
         width = max(40, min(80, shutil.get_terminal_size().columns))
-        first = textwrap.fill(first, width, subsequent_indent=" " * indent,
-                              break_long_words=False, break_on_hyphens=False)
-    return "\n".join([first, *rest])
+        text = textwrap.fill(first, width, subsequent_indent=" " * indent,
+                             break_long_words=False, break_on_hyphens=False) + newline + rest
+    forced, barred = env("FORCE_COLOR", "0") not in ("", "0"), env("NO_COLOR")
+    if word in COLOURS and not barred and (forced or (is_terminal and env("TERM") != "dumb")):
+        text = text.replace(word, f"\033[{COLOURS[word]}m{word}\033[0m", 1)
+    print(text, file=stream, flush=True)
 
 
 def complain(*texts: object) -> None:
-    """Print lines on stderr that name rrouter; a terminal gets them wrapped."""
+    """Print lines on stderr that name rrouter."""
     for text in texts:
-        line = f"rrouter: {text}"
-        print(wrapped(line, 9) if sys.stderr.isatty() else line, file=sys.stderr)
+        show(f"rrouter: {text}", 9, to=sys.stderr)
 
 
 # Claude Code's settings #######################################################
@@ -4920,11 +4539,11 @@ def claude_environment(home: str) -> dict[str, str]:
 def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | None]:
     """Return settings in which a member has this JSON text, or is missing, and its old text.
 
-    `name` is one like `statusLine` or `env.NO_PROXY`.  No other byte changes, so that adding,
-    replacing and removing can each be undone.  Raises ValueError.
+    `name` is one like `statusLine` or `env.NO_PROXY`.  A new member comes first.  No other byte
+    changes, so that each edit can be undone.  Raises ValueError.
     """
     outer, _, name = name.rpartition(".")
-    position: int | None = _skip_space(text, int(text.startswith("\ufeff")))
+    position: int | None = _next_token(text, int(text.startswith("\ufeff")))
     if outer:
         position = {key: start for key, start, _ in _walk(text, position or 0, "{")}.get(outer)
     if position is None:
@@ -4932,21 +4551,18 @@ def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | Non
     members = [*_walk(text, position, "{")]
     ends = [position + 1, *(end for _, _, end in members)]
     index = max((index for index, member in enumerate(members) if member[0] == name), default=-1)
-    head, rest = text[:ends[index]], text[ends[index + 1]:]
     if index >= 0:
         _, start, end = members[index]
         if value is not None:
-            head = text[:start] + value
-        elif index == 0 and len(members) > 1:
-            rest = rest.partition(",")[2]
-        return head + rest, text[start:end]
+            return text[:start] + value + text[end:], text[start:end]
+        rest = text[end:].partition(",")[2] if index == 0 and len(members) > 1 else text[end:]
+        return text[:ends[index]] + rest, text[start:end]
     if value is not None:
-        rest = text[ends[-1]:]
-        gap = re.findall(r"\A\s*,?(\s*)" if len(members) > 1 else r"\A(\s*)",
-                         text[ends[-2 if members else 0]:])[0]
-        gap = "," + (gap or " ") if members else gap + "  " * ("\n" in gap)
-        rest = f"{gap}{json.dumps(name)}: {value}{rest}"
-    return head + rest, None
+        rest = text[ends[0]:]
+        gap = re.split(r"\S", rest, maxsplit=1)[0]
+        gap += "  " * ("\n" in gap and not members)
+        text = f"{text[:ends[0]]}{gap}{json.dumps(name)}: {value}{',' * bool(members)}{rest}"
+    return text, None
 
 
 def read_settings(path: str) -> str | None:
@@ -4968,11 +4584,9 @@ def read_settings(path: str) -> str | None:
 # Installation #################################################################
 
 SERVICE_FILES = {SYSTEMD_UNIT: """\
-# systemd user unit of rrouter, as `rrouter install` writes it.  Settings: lines such as
-# RROUTER_PORT=9000 in ~/.config/rrouter.env, in force from the next `rrouter restart` on.
+# As `rrouter install` writes it.  Settings: RROUTER_PORT=9000 etc. in ~/.config/rrouter.env.
 [Unit]
 Description=rrouter, the local router between Claude Code and CLIProxyAPI
-# Twelve starts in ten minutes and it stays down: a taken port is tried for about a minute.
 StartLimitIntervalSec=600
 StartLimitBurst=12
 
@@ -4981,11 +4595,9 @@ Type=exec
 EnvironmentFile=-%h/.config/rrouter.env
 ExecStart=%h/bin/rrouter serve
 ExecReload=/bin/kill -HUP $MAINPID
-# 2 is a bad setting in the environment, which no restart mends.
 Restart=on-failure
 RestartSec=5
 RestartPreventExitStatus=2
-# Running streams get 30 seconds to finish.
 TimeoutStopSec=45
 # Only what an unprivileged user manager can apply, so that it starts in containers too.
 UMask=0077
@@ -5003,8 +4615,7 @@ SystemCallErrorNumber=EPERM
 WantedBy=default.target
 """, LAUNCHD_LABEL + ".plist": """\
 <?xml version="1.0" encoding="UTF-8"?>
-<!-- launchd agent of rrouter, as `rrouter install` writes it.  Settings: lines such as
-     RROUTER_PORT=9000 in ~/.config/rrouter.env, in force from the next `rrouter restart` on. -->
+<!-- As `rrouter install` writes it.  Settings: RROUTER_PORT=9000 etc. in ~/.config/rrouter.env. -->
 <plist version="1.0"><dict>
     <key>Label</key> <string>com.rrouter</string>
     <!-- launchd expands neither ~ nor $HOME, so a shell does; exec makes rrouter the job. -->
@@ -5015,18 +4626,16 @@ WantedBy=default.target
             exec "$HOME/bin/rrouter" serve</string>
     </array>
     <key>RunAtLoad</key> <true/>
-    <!-- Again after a failure, not after a clean stop; at most every 30 seconds. -->
     <key>KeepAlive</key> <dict> <key>SuccessfulExit</key> <false/> </dict>
     <key>ThrottleInterval</key> <integer>30</integer>
-    <!-- Running streams get 30 seconds to finish. -->
     <key>ExitTimeOut</key> <integer>45</integer>
     <!-- Streams must not wait for the throttled disk and timers of a background job. -->
     <key>ProcessType</key> <string>Interactive</string>
     <key>Umask</key> <integer>63</integer> <!-- 0077 -->
 </dict></plist>
 """}
-# Where the SHA-256 of each unit, agent and default config.json of any version begins.
-SHIPPED = frozenset(("e069a7ce11869e8f", "781c947dfddcaab7", "c191a83396e676fd"))    # 5.0.0
+# Where the SHA-256 of each default config.json of an older version begins.
+OLD_DEFAULTS = ("c191a83396e676fd",)    # 5.0.0
 # Begins the zip application, so it must run under a Python that is too old for the rest.
 ZIP_MAIN = """\
 import sys
@@ -5035,21 +4644,22 @@ if sys.version_info < (3, 9):
 import rrouter
 rrouter.main()
 """
-STABLE_DIRECTORIES = ("/usr/bin", "/usr/local/bin", "/opt/homebrew/bin")
+STABLE_LINKS = ("/usr/bin/python3", "/usr/local/bin/python3", "/opt/homebrew/bin/python3")
 SHEBANG_MAX_BYTES = 120         # older kernels cut the line off at 127
 EMPTY_SETTINGS = b"{\n}\n"
+LINK = b"link to "              # begins what `content_of` returns of a symbolic link
+WANTED_LINK = os.path.join("default.target.wants", SYSTEMD_UNIT)    # as `systemctl enable` makes it
 
 
 def stable_interpreter() -> str:
     """Return the path of this Python that lasts: as PYTHON names it, or a link of the system."""
     import shutil
-    links = (os.path.join(directory, "python3") for directory in STABLE_DIRECTORIES)
-    for path in (shutil.which(os.environ.get("PYTHON") or ""), *links):
-        if path and os.path.realpath(path) == os.path.realpath(sys.executable):
-            return os.path.abspath(path)
+    names = [os.environ.get("PYTHON") or "", *STABLE_LINKS]
     if sys.prefix != sys.base_prefix:           # a virtual environment may be removed
-        return os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
-    return sys.executable
+        names.append(os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2]))
+    return next((os.path.abspath(path) for path in map(shutil.which, names)
+                 if path and os.path.realpath(path) == os.path.realpath(sys.executable)),
+                sys.executable)
 
 
 def program_bytes(interpreter: str) -> bytes:
@@ -5068,8 +4678,7 @@ def program_bytes(interpreter: str) -> bytes:
     line = f"#!{interpreter}\n"
     if re.search(r"\s", interpreter) or len(os.fsencode(line)) > SHEBANG_MAX_BYTES:
         line = f'#!/bin/sh\nexec {shlex.quote(interpreter)} "$0" "$@"\n'
-    archive = io.BytesIO()
-    archive.write(os.fsencode(line))
+    archive = io.BytesIO(os.fsencode(line))
     with zipfile.ZipFile(archive, "a") as file:
         for name, content in (("__main__.py", ZIP_MAIN), ("rrouter.py", source),
                               ("rrouter.pyc", module)):
@@ -5080,7 +4689,7 @@ def program_bytes(interpreter: str) -> bytes:
 def content_of(path: str) -> bytes | None:
     """Return what a file holds or where a link leads, None for nothing; raise RouterError."""
     if os.path.islink(path):
-        return b"link to " + os.fsencode(os.readlink(path))
+        return LINK + os.fsencode(os.readlink(path))
     if not os.path.lexists(path):
         return None
     if not os.path.isfile(path):
@@ -5099,27 +4708,31 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
     """Return what was installed; raise RouterError if the record is not usable.
 
     {path: [name of what was there before or "", digests of what was written]}, [] for a directory;
-    {settings.json of Claude Code: {member: [JSON text before or None, JSON texts written]}}.
+    {settings.json of Claude Code: {member: [JSON text before or None, values written]}}.
     """
+    home = os.path.dirname(paths.root)
     try:
         record = json.loads(read_file(paths.record) or b"{}")
         files, settings = record.get("files", {}), record.get("settings", {})
         if "directories" in record:     # of 5.0.0
-            files = {path: [entry["backup"] or "", *entry["sha256"]]
-                     for path, entry in files.items()}
-            files = {**dict.fromkeys(record["directories"], []), **files}
-        claude = record.get("claude")
-        if claude:
-            path = os.path.join(os.path.dirname(paths.root), ".claude", "settings.json")
-            url = (claude["before"] or {}).get("env", {}).get("ANTHROPIC_BASE_URL")
-            settings[os.path.realpath(path)] = {"env.ANTHROPIC_BASE_URL": [
-                url and json.dumps(url), *map(json.dumps, claude["written"])]}
-            files[os.path.realpath(path)] = [claude["backup"] or "", claude["sha256"]]
+            claude = record.get("claude")
+            if claude:
+                url = (claude["before"] or {}).get("env", {}).get("ANTHROPIC_BASE_URL")
+                path = os.path.realpath(os.path.join(home, ".claude", "settings.json"))
+                files[path] = {**claude, "sha256": [claude["sha256"]]}
+                settings[path] = {"env.ANTHROPIC_BASE_URL": [
+                    url and json.dumps(url), *claude["written"]]}
+            files = {**dict.fromkeys(record["directories"], []),
+                     **{path: [entry["backup"] or "", *entry["sha256"]]
+                        for path, entry in files.items()}}
+            for unit in [path for path in files if path.endswith(SYSTEMD_UNIT)]:
+                link = os.path.join(os.path.dirname(unit), WANTED_LINK)
+                files.update({os.path.dirname(link): [],
+                              link: ["", digest(LINK + os.fsencode(unit))]})
         "".join(itertools.chain(*files.values()))       # demands strings
-        for text in itertools.chain(*(itertools.chain(*m.values()) for m in settings.values())):
-            json.loads(text or "null")
-        program = os.path.join(os.path.dirname(paths.root), "bin", "rrouter")
-        if files and not any(map(program.startswith, files)):
+        for before, *_ in itertools.chain(*(members.values() for members in settings.values())):
+            json.loads("null" if before is None else before)
+        if files and not any(map(os.path.join(home, "bin", "rrouter").startswith, files)):
             raise ValueError("it is of another home directory")
         return files, settings
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -5137,6 +4750,7 @@ class Installer:
     def __init__(self, home: str, paths: Paths, dry: bool) -> None:
         self.home, self.paths, self.dry = home, paths, dry
         self.program = os.path.join(home, "bin", "rrouter")
+        self.environment = os.path.join(home, ".config", "rrouter.env")
         self.files: dict[str, list[str]] = {}
         self.settings: dict[str, dict[str, list[Any]]] = {}
         self.done: list[str] = []
@@ -5149,17 +4763,17 @@ class Installer:
             record = {"files": self.files, "settings": self.settings}
             write_atomically(self.paths.record, json.dumps(record, indent=2) + "\n")
 
-    def step(self, text: str, action: Callable[[], object]) -> None:
+    def step(self, text: str, action: Callable[..., object], *arguments: Any) -> None:
         """Print what is done and do it; in a dry run print it only."""
         print(f"  {'would ' * self.dry}{text}", flush=True)
         self.done.append(text)
         if not self.dry:
-            action()
+            action(*arguments)
 
-    def attempt(self, action: Callable[[], object]) -> None:
+    def attempt(self, action: Callable[..., object], *arguments: Any) -> None:
         """Do something; note for the report if that fails."""
         try:
-            action()
+            action(*arguments)
         except (OSError, RouterError) as error:
             self.failures.append(str(error) if isinstance(error, RouterError) else
                                  f"{error.filename2 or error.filename}: {reason_of(error)}")
@@ -5170,32 +4784,26 @@ class Installer:
             self.make_directory(os.path.dirname(path))
             self.files[path] = []
             self.save()
-            self.step(f"create {path}", partial(os.mkdir, path))
-
-    def is_ours(self, path: str, content: bytes) -> bool:
-        """Return whether rrouter wrote this content."""
-        sha256 = digest(content)
-        return sha256[:16] in SHIPPED or sha256 in self.files.get(path, ())[1:]
+            self.step(f"create {path}", os.mkdir, path)
 
     def put(self, path: str, content: bytes, mode: int = 0o644) -> None:
-        """Install a file.  What is there and not ours is kept beside it, and comes back later."""
-        old, written = content_of(path), self.files.get(path)
-        backup, spare, ours = written[0] if written else "", "", [digest(content)]
+        """Install a file or a link.  What is there and not ours is kept beside it until the end."""
         self.make_directory(os.path.dirname(path))
-        if old is not None and self.is_ours(path, old):
-            ours.insert(0, digest(old))
-        elif old is not None:
-            spare = backup if backup and not os.path.lexists(backup) else spare_name(path)
-            if backup or not written:   # a changed file of ours does not come back
+        old, new, spare = content_of(path), digest(content), ""
+        backup, *ours = self.files.get(path, [""])
+        write = ((os.symlink, content[len(LINK):], path) if content.startswith(LINK) else
+                 (write_atomically, path, content, True, mode))
+        if old is not None and old != content and digest(old) not in ours:
+            spare = spare_name(path)
+            if backup or not ours:      # a changed file of ours does not come back
                 backup = spare
-        self.files[path] = [backup, *ours]
+        self.files[path] = [backup, *(other for other in ours if other != new), new]
         self.save()
         if spare:
-            self.step(f"keep the old {path} as {spare}", partial(os.rename, path, spare))
+            self.step(f"keep the old {path} as {spare}", os.rename, path, spare)
         try:
             if old != content:
-                self.step(f"{'install' if old is None or spare else 'replace'} {path}",
-                          partial(write_atomically, path, content, True, mode))
+                self.step(f"install {path}", *write)
         except OSError:
             if spare:                   # a full disk
                 os.rename(spare, path)
@@ -5206,58 +4814,42 @@ class Installer:
         import shlex
         self.left.append(f"{path} ({what}): {command} {shlex.quote(path)}")
 
-    def remove_temporary(self, path: str) -> None:
-        """Remove what killed commands left beside a path, named as `write_atomically` names it."""
-        directory, name = os.path.split(path)
-        for other in os.listdir(directory) if os.path.isdir(directory) and not self.dry else ():
-            if re.fullmatch(re.escape(name) + r"\.\d+\.\d+\.tmp", other):
-                os.unlink(os.path.join(directory, other))
-
     def take_back(self, path: str) -> None:
         """Remove what was installed, and put back what was there before; leave anything else."""
-        self.remove_temporary(path)
-        backup, *written = self.files[path] or [""]
-        old = content_of(path) if written else None
-        if not written:
+        backup, *ours = self.files[path] or [""]
+        old = content_of(path) if ours else None
+        if not ours:
             if os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path):
-                self.step(f"remove {path}", partial(os.rmdir, path))
-        elif old is not None and not self.is_ours(path, old):
+                self.step(f"remove {path}", os.rmdir, path)
+        elif old is not None and digest(old) not in ours:
             self.leave(path, "changed since it was installed, or never replaced")
             if os.path.lexists(backup):
                 self.leave(backup, "what was there before")
         elif os.path.lexists(backup):
-            self.step(f"put the old {path} back", partial(os.replace, backup, path))
+            self.step(f"put the old {path} back", os.replace, backup, path)
         elif old is not None:
-            self.step(f"remove {path}", partial(os.unlink, path))
+            self.step(f"remove {path}", os.unlink, path)
         del self.files[path]
         self.save()
 
 
 # ---- Claude Code
 
-def offer_no_proxy(work: Installer, text: str) -> dict[str, str]:
+def offer_no_proxy(text: str) -> dict[str, str]:
     """Return NO_PROXY if Claude Code needs it to reach rrouter and the user wants it, else {}."""
-    settings = json.loads(text.lstrip("\ufeff")).get("env", {})
-    environment = {**os.environ, **{name: str(value) for name, value in settings.items()}}
-    proxy = next((name for name in environment if environment[name] and name.upper() in (
-        "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")), None)
-    known = [environment.get(name) or "" for name in ("NO_PROXY", "no_proxy")]
-    if proxy is None or {"localhost", "*"} & set(re.split("[, ]+", ",".join(known))):
+    env = {**os.environ, **json.loads(text.lstrip("\ufeff")).get("env", {})}
+    proxy = next((name for name, value in env.items()
+                  if value and re.fullmatch("(?i)(https?|all)_proxy", name)), None)
+    known = str(env.get("NO_PROXY") or env.get("no_proxy") or "")
+    if (proxy is None or {"localhost", "*"} & {*re.split("[, ]+", known)}
+            or not (sys.stdin.isatty() and sys.stdout.isatty())):       # `check` says it then
         return {}
-    value = ",".join(filter(None, (known[0] or known[1], "localhost,127.0.0.1,::1")))
-    need = f'  {proxy} is set, so Claude Code needs "NO_PROXY": "{value}" in its env: '
-    if work.dry or not (sys.stdin.isatty() and sys.stdout.isatty()):
-        print(f"{need}add it (on a terminal, this command offers to)")
-        return {}
+    value = f"{known},localhost,127.0.0.1,::1".lstrip(",")
     with contextlib.suppress(EOFError):
-        if input(f"{need}write it? [Y/n] ").strip().lower() in ("", "y", "yes"):
+        if input(f'  {proxy} is set, so Claude Code needs "NO_PROXY": "{value}" in its env: write '
+                 "it? [Y/n] ").strip().lower() in ("", "y", "yes"):
             return {"env.NO_PROXY": value}
     return {}
-
-
-def is_written(text: str | None, member: list[Any]) -> bool:
-    """Return whether a member still has a value that rrouter wrote, in any form."""
-    return text is not None and json.loads(text) in map(json.loads, member[1:])
 
 
 def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
@@ -5267,73 +4859,65 @@ def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
     members, command = work.settings.get(path, {}), f"curl -s '{url}/health?line'"
     for name, value in {"env": {}, "env.ANTHROPIC_BASE_URL": url,
                         "statusLine": {"type": "command", "command": command},
-                        **(offer_no_proxy(work, text) if asked else {})}.items():
-        new, now = json.dumps(value), edit_member(text, name, None)[1]
-        is_held = now is not None and is_written(now, members.get(name, []))
+                        **(offer_no_proxy(text) if asked and not work.dry else {})}.items():
+        now = edit_member(text, name, None)[1]
+        is_held = now is not None and json.loads(now) in members.get(name, ())[1:]
         is_free = now is None or name not in ("env", "statusLine")
         if (is_held or asked and is_free) and (now is None or json.loads(now) != value):
-            members[name] = [*members[name], new] if is_held else [now, new]
-            text = edit_member(text, name, new)[0]
+            members[name] = [*(members[name] if is_held else [now]), value]
+            text = edit_member(text, name, json.dumps(value))[0]
     if text != old:
         work.settings[path] = members
         if content is None:
             work.put(path, EMPTY_SETTINGS, 0o600)
         work.save()
-        mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else 0o600
-        work.step(f"point Claude Code here in {path}",
-                  partial(write_atomically, path, text, True, mode))
+        mode = 0o600 if content is None else stat.S_IMODE(os.stat(path).st_mode)
+        work.step(f"point Claude Code here in {path}", write_atomically, path, text, True, mode)
 
 
 def disconnect_claude(work: Installer, path: str) -> None:
     """Take out of Claude Code's settings what was written, to the byte if nothing else changed."""
     text = old = read_settings(path) or ""
-    work.remove_temporary(path)
-    for name, member in reversed(work.settings[path].items()) if old else ():
-        if is_written(edit_member(text, name, None)[1], member):
-            text = edit_member(text, name, member[0])[0]
+    for name, (before, *written) in reversed(work.settings[path].items()) if old else ():
+        now = edit_member(text, name, None)[1]
+        if now is not None and json.loads(now) in written:
+            text = edit_member(text, name, before)[0]
     if path in work.files and text.encode("utf-8") == EMPTY_SETTINGS:
-        work.step(f"remove {path}", partial(os.unlink, path))
-    elif work.is_ours(path, old.encode("utf-8")):       # as 5.0.0 wrote it
+        work.step(f"remove {path}", os.unlink, path)
+    elif digest(old.encode("utf-8")) in work.files.get(path, ()):       # as 5.0.0 wrote it
         work.take_back(path)
     elif text != old:
-        work.step(f"take back {', '.join(work.settings[path])} in {path}", partial(
-            write_atomically, path, text, True, stat.S_IMODE(os.stat(path).st_mode)))
+        work.step(f"take back {', '.join(work.settings[path])} in {path}", write_atomically,
+                  path, text, True, stat.S_IMODE(os.stat(path).st_mode))
     work.files.pop(path, None)          # what is left is the user's
     del work.settings[path]
     work.save()
 
 
 def find_senders(here: str, home: str) -> Iterator[str]:
-    """Yield the user's processes whose environment sends Claude Code to `here`.
-
-    With `home` each Claude Code of that HOME, too, because it read the settings when it started.
-    """
-    for pid in filter(str.isdigit, os.listdir("/proc") if os.path.isdir("/proc/self") else ()):
+    """Yield the processes whose environment points `here`; with `home`, its Claude Codes, too."""
+    for process in {*glob.glob("/proc/[0-9]*")} - {f"/proc/{os.getpid()}"}:
         with contextlib.suppress(OSError):
-            if int(pid) == os.getpid() or os.stat(f"/proc/{pid}").st_uid != os.getuid():
-                continue
-            name, environment = ((read_file(f"/proc/{pid}/{file}") or b"").decode(
-                "utf-8", "replace") for file in ("comm", "environ"))
+            name, environment = ((read_file(f"{process}/{file}") or b"").decode("utf-8", "replace")
+                                 for file in ("comm", "environ"))
             if re.search(rf"(?:\A|\0)ANTHROPIC_BASE_URL={here}[/\0]", environment) or (
                     name == "claude\n" and home and f"HOME={home}" in environment.split("\0")):
-                yield f"{printable(name.strip())} (pid {pid})"
+                yield f"{printable(name.strip())} (pid {os.path.basename(process)})"
 
 
 # ---- install and uninstall
 
 def put_environment(work: Installer) -> None:
     """Write for a service what this shell sets as RROUTER_*, and what an earlier one did."""
-    path = os.path.join(work.home, ".config", "rrouter.env")
-    old = content_of(path)
-    if old is not None and not work.is_ours(path, old):
+    path, old = work.environment, content_of(work.environment)
+    values = {name: os.environ[name] for name in DEFAULT_ENVIRONMENT if os.environ.get(name)}
+    if old is not None and digest(old) not in work.files.get(path, ()):
         print(f"  leave {path} as it is, because it is yours")
-        return
-    values = dict(re.findall(r"(?m)^(RROUTER_[A-Z_]+)='(.*)'$", (old or b"").decode("utf-8")))
-    values.update((name, os.environ[name]) for name in DEFAULT_ENVIRONMENT if os.environ.get(name))
-    if values:
-        text = "# Environment of the rrouter service, in force from the next restart on.\n"
-        text += "".join(f"{name}='{value}'\n" for name, value in values.items())
-        work.put(path, text.encode("utf-8"), 0o600)
+    elif old or values:
+        lines = (old or b"# Environment of the rrouter service\n").decode("utf-8").splitlines()
+        lines = [line for line in lines if line.partition("=")[0] not in values]
+        lines += [f"{name}='{value}'" for name, value in values.items()]
+        work.put(path, "\n".join([*lines, ""]).encode("utf-8"), 0o600)
 
 
 def start_installed(work: Installer, manager: Manager | None) -> None:
@@ -5347,12 +4931,9 @@ def start_installed(work: Installer, manager: Manager | None) -> None:
     if manager:
         put_environment(work)
         work.put(manager.path, SERVICE_FILES[os.path.basename(manager.path)].encode("utf-8"))
-        link = os.path.join(os.path.dirname(manager.path), "default.target.wants", SYSTEMD_UNIT)
-        if manager.name == "systemd" and not os.path.lexists(link):     # as `systemctl enable`
-            work.make_directory(os.path.dirname(link))
-            work.files[link] = ["", digest(b"link to " + os.fsencode(manager.path))]
-            work.save()
-            work.step(f"create {link}", partial(os.symlink, manager.path, link))
+        if manager.name == "systemd":
+            work.put(os.path.join(os.path.dirname(manager.path), WANTED_LINK),
+                     LINK + os.fsencode(manager.path))
     verb = "restart" if Daemon.find(work.paths) else "start"
     work.step(f"run {work.program} {verb}", start)
 
@@ -5360,20 +4941,18 @@ def start_installed(work: Installer, manager: Manager | None) -> None:
 def report_installation(work: Installer, before: bytes | None, why: str) -> None:
     """Print what was installed, what `check` says of it, and what to do next."""
     import shutil
-    version = re.search(rb'(?m)^__version__ = "([^"]*)"', before or b"")
-    old = f" (before: {printable(version[1].decode('utf-8', 'replace'))})" if version else ""
-    print(f"\nrrouter {__version__} is installed as {work.program}{old}")
-    if why:
-        print(f"no service, because {why}")
+    version = re.search(rb'(?m)^__version__ = "([ -~]*)"', before or b"")
+    old = f" (before: {version[1].decode('ascii')})" if version else ""
+    print(f"\nrrouter {__version__} is installed as {work.program}{old}"
+          + f"\nno service, because {why}" * bool(why))
     print(run_program((work.program, "check"), MANAGER_S)[1].rstrip())
-    first, command = shutil.which("rrouter"), "rrouter"
-    if not first or os.path.realpath(first) != os.path.realpath(work.program):
+    found, command = shutil.which("rrouter"), "rrouter"
+    if not found or os.path.realpath(found) != os.path.realpath(work.program):
         command = work.program
-        print(f"hint: {first + ' comes first' if first else '~/bin is not'} in PATH: add this line "
-              'to the file that your shell reads at its start: export PATH="$HOME/bin:$PATH"')
-    if not work.settings:
-        print(f"hint: to point Claude Code here: {command} install --claude")
-    print(f"next: {command} status")
+        print(f"hint: {found + ' comes first' if found else '~/bin is not'} in PATH: add this to "
+              'what your shell reads at its start: export PATH="$HOME/bin:$PATH"')
+    print(f"next: {command} status" if work.settings else
+          f"next: {command} install --claude, which points Claude Code here")
 
 
 def install(work: Installer, with_claude: bool) -> list[str]:
@@ -5381,8 +4960,6 @@ def install(work: Installer, with_claude: bool) -> list[str]:
     if os.geteuid() == 0 and os.stat(work.home).st_uid != 0:
         raise RouterError(f"HOME={work.home} belongs to another user: run this without sudo")
     settings = read_environment(dict(os.environ))
-    if re.search(r"['\\]", settings.upstream):
-        raise UsageError(f"RROUTER_UPSTREAM={settings.upstream}: a service cannot get a quote")
     asked = claude_settings_path(work.home) if with_claude else ""
     if asked and not is_own_home(work.home) and not asked.startswith(work.home + "/"):
         raise UsageError(f"{asked} is not in HOME={work.home}: unset CLAUDE_CONFIG_DIR")
@@ -5393,22 +4970,19 @@ def install(work: Installer, with_claude: bool) -> list[str]:
         work.paths.create()
     work.put(work.program, program, 0o755)
     config, mode = work.paths.config, work.paths.mode
-    if digest(content_of(config) or b"")[:16] in SHIPPED:
+    if digest(content_of(config) or b"")[:16] in OLD_DEFAULTS:
         spare = spare_name(config)
         work.step(f"move {config}, which holds nothing but defaults, to {spare}",
-                  partial(os.rename, config, spare))
+                  os.rename, config, spare)
     elif not os.path.lexists(config) and not os.path.lexists(mode):
-        work.step("set the mode to auto", partial(write_atomically, mode, "auto\n"))
+        work.step("set the mode to auto", write_atomically, mode, "auto\n")
     start_installed(work, manager)
-    daemon = Daemon.find(work.paths)
-    if daemon:
-        settings = Settings(daemon.host, daemon.port, "")
-    if settings.host in ("0.0.0.0", "::"):
-        settings = settings._replace(host="localhost")
+    daemon = Daemon.find(work.paths) or settings
+    host = "localhost" if daemon.host in ("0.0.0.0", "::") else daemon.host
+    url = f"http://{Settings(host, daemon.port, '').listen_addr}"
     for path in filter(None, dict.fromkeys((*work.settings, asked and os.path.realpath(asked)))):
         # Last, because nothing listened there before.
-        work.attempt(partial(connect_claude, work, path, f"http://{settings.listen_addr}",
-                             path == os.path.realpath(asked)))
+        work.attempt(connect_claude, work, path, url, path == os.path.realpath(asked))
     if work.dry:
         print("nothing has been changed")
     else:
@@ -5416,74 +4990,54 @@ def install(work: Installer, with_claude: bool) -> list[str]:
     return [f"Claude Code is not pointed here: {failure}" for failure in work.failures]
 
 
-def remove_service(work: Installer, path: str, manager: Manager | None) -> None:
-    """Stop the service and remove its file, also where its manager does not answer."""
-    if manager and manager.path == path:
-        work.step(f"stop the service of {manager.name}", manager.stop)
-    work.take_back(path)
-    link = os.path.join(os.path.dirname(path), "default.target.wants", SYSTEMD_UNIT)
-    if os.path.islink(link) and not os.path.exists(link):       # of 5.0.0, not recorded
-        os.unlink(link)
-        with contextlib.suppress(OSError):      # not empty
-            os.rmdir(os.path.dirname(link))
-    if manager and manager.path == path and manager.name == "systemd":
-        work.step("have systemd forget it", partial(
-            run_program, manager.start_commands[0], MANAGER_S))
+def remove_installed(work: Installer, daemon: Daemon | None, purge: bool) -> None:
+    """Take back what the record names, the program last, because it can run again.
 
-
-def remove_data(work: Installer, purge: bool) -> None:
-    """Remove the record, and with `purge` all that is beside it, unless something failed."""
+    Then remove the record, and with `purge` all that is beside it.
+    """
     import shutil
-    root = work.paths.root
-    if work.failures or not os.path.lexists(root):
-        return
-    if not work.dry:
-        work.remove_temporary(work.paths.record)
-        remove_files(work.paths.record)
-    if not purge:
-        work.leave(root, "mode, config, state and logs", "rm -r")
-    elif os.path.islink(root):
-        work.leave(os.path.realpath(root), f"where {root} led", "rm -r")
-        work.step(f"remove {root}", partial(os.unlink, root))
-    else:
-        work.step(f"remove {root}", partial(shutil.rmtree, root))
-
-
-def name_unrecorded(work: Installer) -> None:
-    """Note for the report what looks installed, although no record says so."""
-    print(f"  {work.paths.record} names no file, so none is removed; only the usual places have "
-          "been looked at")
-    config = os.path.join(work.home, ".config")
-    for path in (work.program, os.path.join(config, "rrouter.env"), unit_path(config),
-                 agent_path(work.home)):
-        if os.path.lexists(path):
-            work.leave(path, "not recorded as installed")
+    manager, root = find_manager(work.home), work.paths.root
+    manager = manager if manager and manager.path in work.files else None
+    for path in (*work.files, *work.settings, work.paths.record):
+        for other in glob.glob(glob.escape(path) + ".*.tmp") if not work.dry else ():
+            if re.fullmatch(r"\.\d+\.\d+\.tmp", other[len(path):]):       # of a killed command
+                remove_files(other)
+    for path in list(work.settings):
+        work.attempt(disconnect_claude, work, path)
+    if manager:
+        work.attempt(work.step, f"stop the service of {manager.name}", manager.stop)
+    if daemon:
+        work.attempt(work.step, f"stop rrouter ({daemon.holder.name})",
+                     stop_daemon, work.paths, work.home)
+    files = [*reversed(work.files)]
+    files.sort(key=work.program.startswith)
+    for path in files:
+        needed = [*work.settings, *[work.program] * bool(work.failures)]
+        if not any(other.startswith(path) for other in needed):
+            work.attempt(work.take_back, path)
+    if manager and manager.name == "systemd":
+        work.step("have systemd forget it", run_program, manager.start_commands[0], MANAGER_S)
+    if not work.failures and os.path.lexists(root):
+        if not work.dry:
+            remove_files(work.paths.record)
+        if purge and not os.path.islink(root):
+            work.attempt(work.step, f"remove {root}", shutil.rmtree, root)
+        else:
+            work.leave(root, "mode, config, state and logs", "rm -r")
 
 
 def uninstall(work: Installer, purge: bool) -> list[str]:
     """Take back what `install` did, with `purge` what the daemon keeps, too; return what failed."""
     work.files, work.settings = read_record(work.paths)
-    daemon, manager, had_claude = (
-        Daemon.find(work.paths), find_manager(work.home), bool(work.settings))
-    if not work.files:
-        name_unrecorded(work)
+    daemon, had_claude = Daemon.find(work.paths), bool(work.settings)
     ports = {str(daemon.port if daemon else DEFAULT_ENVIRONMENT["RROUTER_PORT"]),
-             *re.findall(r':([0-9]+)\\"', json.dumps(work.settings))}
+             *re.findall(r':([0-9]+)[/"\\]', json.dumps(work.settings))}
     here = rf"http://(?:localhost|127\.0\.0\.1|\[::1\]):(?:{'|'.join(ports)})"
-    for path in list(work.settings):
-        work.attempt(partial(disconnect_claude, work, path))
-    if daemon:
-        work.attempt(partial(work.step, f"stop rrouter ({daemon.holder.name})",
-                             partial(stop_daemon, work.paths, work.home)))
-    files = [*reversed(work.files)]
-    files.sort(key=work.program.startswith)     # the program last, because it can run again
-    for path in files:
-        needed = [*work.settings, *[work.program] * bool(work.failures)]
-        if os.path.basename(path) in SERVICE_FILES:
-            work.attempt(partial(remove_service, work, path, manager))
-        elif not any(other.startswith(path) for other in needed):
-            work.attempt(partial(work.take_back, path))
-    work.attempt(partial(remove_data, work, purge))
+    for path in (work.program, work.environment, os.path.join(work.home, AGENT_PATH),
+                 os.path.join(os.path.dirname(work.environment), UNIT_PATH)):
+        if path not in work.files and os.path.lexists(path):
+            work.leave(path, "not recorded as installed")
+    remove_installed(work, daemon, purge)
     with contextlib.suppress(ValueError):
         url = claude_environment(work.home).get("ANTHROPIC_BASE_URL", "")
         if re.match(here, url) and not (work.dry and had_claude):
@@ -5582,7 +5136,7 @@ def demo_request(port: int) -> str:
         response.read()
         target, name, tries = (response.headers[f"x-rrouter-{field}"]
                                for field in ("target", "model", "attempts"))
-        return f"{response.status} {painted(target)} {name}" + ", 2 tries" * (tries == "2")
+        return f"{response.status} {target} {name}" + ", 2 tries" * (tries == "2")
 
 
 @contextlib.contextmanager
@@ -5596,7 +5150,7 @@ def demo_router(home: str) -> Iterator[Router]:
         upstream.daemon_threads = True
         settings = Settings("127.0.0.1", 0, f"http://127.0.0.1:{upstream.server_address[1]}")
         router = Router(settings, paths, Log(paths.log, echo=False), "demo")
-        router.load()
+        router.store.snapshot()
         with listen(settings, router)[0] as server:
             router.settings = settings._replace(port=server.server_port)
             for each in (upstream, server):
@@ -5619,19 +5173,18 @@ def cmd_demo(context: Any) -> None:
             DemoUpstream.refuses = refuses
             if mode:
                 write_atomically(router.store.paths.mode, mode)
-            print(wrapped(title, 0), flush=True)
+            show(title)
             left_s = router.failover.report(True)["cooldownRemainingSeconds"]
             time.sleep(DEMO_PAUSE_S if refuses else max(DEMO_PAUSE_S, left_s))
-            print(f"  {demo_request(router.settings.port)}\n{wrapped(f'  {meaning}', 2)}")
+            result = demo_request(router.settings.port)
+            show(f"  {result}", 2, result.split()[1])
+            show(f"  {meaning}", 2)
         name = os.path.basename(sys.argv[0])
         print(DEMO_END.format(rrouter=name if name == "rrouter" else f"python3 {sys.argv[0]}"))
         if context.arguments.stay:
-            print(DEMO_STAY.format(url=f"http://{router.settings.listen_addr}"), flush=True)
             with contextlib.suppress(KeyboardInterrupt):
-                while True:
-                    router.watch()
-                    router.log.flush()
-                    time.sleep(POLL_S)
+                print(DEMO_STAY.format(url=f"http://{router.settings.listen_addr}"), flush=True)
+                signal.pause()
 
 
 # Command line #################################################################
@@ -5639,22 +5192,17 @@ def cmd_demo(context: Any) -> None:
 class Command(NamedTuple):
     """A row of COMMANDS."""
 
-    name: str
+    usage: str                              #: name and arguments: `config [edit|reset|path]`
     aliases: tuple[str, ...]
     run: Callable[[Any], int | None]        #: gets a Context, returns the exit status, None for 0
     help: str
-    arguments: tuple[tuple[str, dict[str, Any]], ...] = ()      #: as `add_argument` takes them
-    example: str = ""
+    example: str = ""                       #: "" for the name alone
+    hidden: tuple[tuple[str, dict[str, Any]], ...] = ()     #: as `add_argument` takes them
 
     @property
-    def usage(self) -> str:
-        """Its line in the help: `config [edit|reset|path]`."""
-        words = [self.name]
-        for name, options in self.arguments:
-            if options.get("help") is not argparse.SUPPRESS:
-                word = "|".join(options.get("choices", ())) or options.get("metavar", "")
-                words.append(f"[{name if name[:1] == '-' else word}]")
-        return " ".join(words)
+    def name(self) -> str:
+        """The first word of its usage."""
+        return self.usage.split()[0]
 
 
 class Context(NamedTuple):
@@ -5662,15 +5210,8 @@ class Context(NamedTuple):
 
     home: str
     paths: Paths
-    arguments: argparse.Namespace
+    arguments: argparse.Namespace           #: `word` is the one that is no option
     commands: tuple[Command, ...]           #: COMMANDS
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """Return the question whether another word was meant, "" if none resembles it."""
-    import difflib
-    found = difflib.get_close_matches(word, list(words), 1)
-    return f"; did you mean '{found[0]}'?" if found else ""
 
 
 def read_config(paths: Paths) -> Config:
@@ -5683,10 +5224,10 @@ def read_config(paths: Paths) -> Config:
                           "config reset`") from error
 
 
-def write_file(path: str, text: str) -> None:
+def write_file(path: str, content: str | bytes) -> None:
     """Write a file of ~/.rrouter for a command; raise RouterError."""
     try:
-        write_atomically(path, text)
+        write_atomically(path, content)
     except OSError as error:
         raise RouterError(f"{path}: cannot be written: {reason_of(error)}: check its permissions "
                           "and free space") from error
@@ -5707,64 +5248,24 @@ def cmd_serve(context: Context) -> int:
 def find_health(paths: Paths) -> tuple[Daemon | None, dict[str, Any] | None]:
     """Return the live daemon and its /health, None for what does not exist."""
     daemon = Daemon.find(paths)
-    return daemon, daemon.health() if daemon else None
+    return daemon, daemon.health() if daemon and not daemon.holder.stopping else None
 
 
 def print_rows(*rows: tuple[str, str], width: int = 10) -> None:
     """Print labels and texts in two columns, a text that is a mode in its colour."""
     for label, text in rows:
-        line = wrapped(f"{label and label + ':':{width}}{text}", width)
-        print(line.replace(text, painted(text), 1))
+        show(f"{label and label + ':':{width}}{text}", width, text)
 
 
-def _port_of(parts: urllib.parse.SplitResult) -> int:
-    return parts.port or (443 if parts.scheme == "https" else 80)
-
-
-def describe_upstream(url: str) -> str:
-    """Return the upstream's URL and whether something listens there."""
+def address_in(url: str) -> tuple[str, int]:
+    """Return the host and the port of a URL; raise ValueError."""
     parts = urllib.parse.urlsplit(url)
-    return f"{url}, {'' if _listens(parts.hostname or '', _port_of(parts)) else 'not '}reachable"
+    return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def environment_of(daemon: Daemon) -> dict[str, str]:
     """Return the RROUTER_* with which the daemon could have been started."""
     return {f"RROUTER_{name.upper()}": str(getattr(daemon, name)) for name in Settings._fields}
-
-
-def cmd_start(context: Context) -> None:
-    """Start the daemon; say what is not well."""
-    print(start_daemon(context.paths, context.home))
-    daemon, health = find_health(context.paths)
-    if not daemon or not health:
-        return
-    upstream = describe_upstream(health["upstreamURL"])
-    runs = environment_of(daemon._replace(upstream=health["upstreamURL"]))
-    remedy = "`rrouter restart`"
-    if daemon.started_by in ("systemd", "launchd"):
-        remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
-    bad = [("problem", printable(problem, 500)) for problem in health["problems"]]
-    bad += [("note", f"{name}={value} of this shell is not in force: {remedy}")
-            for name, value in os.environ.items() if name in runs and value
-            and read_environment({**runs, name: value}) != read_environment(runs)]
-    bad += [("next", "rrouter check")] if bad or "not reachable" in upstream else []
-    print_rows(("upstream", upstream), *bad)
-
-
-def cmd_stop(context: Context) -> None:
-    """Stop the daemon."""
-    print(stop_daemon(context.paths, context.home))
-
-
-def cmd_restart(context: Context) -> None:
-    """Stop the daemon and start it again, with its settings except what this shell sets."""
-    daemon = Daemon.find(context.paths) or Daemon.last(context.paths)      # it may have been killed
-    if daemon and not find_manager(context.home):       # a service has an environment file
-        for name, value in environment_of(daemon).items():
-            os.environ[name] = os.environ.get(name) or value
-    read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
-    cmd_stop(context)
-    cmd_start(context)
 
 
 def find_mode(paths: Paths, health: dict[str, Any] | None) -> tuple[str, list[str]]:
@@ -5777,9 +5278,8 @@ def find_mode(paths: Paths, health: dict[str, Any] | None) -> tuple[str, list[st
 
 def local_time(text: str) -> str:
     """Return a time of /health as the clock here shows it, with the date unless it is today."""
-    when = datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").replace(
-        tzinfo=datetime.timezone.utc).astimezone()
-    is_today = when.date() == datetime.datetime.now().date()
+    when = datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone()
+    is_today = when.date() == datetime.date.today()
     return when.strftime("%H:%M" if is_today else "%Y-%m-%d %H:%M")
 
 
@@ -5794,121 +5294,150 @@ def describe_target(auto: dict[str, Any]) -> str:
             f"tries {failed} again {when if when == 'now' else 'in ' + when}")
 
 
-def print_status(holder: Holder, health: dict[str, Any]) -> None:
-    """Print /health of the daemon for people."""
-    auto, counts, failure = (
-        health["autoSwitch"], health["requests"], health["requests"]["lastFailure"])
-    starters = {"serve": "`rrouter serve`", "start": "`rrouter start`"}
-    print_rows(
-        ("mode", health["mode"]),
-        ("target", describe_target(auto) if auto["active"] else health["currentTarget"]),
-        *(("", f"{printable(model)}: {describe_target(own)}")
-          for model, own in auto["models"].items()),
-        ("daemon", f"{holder.name}, {health['listenAddr']}, up "
-                   f"{datetime.timedelta(seconds=health['uptimeSeconds'])}, "
-                   f"started by {starters.get(health['startedBy'], health['startedBy'])}"),
-        ("requests", f"{counts['answered']} answered, {counts['rescued']} rescued, "
-                     f"{counts['failed']} failed, {health['activeRequests']} running"),
-        *([("failure", "; ".join(filter(None, (
-            f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}",
-            failure.get("slow")))))] if failure else []),
-        ("upstream", describe_upstream(health["upstreamURL"])),
-        *(("problem", printable(problem, 500)) for problem in health["problems"]))
+def trouble_rows(health: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return whether the upstream of /health is reachable, and the problems."""
+    is_there = _listens(*address_in(health["upstreamURL"]))
+    return [("upstream", f"{health['upstreamURL']}, {'' if is_there else 'not '}reachable"),
+            *(("problem", printable(problem, 500)) for problem in health["problems"])]
 
 
-def describe_silence(daemon: Daemon) -> str:
-    """Return what to say of a daemon that does not answer."""
+def status_rows(daemon: Daemon, health: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield /health for people."""
+    auto, counts = health["autoSwitch"], health["requests"]
+    starter, failure = health["startedBy"], counts["lastFailure"]
+    yield "mode", health["mode"]
+    yield "target", describe_target(auto) if auto["active"] else health["currentTarget"]
+    for model, own in auto["models"].items():
+        yield "", f"{printable(model)}: {describe_target(own)}"
+    yield "daemon", (f"{daemon.holder.name}, {health['listenAddr']}, up "
+                     f"{datetime.timedelta(seconds=health['uptimeSeconds'])}, started by "
+                     + (f"`rrouter {starter}`" if starter in ("serve", "start") else starter))
+    yield "requests", (f"{counts['answered']} answered, {counts['rescued']} rescued, "
+                       f"{counts['failed']} failed, {health['activeRequests']} running")
+    if failure:
+        what = f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}"
+        yield "failure", "; ".join(filter(None, (what, failure.get("slow"))))
+    yield from trouble_rows(health)
+
+
+def describe_silence(daemon: Daemon | None) -> str:
+    """Return why there is no /health, and what to do."""
+    if daemon is None:
+        return "not running: `rrouter start` starts it"
+    if daemon.holder.stopping:
+        return f"{daemon.holder.name} is stopping: running requests finish first"
     if daemon.holder.elsewhere:
-        return (f"rrouter runs {daemon.holder.elsewhere} and does not answer here on port "
-                f"{daemon.port}: ask it there")
-    return (f"pid {daemon.pid} runs but does not answer on port {daemon.port}: see `rrouter logs`, "
-            "or `rrouter restart`")
+        return f"rrouter runs {daemon.holder.elsewhere}: ask it there"
+    return (f"rrouter ({daemon.holder.name}) does not answer on port {daemon.port}: see "
+            "`rrouter logs`, then `rrouter restart`")
 
 
 def show_status(paths: Paths, as_json: bool) -> int:
     """Print the status once; return the exit status."""
     daemon, health = find_health(paths)
-    is_stopping = daemon is not None and daemon.holder.stopping
-    if daemon and health and not is_stopping:
+    if daemon and health:
         if as_json:
             print(json.dumps(health, indent=2))
         else:
-            print_status(daemon.holder, health)
+            print_rows(*status_rows(daemon, health))
         return 0
-    if daemon and not is_stopping:
-        raise DaemonError(describe_silence(daemon))
-    how = (f"{daemon.holder.name} is stopping: running requests finish first" if daemon else
-           "not running; start it with `rrouter start`")
-    if as_json:
-        complain(how)
+    is_silent = daemon is not None and not daemon.holder.stopping
+    if as_json or is_silent:
+        complain(describe_silence(daemon))
     else:
         mode, problems = find_mode(paths, None)
-        print_rows(("mode", mode), ("daemon", how), *(("problem", text) for text in problems))
-    return 3
+        print_rows(("mode", mode), ("daemon", describe_silence(daemon)),
+                   *(("problem", problem) for problem in problems))
+    return 1 if is_silent else 3
 
 
 def cmd_status(context: Context) -> int:
     """Print mode, target, daemon, requests, upstream and problems; with --watch every second."""
     arguments = context.arguments
     while arguments.watch:
-        if sys.stdout.isatty():
-            print("\033[H\033[2J", end="")
-        try:
-            show_status(context.paths, arguments.json)
-        except DaemonError as error:
-            complain(error)
+        print("\033[H\033[2J" * sys.stdout.isatty(), end="")
+        show_status(context.paths, arguments.json)
         print(flush=True)
         time.sleep(1)
     return show_status(context.paths, arguments.json)
 
 
-def describe_cleared(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """Return the line on what a mode command has cleared, from `autoSwitch` before and after."""
-    if not before["active"] or after["switched"] or after["models"]:
-        return ""
-    notes = [f"cooldown of {failed_side(own)[0]}{f' for {printable(name)}' if name else ''} "
-             f"({failed_side(own)[2]}, {until_probe(own)})"
-             for name, own in {"": before, **before["models"]}.items() if own["switched"]]
-    notes += [f"{text} of {before['currentTarget']}" for text in [counted(before)] if text]
-    return wrapped(f"cleared: {', '.join(notes)}", 9) + "\n" if notes else ""
+def cmd_start(context: Context) -> None:
+    """Start the daemon; say what is not well."""
+    print(start_daemon(context.paths, context.home))
+    daemon, health = find_health(context.paths)
+    if not daemon or not health:
+        return
+    rows, runs, remedy = trouble_rows(health), environment_of(daemon), "`rrouter restart`"
+    if daemon.started_by in ("systemd", "launchd"):
+        remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
+    for name in runs:
+        value = os.environ.get(name) or runs[name]
+        try:
+            if read_environment({**runs, name: value}) != read_environment(runs):
+                rows.append(("note", f"{name}={printable(value)} of this shell is not in force: "
+                                     f"{remedy}"))
+        except UsageError as error:
+            rows.append(("note", str(error)))
+    if len(rows) > 1 or "not reachable" in rows[0][1]:
+        rows.append(("next", "rrouter check"))
+    print_rows(*rows)
+
+
+def cmd_restart(context: Context) -> None:
+    """Stop the daemon and start it again, with its settings except what this shell sets."""
+    daemon = Daemon.find(context.paths) or Daemon.last(context.paths)      # it may have been killed
+    if daemon and not find_manager(context.home):       # a service has an environment file
+        for name, value in environment_of(daemon).items():
+            os.environ[name] = os.environ.get(name) or value
+    read_environment(dict(os.environ))      # first: a bad value must not end a running daemon
+    print(stop_daemon(context.paths, context.home))
+    cmd_start(context)
+
+
+def show_cleared(before: dict[str, Any]) -> None:
+    """Print what a mode command has cleared, from `autoSwitch` before it."""
+    if before["active"]:
+        notes = [f"cooldown of {failed_side(own)[0]}{f' for {printable(name)}' if name else ''} "
+                 f"({failed_side(own)[2]}, {until_probe(own)})"
+                 for name, own in {"": before, **before["models"]}.items() if own["switched"]]
+        notes += [f"{text} of {before['currentTarget']}" for text in [counted(before)] if text]
+        if notes:
+            show(f"cleared: {', '.join(notes)}", 9)
 
 
 def set_mode(paths: Paths, mode: str) -> None:
     """Write the mode; return when every request that begins from now on is served by it."""
     paths.create()
-    daemon, before = find_health(paths)
+    before = find_health(paths)[1]
     try:
         config = read_config(paths)
-        choices, why_not = config.choices, f"config.json: {config.auto_error}"
+        choices, auto_error = config.choices, config.auto_error
     except RouterError as error:
         if not before:
             raise
         complain(error)         # the daemon continues with the last good config
-        choices, why_not = before.get("modes", []), ""
+        choices, auto_error = before.get("modes", []), ""
     if mode not in choices:
-        raise RouterError(why_not if mode == MODE_AUTO and why_not else
-                          describe_unknown_mode(mode, choices) + nearest(mode, choices))
+        raise RouterError(f"config.json: {auto_error}" if mode == MODE_AUTO and auto_error else
+                          f"mode {describe_unknown_mode(mode, choices)}")
     write_file(paths.mode, mode + "\n")
-    after = daemon.health() if daemon and not daemon.holder.stopping else None
-    where = f"pid {daemon.pid}, port {daemon.port}" if daemon else ""
-    if daemon is None or daemon.holder.stopping:
-        note = f"written; {'rrouter is stopping' if daemon else 'no rrouter is running'}"
-    elif after and after["mode"] == mode:
-        note = f"in force: {where}"
-    elif daemon.holder.elsewhere and after is None:
-        note = f"written; rrouter runs {daemon.holder.elsewhere} and reads it there"
+    daemon, after = find_health(paths)
+    if after and after["mode"] == mode:
+        note = f"in force: pid {after['pid']}, {after['listenAddr']}"
+    elif after is None and (not daemon or daemon.holder.stopping or daemon.holder.elsewhere):
+        note = f"written; daemon {describe_silence(daemon)}"
     else:
-        raise DaemonError(f"mode {mode} is written to {paths.mode}, but the daemon ({where}) " + (
-            f"is in mode {after['mode']}: see `rrouter status`" if after else
-            "does not answer: `rrouter restart`"))
-    print(f"mode {painted(mode)} ({note})")
+        why = f"the daemon is in mode {after['mode']}" if after else describe_silence(daemon)
+        raise DaemonError(f"mode {mode} is written to {paths.mode}, but {why}")
+    show(f"mode {mode} ({note})", 5, mode)
     if before and after:
-        print(describe_cleared(before["autoSwitch"], after["autoSwitch"]), end="")
+        show_cleared(before["autoSwitch"])
 
 
 def cmd_mode(context: Context) -> None:
     """Print the mode, or set the one that is named, perhaps by the command itself."""
-    name = vars(context.arguments).get("name", context.arguments.command)
+    name = vars(context.arguments).get("word", context.arguments.command)
     if name is None:
         mode, problems = find_mode(context.paths, find_health(context.paths)[1])
         print(mode)
@@ -5918,67 +5447,52 @@ def cmd_mode(context: Context) -> None:
         set_mode(context.paths, os.fsencode(name).decode("utf-8", "replace").strip().lower())
 
 
-def log_lines(path: str, word: bytes, count: int) -> list[bytes]:
-    """Return the last `count` lines with `word` in the log and the rotated ones."""
-    found: list[bytes] = []
-    for name in (path, *(f"{path}.{number}" for number in range(1, LOG_FILES + 1))):
-        if len(found) < count:
-            with contextlib.suppress(OSError), open_for_reading(name) as file:
-                older = deque((line for line in file if word in line), count - len(found))
-                found[:0] = older
-    return found
-
-
-def follow(path: str) -> Iterator[bytes]:
-    """Yield the lines added to the log from now on, over rotation, without end."""
-    position = os.stat(path).st_size
-    while True:
-        with open_for_reading(path) as file:
-            file.seek(position)
-            rest, is_same = b"", True
-            while is_same:
-                with contextlib.suppress(OSError):      # the new file may not exist yet
-                    status = os.stat(path)
-                    is_same = (os.path.samestat(status, os.fstat(file.fileno()))
-                               and status.st_size >= file.tell())
-                *lines, rest = (rest + file.read()).split(b"\n")
-                yield from (line + b"\n" for line in lines)
-                if is_same:
-                    time.sleep(POLL_S)
-        position = 0
+def log_lines(path: str, word: bytes) -> Iterator[bytes]:
+    """Yield the lines with `word` in the log, those of the rotated files first."""
+    for name in [*(f"{path}.{number}" for number in range(LOG_FILES, 0, -1)), path]:
+        with contextlib.suppress(OSError), open_for_reading(name) as file:
+            yield from (line for line in file if word in line)
 
 
 def cmd_logs(context: Context) -> None:
     """Print the last lines of the log; with -f also those that come, until Ctrl-C."""
-    arguments, path = context.arguments, context.paths.log
-    word = b"[AUTO]" if arguments.auto else b""
+    import subprocess
+    path, word = context.paths.log, b"[AUTO]" * context.arguments.auto
     if not os.path.exists(path):
         raise RouterError(f"{path} does not exist: `rrouter start` begins it")
-    lines: Iterable[bytes] = log_lines(path, word, LOG_SHOWN)
-    for line in itertools.chain(lines, follow(path) if arguments.follow else ()):
-        if word in line:
-            print(line.decode("utf-8", "replace"), end="", flush=True)
+    lines: Iterable[bytes] = deque(log_lines(path, word), LOG_SHOWN)
+    with contextlib.ExitStack() as stack:
+        if context.arguments.f:
+            command = ("tail", "-c", f"+{os.path.getsize(path) + 1}", "-F", path)   # -F: rotation
+            tail = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE,
+                                                        stderr=subprocess.DEVNULL))
+            stack.callback(tail.kill)
+            lines = itertools.chain(lines, tail.stdout or ())
+        for line in lines:
+            if word in line:
+                print(line.decode("utf-8", "replace"), end="", flush=True)
 
 
 def cmd_explain(context: Context) -> None:
     """Print what becomes of a model name, or of those that passed lately, in each mode."""
     config, health = read_config(context.paths), find_health(context.paths)[1]
-    models = [context.arguments.model]
+    models = [context.arguments.word]
     if models == [None]:
-        lines = b"".join(reversed(log_lines(context.paths.log, b"[REQ] ", 1000)))
+        lines = b"".join(reversed(deque(log_lines(context.paths.log, b"[REQ] "), 1000)))
         models = re.findall(r"#\d+ \S+ \S+ (\S+) -> ", lines.decode("utf-8", "replace"))
         if not models:
             raise RouterError("no model has passed yet: name one, as in `rrouter explain "
                               "claude-sonnet-5-5`")
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
-        rows = []
+        print(printable(model))
         for mode, rules in config.modes.items():
             label = f"  {mode}"
             matching = (rule for rule in rules if match_rule([Rule(*rule[:2])], model))
             for rule in (*matching, Rule("", model)):
                 words = ", ".join(f"{key} {glob}" for key, glob in zip(
                     ("rule", *RULE_KEYS[2:]), (rule.match, *rule[2:])) if glob)
-                rows.append((label, printable(f"{rule.rewrite} ({words or 'no rule matches'})")))
+                text = printable(f"{rule.rewrite} ({words or 'no rule matches'})")
+                print_rows((label, text), width=15)
                 label = ""
                 if not any(rule[2:]):
                     break
@@ -5990,19 +5504,9 @@ def cmd_explain(context: Context) -> None:
             elif health and health["autoSwitch"]["active"]:
                 auto = health["autoSwitch"]
                 text = describe_target(auto["models"].get(model, auto))
-            rows.append((f"  {MODE_AUTO}", text))
-        print(printable(model))
-        print_rows(*rows, width=15)
-    print(f"in force: mode {painted(find_mode(context.paths, health)[0])}")
-
-
-def config_show(paths: Paths) -> None:
-    """Print the effective config on stdout, its path on stderr."""
-    missing = "" if os.path.exists(paths.config) else " (does not exist: these are the defaults)"
-    print(paths.config + missing, file=sys.stderr)
-    config = read_config(paths)
-    complain(*(f"config.json: {problem}" for problem in config.problems))
-    print(config_text(config))
+            print_rows((f"  {MODE_AUTO}", text), width=15)
+    mode = find_mode(context.paths, health)[0]
+    show(f"in force: mode {mode}", 0, mode)
 
 
 def config_edit(paths: Paths) -> None:
@@ -6015,45 +5519,44 @@ def config_edit(paths: Paths) -> None:
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     try:
         status = subprocess.call([*shlex.split(editor), paths.config])
+        why = f"ended with status {status}" if status else ""
     except (OSError, ValueError) as error:
-        why = reason_of(error) if isinstance(error, OSError) else error
-        raise RouterError(f"editor {printable(editor)}: {why}: set VISUAL or EDITOR") from error
-    if status:
-        raise RouterError(f"editor {printable(editor)} ended with status {status}")
+        why = reason_of(error) if isinstance(error, OSError) else str(error)
+    if why:
+        raise RouterError(f"editor {printable(editor)}: {why}: set VISUAL or EDITOR")
     complain(*(f"config.json: {problem}" for problem in read_config(paths).problems))
     print(f"{paths.config} is valid")
-
-
-def keep_beside(path: str, content: bytes) -> str:
-    """Write `content` to a new file beside `path`; return its path.  Raises OSError."""
-    spare = spare_name(path)
-    write_atomically(spare, content)
-    return spare
 
 
 def config_reset(paths: Paths) -> None:
     """Write the defaults; keep an existing file beside them unless it equals them."""
     paths.create()
-    try:
-        content = read_file(paths.config)
-        with contextlib.suppress(ConfigError, UnicodeDecodeError):
-            if config_of(content) == config_of(None):
-                content = None          # nothing would be lost
-        if content is not None:
-            print(f"kept: {keep_beside(paths.config, content)}")
-    except OSError as error:
-        raise RouterError(f"{paths.config}: cannot be copied beside itself: {reason_of(error)}: "
-                          "check permissions and free space, or move it away") from error
-    write_file(paths.config, config_text(config_of(None)) + "\n")
+    defaults, old = config_of(None), None
+    with contextlib.suppress(RouterError):
+        old = read_config(paths)
+    if old != defaults:
+        spare = spare_name(paths.config)
+        write_file(spare, read_file(paths.config) or b"")
+        print(f"kept: {spare}")
+    write_file(paths.config, config_text(defaults) + "\n")
     print(f"{paths.config} holds the defaults")
 
 
 def cmd_config(context: Context) -> None:
-    """Print, edit or reset the config, or print its path."""
-    actions: dict[str | None, Callable[[Paths], None]] = {
-        None: config_show, "edit": config_edit, "reset": config_reset,
-        "path": lambda paths: print(paths.config)}
-    actions[context.arguments.action](context.paths)
+    """Print, edit or reset the effective config, or print its path, on stderr beside the config."""
+    action, paths = context.arguments.word, context.paths
+    if action == "edit":
+        config_edit(paths)
+    elif action == "reset":
+        config_reset(paths)
+    elif action == "path":
+        print(paths.config)
+    else:
+        note = "" if os.path.exists(paths.config) else " (does not exist: these are the defaults)"
+        print(paths.config + note, file=sys.stderr)
+        config = read_config(paths)
+        complain(*(f"config.json: {problem}" for problem in config.problems))
+        print(config_text(config))
 
 
 COMPLETION = """\
@@ -6070,20 +5573,20 @@ complete -F _rrouter rrouter"""
 
 def cmd_completion(context: Context) -> None:
     """Print what the shell needs to complete commands."""
-    shell, names = context.arguments.shell, [row.name for row in context.commands]
-    after = {row.name: re.findall(r"[\[|]([a-z-]+)", row.usage) for row in context.commands}
+    names = " ".join(row.name for row in context.commands)
+    after = {row.name: " ".join(re.findall(r"[\[| ]([a-z-]+)", row.usage))
+             for row in context.commands}
     with contextlib.suppress(RouterError):
-        after.update(help=names, mode=read_config(context.paths).choices)
-    if shell == "fish":
-        print("complete -c rrouter -f -n __fish_use_subcommand -a '" + " ".join(names) + "'")
+        after.update(help=names, mode=" ".join(read_config(context.paths).choices))
+    if context.arguments.word == "fish":
+        print(f"complete -c rrouter -f -n __fish_use_subcommand -a '{names}'")
         for name, words in after.items():
-            print(f"complete -c rrouter -f -n '__fish_seen_subcommand_from {name}' "
-                  f"-a '{' '.join(words)}'")
+            print(f"complete -c rrouter -f -n '__fish_seen_subcommand_from {name}' -a '{words}'")
         return
-    if shell == "zsh":
+    if context.arguments.word == "zsh":
         print("autoload -U +X compinit bashcompinit && compinit && bashcompinit")
-    print(COMPLETION % (" ".join(names), "\n".join(
-        f"        {name}) choices='{' '.join(words)}' ;;" for name, words in after.items())))
+    print(COMPLETION % (names, "\n".join(
+        f"        {name}) choices='{words}' ;;" for name, words in after.items())))
 
 
 def cmd_install(context: Context) -> int:
@@ -6100,7 +5603,7 @@ def cmd_install(context: Context) -> int:
 HELP = """\
 rrouter %s - local router between the Claude Code CLI and CLIProxyAPI
 
-usage: rrouter COMMAND          new here? rrouter demo
+usage: rrouter COMMAND             new here? rrouter demo
 
 %s
 
@@ -6121,15 +5624,6 @@ examples
 exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
 
-def help_text(commands: tuple[Command, ...]) -> str:
-    """Return what `rrouter help` prints of `commands`."""
-    rows = []
-    for row in commands:
-        names = [", ".join([usage, *row.aliases]) for usage in (row.usage, f"{row.name} [...]")]
-        rows.append(f"  {names[len(names[0]) > 28]:29} {row.help}")
-    return HELP % (__version__, "\n".join(rows), LOG_MAX_BYTES >> 20)
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are ours."""
 
@@ -6140,12 +5634,21 @@ class Parser(argparse.ArgumentParser):
 
 # Words that people try, and the command that does it.
 HINTS = {
-    "port": "RROUTER_PORT=8400 rrouter start", "host": "RROUTER_HOST=ADDRESS rrouter start",
-    "upstream": "RROUTER_UPSTREAM=URL rrouter start", "daemon": "rrouter start",
-    "run": "rrouter serve", "kill": "rrouter stop", "reload": "rrouter restart",
-    "doctor": "rrouter check", "test": "rrouter demo", "tail": "rrouter logs -f",
+    "port": "RROUTER_PORT=8400 rrouter start", "daemon": "rrouter start", "run": "rrouter serve",
+    "upstream": "RROUTER_UPSTREAM=URL rrouter start", "kill": "rrouter stop",
+    "doctor": "rrouter check", "test": "rrouter demo", "reload": "rrouter restart",
     "modes": "rrouter mode NAME", "switch": "rrouter mode NAME", "models": "rrouter explain",
     "gemini": "rrouter antigravity"}
+ARGUMENTS = {
+    "--auto": "decisions of auto mode alone", "--claude": "point Claude Code here, too",
+    "--days=N": "the last N days that have requests",
+    "--dry-run": "say what would be done", "--json": "print JSON",
+    "--purge": "remove ~/.rrouter, too", "--stay": "keep it running until Ctrl-C",
+    "--watch": "again each second until Ctrl-C", "-f": "go on until Ctrl-C",
+    "COMMAND": "its arguments, an example", "NAME": "the mode to set",
+    "MODEL": "as Claude Code sends it; without it, those that passed lately",
+    "bash|zsh|fish": "your shell",
+    "edit|reset|path": "open it in $EDITOR; write the defaults; print where it is"}
 
 
 def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.Namespace:
@@ -6153,29 +5656,40 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
     rows = {name: row for row in commands for name in (row.name, *row.aliases)}
     first, *rest = words or ["help"]
     if first not in rows:
+        import difflib
         hint = HINTS.get(first.lstrip("-").partition("=")[0])
-        raise UsageError(f"no command '{printable(first, 40)}'" + (
-            f"; use `{hint}`" if hint else nearest(first, rows) or "; see `rrouter help`"))
+        similar = difflib.get_close_matches(first, rows, 1)
+        raise UsageError(f"no command '{printable(first, 40)}'; " + (
+            f"use `{hint}`" if hint else
+            f"did you mean '{similar[0]}'?" if similar else "see `rrouter help`"))
     row = rows[first]
     parser = Parser(prog=f"rrouter {row.name}", description=f"rrouter {row.name}: {row.help}",
                     epilog=f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False)
     parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
-    for argument, options in row.arguments:
-        parser.add_argument(argument, **options)
+    for argument in row.usage.split()[1:]:
+        word = argument.strip("[]")
+        name, _, metavar = word.partition("=")
+        if metavar:
+            parser.add_argument(name, type=int, default=0, metavar=metavar, help=ARGUMENTS[word])
+        elif word[0] == "-":
+            parser.add_argument(word, action="store_true", help=ARGUMENTS[word])
+        else:
+            parser.add_argument("word", nargs="?" if word != argument else None, metavar=word,
+                                choices=word.split("|") if "|" in word else None,
+                                help=ARGUMENTS[word])
+    for name, options in row.hidden:
+        parser.add_argument(name, help=argparse.SUPPRESS, **options)
     return parser.parse_args(rest)
 
 
 def cmd_help(context: Context) -> None:
     """Print the help, or that of one command."""
-    if context.arguments.name is None:
-        print(help_text(context.commands))
+    if context.arguments.word is None:
+        rows = "\n".join(f"  {', '.join([row.usage, *row.aliases]):32} {row.help}"
+                         for row in context.commands)
+        print(HELP % (__version__, rows, LOG_MAX_BYTES >> 20))
     else:
-        parse_command([context.arguments.name, "--help"], context.commands)
-
-
-def cmd_version(_: Context) -> None:
-    """Print the version."""
-    print(f"rrouter {__version__}")
+        parse_command([context.arguments.word, "--help"], context.commands)
 
 
 # Command line: usage ##########################################################
@@ -6221,7 +5735,7 @@ def usage_table(sums: dict[tuple[str, str, str], Counter[str]], with_bars: bool)
 
 def cmd_usage(context: Context) -> None:
     """Print requests and tokens by day, target and model."""
-    sums = add_up(log_lines(context.paths.log, b"[REQ] ", sys.maxsize))
+    sums = add_up(log_lines(context.paths.log, b"[REQ] "))
     days = sorted({day for day, _, _ in sums})[-context.arguments.days:]
     sums = {key: sums[key] for key in sorted(sums) if key[0] in days}
     if context.arguments.json:
@@ -6233,118 +5747,93 @@ def cmd_usage(context: Context) -> None:
 
 # Command line: check ##########################################################
 
-def check_daemon(settings: Settings, daemon: Daemon | None,
-                 health: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
-    """Yield whether the daemon runs, and is this program; if none runs, who has its port."""
-    if daemon and health:
-        yield OK, f"daemon: {daemon.holder.name} on {settings.listen_addr}"
-        if health["version"] != __version__:
-            yield WARN, (f"version: the daemon is {printable(str(health['version']))}, this "
-                         f"program {__version__}: rrouter restart")
-    elif daemon:
-        yield FAIL, f"daemon: {describe_silence(daemon)}"
-    else:
-        yield FAIL, "daemon: not running: rrouter start"
-        if _listens(settings.host, settings.port):
-            yield FAIL, describe_taken(settings)
-
-
-def check_interpreter(program: str) -> Iterator[tuple[str, str]]:
-    """Yield whether the Python that the installed program names still exists."""
-    with contextlib.suppress(OSError, RouterError):
-        head = (content_of(program) or b"")[:4096].decode("utf-8", "replace")
-        match = re.match(r"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head)
-        if match:
-            python = match[1] or match[2]
-            yield (OK if os.access(python, os.X_OK) else FAIL), (
-                f"program: {program}, run by {python}: if that is gone, run install.sh again")
-
-
 def check_service(home: str) -> Iterator[tuple[str, str]]:
     """Yield which Python runs the installed program, and whether a service manager starts it."""
     program = os.path.join(home, "bin", "rrouter")
-    yield from check_interpreter(program)
+    head, files = b"", {}
+    with contextlib.suppress(OSError, RouterError):
+        head = (content_of(program) or b"")[:4096]
+        files = read_record(Paths(home))[0]
+    match = re.match(rb"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head)
+    if match:
+        python = os.fsdecode(match[1] or match[2])
+        yield (OK if os.access(python, os.X_OK) else FAIL), (
+            f"program: {program}, run by {python}: if that is gone, run install.sh again")
     manager, why = reach_manager(home)
     candidates = ([manager.path] if manager else
-                  [unit_path(os.path.join(home, ".config")), agent_path(home)])
-    installed, files = [path for path in candidates if os.path.isfile(path)], {}
-    with contextlib.suppress(RouterError):
-        files = read_record(Paths(home))[0]
-    if not installed:
+                  [os.path.join(home, ".config", UNIT_PATH), os.path.join(home, AGENT_PATH)])
+    path = next(filter(os.path.isfile, candidates), None)
+    if not path:
         yield OK, ("service: none is installed; rrouter start forks a daemon, and nothing starts "
                    "it at the next login")
-    for path in installed:
-        if not os.access(program, os.X_OK):
-            yield FAIL, (f"service: {path} starts {program}, which does not exist: "
-                         "run install.sh again")
-        elif path in files and digest(content_of(path) or b"") != files[path][-1]:
-            yield WARN, f"service: {path} is not what was installed: changed by you, or older"
-        elif manager is None:
-            yield WARN, f"service: {path} is installed, but {why}: rrouter start forks"
-        else:
-            yield OK, f"service: {manager.name}, {path}"
+    elif not os.access(program, os.X_OK):
+        yield FAIL, (f"service: {path} starts {program}, which does not exist: "
+                     "run install.sh again")
+    elif path in files and digest(content_of(path) or b"") != files[path][-1]:
+        yield WARN, f"service: {path} is not what was installed: changed by you, or older"
+    elif manager is None:
+        yield WARN, f"service: {path} is installed, but {why}: rrouter start forks"
+    else:
+        yield OK, f"service: {manager.name}, {path}"
 
 
 def _points_here(url: str, settings: Settings) -> bool:
     try:
-        parts = urllib.parse.urlsplit(url)
-        return (parts.hostname in ("localhost", "127.0.0.1", "::1", settings.host)
-                and _port_of(parts) == settings.port)
+        host, port = address_in(url)
+        return host in ("localhost", "127.0.0.1", "::1", settings.host) and port == settings.port
     except ValueError:
         return False
 
 
 def check_client(home: str, settings: Settings) -> Iterator[tuple[str, str]]:
-    """Yield whether Claude Code sends its requests here: by its settings, and by this shell."""
-    path, in_shell = claude_settings_path(home), os.environ.get("ANTHROPIC_BASE_URL", "")
+    """Yield whether Claude Code sends its requests here: by its settings, else by this shell."""
+    path, wanted = claude_settings_path(home), f"http://localhost:{settings.port}"
     try:
-        environment = claude_environment(home)
+        in_file = claude_environment(home)
     except ValueError as error:
         yield WARN, f"claude code: cannot read {path}: {error}"
         return
-    in_file = environment.get("ANTHROPIC_BASE_URL", "")
-    url, where = (in_file, path) if in_file else (in_shell, f"this shell, not {path}")
-    is_plain = _points_here(url, settings) and "@" not in url.split("/")[2]
+    both = {**os.environ, **in_file}
+    url = both.get("ANTHROPIC_BASE_URL", "")
+    where = path if "ANTHROPIC_BASE_URL" in in_file else f"this shell, not {path}"
+    leads_here = _points_here(url, settings)
+    is_plain = leads_here and "@" not in url.split("/")[2]
     shown = printable(url if is_plain else _without_password(url))
-    wanted = f"http://localhost:{settings.port}"
+    proxy = next((name for name, value in both.items() if value and name.lower() in (
+        "http_proxy", "https_proxy", "all_proxy")), "")
+    exempt = both.get("NO_PROXY") or both.get("no_proxy") or ""
     if not url:
         yield WARN, f'claude code: set {{"env": {{"ANTHROPIC_BASE_URL": "{wanted}"}}}} in {path}'
-    elif not _points_here(url, settings):
-        yield WARN, f"claude code: goes elsewhere, to {shown}, by {where}: set {wanted}"
-    elif not re.fullmatch("http://[^/]+(/|/@[^/]+/?)?", url):
-        yield WARN, (f"claude code: {shown}, by {where}, does not work: set {wanted}, to which "
-                     "only /@MODE may be added")
+    elif not leads_here or not re.fullmatch("http://[^/]+(/|/@[^/]+/?)?", url):
+        yield WARN, (f"claude code: {shown}, by {where}, does not lead here: set {wanted}, to "
+                     "which only /@MODE may be added")
     else:
         yield OK, f"claude code: goes to {shown}, by {where}"
-        both = {**os.environ, **environment}
-        proxy = next((name for name, value in both.items() if value and name.lower() in (
-            "http_proxy", "https_proxy", "all_proxy")), "")
-        exempt = both.get("NO_PROXY") or both.get("no_proxy") or ""
         if proxy and not re.search(r"(^|[,\s])(localhost|127\.0\.0\.1|\*)($|[,:\s])", exempt):
             yield WARN, (f"proxy: {proxy} is set without NO_PROXY, so no request of Claude Code "
                          'reaches rrouter: add "NO_PROXY": "localhost,127.0.0.1,::1" to env in '
                          f"{path}")
-    if in_file and in_shell and not _points_here(in_shell, settings):
-        yield WARN, (f"shell: ANTHROPIC_BASE_URL={printable(_without_password(in_shell))} points "
-                     "elsewhere: unset it, also in your shell's start files")
 
 
 def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
-    """Return (status, body) of /v1/models; raise UpstreamUnreachable, OSError, HTTPException."""
+    """Return (status, body) of /v1/models; raise UpstreamUnreachable."""
     path = upstream.base_path.decode("ascii") + "/v1/models"
-    with contextlib.closing(upstream.open()) as connection, total_limit(connection.sock, LIST_S):
-        connection.request("GET", path, headers=fields)
-        response = connection.getresponse()
-        return response.status, response.read(READ_AHEAD_MAX_BYTES)
+    try:
+        with contextlib.closing(upstream.open()) as connection, \
+                total_limit(connection.sock, LIST_S):
+            connection.request("GET", path, headers=fields)
+            response = connection.getresponse()
+            return response.status, response.read(READ_AHEAD_MAX_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        raise UpstreamUnreachable("gives no HTTP response in time") from error
 
 
-def alias_blocks(names: list[str], known: Collection[str]) -> str:
+def alias_blocks(names: list[str], known: list[str]) -> str:
     """Return the lines for CLIProxyAPI's config.yaml that make `names` mean the like of `known`."""
+    import difflib
     entries = []
     for name in names:
-        words = {*name.split("-")} - {"thinking"}
-        found = max(known, key=lambda known: len(words & {*known.split("-")}),
-                    default="AN-ID-OF-ANTIGRAVITY")
+        found = [*difflib.get_close_matches(name, known, 1, 0), "AN-ID-OF-ANTIGRAVITY"][0]
         entries += [f'- name: "{printable(found, 80)}"', f'  alias: "{printable(name)}"']
         # Without this the id itself disappears; a claude- id then means the other channel alone.
         entries += [] if found.startswith("claude-") else ["  fork: true"]
@@ -6378,61 +5867,51 @@ def check_models(config: Config, body: bytes) -> Iterator[tuple[str, str]]:
         + alias_blocks(missing, known))
 
 
-def _client_key(home: str) -> tuple[str, str]:
-    """Return the variable that holds the client's key, and the key; "" for what is missing."""
-    environment = dict(os.environ)
-    with contextlib.suppress(ValueError):
-        environment = dict(claude_environment(home), **environment)
-    name = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
-    key = environment.get(name, "")
-    return name, key if printable(key, 4096) == key else ""
-
-
 def check_upstream(home: str, settings: Settings,
                    config: Config | None) -> Iterator[tuple[str, str]]:
     """Yield whether the upstream answers, accepts the client's key, and knows the rules' names."""
-    name, key = _client_key(home)
-    fields = {"Authorization": f"Bearer {key}"} if key else {}
-    label, body = f"upstream: {settings.upstream}", b"is rrouter itself"
+    environment, label = dict(os.environ), f"upstream: {settings.upstream}"
+    with contextlib.suppress(ValueError):
+        environment = {**claude_environment(home), **environment}
+    variable = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
+    key = environment.get(variable, "")
+    key = key if key.isascii() and key.isprintable() else ""        # no other fits into a header
+    status, body = 502, b"is rrouter itself"
     try:
-        # Without Anthropic's headers: CLIProxyAPI responds to those with disguised names.
-        status = 502
         if not _points_here(settings.upstream, settings):
-            status, body = get_models(Upstream(settings.upstream, lambda _: False), fields)
+            # Without Anthropic's headers: CLIProxyAPI responds to those with disguised names.
+            status, body = get_models(Upstream(settings.upstream, lambda _: False),
+                                      {"Authorization": f"Bearer {key}"} if key else {})
     except UpstreamUnreachable as error:
         remedy = error.remedy if "certificate" not in str(error) else (
             "if a private CA signed it, set SSL_CERT_FILE to the file of that CA, also for the "
             "daemon, and `rrouter restart`")
         yield FAIL, f"{label} {error}: {remedy}"
         return
-    except (OSError, http.client.HTTPException):
-        yield FAIL, f"{label} gives no HTTP response in time: is that CLIProxyAPI?"
-        return
     if status == 502 and b"is rrouter itself" in body:
         yield FAIL, f"{label} is rrouter itself: set RROUTER_UPSTREAM to the address of CLIProxyAPI"
     elif status in (401, 403):
-        refused = "the key of Claude Code" if key else "a request without a key"
         words = printable(" ".join(body.decode("utf-8", "replace").split()), 200)
         words = words.replace(key, "***") if key else words
-        yield FAIL, (f"{label} refuses {refused} ({status} {words}): compare api-keys (version 8: "
-                     "access.api-keys) in CLIProxyAPI's config with "
-                     f"{name or 'ANTHROPIC_AUTH_TOKEN, which Claude Code has to send'}")
+        yield FAIL, (f"{label} refuses {'the' if key else 'a request without a'} key ({status} "
+                     f"{words}): compare api-keys (version 8: access.api-keys) in CLIProxyAPI's "
+                     "config with "
+                     f"{variable or 'ANTHROPIC_AUTH_TOKEN, which Claude Code has to send'}")
     elif status != 200:
         yield WARN, f"{label} answers /v1/models with {status}: cannot compare the rules with it"
     else:
         yield OK, f"{label} answers{' and accepts the key' if key else ''}"
-        if config is not None:
-            yield from check_models(config, body)
+        yield from check_models(config, body) if config else ()
 
 
 def check_targets(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield which target CLIProxyAPI has blocked, by the failures that rrouter has seen."""
     auto, failure = health["autoSwitch"], health["requests"]["lastFailure"]
-    seen = [(failed_side(own)[0], own["reason"]) for own in (auto, *auto["models"].values())
-            if own["switched"]]
+    seen = {failed_side(own)[0]: own["reason"] for own in (auto, *auto["models"].values())
+            if own["switched"]}
     if failure and not seen:
-        seen = [(failure["target"], f"{failure['what']}, {local_time(failure['at'])}")]
-    for target, why in dict(seen).items():
+        seen[failure["target"]] = f"{failure['what']}, {local_time(failure['at'])}"
+    for target, why in seen.items():
         if any(name in why for _, _, name in SHELF_WORDINGS):
             yield WARN, (f"target: CLIProxyAPI blocks the credential of {target} for a while "
                          f"({printable(why)}): after 401 log in there again, after 429 wait")
@@ -6445,21 +5924,27 @@ def check_targets(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def run_checks(context: Context) -> Iterator[tuple[str, str]]:
     """Yield (level, text) of each check; the text begins with a label and a colon."""
     daemon, health = find_health(context.paths)
-    settings = (Settings(daemon.host, daemon.port, health["upstreamURL"]) if daemon and health
-                else read_environment(dict(os.environ)))
-    yield from check_daemon(settings, daemon, health)
-    config = None
+    if daemon and health:
+        settings = Settings(daemon.host, daemon.port, health["upstreamURL"])
+        yield OK, f"daemon: {daemon.holder.name} on {settings.listen_addr}"
+        if health["version"] != __version__:
+            yield WARN, (f"version: the daemon is {printable(str(health['version']))}, this "
+                         f"program {__version__}: rrouter restart")
+    else:
+        settings = read_environment(dict(os.environ))
+        yield FAIL, f"daemon: {describe_silence(daemon)}"
+        if daemon is None and _listens(settings.host, settings.port):
+            yield FAIL, describe_taken(settings)
+    config, path = None, context.paths.config
     try:
         config = read_config(context.paths)
-        path = context.paths.config
         yield OK, f"config: {path if os.path.exists(path) else 'the defaults'}"
-        for problem in config.problems:
-            yield WARN, f"config: {problem}"
+        yield from ((WARN, f"config: {problem}") for problem in config.problems)
     except RouterError as error:
         yield FAIL, f"config: {error}"
     mode, problems = find_mode(context.paths, health)
-    problems = [problem for problem in problems if not problem.startswith("config.json")]
-    yield (WARN if problems else OK), f"mode: {'; '.join([mode, *problems])}"
+    yield OK, f"mode: {mode}"
+    yield from ((WARN, text) for text in problems if not text.startswith("config.json"))
     yield from check_service(context.home)
     yield from check_client(context.home, settings)
     yield from check_upstream(context.home, settings, config)
@@ -6473,9 +5958,9 @@ def cmd_check(context: Context) -> int:
         label, _, rest = text.partition(": ")
         found.append({"level": level, "check": label, "text": rest})
         if not context.arguments.json:
-            print(wrapped(f"{level:5} {text}", 6).replace(level, painted(level), 1), flush=True)
+            show(f"{level:5} {text}", 6, level)
     levels = [row["level"] for row in found]
-    worst = FAIL if FAIL in levels else WARN if WARN in levels else OK
+    worst = next((level for level in (FAIL, WARN) if level in levels), OK)
     if context.arguments.json:
         print(json.dumps({"status": worst, "checks": found}, indent=2))
     else:
@@ -6485,74 +5970,53 @@ def cmd_check(context: Context) -> int:
     return 1 if worst == FAIL else 0
 
 
-FLAG = {"action": "store_true"}
-JSON = ("--json", {**FLAG, "help": "print JSON"})
 COMMANDS = (
-    Command("demo", (), cmd_demo, "show it at work: no account, no network, 10 s",
-            (("--stay", {**FLAG, "help": "keep it running until Ctrl-C"}),)),
+    Command("demo [--stay]", (), cmd_demo, "show it at work: no account, no network, 10 s"),
     Command("serve", (), cmd_serve, "run in the foreground; log to stderr too",
-            (("--ready-descriptor", {"type": int, "help": argparse.SUPPRESS}),)),
-    Command("start", (), cmd_start, "start the daemon, by systemd or launchd if there", (),
+            hidden=(("--ready-descriptor", {"type": int}),)),
+    Command("start", (), cmd_start, "start the daemon, by systemd or launchd",
             "RROUTER_PORT=8400 rrouter start"),
-    Command("stop", (), cmd_stop, "stop it; running requests finish first"),
+    Command("stop", (), lambda context: print(stop_daemon(context.paths, context.home)),
+            "stop it; running requests finish first"),
     Command("restart", (), cmd_restart, "stop and start"),
-    Command("status", (), cmd_status, "show mode, target, requests and problems",
-            (JSON, ("--watch", {**FLAG, "help": "again each second until Ctrl-C"})),
+    Command("status [--json] [--watch]", (), cmd_status, "show mode, target, requests and problems",
             "rrouter status --json | jq .currentTarget"),
-    Command("usage", (), cmd_usage, "add up requests and tokens by day and model",
-            (("--days", {"type": int, "default": 0, "metavar": "N", "help": "the last N days"}),
-             JSON), "rrouter usage --days 7"),
+    Command("usage [--days=N] [--json]", (), cmd_usage, "add up requests and tokens by day",
+            "rrouter usage --days 7"),
     Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
     Command("auto", ("a",), cmd_mode, "let failures decide; again: end the cooldowns"),
-    Command("mode", (), cmd_mode, "print the mode, or set any mode of config.json",
-            (("name", {"nargs": "?", "metavar": "NAME", "help": "the mode to set"}),),
+    Command("mode [NAME]", (), cmd_mode, "print the mode, or set any of config.json",
             "rrouter mode claude"),
-    Command("explain", (), cmd_explain, "what becomes of a model name in each mode",
-            (("model", {"nargs": "?", "metavar": "MODEL",
-                        "help": "as Claude Code sends it; without it, those that passed lately"}),),
+    Command("explain [MODEL]", (), cmd_explain, "what becomes of a model name in each mode",
             "rrouter explain claude-opus-5-5"),
-    Command("logs", (), cmd_logs, "print the end of the log",
-            (("-f", {**FLAG, "dest": "follow", "help": "go on until Ctrl-C"}),
-             ("--auto", {**FLAG, "help": "decisions of auto mode alone"})),
+    Command("logs [-f] [--auto]", (), cmd_logs, "print the end of the log",
             "rrouter logs -f --auto"),
-    Command("check", ("health", "--check"), cmd_check, "examine all, with remedies", (JSON,)),
-    Command("config", (), cmd_config, "print, edit or reset the config, print its path",
-            (("action", {"nargs": "?", "choices": ("edit", "reset", "path"),
-                         "help": "open it in $EDITOR; write the defaults; print where it is"}),
-             ("--yes", {**FLAG, "help": argparse.SUPPRESS})),     # `reset` never asks
-            "rrouter config | jq .auto"),
-    Command("install", (), cmd_install, "install as ~/bin/rrouter and start, or upgrade",
-            (("--claude", {**FLAG, "help": "point Claude Code here, too"}),
-             ("--dry-run", {**FLAG, "help": "say what would be done"})),
-            "rrouter install --claude"),
-    Command("uninstall", (), cmd_install, "take back what install did",
-            (("--purge", {**FLAG, "help": "remove ~/.rrouter, too"}),
-             ("--dry-run", {**FLAG, "help": "say what would be done"}))),
-    Command("completion", (), cmd_completion, "print the completion for a shell",
-            (("shell", {"choices": ("bash", "zsh", "fish")}),),
+    Command("check [--json]", ("health", "--check"), cmd_check, "examine all, with remedies"),
+    Command("config [edit|reset|path]", (), cmd_config,
+            "print, edit or reset the config, or its path", "rrouter config | jq .auto",
+            (("--yes", {"action": "store_true"}),)),    # `reset` never asks
+    Command("install [--claude] [--dry-run]", (), cmd_install,
+            "install to ~/bin and start, or upgrade", "rrouter install --claude"),
+    Command("uninstall [--purge] [--dry-run]", (), cmd_install, "take back what install did"),
+    Command("completion bash|zsh|fish", (), cmd_completion, "print the completion for a shell",
             'eval "$(rrouter completion bash)"'),
-    Command("help", ("-h", "--help"), cmd_help, "show this text, or the help of a command",
-            (("name", {"nargs": "?", "metavar": "COMMAND", "help": "its arguments, an example"}),),
+    Command("help [COMMAND]", ("-h", "--help"), cmd_help, "show this text, or that of a command",
             "rrouter help config"),
-    Command("version", ("-V", "--version"), cmd_version, "print the version"),
+    Command("version", ("-V", "--version"), lambda _: print(f"rrouter {__version__}"),
+            "print the version"),
 )
-
-
-def open_standard_streams() -> None:
-    """Open /dev/null where 0, 1 or 2 is closed: else the next file opened would get its number."""
-    for descriptor, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(descriptor, mode, closefd=False))
 
 
 def run_command(argv: list[str] | None) -> int:
     """Run one command; return its exit status."""
-    open_standard_streams()
+    descriptor = 0
+    while descriptor <= 2:          # else the next file opened would get the number of a closed one
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
     os.umask(os.umask(0o077) & 0o077)       # an odd one would keep even us from our files
@@ -6571,12 +6035,10 @@ def run_command(argv: list[str] | None) -> int:
     except RouterError as error:
         complain(error)
         return error.exit_code
-    except BrokenPipeError:             # the reader of our output left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # else the flush at exit would fail again
-        complain(f"{error.filename or 'output'}: {reason_of(error)}")
+        if not isinstance(error, BrokenPipeError):      # that only means that our reader left
+            complain(f"{error.filename or 'output'}: {reason_of(error)}")
         return 1
     except Exception as error:          # once, for all commands: no traceback reaches a user
         complain(describe_defect(error))
@@ -6586,15 +6048,13 @@ def run_command(argv: list[str] | None) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return its exit status, or exit with it where `argv` is None."""
     try:
-        try:
-            status = run_command(argv)
-        finally:
-            # From here on Ctrl-C ends it at once: Python would show a traceback while it ends.
-            if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-                signal.signal(signal.SIGINT, signal.SIG_DFL)
+        status = run_command(argv)
     except KeyboardInterrupt:
         status = 130
     if argv is None:                    # the caller in a zip application drops what `main` returns
+        # From here on Ctrl-C ends it at once: Python would show a traceback while it ends.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         sys.exit(status)
     return status
 

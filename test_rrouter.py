@@ -38,10 +38,8 @@ import mmap
 import os
 import pathlib
 import plistlib
-import pty
 import pwd
 import py_compile
-import queue
 import random
 import re
 import select
@@ -60,7 +58,6 @@ import time
 import types
 import unicodedata
 import unittest
-import zipapp
 import zipfile
 import zlib
 from unittest import mock
@@ -957,7 +954,7 @@ class ParseConfigTest(unittest.TestCase):
         ('{\n  "modes" 1}', "2:11: expecting"), ('', "1:1: expecting value"),
         ('[]', "the top level: expected an object"), ('[' * 100_000, "nesting that is too deep"),
         ('{"modes": {"a": {}},\n "auto": {"firstByteTimeoutSeconds": NaN}}',
-         "2:38: expected a plain JSON number, found NaN"),
+         "2:38: expecting a number, found 'NaN"),
         ('{}', "modes: missing"), ('{"modes": {}}', "modes: expected an object with at least"),
         ('{"modes": []}', "modes: expected an object"),
         ('{"modes": {"a": 1}}', "modes.a: expected an object, found 1"),
@@ -990,7 +987,7 @@ class ParseConfigTest(unittest.TestCase):
         ("cooldownMinutes", [0], "auto.cooldownMinutes[0]: expected"),
         ("firstByteTimeoutSeconds", "9", "auto.firstByteTimeoutSeconds: expected"),
         ("firstByteTimeoutSeconds", 10 ** 400, "auto.firstByteTimeoutSeconds"),
-        ("stay", 61, "auto.stay: expected a number from 0 to 60, found 61"),
+        ("stay", 61, "auto.stay: expected a number from 0.0 to 60.0, found"),
         ("onSwitch", "notify-send", 'auto.onSwitch: expected a list of strings, a program and'),
     )
 
@@ -1155,13 +1152,6 @@ class RouteTest(unittest.TestCase):
                 body = ('{"model":"m",%s}' % members).encode("latin-1")
                 for kind in (bytes, bytearray, memoryview):
                     self.assertEqual(rrouter.find_agent(kind(body)), agent)
-
-    def test_more_rules_than_fnmatch_caches_cost_little(self):
-        rules = [rrouter.Rule(f"model-{number}-*", "g") for number in range(5000)]
-        rrouter.match_rule(rules, "x")
-        start = time.process_time()
-        self.assertIsNone(rrouter.match_rule(rules, "x"))
-        self.assertLess(time.process_time() - start, 0.1)
 
 
 # Messages, by tables ##########################################################
@@ -1703,23 +1693,29 @@ class FailureTest(unittest.TestCase):
 
 class WatchTest(unittest.TestCase):
 
-    def test_there_is_no_limit_by_default_nor_after_lift(self):
-        unlimited, lifted = rrouter.Watch(None), rrouter.Watch(None, 0)
+    @staticmethod
+    def watch(limit_s=None, has_left=False):
+        watch = rrouter.Watch(lambda: has_left, False)
+        watch.limit(limit_s)
+        return watch
+
+    def test_there_is_no_limit_by_default_nor_after_it_is_removed(self):
+        unlimited, lifted = self.watch(), self.watch(0)
         lifted.start()
-        lifted.lift()
+        lifted.limit(None)
         for watch in unlimited, lifted:
             watch.start()
             self.assertEqual(watch.check(), rrouter.TICK_S)
 
     def test_what_has_arrived_is_read_before_the_limit_expires(self):
-        watch = rrouter.Watch(None, 0)
+        watch = self.watch(0)
         watch.start()
         self.assertEqual(watch.check(lambda: True), rrouter.TICK_S)
         with self.assertRaisesRegex(rrouter.UpstreamTimeout, "within 0 s"):
             watch.check(lambda: False)
 
     def test_a_client_that_left_ends_the_wait(self):
-        watch = rrouter.Watch(lambda: True)
+        watch = self.watch(has_left=True)
         with self.assertRaises(rrouter.ClientGone):
             while True:
                 watch.check()
@@ -1974,13 +1970,7 @@ class WalkTest(FailoverWalk):
             self.charge(ticket, self.failure())
         self.assertEqual(self.state(), "x 0 0 0 0")
 
-    def test_at_most_256_models_are_remembered_and_switched_ones_longest(self):
-        self.walk(ALONE)
-        for number in range(400):
-            self.walk("m%d/ag haiku/ok" % number)
-        self.assertEqual(self.state(), "ag 0 0 0 0, opus cl 1 0 0 30")
-        self.assertLessEqual(len(self.failover.save()["models"]), 256)
-        self.setUp()
+    def test_at_most_256_models_are_remembered(self):
         for number in range(258):
             self.walk("m%d/ag haiku/ok " % number * 3)
         self.assertIn("m257 cl 1 ", self.state())
@@ -2045,11 +2035,12 @@ class SavedStateTest(FailoverWalk):
     def test_foreign_content_is_refused_and_changes_nothing(self):
         self.walk("3*ag")
         good, before = self.failover.save(), self.failover.report(True)
-        changes = ({"home": "x"}, {"home": "cl", "away": "ag"}, {"level": -1}, {"level": True},
+        changes = ({"home": "x"}, {"home": "cl", "away": "ag"}, {"home": None}, {"level": -1},
+                   {"level": []}, {"level": "x"}, {"level": float("inf")}, {"level": None},
                    {"last_cooldown_s": 1e9}, {"last_cooldown_s": 10 ** 400}, {"retry_at": None},
                    {"retry_at": float("nan")}, {"switched_at": float("inf")},
                    {"switched_at": 1e300}, {"switched_at": None}, {"reason": None})
-        for content in (7, {}, {"whole": good["whole"]}, {**good, "models": []},
+        for content in ({}, {"whole": good["whole"]}, {**good, "models": []},
                         {**good, "models": {"m": 1}},
                         *({**good, "whole": {**good["whole"], **change}} for change in changes)):
             with self.subTest(content):
@@ -2483,6 +2474,27 @@ class ReadFileTest(unittest.TestCase):
                     rrouter.read_file(directory)
             self.assertEqual(len(os.listdir("/dev/fd")), len(before))
 
+    def test_file_is_settled_when_its_next_write_gives_it_another_time(self):
+        for changed_ns, age_s, settled in (
+                (10 ** 18 + 1, 0.04, False), (10 ** 18 + 1, 0.06, True),
+                (10 ** 18, 1.9, False), (10 ** 18, 2.1, True)):     # whole seconds
+            with mock.patch.object(rrouter.time, "time", lambda: changed_ns / 1e9 + age_s):
+                self.assertEqual(rrouter._is_settled((0, 0, 0, changed_ns)), settled)
+        self.assertTrue(rrouter._is_settled(errno.ENOENT))
+
+    def test_each_write_is_noticed_though_time_stamps_are_whole_seconds(self):
+        """Newer kernels change the time stamp at each write, so that nothing else shows this."""
+        signature, home = rrouter._signature, Home(config=switchboard(0))
+        self.addCleanup(home.remove)
+        paths = rrouter.Paths(str(home.root))
+        store = rrouter.Store(paths, rrouter.Log(paths.log, echo=False), lambda *_: None)
+        with mock.patch.object(rrouter, "_signature", lambda path: tuple(
+                value // 10 ** 9 * 10 ** 9 if value > 10 ** 15 else value
+                for value in signature(path))):
+            for mode in ("one", "two") * 9:
+                home.write("mode", mode + "\n")
+                self.assertEqual(store.snapshot().mode, mode)
+
     def test_mode_word_is_read_in_the_encodings_that_shells_write(self):
         for content, word in MODE_WORDS:
             with self.subTest(content):
@@ -2490,15 +2502,12 @@ class ReadFileTest(unittest.TestCase):
 
 
 class LogQueueTest(unittest.TestCase):
-    """Lines that are not yet written."""
 
-    def test_many_lines_wake_the_writer_once_and_too_many_are_a_problem(self):
-        log, calls = rrouter.Log("/nonexistent/rrouter.log", echo=False), []
-        log.wake = lambda: calls.append(None)
-        for count, woken in ((log.MANY - 1, 0), (1, 1), (log.HELD_MAX - log.MANY, 1)):
-            for _ in range(count):
-                log.write("REQ", "line")
-            self.assertEqual((len(calls), log.problem), (woken, None))
+    def test_too_many_lines_that_are_not_yet_written_are_a_problem(self):
+        log = rrouter.Log("/nonexistent/rrouter.log", echo=False)
+        for _ in range(log.HELD_MAX):
+            log.write("REQ", "line")
+        self.assertIsNone(log.problem)
         log.write("REQ", "line")
         self.assertRegex(log.problem, "^rrouter.log: .*lines are lost$")
 
@@ -2533,15 +2542,10 @@ class StateSavingTest(unittest.TestCase):
     def save(self, number):
         self.state.save(dict(self.FINGERPRINT, whole=number))
 
-    def test_what_was_saved_is_loaded(self):
+    def test_unusable_file_and_state_of_other_files_are_set_aside(self):
         self.assertIsNone(self.state.load(self.FINGERPRINT))
         self.save(7)
-        self.assertEqual(list(json.loads(self.path.read_text())),
-                         ["version", "modeFile", "auto", "whole"])
         self.assertEqual(self.state.load(self.FINGERPRINT)["whole"], 7)
-
-    def test_unusable_file_and_state_of_other_files_are_set_aside(self):
-        self.save(7)
         good = self.path.read_text()
         for content, change, pattern in (
                 (good, {"modeFile": [1, 2, 4]}, "the mode file was written"),
@@ -2555,12 +2559,12 @@ class StateSavingTest(unittest.TestCase):
                 self.path.write_text(content)
                 self.state.load(dict(self.FINGERPRINT, **change))
 
-    def test_same_state_is_written_again_only_after_forget(self):
+    def test_same_state_is_written_again_only_after_it_was_lost(self):
         self.save(7)
-        for number, forgotten, written in ((7, False, False), (8, False, True), (8, True, True)):
+        for number, lost, written in ((7, False, False), (8, False, True), (8, True, True)):
             self.path.unlink(missing_ok=True)
-            if forgotten:
-                self.state.forget()
+            if lost:
+                self.state.saved = None
             self.save(number)
             self.assertEqual(self.path.exists(), written)
 
@@ -2608,33 +2612,6 @@ class FreshnessTest(SwitchboardTest):
         self.assertEqual(reply.status, 200)
         return reply.header("x-rrouter-model")
 
-    # A file system whose time stamps are whole seconds.
-    COARSE = ("import os, types\nreal = os.stat\ndef stat(path, **options):\n"
-              "    found = real(path, **options)\n"
-              "    values = {n: getattr(found, n) for n in dir(found) if n.startswith('st_')}\n"
-              "    for name in ('st_mtime_ns', 'st_ctime_ns'):\n"
-              "        values[name] -= values[name] % 10 ** 9\n"
-              "    return types.SimpleNamespace(**values)\nos.stat = stat")
-
-    def test_each_write_is_noticed_though_time_stamps_are_whole_seconds(self):
-        """Newer kernels change the time stamp at each write, so that nothing else shows this."""
-        router = self.start_rrouter(self.upstream, "one", switchboard(0), code=self.COARSE)
-        with router.connect() as connection, connection.makefile("rb") as reader:
-            for turn in range(30):
-                mode = ("two", "one")[turn % 2]
-                router.home.write("mode", mode + "\n")
-                self.assertEqual(self.ask(connection, reader), mode + "-000")
-
-    def test_removed_files_mean_the_defaults(self):
-        (self.home.dir / "mode").unlink()
-        self.assertEqual(self.served(), "spare-000")
-        self.home.write("mode", "two\n")
-        (self.home.dir / "config.json").unlink()
-        self.assertEqual(self.served(), SONNET)
-        self.assertEqual(self.rrouter.health()["mode"], "claude")
-        self.home.write("mode", "antigravity\n")
-        self.assertEqual(self.served(), GEMINI_SONNET)
-
     def test_every_way_to_write_is_noticed(self):
         root, mode, config = self.home.root, self.home.dir / "mode", self.home.dir / "config.json"
         aside, target = root / "aside", root / "target"
@@ -2676,7 +2653,9 @@ class FreshnessTest(SwitchboardTest):
                 ("a link", lambda: by_link("two\n"), "two-001"),
                 ("the file of the link", lambda: target.write_text("one\n"), "one-001"),
                 ("another home", lambda: by_other_home("two\n"), "two-001"),
-                ("in that home", lambda: mode.write_text("one\n"), "one-001")):
+                ("in that home", lambda: mode.write_text("one\n"), "one-001"),
+                ("no config", config.unlink, SONNET),
+                ("a mode of the defaults", lambda: mode.write_text("antigravity"), GEMINI_SONNET)):
             with self.subTest(label):
                 time.sleep(rrouter.SETTLED_S)   # what is so old is no longer read each time
                 self.served()
@@ -2717,7 +2696,6 @@ class FreshnessTest(SwitchboardTest):
 
 MODE_FILES = (
     # content, mode in force, the word that `problems` names (None: no problem)
-    (b"  TWO \r\n\n", "two", None),
     (b"\tAuto", "auto", None),
     (b" \n", "one", None),
     (b"one two\n", "spare", "one two"),
@@ -2963,7 +2941,7 @@ class KernelLimitTest(unittest.TestCase):
 
     def test_both_widths_of_time_are_tried_in_order(self):
         """A 32-bit system may have 64-bit time; the first form is misread where it is not meant."""
-        for errors in ((0,), (errno.EINVAL, 0), (errno.EINVAL, errno.EINVAL), (errno.EBADF,)):
+        for errors in ((0,), (errno.EINVAL, 0), (errno.EBADF, errno.EBADF)):
             left, values_ = list(errors), []
 
             def set_option(_, option, value):
@@ -3986,13 +3964,13 @@ SCRIPTS = (
       for response in (error(500), SHELF_503)),
 
     # A healed response is judged like any other, but the client gets the original 400.
-    Script("healed", [REJECTION], None, "aa a", "antigravity", "[HEAL]", {}),
+    Script("healed", [REJECTION], None, "aa a", "antigravity", "sent again without", {}),
     *(Script("healed in vain", [REJECTION, response], None, "aac", "claude", "failed: ",
              {"failureCount": 1}) for response in (error(500), EMPTY_STREAM, REJECTION)),
     *(Script("healed in vain, then 429", [REJECTION, *rest], error(429), calls, REJECTION, "", {})
       for rest, calls in (([error(500)], "aac"), ([HANG_UP] * 2, "aaac"))),
     both_fail("healed on both in vain", REJECTION, REJECTION, REJECTION)._replace(calls="aacc"),
-    Script("rescued and healed there", error(529), [REJECTION], "acc", "claude", "[HEAL]",
+    Script("rescued and healed there", error(529), [REJECTION], "acc", "claude", "sent again",
            {"failureCount": 1}),
 
     # Three failures switch; the last one can shorten the cooldown.
@@ -5106,7 +5084,7 @@ class SecretsTest(LoopbackTest):
                 self.break_off(router)
             for data in self.malformed():
                 router.exchange(data.encode("latin-1"), half_close=True)
-            for wanted in ("[AUTO]", "[HEAL]", " 502 ", " 499 ", "SWITCH"):
+            for wanted in ("[AUTO]", "sent again", " 502 ", " 499 ", "SWITCH"):
                 wait_until(lambda: wanted in router.log())
             outputs = home.run_all(("status",), ("status", "--json"), ("check",))
             self.assert_silent(router.printed(), *(done.stdout + done.stderr for done in outputs),
@@ -5304,15 +5282,6 @@ class LoadTest(RouterTest):
                 return
             self.assertLess(time.monotonic(), end, "%s have become %s" % (before, after))
 
-    def assert_prompt(self, count):
-        """Requests on new connections are answered in a short time, in the median."""
-        seconds = []
-        for _ in range(count):
-            start = time.monotonic()
-            self.assertEqual(self.rrouter.post().status, 200)
-            seconds.append(time.monotonic() - start)
-        self.assertLess(statistics.median(seconds), 0.25, seconds)
-
 
 class CrowdOfClientsTest(LoadTest):
 
@@ -5336,7 +5305,12 @@ class CrowdOfClientsTest(LoadTest):
                 client.sendall(again[:count] or first)
                 if not count:
                     self.assertEqual(read_reply(client).status, 200)
-            self.assert_prompt(9)
+            seconds = []
+            for _ in range(9):
+                start = time.monotonic()
+                self.assertEqual(self.rrouter.post().status, 200)
+                seconds.append(time.monotonic() - start)
+            self.assertLess(statistics.median(seconds), 0.25, seconds)
             self.assertFalse([r for r in self.upstream.received if b"drip" in r.body])
             for client, count in zip(clients, begun):
                 client.sendall(again[count:])
@@ -5447,70 +5421,60 @@ class OneCoreTest(RouterTest):
         ("too few requests", 7, 8, 0.2, 1.0, False),
         ("too few threads", 8, 7, 0.2, 1.0, False),
         ("enough", 8, 8, 0.2, 0.21, True),
-        ("less", 8, 8, 0.2, 0.11, True),
-        ("too soon after the last look", 8, 8, 0.1, 0.0, True),
+        ("too soon after the last look", 8, 8, 0.09, 0.0, True),
         ("more", 50, 8, 0.2, 1.1, True),
-        ("little", 50, 8, 0.2, 0.09, False),
-        ("much again", 8, 8, 0.2, 0.9, True),
-        ("fewer requests", 7, 8, 0.2, 1.0, False))
+        ("little", 50, 8, 0.2, 0.19, False))
 
-    @contextlib.contextmanager
     def thread(self):
-        """Yield the native id of a thread that runs now and then."""
-        end, ids = threading.Event(), queue.SimpleQueue()
+        """Return the native id of a thread that runs now and then until the test ends."""
+        end = self.gate()
 
         def run():
-            ids.put(threading.get_native_id())
             while not end.wait(0.001):
                 pass
 
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            pool.submit(run)
-            try:
-                yield ids.get(timeout=WAIT_S)
-            finally:
-                end.set()
+        thread = threading.Thread(target=run)
+        self.addCleanup(thread.join)
+        self.addCleanup(end.set)
+        thread.start()
+        return thread.native_id
 
     def test_threads_share_a_core_from_a_load_on_and_part_at_a_lower_one(self):
         here, core, now, used_s = os.sched_getaffinity(0), rrouter.OneCore(), 1000.0, 50.0
-        with self.thread() as thread:
-            core.look(8, [thread] * 8, now, used_s)     # the first look has nothing to compare with
-            for what, active, known, seconds, share, shared in self.LOOKS:
-                with self.subTest(what):
-                    now, used_s = now + seconds, used_s + share * seconds
-                    core.look(active, [thread] * known, now, used_s)
-                    self.assertEqual(len(os.sched_getaffinity(thread)),
-                                     1 if shared else len(here))
-                    self.assertEqual(os.sched_getaffinity(0), here)
-            core.look(8, [2 ** 22 + 1] * 8, now + 1, used_s + 1)    # threads that have ended
+        thread = self.thread()
+        core.look(8, [thread] * 8, now, used_s)     # the first look has nothing to compare with
+        for what, active, known, seconds, share, shared in self.LOOKS:
+            with self.subTest(what):
+                now, used_s = now + seconds, used_s + share * seconds
+                core.look(active, [thread] * known, now, used_s)
+                self.assertEqual(len(os.sched_getaffinity(thread)), 1 if shared else len(here))
+                self.assertEqual(os.sched_getaffinity(0), here)
+        core.look(8, [2 ** 22 + 1] * 8, now + 1, used_s + 1)    # threads that have ended
 
     def test_cores_that_the_user_allows_are_kept_to(self):
-        first, last = min(CORES), max(CORES)
+        first, last, thread = {min(CORES)}, {max(CORES)}, self.thread()
 
-        def look_about(thread):
-            """Be the watcher: its own cores are changed as well."""
+        def look_about():
+            """Be the watcher, whose own cores change as well."""
             core = rrouter.OneCore()
-            core.look(8, [thread] * 8, 1000.0, 50.0)
-            # cores allowed, share of a core used
-            for number, (allowed, share) in enumerate(
-                    (({first}, 1), ({last}, 1), ({first}, 0), (CORES, 0)), 1):
+            for second, (allowed, used_s) in enumerate(((first, 1), (last, 2), (CORES, 2)), 1):
                 for one in (threading.get_native_id(), thread):
                     os.sched_setaffinity(one, allowed)
                 time.sleep(0.01)        # the thread runs where it may
-                core.look(8, [thread] * 8, 1000.0 + number, 50.0 + share)
+                core.look(8, [thread] * 8, second, used_s)
                 yield os.sched_getaffinity(thread)
 
-        with self.thread() as thread, concurrent.futures.ThreadPoolExecutor(1) as pool:
-            places = pool.submit(lambda: list(look_about(thread))).result(WAIT_S)
-        self.assertEqual(places, [{first}, {last}, {first}, CORES])
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            places = pool.submit(lambda: list(look_about())).result(WAIT_S)
+        self.assertEqual(places, [first, last, CORES])
 
     def kept_to_one_core(self):
-        """Return how many threads of the process keep to one core, and how many there are."""
-        places = []
+        """Return, for each thread of the process, whether it keeps to one core."""
+        kept = []
         for task in pathlib.Path("/proc/%d/task" % self.rrouter.process.pid).iterdir():
             with contextlib.suppress(OSError):
-                places.append(os.sched_getaffinity(int(task.name)))
-        return sum(len(place) == 1 for place in places), len(places)
+                kept.append(len(os.sched_getaffinity(int(task.name))) == 1)
+        return kept
 
     def test_threads_of_connections_come_together_and_part_again(self):
         gate = self.gate()
@@ -5519,13 +5483,12 @@ class OneCoreTest(RouterTest):
             streams = [stack.enter_context(self.rrouter.connect()) for _ in range(9)]
             for connection in streams:
                 connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
-            wait_until(lambda: self.kept_to_one_core()[0] >= 9)
-            alone, count = self.kept_to_one_core()
-            self.assertLess(alone, count)
+            wait_until(lambda: sum(self.kept_to_one_core()) >= 9)
+            self.assertFalse(all(self.kept_to_one_core()))
             gate.set()
             for connection in streams:
                 self.assertTrue(read_reply(connection).complete)
-            wait_until(lambda: self.kept_to_one_core()[0] == 0)
+            wait_until(lambda: not any(self.kept_to_one_core()))
 
 
 @unittest.skipUnless(PROC, "memory is read from /proc")
@@ -5589,8 +5552,6 @@ class ParallelStreamsTest(LoadTest):
 
     def test_each_client_gets_all_events_of_its_own_stream(self):
         """Half of the streams begin in another mode."""
-        if SOAKING:
-            print("soak: %d streams for %d s" % (self.STREAMS, self.SECONDS), file=sys.stderr)
         before, marks = self.at_rest(), ["mark-%d" % number for number in range(self.STREAMS)]
         self.upstream.clear()
         self.upstream.default = lambda received: Response() if received.method == "GET" else stream(
@@ -5751,21 +5712,19 @@ class FewDescriptorsTest(LoopbackTest):
     def test_cap_fits_a_limit_that_is_low_from_the_start(self):
         """Some of 200 clients are served, the others refused or closed, and nothing breaks."""
         code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
-        poor = self.start_rrouter(self.start_upstream(), code=code)
+        poor, served = self.start_rrouter(self.start_upstream(), code=code), []
+        request = request_bytes("POST", "/v1/messages", chat())
         with contextlib.ExitStack() as stack:
-            clients, clients_of = [], collections.defaultdict(list)
-            for _ in range(200):
-                clients.append(stack.enter_context(poor.connect()))
-                with contextlib.suppress(ConnectionError):
-                    clients[-1].sendall(request_bytes("POST", "/v1/messages", chat()))
+            clients = [stack.enter_context(poor.connect()) for _ in range(200)]
             for client in clients:
                 with contextlib.suppress(ConnectionError):
+                    client.sendall(request)
                     reply = read_reply(client)
-                    clients_of[reply.status if reply else None].append(client)
-            self.assertLessEqual(set(clients_of), {200, 503, None})
-            self.assertGreaterEqual(len(clients_of[200]), 10)
-            for client in clients_of[200]:
-                client.sendall(request_bytes("POST", "/v1/messages", chat()))
+                    self.assertIn(reply and reply.status, (200, 503, None))
+                    served += [client] if reply and reply.status == 200 else []
+            self.assertGreaterEqual(len(served), 10)
+            for client in served:
+                client.sendall(request)
                 self.assertEqual(read_reply(client).status, 200)
         wait_until(lambda: poor.post().status == 200)
         self.assertNotIn("[ERROR]", poor.log())
@@ -5793,8 +5752,6 @@ class LongStreamTest(RouterTest):
         return connection
 
     def test_gaps_end_nothing(self):
-        if SOAKING:
-            print("soak: pings alone for %d s" % (self.PINGS * self.GAP_S), file=sys.stderr)
         first, ping, stop = event("content_block_delta"), event("ping"), event("message_stop")
         pings, speak, go_on, never = [ping] * self.PINGS, self.gate(), self.gate(), self.gate()
         go_on.set()
@@ -5919,14 +5876,6 @@ class DrainTest(LoopbackTest):
         self.connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
         self.assertEqual(read_head(self.reader)[0], 200)
 
-    def wait_until_refused(self):
-        def is_refused():
-            try:
-                self.rrouter.connect().close()
-            except OSError:
-                return True
-        wait_until(is_refused)
-
     def finish_stream(self):
         """Let the stream end, and rrouter with it."""
         self.assertIsNone(self.rrouter.process.poll())
@@ -5940,8 +5889,8 @@ class DrainTest(LoopbackTest):
         self.assertRegex(done.stdout, r"(?i)already running.*\b%d\b" % self.rrouter.process.pid)
         with self.rrouter.connect() as idle:
             stops = [ending_with(self, home.begin("stop"))]
-            self.wait_until_refused()
             self.assertEqual(read_all(idle), b"")
+        self.assertRaises(OSError, self.rrouter.connect)
         wait_until(lambda: "stopping" in home.read("rrouter.lock"))
         stops.append(ending_with(self, home.begin("stop")))     # sends no second signal
         for _ in range(2):                                      # meanwhile it would have
@@ -6024,9 +5973,9 @@ class DaemonTestBase(LoopbackTest):
                 os.kill(pid, signal.SIGKILL)
         home.remove()
 
-    def sleeper(self, **options):
+    def sleeper(self):
         """Return a process that is not rrouter."""
-        return ending_with(self, subprocess.Popen(["sleep", "600"], **options))
+        return ending_with(self, subprocess.Popen(["sleep", "600"]))
 
     def assert_alone(self, home):
         """One daemon runs, answers, and is named by pid file and lock; return its pid."""
@@ -6078,12 +6027,6 @@ class RunningDaemonTest(DaemonTestBase):
         self.addCleanup(put, self.home, "mode", "antigravity\n")
         self.addCleanup(put, self.home, "config.json", json.dumps(HASTY_CONFIG))
 
-    def test_start_prints_pid_and_port(self):
-        self.assertEqual((self.started.returncode, self.started.stderr), (0, ""))
-        for number in (self.health["pid"], self.home.port):
-            self.assertRegex(self.started.stdout, r"\b%d\b" % number)
-        self.assertEqual(self.health["startedBy"], "start")
-
     def test_it_is_detached(self):
         pid = self.assert_alone(self.home)
         self.assertNotEqual(os.getsid(pid), os.getsid(0))
@@ -6102,7 +6045,10 @@ class RunningDaemonTest(DaemonTestBase):
                     self.assertEqual(stat.S_IMODE(path.stat().st_mode),
                                      0o700 if path.is_dir() else 0o600)
 
-    def test_run_json_says_where_it_listens_and_the_lock_who_it_is(self):
+    def test_start_says_where_it_listens_run_json_too_and_the_lock_who_it_is(self):
+        self.assertEqual((self.started.returncode, self.started.stderr), (0, ""))
+        self.assertIn("rrouter runs on localhost:%d (pid %d), mode antigravity\n" % (
+            self.home.port, self.health["pid"]), self.started.stdout)
         run = json.loads(self.home.read("run.json"))
         expected = {"host": "localhost", "port": self.home.port, "pid": self.health["pid"],
                     "upstream": self.upstream.url, "startedBy": "start",
@@ -6114,19 +6060,16 @@ class RunningDaemonTest(DaemonTestBase):
             os.stat("/proc/self/ns/pid").st_ino if LINUX else 0))
 
     def test_it_is_found_whatever_port_the_shell_has(self):
-        status, start = self.home.run_all(("status", "--json"), ("start",), check=0,
-                                          env={"RROUTER_PORT": str(free_port())})
-        self.assertLessEqual(set(HEALTH), set(json.loads(status.stdout)))
-        for pattern in ("(?i)already running", r"\b%d\b" % self.health["pid"],
-                        r"\b%d\b" % self.home.port):
-            self.assertRegex(start.stdout, pattern)
-
-    def test_status_shows_mode_upstream_daemon_and_problems(self):
         put(self.home, "mode", "nosuch\n")
-        status = self.home.run("status", check=0).stdout
-        for pattern in ("claude", re.escape(self.upstream.url), "(?i)reachable|answers|up",
-                        r"\b%d\b" % self.health["pid"], r"\bstart\b", "nosuch"):
-            self.assertRegex(status, pattern)
+        as_json, status, start = self.home.run_all(
+            ("status", "--json"), ("status",), ("start",), check=0,
+            env={"RROUTER_PORT": str(free_port())})
+        self.assertLessEqual(set(HEALTH), set(json.loads(as_json.stdout)))
+        pid, port = self.health["pid"], self.home.port
+        self.assertIn("already running (pid %d, port %d)" % (pid, port), start.stdout)
+        for words in ("claude", self.upstream.url + ", reachable", "pid %d" % pid,
+                      "`rrouter start`", "nosuch"):
+            self.assertIn(words, status.stdout)
 
     def test_mode_commands_return_when_the_switch_is_in_force(self):
         """Also while the config cannot be read: then the last good one is in force."""
@@ -6136,21 +6079,6 @@ class RunningDaemonTest(DaemonTestBase):
             self.assertEqual(self.home.health()["mode"], mode)
             self.assertIn(mode, done.stdout)
             self.assertNotRegex(done.stdout + done.stderr, "(?i)not running|no daemon")
-
-    def test_auto_again_clears_the_cooldown(self):
-        put(self.home, "mode", "auto\n")
-        self.upstream.play(error(503))
-        with socket.create_connection(("127.0.0.1", self.home.port), WAIT_S) as connection:
-            connection.sendall(request_bytes(body=chat(), port=self.home.port))
-            self.assertEqual(read_reply(connection).status, 200)
-        self.assertTrue(self.home.health()["autoSwitch"]["switched"])
-        status = self.home.run("status", check=0).stdout
-        self.assertRegex(status, "503")
-        self.assertRegex(status, r"\b(29|30) ?m")
-        self.home.run("auto", check=0)
-        auto = self.home.health()["autoSwitch"]
-        self.assertEqual((auto["switched"], auto["currentTarget"], auto["retryAt"]),
-                         (False, "antigravity", None))
 
     def test_hang_up_signal_lets_it_read_the_files_again(self):
         os.kill(self.health["pid"], signal.SIGHUP)
@@ -6227,25 +6155,8 @@ class DaemonLifeTest(DaemonTestBase):
         home.run("restart", check=0, env=unset)
         self.assertEqual(run_file()["port"], home.port)
 
-    def test_daemon_is_found_again_after_its_directory_was_removed(self):
+    def test_files_that_were_removed_or_away_are_there_again(self):
         home, pid = self.started("auto")
-        home.remove_directory()
-        wait_until((home.dir / "run.json").exists)
-        self.assertEqual(self.assert_alone(home), pid)
-        wait_until((home.dir / "logs" / "rrouter.log").exists)
-        wait_until(lambda: "was removed" in home.read("logs/rrouter.log"))
-        wait_until((home.dir / "state.json").exists)
-        for path in (home.dir, home.dir / "rrouter.lock"):
-            self.assertEqual(path.stat().st_mode & 0o077, 0)
-        other = {"RROUTER_PORT": str(free_port())}
-        self.assertIn(str(pid), home.run("status", check=0, env=other).stdout)
-        self.assertNotIn("no daemon", home.run("auto", check=0, env=other).stdout)
-        self.assertEqual(home.health()["mode"], "auto")
-        self.assertIn("stopped", home.run("stop", check=0, env=other).stdout)
-        self.assert_nothing_left(home)
-
-    def test_home_that_is_away_is_left_alone_and_used_again_when_it_is_back(self):
-        home, pid = self.started("claude")
         away = home.root.with_name(home.root.name + " away")
         self.addCleanup(shutil.rmtree, str(away), ignore_errors=True)
 
@@ -6259,7 +6170,15 @@ class DaemonLifeTest(DaemonTestBase):
             come_back()
             wait_until(lambda: not log_problems() and (home.dir / "run.json").exists())
             self.assertEqual(self.assert_alone(home), pid)
-        self.assertIn("was removed", wait_until(lambda: home.read("logs/rrouter.log")))
+        home.remove_directory()
+        wait_until((home.dir / "state.json").exists)
+        wait_until(lambda: "was removed" in home.read("logs/rrouter.log"))
+        for path in (home.dir, home.dir / "rrouter.lock"):
+            self.assertEqual(path.stat().st_mode & 0o077, 0)
+        other = {"RROUTER_PORT": str(free_port())}
+        self.assertIn("in force: pid %d," % pid, home.run("auto", check=0, env=other).stdout)
+        self.assertIn("stopped", home.run("stop", check=0, env=other).stdout)
+        self.assert_nothing_left(home)
 
     def test_directory_of_another_daemon_is_left_alone(self):
         home, pid = self.started()
@@ -6318,19 +6237,6 @@ class DaemonLifeTest(DaemonTestBase):
         for line in home.read("logs/rrouter.log").splitlines():
             self.assertRegex(line, LOG_LINE)
 
-    def test_zip_application_starts_and_stops(self):
-        home = self.new_home(self.addCleanup)
-        (home.root / "source").mkdir()
-        shutil.copy(RROUTER, str(home.root / "source"))
-        archive = home.root / "rrouter.pyz"
-        zipapp.create_archive(str(home.root / "source"), str(archive), main="rrouter:main")
-        options = {"program": [sys.executable, archive.name], "cwd": str(home.root), "check": 0}
-        home.run("start", **options)
-        self.assert_alone(home)
-        home.run("stop", **options)
-        self.assert_nothing_left(home)
-
-
 
 RUN_FILE = ('{"pid": %d, "instance": "%s", "host": "localhost", "port": 1, "startedBy": "start",'
             ' "upstream": ""}')
@@ -6348,13 +6254,6 @@ class FalseFilesTest(DaemonTestBase):
 
     def find(self):
         return rrouter.Daemon.find(rrouter.Paths(str(self.home.root)))
-
-    def test_files_alone_make_no_daemon(self):
-        pid = self.sleeper().pid
-        for name, line in (("rrouter.pid", "%d\n"), ("rrouter.lock", self.line),
-                           ("run.json", RUN_FILE.replace("%s", "1f"))):
-            self.home.write(name, line % pid)
-        self.assertIsNone(self.find())
 
     def test_run_json_of_another_instance_or_without_sense_is_ignored(self):
         """Then the environment says where the daemon listens."""
@@ -6455,15 +6354,9 @@ class StateTest(DaemonTestBase):
         router.kill()
         cls.saved = cls.home.read("state.json")
 
-    def setUp(self):
-        self.upstream.clear()
-
-    def restarted(self, state, config=DEFAULT_CONFIG, mode=None):
-        """Start with these files; return `autoSwitch` of /health and the new lines of the log."""
+    def restarted(self, state):
+        """Start with this state.json; return `autoSwitch` of /health and the new log lines."""
         put(self.home, "state.json", state)
-        put(self.home, "config.json", json.dumps(config))
-        if mode is not None:
-            self.home.write("mode", mode)
         log = self.home.dir / "logs" / "rrouter.log"
         before = log.stat().st_size
         with Running(self.upstream, home=self.home) as router:
@@ -6473,20 +6366,15 @@ class StateTest(DaemonTestBase):
 
     def test_it_is_kept_or_set_aside_with_a_line(self):
         self.assertEqual(list(self.before["models"]), [self.OPUS])
-        rules = json.loads(json.dumps(DEFAULT_CONFIG).replace("claude-haiku-*", "haiku-*"))
-        threshold = dict(DEFAULT_CONFIG, auto={"failureThreshold": 2})
-        rows = (
-            # what happened meanwhile, state.json, config, mode, kept?
-            ("nothing", self.saved, DEFAULT_CONFIG, None, True),
-            ("the rules were written", self.saved, rules, None, True),
-            ("the auto section was written", self.saved, threshold, None, False),
-            ("the state lost its name", self.saved.replace('"whole"', '"hole"'), DEFAULT_CONFIG,
-             None, False),
-            # last, because its new time stamp stays
-            ("the mode was written", self.saved, DEFAULT_CONFIG, "auto\n", False))
-        for what, state, config, mode, kept in rows:
-            with self.subTest(what):
-                auto, log = self.restarted(state, config, mode)
+        config = json.dumps(DEFAULT_CONFIG)
+        for what, name, content, kept in (
+                ("the rules", "config.json", config.replace("claude-haiku-*", "haiku-*"), True),
+                ("the auto section", "config.json", json.dumps(HASTY_CONFIG), False),
+                ("that section back", "config.json", config, True),
+                ("the mode", "mode", "auto\n", False)):
+            with self.subTest(what + " was written"):
+                put(self.home, name, content)
+                auto, log = self.restarted(self.saved)
                 if not kept:
                     self.assertEqual((auto["switched"], auto["switchCount"], auto["models"]),
                                      (False, 0, {}))
@@ -6502,11 +6390,10 @@ class StateTest(DaemonTestBase):
     def test_clock_set_meanwhile_locks_no_target_out(self):
         """The cooldown left is at most the longest one."""
         for years in (10, -10):
-            with self.subTest(years=years):
-                auto, _ = self.restarted(re.sub(
-                    r"\b\d{10}\.\d+", lambda found: str(float(found[0]) + years * 365 * 86400),
-                    self.saved))
-                self.assertLessEqual(auto["cooldownRemainingSeconds"] or 0, 240 * 60)
+            auto, _ = self.restarted(re.sub(
+                r"\b\d{10}\.\d+", lambda found: str(float(found[0]) + years * 365 * 86400),
+                self.saved))
+            self.assertLessEqual(auto["cooldownRemainingSeconds"] or 0, 240 * 60)
 
 
 LOCK_LINES = (
@@ -6546,13 +6433,12 @@ class LockTest(DaemonTestBase):
         self.assertFalse(other.acquire("cd02"))
         self.assertEqual(other.look(), (os.getpid(), "ab01", rrouter.own_place(), False))
         self.assertEqual(other.look().elsewhere, "")
-        lock.stopping = True
-        lock.renew()
+        lock.renew(stopping=True)
         self.assertTrue(other.look().stopping)
         self.assertTrue(other.look().is_same(rrouter.Holder(os.getpid(), "ab01")))
         self.addCleanup(setattr, socket, "gethostname", socket.gethostname)
         socket.gethostname = lambda: "another name"
-        lock.renew()
+        lock.renew(stopping=False)
         self.assertEqual(other.look().place.split()[0], "another_name")
         lock.release()
         self.assertIsNone(other.look())
@@ -6650,39 +6536,24 @@ class HangUpTest(LoopbackTest):
     def setUp(self):
         self.home = self.make_home(mode="claude")
 
-    @contextlib.contextmanager
-    def serve_in_terminal(self, how):
-        """Run `serve` in a new terminal; yield the process and the other end."""
-        near, far = os.openpty()
-        self.addCleanup(os.close, near)
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                [*PYTHON, "-c", WITH_TERMINAL, how, *PYTHON, compiled(), "serve"],
-                env=self.home.env, stdin=far, stdout=output, stderr=output,
-                start_new_session=True)
-            os.close(far)
-            try:
-                Running.wait_until(lambda: process.poll() or get_health(self.home.port))
-                yield process, near
-            finally:
-                process.kill()
-                process.wait(WAIT_S)
-
-    def log(self):
-        return self.home.read("logs/rrouter.log")
-
-    def test_closed_terminal_ends_it_though_stderr_is_redirected(self):
-        with self.serve_in_terminal("default") as (process, terminal):
-            os.dup2(os.open(os.devnull, os.O_RDONLY), terminal)         # closes it
-            self.assertEqual(process.wait(WAIT_S), 0)
-        self.assertIn("[STOP] SIGHUP: running requests may finish", self.log())
-        self.assertIn("rrouter ends", self.log())
-
-    def test_nohup_outlives_its_terminal(self):
-        with self.serve_in_terminal("nohup") as (process, terminal):
-            os.dup2(os.open(os.devnull, os.O_RDONLY), terminal)
-            Running.wait_until(lambda: "SIGHUP: files read again" in self.log())
-            self.assertEqual(get_health(self.home.port)["pid"], process.pid)
+    def test_closed_terminal_ends_it_unless_nohup_protects_it(self):
+        """The terminal counts although the output is redirected."""
+        for how, line in (("default", "[STOP] SIGHUP: running requests may finish"),
+                          ("nohup", "SIGHUP: files read again")):
+            with self.subTest(how):
+                near, far = os.openpty()
+                process = ending_with(self, self.home.begin(
+                    "-c", WITH_TERMINAL, how, *PYTHON, compiled(), "serve", program=PYTHON,
+                    stdin=far, start_new_session=True))
+                os.close(far)
+                wait_until(lambda: process.poll() or get_health(self.home.port))
+                os.close(near)
+                wait_until(lambda: line in self.home.read("logs/rrouter.log"))
+                if how == "nohup":
+                    self.assertEqual(get_health(self.home.port)["pid"], process.pid)
+                else:
+                    self.assertEqual(process.wait(WAIT_S), 0)
+                    self.assertIn("rrouter ends", self.home.read("logs/rrouter.log"))
 
 
 # Command line #################################################################
@@ -6698,36 +6569,29 @@ USAGE_ERRORS = (
     ("status --nosuch",     "see `rrouter status --help`"),
     ("ag extra",            "see `rrouter antigravity --help`"),
     ("config nosuch",       "see `rrouter config --help`"),
-    ("completion",          "see `rrouter completion --help`"),
+    ("completion",          "required: bash|zsh|fish; see `rrouter completion --help`"),
 )
-NOTHING_RUNS = "(?i)not running|no rrouter is running"
+NOT_RUNNING = "not running: `rrouter start` starts it"
 
 Printed = collections.namedtuple("Printed", "returncode stdout stderr")
 
 
-def run_here(home, *arguments, **env):
+def run_here(home, *arguments, terminal=False, **env):
     """Run a command in this process, which is twenty times faster; a defect raises.
 
     It must neither fork nor serve.  `env` is added to the environment of `home`.
     """
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
-    before = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(home.env, **env)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                status = rrouter.main(list(arguments))
-            except SystemExit as end:
-                status = end.code
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-    texts = []
+    out.isatty = err.isatty = lambda: terminal
+    with mock.patch.dict(os.environ, {**home.env, **env}, clear=True), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = rrouter.main(list(arguments))
+        except SystemExit as end:
+            status = end.code
     for stream_ in out, err:
         stream_.flush()
-        texts.append(stream_.detach().getvalue().decode())
-    return Printed(status, *texts)
+    return Printed(status, *(stream_.buffer.getvalue().decode() for stream_ in (out, err)))
 
 
 class CommandTest(LoopbackTest):
@@ -6755,38 +6619,34 @@ class CommandTest(LoopbackTest):
 class CommandLineTest(CommandTest):
 
     def test_exit_statuses_reach_the_shell(self):
-        # command, status
-        rows = ((("version",), 0), (("check",), 1), (("nosuch",), 2), (("status",), 3))
-        for (arguments, status), done in zip(rows, self.home.run_all(*[row[0] for row in rows])):
-            self.assertEqual(done.returncode, status, arguments)
+        statuses = {"version": 0, "check": 1, "nosuch": 2, "status": 3}     # by command
+        done = self.home.run_all(*[(command,) for command in statuses])
+        self.assertEqual([each.returncode for each in done], [*statuses.values()])
 
-    def test_every_name_of_help_prints_the_same_text(self):
+    def test_every_name_of_help_and_version_prints_the_same_text(self):
         texts = {self.run_here(*words, check=0).stdout
                  for words in ((), ("help",), ("-h",), ("--help",))}
         self.assertEqual(len(texts), 1)
         for words in ("edit|reset|path", "config.json", "logs/rrouter.log", "examples"):
             self.assertIn(words, *texts)
-        self.assertFalse(self.home.dir.exists())
-
-    def test_every_name_of_version_prints_it(self):
+        self.assertLessEqual(max(map(len, texts.pop().splitlines())), 80)
         for word in ("version", "-V", "--version"):
             self.assertEqual(self.run_here(word), (0, f"rrouter {rrouter.__version__}\n", ""))
+        self.assertFalse(self.home.dir.exists())
 
     def test_wrong_uses_are_status_2_and_what_to_use_is_named(self):
         for line, words in USAGE_ERRORS:
-            with self.subTest(line):
-                self.assert_fails(self.run_here(*line.split()), 2, re.escape(words))
+            self.assert_fails(self.run_here(*line.split()), 2, re.escape(words))
         self.assert_fails(self.run_here(""), 2, "no command ''")
         self.assertFalse(self.home.dir.exists())
 
     def test_each_command_has_a_help_with_an_example_within_the_terminal(self):
         for row in rrouter.COMMANDS:
-            for width in ("80", "60"):
-                with self.subTest(row.name, width=width):
-                    text = self.run_here("help", row.name, check=0, COLUMNS=width).stdout
-                    self.assertRegex(text, r"\Ausage: rrouter %s" % row.name)
-                    self.assertRegex(text, r"(?m)^example: .*rrouter %s" % row.name)
-                    self.assertLessEqual(max(map(len, text.splitlines())), int(width))
+            with self.subTest(row.name):
+                text = self.run_here("help", row.name, check=0, COLUMNS="60").stdout
+                self.assertRegex(text, r"\Ausage: rrouter %s" % row.name)
+                self.assertRegex(text, r"(?m)^example: .*rrouter %s" % row.name)
+                self.assertLessEqual(max(map(len, text.splitlines())), 60)
             for word in (row.name, *row.aliases):
                 self.assertEqual(self.run_here(word, "--help", COLUMNS="60").stdout, text)
 
@@ -6800,56 +6660,49 @@ class CommandLineTest(CommandTest):
         script = self.run_here("completion", "bash").stdout + ask
         for line, offered in (("st", "start stop status"), ("status --", "--json --watch"),
                               ("config e", "edit"), ("stop ", ""), ("mode c", "claude"),
-                              ("help exp", "explain")):
+                              ("help exp", "explain"), ("completion b", "bash")):
             words = ["rrouter", *line.split(" ")]
             done = subprocess.run(["bash", "-c", script, "bash", *words], capture_output=True)
             self.assertEqual((done.stdout.decode(), done.stderr), (offered + "\n", b""), line)
 
     def test_colours_are_for_terminals_unless_the_environment_says_otherwise(self):
-        for env, colours in (
-                ({}, False), ({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "0"}, False),
-                ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)):
+        for env, in_pipe, on_terminal in (
+                ({}, False, True), ({"FORCE_COLOR": "1"}, True, True),
+                ({"FORCE_COLOR": "0", "TERM": "dumb"}, False, False),
+                ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False, False)):
             for command, word in (("check", "fail"), ("claude", "claude"), ("status", "claude")):
-                with self.subTest(command, env=env):
-                    self.assertEqual("m%s\033[0m" % word in self.run_here(command, **env).stdout,
-                                     colours)
+                for terminal, colours in ((False, in_pipe), (True, on_terminal)):
+                    with self.subTest(command, env=env, terminal=terminal):
+                        done = self.run_here(command, terminal=terminal, **env)
+                        self.assertEqual("m%s\033[0m" % word in done.stdout, colours)
 
-    def test_nothing_is_wider_than_the_terminal(self):
-        for width in (80, 60):
-            for command in ("help", "check", "status", "explain claude-opus-5-5"):
-                with self.subTest(command, width=width):
-                    lines = self.run_here(*command.split(), COLUMNS=str(width)).stdout.splitlines()
-                    self.assertLessEqual(max(len(line) for line in lines if "/rrouter" not in line),
-                                         80 if command == "help" else width)
-
-    MODES = (
-        # command,            mode
-        (("antigravity",),    "antigravity"),
-        (("claude",),         "claude"),
-        (("ag",),             "antigravity"),
-        (("c",),              "claude"),
-        (("auto",),           "auto"),
-        (("mode", "two"),     "two"),
-        (("a",),              "auto"),
-        (("mode", "ONE"),     "one"),
-    )
+    def test_only_a_terminal_gets_lines_that_fit_into_it(self):
+        for command, columns, width in (("check", 100, 80), ("explain claude-opus-5-5", 60, 60),
+                                        ("mode nosuch", 60, 60)):
+            for terminal in (True, False):
+                with self.subTest(command, terminal=terminal):
+                    done = self.run_here(*command.split(), terminal=terminal, NO_COLOR="1",
+                                         COLUMNS=str(columns))
+                    lines = [line for line in (done.stdout + done.stderr).splitlines()
+                             if "/rrouter" not in line]
+                    self.assertEqual(max(map(len, lines)) <= width, terminal)
 
     def test_every_name_of_a_mode_sets_it(self):
         board = switchboard(0)
         board["modes"].update(antigravity={"mappings": []}, claude={"mappings": []})
         self.home.write("config.json", json.dumps(board))
-        for arguments, mode in self.MODES:
-            with self.subTest(arguments):
-                done = self.run_here(*arguments, check=0)
-                self.assertEqual(self.home.read("mode"), mode + "\n")
-                self.assertIn(mode, done.stdout)
-                self.assertRegex(done.stdout, NOTHING_RUNS)
+        for command, mode in (("antigravity", "antigravity"), ("claude", "claude"), ("a", "auto"),
+                              ("ag", "antigravity"), ("c", "claude"), ("auto", "auto"),
+                              ("mode two", "two"), ("mode ONE", "one")):
+            done = self.run_here(*command.split(), check=0)
+            self.assertEqual(self.home.read("mode"), mode + "\n")
+            self.assertEqual(done.stdout, f"mode {mode} (written; daemon {NOT_RUNNING})\n")
         self.assertEqual(self.run_here("mode", check=0).stdout, "one\n")
 
     def test_an_unknown_mode_is_refused_and_the_known_ones_are_named(self):
         self.home.write("mode", "claude\n")
-        self.assert_fails(self.run_here("mode", "antigravty", COLUMNS="40"), 1, "antigravity, "
-                          "claude, auto", "did you mean 'antigravity'")
+        self.assert_fails(self.run_here("mode", "nosuch"), 1, r"mode 'nosuch' is not defined by "
+                          r"config\.json \(defined: antigravity, claude, auto\)")
         self.home.write("config.json", altered("auto.targets", ["claude", "nosuch"]))
         self.assert_fails(self.run_here("auto"), 1, r"config\.json: auto\.targets")
         self.home.write("config.json", "{")
@@ -6858,75 +6711,62 @@ class CommandLineTest(CommandTest):
 
     def test_a_mode_file_that_cannot_be_used_is_named(self):
         self.home.write("mode", "nosuch\n")
-        self.assertRegex(self.run_here("mode").stderr, "mode 'nosuch' is not defined")
-        self.assertRegex(self.run_here("status", check=3).stdout, "problem: .*'nosuch'")
+        self.assertRegex(self.run_here("mode").stderr, "rrouter: mode: 'nosuch' is not defined by "
+                         r"config\.json \(defined: antigravity, claude, auto\); claude is in force")
+        self.assertRegex(self.run_here("status", check=3).stdout, "problem: +mode: 'nosuch' is not")
 
-    def test_fresh_files_are_private(self):
-        mask = os.umask(0)
-        try:
-            self.run_here("config", "reset", check=0)
-            self.file.write_text("{")
-            for words in (("config", "reset"), ("claude",)):
-                self.run_here(*words, check=0)
-        finally:
+    def test_fresh_files_are_private_and_readable_whatever_the_umask(self):
+        self.addCleanup(os.umask, os.umask(0))
+        for mask in (0, 0o777):
             os.umask(mask)
-        self.assertEqual(stat.S_IMODE(self.home.dir.stat().st_mode), 0o700)
-        names = sorted(path.name.partition("-")[0] for path in self.home.dir.iterdir())
-        self.assertLessEqual({"mode", "config.json", "config.json.bak"}, set(names))
+            for words in (("config", "reset"), ("claude",), ("mode",), ("config",)):
+                self.run_here(*words, check=0)
+            self.file.write_text("{")
         for path in self.home.dir.iterdir():
             self.assertEqual(stat.S_IMODE(path.stat().st_mode),
                              0o700 if path.is_dir() else 0o600, path.name)
 
     def test_commands_say_that_nothing_runs(self):
-        done = self.run_here("status", check=3)
-        self.assertRegex(done.stdout, NOTHING_RUNS)
-        self.assertIn("claude", done.stdout)
-        done = self.run_here("status", "--json", check=3)
-        self.assertEqual(done.stdout, "")
-        self.assertRegex(done.stderr, NOTHING_RUNS)
-        self.assertRegex(self.run_here("stop", check=0).stdout, NOTHING_RUNS)
+        self.assertEqual(self.run_here("status", check=3).stdout,
+                         f"mode:     claude\ndaemon:   {NOT_RUNNING}\n")
+        self.assertEqual(self.run_here("status", "--json"), (3, "", f"rrouter: {NOT_RUNNING}\n"))
+        self.assertEqual(self.run_here("stop"), (0, "rrouter is not running\n", ""))
         for name in ("check", "--check", "health"):
-            *checks, last = self.run_here(name, check=1).stdout.split("\n\n")
-            self.assertRegex(*checks, r"(?m)^fail  daemon: not running")
-            self.assertRegex(*checks, r"(?m)^fail  upstream: http://127\.0\.0\.1:9 ")
+            checks, last = self.run_here(name, check=1).stdout.split("\n\n")
+            self.assertRegex(checks, r"(?m)^fail  daemon: not running")
+            self.assertRegex(checks, r"(?m)^fail  upstream: http://127\.0\.0\.1:9 ")
             self.assertRegex(last, r"\A\d checks: 3 ok, 1 warn, 2 fail; begin with daemon\n\Z")
-            for line in checks[0].splitlines():
+            for line in checks.splitlines():
                 self.assertRegex(line, r"^(ok|warn|fail)\b")
 
     def test_an_output_that_cannot_be_written_gives_no_traceback(self):
         reader, writer = os.pipe()
         os.close(reader)
-        outputs = [("closed pipe", writer)]
-        if os.path.exists("/dev/full"):
-            outputs.append(("full", os.open("/dev/full", os.O_WRONLY)))
-        for label, output in outputs:
-            with self.subTest(label):
-                done = self.home.run("config", stdout=output, timeout=WAIT_S * 2)
-                os.close(output)
-                self.assertNotIn("Exception ignored", done.stderr)
-                self.assertEqual(done.returncode, 1, done)
+        full = [os.open("/dev/full", os.O_WRONLY)] if os.path.exists("/dev/full") else []
+        for output in (writer, *full):
+            done = self.home.run("config", stdout=output, timeout=WAIT_S * 2)
+            os.close(output)
+            self.assertNotIn("Exception ignored", done.stderr)
+            self.assertEqual((done.returncode, "output: " in done.stderr), (1, output != writer))
 
     def test_closed_standard_streams_give_no_traceback(self):
         for closed in (">&-", ">&- 2>&-", "<&-"):
-            with self.subTest(closed):
-                self.home.run(check=0, program=[
-                    "/bin/sh", "-c", 'exec "$0" "$@" claude ' + closed, *PYTHON, compiled()])
-                self.assertEqual(self.home.read("mode"), "claude\n")
+            done = self.home.run(check=0, program=[
+                "/bin/sh", "-c", 'exec "$0" "$@" claude ' + closed, *PYTHON, compiled()])
+            self.assertEqual((self.home.read("mode"), done.stderr), ("claude\n", ""))
 
     def test_a_home_that_cannot_be_used_is_named(self):
         """Permissions do not stop root, so a file stands where the directory should be."""
         (self.home.root / ".rrouter").touch()
-        commands = ("serve",), ("start",), ("claude",), ("config", "reset"), ("config", "edit")
-        done = self.home.run_all(*commands[:2], timeout=WAIT_S * 2)
-        done += [self.run_here(*arguments, EDITOR="true") for arguments in commands[2:]]
+        done = self.home.run_all(("serve",), ("start",), timeout=WAIT_S * 2)
+        done += [self.run_here(*command.split(), EDITOR="true")
+                 for command in ("claude", "config reset", "config edit")]
         done.append(self.home.run("start", env={"HOME": str(self.home.root / ".rrouter")}))
-        for arguments, ended in zip([*commands, ("start",)], done):
-            with self.subTest(arguments):
-                self.assertEqual(ended.returncode, 1, ended)
-                self.assertRegex(ended.stderr, r"(?m)^rrouter: .*\.rrouter")
-        for arguments in (("status",), ("check",), ("stop",), ("config",), ("mode",)):
-            with self.subTest(arguments):
-                self.assertIn(self.run_here(*arguments).returncode, (0, 1, 3))
+        for ended in done:
+            self.assertEqual(ended.returncode, 1, ended)
+            self.assertRegex(ended.stderr, r"(?m)^rrouter: .*\.rrouter")
+        for command in ("status", "check", "stop", "config", "mode"):
+            self.assertIn(self.run_here(command).returncode, (0, 1, 3), command)
         self.assertEqual((self.home.root / ".rrouter").read_text(), "")
 
     def test_a_home_that_is_missing_or_relative_does_no_harm(self):
@@ -6938,82 +6778,51 @@ class CommandLineTest(CommandTest):
                           "HOME=here: expected the absolute path")
 
 
-# Runs commands of rrouter, found in the directory argv[1], many times: each time in a child that
-# gets SIGINT at another moment, the n-th call of a function since `main` was called.  Prints the
-# outcomes.  argv[3] is the statement that calls `main` in the program.
+# Runs `rrouter claude`, found in the directory argv[1].  SIGINT comes with call number argv[2]
+# since `main` was called; with -1 it does not, and stderr gets the number of calls.  argv[3] is
+# the statement that calls `main` in the program.
 INTERRUPTER = """
-import json, os, signal, sys, tempfile
-directory, some, last, *commands = sys.argv[1:]
+import atexit, os, signal, sys
+directory, moment, last = sys.argv[1:]
 signal.signal(signal.SIGINT, signal.default_int_handler)    # the tests may ignore it
 sys.path.insert(0, directory)
 import rrouter
-names = dict(vars(rrouter), __name__="__main__")
+sys.argv, calls = ["rrouter", "claude"], -1
 
-def run(moment):
-    with tempfile.TemporaryFile() as output:
-        child = os.fork()
-        if not child:
-            play(moment, output)
-            sys.exit()
-        status = os.waitpid(child, 0)[1]
-        output.seek(0)
-        return (os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status),
-                output.read().decode())
+def count(frame, event, _):
+    global calls
+    if "call" in event and (calls >= 0 or frame.f_code.co_name == "main"):
+        calls += 1
+        if str(calls) == moment:
+            sys.setprofile(None)
+            os.kill(os.getpid(), signal.SIGINT)
 
-def play(moment, output):
-    calls = None
-
-    def count(frame, event, _):
-        nonlocal calls
-        if calls is None and frame.f_code.co_name == "main":
-            calls = 0
-        if calls is not None and "call" in event:
-            calls += 1
-            if calls == moment:
-                sys.setprofile(None)
-                os.kill(os.getpid(), signal.SIGINT)
-            elif moment is None:
-                os.pwrite(output.fileno(), b"%d" % calls, 0)
-
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 1)
-    os.dup2(null if moment is None else output.fileno(), 2)
-    sys.setprofile(count)
-    exec(last, names)
-
-for command in commands:
-    sys.argv = ["rrouter", command]
-    total = int(run(None)[1])
-    moments = {1, 2, *range(3, total, total // int(some)), *range(total - 4, total + 3)}
-    print(json.dumps([total, [(moment, *run(moment)) for moment in sorted(moments)]]))
+if moment == "-1":
+    atexit.register(lambda: os.write(2, b"%d" % calls))
+sys.setprofile(count)
+exec(last, dict(vars(rrouter), __name__="__main__"))
 """
 
 
 class InterruptTest(CommandTest):
     """Ctrl-C at any moment of a command, also the last: it ends and prints nothing."""
 
-    MOMENTS = 300 if SOAKING else 5
-
     def test_no_moment_shows_a_traceback(self):
-        if SOAKING:
-            print("soak: Ctrl-C at some %d moments of two commands" % self.MOMENTS, file=sys.stderr)
-        own = {"nosuch": 2, "claude": 0}        # command: its status without Ctrl-C
         last = re.search(r"(?m)^if __name__ == .*\n(?:(?: .*)?\n?)*\Z", RROUTER_TEXT).group()
-        done = self.home.run("-c", INTERRUPTER, os.path.dirname(compiled()), str(self.MOMENTS),
-                             last, *own, program=PYTHON, timeout=WAIT_S * (60 if SOAKING else 3),
-                             check=0)
-        outcomes = [json.loads(line) for line in done.stdout.splitlines()]
-        self.assertEqual(len(outcomes), len(own))
-        for command, (total, moments) in zip(own, outcomes):
-            self.assertGreater(len(moments), self.MOMENTS)
-            for moment, status, printed in moments:
-                if printed.startswith("Exception ignored in: <function _get_module_lock"):
-                    continue        # Python's import swallowed it in a callback
-                with self.subTest(command, moment=moment):
-                    self.assertNotRegex(
-                        printed, "Traceback|Exception ignored|KeyboardInterrupt")
-                    ends = (130, -signal.SIGINT, own[command] if moment > total - 5 else 130)
-                    self.assertIn(status, ends)
+
+        def run(moment):
+            return self.home.run("-c", INTERRUPTER, os.path.dirname(compiled()), str(moment), last,
+                                 program=PYTHON)
+
+        total = int(run(-1).stderr)
+        step = total // (300 if SOAKING else 5)
+        for moment in (1, 2, *range(3, total, step), *range(total - 4, total + 3)):
+            done = run(moment)
+            if done.stderr.startswith("Exception ignored in: <function _get_module_lock"):
+                continue        # Python's import swallowed it in a callback
+            with self.subTest(moment=moment):
+                self.assertEqual(done.stderr, "")
+                self.assertIn(done.returncode, (130, -signal.SIGINT, *[0] * (moment > total - 5)))
 
 
 EDITOR = """#!/bin/sh
@@ -7045,58 +6854,50 @@ class ConfigCommandTest(CommandTest):
     def assert_defaults(self, file=None):
         self.assertEqual(json.loads((file or self.file).read_text()), DEFAULT_CONFIG)
 
-    def test_config_prints_json_alone_on_stdout(self):
+    def test_config_prints_the_config_in_force_as_json_alone_on_stdout(self):
         done = self.run_here("config", check=0, RROUTER_PORT="abc", RROUTER_UPSTREAM="ftp://x")
         self.assertEqual(json.loads(done.stdout), DEFAULT_CONFIG)
-        self.assertIn(str(self.file), done.stderr)
-        self.assertEqual(self.run_here("config", "path"), (0, str(self.file) + "\n", ""))
-
-    def test_config_prints_the_config_in_force(self):
+        self.assertEqual(done.stderr, f"{self.file} (does not exist: these are the defaults)\n")
+        self.assertEqual(self.run_here("config", "path"), (0, f"{self.file}\n", ""))
         config = switchboard(3, auto={"targets": ["two", "one"], "failureThreshold": 1})
-        self.home.write("config.json", json.dumps(config))
-        printed = json.loads(self.run_here("config", check=0).stdout)
+        self.home.write("config.json", json.dumps({**config, "odd": 1}))
+        done = self.run_here("config", check=0)
+        self.assertRegex(done.stderr, r"\A%s\nrrouter: config\.json: odd: unknown" % self.file)
+        printed = json.loads(done.stdout)
         self.assertEqual(printed["modes"], config["modes"])
         self.assertEqual(printed["auto"], {**DEFAULT_CONFIG["auto"], **config["auto"]})
 
-    def test_edit_begins_with_the_defaults(self):
+    def test_edit_begins_with_the_defaults_in_the_editor_of_the_user_or_in_vi(self):
         done = self.edit("/nonexistent", VISUAL="'%s' -w" % self.editor)
-        self.assertEqual(done.returncode, 0, done)
+        self.assertEqual(done, (0, f"{self.file} is valid\n", ""))
         self.assertEqual((self.home.root / "arguments").read_text().splitlines(),
                          [str(self.editor), "-w", str(self.file)])
         self.assert_defaults(self.home.root / "given")
         self.assertEqual(stat.S_IMODE(self.file.stat().st_mode), 0o600)
-
-    def test_edit_falls_back_to_vi(self):
-        programs = self.home.root / "bin"
-        programs.mkdir()
-        shutil.copy(str(self.editor), str(programs / "vi"))
+        self.editor.rename(self.home.root / "vi")
+        path = "%s:%s" % (self.home.root, self.home.env["PATH"])
         for env in ({"VISUAL": "", "EDITOR": ""}, {}):
-            with self.subTest(env):
-                path = "%s:%s" % (programs, self.home.env["PATH"])
-                self.run_here("config", "edit", check=0, PATH=path, **env)
-                used = (self.home.root / "arguments").read_text().splitlines()[0]
-                self.assertEqual(os.path.basename(used), "vi")
+            self.run_here("config", "edit", check=0, PATH=path, **env)
+            used = (self.home.root / "arguments").read_text().splitlines()[0]
+            self.assertEqual(used, str(self.home.root / "vi"))
 
     def test_edit_judges_the_result(self):
         for new, status, pattern in (
                 (json.dumps(switchboard(1)), 0, r"\A\Z"),
-                ("{", 1, r"config\.json.*1:2"),
-                (altered("auto.failureThreshold", "3"), 1, r"auto\.failureThreshold")):
-            with self.subTest(new):
-                done = self.edit(NEW=new)
-                self.assertEqual(done.returncode, status, done)
-                self.assertRegex(done.stderr, pattern)
-                self.assertEqual(self.file.read_text(), new)
+                (json.dumps({**switchboard(1), "odd": 1}), 0, r"config\.json: odd: unknown"),
+                ("{", 1, r"config\.json.*1:2")):
+            done = self.edit(NEW=new)
+            self.assertEqual(done.returncode, status, done)
+            self.assertRegex(done.stderr, pattern)
+            self.assertEqual(self.file.read_text(), new)
 
     def test_an_editor_that_fails_is_named(self):
-        for command, pattern in ((None, "7"), ("/nonexistent/editor -w", "/nonexistent/editor"),
-                                 ("'unbalanced", "unbalanced"), ("'%s'" % self.home.root, "")):
-            with self.subTest(command):
-                done = self.edit(command, CODE="7")
-                self.assert_fails(done, 1, "rrouter: .*%s" % pattern)
+        for command, words in ((None, "status 7"), ("/no/editor -w", "/no/editor -w: no such file"),
+                               ("'unbalanced", "'unbalanced: "), ("'%s'" % self.home.root, "")):
+            self.assert_fails(self.edit(command, CODE="7"), 1, "rrouter: editor .*" + words)
 
     def test_reset_keeps_each_file_it_replaces_but_none_that_equals_the_defaults(self):
-        for text in (None, None, json.dumps(DEFAULT_CONFIG)):
+        for text in (None, json.dumps(DEFAULT_CONFIG, indent=1)):
             if text:
                 self.file.write_text(text)
             self.run_here("config", "reset", check=0)
@@ -7187,24 +6988,13 @@ class CopiedFileTest(LoopbackTest):
         shutil.copy(RROUTER, str(folder / "rrouter"))
         for name in ("argparse", "calendar", "email", "json", "socket", "zlib"):
             (folder / f"{name}.py").write_text("raise SystemExit('imported')\n")
-        for command in ("version", "help", "config", "mode", "start", "status", "check", "stop"):
-            with self.subTest(command):
-                done = subprocess.run([*PYTHON, str(folder / "rrouter"), command], text=True,
-                                      env=home.env, stdin=subprocess.DEVNULL, timeout=60,
-                                      capture_output=True)
-                self.assertNotIn("imported", done.stdout + done.stderr)
-                self.assertEqual(done.returncode, int(command == "check"), done)
+        for command in ("help", "config", "start", "check", "stop"):
+            done = home.run(command, program=[*PYTHON, str(folder / "rrouter")],
+                            check=int(command == "check"))
+            self.assertNotIn("imported", done.stdout + done.stderr)
 
 
 class EnvironmentTest(CommandTest):
-    """Values are judged by ReadEnvironmentTest; these commands need them."""
-
-    def test_an_odd_umask_keeps_the_files_readable(self):
-        shell = ["/bin/sh", "-c", 'umask 0777; exec "$@"', "sh", *PYTHON, RROUTER]
-        for command in (("ag",), ("config", "reset"), ("mode",), ("config",)):
-            self.home.run(*command, program=shell, check=0)
-        for name in ("mode", "config.json"):
-            self.assertEqual(stat.S_IMODE((self.home.dir / name).stat().st_mode), 0o600)
 
     def test_an_unknown_mode_is_shown_and_written_in_any_script_and_locale(self):
         locales = {}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -7222,9 +7012,9 @@ class EnvironmentTest(CommandTest):
     def test_a_link_that_leads_nowhere_is_named_as_such(self):
         for target in ("nowhere", ".rrouter"):
             self.home.dir.symlink_to(target)
-            for command in ("start", "ag"):
-                self.assert_fails(self.home.run(command), 1, r"\.rrouter: .*leads nowhere: remove")
-            self.assertIn("not running", self.home.run("status", check=3).stdout)
+            for done in (self.home.run("start"), self.run_here("ag")):
+                self.assert_fails(done, 1, r"\.rrouter: .*leads nowhere: remove")
+            self.assertIn("not running", self.run_here("status", check=3).stdout)
             self.home.dir.unlink()
 
     def test_a_terminal_that_is_gone_only_silences_the_echo(self):
@@ -7238,11 +7028,9 @@ class EnvironmentTest(CommandTest):
         self.assertEqual(process.wait(WAIT_S), 0)
 
     def test_a_bad_value_ends_serve_start_and_restart_with_status_2(self):
-        commands = ("serve",), ("start",), ("restart",)
-        ended = self.home.run_all(*commands, env={"RROUTER_PORT": "abc"}, timeout=WAIT_S * 2)
-        for arguments, done in zip(commands, ended):
-            with self.subTest(arguments):
-                self.assert_fails(done, 2, "RROUTER_PORT=abc: .*65535")
+        for command in ("serve", "start", "restart"):
+            self.assert_fails(self.run_here(command, RROUTER_PORT="abc"), 2,
+                              "RROUTER_PORT=abc: .*65535")
         self.assertEqual(processes(self.home), [])
 
 
@@ -7276,13 +7064,9 @@ class DemoTest(LoopbackTest):
                 *self.arguments, "--stay", program=PYTHON, stdout=subprocess.PIPE,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)))
             with process.stdout:
-                printed = b""
-                while b"curl" not in printed:
-                    line = process.stdout.readline()
-                    self.assertTrue(line, printed)
-                    printed += line
-                url = re.search(rb"ANTHROPIC_BASE_URL=http://127.0.0.1:(\d+) ", printed)
-                self.assertEqual(get_health(int(url.group(1)))["mode"], "auto")
+                found = (re.search(rb"curl http://127.0.0.1:(\d+)/", line)
+                         for line in process.stdout)
+                self.assertEqual(get_health(int(next(filter(None, found))[1]))["mode"], "auto")
                 process.send_signal(number)
                 self.assertEqual(process.wait(WAIT_S), status)
             self.assertEqual(list(self.home.root.iterdir()), [])
@@ -7319,8 +7103,7 @@ class AutoCommandTest(AutoTest):
         self.assertIn("cleared: cooldown of antigravity (429, 30m)\n", self.say("claude"))
 
     def test_explain_needs_no_request_for_a_name_that_is_given(self):
-        self.assertRegex(self.say("explain", "other"),
-                         "auto: +no rescue, because both targets get the same name")
+        self.assertRegex(self.say("explain", "other"), "auto: +no rescue, because both targets get")
         self.assertRegex(self.say("explain", SONNET), "auto: +antigravity\n")
 
     def test_explain_names_the_conditions_of_rules(self):
@@ -7362,18 +7145,22 @@ class LogsTest(CommandTest):
         self.assertEqual(self.run_here("logs", check=0).stdout.split()[::3],
                          [*map(str, range(30, 40))])
 
-    def test_it_follows_over_rotation_and_truncation(self):
+    def test_it_follows_over_rotation(self):
         (self.home.dir / "logs").mkdir(parents=True)
+        self.home.write("logs/rrouter.log", "old [AUTO]\n")
         log = self.home.dir / "logs" / "rrouter.log"
-        log.write_bytes(b"old\n")
-        steps = (lambda: log.write_bytes(b"old\none\ntw"),
-                 lambda: log.write_bytes(b"old\none\ntwo\n"),
-                 lambda: (log.rename(log.with_suffix(".log.1")), log.write_bytes(b"three\n")),
-                 lambda: log.write_bytes(b"4\n"))
-        with mock.patch.object(rrouter.time, "sleep", side_effect=(step() for step in steps)), \
-                contextlib.closing(rrouter.follow(str(log))) as lines:
-            self.assertEqual([next(lines) for _ in range(4)],
-                             [b"one\n", b"two\n", b"three\n", b"4\n"])
+        process = ending_with(self, self.home.begin("logs", "-f", "--auto", stdout=subprocess.PIPE))
+        with process.stdout as lines:
+            self.assertEqual(lines.readline(), b"old [AUTO]\n")
+            with log.open("a") as file:
+                file.write("one [AUTO]\nother\n")
+            self.assertEqual(lines.readline(), b"one [AUTO]\n")
+            log.rename(log.with_suffix(".log.1"))
+            self.home.write("logs/rrouter.log", "two [AUTO]\n")
+            self.assertEqual(lines.readline(), b"two [AUTO]\n")
+            process.send_signal(signal.SIGINT)
+            self.assertEqual((lines.read(), process.wait(WAIT_S)), (b"", 130))
+        self.assertEqual(processes(self.home), [])
 
 
 class StartReportTest(LoopbackTest):
@@ -7395,6 +7182,9 @@ class StartReportTest(LoopbackTest):
         home.env["RROUTER_UPSTREAM"] = upstream.url
         self.assertRegex(home.run("restart", check=0).stdout,
                          r"\A.*stopped.*\n.*runs on.*\nupstream: %s, reachable\n\Z" % upstream.url)
+        again = home.run("start", check=0, env={"RROUTER_PORT": "abc"}).stdout
+        self.assertRegex(again, r"(?s)already running .*, reachable\nnote:     RROUTER_PORT=abc: "
+                                r"expected [^\n]*\nnext:     rrouter check\n\Z")
 
     def test_only_what_cliproxyapi_repeats_by_itself_is_a_late_failure(self):
         for fault, status, took_s, is_late in (
@@ -7411,7 +7201,7 @@ class StartReportTest(LoopbackTest):
         self.assertEqual(router.post().status, 429)
         words = "CLIProxyAPI waited 0 s before this 429; set max-retry-interval: 8"
         self.assertIn(words, run_here(router.home, "status").stdout)
-        wait_until(lambda: "[SLOW] #1 antigravity: " + words in router.log())
+        wait_until(lambda: f"({words})\n" in router.log())
 
 
 # Check ########################################################################
@@ -7440,11 +7230,11 @@ class CheckTest(RouterTest):
         self.upstream.default = lambda request: (
             self.models if request.target.startswith("/v1/models") else Response())
 
-    def settings(self, env=None, text=None):
+    def settings(self, value):
         """Write Claude Code's settings.json: this `env`, or this text."""
         path = self.home.root / ".claude" / "settings.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"env": env}) if text is None else text)
+        path.write_text(value if isinstance(value, str) else json.dumps({"env": value}))
 
     def check(self, *patterns, **env):
         """Run it; see that status and lines agree and that each pattern is found.
@@ -7457,21 +7247,19 @@ class CheckTest(RouterTest):
             self.assertRegex(done.stdout, "(?m)^" + pattern)
         bad = re.findall(r"(?m)^(?:warn|fail) .*", done.stdout)
         self.assertEqual(done.returncode, any(line.startswith("fail") for line in bad), done.stdout)
-        begin = re.search(r"\n\n\d checks: .*? fail(; begin with .*)?\n\Z", done.stdout).group(1)
         first = next((line for line in bad if line.startswith("fail") == done.returncode), "")
-        self.assertEqual(begin, first and "; begin with " + first[6:].partition(": ")[0] or None)
+        begin = first and "; begin with " + first[6:].partition(": ")[0]
+        self.assertRegex(done.stdout, r"\n\n\d checks: .* fail%s\n\Z" % begin)
         return bad
 
     def test_a_sound_setup_is_ok_in_every_line(self):
         self.assertEqual(self.check(r"ok +upstream: .* accepts the key", r"ok +config: ",
                                     ANTHROPIC_BASE_URL=self.url), [])
-        self.assertEqual({request.method for request in self.upstream.received}, {"GET"})
-        for request in self.upstream.received:
-            self.assertEqual(request.target, "/v1/models")
-            self.assertEqual(request.header("authorization"), "Bearer sk-secret-token")
-            names = " ".join(name.lower() for name, _ in request.fields)
-            self.assertNotIn("anthropic", names)        # with those the upstream disguises names
-            self.assertNotIn("claude-cli", request.header("user-agent") or "")
+        request, = self.upstream.received
+        self.assertEqual((request.method, request.target), ("GET", "/v1/models"))
+        self.assertEqual(request.header("authorization"), "Bearer sk-secret-token")
+        # With Anthropic's headers the upstream disguises names.
+        self.assertNotRegex(str(request.fields), "(?i)anthropic|claude-cli")
 
     def test_proxies_of_the_environment_are_ignored(self):
         self.assertEqual(self.rrouter.post().status, 200)
@@ -7479,30 +7267,27 @@ class CheckTest(RouterTest):
         self.assertEqual(json.loads(done.stdout)["pid"], self.rrouter.process.pid)
 
     CLIENTS = (
-        # settings.json,          shell,                 level,  words
-        ("here/@claude",          "",                    "ok",   "claude code: .*/@claude, by"),
-        ("here/v1",               "",                    "warn", "claude code: .*/v1, .*not work"),
-        ("here/@claude/v1",       "",                    "warn", "claude code: .*/v1, .*not work"),
-        ("https://localhost:%d",  "",                    "warn", "claude code: https:.*not work"),
-        ("http://localhost:1",    "",                    "warn", "claude code: goes elsewhere"),
-        ("http://u:word@h:1",     "",                    "warn", r"claude code: .*\*\*\*@h:1, by"),
-        ("{",                     "",                    "warn", "claude code: .*json: not JSON"),
-        ('{"env": 7}',            "",                    "warn", "claude code: set "),
-        ("{}",                    "",                    "warn", "claude code: set "),
-        ("{}",                    "here",                "ok",   "claude code: .* by this shell"),
-        ("here",                  "http://localhost:1/", "warn", "shell: .*points elsewhere"),
-        ("here",                  "http://u:word@h:1",   "warn", r"shell: .*=http://\*\*\*@h:1 p"),
+        # settings.json,          shell,   level,  words after "claude code: "
+        ("here/@claude",          "",      "ok",   "goes to .*/@claude, by"),
+        ("here/v1",               "",      "warn", "http.*/v1, by .* lead here: .*only /@MODE"),
+        ("here/@claude/v1",       "",      "warn", "http.*8?/@claude/v1, by"),
+        ("https://localhost:%d",  "",      "warn", "https:"),
+        ("http://localhost:1",    "",      "warn", "http://localhost:1, by"),
+        ("http://u:word@h:1",     "",      "warn", r"http://\*\*\*@h:1, by"),
+        ("http://u:word@h:odd",   "",      "warn", r"http://\*\*\*@h:odd, by"),
+        ("{",                     "",      "warn", "cannot read .*json: not JSON"),
+        ('{"env": 7}',            "",      "warn", "set "),
+        ("{}",                    "",      "warn", "set "),
+        ("{}",                    "here",  "ok",   "goes .* by this shell"),
+        ("here",                  "other", "ok",   "goes .* by /"),
     )
 
     def test_a_client_that_points_elsewhere_is_named(self):
         for settings, shell, level, words in self.CLIENTS:
             with self.subTest(settings=settings, shell=shell):
-                settings = settings.replace("%d", str(self.rrouter.port))
-                if settings[0] in "{[":
-                    self.settings(text=settings)
-                else:
-                    self.settings({"ANTHROPIC_BASE_URL": settings.replace("here", self.url)})
-                bad = self.check("%s +%s" % (level, words), NO_PROXY="*",
+                url = settings.replace("here", self.url).replace("%d", str(self.rrouter.port))
+                self.settings(url if url[0] == "{" else {"ANTHROPIC_BASE_URL": url})
+                bad = self.check("%s +claude code: %s" % (level, words), NO_PROXY="*",
                                  ANTHROPIC_BASE_URL=shell.replace("here", self.url))
                 self.assertEqual(len(bad), level == "warn", bad)
                 self.assertNotIn("word", "".join(bad))
@@ -7550,17 +7335,18 @@ class CheckTest(RouterTest):
             self.check("fail  upstream: .*verify failed: .*private CA.* SSL_CERT_FILE")
 
     def test_names_the_upstream_does_not_know_come_with_one_block_of_aliases(self):
-        opus, flash, none = "claude-opus-4-6-thinking", "gemini-3-flash", "AN-ID-OF-ANTIGRAVITY"
-        for owner, ids, head in (("antigravity", (flash, opus), ", claude-sonnet-4-6, gemini-3-"),
-                                 ("anthropic", (none, none), "none is listed: log in")):
-            listed = list_models(LISTED[0], opus, "claude-sonnet-4-6", flash, owner=owner).chunks[0]
+        opus, none = "claude-opus-4-6-thinking", "AN-ID-OF-ANTIGRAVITY"
+        flash, other = "gemini-3-flash", "claude-sonnet-4-6"
+        for owner, ids, words in (("antigravity", (flash, opus), f"{opus}, {other}, {flash}"),
+                                  ("anthropic", (none, none), "none is listed: log in")):
+            listed = list_models(LISTED[0], opus, other, flash, owner=owner).chunks[0]
             (level, text), = rrouter.check_models(rrouter.config_of(None), listed)
             first, *lines = text.split("\n")
             self.assertIn("does not know %s, %s (400" % (LISTED[2], LISTED[1]), first)
-            self.assertIn(head, first)
+            self.assertIn(words, first)
             entries = []
             for known, alias in zip(ids, (LISTED[2], LISTED[1])):
-                entries += ['- name: "%s"' % known, '  alias: "%s"' % alias]
+                entries += [f'- name: "{known}"', f'  alias: "{alias}"']
                 entries += ["  fork: true"] * (known != opus)
             self.assertEqual((level, lines), ("warn", [" " * 8 + line for line in (
                 "# version 7", "oauth-model-alias:", "  antigravity:",
@@ -7573,9 +7359,7 @@ class CheckTest(RouterTest):
         done = run_here(self.home, "check", "--json")
         report = json.loads(done.stdout)
         self.assertEqual((done.returncode, report["status"]), (1, "fail"))
-        rows = {row["check"]: row for row in report["checks"]}
-        self.assertEqual((rows["upstream"]["level"], rows["config"]),
-                         ("fail", {"level": "ok", "check": "config", "text": "the defaults"}))
+        self.assertIn({"level": "ok", "check": "config", "text": "the defaults"}, report["checks"])
 
     def test_missing_usage_headers_are_named_where_health_knows_of_them(self):
         health = {"autoSwitch": {"switched": False, "models": {}},
@@ -7587,7 +7371,8 @@ class CheckTest(RouterTest):
         put(self.home, "config.json", "{")
         self.addCleanup((self.home.dir / "config.json").unlink)
         put(self.home, "mode", "nosuch\n")
-        self.check(r"fail +config: .*/config\.json:1:2", "warn +mode: .*nosuch")
+        self.check(r"fail +config: .*/config\.json:1:2", "ok +mode: ",
+                   "warn +mode: 'nosuch' is not")
 
     def test_an_installed_service_is_examined(self):
         unit = self.home.root / ".config" / "systemd" / "user" / "rrouter.service"
@@ -7609,10 +7394,8 @@ class CheckTest(RouterTest):
         self.check("warn +service: .*is not what was installed")
 
     def test_a_daemon_of_another_version_is_named(self):
-        code = ("import sys; sys.path.insert(0, sys.argv[1]); import rrouter\n"
-                "rrouter.__version__ = '9.9.9'; sys.exit(rrouter.main(['check']))")
-        done = self.home.run("-c", code, os.path.dirname(compiled()), program=PYTHON, check=0)
-        self.assertRegex(done.stdout, "(?m)^warn +version: .* this program 9.9.9: rrouter restart")
+        with mock.patch.object(rrouter, "__version__", "9.9.9"):
+            self.check("warn +version: .* this program 9.9.9: rrouter restart")
 
 
 # Installation #################################################################
@@ -7666,9 +7449,9 @@ def serve(root, by):
     port, lock = int(os.environ["RROUTER_PORT"]), open(root + "rrouter.lock", "a+")
     fcntl.flock(lock, fcntl.LOCK_EX)        # which the one before holds until it has ended
     health = ('{"host": "%s", "port": %d, "pid": %d, "mode": "auto", "startedBy": "%s", '
-              '"autoSwitch": {}, "problems": [], "upstreamURL": "http://localhost:9", '
-              '"upstream": "http://localhost:9", "listenAddr": ""}' % (
-                  os.environ.get("RROUTER_HOST") or "localhost", port, os.getpid(), by))
+              '"autoSwitch": {}, "problems": [], "upstreamURL": "http://h", "upstream": "", '
+              '"listenAddr": ""}' % (os.environ.get("RROUTER_HOST") or "localhost", port,
+                                     os.getpid(), by))
     for name, text in (("run.json", health), ("rrouter.lock", "%d\\n" % os.getpid())):
         with open(root + name, "w") as file:
             file.write(text)
@@ -7703,11 +7486,9 @@ rrouter.__loader__ = types.SimpleNamespace(get_source=lambda _: sys.argv[2])
 def run(words, env, output, kill_at):
     os.environ.clear()
     os.environ.update(env)
-    os.setsid()
-    os.dup2(os.open(os.devnull if os.path.isfile(output) else output, os.O_RDWR), 0)
-    os.dup2(os.open(output, os.O_WRONLY), 1)
-    os.dup2(1, 2)
-    sys.stdin, changes = open(0), itertools.count()
+    for descriptor, name in enumerate((os.devnull, output, output)):
+        os.dup2(os.open(name, os.O_RDWR | os.O_APPEND), descriptor)
+    changes = itertools.count()
     pwd.getpwuid = lambda _: types.SimpleNamespace(pw_dir=env["HOME_OF_USER"])
     def count(event, _):
         if (event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "subprocess.Popen")
@@ -7790,17 +7571,14 @@ class Installation(Home):
         if program:
             return self.run(*words, program=program, check=status, env=env,
                             stderr=subprocess.STDOUT, cwd=str(self.root)).stdout
-        self.note("output", "")
-        ended = self.fork(words, env, str(self.stand_ins / "output"), kill_at)
-        printed = (self.stand_ins / "output").read_text()
+        output = self.put(self.stand_ins / "output", b"")
+        request = words, {**self.env, **dict(env)}, str(output), kill_at
+        print(json.dumps(request), file=zygote().stdin, flush=True)
+        ended = os.waitstatus_to_exitcode(int(zygote().stdout.readline()))
+        printed = output.read_text()
         if "Traceback" in printed or ended not in (status, kill_at is not None and -9):
             raise AssertionError(f"{words}: status {ended}\n{printed}")
         return printed if kill_at is None else ended == -9
-
-    def fork(self, words, env, output, kill_at=None):
-        request = words, {**self.env, **dict(env)}, output, kill_at
-        print(json.dumps(request), file=zygote().stdin, flush=True)
-        return os.waitstatus_to_exitcode(int(zygote().stdout.readline()))
 
     def rrouter(self, *arguments):
         """Run the installed program; return what it printed."""
@@ -7848,22 +7626,18 @@ class InstallTest(unittest.TestCase):
 class ServiceFilesTest(InstallTest):
 
     def test_the_files_of_the_repository_are_those_that_are_installed(self):
-        """A new default config.json is added to SHIPPED, and none is removed."""
+        """A new default config.json is added to OLD_DEFAULTS, and none is removed."""
         for name, text in rrouter.SERVICE_FILES.items():
             self.assertEqual((HERE / name).read_text(encoding="utf-8"), text, name)
-        self.assertIn(rrouter.digest(DEFAULT_FILE)[:16], rrouter.SHIPPED)
+        self.assertIn(rrouter.digest(DEFAULT_FILE)[:16], rrouter.OLD_DEFAULTS)
 
-    def test_they_restart_and_stop_as_promised(self):
+    def test_they_give_a_taken_port_up_and_running_streams_their_time(self):
         unit, agent = rrouter.SERVICE_FILES.values()
-        numbers = {name: int(value) for name, value in re.findall(r"(?m)^(\w+)=([0-9]+)$", unit)}
-        agent = plistlib.loads(agent.encode())
-        self.assertIn("\nRestart=on-failure\n", unit)
-        self.assertEqual((numbers["RestartPreventExitStatus"], agent["KeepAlive"]),
-                         (2, {"SuccessfulExit": False}))
-        # All the starts that are allowed fit into their interval: a taken port ends in `failed`.
-        self.assertLess(numbers["RestartSec"] * numbers["StartLimitBurst"],
-                        numbers["StartLimitIntervalSec"])
-        self.assertGreater(min(numbers["TimeoutStopSec"], agent["ExitTimeOut"]), rrouter.DRAIN_S)
+        seconds = {name: int(value) for name, value in re.findall(r"(?m)^(\w+)=([0-9]+)$", unit)}
+        self.assertLess(seconds["RestartSec"] * seconds["StartLimitBurst"],
+                        seconds["StartLimitIntervalSec"])       # else it restarts for ever
+        self.assertGreater(min(seconds["TimeoutStopSec"],
+                               plistlib.loads(agent.encode())["ExitTimeOut"]), rrouter.DRAIN_S)
 
     @unittest.skipUnless(shutil.which("systemd-analyze"), "systemd-analyze is not here")
     def test_systemd_finds_nothing_wrong_with_the_unit(self):
@@ -7881,20 +7655,12 @@ class ProgramTest(InstallTest):
         self.home = self.installation()
         self.program = self.home.program
 
-    def call(self, function, *arguments, text=STUB, **env):
-        """Return what a function of rrouter returns; `text` is taken as its source."""
-        code = ("import os, sys, types; sys.path.insert(0, sys.argv[1])\nimport rrouter\n"
-                "rrouter.__loader__ = types.SimpleNamespace(get_source=lambda _: sys.argv[2])\n"
-                "rrouter.STABLE_DIRECTORIES = '/no', os.environ.get('STABLE', '/no')\n"
-                "print(repr(getattr(rrouter, sys.argv[3])(*sys.argv[4:])))")
-        return ast.literal_eval(self.home.do("-c", code, os.path.dirname(compiled()), text,
-                                             function, *arguments, program=[light_python()],
-                                             env=env))
-
     def write(self, interpreter):
-        """Write ~/bin/rrouter with this interpreter in its first line; return its bytes."""
-        content = self.call("program_bytes", str(interpreter))
-        return self.home.put(self.program, content, 0o755).read_bytes()
+        """Write ~/bin/rrouter, STUB with this interpreter in its first line; return its bytes."""
+        loader = types.SimpleNamespace(get_source=lambda _: STUB)
+        with unittest.mock.patch.object(rrouter, "__loader__", loader):
+            return self.home.put(self.program, rrouter.program_bytes(str(interpreter)),
+                                 0o755).read_bytes()
 
     def test_any_interpreter_runs_it_and_check_names_the_one_that_is_gone(self):
         for name in ("my pythons", "l" * 120):
@@ -7908,35 +7674,35 @@ class ProgramTest(InstallTest):
             shutil.rmtree(python.parent)
             self.assertIn(f"fail  {line}", self.home.do("check", status=1))
 
-    def test_after_an_upgrade_of_python_the_source_runs_and_an_old_one_is_refused(self):
+    def test_it_runs_no_file_beside_it_and_its_source_after_an_upgrade_of_python(self):
         content = self.write(light_python())
         self.assertEqual(content.partition(b"\n")[0], b"#!" + light_python().encode())
         with zipfile.ZipFile(self.program) as archive:
             module = archive.read("rrouter.pyc")
         self.assertEqual(module[4:8], b"\1\0\0\0")      # no time stamp, no look at the source
-        self.home.put(self.program, content.replace(module[:4], b"\0\0\r\n"), 0o755)
-        self.assertEqual(self.home.rrouter("x"), "rrouter 0.0.1 did x\n")
-        for version in ((2, 7), (3, 8)):
-            code = f"import sys; sys.version_info = {version}; exec(sys.argv[1])"
-            self.assertEqual(self.home.do("-c", code, rrouter.ZIP_MAIN, program=PYTHON, status=1),
-                             "rrouter: Python %d.%d is too old: run install.sh again\n" % version)
-
-    def test_no_file_beside_it_is_run(self):
-        self.write(light_python())
         for name in ("json.py", "argparse.py", "rrouter.py"):
             self.home.put(self.program.parent / name, b"raise SystemExit('run')")
-        self.assertEqual(self.home.rrouter("x"), "rrouter 0.0.1 did x\n")
+        for text in content, content.replace(module[:4], b"\0\0\r\n"):
+            self.home.put(self.program, text, 0o755)
+            self.assertEqual(self.home.rrouter("x"), "rrouter 0.0.1 did x\n")
+        code = "import sys; sys.version_info = (3, 8); exec(sys.argv[1])"
+        self.assertEqual(self.home.do("-c", code, rrouter.ZIP_MAIN, program=PYTHON, status=1),
+                         "rrouter: Python 3.8 is too old: run install.sh again\n")
 
     def test_it_names_an_interpreter_that_lasts(self):
-        stable, mine = self.home.root / "python3", self.home.root / "mine"
+        real, (stable, mine, none) = os.path.realpath(sys.executable), (
+            str(self.home.root / name) for name in ("stable", "mine", "none"))
         for path in (stable, mine):
-            path.symlink_to(os.path.realpath(sys.executable))
-        self.assertEqual(
-            [self.call("stable_interpreter", STABLE=str(self.home.root), PYTHON=name)
-             for name in (str(mine), "/bin/sh", "")], [str(mine), str(stable), str(stable)])
-        chosen = self.call("stable_interpreter", PYTHON="")     # not the virtual environment
-        self.assertEqual((os.path.realpath(chosen), chosen == light_python()),
-                         (os.path.realpath(sys.executable), False))
+            os.symlink(real, path)
+        for python, link, chosen in ((mine, stable, mine), ("/bin/sh", stable, stable),
+                                     ("", none, real)):
+            with unittest.mock.patch.multiple(rrouter, STABLE_LINKS=(none, link)), \
+                    unittest.mock.patch.multiple(
+                        sys, executable=light_python(), prefix="/a virtual environment"), \
+                    unittest.mock.patch.dict(os.environ, PYTHON=python):
+                found = rrouter.stable_interpreter()
+            self.assertEqual(os.path.realpath(found) if chosen == real else found, chosen)
+            self.assertNotEqual(found, light_python())
 
 
 class InstallScriptTest(InstallTest):
@@ -7953,47 +7719,36 @@ class InstallScriptTest(InstallTest):
             b"import sys\nprint(*sys.argv[1:], sys.executable)").parent
         shutil.copy(HERE / "install.sh", self.clone)
         # An interpreter that believes to be 3.8.
-        self.python("python3", f'exec "{sys.executable}" -c \'import sys; sys.version_info = '
-                               '(3, 8, 18); exec(sys.argv[1])\' "$4"\n')
-        self.python("python3.13", "echo 'no such version' >&2; exit 127\n")
-
-    def python(self, name, code=f'exec "{sys.executable}" "$@"\n'):
-        self.home.note(name, "#!/bin/sh\n" + code)
+        code = "import sys; sys.version_info = (3, 8, 18); exec(sys.argv[1])"
+        self.home.note("python3", f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$4"\n')
+        self.home.note("python3.13", "#!/bin/sh\necho 'no such version' >&2; exit 127\n")
 
     def script(self, *options, shell="sh", **how):
         program, *words = shell.split()
         return self.home.do(*options, program=[shutil.which(program), *words,
                                                str(self.clone / "install.sh")], **how)
 
-    OPTIONS = (
-        # options                        what rrouter.py gets
-        ((),                             "install"),
-        (("--claude", "--dry-run"),      "install --claude --dry-run"),
-        (("--dry-run", "--uninstall"),   "uninstall --dry-run"),
-        (("two words", "--purge"),       "install two words --purge"),
-    )
-
     def test_a_python_that_will_do_gets_the_options_in_every_shell(self):
-        self.python("python3.12")           # a shim, which is not what is printed
+        # A shim, which is not what is printed.
+        self.home.note("python3.12", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         for shell in ("sh", "bash --posix", "busybox sh", "zsh --emulate sh"):
-            for options, words in self.OPTIONS if shutil.which(shell.split()[0]) else ():
-                with self.subTest(shell=shell, options=options):
+            for options, words in (((), "install"),
+                                   (("two words", "--claude"), "install two words --claude"),
+                                   (("--purge", "--uninstall"), "uninstall --purge")):
+                if shutil.which(shell.split()[0]):
                     self.assertEqual(self.script(*options, shell=shell),
-                                     f"{words} {sys.executable}\n")
+                                     f"{words} {sys.executable}\n", (shell, options))
         self.assertRegex(self.script("-h"), r"^Usage: ./install\.sh")
 
-    def test_without_a_usable_one_all_that_were_found_are_named(self):
-        if any(map(os.path.exists, ("/usr/local/bin/python3", "/opt/homebrew/bin/python3"))):
-            self.skipTest("one is always here")
-        said = self.script(status=1)
-        for says in ("3.9 or newer", "stand-ins/python3: is Python 3.8",
-                     "python3.13: no such version", "PYTHON"):
-            self.assertIn(says, said)
-
-    def test_the_variable_overrides_the_search(self):
+    def test_the_variable_overrides_the_search_which_names_all_that_were_found(self):
         for value, says in (("python3", "is Python 3.8"), ("/no/python", "not a program")):
             self.assertIn(says, self.script(status=1, env={"PYTHON": value}))
         self.assertEqual(self.script(env={"PYTHON": sys.executable}), f"install {sys.executable}\n")
+        if not any(map(os.path.exists, ("/usr/local/bin/python3", "/opt/homebrew/bin/python3"))):
+            said = self.script(status=1)
+            for says in ("3.9 or newer", "stand-ins/python3: is Python 3.8",
+                         "python3.13: no such version", "PYTHON"):
+                self.assertIn(says, said)
 
 
 class InstalledLifeTest(InstallTest):
@@ -8004,17 +7759,16 @@ class InstalledLifeTest(InstallTest):
         copied = shutil.copy(RROUTER, home.root / "copied.py")
         said = home.do("install", "--claude", program=[*PYTHON, copied])
         os.unlink(copied)
-        for says in (f"\nrrouter {rrouter.__version__} is installed as {home.program}\n",
-                     "\nno service, because service managers serve your home directory",
-                     "\nok    daemon: ", "\nfail  upstream: ", "hint: ~/bin is not in PATH",
-                     f"\nnext: {home.program} status\n"):
-            self.assertIn(says, said)
+        self.assertRegex(said, (
+            rf"(?s)\nrrouter {rrouter.__version__} is installed as {home.program}\n"
+            "no service, because service managers serve your home directory.*\nok    daemon: .*"
+            rf"\nfail  upstream: .*hint: ~/bin is not in PATH.*\nnext: {home.program} status\n"))
         first = home.health()
         self.assertEqual((first["startedBy"], first["mode"], first["problems"]),
                          ("start", "auto", []))
-        self.assertEqual([stat.S_IMODE(path.stat().st_mode) for path in (
+        self.assertEqual([oct(path.stat().st_mode)[-3:] for path in (
             home.dir, home.dir / "mode", home.dir / "install.json", home.program)],
-            [0o700, 0o600, 0o600, 0o755])
+            ["700", "600", "600", "755"])
         self.assertFalse((home.dir / "config.json").exists())
         self.assertEqual(home.do("-c", home.claude()["statusLine"]["command"], program=["sh"]),
                          "auto → antigravity\n")
@@ -8033,7 +7787,12 @@ class InstalledLifeTest(InstallTest):
                       said)
         removed = (home.settings, home.settings.parent, home.program, home.program.parent)
         self.assertIn(f"\nremoved: {', '.join(map(str, removed))}\n", said)
-        self.assertEqual((home.tree(data=False), home.read("mode")), ({}, "claude\n"))
+        self.assertEqual((home.tree(data=False), home.read("mode"), home.health()),
+                         ({}, "claude\n", None))
+        with socket.create_server(("127.0.0.1", home.port)):
+            said = home.do("install", program=[*PYTHON, RROUTER], status=1,
+                           env={"RROUTER_PORT": str(home.port)})
+        self.assertRegex(said, f"\nrrouter: .*{home.port}.*\n\\Z")
 
 
 class ServiceManagerTest(InstallTest):
@@ -8063,8 +7822,7 @@ class ServiceManagerTest(InstallTest):
             self.assertIn(f"would stop the service of {manager}", home.do("uninstall", "--dry-run"))
             self.assertEqual((home.asked(), home.health()["startedBy"]), ([], manager))
             home.do("uninstall", "--purge")
-            self.assertEqual((home.asked(), home.tree(), home.health()),
-                             ([stop, stop], {}, None))
+            self.assertEqual((home.asked(), home.tree(), home.health()), ([stop], {}, None))
 
     CONFIGS = (
         # XDG_CONFIG_HOME of the manager, of the installing shell, of the uninstalling one
@@ -8086,22 +7844,21 @@ class ServiceManagerTest(InstallTest):
             self.assertEqual((home.asked(), home.tree()), (["--user stop rrouter.service"], {}))
 
     def test_a_try_out_touches_neither_the_manager_nor_the_files_of_the_real_home(self):
-        for manager in self.ORDERS:
-            real, home = self.installation(manager), self.installation()
-            real.do("install", "--claude")
-            before, _ = real.tree(), real.asked()
-            home.env.update(PATH=real.env["PATH"], HOME_OF_USER=str(real.home),
-                            XDG_CONFIG_HOME=str(real.home / ".config"))
-            claude = {"CLAUDE_CONFIG_DIR": str(real.settings.parent)}
-            self.assertIn("settings.json is not in HOME=",
-                          home.do("install", "--claude", env=claude, status=2))
-            self.assertIn("\nno service, because service managers serve your home directory, ",
-                          home.do("install", env=claude))
-            home.do("install", "--claude")
-            home.do("restart")
-            home.do("uninstall", "--purge", env=claude)
-            self.assertEqual((real.tree(), (real.stand_ins / "asked").read_text(), home.tree()),
-                             (before, "", {}))
+        real, home = self.installation("systemd"), self.installation()
+        real.do("install", "--claude")
+        before, _ = real.tree(), real.asked()
+        home.env.update(PATH=real.env["PATH"], HOME_OF_USER=str(real.home),
+                        XDG_CONFIG_HOME=str(real.home / ".config"))
+        claude = {"CLAUDE_CONFIG_DIR": str(real.settings.parent)}
+        self.assertIn("settings.json is not in HOME=",
+                      home.do("install", "--claude", env=claude, status=2))
+        self.assertIn("\nno service, because service managers serve your home directory, ",
+                      home.do("install", env=claude))
+        home.do("install", "--claude")
+        home.do("restart")
+        home.do("uninstall", "--purge", env=claude)
+        self.assertEqual((real.tree(), (real.stand_ins / "asked").read_text(), home.tree()),
+                         (before, "", {}))
 
     def test_a_manager_that_does_not_answer_is_a_sentence_and_finds_no_unit_in_the_end(self):
         home = self.installation("systemd")
@@ -8135,22 +7892,72 @@ class ServiceManagerTest(InstallTest):
 
 
 class ForeignFilesTest(InstallTest):
-    """What others have put in the places of the installation."""
+    """What others have put in the places of the installation, and what is left of it in the end."""
 
-    def test_another_program_of_that_name_comes_back(self):
-        for make in (lambda path: path.write_bytes(b"\x7fELF\0\xff"),
-                     lambda path: path.symlink_to("/no/such/rrouter"),
-                     lambda path: path.symlink_to("../clone.py")):
-            home = self.installation()
-            home.put(home.home / "clone.py", b'\n"""rrouter: a local router between')
-            home.program.parent.mkdir()
-            make(home.program)
-            before = home.tree()
-            self.assertIn(f"keep the old {home.program} as ", home.do("install"))
-            home.do("install")
-            self.assertEqual(home.rrouter("x"), "rrouter 0.0.1 did x\n")
-            home.do("uninstall", "--purge")
-            self.assertEqual(home.tree(), before)
+    PROGRAM, UNIT = "bin/rrouter", ".config/systemd/user/rrouter.service"
+    CONFIG, RECORD = ".rrouter/config.json", ".rrouter/install.json"
+    RULES, DEFAULTS = '{"modes": {"a": {"mappings": []}}}', DEFAULT_FILE.decode()
+    OURS = rrouter.SERVICE_FILES["rrouter.service"]
+    OTHERS = {"bin/other.1.2.tmp": "", "bin/rrouter.tmp": "", "bin/rrouter.x.1.tmp": ""}
+    SITUATIONS = (
+        # files before ("->": a link), commands and writes (None: remove), files after (those of
+        # note, while rrouter is installed), what the last command prints
+        ({PROGRAM: "\x7fELF"}, "iiu", {PROGRAM: "\x7fELF"}, "put the old .*/bin/rrouter back"),
+        ({PROGRAM: "-> /no/such"}, "iiu", {PROGRAM: "-> /no/such"}, "."),
+        ({PROGRAM: "-> ../x", "x": "mine"}, "iiu", {PROGRAM: "-> ../x", "x": "mine"}, "."),
+        ({}, ("i", {PROGRAM: "mine"}, "u"), {PROGRAM: "mine"},
+         r"stays: (.*/bin/rrouter) \(changed since it was installed, or never replaced\): rm '\1'"),
+        ({PROGRAM: "1st"}, ("i", {PROGRAM: "2nd"}, "u"),
+         {PROGRAM: "2nd", PROGRAM + ".bak": "1st"}, "bak-.* .what was there before.: rm "),
+        ({PROGRAM: "1st"}, ("i", {PROGRAM: "3rd"}, "iu"),
+         {PROGRAM: "3rd", PROGRAM + ".bak": "1st"}, "."),
+        ({}, ("i", {UNIT: "mine"}, "i"), {UNIT: OURS}, "keep the old .*service as "),
+        ({}, ("i", {UNIT: "mine"}, "iu"), {UNIT + ".bak": "mine"}, "."),
+        ({}, ("i", {RECORD: None, ".config/rrouter.env": None}, "iu"), {}, "."),
+        ({UNIT: OURS}, "iu", {}, "."),
+        ({PROGRAM: "x", UNIT: OURS}, "u", {PROGRAM: "x", UNIT: OURS},
+         r"removed: nothing\nstays: (.*/rrouter) \(not recorded as installed\): rm '\1'\nstays: "),
+        ({}, ("i", {**OTHERS, "bin/rrouter.1.2.tmp": ""}, "u"), OTHERS, "."),
+        ({".rrouter": "-> real", "real/mine": "x"}, "iu",
+         {".rrouter": "-> real", "real/mine": "x", "real/install.json": None}, "stays: .*: rm -r"),
+        ({CONFIG: RULES}, "i", {CONFIG: RULES}, r"\A(?!(?s:.*)set the mode)"),
+        ({CONFIG: DEFAULTS}, "i", {CONFIG: None, CONFIG + ".bak": DEFAULTS},
+         "move .*, which holds nothing but defaults, "),
+    )
+
+    def write(self, home, files):
+        for name, text in files.items():
+            path = home.home / name
+            if text is None:
+                path.unlink()
+            elif text.startswith("-> "):
+                path.parent.mkdir(exist_ok=True)
+                path.symlink_to(text[3:])
+            else:
+                home.put(path, text.encode(), 0o755)
+
+    def left(self, home):
+        """Return all files and links; the time of a backup is left out of its name."""
+        return {re.sub(r"\.bak-.*", ".bak", name): (
+                    f"-> {content}" if isinstance(content, str) else content.decode("latin-1"))
+                for name, (_, content) in home.tree().items() if content is not None}
+
+    def test_what_is_not_ours_stays_or_comes_back(self):
+        for before, steps, after, says in self.SITUATIONS:
+            with self.subTest(before=[*before], steps=steps):
+                home, said = self.installation("systemd"), ""
+                self.write(home, before)
+                for step in steps:
+                    if isinstance(step, dict):
+                        self.write(home, step)
+                        continue
+                    for letter in step:
+                        said = home.do(*["install"] if letter == "i" else ["uninstall", "--purge"])
+                self.assertRegex(said, says)
+                left = self.left(home)
+                if step[-1] == "i" or ".rrouter" in before:
+                    left = {name: left.get(name) for name in after}
+                self.assertEqual(left, after)
 
     def test_it_stays_in_its_place_on_a_full_disk(self):
         home = self.installation()
@@ -8159,39 +7966,6 @@ class ForeignFilesTest(InstallTest):
         self.assertIn("ile too large", home.do("install", program=shell, status=1))
         self.assertEqual([path.read_bytes() for path in home.program.parent.iterdir()],
                          [b"the old one"])
-
-    def test_what_was_changed_is_kept_and_named_and_rules_stay(self):
-        home, rules = self.installation("systemd"), '{"modes": {"a": {"mappings": []}}}'
-        home.write("config.json", rules)
-        home.do("install")
-        self.assertEqual((home.read("config.json"), (home.dir / "mode").exists()), (rules, False))
-        patched = home.program.read_bytes() + b"patched"
-        home.put(home.program, patched, 0o755)
-        home.put(home.unit, home.unit.read_bytes() + b"# mine\n")
-        self.assertIn(f"keep the old {home.unit} as ", home.do("install"))
-        kept = sorted(path.read_bytes()[-7:] for path in home.home.rglob("*.bak-*"))
-        self.assertEqual(kept, [b"# mine\n", b"patched"])
-        home.put(home.program, patched, 0o755)
-        self.assertIn(f"stays: {home.program} (changed since it was installed, or never replaced): "
-                      f"rm '{home.program}'\n", home.do("uninstall", "--purge"))
-        self.assertEqual(home.program.read_bytes(), patched)
-        self.assertEqual(len(list(home.home.rglob("*.bak-*"))), 2)
-
-    def test_a_file_that_came_after_ours_is_not_replaced_by_an_older_one(self):
-        home = self.installation()
-        home.put(home.program, b"the first", 0o755)
-        home.do("install")
-        home.put(home.program, b"the second", 0o755)
-        said = home.do("uninstall", "--purge")
-        self.assertRegex(said, f"stays: {home.program}.bak-.* .what was there before.: rm ")
-        self.assertEqual(home.program.read_bytes(), b"the second")
-        home.do("install")
-        home.put(home.program, b"the third", 0o755)
-        home.do("install")
-        home.do("uninstall", "--purge")
-        self.assertEqual(home.program.read_bytes(), b"the third")
-        self.assertEqual(sorted(path.read_bytes() for path in home.program.parent.iterdir()),
-                         [b"the first", b"the second", b"the third"])
 
     def test_what_cannot_be_right_is_refused_and_a_plan_changes_nothing(self):
         home = self.installation("systemd")
@@ -8202,95 +7976,46 @@ class ForeignFilesTest(InstallTest):
         created = re.findall("would create (.*)", plan)
         self.assertIn(str(home.unit.parent), created)
         self.assertEqual(len(created), len(set(created)), created)
-        for name, value in (("RROUTER_PORT", "x"), ("RROUTER_UPSTREAM", "http://h/'")):
-            self.assertIn(f"{name}={value}: ", home.do("install", status=2, env={name: value}))
+        self.assertIn("RROUTER_PORT=x: ",
+                      home.do("install", status=2, env={"RROUTER_PORT": "x"}))
         self.assertEqual((home.tree(), home.asked()), ({}, []))
-        for make in (os.mkdir, os.mkfifo):
-            home.program.parent.mkdir(exist_ok=True)
-            make(home.program)
-            self.assertIn("bin/rrouter: not a regular file: move it away",
-                          home.do("install", status=1))
-            self.assertEqual([*home.tree()], ["bin", "bin/rrouter"])
-            home.program.rmdir() if make is os.mkdir else home.program.unlink()
-        home.program.parent.rmdir()
-        for record in ("{", "[]", '{"files": 1}', '{"files": {"/x": [1]}}', '{"claude": 1}',
+        home.program.mkdir(parents=True)
+        self.assertIn("bin/rrouter: not a regular file: move it away", home.do("install", status=1))
+        self.assertEqual([*home.tree()], ["bin", "bin/rrouter"])
+        for record in ("{", "[]", '{"files": 1}', '{"files": {"/x": [1]}}', '{"directories": 1}',
                        '{"settings": {"/x": 1}}', '{"settings": {"/x": {"env": ["", "x"]}}}',
-                       '{"directories": [], "files": {"/x": {"sha256": 1, "backup": 1}}}',
                        '{"files": {"/another home/bin/rrouter": ["", "its digest"]}}'):
             home.write("install.json", record)
             for command in ("install", "uninstall"):
                 self.assertIn("install.json: not what rrouter wrote", home.do(command, status=1))
-        self.assertEqual([*home.tree()], [".rrouter", ".rrouter/install.json"])
         if os.getuid() == 0:
             os.chown(home.home, 1, 1)
             self.assertIn("run this without sudo", home.do("install", status=1))
 
-    def test_an_uninstallation_without_a_record_removes_nothing_and_says_what_it_found(self):
-        home = self.installation("systemd")
-        home.put(home.program, rrouter.ZIP_MAIN.encode(), 0o755)
-        home.put(home.unit, rrouter.SERVICE_FILES["rrouter.service"].encode())
-        home.put(home.settings, b'{"env": {"ANTHROPIC_BASE_URL": "http://localhost:8316"}}')
-        before = home.tree()
-        said = home.do("uninstall", "--purge")
-        for says in ("install.json names no file", "removed: nothing\n",
-                     f"stays: {home.program} (not recorded as installed): rm '{home.program}'\n",
-                     f"stays: {home.unit} (not", f"stays: {home.settings} sends Claude Code to "):
-            self.assertIn(says, said)
-        self.assertEqual((home.tree(), home.asked()), (before, []))
-
-    def test_temporary_files_of_killed_commands_go_and_all_others_stay(self):
-        home = self.installation()
-        home.do("install", "--claude")
-        for name in ("rrouter.12.34.tmp", "rrouter.tmp", "rrouter.x.1.tmp", "other.12.34.tmp"):
-            home.put(home.program.with_name(name), b"")
-            home.put(home.settings.with_name(name.replace("rrouter", "settings.json")), b"")
-        home.do("uninstall", "--purge")
-        self.assertEqual(sorted(path.name for path in home.home.rglob("*.tmp")), [
-            "other.12.34.tmp", "other.12.34.tmp", "rrouter.tmp", "rrouter.x.1.tmp",
-            "settings.json.tmp", "settings.json.x.1.tmp"])
-
-    def test_a_linked_data_directory_is_emptied_of_the_record_alone(self):
-        home = self.installation()
-        real = home.put(home.home / "else where" / "mine", b"").parent
-        home.dir.symlink_to(real)
-        home.do("install")
-        said = home.do("uninstall", "--purge")
-        self.assertIn(f"stays: {real} (where {home.dir} led): rm -r '{real}'\n", said)
-        self.assertFalse(home.dir.is_symlink() or (real / "install.json").exists())
-        self.assertTrue((real / "mine").exists() and (real / "mode").exists())
-
     def test_an_installation_of_5_0_0_is_upgraded_and_uninstalled(self):
-        """In turn: by itself, and after an upgrade; the last has neither record nor settings."""
-        program = STUB.replace("0.0.1", "5.0.0").encode()
-        for is_upgraded, is_recorded in ((False, True), (True, True), (True, False)):
-            home, unit = self.installation("systemd"), rrouter.SERVICE_FILES["rrouter.service"]
-            home.put(home.program, program, 0o755)
-            home.put(home.unit, unit.encode())
-            home.put(home.dir / "config.json", DEFAULT_FILE)
-            if is_recorded:
-                home.put(home.settings, json.dumps(
-                    {"model": "opus", "env": {"ANTHROPIC_BASE_URL": home.url}}).encode())
-                home.put(home.settings.with_name("backup"), b'{"model" : "opus"}')
-                home.write("install.json", json.dumps({
-                    "files": {str(path): {
-                        "backup": None, "sha256": [rrouter.digest(path.read_bytes())]}
-                        for path in (home.program, home.unit)},
-                    "directories": [str(home.home / name) for name in (
-                        "bin", ".config", ".config/systemd", ".config/systemd/user")],
-                    "claude": {"before": {}, "written": [home.url],
-                               "sha256": rrouter.digest(home.settings.read_bytes()),
-                               "backup": str(home.settings.with_name("backup"))}}))
+        for is_upgraded in (False, True):
+            home = self.installation("systemd")
+            link = home.unit.parent / "default.target.wants" / home.unit.name
+            files = {home.program: STUB.replace("0.0.1", "5.0.0"), home.unit: "[Unit] of 5.0.0",
+                     home.settings: json.dumps(
+                         {"model": "opus", "env": {"ANTHROPIC_BASE_URL": home.url}})}
+            digests = {str(home.put(path, text.encode(), 0o755)): rrouter.digest(text.encode())
+                       for path, text in files.items()}
+            claude = {"before": {}, "written": [home.url], "sha256": digests[str(home.settings)],
+                      "backup": str(home.put(home.settings.with_name("old"), b'{"model" : 1}'))}
+            link.parent.mkdir()
+            link.symlink_to(home.unit)      # as `systemctl enable` did
+            home.write("install.json", json.dumps({
+                "files": {str(path): {"backup": None, "sha256": [digests[str(path)]]}
+                          for path in (home.program, home.unit)},
+                "directories": [str(home.home / name) for name in (
+                    "bin", ".config", ".config/systemd", ".config/systemd/user")],
+                "claude": claude}))
             if is_upgraded:
                 self.assertIn(f"{home.program} (before: 5.0.0)\n", home.do("install"))
-                self.assertEqual([path.read_bytes() for path in home.dir.glob("config.json*")],
-                                 [DEFAULT_FILE])
-                self.assertFalse((home.dir / "config.json").exists())
             home.do("uninstall", "--purge")
-            if is_recorded:
-                self.assertEqual([*home.tree()], [".claude", ".claude/settings.json"])
-                self.assertEqual(home.settings.read_bytes(), b'{"model" : "opus"}')
-            else:                           # not certain to be ours
-                self.assertEqual(home.program.read_bytes(), program)
+            self.assertEqual(self.left(home), {".claude/settings.json": '{"model" : 1}'})
+            self.assertEqual([*home.tree()], [".claude", ".claude/settings.json"])
 
 
 class ClaudeSettingsTest(InstallTest):
@@ -8301,10 +8026,9 @@ class ClaudeSettingsTest(InstallTest):
         # settings, member, what becomes of the settings
         ("{\n}\n",         "x",     '{\n  "x": 0\n}\n'),
         ("\ufeff {}",      "x",     '\ufeff {"x": 0}'),
-        ('{"a":[1.50]}',   "x",     '{"a":[1.50], "x": 0}'),
+        ('{"a":[1.50]}',   "x",     '{"x": 0,"a":[1.50]}'),
         ('{"x" : "}"\n}',  "x",     '{"x" : 0\n}'),
-        (TABS,             "env.x", TABS.replace('"1"', '"1",\r\n\t\t"x": 0')),
-        (TABS,             "x",     TABS[:-3] + ',\r\n\t"x": 0\r\n}'),
+        (TABS,             "env.x", TABS.replace('\t"A"', '\t"x": 0,\r\n\t\t"A"')),
         ('{"env": {}, "env": {"x": [1e-7, 2]}}', "env.x", '{"env": {}, "env": {"x": 0}}'),
         ('{"env": {\n}}',  "env.x", '{"env": {\n  "x": 0\n}}'),
         ("{}",             "env.x", "{}"),
@@ -8315,10 +8039,9 @@ class ClaudeSettingsTest(InstallTest):
             text, old = rrouter.edit_member(before, name, "0")
             self.assertEqual(text, after)
             self.assertEqual(rrouter.edit_member(text, name, old)[0], before)
-        for name, after in (("a", '{\n "b": 2}'), ("b", '{"a": 1 }')):
-            text = '{"a": 1 ,\n "b": 2}'
-            self.assertEqual(rrouter.edit_member(text, name, None),
-                             (after.replace("1 }", "1}"), {"a": "1", "b": "2"}[name]))
+        for name, after in (("a", '{\n "b": 2}'), ("b", '{"a": 1}')):
+            self.assertEqual(rrouter.edit_member('{"a": 1 ,\n "b": 2}', name, None),
+                             (after, {"a": "1", "b": "2"}[name]))
 
     CHANGES = (
         # settings before, what is added after the installation, what is left in the end
@@ -8327,8 +8050,6 @@ class ClaudeSettingsTest(InstallTest):
         ('\ufeff{"env":{"ANTHROPIC_BASE_URL":"x"},"z":[1.50,1e999]}', {}, ...),
         ('{"statusLine": {"command": "mine"}, "env": {}}', {}, ...),
         (None,                               {"model": "x"},       '{"model": "x"}'),
-        ('{"env": {"ANTHROPIC_BASE_URL": "y"}}', {"model": "x"},
-         '{"env": {"ANTHROPIC_BASE_URL": "y"}, "model": "x"}'),
         ('{"a": 1}',                         {"env": {"B": "z"}},  '{"a": 1, "env": {"B": "z"}}'),
         ('{"a": 1}',                         {"statusLine": 2},    '{"a": 1, "statusLine": 2}'),
         ('{"env": {"ANTHROPIC_BASE_URL": "y"}}', {"env": {"ANTHROPIC_BASE_URL": "new"}},
@@ -8369,10 +8090,7 @@ class ClaudeSettingsTest(InstallTest):
             self.assertEqual(home.tree(), {".claude": (0o755, None),
                                            ".claude/settings.json": (mode, content)})
             home.settings.unlink()
-
-    def test_the_record_and_the_program_stay_while_something_cannot_be_taken_back(self):
-        home = self.installation()
-        home.do("install", "--claude")
+        home.do("install", "--claude")      # nor does the program go while they cannot be edited
         good = home.settings.read_bytes()
         home.put(home.settings, b"{")
         said = home.do("uninstall", "--purge", status=1)
@@ -8381,7 +8099,7 @@ class ClaudeSettingsTest(InstallTest):
         self.assertTrue(home.program.exists() and (home.dir / "install.json").exists())
         home.put(home.settings, good)
         home.do("uninstall", "--purge")
-        self.assertEqual(home.tree(), {})
+        self.assertEqual([*home.tree()], [".claude"])       # it was there before
 
     def test_a_link_stays_one_and_the_record_knows_the_directory(self):
         home = self.installation()
@@ -8400,32 +8118,27 @@ class ClaudeSettingsTest(InstallTest):
 
     OURS = "localhost,127.0.0.1,::1"
     PROXIES = (
-        # environment,                          typed,   NO_PROXY in the settings
-        ({},                                    None,    None),
-        ({"HTTPS_PROXY": "http://p"},           b"\n",   OURS),
-        ({"http_proxy": "p", "NO_PROXY": "a"},  b"y\n",  "a," + OURS),
-        ({"ALL_PROXY": "http://p"},             b"no\n", None),
-        ({"ALL_PROXY": "http://p"},             b"\4",   None),
-        ({"https_proxy": "p", "no_proxy": "b, localhost"}, None, None),
+        # environment,                          typed,    NO_PROXY for the settings
+        ({},                                    "unread", None),
+        ({"HTTPS_PROXY": "http://p"},           "",       OURS),
+        ({"http_proxy": "p", "NO_PROXY": "a"},  "y",      "a," + OURS),
+        ({"ALL_PROXY": "http://p"},             "no",     None),
+        ({"ALL_PROXY": "http://p"},             EOFError, None),
+        ({"https_proxy": "p", "no_proxy": "b, localhost"}, "unread", None),
     )
 
-    def test_no_proxy_is_offered_where_a_proxy_is_set(self):
+    def test_no_proxy_is_offered_on_a_terminal_where_a_proxy_is_set(self):
+        terminal = unittest.mock.Mock(**{"isatty.return_value": True})
         for env, typed, value in self.PROXIES:
-            home, (ours, its), said = self.installation(), pty.openpty(), b""
-            os.write(ours, typed or b"")
-            home.fork(("install", "--claude"), env, os.ttyname(its))
-            while b"next: " not in said:
-                said += os.read(ours, 65536)
-            os.close(ours)
-            os.close(its)
-            self.assertEqual(b"write it? [Y/n]" in said, typed is not None, said)
-            self.assertEqual(home.claude()["env"].get("NO_PROXY"), value)
-            home.do("uninstall", "--purge")
-            self.assertEqual(home.tree(), {})
-        said = home.do("install", "--claude", env={"HTTPS_PROXY": "http://p"})      # no terminal
-        self.assertIn(f'HTTPS_PROXY is set, so Claude Code needs "NO_PROXY": "{self.OURS}" in its '
-                      "env: add it", said)
-        self.assertNotIn("NO_PROXY", home.settings.read_text())
+            for place in ({"env": env}, {}):        # the settings; the environment
+                with unittest.mock.patch.dict(os.environ, env if place == {} else {}, clear=True), \
+                        unittest.mock.patch.multiple(sys, stdin=terminal, stdout=terminal), \
+                        unittest.mock.patch("builtins.input", side_effect=[typed]) as asked:
+                    offered = rrouter.offer_no_proxy(json.dumps(place))
+                self.assertEqual((offered.get("env.NO_PROXY"), asked.called),
+                                 (value, typed != "unread"))
+        with unittest.mock.patch.dict(os.environ, HTTPS_PROXY="http://p"):
+            self.assertEqual(rrouter.offer_no_proxy("{}") if not sys.stdin.isatty() else {}, {})
 
     @unittest.skipUnless(PROC, "no /proc here")
     def test_processes_that_still_point_here_are_named(self):
@@ -8483,22 +8196,6 @@ class InterruptedInstallTest(InstallTest):
                 shutil.rmtree(self.home.home)
                 shutil.copytree(start, self.home.home, symlinks=True)
             self.assertGreater(number, 12)
-
-    def test_an_edited_unit_and_port_survive_an_upgrade_that_is_killed(self):
-        self.home.do("install", "--claude")
-        edited = self.home.unit.read_bytes() + b"# edited\n"
-        for number in itertools.count():
-            self.home.put(self.home.unit, edited)
-            port = {"RROUTER_PORT": str(free_port())}
-            is_killed = self.home.do("install", env=port, kill_at=number)
-            self.assertIn(edited, [path.read_bytes() for path in self.home.unit.parent.iterdir()
-                                   if path.is_file()])
-            if not is_killed:
-                break
-            self.home.do("stop")
-        self.home.do("uninstall", "--purge")
-        self.assertEqual(self.home.settings.read_bytes(), self.SETTINGS)
-        self.assertEqual(self.home.program.read_bytes(), b"the old one")
 
 
 # Faults of the machine ########################################################
@@ -8558,7 +8255,7 @@ class FullDiskTest(FaultTest):
         old = all_files(self.home)
         for command, pattern in (
                 (("claude",), r"\.rrouter/mode: .*(large|space).*free space"),
-                (("config", "reset"), r"\.rrouter/config\.json: .*(large|space).*free space"),
+                (("config", "reset"), r"\.rrouter/config\.json.*: .*(large|space).*free space"),
                 (("start",), r"rrouter\.lock: cannot be written: .*free space"),
                 (("serve",), r"rrouter\.lock: cannot be written: .*free space")):
             with self.subTest(command):
@@ -8588,14 +8285,14 @@ class FullDiskTest(FaultTest):
 # While the file exists, each write to a file hangs, as on a disk that does not respond.
 HANGING_WRITES = """
 import os, time
-write, flag = os.write, %r
-def hanging(descriptor, data):
-    while os.path.exists(flag):
-        time.sleep(0.01)
-    return write(descriptor, data)
-os.write = hanging
+def hanging(real):
+    def call(*arguments):
+        while os.path.exists(%r):
+            time.sleep(0.01)
+        return real(*arguments)
+    return call
+os.write, os.fsync = hanging(os.write), hanging(os.fsync)
 """
-HANGING_FSYNC = HANGING_WRITES.replace("write", "fsync").replace("descriptor, data", "descriptor")
 
 
 class HangingDiskTest(FaultTest):
@@ -8605,30 +8302,24 @@ class HangingDiskTest(FaultTest):
         super().setUp()
         self.flag = self.home.root / "the disk hangs"
 
-    def running(self, code):
+    def running(self):
         """Return a rrouter whose disk hangs while `self.flag` exists."""
-        return Running(self.upstream, code=code % str(self.flag), home=self.home)
+        return Running(self.upstream, code=HANGING_WRITES % str(self.flag), home=self.home)
 
-    def test_hanging_log_stops_nothing_and_loses_no_line(self):
-        with self.running(HANGING_WRITES) as router:
+    def test_hanging_log_or_state_stops_nothing_and_is_written_later(self):
+        state = self.home.dir / "state.json"
+        with self.running() as router:
             self.flag.touch()
             self.assert_switches(router)
             self.assertNotIn("SWITCH", router.log())
+            self.assertFalse(state.exists())
             self.flag.unlink()
             router.wait_until(lambda: len(request_lines(router.log())) == 9)
             self.assertEqual(len(re.findall(r"\[AUTO\] SWITCH ", router.log())), 1)
-
-    def test_hanging_state_file_stops_nothing_and_is_written_later(self):
-        with self.running(HANGING_FSYNC) as router:
-            self.flag.touch()
-            self.assert_switches(router)
-            self.assertFalse((self.home.dir / "state.json").exists())
-            self.flag.unlink()
-            state = self.home.dir / "state.json"
             router.wait_until(lambda: state.exists() and "last 503" in state.read_text())
 
     def test_hanging_log_does_not_hold_up_the_end(self):
-        with self.running(HANGING_WRITES) as router:
+        with self.running() as router:
             self.flag.touch()
             self.assertEqual(router.post().status, 200)
             begin = time.monotonic()
@@ -8636,21 +8327,6 @@ class HangingDiskTest(FaultTest):
             self.assertEqual(router.process.wait(WAIT_S), 0)
             self.assertLess(time.monotonic() - begin, 5)
             self.assertFalse((self.home.dir / "rrouter.pid").exists())
-
-    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFO")
-    def test_fifo_that_is_not_read_stops_nothing(self):
-        (self.home.dir / "logs").mkdir(mode=0o700)
-        path = str(self.home.dir / "logs" / "rrouter.log")
-        os.mkfifo(path)
-        for flag in (os.O_RDONLY, os.O_WRONLY):
-            end = os.open(path, flag | os.O_NONBLOCK)
-            self.addCleanup(os.close, end)
-        with contextlib.suppress(BlockingIOError):
-            while True:
-                os.write(end, bytes(4096))
-        with Running(self.upstream, home=self.home) as router:
-            self.assert_switches(router)
-            wait_until(lambda: "log lines are lost" in str(router.health()["problems"]))
 
     def test_line_is_in_the_file_within_a_third_of_a_second(self):
         with Running(self.upstream, home=self.home) as router:
@@ -8709,8 +8385,7 @@ class RightsTest(FaultTest):
         self.home.root.chmod(0o500)
         self.addCleanup(self.home.root.chmod, 0o700)
         for command in ("serve", "start", "claude"):
-            with self.subTest(command):
-                self.assert_told(self.run_powerless(command), r"\.rrouter")
+            self.assert_told(self.run_powerless(command), r"\.rrouter")
         for command in ("status", "check"):
             self.assertIn(self.run_powerless(command).returncode, (1, 3))
 
@@ -8729,11 +8404,9 @@ class RightsTest(FaultTest):
     def test_home_of_another_user_is_named(self):
         for path in [self.home.dir, *self.home.dir.rglob("*")]:
             os.chown(str(path), 65534, 65534)
-        for rights in (0o700, 0o777):
+        for rights, command in itertools.product((0o700, 0o777), ("serve", "claude")):
             self.home.dir.chmod(rights)
-            for command in ("serve", "claude"):
-                with self.subTest(oct(rights), command=command):
-                    self.assert_told(self.run_powerless(command), r"\.rrouter")
+            self.assert_told(self.run_powerless(command), r"\.rrouter")
 
 
 class LogGoneTest(FaultTest):
@@ -8756,25 +8429,17 @@ class LogGoneTest(FaultTest):
                 (self.home.remove_directory, None), (put_file, logs.unlink)]
         return ways + [(point_at_full_device, file.unlink)] * os.path.exists("/dev/full")
 
-    def watcher_looks(self, router):
-        """Return when the files have been read again; the line on stderr shows it."""
-        before = router.printed().count("SIGHUP")
-        router.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: router.printed().count("SIGHUP") > before)
-
     def test_requests_go_on_one_message_says_so_and_the_log_comes_back(self):
         file = self.home.dir / "logs" / "rrouter.log"
         with Running(self.upstream, home=self.home) as router:
             for number, (way, mend) in enumerate(self.ways()):
                 with self.subTest(number):
-                    self.watcher_looks(router)
                     before = router.printed().count("log lines are lost")
                     way()
                     if mend:
-                        self.wait_for_problems(router, "rrouter.log")
                         for _ in range(3):
-                            self.watcher_looks(router)
                             self.wait_for_problems(router, "rrouter.log")
+                            time.sleep(rrouter.POLL_S)          # a round of the watcher
                         self.assertEqual(router.printed().count("log lines are lost"), before + 1)
                         mend()
                     wait_until(lambda: router.post().status == 200 and file.is_file()
@@ -8792,10 +8457,12 @@ class DocumentsTest(unittest.TestCase):
     def setUpClass(cls):
         cls.readmes = {path.name: path.read_text(encoding="utf-8")
                        for path in sorted(HERE.glob("README*.md"))}
-        cls.help = rrouter.help_text(rrouter.COMMANDS)
+        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())) as out:
+            rrouter.main(["help"])
+        cls.help = out.buffer.getvalue().decode()
 
     def test_the_tables_of_commands_name_exactly_the_commands_and_aliases(self):
-        names = {word for name, aliases, *_ in rrouter.COMMANDS for word in (name, *aliases)}
+        names = {word for row in rrouter.COMMANDS for word in (row.name, *row.aliases)}
         for file, text in self.readmes.items():
             with self.subTest(file):
                 table = re.search(r"(?m)^\| `rrouter serve`.*\n(?:\|.*\n)*", text).group()
@@ -8806,8 +8473,8 @@ class DocumentsTest(unittest.TestCase):
                     self.assertRegex(table, "`[a-z ]*%s`" % action)
 
     def test_the_help_names_every_command_and_alias_within_its_width(self):
-        for name, aliases, *_ in rrouter.COMMANDS:
-            self.assertRegex(self.help, r"(?m)^  %s  " % ".*, ".join((name + ".*", *aliases)))
+        for row in rrouter.COMMANDS:
+            self.assertIn("\n  %s " % ", ".join([row.usage, *row.aliases]), self.help)
         self.assertLessEqual(max(map(len, self.help.splitlines())), 120)
 
     def test_code_help_and_readmes_name_the_same_environment_variables(self):
