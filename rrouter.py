@@ -1571,13 +1571,15 @@ class Breaker:
         """Return to home; the line says so of a probe that has committed."""
         self.close((self.home, self.away))
         self.returned_at = now
-        reason = "responds again"
-        return [self._move(f"RECOVERED: {self.home} {reason}{self._label}", self.home, reason)]
+        line = f"RECOVERED: {self.home} responds again{self._label}"
+        return [self._move(self.home, "responds again", line=line)]
 
-    def _move(self, line: str, to: str, reason: str, cooldown_s: float = 0) -> Move:
-        move = Move(line)
-        move.words = {"from": self.away if to == self.home else self.home, "to": to,
-                      "scope": self._label.removeprefix(" for ") or MODE_AUTO, "reason": reason,
+    def _move(self, to: str, reason: str, cooldown_s: float = 0, line: str = "") -> Move:
+        start = self.away if to == self.home else self.home
+        retry = f"; retry in {span(cooldown_s)}" if cooldown_s else ""
+        move = Move(line or f"SWITCH {start} -> {to}{self._label}: {reason}{retry}")
+        move.words = {"from": start, "to": to, "reason": reason,
+                      "scope": self._label.removeprefix(" for ") or MODE_AUTO,
                       "minutes": str(tidy(round(cooldown_s / 60, 1)))}
         return move
 
@@ -1623,8 +1625,7 @@ class Breaker:
             return lines + self._open(now, reason, outcome)
         self.recover(now)
         self.switch_count += 1
-        return [*lines, self._move(f"SWITCH {self.away} -> {self.home}{self._label}: {reason}",
-                                   self.home, reason)]
+        return [*lines, self._move(self.home, reason)]
 
     def _open(self, now: float, reason: str, outcome: Outcome) -> list[str]:
         """Leave home, or stay away from it, for the next cooldown."""
@@ -1646,9 +1647,7 @@ class Breaker:
         self.switch_count += 1
         self.reason, self.switched_at = reason, now
         self.retry_at, self.last_cooldown_s = now + cooldown_s, cooldown_s
-        line = (f"SWITCH {self.home} -> {self.away}{self._label}: {reason}; "
-                f"retry in {span(cooldown_s)}")
-        return [self._move(line, self.away, reason, cooldown_s)]
+        return [self._move(self.away, reason, cooldown_s)]
 
     def _fail_probe(self, now: float, outcome: Outcome) -> list[str]:
         still_on_shelf = outcome.fault is Fault.SHELF or (outcome.fault is Fault.STATUS and (
@@ -1944,27 +1943,22 @@ def counted(auto: dict[str, Any]) -> str:
                      for kind in ("failure", "timeout") if auto[kind + "Count"])
 
 
-def scope_note(auto: dict[str, Any]) -> str:
-    """Return " (antigravity 429, 23m)": which target failed, how, and when it is probed."""
-    if not auto["switched"]:
-        return ""
-    failed, _, what = failed_side(auto)
-    return f" ({failed} {what}, {until_probe(auto)})"
-
-
 def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -> str:
     """Return /health in one line, or the `models` that a session asked for and got, and why."""
     auto, problems = health["autoSwitch"], len(health["problems"])
     scopes = {"auto": auto, **auto["models"]} if auto["active"] else {}
-    parts = [] if scopes else [health["mode"]]
+    rows = [(f"{printable(key, 40)} → {own['currentTarget']}", own) for key, own in scopes.items()]
     if models:
         asked, answered = (printable(model.removeprefix("claude-"), 40) for model in models)
-        note = scope_note(scopes.get(models[0], auto)) if scopes else ""
-        parts, scopes = [f"asked {asked}, answered {answered}{note}"], {}
-    for name, own in itertools.islice(scopes.items(), STATUS_SCOPES):
-        parts.append(f"{printable(name, 40)} → {own['currentTarget']}{scope_note(own)}")
-    if len(scopes) > STATUS_SCOPES:
-        parts.append(f"{len(scopes) - STATUS_SCOPES} more")
+        rows = [(f"asked {asked}, answered {answered}", scopes.get(models[0], auto))]
+    parts = [] if rows else [health["mode"]]
+    for text, own in rows[:STATUS_SCOPES]:
+        parts.append(text)
+        if own["switched"] and scopes:
+            failed, _, what = failed_side(own)
+            parts[-1] += f" ({failed} {what}, {until_probe(own)})"
+    if len(rows) > STATUS_SCOPES:
+        parts.append(f"{len(rows) - STATUS_SCOPES} more")
     if problems:
         parts.append(f"{problems} problem{'s' * (problems > 1)}: rrouter status")
     return ", ".join(parts)
@@ -5641,8 +5635,7 @@ HINTS = {
     "gemini": "rrouter antigravity"}
 ARGUMENTS = {
     "--auto": "decisions of auto mode alone", "--claude": "point Claude Code here, too",
-    "--days=N": "the last N days that have requests",
-    "--dry-run": "say what would be done", "--json": "print JSON",
+    "--days=N": "the last N days", "--dry-run": "say what would be done", "--json": "print JSON",
     "--purge": "remove ~/.rrouter, too", "--stay": "keep it running until Ctrl-C",
     "--watch": "again each second until Ctrl-C", "-f": "go on until Ctrl-C",
     "COMMAND": "its arguments, an example", "NAME": "the mode to set",
