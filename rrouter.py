@@ -114,8 +114,7 @@ EVENTS_REMEMBERED = 16          # failures that a later one is compared with
 SLOW_FAILURE_S = 20             # by then CLIProxyAPI has repeated the request by itself
 LONG_FAILURE_S = 60             # a failure this slow counts although the client did not wait longer
 ABANDONED_S = 120               # of silence in a stream, after which a client gives the target up
-MODELS_REMEMBERED = 256         # bounds the memory that names from outside can take
-SESSIONS_REMEMBERED = 256
+NAMES_REMEMBERED = 256          # of models, sessions; names from outside must not fill the memory
 STAY_S = 300                    # a pause after which a prompt cache is gone, for auto.stay
 STAY_MAX_S = 3600               # after a recovery, for a session that never pauses
 MODEL_NAME_MAX = 256            # characters; a longer name has no failover machine
@@ -349,7 +348,9 @@ class Fields(NamedTuple):
 
     def text(self, name: bytes) -> str:
         """Return the first value of the field `name`; "" if it is absent."""
-        return self.values.get(name, [b""])[0].decode("latin-1")
+        values = self.values.get(name)
+        return values[0].decode("latin-1") if values else ""
+
 
 class RequestHead(NamedTuple):
     """A request line and its fields, valid and unambiguous."""
@@ -378,7 +379,8 @@ class ResponseHead(NamedTuple):
 
     def value(self, name: bytes) -> str:
         """Return the first value of the field `name`, in lower case; "" if it is absent."""
-        return self.fields.text(name).lower()
+        values = self.fields.values.get(name)
+        return values[0].lower().decode("latin-1") if values else ""
 
     @property
     def is_event_stream(self) -> bool:
@@ -737,24 +739,20 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
 
 # Routing ######################################################################
 
-def _suits(glob: str, find: Callable[[], str]) -> bool:
-    """Return True without a glob, or if what `find` finds matches it in any case."""
-    name = find().lower() if glob else ""       # Claude Code says Explore
-    return not glob or bool(name and fnmatch.fnmatchcase(name, glob.lower()))
-
-
-def match_rule(rules: Iterable[Rule], model: str, agent: Callable[[], str] = str,
-               request_class: Callable[[], str] = str) -> Rule | None:
-    """Return the first rule that matches `model` and what the functions return, or None."""
+def match_rule(rules: Iterable[Rule], model: str,
+               sender: Callable[[str], str] = lambda key: "") -> Rule | None:
+    """Return the first rule that matches `model` and its `sender`, by "agent" and "class"."""
     for rule in rules:
-        if ((model == rule.match or fnmatch.fnmatchcase(model, rule.match))
-                and _suits(rule.agent, agent) and _suits(rule.request_class, request_class)):
+        if (model == rule.match or fnmatch.fnmatchcase(model, rule.match)) and (
+                not (rule.agent or rule.request_class) or all(
+                    sender(key) and fnmatch.fnmatchcase(sender(key), glob.lower())
+                    for key, glob in zip(RULE_KEYS[2:], rule[2:]) if glob)):
             return rule
     return None
 
 
 def decide_route(config: Config, target: str, model: str | None,
-                 *sender: Callable[[], str]) -> Route:
+                 *sender: Callable[[str], str]) -> Route:
     """Return where a request for `model` goes when it is the turn of `target`."""
     rule = match_rule(config.modes[target], model, *sender) if model is not None else None
     return Route(target, model if rule is None else rule.rewrite)
@@ -783,7 +781,7 @@ _HOST_LINE = re.compile(rb"(?im)^(host:)[^\r]*")
 _LENGTH_LINE = re.compile(rb"(?im)^(content-length:)[^\r]*")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
 _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
-_MODE_PREFIX = re.compile(rb"/@([^/?#]*)(.*)")
+_MODE_PREFIX = re.compile(rb"/@([^/?#]*)/?(.*)")
 _LOOPBACK_ORIGIN = re.compile(
     rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
 
@@ -842,16 +840,6 @@ def _origin_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, byte
     return path if path.startswith(b"/") else b"/" + path, authority
 
 
-def _take_mode(target: bytes) -> tuple[bytes, str | None]:
-    """Return (target to forward, mode) of a target that begins with /@MODE, else None last."""
-    named = _MODE_PREFIX.fullmatch(target)
-    if not named:
-        return target, None
-    mode, rest = named.groups()
-    return (rest if rest.startswith(b"/") else b"/" + rest,
-            urllib.parse.unquote(mode.decode("ascii")).lower())
-
-
 def _request_length(fields: Fields, http11: bool) -> int | None:
     """Return the length of the body in bytes, or None if it is chunked (RFC 9112 §6)."""
     lengths, codings = fields.all(b"content-length"), fields.all(b"transfer-encoding")
@@ -897,7 +885,9 @@ def parse_request_head(head: bytes) -> RequestHead:
         raise RequestError(400, "malformed request: expected exactly one Host field, "
                                 f"found {len(hosts)}")
     target, authority = _origin_form(method, target, hosts[0] if hosts else b"")
-    target, mode = _take_mode(target)
+    named = _MODE_PREFIX.match(target)
+    if named:
+        target = b"/" + named[2]
     if not all(map(_AUTHORITY.fullmatch, [authority, *hosts])):
         raise RequestError(400, "malformed Host: expected NAME or NAME:PORT")
     length = _request_length(fields, http11)
@@ -908,7 +898,8 @@ def parse_request_head(head: bytes) -> RequestHead:
         method=method.decode("ascii"), target=target, authority=authority.decode("latin-1"),
         http11=http11, fields=fields, length=length,
         keep_alive=http11 and b"close" not in fields.options, expects_continue=bool(expectations),
-        path=target.partition(b"?")[0].decode("ascii"), mode=mode)
+        path=target.partition(b"?")[0].decode("ascii"),
+        mode=urllib.parse.unquote(named[1].decode("ascii")).lower() if named else None)
 
 
 def head_too_large(data: bytes) -> RequestError:
@@ -1380,34 +1371,34 @@ class TokenReader:
 
     _END_BYTES = 4096           # the events with tokens have less than 2 KB, ...
     _USAGE_BYTES = 512          # ... and their `usage` less than this
-    # Within strings the quotes would be escaped.
-    _COUNT = re.compile(rb'"((?:cache_creation_|cache_read_)?input_tokens|output_tokens)"\s*:\s*'
-                        rb'([0-9]{1,12})(?=[\s,}])')
+    # Within strings the quotes would be escaped.  The last counts of a stream are its sums, or 0.
+    _COUNT = re.compile(rb'"(cache_creation_input|cache_read_input|input|output)_tokens"\s*:\s*'
+                        rb'([1-9][0-9]{0,11})[\s,}]')
 
     def __init__(self, coding: str) -> None:
         self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding == "gzip" else None
-        self._text = bytearray()        # both ends of the response
+        self._text = b""                # both ends of the response, or all of it
 
     def feed(self, payload: bytes) -> None:
-        """Read more of the response; in an encoding other than gzip it says nothing."""
-        try:
-            self._text += (self._decoder.decompress(payload, READ_AHEAD_MAX_BYTES)
-                           if self._decoder is not None else payload)
-        except zlib.error:              # damaged, or more than READ_AHEAD_MAX_BYTES at once
-            return
+        """Take more of the response; in an encoding other than gzip it says nothing."""
+        if self._decoder is not None:
+            try:
+                payload = self._decoder.decompress(payload, READ_AHEAD_MAX_BYTES)
+            except zlib.error:          # damaged, or more than READ_AHEAD_MAX_BYTES at once
+                return
+        self._text += payload           # does not copy the first payload
         if len(self._text) > 4 * self._END_BYTES:
-            del self._text[self._END_BYTES:-self._END_BYTES]
+            self._text = self._text[:self._END_BYTES] + self._text[-self._END_BYTES:]
 
     def note(self) -> str:
         """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
-        first, last = self._text.find(b'"usage"'), self._text.rfind(b'"usage"')
-        usage = self._text[last:last + self._USAGE_BYTES]
-        if first < last:
-            usage[:0] = self._text[first:first + self._USAGE_BYTES]
-        # The last counts of a stream are its sums, unless they are 0.
-        counts = {name: int(count) for name, count in self._COUNT.findall(usage) if int(count)}
-        uncached = counts.get(b"input_tokens", 0) + counts.get(b"cache_creation_input_tokens", 0)
-        cached, out = counts.get(b"cache_read_input_tokens", 0), counts.get(b"output_tokens", 0)
+        text, last = self._text, self._text.rfind(b'"usage"')
+        usage, first = text[last:last + self._USAGE_BYTES], text.find(b'"usage"', 0, last)
+        if first >= 0:
+            usage = text[first:first + self._USAGE_BYTES] + usage
+        counts = {kind: int(count) for kind, count in self._COUNT.findall(usage)}
+        uncached = counts.get(b"input", 0) + counts.get(b"cache_creation_input", 0)
+        cached, out = counts.get(b"cache_read_input", 0), counts.get(b"output", 0)
         return f" in {uncached}+{cached} out {out}" if counts else ""
 
 
@@ -1711,10 +1702,10 @@ class Breaker:
 
 
 def remember(known: OrderedDict[K, T], key: K, value: T) -> None:
-    """Keep the value as the last of SESSIONS_REMEMBERED; any thread may call it."""
+    """Keep the value as the last of NAMES_REMEMBERED; any thread may call it."""
     known.pop(key, None)
     known[key] = value
-    if len(known) > SESSIONS_REMEMBERED:
+    if len(known) > NAMES_REMEMBERED:
         known.popitem(last=False)
 
 
@@ -1866,11 +1857,9 @@ class Failover:
         """Count a failure of the whole target for its model too; logged only if that switches."""
         own = self._models.get(ticket.model)
         if own is None:
-            if len(self._models) >= MODELS_REMEMBERED:
-                self._models.popitem(last=False)        # the one longest without a failure
-            own = self._models[ticket.model] = Breaker(self._auto, self._serial, ticket.model)
+            own = Breaker(self._auto, self._serial, ticket.model)
             own.close(self._whole.order)
-        self._models.move_to_end(ticket.model)
+        remember(self._models, ticket.model, own)
         own.answered = self._whole.answered     # they are on the same target
         return own.fail(now, ticket._replace(generation=own.generation), outcome)[1:]
 
@@ -3400,10 +3389,9 @@ class Router:
         snapshot = self.store.snapshot()
         if mode is None:
             return snapshot
-        choices = snapshot.config.choices
-        if mode not in choices:
-            raise RequestError(404, f"/@MODE: {describe_unknown_mode(mode, choices)}",
-                               "the mode in /@MODE is not defined")
+        if mode not in snapshot.config.choices:
+            why = describe_unknown_mode(mode, snapshot.config.choices)
+            raise RequestError(404, f"/@MODE: {why}", "the mode in /@MODE is not defined")
         return snapshot._replace(mode=mode)
 
     def health(self, mode: str | None = None) -> dict[str, Any]:
@@ -3454,11 +3442,16 @@ class Exchange:
                 self._writer.break_off()
             raise
 
+    def _sender(self, key: str) -> str:
+        """Return the "agent" or the "class" that the request comes from, "" without one."""
+        return self._agent if key == "agent" else self._request.head.fields.text(
+            b"x-claude-code-request-class").lower()
+
     @cached_property
     def _agent(self) -> str:
         """The name in the header, unless all agents of plugins share it, or in the body."""
-        name = self._request.head.fields.text(b"x-claude-code-agent-type")
-        return (find_agent(self._request.body) if name in ("", "custom") else "") or name
+        name = self._request.head.fields.text(b"x-claude-code-agent-type").lower()
+        return (find_agent(self._request.body) if name in ("", "custom") else "").lower() or name
 
     # ---- Up to the response
 
@@ -3466,11 +3459,10 @@ class Exchange:
         """Return the attempt whose response the client gets, after at most two."""
         config, request, failover = snapshot.config, self._request, self._router.failover
         model, targets = request.model, config.auto.targets
-        sender = ((lambda: self._agent),
-                  lambda: request.head.fields.text(b"x-claude-code-request-class"))
         if snapshot.mode != MODE_AUTO:
-            return self._try(decide_route(config, snapshot.mode, model, *sender))
-        routes = {target: decide_route(config, target, model, *sender) for target in targets}
+            return self._try(decide_route(config, snapshot.mode, model, self._sender))
+        routes = {target: decide_route(config, target, model, self._sender)
+                  for target in targets}
         if not request.is_judged or len({route.model for route in routes.values()}) == 1:
             return self._try(routes[failover.current(model, targets)])
         limit_s = config.auto.first_byte_limit_s(asks_for_stream(request.body))
@@ -3510,9 +3502,11 @@ class Exchange:
         writer = self._writer = ResponseWriter(
             self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
-        tokens = self._tokens = TokenReader(response.head.coding)
+        if response.head.status == 200 and self._request.is_message:
+            self._tokens = TokenReader(response.head.coding)
         while True:
-            tokens.feed(payload)
+            if self._tokens is not None:
+                self._tokens.feed(payload)
             defect = attempt.late_defect
             if defect:
                 attempt.fail_late(Fault.NO_MESSAGE, defect)
@@ -3580,14 +3574,14 @@ class Exchange:
         """Let the request end, once, before the client can know that it has ended."""
         if self._has_ended:
             return
-        self._has_ended, request, session = True, self._request, self._request.session
+        self._has_ended, request = True, self._request
         for attempt in self._attempts:
             self._settle(attempt)
             attempt.close()
         self._router.end(*self._result(status))
-        if status < 400 and session and request.is_judged and self._chosen is not None:
+        if status < 400 and self._chosen is not None and request.session and request.is_judged:
             models = request.model or "", self._chosen.route.model or ""
-            remember(self._router.sessions, session, models)
+            remember(self._router.sessions, request.session, models)
         self._router.log.write("REQ", self._line(status, note))
 
     def _result(self, status: int) -> tuple[str, dict[str, Any] | None]:
@@ -3617,7 +3611,7 @@ class Exchange:
         prefix = f"/@{head.mode}" if head.mode is not None else ""
         line = f"#{self._number} {printable(head.method, 40)} {prefix}{printable(head.path)}"
         line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
-        line += self._tokens.note() if self._tokens and self._request.is_message else ""
+        line += self._tokens.note() if self._tokens is not None else ""
         return line + "".join(f" ({text})" for text in [*notes, note] if text)
 
 
@@ -5691,24 +5685,23 @@ _USAGE_LINE = re.compile(
     r"(\S+) \S+ \[REQ\] #\d+ \S+ \S+(?<!/count_tokens) .+ -> (\S+) (.+) (\d+) \d+\.\d\ds"
     r"(?: in (\d+)\+(\d+) out (\d+))?(.*)")
 _USAGE_FAILED = re.compile(r"\((?:error event|stream without|the upstream )")
-USAGE_COLUMNS = "requests", "rescued", "failed", "in", "fromCache", "out"
+USAGE_KEYS, USAGE_COLUMNS = ("day", "target", "model"), (
+    "requests", "rescued", "failed", "in", "fromCache", "out")
 
 
-def add_up(lines: Iterable[bytes]) -> dict[tuple[str, str, str], Counter[str]]:
-    """Return the sums of USAGE_COLUMNS by day, target and model, from the lines of a log."""
-    sums: dict[tuple[str, str, str], Counter[str]] = {}
-    for line in lines:
-        found = _USAGE_LINE.match(line.decode("utf-8", "replace"))
-        if found:
-            day, target, model, status, *tokens, notes = found.groups("0")
-            failed = status != "499" and (status >= "400" or bool(_USAGE_FAILED.search(notes)))
-            rescued = status < "400" and not failed and " failed: " in notes
-            sums.setdefault((day, target, model), Counter()).update(
-                dict(zip(USAGE_COLUMNS, (1, int(rescued), int(failed), *map(int, tokens)))))
-    return sums
+def add_up(lines: Iterable[bytes]) -> dict[tuple[str, ...], Counter[str]]:
+    """Return the sums of USAGE_COLUMNS by USAGE_KEYS, in their order, from the lines of a log."""
+    sums: dict[tuple[str, ...], Counter[str]] = {}
+    for found in filter(None, (_USAGE_LINE.match(str(line, "utf-8", "replace")) for line in lines)):
+        *key, status, fresh, cached, out, notes = found.groups("0")
+        failed = status != "499" and (status >= "400" or bool(_USAGE_FAILED.search(notes)))
+        rescued = status < "400" and not failed and " failed: " in notes
+        counts = 1, int(rescued), int(failed), int(fresh), int(cached), int(out)
+        sums.setdefault(tuple(key), Counter()).update(dict(zip(USAGE_COLUMNS, counts)))
+    return dict(sorted(sums.items()))
 
 
-def usage_table(sums: dict[tuple[str, str, str], Counter[str]], with_bars: bool) -> Iterator[str]:
+def usage_table(sums: dict[tuple[str, ...], Counter[str]], with_bars: bool) -> Iterator[str]:
     """Yield the lines of the table: each day, with a bar of its tokens, then its rows."""
     def row(name: str, counts: Counter[str]) -> str:
         requests, rescued, failed, *tokens = (counts[column] for column in USAGE_COLUMNS)
@@ -5717,23 +5710,21 @@ def usage_table(sums: dict[tuple[str, str, str], Counter[str]], with_bars: bool)
 
     yield f"{'day, target, model; tokens in 1000':37}requests rescued failed   in cached    out"
     days: Counter[str] = Counter()
-    for (day, _, _), counts in sums.items():
-        days[day] += counts["in"] + counts["fromCache"] + counts["out"]
-    for day, keys in itertools.groupby(sorted(sums), key=lambda key: key[0]):
-        length = 60 * days[day] // max(*days.values(), 1)
-        yield f"{day} {'#' * length}" if with_bars else day
-        yield from (row(f"  {key[1]} {key[2]}", sums[key]) for key in keys)
+    for (day, *_), counts in sums.items():
+        days[day] += sum(counts[column] for column in USAGE_COLUMNS[3:])
+    for day, tokens in days.items():
+        yield f"{day} {'#' * (60 * tokens // max(*days.values(), 1))}" if with_bars else day
+        yield from (row("  " + " ".join(key[1:]), sums[key]) for key in sums if key[0] == day)
     yield row("all", sum(sums.values(), Counter()))
 
 
 def cmd_usage(context: Context) -> None:
     """Print requests and tokens by day, target and model."""
     sums = add_up(log_lines(context.paths.log, b"[REQ] "))
-    days = sorted({day for day, _, _ in sums})[-context.arguments.days:]
-    sums = {key: sums[key] for key in sorted(sums) if key[0] in days}
+    days = sorted({key[0] for key in sums})[-context.arguments.days:]
+    sums = {key: counts for key, counts in sums.items() if key[0] in days}
     if context.arguments.json:
-        print(json.dumps([dict(zip(("day", "target", "model"), key), **counts)
-                          for key, counts in sums.items()], indent=2))
+        print(json.dumps([{**dict(zip(USAGE_KEYS, key)), **sums[key]} for key in sums], indent=2))
     else:
         print("\n".join(usage_table(sums, sys.stdout.isatty())))
 
