@@ -71,7 +71,7 @@ import urllib.parse
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, Union
 
 __version__ = "5.0.0"
@@ -269,7 +269,6 @@ class UpstreamTimeout(UpstreamError):
 # Values #######################################################################
 
 BytesLike = Union[bytes, bytearray, memoryview]
-K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -308,6 +307,7 @@ class Config(NamedTuple):
     auto: AutoSettings
     auto_error: str             #: why mode auto cannot be used; "" if it can
     problems: tuple[str, ...]   #: complaints that do no harm
+    conditions: frozenset[str]  #: what rules have besides a model: "agent", "class"
 
     @property
     def choices(self) -> list[str]:
@@ -346,10 +346,10 @@ class Fields(NamedTuple):
         """Return the values of the field `name`, line by line; none if it is absent."""
         return self.values.get(name, [])
 
-    def text(self, name: bytes) -> str:
-        """Return the first value of the field `name`; "" if it is absent."""
+    def value(self, name: bytes) -> str:
+        """Return the first value of the field `name`, in lower case; "" if it is absent."""
         values = self.values.get(name)
-        return values[0].decode("latin-1") if values else ""
+        return values[0].lower().decode("latin-1") if values else ""
 
 
 class RequestHead(NamedTuple):
@@ -377,20 +377,15 @@ class ResponseHead(NamedTuple):
     chunked: bool
     keep_alive: bool
 
-    def value(self, name: bytes) -> str:
-        """Return the first value of the field `name`, in lower case; "" if it is absent."""
-        values = self.fields.values.get(name)
-        return values[0].lower().decode("latin-1") if values else ""
-
     @property
     def is_event_stream(self) -> bool:
         """True if the body is server-sent events."""
-        return self.value(b"content-type").startswith("text/event-stream")
+        return self.fields.value(b"content-type").startswith("text/event-stream")
 
     @property
     def coding(self) -> str:
         """The content encoding of the body, "" for none."""
-        coding = self.value(b"content-encoding")
+        coding = self.fields.value(b"content-encoding")
         return "" if coding == "identity" else coding
 
 
@@ -636,7 +631,9 @@ def parse_config(text: str) -> Config:
         # The built-in targets do not matter to a config that never uses auto.
         if "targets" in top.get("auto", {}) or default_mode == MODE_AUTO:
             problems.append(auto_error)
-    return Config(modes, default_mode, auto, auto_error, tuple(problems))
+    conditions = frozenset(key for rules in modes.values() for rule in rules
+                           for key, glob in zip(RULE_KEYS[2:], rule[2:]) if glob)
+    return Config(modes, default_mode, auto, auto_error, tuple(problems), conditions)
 
 
 def config_of(content: bytes | None) -> Config:
@@ -740,21 +737,21 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
 # Routing ######################################################################
 
 def match_rule(rules: Iterable[Rule], model: str,
-               sender: Callable[[str], str] = lambda key: "") -> Rule | None:
-    """Return the first rule that matches `model` and its `sender`, by "agent" and "class"."""
+               sender: tuple[str, str] = ("", "")) -> Rule | None:
+    """Return the first rule that matches `model` and its sender, an agent and a class, or None."""
     for rule in rules:
         if (model == rule.match or fnmatch.fnmatchcase(model, rule.match)) and (
                 not (rule.agent or rule.request_class) or all(
-                    sender(key) and fnmatch.fnmatchcase(sender(key), glob.lower())
-                    for key, glob in zip(RULE_KEYS[2:], rule[2:]) if glob)):
+                    not glob or (name and fnmatch.fnmatchcase(name, glob.lower()))
+                    for name, glob in zip(sender, rule[2:]))):
             return rule
     return None
 
 
 def decide_route(config: Config, target: str, model: str | None,
-                 *sender: Callable[[str], str]) -> Route:
+                 sender: tuple[str, str] = ("", "")) -> Route:
     """Return where a request for `model` goes when it is the turn of `target`."""
-    rule = match_rule(config.modes[target], model, *sender) if model is not None else None
+    rule = match_rule(config.modes[target], model, sender) if model is not None else None
     return Route(target, model if rule is None else rule.rewrite)
 
 
@@ -1137,11 +1134,8 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
 
 
 def find_agent(body: BytesLike) -> str:
-    """Return the name after `oh-my-claudecode:` in the system prompt, "" without one.
-
-    Messages may mention the word, so it counts only within the top-level `system` value, which is
-    looked for only if the word occurs at all.
-    """
+    """Return the name after `oh-my-claudecode:` in the top-level `system`, "" without one."""
+    # Most bodies lack the word, and are not parsed; messages that mention it name no agent.
     with contextlib.suppress(ValueError, RecursionError):       # not JSON, or too deep
         for key, start, end in _walk_body(body)[1] if _AGENT.search(body) else ():
             if key == "system":
@@ -1369,8 +1363,7 @@ class StreamScan:
 class TokenReader:
     """Reads the tokens that a message reports, near the beginning and the end of its response."""
 
-    _END_BYTES = 4096           # the events with tokens have less than 2 KB, ...
-    _USAGE_BYTES = 512          # ... and their `usage` less than this
+    _END_BYTES, _USAGE_BYTES = 4096, 512        # an event with tokens has less, its `usage` too
     # Within strings the quotes would be escaped.  The last counts of a stream are its sums, or 0.
     _COUNT = re.compile(rb'"(cache_creation_input|cache_read_input|input|output)_tokens"\s*:\s*'
                         rb'([1-9][0-9]{0,11})[\s,}]')
@@ -1701,7 +1694,7 @@ class Breaker:
         self.state = CLOSED if absent else OPEN
 
 
-def remember(known: OrderedDict[K, T], key: K, value: T) -> None:
+def remember(known: OrderedDict[Any, T], key: Any, value: T) -> None:
     """Keep the value as the last of NAMES_REMEMBERED; any thread may call it."""
     known.pop(key, None)
     known[key] = value
@@ -3111,7 +3104,14 @@ class Request(NamedTuple):
     @property
     def session(self) -> str:
         """The id of the client's conversation, "" without one."""
-        return self.head.fields.text(b"x-claude-code-session-id")[:MODEL_NAME_MAX]
+        return self.head.fields.value(b"x-claude-code-session-id")[:MODEL_NAME_MAX]
+
+    def sender(self, conditions: Collection[str]) -> tuple[str, str]:
+        """Return the agent and the class, as far as rules with these conditions need them."""
+        agent = self.head.fields.value(b"x-claude-code-agent-type")
+        if "agent" in conditions and agent in ("", "custom"):       # the agents of all plugins
+            agent = find_agent(self.body).lower() or agent
+        return agent, self.head.fields.value(b"x-claude-code-request-class")
 
 
 FAULT_OF_ERROR = {UpstreamTimeout: Fault.TIMEOUT, UpstreamUnreachable: Fault.UNREACHABLE}
@@ -3212,15 +3212,15 @@ class Attempt:
         """Return how the attempt ended, as far as it is known before the client gets a byte."""
         head, ended, retry_after_s = response.head, time.time(), None
         fault, what = Fault.NO_MESSAGE if defect else None, defect or str(head.status)
-        if head.value(b"x-rrouter-error"):
+        if head.fields.value(b"x-rrouter-error"):
             fault = Fault.OWN
         elif head.status >= 400:
             text = response.text()
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
-            retry_after_s = read_retry_after(
-                head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
+            retry_after_s = read_retry_after(head.fields.value(b"retry-after"),
+                                             head.fields.value(b"retry-after-ms"), text, ended)
         return Outcome(fault, head.status, what, self._began, ended, retry_after_s)
 
     def receive(self, response: Response) -> bytes:
@@ -3442,27 +3442,16 @@ class Exchange:
                 self._writer.break_off()
             raise
 
-    def _sender(self, key: str) -> str:
-        """Return the "agent" or the "class" that the request comes from, "" without one."""
-        return self._agent if key == "agent" else self._request.head.fields.text(
-            b"x-claude-code-request-class").lower()
-
-    @cached_property
-    def _agent(self) -> str:
-        """The name in the header, unless all agents of plugins share it, or in the body."""
-        name = self._request.head.fields.text(b"x-claude-code-agent-type").lower()
-        return (find_agent(self._request.body) if name in ("", "custom") else "").lower() or name
-
     # ---- Up to the response
 
     def _forward(self, snapshot: Snapshot) -> Attempt:
         """Return the attempt whose response the client gets, after at most two."""
         config, request, failover = snapshot.config, self._request, self._router.failover
         model, targets = request.model, config.auto.targets
+        sender = request.sender(config.conditions) if config.conditions else ("", "")
         if snapshot.mode != MODE_AUTO:
-            return self._try(decide_route(config, snapshot.mode, model, self._sender))
-        routes = {target: decide_route(config, target, model, self._sender)
-                  for target in targets}
+            return self._try(decide_route(config, snapshot.mode, model, sender))
+        routes = {target: decide_route(config, target, model, sender) for target in targets}
         if not request.is_judged or len({route.model for route in routes.values()}) == 1:
             return self._try(routes[failover.current(model, targets)])
         limit_s = config.auto.first_byte_limit_s(asks_for_stream(request.body))
@@ -3700,7 +3689,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         text = json.dumps(health, indent=2)
         query = urllib.parse.parse_qs(head.target.partition(b"?")[2].decode("ascii"), True)
         if "line" in query:
-            models = self._router.sessions.get(query.get("session", [""])[0])
+            models = self._router.sessions.get(query.get("session", [""])[0].lower())
             text, content_type = status_line(health, models), b"text/plain; charset=utf-8"
         fields = b"Cache-Control: no-store\r\n" + (b"" if head.keep_alive else CLOSE)
         self._client.send_whole(200, text.encode("utf-8") + b"\n", fields, content_type)
@@ -5474,14 +5463,13 @@ def cmd_explain(context: Context) -> None:
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
         print(printable(model))
         for mode, rules in config.modes.items():
-            label = f"  {mode}"
-            matching = (rule for rule in rules if match_rule([Rule(*rule[:2])], model))
-            for rule in (*matching, Rule("", model)):
+            for rule in (*rules, Rule("", model)):
+                if rule.match and not match_rule([Rule(*rule[:2])], model):
+                    continue
                 words = ", ".join(f"{key} {glob}" for key, glob in zip(
-                    ("rule", *RULE_KEYS[2:]), (rule.match, *rule[2:])) if glob)
-                text = printable(f"{rule.rewrite} ({words or 'no rule matches'})")
-                print_rows((label, text), width=15)
-                label = ""
+                    ("rule", *RULE_KEYS[1:]), rule) if glob and key != "rewrite")
+                print_rows((f"  {mode}", printable(
+                    f"{rule.rewrite} ({words or 'no rule matches'})")), width=15)
                 if not any(rule[2:]):
                     break
         if not config.auto_error:
@@ -5495,6 +5483,53 @@ def cmd_explain(context: Context) -> None:
             print_rows((f"  {MODE_AUTO}", text), width=15)
     mode = find_mode(context.paths, health)[0]
     show(f"in force: mode {mode}", 0, mode)
+
+
+_USAGE_LINE = re.compile(
+    r"(\S+) \S+ \[REQ\] #\d+ \S+ \S+(?<!/count_tokens) .+ -> (\S+) (.+) (\d+) \d+\.\d\ds"
+    r"(?: in (\d+)\+(\d+) out (\d+))?(.*?)(\((?:error event|stream without|the upstream ).*)?$")
+USAGE_COLUMNS = "requests", "rescued", "failed", "in", "fromCache", "out"
+
+
+def add_up(lines: Iterable[bytes]) -> dict[tuple[str, ...], Counter[str]]:
+    """Return the sums of USAGE_COLUMNS by day, target and model, from the lines of a log."""
+    sums: dict[tuple[str, ...], Counter[str]] = {}
+    for found in filter(None, (_USAGE_LINE.match(str(line, "utf-8", "replace")) for line in lines)):
+        *key, status, fresh, cached, out, notes, defect = found.groups("0")
+        failed = status != "499" and (status >= "400" or defect != "0")
+        rescued = status < "400" and not failed and " failed: " in notes
+        counts = 1, int(rescued), int(failed), int(fresh), int(cached), int(out)
+        sums.setdefault(tuple(key), Counter()).update(dict(zip(USAGE_COLUMNS, counts)))
+    return dict(sorted(sums.items()))
+
+
+def usage_table(sums: dict[tuple[str, ...], Counter[str]], with_bars: bool) -> Iterator[str]:
+    """Yield the lines of the table: each day, with a bar of its tokens, then its rows."""
+    def row(name: str, counts: Counter[str]) -> str:
+        requests, rescued, failed, *tokens = (counts[column] for column in USAGE_COLUMNS)
+        cells = (f"{count / 1000:7.0f}" for count in tokens)
+        return f"{name:38.38}{requests:7}{rescued:8}{failed:6}{''.join(cells)}"
+
+    yield f"{'day, target, model; tokens in 1000':37}requests rescued failed   in cached    out"
+    days: Counter[str] = Counter()
+    for (day, *_), counts in sums.items():
+        days[day] += sum(counts[column] for column in USAGE_COLUMNS[3:])
+    for day, tokens in days.items():
+        yield f"{day} {'#' * (60 * tokens // max(*days.values(), 1))}" if with_bars else day
+        yield from (row("  " + " ".join(key[1:]), sums[key]) for key in sums if key[0] == day)
+    yield row("all", sum(sums.values(), Counter()))
+
+
+def cmd_usage(context: Context) -> None:
+    """Print requests and tokens by day, target and model."""
+    sums = add_up(log_lines(context.paths.log, b"[REQ] "))
+    days = sorted({key[0] for key in sums})[-context.arguments.days:]
+    sums = {key: counts for key, counts in sums.items() if key[0] in days}
+    if context.arguments.json:
+        print(json.dumps([dict(zip(("day", "target", "model"), key), **counts)
+                          for key, counts in sums.items()], indent=2))
+    else:
+        print("\n".join(usage_table(sums, sys.stdout.isatty())))
 
 
 def config_edit(paths: Paths) -> None:
@@ -5677,56 +5712,6 @@ def cmd_help(context: Context) -> None:
         print(HELP % (__version__, rows, LOG_MAX_BYTES >> 20))
     else:
         parse_command([context.arguments.word, "--help"], context.commands)
-
-
-# Command line: usage ##########################################################
-
-_USAGE_LINE = re.compile(
-    r"(\S+) \S+ \[REQ\] #\d+ \S+ \S+(?<!/count_tokens) .+ -> (\S+) (.+) (\d+) \d+\.\d\ds"
-    r"(?: in (\d+)\+(\d+) out (\d+))?(.*)")
-_USAGE_FAILED = re.compile(r"\((?:error event|stream without|the upstream )")
-USAGE_KEYS, USAGE_COLUMNS = ("day", "target", "model"), (
-    "requests", "rescued", "failed", "in", "fromCache", "out")
-
-
-def add_up(lines: Iterable[bytes]) -> dict[tuple[str, ...], Counter[str]]:
-    """Return the sums of USAGE_COLUMNS by USAGE_KEYS, in their order, from the lines of a log."""
-    sums: dict[tuple[str, ...], Counter[str]] = {}
-    for found in filter(None, (_USAGE_LINE.match(str(line, "utf-8", "replace")) for line in lines)):
-        *key, status, fresh, cached, out, notes = found.groups("0")
-        failed = status != "499" and (status >= "400" or bool(_USAGE_FAILED.search(notes)))
-        rescued = status < "400" and not failed and " failed: " in notes
-        counts = 1, int(rescued), int(failed), int(fresh), int(cached), int(out)
-        sums.setdefault(tuple(key), Counter()).update(dict(zip(USAGE_COLUMNS, counts)))
-    return dict(sorted(sums.items()))
-
-
-def usage_table(sums: dict[tuple[str, ...], Counter[str]], with_bars: bool) -> Iterator[str]:
-    """Yield the lines of the table: each day, with a bar of its tokens, then its rows."""
-    def row(name: str, counts: Counter[str]) -> str:
-        requests, rescued, failed, *tokens = (counts[column] for column in USAGE_COLUMNS)
-        cells = (f"{count / 1000:7.0f}" for count in tokens)
-        return f"{name:38.38}{requests:7}{rescued:8}{failed:6}{''.join(cells)}"
-
-    yield f"{'day, target, model; tokens in 1000':37}requests rescued failed   in cached    out"
-    days: Counter[str] = Counter()
-    for (day, *_), counts in sums.items():
-        days[day] += sum(counts[column] for column in USAGE_COLUMNS[3:])
-    for day, tokens in days.items():
-        yield f"{day} {'#' * (60 * tokens // max(*days.values(), 1))}" if with_bars else day
-        yield from (row("  " + " ".join(key[1:]), sums[key]) for key in sums if key[0] == day)
-    yield row("all", sum(sums.values(), Counter()))
-
-
-def cmd_usage(context: Context) -> None:
-    """Print requests and tokens by day, target and model."""
-    sums = add_up(log_lines(context.paths.log, b"[REQ] "))
-    days = sorted({key[0] for key in sums})[-context.arguments.days:]
-    sums = {key: counts for key, counts in sums.items() if key[0] in days}
-    if context.arguments.json:
-        print(json.dumps([{**dict(zip(USAGE_KEYS, key)), **sums[key]} for key in sums], indent=2))
-    else:
-        print("\n".join(usage_table(sums, sys.stdout.isatty())))
 
 
 # Command line: check ##########################################################

@@ -1127,13 +1127,14 @@ class RouteTest(unittest.TestCase):
     def test_rule_with_agent_or_class_matches_only_their_requests(self):
         for *rule, agent, kind, expected in self.SENDERS:
             with self.subTest(rule=rule, agent=agent, kind=kind):
-                found = rrouter.match_rule([rrouter.Rule("*", "g", *rule)], "m",
-                                           {"agent": agent, "class": kind}.get)
+                found = rrouter.match_rule([rrouter.Rule("*", "g", *rule)], "m", (agent, kind))
                 self.assertEqual(found is not None, expected)
 
-    def test_agent_is_asked_for_only_if_a_rule_for_the_model_has_one(self):
-        rules = rrouter.Rule("other", "g", "*"), rrouter.Rule("*", "g", "", "main")
-        self.assertIsNone(rrouter.match_rule(rules, "m", {"class": "sub"}.__getitem__))
+    def test_conditions_are_those_that_rules_have(self):
+        for rule, expected in (({}, ""), ({"agent": "a"}, "agent"), ({"class": "*"}, "class")):
+            mappings = [{"match": "*", "rewrite": "g", **rule}]
+            config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
+            self.assertEqual(config.conditions, set(expected.split()))
 
     AGENTS = (
         # the agent, the members of the body after its model
