@@ -270,6 +270,7 @@ class UpstreamTimeout(UpstreamError):
 
 BytesLike = Union[bytes, bytearray, memoryview]
 T = TypeVar("T")
+RULE_KEYS = "match", "rewrite", "agent", "class"    # of Rule in config.json, in its order
 
 
 class Rule(NamedTuple):
@@ -542,9 +543,6 @@ def _members(value: Any, path: str, known: Collection[str],
     problems.extend(f"{prefix}{printable(key)}: unknown key, ignored; known are {', '.join(known)}"
                     for key in value if key not in known)
     return dict(value)
-
-
-RULE_KEYS = "match", "rewrite", "agent", "class"     # of Rule, in its order
 
 
 def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
@@ -1369,17 +1367,16 @@ class TokenReader:
                         rb'([1-9][0-9]{0,11})[\s,}]')
 
     def __init__(self, coding: str) -> None:
-        self._decoder = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding == "gzip" else None
+        self._decode: Callable[[bytes], bytes] = bytes if coding != "gzip" else partial(
+            zlib.decompressobj(zlib.MAX_WBITS | 16).decompress, max_length=READ_AHEAD_MAX_BYTES)
         self._text = b""                # both ends of the response, or all of it
 
     def feed(self, payload: bytes) -> None:
         """Take more of the response; in an encoding other than gzip it says nothing."""
-        if self._decoder is not None:
-            try:
-                payload = self._decoder.decompress(payload, READ_AHEAD_MAX_BYTES)
-            except zlib.error:          # damaged, or more than READ_AHEAD_MAX_BYTES at once
-                return
-        self._text += payload           # does not copy the first payload
+        try:                            # which does not copy the first payload
+            self._text += self._decode(payload)
+        except zlib.error:              # damaged, or more than READ_AHEAD_MAX_BYTES at once
+            return
         if len(self._text) > 4 * self._END_BYTES:
             self._text = self._text[:self._END_BYTES] + self._text[-self._END_BYTES:]
 
@@ -1737,7 +1734,7 @@ class Failover:
         """
         with self._lock:
             breaker, now = self._breaker(model), self._clock()
-            ticket = self._ticket(targets[0], model, targets, session)
+            ticket = self._ticket(targets[0], model, targets)
             if ticket.generation == OUTDATED:
                 return ticket
             cached, sent_at, end = self._places.get((session, model), ("", 0.0, 0.0))
@@ -1748,20 +1745,21 @@ class Failover:
                 ticket = ticket._replace(
                     target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf)
                 end = 0.0
-            return self._note_place(ticket, now, end)
+            return self._note_place(ticket, session, now, end)
 
-    def _note_place(self, ticket: Ticket, now: float, end: float = 0.0) -> Ticket:
+    def _note_place(self, ticket: Ticket, session: str, now: float, end: float = 0.0) -> Ticket:
         """Remember where a session sends something, and the end of its stay there."""
-        if ticket.session and len(ticket.model) <= MODEL_NAME_MAX:
-            remember(self._places, (ticket.session, ticket.model), (ticket.target, now, end))
-        return ticket
+        if not session or len(ticket.model) > MODEL_NAME_MAX:
+            return ticket
+        remember(self._places, (session, ticket.model), (ticket.target, now, end))
+        return ticket._replace(session=session)
 
     def rescue(self, ticket: Ticket, targets: tuple[str, str]) -> Ticket:
         """Return the ticket for the second attempt, on the other of `targets`."""
         other = targets[1] if ticket.target == targets[0] else targets[0]
         with self._lock:
             return self._note_place(
-                self._ticket(other, ticket.model, targets, ticket.session), self._clock())
+                self._ticket(other, ticket.model, targets), ticket.session, self._clock())
 
     def current(self, model: str | None, targets: tuple[str, str]) -> str:
         """Return the target, one of `targets`, for a request that is not judged."""
@@ -1774,11 +1772,10 @@ class Failover:
         own = self._models.get(model or "")
         return own if own is not None and own.state != CLOSED else self._whole
 
-    def _ticket(self, target: str, model: str, targets: tuple[str, str],
-                session: str = "") -> Ticket:
+    def _ticket(self, target: str, model: str, targets: tuple[str, str]) -> Ticket:
         breaker = self._breaker(model)
-        return Ticket(target, model, breaker is not self._whole, session=session,
-                      generation=breaker.generation if targets == self._auto.targets else OUTDATED)
+        return Ticket(target, model, breaker is not self._whole,
+                      breaker.generation if targets == self._auto.targets else OUTDATED)
 
     def _probed(self, ticket: Ticket) -> Breaker | None:
         """Return the breaker whose probe under way has this ticket, or None."""
