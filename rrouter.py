@@ -386,8 +386,7 @@ class ResponseHead(NamedTuple):
     @property
     def coding(self) -> str:
         """The content encoding of the body, "" for none."""
-        coding = self.fields.value(b"content-encoding")
-        return "" if coding == "identity" else coding
+        return self.fields.value(b"content-encoding").replace("identity", "")
 
 
 class Fault(enum.Enum):
@@ -1740,12 +1739,10 @@ class Failover:
             cached, sent_at, end = self._places.get((session, model), ("", 0.0, 0.0))
             if cached != breaker.current and now <= end and now - sent_at < self._auto.stay_s:
                 ticket = ticket._replace(target=cached, generation=OUTDATED)
-            else:
-                target, probe = breaker.admit(now)
-                ticket = ticket._replace(
-                    target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf)
-                end = 0.0
-            return self._note_place(ticket, session, now, end)
+                return self._note_place(ticket, session, now, end)
+            target, probe = breaker.admit(now)
+            return self._note_place(ticket._replace(
+                target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf), session, now)
 
     def _note_place(self, ticket: Ticket, session: str, now: float, end: float = 0.0) -> Ticket:
         """Remember where a session sends something, and the end of its stay there."""
@@ -3098,11 +3095,6 @@ class Request(NamedTuple):
         """True if the response should be a message of Anthropic's API."""
         return self.head.path.endswith("/messages")
 
-    @property
-    def session(self) -> str:
-        """The id of the client's conversation, "" without one."""
-        return self.head.fields.value(b"x-claude-code-session-id")[:MODEL_NAME_MAX]
-
     def sender(self, conditions: Collection[str]) -> tuple[str, str]:
         """Return the agent and the class, as far as rules with these conditions need them."""
         agent = self.head.fields.value(b"x-claude-code-agent-type")
@@ -3413,6 +3405,8 @@ class Exchange:
 
     def __init__(self, router: Router, request: Request) -> None:
         self._router, self._request = router, request
+        session = request.head.fields.value(b"x-claude-code-session-id")
+        self._session = session[:MODEL_NAME_MAX]        # "" if the client names none
         self._attempts: list[Attempt] = []
         self._chosen: Attempt | None = None     # whose response the client gets
         self._writer: ResponseWriter | None = None      # of that response, once it begins
@@ -3452,7 +3446,7 @@ class Exchange:
         if not request.is_judged or len({route.model for route in routes.values()}) == 1:
             return self._try(routes[failover.current(model, targets)])
         limit_s = config.auto.first_byte_limit_s(asks_for_stream(request.body))
-        ticket = failover.admit(model or "", targets, request.session)
+        ticket = failover.admit(model or "", targets, self._session)
         if ticket.probe and not ticket.quiet:
             self._router.log_decisions([f"PROBE of {ticket.target}"], self._number)
         first = self._try(routes[ticket.target], ticket, limit_s)
@@ -3565,9 +3559,9 @@ class Exchange:
             self._settle(attempt)
             attempt.close()
         self._router.end(*self._result(status))
-        if status < 400 and self._chosen is not None and request.session and request.is_judged:
+        if status < 400 and self._chosen is not None and self._session and request.is_judged:
             models = request.model or "", self._chosen.route.model or ""
-            remember(self._router.sessions, request.session, models)
+            remember(self._router.sessions, self._session, models)
         self._router.log.write("REQ", self._line(status, note))
 
     def _result(self, status: int) -> tuple[str, dict[str, Any] | None]:
