@@ -779,6 +779,9 @@ _MODE_PREFIX = re.compile(rb"/@([^/?#]*)/?(.*)")
 _LOOPBACK_ORIGIN = re.compile(
     rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
 
+# How much of a subscription is used (a fraction), and until when its window runs (Unix seconds).
+_WINDOWS = {name: tuple(b"anthropic-ratelimit-unified-%b-%b" % (name.encode("ascii"), what)
+                        for what in (b"utilization", b"reset")) for name in ("5h", "7d")}
 # Fields of a response that are not forwarded: CORS would open rrouter to every web page, and in a
 # chain of routers each one adds its own x-rrouter fields.
 _WITHHELD = (b"access-control-", b"x-rrouter-target", b"x-rrouter-model", b"x-rrouter-attempts")
@@ -972,6 +975,17 @@ def parse_response_head(head: bytes) -> ResponseHead:
     return ResponseHead(
         int(status), reason or b"", fields, length=int(lengths[0]) if lengths else None,
         chunked=bool(codings), keep_alive=http11 and b"close" not in fields.options)
+
+
+def read_windows(head: ResponseHead) -> dict[str, dict[str, Any]]:
+    """Return the usage windows that a response reports, by name, as /health shows them."""
+    windows = {}
+    for name, (used, reset) in _WINDOWS.items():
+        if used in head.fields.values:
+            with contextlib.suppress(ValueError, OverflowError, OSError):   # odd numbers
+                windows[name] = {"usedPercent": round(100 * float(head.value(used))),
+                                 "until": utc(float(head.value(reset)))}
+    return windows
 
 
 def response_head_bytes(head: ResponseHead, extra: bytes) -> bytes:
@@ -1919,6 +1933,16 @@ def counted(auto: dict[str, Any]) -> str:
                      for kind in ("failure", "timeout") if auto[kind + "Count"])
 
 
+def describe_windows(windows: dict[str, Any]) -> list[str]:
+    """Return usage windows in words and local time: 5h 83 % until 16:40."""
+    words = []
+    for name, window in windows.items():
+        until = datetime.datetime.strptime(window["until"] + "+0000", "%Y-%m-%dT%H:%M:%SZ%z")
+        local = until.astimezone().strftime("%H:%M" if name == "5h" else "%a %H:%M")
+        words.append(f"{name} {window['usedPercent']} % until {local}")
+    return words
+
+
 def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -> str:
     """Return /health in one line, or the `models` that a session asked for and got, and why."""
     auto, problems = health["autoSwitch"], len(health["problems"])
@@ -1935,6 +1959,7 @@ def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -
             parts[-1] += f" ({failed} {what}, {until_probe(own)})"
     if len(rows) > STATUS_SCOPES:
         parts.append(f"{len(rows) - STATUS_SCOPES} more")
+    parts += describe_windows(health["usageWindows"].get(health["currentTarget"], {}))
     if problems:
         parts.append(f"{problems} problem{'s' * (problems > 1)}: rrouter status")
     return ", ".join(parts)
@@ -3294,6 +3319,7 @@ class Router:
         self.addresses: list[tuple[str, int]] = []      #: what the servers are bound to
         self.hosts: frozenset[str] = frozenset()        #: the values of Host served; none: any
         self.keeps_state = False        #: whether state.json is ours to write
+        self.windows: dict[str, dict[str, dict[str, Any]]] = {}     #: usage windows by target
         self._one_core = OneCore()
         self._lock = threading.Lock()
         self._requests = self._active = 0
@@ -3389,11 +3415,15 @@ class Router:
         is_auto = snapshot.mode == MODE_AUTO
         auto = self.failover.report(is_auto)
         problems = [*snapshot.problems, self.log.problem, self.state.problem]
+        now = utc(time.time()) or ""
+        windows = {target: {name: window for name, window in own.items() if window["until"] > now}
+                   for target, own in list(self.windows.items())}
         return {"status": "ok", "version": __version__, "mode": snapshot.mode,
                 "currentTarget": auto["currentTarget"] if is_auto else snapshot.mode,
                 "defaultMode": snapshot.config.default_mode, "modes": snapshot.config.choices,
                 "requestCount": self._requests, "activeRequests": self._active,
                 "requests": {**self._results, "lastFailure": self._last_failure},
+                "usageWindows": windows,
                 "uptimeSeconds": int(time.monotonic() - self._started),
                 "pid": os.getpid(), "instance": self.instance, "startedBy": self.started_by,
                 "listenAddr": self.settings.listen_addr, "upstreamURL": self.settings.upstream,
@@ -3469,6 +3499,8 @@ class Exchange:
         attempt = Attempt(self._router.upstream, self._request, route, ticket, limit_s)
         self._attempts.append(attempt)
         attempt.run()
+        if attempt.response is not None and (windows := read_windows(attempt.response.head)):
+            self._router.windows[route.target] = windows
         return attempt
 
     # ---- From the response on
@@ -5285,6 +5317,9 @@ def status_rows(daemon: Daemon, health: dict[str, Any]) -> Iterator[tuple[str, s
     if failure:
         what = f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}"
         yield "failure", "; ".join(filter(None, (what, failure.get("slow"))))
+    for target, windows in health.get("usageWindows", {}).items():
+        if windows:
+            yield "usage", f"{target} {', '.join(describe_windows(windows))}"
     yield from trouble_rows(health)
 
 

@@ -4713,12 +4713,14 @@ class StatusLineTest(unittest.TestCase):
         for changes, problems, line in self.LINES:
             with self.subTest(line):
                 self.assertEqual(line, rrouter.status_line({
-                    "mode": "claude", "problems": ["x"] * problems,
+                    "mode": "claude", "problems": ["x"] * problems, "currentTarget": "claude",
+                    "usageWindows": {"claude": {}, "antigravity": {"5h": {}}},
                     "autoSwitch": {**self.AUTO, **changes}}))
 
     def test_it_says_which_models_a_session_asked_for_and_got(self):
         own = {**self.AUTO, "reason": "2 consecutive timeouts"}
-        health = {"problems": [], "autoSwitch": {**self.AUTO, "models": {"opus": own}}}
+        health = {"problems": [], "currentTarget": "claude", "usageWindows": {},
+                  "autoSwitch": {**self.AUTO, "models": {"opus": own}}}
         for asked, failed in (("claude-opus-5-5", "429"), ("opus", "timeouts")):
             self.assertEqual("asked %s, answered gemini (antigravity %s, 23m)" % (
                 asked.replace("claude-", ""), failed), rrouter.status_line(
@@ -4810,6 +4812,39 @@ class AgentRuleTest(RouterTest):
                 self.rrouter.post(fields=fields, **members)
                 self.assertEqual(self.upstream.received[0].model, model)
                 self.assertEqual(self.upstream.received[0].fields[1:-1], fields)
+
+
+class UsageWindowTest(AutoTest):
+    """Responses that say how much of a subscription is used."""
+
+    @staticmethod
+    def fields(used, until, window="5h"):
+        name = f"anthropic-ratelimit-unified-{window}-"
+        return ((name + "utilization", used), (name + "reset", until))
+
+    def test_they_are_shown_by_target_until_they_end(self):
+        now = int(time.time())
+        self.script(
+            error(429, fields=self.fields("1.004", str(now + 90))),
+            Response(200, json.dumps(message("c")).encode(), fields=(
+                *self.fields("0.83", str(now + 3600)), *self.fields("0.126", str(now + 99), "7d"))))
+        self.ask_for("ac")
+        windows = self.rrouter.health()["usageWindows"]
+        self.assertEqual({target: {name: window["usedPercent"] for name, window in own.items()}
+                          for target, own in windows.items()},
+                         {"antigravity": {"5h": 100}, "claude": {"5h": 83, "7d": 13}})
+        until = time.strftime("%H:%M", time.localtime(now + 3600))
+        self.assertRegex(self.get("/@claude/health?line").body.decode(),
+                         rf"\Aclaude, 5h 83 % until {until}, 7d 13 % until [A-Z][a-z]+ \d\d:\d\d\n")
+        self.later(100)
+        self.assertEqual(list(self.rrouter.health()["usageWindows"]["claude"]), ["5h"])
+
+    def test_odd_numbers_are_ignored(self):
+        for used, until in (("", "9"), ("nan", "9"), ("1", ""), ("0.5", "1e30"), ("inf", "9")):
+            self.upstream.play(Response(fields=self.fields(used, until)))
+            self.rrouter.post(target="/@antigravity/v1/messages")
+            self.assertNotIn("antigravity", [
+                target for target, own in self.rrouter.health()["usageWindows"].items() if own])
 
 
 class HealthTest(RouterTest):
