@@ -977,14 +977,14 @@ def parse_response_head(head: bytes) -> ResponseHead:
         chunked=bool(codings), keep_alive=http11 and b"close" not in fields.options)
 
 
-def read_windows(head: ResponseHead) -> dict[str, dict[str, Any]]:
+def read_windows(fields: Fields) -> dict[str, dict[str, Any]]:
     """Return the usage windows that a response reports, by name, as /health shows them."""
     windows = {}
     for name, (used, reset) in _WINDOWS.items():
-        if used in head.fields.values:
+        if used in fields.values:
             with contextlib.suppress(ValueError, OverflowError, OSError):   # odd numbers
-                windows[name] = {"usedPercent": round(100 * float(head.value(used))),
-                                 "until": utc(float(head.value(reset)))}
+                windows[name] = {"usedPercent": round(100 * float(fields.value(used))),
+                                 "until": utc(float(fields.value(reset)))}
     return windows
 
 
@@ -1935,12 +1935,11 @@ def counted(auto: dict[str, Any]) -> str:
 
 def describe_windows(windows: dict[str, Any]) -> list[str]:
     """Return usage windows in words and local time: 5h 83 % until 16:40."""
-    words = []
-    for name, window in windows.items():
-        until = datetime.datetime.strptime(window["until"] + "+0000", "%Y-%m-%dT%H:%M:%SZ%z")
-        local = until.astimezone().strftime("%H:%M" if name == "5h" else "%a %H:%M")
-        words.append(f"{name} {window['usedPercent']} % until {local}")
-    return words
+    until = {name: datetime.datetime.fromisoformat(window["until"].replace("Z", "+00:00"))
+             for name, window in windows.items()}
+    return [f"{name} {windows[name]['usedPercent']} % until "
+            f"{when.astimezone():{'%H:%M' if name == '5h' else '%a %H:%M'}}"
+            for name, when in until.items()]
 
 
 def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -> str:
@@ -3499,7 +3498,7 @@ class Exchange:
         attempt = Attempt(self._router.upstream, self._request, route, ticket, limit_s)
         self._attempts.append(attempt)
         attempt.run()
-        if attempt.response is not None and (windows := read_windows(attempt.response.head)):
+        if attempt.response is not None and (windows := read_windows(attempt.response.head.fields)):
             self._router.windows[route.target] = windows
         return attempt
 
