@@ -1366,7 +1366,7 @@ class TokenReader:
                         rb'([1-9][0-9]{0,11})[\s,}]')
 
     def __init__(self, coding: str) -> None:
-        self._decode: Callable[[bytes], bytes] = bytes if coding != "gzip" else partial(
+        self._decode: Callable[[bytes], bytes] | None = None if coding != "gzip" else partial(
             zlib.decompressobj(zlib.MAX_WBITS | 16).decompress, max_length=READ_AHEAD_MAX_BYTES)
         self._text = bytearray()        # both ends of the response, or all of it
 
@@ -1374,7 +1374,7 @@ class TokenReader:
         """Take more of the response; in an encoding other than gzip it says nothing."""
         text, end = self._text, self._END_BYTES
         try:
-            text += self._decode(payload)
+            text += payload if self._decode is None else self._decode(payload)
         except zlib.error:              # damaged, or more than READ_AHEAD_MAX_BYTES at once
             return
         if len(text) > 4 * end:         # `+=` above is cheap, because it rarely moves them
