@@ -1380,18 +1380,19 @@ class TokenReader:
                         rb'([1-9][0-9]{0,11})[\s,}]')
 
     def __init__(self, coding: str) -> None:
-        self._decode: Callable[[bytes], bytes] = bytes if coding != "gzip" else partial(
+        self._decode: Callable[[bytes], bytes] | None = None if coding != "gzip" else partial(
             zlib.decompressobj(zlib.MAX_WBITS | 16).decompress, max_length=READ_AHEAD_MAX_BYTES)
-        self._text = b""                # both ends of the response, or all of it
+        self._text = bytearray()        # both ends of the response, or all of it
 
     def feed(self, payload: bytes) -> None:
         """Take more of the response; in an encoding other than gzip it says nothing."""
-        try:                            # which does not copy the first payload
-            self._text += self._decode(payload)
+        text, end = self._text, self._END_BYTES
+        try:
+            text += payload if self._decode is None else self._decode(payload)
         except zlib.error:              # damaged, or more than READ_AHEAD_MAX_BYTES at once
             return
-        if len(self._text) > 4 * self._END_BYTES:
-            self._text = self._text[:self._END_BYTES] + self._text[-self._END_BYTES:]
+        if len(text) > 4 * end:         # `+=` above is cheap, because it rarely moves them
+            del text[end:-end]
 
     def note(self) -> str:
         """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
