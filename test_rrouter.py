@@ -4117,7 +4117,7 @@ class ClientLeavesTest(AutoTest):
                 connection = self.begin(until=received, **members)
                 self.later(seconds)
                 self.leave(connection)
-                self.upstream.wait(lambda upstream: upstream.closed == 1)
+                self.upstream.wait(lambda upstream: upstream.closed >= 1)
                 self.assertEqual(self.calls(), "a")
                 self.assert_state(timeoutCount=timeouts)
 
@@ -6226,10 +6226,11 @@ class LockTest(DaemonTestBase):
     def test_signal_goes_to_the_process_that_the_lock_names_just_now(self):
         lock, (host, namespace) = rrouter.Lock(self.path), self.own_place()
         for has_pidfd in (True, False):         # an old system has none
-            sleeper = self.sleeper()
+            sleeper, restore = self.sleeper(), bool
             line = b"%d ab01 %b %d\n" % (sleeper.pid, host, namespace)
             if not has_pidfd and hasattr(os, "pidfd_open"):
-                self.addCleanup(setattr, os, "pidfd_open", os.pidfd_open)
+                restore = functools.partial(setattr, os, "pidfd_open", os.pidfd_open)
+                self.addCleanup(restore)
                 del os.pidfd_open
             with self.subTest(has_pidfd):
                 with self.held(self.home, line):
@@ -6241,6 +6242,7 @@ class LockTest(DaemonTestBase):
                     rrouter.send_signal(lock, lock.look(), signal.SIGKILL)  # another's pid
                 with self.held(self.home, line):
                     rrouter.send_signal(lock, seen, signal.SIGTERM)
+                restore()               # because subprocess uses it from Python 3.15 on
                 self.assertEqual(sleeper.wait(WAIT_S), -signal.SIGTERM)
 
     def test_daemon_elsewhere_is_named_and_left_alone(self):
@@ -7515,8 +7517,9 @@ class InstalledLifeTest(InstallTest):
             home.dir, home.dir / "mode", home.dir / "install.json", home.program)],
             ["700", "600", "600", "755"])
         self.assertFalse((home.dir / "config.json").exists())
-        self.assertEqual(home.do("-c", home.claude()["statusLine"]["command"], program=["sh"]),
-                         "auto → antigravity\n")
+        if shutil.which("curl"):
+            self.assertEqual(home.do("-c", home.claude()["statusLine"]["command"],
+                                     program=["sh"]), "auto → antigravity\n")
         home.write("mode", "claude\n")
         home.env["PATH"] += f":{home.program.parent}"
         del home.env["RROUTER_PORT"]        # the daemon has it, and keeps it
