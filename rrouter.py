@@ -192,7 +192,7 @@ SHELF_WORDINGS = (
     ((503,), (b"auth_unavailable",), "auth_unavailable"),
     ((429,), (b"all credentials for model", b"cooling down"), "cooling down"),
     ((429, 503), (b"model_cooldown",), "model_cooldown"),
-    ((400, 502), (b"unknown provider for model",), UNKNOWN_MODEL))
+    ((400, 502), (UNKNOWN_MODEL.encode("ascii"),), UNKNOWN_MODEL))
 
 # The wordings of targets for a request beyond their limits, in lower case.
 TOO_LARGE_WORDINGS = (
@@ -2415,6 +2415,7 @@ class UpstreamConnection(Wire):
         self.rest()
 
     def set_up(self, send_limit_s: float) -> None:
+        """Set the socket's options; raise OSError if it is closed already."""
         super().set_up(send_limit_s)
         self._poller.register(self.sock, select.POLLIN)
         option, value = UNACKNOWLEDGED
@@ -2511,6 +2512,7 @@ class UpstreamConnection(Wire):
                 raise UpstreamError("sent a malformed response head")
 
     def close(self) -> None:
+        """Close the connection, without the rest of a response."""
         with contextlib.suppress(OSError):
             self._connection.close()
 
@@ -3452,10 +3454,11 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         try:
             self._client.set_up(WRITE_STALL_S)
             beyond = len(connections) - self._router.connections_max
-            full = RequestError(503, f"too many connections ({self._router.connections_max})")
-            self._full = full if beyond > 0 else None   # then only /health is answered, and once
-            if beyond > CONNECTIONS_RESERVE:
-                self._refuse(full)
+            # Then only /health is answered, and once.
+            self._full = RequestError(503, "too many connections (%d)" %
+                                      self._router.connections_max) if beyond > 0 else None
+            if self._full and beyond > CONNECTIONS_RESERVE:
+                self._refuse(self._full)
             else:
                 while self._handle_request():
                     pass
@@ -3586,6 +3589,11 @@ class Holder(NamedTuple):
     instance: str = ""          #: random, repeated in run.json and by /health
     place: str = ""             #: its host and pid namespace
     stopping: bool = False      #: accepts no more requests; those under way finish
+
+    @classmethod
+    def named_in(cls, values: dict[str, Any]) -> Holder:
+        """Return the process that run.json or /health names; raise LookupError, ValueError."""
+        return cls(int(values["pid"]), str(values.get("instance", "")))
 
     @property
     def elsewhere(self) -> str:
@@ -3797,7 +3805,7 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | N
 def describe_taken(settings: Settings, paths: Paths) -> str:
     """Return what to say when the port is taken."""
     health, holder = ask_health(settings.host, settings.port, timeout_s=1), Lock(paths.lock).look()
-    if health and holder and holder.is_same(Holder(health["pid"], health.get("instance", ""))):
+    if health and holder and holder.is_same(Holder.named_in(health)):
         return f"runs already ({holder.name}): `rrouter stop` stops it"
     if health:
         return f"port {settings.port} is another rrouter's (pid {health['pid']}): set RROUTER_PORT"
@@ -4045,9 +4053,9 @@ class Daemon(NamedTuple):
         """Return the one in run.json, live or killed; None without a usable file."""
         try:
             run = json.loads(read_file(paths.run) or b"null")
-            holder = Holder(int(run["pid"]), str(run.get("instance", "")))
-            return cls(holder, str(run["host"]), int(run["port"]), str(run["startedBy"]),
-                       str(run["upstream"]), str(run.get("allowedHosts", "")))
+            return cls(Holder.named_in(run), str(run["host"]), int(run["port"]),
+                       str(run["startedBy"]), str(run["upstream"]),
+                       str(run.get("allowedHosts", "")))
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
@@ -4065,7 +4073,7 @@ class Daemon(NamedTuple):
     def health(self) -> dict[str, Any] | None:
         """Return its /health, or None if it does not answer, or another process does."""
         health = ask_health(self.host, self.port)
-        if health and self.holder.is_same(Holder(health["pid"], health.get("instance", ""))):
+        if health and self.holder.is_same(Holder.named_in(health)):
             return health
         return None
 
@@ -4199,6 +4207,11 @@ def reach_manager(home: str) -> tuple[Manager | None, str]:
     why = printable(output.strip().rpartition("\n")[2]) or f"status {status}"
     return None, ("neither systemd nor launchd is here" if status == 127 else
                   f"{asked} does not answer: {why}")
+
+
+def service_files(home: str) -> list[str]:
+    """Return where the unit and the agent usually are."""
+    return [os.path.join(home, ".config", UNIT_PATH), os.path.join(home, AGENT_PATH)]
 
 
 def find_manager(home: str) -> Manager | None:
@@ -4337,6 +4350,17 @@ def claude_environment(home: str) -> dict[str, str]:
         raise ValueError(reason_of(error)) from error
     except (ValueError, RecursionError) as error:
         raise ValueError("not JSON") from error
+
+
+def proxy_settings(env: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Return the proxy variable in Claude Code's `env`, its NO_PROXY, and the one that it needs.
+
+    All are "" where they are missing; without a proxy variable it needs none.
+    """
+    proxy = next((name for name, value in env.items()
+                  if value and re.fullmatch("(?i)(https?|all)_proxy", name)), "")
+    known = str(env.get("NO_PROXY") or env.get("no_proxy") or "")
+    return proxy, known, f"{known},localhost,127.0.0.1,::1".lstrip(", ")
 
 
 def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | None]:
@@ -4642,14 +4666,11 @@ class Installer:
 
 def offer_no_proxy(text: str) -> dict[str, str]:
     """Return NO_PROXY if Claude Code needs it to reach rrouter and the user wants it, else {}."""
-    env = {**os.environ, **json.loads(text.lstrip("\ufeff")).get("env", {})}
-    proxy = next((name for name, value in env.items()
-                  if value and re.fullmatch("(?i)(https?|all)_proxy", name)), None)
-    known = str(env.get("NO_PROXY") or env.get("no_proxy") or "")
-    if (proxy is None or {"localhost", "*"} & {*re.split("[, ]+", known)}
+    proxy, known, value = proxy_settings(
+        {**os.environ, **json.loads(text.lstrip("\ufeff")).get("env", {})})
+    if (not proxy or {"localhost", "*"} & {*re.split("[, ]+", known)}
             or not (sys.stdin.isatty() and sys.stdout.isatty())):       # `check` says it then
         return {}
-    value = f"{known},localhost,127.0.0.1,::1".lstrip(",")
     with contextlib.suppress(EOFError):
         if input(f'  {proxy} is set, so Claude Code needs "NO_PROXY": "{value}" in its env: write '
                  "it? [Y/n] ").strip().lower() in ("", "y", "yes"):
@@ -4778,6 +4799,16 @@ def report_installation(work: Installer, before: bytes | None, why: str) -> None
           f"next: {command} install --claude, which points Claude Code here")
 
 
+def claim_copy(work: Installer, content: bytes | None) -> None:
+    """Take the program in its place for ours if it is a copy, made by hand, of the running one."""
+    running = next(filter(os.path.isfile, (__file__, os.path.dirname(__file__))), os.devnull)
+    if content and content == content_of(os.path.realpath(running)):
+        directory = os.path.dirname(work.program)
+        if work.program not in work.files and len(os.listdir(directory)) == 1:
+            work.files[directory] = []
+        work.files[work.program] = [*work.files.get(work.program, [""]), digest(content)]
+
+
 def install(work: Installer, with_claude: bool) -> list[str]:
     """Install this program for the user, or upgrade it, and start it; return what failed."""
     settings = read_environment(dict(os.environ))
@@ -4789,11 +4820,7 @@ def install(work: Installer, with_claude: bool) -> list[str]:
         raise UsageError(f"{asked} is not in HOME={work.home}: unset CLAUDE_CONFIG_DIR")
     work.files, work.settings = read_record(work.paths)
     program, before = program_bytes(stable_interpreter()), content_of(work.program)
-    running = next(filter(os.path.isfile, (__file__, os.path.dirname(__file__))), os.devnull)
-    if before and before == content_of(os.path.realpath(running)):      # copied by hand
-        if work.program not in work.files and len(os.listdir(os.path.dirname(work.program))) == 1:
-            work.files[os.path.dirname(work.program)] = []
-        work.files[work.program] = [*work.files.get(work.program, [""]), digest(before)]
+    claim_copy(work, before)
     manager, why = reach_manager(work.home)
     if not work.dry:
         work.paths.create()
@@ -4865,8 +4892,7 @@ def uninstall(work: Installer, purge: bool) -> list[str]:
     ports = {str(daemon.port if daemon else DEFAULT_ENVIRONMENT["RROUTER_PORT"]),
              *re.findall(r':([0-9]+)[/"\\]', json.dumps(written))}
     here = rf"http://(?:localhost|127\.0\.0\.1|\[::1\]):(?:{'|'.join(ports)})(?![0-9])"
-    for path in (work.program, work.environment, os.path.join(work.home, AGENT_PATH),
-                 os.path.join(os.path.dirname(work.environment), UNIT_PATH)):
+    for path in (work.program, work.environment, *service_files(work.home)):
         if path not in work.files and os.path.lexists(path):
             work.left.append(f"{path} (not recorded as installed): look at it before you remove it")
     remove_installed(work, daemon, purge)
@@ -5271,7 +5297,7 @@ def set_mode(paths: Paths, mode: str) -> None:
     if after and after["mode"] == mode:
         note = f"in force: pid {after['pid']}, {after['listenAddr']}"
     elif after is None and (not daemon or daemon.holder.stopping or daemon.holder.elsewhere):
-        note = f"written; daemon {describe_silence(daemon)}"
+        note = f"written; {'' if daemon else 'daemon '}{describe_silence(daemon)}"
     else:
         why = f"the daemon is in mode {after['mode']}" if after else describe_silence(daemon)
         raise DaemonError(f"mode {mode} is written to {paths.mode}, but {why}")
@@ -5550,9 +5576,7 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
         yield (OK if os.access(python, os.X_OK) else FAIL), (
             f"program: {program}, run by {python}: if that is gone, run install.sh again")
     manager, why = reach_manager(home)
-    candidates = ([manager.path] if manager else
-                  [os.path.join(home, ".config", UNIT_PATH), os.path.join(home, AGENT_PATH)])
-    path = next(filter(os.path.isfile, candidates), None)
+    path = next(filter(os.path.isfile, [manager.path] if manager else service_files(home)), None)
     if not path:
         yield OK, ("service: none is installed; rrouter start forks a daemon, and nothing starts "
                    "it at the next login")
@@ -5578,11 +5602,10 @@ def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tu
     both = {**os.environ, **in_file}
     url = both.get("ANTHROPIC_BASE_URL", "")
     where = f"from {path}" if "ANTHROPIC_BASE_URL" in in_file else f"in this shell, not in {path}"
-    shown = printable(re.sub(r"(?s)^(\w+:/+)?.*[^/]@", r"\1***@", url)) + f" ({where})"
+    address, *mode = url.partition("/@")
+    shown = printable("".join([_without_password(address), *mode])) + f" ({where})"
     form = re.fullmatch("http://[^/]+(?:/|/@([^/]+)/?)?", url)
-    proxy = next((name for name, value in both.items() if value and name.lower() in (
-        "http_proxy", "https_proxy", "all_proxy")), "")
-    exempt = both.get("NO_PROXY") or both.get("no_proxy") or ""
+    proxy, exempt, names = proxy_settings(both)
     if not url:
         yield WARN, f'claude code: set {{"env": {{"ANTHROPIC_BASE_URL": "{wanted}"}}}} in {path}'
     elif not points_to(url, settings):
@@ -5594,7 +5617,6 @@ def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tu
     else:
         yield OK, f"claude code: uses {shown}"
         if proxy and not re.search(r"(^|[,\s])(localhost|127\.0\.0\.1|\*)($|[,:\s])", exempt):
-            names = f"{exempt},localhost,127.0.0.1,::1".lstrip(", ")
             state = "lacks localhost" if exempt else "is not"
             yield WARN, (f"proxy: {proxy} is set and NO_PROXY {state}, so Claude Code never gets "
                          f'here: put "NO_PROXY": "{printable(names)}" into env in {path}')
@@ -5780,14 +5802,15 @@ COMMANDS = (
             "rrouter status --json | jq .currentTarget"),
     Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
-    Command("auto", ("a",), cmd_mode, "Antigravity, else Claude; again: retry now"),
-    Command("mode [NAME]", (), cmd_mode, "print the mode, or set any of config.json",
+    Command("auto", ("a",), cmd_mode, "Antigravity, else Claude; repeat to retry now"),
+    Command("mode [NAME]", (), cmd_mode, "print the mode, or set one of config.json",
             "rrouter mode claude"),
     Command("explain [MODEL]", (), cmd_explain, "what becomes of a model name in each mode",
             "rrouter explain claude-opus-5-5"),
     Command("logs [-f] [--auto]", (), cmd_logs, "print the end of the log",
             "rrouter logs -f --auto"),
-    Command("check [--json]", ("health", "--check"), cmd_check, "check all and say how to fix it"),
+    Command("check [--json]", ("health", "--check"), cmd_check,
+            "check everything and say how to fix it"),
     Command("config [edit|reset|path]", (), cmd_config,
             "print, edit or reset the config, or its path", "rrouter config | jq .auto",
             (("--yes", {"action": "store_true"}),)),    # `reset` never asks
@@ -5796,7 +5819,7 @@ COMMANDS = (
     Command("uninstall [--purge] [--dry-run]", (), cmd_install, "undo install"),
     Command("completion bash|zsh|fish", (), cmd_completion, "print the completion for a shell",
             'eval "$(rrouter completion bash)"'),
-    Command("help [COMMAND]", ("-h", "--help"), cmd_help, "show this text, or that of a command",
+    Command("help [COMMAND]", ("-h", "--help"), cmd_help, "show this help, or that of a command",
             "rrouter help config"),
     Command("version", ("-V", "--version"), lambda _: print(f"rrouter {__version__}"),
             "print the version"),
