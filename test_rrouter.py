@@ -70,7 +70,8 @@ except ImportError:                     # not a Unix
 import rrouter
 from rrouter import DEFAULT_CONFIG, Fault, Outcome
 
-signal.signal(signal.SIGINT, signal.default_int_handler)     # ignored in the background
+# A job in the background inherits SIGINT as ignored, and so would the programs that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 HERE = pathlib.Path(__file__).resolve().parent
 RROUTER = str(HERE / "rrouter.py")
 RROUTER_TEXT = (HERE / "rrouter.py").read_text(encoding="utf-8")
