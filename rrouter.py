@@ -13,7 +13,7 @@ The path of a request, each step a method or function of that name in this file:
       find_model                    the model name in the body, and where it stands
     Exchange.run                  the request gets its number
     Exchange._forward             up to the response:
-      Store.snapshot                config and mode as the files say at this moment
+      Router.snapshot               config and mode as the files, or /@MODE, say at this moment
       decide_route                  the first matching rule names the model for a target
       Failover.admit                in auto mode: whose turn it is
       Attempt.run                   one try on one target
@@ -174,8 +174,8 @@ HOP_BY_HOP = frozenset((
 
 # The types that Anthropic's API uses with these statuses; Claude Code shows and sorts by them.
 ERROR_TYPES = {
-    403: "permission_error", 408: "timeout_error", 413: "request_too_large", 500: "api_error",
-    502: "api_error", 503: "overloaded_error", 504: "timeout_error"}
+    403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "request_too_large",
+    500: "api_error", 502: "api_error", 503: "overloaded_error", 504: "timeout_error"}
 
 # Claude Code's patterns (lower case, without backticks), then the wordings of Gemini, which it does
 # not know.  A row matches if all its words are present, in any order.
@@ -344,7 +344,7 @@ class RequestHead(NamedTuple):
     """A request line and its fields, valid and unambiguous."""
 
     method: str
-    target: bytes               #: in origin form (or `*`), bytes untouched
+    target: bytes               #: in origin form (or `*`), without /@MODE, bytes untouched
     authority: str              #: the host the client asks for; "" in HTTP/1.0 without Host
     http11: bool
     fields: Fields
@@ -352,6 +352,7 @@ class RequestHead(NamedTuple):
     keep_alive: bool
     expects_continue: bool
     path: str                   #: the target without its query, which may hold secrets
+    mode: str | None            #: what /@MODE at the beginning of the target names, in lower case
 
 
 class ResponseHead(NamedTuple):
@@ -751,6 +752,7 @@ _HOST_LINE = re.compile(rb"(?im)^(host:)[^\r]*")
 _LENGTH_LINE = re.compile(rb"(?im)^(content-length:)[^\r]*")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
 _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
+_MODE_PREFIX = re.compile(rb"/@([^/?#]*)/?(.*)")
 _LOOPBACK_ORIGIN = re.compile(
     rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
 
@@ -854,6 +856,9 @@ def parse_request_head(head: bytes) -> RequestHead:
         raise RequestError(400, "malformed request: expected exactly one Host field, "
                                 f"found {len(hosts)}")
     target, authority = _origin_form(method, target, hosts[0] if hosts else b"")
+    named = _MODE_PREFIX.match(target)
+    if named:
+        target = b"/" + named[2]
     if not all(map(_AUTHORITY.fullmatch, [authority, *hosts])):
         raise RequestError(400, "malformed Host: expected NAME or NAME:PORT")
     length = _request_length(fields, http11)
@@ -864,7 +869,8 @@ def parse_request_head(head: bytes) -> RequestHead:
         method=method.decode("ascii"), target=target, authority=authority.decode("latin-1"),
         http11=http11, fields=fields, length=length,
         keep_alive=http11 and b"close" not in fields.options, expects_continue=bool(expectations),
-        path=target.partition(b"?")[0].decode("ascii"))
+        path=target.partition(b"?")[0].decode("ascii"),
+        mode=urllib.parse.unquote(named[1].decode("ascii")).lower() if named else None)
 
 
 def head_too_large(data: bytes) -> RequestError:
@@ -3229,9 +3235,19 @@ class Router:
             self._trimmed = self._requests, now
             return_free_memory()        # after requests, and once after the start
 
-    def health(self) -> dict[str, Any]:
-        """Return what /health shows."""
+    def snapshot(self, mode: str | None) -> Snapshot:
+        """Return config and mode for a request that names `mode`; raise RequestError 404."""
         snapshot = self.store.snapshot()
+        if mode is None:
+            return snapshot
+        if mode not in snapshot.config.choices:
+            why = describe_unknown_mode(mode, snapshot.config.choices)
+            raise RequestError(404, f"/@MODE: {why}", "the mode in /@MODE is not defined")
+        return snapshot._replace(mode=mode)
+
+    def health(self, mode: str | None = None) -> dict[str, Any]:
+        """Return what /health shows, or /@MODE/health."""
+        snapshot = self.snapshot(mode)
         is_auto = snapshot.mode == MODE_AUTO
         auto = self.failover.report(is_auto)
         problems = [*snapshot.problems, self.log.problem, self.state.problem]
@@ -3260,9 +3276,10 @@ class Exchange:
 
     def run(self) -> None:
         """Carry the request through; raise ClientGone if the connection cannot carry another."""
+        snapshot = self._router.snapshot(self._request.head.mode)
         self._started, self._number = time.monotonic(), self._router.begin()
         try:
-            chosen = self._chosen = self._forward(self._router.store.snapshot())
+            chosen = self._chosen = self._forward(snapshot)
             if chosen.response is None:
                 self._report(chosen.error)
             else:
@@ -3429,7 +3446,8 @@ class Exchange:
             if self._chosen not in (None, attempt):
                 notes.append(f"{attempt.route.target} failed: {outcome.what}")
             notes += [*attempt.notes, outcome.what if outcome.direct else "", slow_failure(outcome)]
-        line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
+        prefix = f"/@{head.mode}" if head.mode is not None else ""
+        line = f"#{self._number} {printable(head.method, 40)} {prefix}{printable(head.path)}"
         line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
         return line + "".join(f" ({text})" for text in [*notes, note] if text)
 
@@ -3516,7 +3534,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         self._client.send_error(error, CLOSE)
 
     def _report_health(self, head: RequestHead) -> None:
-        health, content_type = self._router.health(), b"application/json"
+        health, content_type = self._router.health(head.mode), b"application/json"
         text = json.dumps(health, indent=2)
         if b"line" in head.target.partition(b"?")[2].split(b"&"):
             text, content_type = status_line(health), b"text/plain; charset=utf-8"

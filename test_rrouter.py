@@ -4586,6 +4586,41 @@ class StatusLineTest(unittest.TestCase):
                     "autoSwitch": {**self.AUTO, **changes}}))
 
 
+class ModeInTargetTest(RouterTest):
+    """A target that begins with /@MODE; the mode file says antigravity."""
+
+    TARGETS = (
+        # target of the client,               the upstream's,         model there
+        ("/@claude/v1/messages?beta=true",    "/v1/messages?beta=true", SONNET),
+        ("/@CL%61ude/v1/x%2F?/@y",            "/v1/x%2F?/@y",         SONNET),
+        ("http://localhost/@claude/a",        "/a",                   SONNET),
+        ("/@claude?a",                        "/?a",                  SONNET),
+        ("/@claude/@auto/v1/messages",        "/@auto/v1/messages",   SONNET),
+        ("/v1/@claude/messages",              "/v1/@claude/messages", GEMINI_SONNET),
+    )
+
+    def test_it_is_served_in_that_mode_and_goes_on_without_it(self):
+        for target, forwarded, model in self.TARGETS:
+            with self.subTest(target):
+                self.upstream.clear()
+                self.assertEqual(self.rrouter.post(target=target).status, 200)
+                (received,) = self.upstream.received
+                self.assertEqual((received.target, received.model), (forwarded, model))
+        wait_until(lambda: " POST /@claude/@auto/v1/messages " in self.rrouter.log())
+
+    def test_unknown_one_is_refused_with_the_names_of_the_modes(self):
+        before = self.rrouter.health()["requestCount"]
+        for target in ("/@gemini/v1/messages", "/@/v1/messages", "/@gemini/health?line"):
+            reply = self.assert_refused(request_bytes("GET", target), 404)
+            self.assert_error(reply, 404, "(defined: antigravity, claude, auto)")
+        self.assertEqual(self.rrouter.health()["requestCount"], before)
+
+    def test_health_shows_it(self):
+        for mode, line in (("claude", "claude"), ("auto", "auto → antigravity")):
+            self.assertEqual(self.get(f"/@{mode}/health").json()["mode"], mode)
+            self.assertEqual(self.get(f"/@{mode}/health?line").body.decode(), line + "\n")
+
+
 class HealthTest(RouterTest):
 
     def test_every_field_has_its_value(self):
