@@ -268,6 +268,7 @@ class UpstreamTimeout(UpstreamError):
 
 BytesLike = Union[bytes, bytearray, memoryview]
 T = TypeVar("T")
+RULE_KEYS = "match", "rewrite", "agent", "class"    # of Rule in config.json, in its order
 
 
 class Rule(NamedTuple):
@@ -275,6 +276,8 @@ class Rule(NamedTuple):
 
     match: str
     rewrite: str
+    agent: str = ""             #: a glob that the agent has to match as well; "" for any
+    request_class: str = ""     #: the same of the class of the request
 
 
 class AutoSettings(NamedTuple):
@@ -301,6 +304,7 @@ class Config(NamedTuple):
     auto: AutoSettings
     auto_error: str             #: why mode auto cannot be used; "" if it can
     problems: tuple[str, ...]   #: complaints that do no harm
+    conditions: frozenset[str]  #: what rules have besides a model: "agent", "class"
 
     @property
     def choices(self) -> list[str]:
@@ -339,6 +343,11 @@ class Fields(NamedTuple):
         """Return the values of the field `name`, line by line; none if it is absent."""
         return self.values.get(name, [])
 
+    def value(self, name: bytes) -> str:
+        """Return the first value of the field `name`, in lower case; "" if it is absent."""
+        values = self.values.get(name)
+        return values[0].lower().decode("latin-1") if values else ""
+
 
 class RequestHead(NamedTuple):
     """A request line and its fields, valid and unambiguous."""
@@ -365,21 +374,15 @@ class ResponseHead(NamedTuple):
     chunked: bool
     keep_alive: bool
 
-    def value(self, name: bytes) -> str:
-        """Return the first value of the field `name`, in lower case; "" if it is absent."""
-        values = self.fields.all(name)
-        return values[0].lower().decode("latin-1") if values else ""
-
     @property
     def is_event_stream(self) -> bool:
         """True if the body is server-sent events."""
-        return self.value(b"content-type").startswith("text/event-stream")
+        return self.fields.value(b"content-type").startswith("text/event-stream")
 
     @property
     def coding(self) -> str:
         """The content encoding of the body, "" for none."""
-        coding = self.value(b"content-encoding")
-        return "" if coding == "identity" else coding
+        return self.fields.value(b"content-encoding").replace("identity", "")
 
 
 class Fault(enum.Enum):
@@ -537,17 +540,18 @@ def _members(value: Any, path: str, known: Collection[str],
 
 
 def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
-    members = _members(value, path, Rule._fields, problems)
-    for key in Rule._fields:
-        if key not in members:
+    members = _members(value, path, RULE_KEYS, problems)
+    for key in RULE_KEYS:
+        if key not in members and key in RULE_KEYS[:2]:
             raise ConfigError(f"{path}.{key}: missing, expected a string")
-        _expect(isinstance(members[key], str) and members[key] != "", f"{path}.{key}",
-                "a string that is not empty", members[key])
-    try:
-        re.compile(fnmatch.translate(members["match"]))
-    except re.error:                    # [z-a], before Python 3.10
-        _expect(False, f"{path}.match", "a glob", members["match"])
-    return Rule(members["match"], members["rewrite"])
+        text = members.get(key, "*")
+        _expect(isinstance(text, str) and text != "", f"{path}.{key}",
+                "a string that is not empty", text)
+        try:
+            re.compile(fnmatch.translate(text if key != "rewrite" else ""))
+        except re.error:                # [z-a], before Python 3.10
+            _expect(False, f"{path}.{key}", "a glob", text)
+    return Rule(*(members.get(key, "") for key in RULE_KEYS))
 
 
 def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]:
@@ -615,7 +619,9 @@ def parse_config(text: str) -> Config:
         # The built-in targets do not matter to a config that never uses auto.
         if "targets" in top.get("auto", {}) or default_mode == MODE_AUTO:
             problems.append(auto_error)
-    return Config(modes, default_mode, auto, auto_error, tuple(problems))
+    conditions = frozenset(key for rules in modes.values() for rule in rules
+                           for key, glob in zip(RULE_KEYS[2:], rule[2:]) if glob)
+    return Config(modes, default_mode, auto, auto_error, tuple(problems), conditions)
 
 
 def config_of(content: bytes | None) -> Config:
@@ -629,7 +635,8 @@ def config_text(config: Config) -> str:
     """Return the JSON text that `parse_config` reads as `config`."""
     auto = config.auto
     return json.dumps({
-        "modes": {name: {"mappings": [rule._asdict() for rule in rules]}
+        "modes": {name: {"mappings": [{key: text for key, text in zip(RULE_KEYS, rule) if text}
+                                      for rule in rules]}
                   for name, rules in config.modes.items()},
         "defaultMode": config.default_mode,
         "auto": {
@@ -715,17 +722,22 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
 
 # Routing ######################################################################
 
-def match_rule(rules: Iterable[Rule], model: str) -> Rule | None:
-    """Return the first rule that matches `model`: a name that equals it, or a glob; else None."""
+def match_rule(rules: Iterable[Rule], model: str,
+               sender: tuple[str, str] = ("", "")) -> Rule | None:
+    """Return the first rule that matches `model` and its sender, an agent and a class, or None."""
     for rule in rules:
-        if model == rule.match or fnmatch.fnmatchcase(model, rule.match):
+        if (model == rule.match or fnmatch.fnmatchcase(model, rule.match)) and (
+                not (rule.agent or rule.request_class) or all(
+                    not glob or (name and fnmatch.fnmatchcase(name, glob.lower()))
+                    for name, glob in zip(sender, rule[2:]))):
             return rule
     return None
 
 
-def decide_route(config: Config, target: str, model: str | None) -> Route:
+def decide_route(config: Config, target: str, model: str | None,
+                 sender: tuple[str, str] = ("", "")) -> Route:
     """Return where a request for `model` goes when it is the turn of `target`."""
-    rule = match_rule(config.modes[target], model) if model is not None else None
+    rule = match_rule(config.modes[target], model, sender) if model is not None else None
     return Route(target, model if rule is None else rule.rewrite)
 
 
@@ -1050,6 +1062,7 @@ def response_body(head: ResponseHead, method: str) -> PlainBody:
 
 _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
+_AGENT = re.compile(rb"oh-my-claudecode:([A-Za-z0-9_-]+)")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 # Scans a value in C.  The hooks avoid building numbers and objects that are never read, and the
 # limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
@@ -1105,6 +1118,17 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
     except (ValueError, StopIteration, RecursionError):     # not JSON or UTF-8, or too deep
         return None
     return (start, end, name) if isinstance(name, str) else None
+
+
+def find_agent(body: BytesLike) -> str:
+    """Return the name after `oh-my-claudecode:` in the top-level `system`, "" without one."""
+    # Most bodies lack the word, and are not parsed; messages that mention it name no agent.
+    with contextlib.suppress(ValueError, RecursionError):       # not JSON, or too deep
+        for key, start, end in _walk_body(body)[1] if _AGENT.search(body) else ():
+            if key == "system":
+                found = _AGENT.search(body, start, end)
+                return str(found.group(1), "ascii") if found else ""
+    return ""
 
 
 def asks_for_stream(body: BytesLike) -> bool:
@@ -2985,6 +3009,13 @@ class Request(NamedTuple):
         """True if the response should be a message of Anthropic's API."""
         return self.head.path.endswith("/messages")
 
+    def sender(self, conditions: Collection[str]) -> tuple[str, str]:
+        """Return the agent and the class, as far as rules with these conditions need them."""
+        agent = self.head.fields.value(b"x-claude-code-agent-type")
+        if "agent" in conditions and agent in ("", "custom"):       # the agents of all plugins
+            agent = find_agent(self.body).lower() or agent
+        return agent, self.head.fields.value(b"x-claude-code-request-class")
+
 
 FAULT_OF_ERROR = {UpstreamTimeout: Fault.TIMEOUT, UpstreamUnreachable: Fault.UNREACHABLE}
 
@@ -3084,15 +3115,16 @@ class Attempt:
         """Return how the attempt ended, as far as it is known before the client gets a byte."""
         head, ended, retry_after_s = response.head, time.time(), None
         fault, what = Fault.NO_MESSAGE if defect else None, defect or str(head.status)
-        if head.value(b"x-rrouter-error"):
+        if head.fields.value(b"x-rrouter-error"):
             fault = Fault.OWN
         elif head.status >= 400:
             text = response.text()
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
+            value = head.fields.value
             retry_after_s = read_retry_after(
-                head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
+                value(b"retry-after"), value(b"retry-after-ms"), text, ended)
         return Outcome(fault, head.status, what, self._began, ended, retry_after_s)
 
     def receive(self, response: Response) -> bytes:
@@ -3299,9 +3331,10 @@ class Exchange:
         """Return the attempt whose response the client gets, after at most two."""
         config, request, failover = snapshot.config, self._request, self._router.failover
         model, targets = request.model, config.auto.targets
+        sender = request.sender(config.conditions) if config.conditions else ("", "")
         if snapshot.mode != MODE_AUTO:
-            return self._try(decide_route(config, snapshot.mode, model))
-        routes = {target: decide_route(config, target, model) for target in targets}
+            return self._try(decide_route(config, snapshot.mode, model, sender))
+        routes = {target: decide_route(config, target, model, sender) for target in targets}
         if not request.is_judged or len({route.model for route in routes.values()}) == 1:
             return self._try(routes[failover.current(model, targets)])
         limit_s = config.auto.first_byte_limit_s(asks_for_stream(request.body))
@@ -5375,9 +5408,17 @@ def cmd_explain(context: Context) -> None:
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
         print(printable(model))
         for mode, rules in config.modes.items():
-            rule = match_rule(rules, model)
-            text = f"{rule.rewrite} (rule {rule.match})" if rule else f"{model} (no rule matches)"
-            print_rows((f"  {mode}", printable(text)), width=15)
+            label = f"  {mode}"
+            for rule in (*rules, Rule("", model)):
+                if rule.match and not match_rule([Rule(*rule[:2])], model):
+                    continue
+                words = ", ".join(f"{key} {glob}" for key, glob in zip(
+                    ("rule", *RULE_KEYS[1:]), rule) if glob and key != "rewrite")
+                print_rows((label, printable(
+                    f"{rule.rewrite} ({words or 'no rule matches'})")), width=15)
+                label = ""
+                if not any(rule[2:]):
+                    break
         if not config.auto_error:
             first, second = config.auto.targets
             text = f"{first} first, {second} if it fails"

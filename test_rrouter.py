@@ -971,6 +971,8 @@ class ParseConfigTest(unittest.TestCase):
          "modes.a.mappings[0].rewrite: missing"),
         ('{"modes": {"a": {"mappings": [{"match": "x", "rewrite": ""}]}}}',
          "mappings[0].rewrite: expected"),
+        ('{"modes": {"a": {"mappings": [{"match": "x", "rewrite": "y", "class": null}]}}}',
+         "mappings[0].class: expected a string that is not empty, found null"),
         ('{"modes": {"a": {}}, "defaultMode": "b"}',
          'defaultMode: expected one of a, auto, found "b"'),
         ('{"modes": {"a": {}}, "defaultMode": null}', "defaultMode: expected one of"),
@@ -999,6 +1001,13 @@ class ParseConfigTest(unittest.TestCase):
             with self.subTest(text[:100]), self.assertRaises(rrouter.ConfigError) as caught:
                 rrouter.parse_config(text)
             self.assertIn(words, str(caught.exception))
+
+    def test_conditions_of_a_rule_are_kept(self):
+        rule = {"match": "m", "rewrite": "r", "agent": "explore", "class": "sub*"}
+        config = config_with(modes={"antigravity": {"mappings": [rule]}, "claude": {}})
+        self.assertEqual((*config.modes["antigravity"], config.problems),
+                         (rrouter.Rule("m", "r", "explore", "sub*"), ()))
+        self.assertEqual(rrouter.parse_config(rrouter.config_text(config)), config)
 
     def test_unknown_keys_are_named_and_do_no_harm(self):
         config = rrouter.parse_config(
@@ -1105,6 +1114,44 @@ class RouteTest(unittest.TestCase):
                             for rule in rules.split()]
                 config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
                 self.assertEqual(rrouter.decide_route(config, "m", model), ("m", expected))
+
+    SENDERS = (
+        # the rule's agent and class, the request's, whether it matches
+        ("explore", "", "explore", "", True),           ("Explore", "", "explore", "", True),
+        ("explore", "", "explorer", "", False),         ("e*[er]", "sub*", "explorer", "sub", True),
+        ("*", "", "", "main", False),                   ("", "*", "explore", "", False),
+        ("explore", "main", "explore", "sub", False),   ("", "", "explore", "sub", True),
+    )
+
+    def test_rule_with_agent_or_class_matches_only_their_requests(self):
+        for *rule, agent, kind, expected in self.SENDERS:
+            with self.subTest(rule=rule, agent=agent, kind=kind):
+                found = rrouter.match_rule([rrouter.Rule("*", "g", *rule)], "m", (agent, kind))
+                self.assertEqual(found is not None, expected)
+
+    def test_conditions_are_those_that_rules_have(self):
+        for rule, expected in (({}, ""), ({"agent": "a"}, "agent"), ({"class": "*"}, "class")):
+            mappings = [{"match": "*", "rewrite": "g", **rule}]
+            config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
+            self.assertEqual(config.conditions, set(expected.split()))
+
+    AGENTS = (
+        # the agent, the members of the body after its model
+        ("explore", '"system":"You are oh-my-claudecode:explore."'),
+        ("deep-executor_2", '"messages":[{"content":"oh-my-claudecode:critic"}],"system":[{"text":'
+                            '"Go"},{"text":"oh-my-claudecode:deep-executor_2\\n\xed\x95\x9c"}]'),
+        ("", '"messages":[{"content":"oh-my-claudecode:explore"}],"system":"Go"'),
+        ("", '"messages":[{"system":"oh-my-claudecode:explore"}]'),
+        ("", '"system":"Go","system":"oh-my-claudecode:explore"'),
+        ("", '"messages":[oh-my-claudecode:explore'),
+    )
+
+    def test_agent_is_named_by_the_system_prompt_alone(self):
+        for agent, members in self.AGENTS:
+            with self.subTest(members):
+                body = ('{"model":"m",%s}' % members).encode("latin-1")
+                for kind in (bytes, bytearray, memoryview):
+                    self.assertEqual(rrouter.find_agent(kind(body)), agent)
 
 
 # Messages, by tables ##########################################################
@@ -4621,6 +4668,29 @@ class ModeInTargetTest(RouterTest):
             self.assertEqual(self.get(f"/@{mode}/health?line").body.decode(), line + "\n")
 
 
+class AgentRuleTest(RouterTest):
+    """Rules for agents and classes, through the router."""
+
+    config = {**DEFAULT_CONFIG, "modes": {**DEFAULT_CONFIG["modes"], "antigravity": {"mappings": [
+        {"match": "*", "rewrite": "large", "agent": "explore"},
+        {"match": "*", "rewrite": "small", "class": "compaction"}]}}}
+
+    def test_headers_and_system_prompt_choose_the_rule(self):
+        system = {"system": [{"type": "text", "text": "You are oh-my-claudecode:explore"}]}
+        for agent, kind, members, model in (
+                (None, None, {}, SONNET), (None, None, system, "large"),
+                ("Explore", None, {}, "large"), ("Plan", None, system, SONNET),
+                ("custom", None, system, "large"), ("custom", "main", {}, SONNET),
+                (None, "compaction", {}, "small")):
+            fields = [field for field in (("X-Claude-Code-Agent-Type", agent),
+                                          ("x-claude-code-request-class", kind)) if field[1]]
+            with self.subTest(fields=fields, members=members):
+                self.upstream.clear()
+                self.rrouter.post(fields=fields, **members)
+                self.assertEqual(self.upstream.received[0].model, model)
+                self.assertEqual(self.upstream.received[0].fields[1:-1], fields)
+
+
 class HealthTest(RouterTest):
 
     def test_every_field_has_its_value(self):
@@ -6862,6 +6932,15 @@ class AutoCommandTest(AutoTest):
     def test_explain_needs_no_request_for_a_name_that_is_given(self):
         self.assertRegex(self.say("explain", "other"), "auto: +no rescue, because both targets get")
         self.assertRegex(self.say("explain", SONNET), "auto: +antigravity\n")
+
+    def test_explain_names_the_conditions_of_rules(self):
+        self.configure({**DEFAULT_CONFIG, "modes": {"claude": {}, "antigravity": {"mappings": [
+            {"match": "*", "rewrite": "large", "agent": "explore", "class": "sub*"},
+            {"match": "opus", "rewrite": "g"}, {"match": "*", "rewrite": "never"}]}}})
+        self.assertRegex(self.say("explain", "opus"), "\n".join((
+            r"  claude: +opus \(no rule matches\)",
+            r"  antigravity: large \(rule \*, agent explore, class sub\*\)",
+            r" +g \(rule opus\)", r"  auto")))
 
     def test_watch_draws_the_status_anew_until_it_is_interrupted(self):
         with mock.patch.object(rrouter.time, "sleep", side_effect=[None, KeyboardInterrupt]):
@@ -9240,7 +9319,8 @@ class Conversation(subprocess.Popen):
             cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={"PATH": os.environ["PATH"], "HOME": home, "ANTHROPIC_API_KEY": "sk-test",
                  "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % port, "DISABLE_TELEMETRY": "1",
-                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"})
+                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1",
+                 "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1"})
 
     def say(self, text):
         """Return the text of the reply; fail if the turn ends in an error."""
@@ -9287,15 +9367,21 @@ def is_turn(request):
     return request.method == "POST" and request.target.partition("?")[0] == "/v1/messages"
 
 
-def streamed_reply(request, signature=None):
-    """Return a streamed message `<model> heard <text>`; a `signature` puts a thinking first."""
+def streamed_reply(request, signature=None, call=None):
+    """Return a streamed message `<model> heard <text>`; a `signature` puts a thinking first.
+
+    With `call`, a name and an input, it calls that tool.
+    """
     contents = [m["content"] for m in request.json()["messages"] if m["role"] == "user"]
-    last = contents[-1] if isinstance(contents[-1], str) else contents[-1][-1]["text"]
+    last = contents[-1] if isinstance(contents[-1], str) else contents[-1][-1].get("text")
     text = "%s heard %r" % (request.model, last)
     blocks = [({"type": "text", "text": ""}, {"type": "text_delta", "text": text})]
     if signature:
         blocks.insert(0, ({"type": "thinking", "thinking": "", "signature": ""},
                           {"type": "signature_delta", "signature": signature}))
+    if call:
+        blocks = [({"type": "tool_use", "id": "toolu_1", "name": call[0], "input": {}},
+                   {"type": "input_json_delta", "partial_json": json.dumps(call[1])})]
     events = [event("message_start", message={
         "id": "msg_1", "type": "message", "role": "assistant", "model": request.model,
         "content": [], "stop_reason": None, "stop_sequence": None,
@@ -9304,7 +9390,7 @@ def streamed_reply(request, signature=None):
         events += [event("content_block_start", index=index, content_block=block), event("ping"),
                    event("content_block_delta", index=index, delta=delta),
                    event("content_block_stop", index=index)]
-    end = {"stop_reason": "end_turn", "stop_sequence": None}
+    end = {"stop_reason": "tool_use" if call else "end_turn", "stop_sequence": None}
     return stream(*events, event("message_delta", delta=end, usage={"output_tokens": 2}),
                   event("message_stop"))
 
@@ -9321,6 +9407,18 @@ def refuse_foreign_signatures(request):
     return error(400, wording, "invalid_request_error")
 
 
+def delegate(request):
+    """Respond to the user with the call of a subagent, and to that one with a text."""
+    if not is_turn(request):
+        return error(404)
+    names = [tool["name"] for tool in request.json().get("tools", ())]
+    call = next((name for name in names if name in ("Task", "Agent")), None)
+    if call is None or b"tool_result" in request.body or request.model == "explorer":
+        return streamed_reply(request)
+    return streamed_reply(request, call=(call, {
+        "description": "look", "prompt": "look around", "subagent_type": "Explore"}))
+
+
 def fields_without_host(request):
     return [field for field in end_to_end(request.fields) if field[0] != "Host"]
 
@@ -9332,7 +9430,8 @@ class ClaudeCodeTest(RouterTest):
     mode = "claude"
     config = {**DEFAULT_CONFIG, "auto": {"firstByteTimeoutSeconds": 2},
               "modes": {**DEFAULT_CONFIG["modes"], "fast": {
-                  "mappings": [{"match": "claude-*", "rewrite": "gemini-3-flash"}]}}}
+                  "mappings": [{"match": "claude-*", "rewrite": "explorer", "agent": "explore"},
+                               {"match": "claude-*", "rewrite": "gemini-3-flash"}]}}}
 
     def setUp(self):
         super().setUp()
@@ -9379,6 +9478,14 @@ class ClaudeCodeTest(RouterTest):
                 self.assert_forwarded(sent, received, model)
                 roles = [message["role"] for message in received.json()["messages"]]
                 self.assertEqual(roles.count("assistant"), number)      # one conversation
+
+    def test_request_of_a_subagent_follows_the_rule_of_its_agent(self):
+        self.upstream.default = delegate
+        self.turn("mode", "fast", text="delegate")
+        sent = wait_until(lambda: {     # the subagent may go on in the background
+            (request.header("x-claude-code-agent-type"), request.model)
+            for request in filter(is_turn, self.upstream.received)} - {(None, "gemini-3-flash")})
+        self.assertEqual(sent, {("Explore", "explorer")})
 
     def test_failure_of_antigravity_is_rescued_unseen(self):
         overloaded = {"type": "overloaded_error", "message": "Overloaded"}
