@@ -114,7 +114,7 @@ EVENTS_REMEMBERED = 16          # failures that a later one is compared with
 SLOW_FAILURE_S = 20             # by then CLIProxyAPI has repeated the request by itself
 LONG_FAILURE_S = 60             # a failure this slow counts although the client did not wait longer
 ABANDONED_S = 120               # of silence in a stream, after which a client gives the target up
-MODELS_REMEMBERED = 256         # bounds the memory that names from outside can take
+NAMES_REMEMBERED = 256          # of models, sessions; names from outside must not fill the memory
 MODEL_NAME_MAX = 256            # characters; a longer name has no failover machine
 
 # Heads and bodies.  A smaller limit refuses real messages, a larger one lets a peer take memory.
@@ -1631,6 +1631,14 @@ class Breaker:
         self.state = CLOSED if absent else OPEN
 
 
+def remember(known: OrderedDict[Any, T], key: Any, value: T) -> None:
+    """Keep the value as the last of NAMES_REMEMBERED; any thread may call it."""
+    known.pop(key, None)
+    known[key] = value
+    if len(known) > NAMES_REMEMBERED:
+        known.popitem(last=False)
+
+
 class Failover:
     """Whose turn it is in auto mode: one breaker for the whole target, one for each single model.
 
@@ -1754,13 +1762,13 @@ class Failover:
         """Count a failure of the whole target for its model too; logged only if that switches."""
         own = self._models.get(ticket.model)
         if own is None:
-            if len(self._models) >= MODELS_REMEMBERED:
+            if len(self._models) >= NAMES_REMEMBERED:
                 # The one longest without a failure, if possible one that has not switched.
                 closed = (name for name, other in self._models.items() if other.state == CLOSED)
                 del self._models[next(closed, next(iter(self._models)))]
-            own = self._models[ticket.model] = Breaker(self._auto, self._serial, ticket.model)
+            own = Breaker(self._auto, self._serial, ticket.model)
             own.close(self._whole.order)
-        self._models.move_to_end(ticket.model)
+        remember(self._models, ticket.model, own)
         own.answered = self._whole.answered     # they are on the same target
         return own.fail(now, ticket._replace(generation=own.generation), outcome)[1:]
 
@@ -1796,7 +1804,7 @@ class Failover:
         if whole.home != self._auto.targets[0] or not isinstance(models, dict):
             raise StateError("not the state that rrouter wrote")
         restored: OrderedDict[str, Breaker] = OrderedDict()
-        for model, own in itertools.islice(models.items(), MODELS_REMEMBERED):
+        for model, own in itertools.islice(models.items(), NAMES_REMEMBERED):
             restored[model] = Breaker(self._auto, self._serial, model)
             restored[model].restore(own)
         with self._lock:
@@ -1833,18 +1841,22 @@ def counted(auto: dict[str, Any]) -> str:
                      for kind in ("failure", "timeout") if auto[kind + "Count"])
 
 
-def status_line(health: dict[str, Any]) -> str:
-    """Return /health in one line: auto → claude (antigravity 429, 23m)."""
+def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -> str:
+    """Return /health in one line, or the `models` that a session asked for and got, and why."""
     auto, problems = health["autoSwitch"], len(health["problems"])
     scopes = {"auto": auto, **auto["models"]} if auto["active"] else {}
-    parts = [] if scopes else [health["mode"]]
-    for name, own in itertools.islice(scopes.items(), STATUS_SCOPES):
-        parts.append(f"{printable(name, 40)} → {own['currentTarget']}")
-        if own["switched"]:
+    rows = [(f"{printable(key, 40)} → {own['currentTarget']}", own) for key, own in scopes.items()]
+    if models:
+        asked, answered = (printable(model.removeprefix("claude-"), 40) for model in models)
+        rows = [(f"asked {asked}, answered {answered}", scopes.get(models[0], auto))]
+    parts = [] if rows else [health["mode"]]
+    for text, own in rows[:STATUS_SCOPES]:
+        parts.append(text)
+        if own["switched"] and scopes:
             failed, _, what = failed_side(own)
             parts[-1] += f" ({failed} {what}, {until_probe(own)})"
-    if len(scopes) > STATUS_SCOPES:
-        parts.append(f"{len(scopes) - STATUS_SCOPES} more")
+    if len(rows) > STATUS_SCOPES:
+        parts.append(f"{len(rows) - STATUS_SCOPES} more")
     if problems:
         parts.append(f"{problems} problem{'s' * (problems > 1)}: rrouter status")
     return ", ".join(parts)
@@ -3191,6 +3203,7 @@ class Router:
         self.addresses: list[tuple[str, int]] = []      #: what the servers are bound to
         self.hosts: frozenset[str] = frozenset()        #: the values of Host served; none: any
         self.keeps_state = False        #: whether state.json is ours to write
+        self.sessions: OrderedDict[str, tuple[str, str]] = OrderedDict()    #: models asked, and got
         self.usage_limits: bool | None = None   #: whether messages of Claude carry usage limits
         self._one_core = OneCore()
         self._lock = threading.Lock()
@@ -3300,6 +3313,8 @@ class Exchange:
 
     def __init__(self, router: Router, request: Request) -> None:
         self._router, self._request = router, request
+        session = request.head.fields.value(b"x-claude-code-session-id")
+        self._session = session[:MODEL_NAME_MAX]        # "" if the client names none
         self._attempts: list[Attempt] = []
         self._chosen: Attempt | None = None     # whose response the client gets
         self._writer: ResponseWriter | None = None      # of that response, once it begins
@@ -3448,11 +3463,14 @@ class Exchange:
         """Let the request end, once, before the client can know that it has ended."""
         if self._has_ended:
             return
-        self._has_ended = True
+        self._has_ended, request = True, self._request
         for attempt in self._attempts:
             self._settle(attempt)
             attempt.close()
         self._router.end(*self._result(status))
+        if status < 400 and self._chosen is not None and self._session and request.is_judged:
+            models = request.model or "", self._chosen.route.model or ""
+            remember(self._router.sessions, self._session, models)
         self._router.log.write("REQ", self._line(status, note))
 
     def _result(self, status: int) -> tuple[str, dict[str, Any] | None]:
@@ -3569,8 +3587,10 @@ class ProxyHandler(socketserver.BaseRequestHandler):
     def _report_health(self, head: RequestHead) -> None:
         health, content_type = self._router.health(head.mode), b"application/json"
         text = json.dumps(health, indent=2)
-        if b"line" in head.target.partition(b"?")[2].split(b"&"):
-            text, content_type = status_line(health), b"text/plain; charset=utf-8"
+        query = urllib.parse.parse_qs(head.target.partition(b"?")[2].decode("ascii"), True)
+        if "line" in query:
+            models = self._router.sessions.get(query.get("session", [""])[0].lower())
+            text, content_type = status_line(health, models), b"text/plain; charset=utf-8"
         fields = b"Cache-Control: no-store\r\n" + (b"" if head.keep_alive else CLOSE)
         self._client.send_whole(200, text.encode("utf-8") + b"\n", fields, content_type)
 

@@ -4632,6 +4632,15 @@ class StatusLineTest(unittest.TestCase):
                     "mode": "claude", "problems": ["x"] * problems,
                     "autoSwitch": {**self.AUTO, **changes}}))
 
+    def test_it_says_which_models_a_session_asked_for_and_got(self):
+        own = {**self.AUTO, "reason": "2 consecutive timeouts"}
+        health = {"problems": [],
+                  "autoSwitch": {**self.AUTO, "models": {"opus": own}}}
+        for asked, failed in (("claude-opus-5-5", "429"), ("opus", "timeouts")):
+            self.assertEqual("asked %s, answered gemini (antigravity %s, 23m)" % (
+                asked.replace("claude-", ""), failed), rrouter.status_line(
+                    health, (asked, "gemini")))
+
 
 class ModeInTargetTest(RouterTest):
     """A target that begins with /@MODE; the mode file says antigravity."""
@@ -4666,6 +4675,35 @@ class ModeInTargetTest(RouterTest):
         for mode, line in (("claude", "claude"), ("auto", "auto → antigravity")):
             self.assertEqual(self.get(f"/@{mode}/health").json()["mode"], mode)
             self.assertEqual(self.get(f"/@{mode}/health?line").body.decode(), line + "\n")
+
+
+class SessionTest(RouterTest):
+    """GET /health?line&session=ID."""
+
+    def line(self, session):
+        return self.get("/health?line&session=" + session).body.decode().strip()
+
+    def post_as(self, session, model=SONNET, target="/v1/messages", **members):
+        return self.rrouter.post(model, target, (("x-claude-code-session-id", session),), **members)
+
+    def test_it_names_the_models_of_its_last_answered_request(self):
+        self.post_as("one")
+        self.post_as("two 2", target="/@claude/v1/messages")
+        self.post_as("two 2", "x", target="/v1/messages/count_tokens")
+        self.rrouter.post(fields=())
+        self.upstream.play(error(429))
+        self.post_as("one", "claude-opus-5-5")
+        self.assertEqual([*map(self.line, ("one", "two%202", "three", ""))], [
+            "asked sonnet-5-5, answered " + GEMINI_SONNET, "asked sonnet-5-5, answered sonnet-5-5",
+            "antigravity", "antigravity"])
+
+    def test_only_the_last_256_are_kept(self):
+        for number in range(257):
+            self.post_as(f"s{number}", "m")
+        self.post_as("s9", "x\n" * 999)
+        long = "x\\n" * 20 + "..."
+        self.assertEqual([self.line("s0"), self.line("s1"), self.line("s9")],
+                         ["antigravity", "asked m, answered m", f"asked {long}, answered {long}"])
 
 
 class AgentRuleTest(RouterTest):
