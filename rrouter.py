@@ -13,7 +13,7 @@ The path of a request, each step a method or function of that name in this file:
       find_model                    the model name in the body, and where it stands
     Exchange.run                  the request gets its number
     Exchange._forward             up to the response:
-      Store.snapshot                config and mode as the files say at this moment
+      Router.snapshot               config and mode as the files, or /@MODE, say at this moment
       decide_route                  the first matching rule names the model for a target
       Failover.admit                in auto mode: whose turn it is
       Attempt.run                   one try on one target
@@ -69,7 +69,7 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, Union
@@ -114,7 +114,9 @@ EVENTS_REMEMBERED = 16          # failures that a later one is compared with
 SLOW_FAILURE_S = 20             # by then CLIProxyAPI has repeated the request by itself
 LONG_FAILURE_S = 60             # a failure this slow counts although the client did not wait longer
 ABANDONED_S = 120               # of silence in a stream, after which a client gives the target up
-MODELS_REMEMBERED = 256         # bounds the memory that names from outside can take
+NAMES_REMEMBERED = 256          # of models, sessions; names from outside must not fill the memory
+STAY_S = 300                    # a pause after which a prompt cache is gone, for auto.stay
+STAY_MAX_S = 3600               # after a recovery, for a session that never pauses
 MODEL_NAME_MAX = 256            # characters; a longer name has no failover machine
 
 # Heads and bodies.  A smaller limit refuses real messages, a larger one lets a peer take memory.
@@ -165,6 +167,7 @@ DRAIN_S = 30                    # for running requests after SIGTERM; systemd ki
 LOG_SHOWN = 20                  # lines that `logs` begins with
 MODELS_SHOWN = 5                # by `explain` without a name
 STATUS_SCOPES = 3               # in a status line: auto itself, and models that switched alone
+HOOK_S = 10                     # for the program of auto.onSwitch
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
 
 # RFC 9110 §7.6.1, and those that golang/go net/http/httputil/reverseproxy.go removes as well.
@@ -174,8 +177,8 @@ HOP_BY_HOP = frozenset((
 
 # The types that Anthropic's API uses with these statuses; Claude Code shows and sorts by them.
 ERROR_TYPES = {
-    403: "permission_error", 408: "timeout_error", 413: "request_too_large", 500: "api_error",
-    502: "api_error", 503: "overloaded_error", 504: "timeout_error"}
+    403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "request_too_large",
+    500: "api_error", 502: "api_error", 503: "overloaded_error", 504: "timeout_error"}
 
 # Claude Code's patterns (lower case, without backticks), then the wordings of Gemini, which it does
 # not know.  A row matches if all its words are present, in any order.
@@ -268,6 +271,7 @@ class UpstreamTimeout(UpstreamError):
 
 BytesLike = Union[bytes, bytearray, memoryview]
 T = TypeVar("T")
+RULE_KEYS = "match", "rewrite", "agent", "class"    # of Rule in config.json, in its order
 
 
 class Rule(NamedTuple):
@@ -275,6 +279,8 @@ class Rule(NamedTuple):
 
     match: str
     rewrite: str
+    agent: str = ""             #: a glob that the agent has to match as well; "" for any
+    request_class: str = ""     #: the same of the class of the request
 
 
 class AutoSettings(NamedTuple):
@@ -285,6 +291,8 @@ class AutoSettings(NamedTuple):
     timeout_threshold: int
     cooldowns_s: tuple[float, ...]
     first_byte_s: float
+    stay_s: float = STAY_S      #: the pause after which a session returns to a recovered target
+    on_switch: tuple[str, ...] = ()     #: a program and its arguments, run at each move
 
     def first_byte_limit_s(self, streamed: bool) -> float:
         """Return how long an attempt may stay silent, in seconds."""
@@ -301,6 +309,7 @@ class Config(NamedTuple):
     auto: AutoSettings
     auto_error: str             #: why mode auto cannot be used; "" if it can
     problems: tuple[str, ...]   #: complaints that do no harm
+    conditions: frozenset[str]  #: what rules have besides a model: "agent", "class"
 
     @property
     def choices(self) -> list[str]:
@@ -339,12 +348,17 @@ class Fields(NamedTuple):
         """Return the values of the field `name`, line by line; none if it is absent."""
         return self.values.get(name, [])
 
+    def value(self, name: bytes) -> str:
+        """Return the first value of the field `name`, in lower case; "" if it is absent."""
+        values = self.values.get(name)
+        return values[0].lower().decode("latin-1") if values else ""
+
 
 class RequestHead(NamedTuple):
     """A request line and its fields, valid and unambiguous."""
 
     method: str
-    target: bytes               #: in origin form (or `*`), bytes untouched
+    target: bytes               #: in origin form (or `*`), without /@MODE, bytes untouched
     authority: str              #: the host the client asks for; "" in HTTP/1.0 without Host
     http11: bool
     fields: Fields
@@ -352,6 +366,7 @@ class RequestHead(NamedTuple):
     keep_alive: bool
     expects_continue: bool
     path: str                   #: the target without its query, which may hold secrets
+    mode: str | None            #: what /@MODE at the beginning of the target names, in lower case
 
 
 class ResponseHead(NamedTuple):
@@ -364,21 +379,15 @@ class ResponseHead(NamedTuple):
     chunked: bool
     keep_alive: bool
 
-    def value(self, name: bytes) -> str:
-        """Return the first value of the field `name`, in lower case; "" if it is absent."""
-        values = self.fields.all(name)
-        return values[0].lower().decode("latin-1") if values else ""
-
     @property
     def is_event_stream(self) -> bool:
         """True if the body is server-sent events."""
-        return self.value(b"content-type").startswith("text/event-stream")
+        return self.fields.value(b"content-type").startswith("text/event-stream")
 
     @property
     def coding(self) -> str:
         """The content encoding of the body, "" for none."""
-        coding = self.value(b"content-encoding")
-        return "" if coding == "identity" else coding
+        return self.fields.value(b"content-encoding").replace("identity", "")
 
 
 class Fault(enum.Enum):
@@ -428,6 +437,7 @@ class Ticket(NamedTuple):
     generation: int             #: of the machine when the attempt began
     probe: int = 0              #: number of the probe this is; 0 for none
     quiet: bool = False         #: a probe of the shelf, logged only if its response changes
+    session: str = ""           #: "" if the client names none
 
 
 class Settings(NamedTuple):
@@ -536,17 +546,18 @@ def _members(value: Any, path: str, known: Collection[str],
 
 
 def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
-    members = _members(value, path, Rule._fields, problems)
-    for key in Rule._fields:
-        if key not in members:
+    members = _members(value, path, RULE_KEYS, problems)
+    for key in RULE_KEYS:
+        if key not in members and key in RULE_KEYS[:2]:
             raise ConfigError(f"{path}.{key}: missing, expected a string")
-        _expect(isinstance(members[key], str) and members[key] != "", f"{path}.{key}",
-                "a string that is not empty", members[key])
-    try:
-        re.compile(fnmatch.translate(members["match"]))
-    except re.error:                    # [z-a], before Python 3.10
-        _expect(False, f"{path}.match", "a glob", members["match"])
-    return Rule(members["match"], members["rewrite"])
+        text = members.get(key, "*")
+        _expect(isinstance(text, str) and text != "", f"{path}.{key}",
+                "a string that is not empty", text)
+        try:
+            re.compile(fnmatch.translate(text if key != "rewrite" else ""))
+        except re.error:                # [z-a], before Python 3.10
+            _expect(False, f"{path}.{key}", "a glob", text)
+    return Rule(*(members.get(key, "") for key in RULE_KEYS))
 
 
 def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]:
@@ -575,14 +586,16 @@ def _number(value: Any, path: str, low: float, high: float) -> Any:
 
 
 def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
-    members = dict(DEFAULT_CONFIG["auto"])
+    members = {**DEFAULT_CONFIG["auto"], "stay": STAY_S / 60, "onSwitch": []}
     members.update(_members(value, "auto", tuple(members), problems))
-    targets, minutes = members["targets"], members["cooldownMinutes"]
+    targets, minutes, hook = (members[key] for key in ("targets", "cooldownMinutes", "onSwitch"))
     _expect(isinstance(targets, list) and len(targets) == 2 and targets[0] != targets[1]
             and all(isinstance(target, str) for target in targets),
             "auto.targets", "two different names of modes", targets)
     _expect(isinstance(minutes, list) and len(minutes) > 0, "auto.cooldownMinutes",
             "a list of minutes", minutes)
+    _expect(isinstance(hook, list) and all(isinstance(word, str) for word in hook),
+            "auto.onSwitch", "a list of strings, a program and its arguments", hook)
     # The low ends let a trial run in seconds; values beyond the high ends are typing errors.
     return AutoSettings(
         targets=(targets[0], targets[1]),
@@ -591,7 +604,9 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
         cooldowns_s=tuple(60.0 * _number(cooldown, f"auto.cooldownMinutes[{i}]", 0.0001, 525600)
                           for i, cooldown in enumerate(minutes)),
         first_byte_s=_number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds",
-                             0.001, 86400))
+                              0.001, 86400),
+        stay_s=60 * _number(members["stay"], "auto.stay", 0.0, STAY_MAX_S / 60),
+        on_switch=tuple(hook))
 
 
 def parse_config(text: str) -> Config:
@@ -614,7 +629,9 @@ def parse_config(text: str) -> Config:
         # The built-in targets do not matter to a config that never uses auto.
         if "targets" in top.get("auto", {}) or default_mode == MODE_AUTO:
             problems.append(auto_error)
-    return Config(modes, default_mode, auto, auto_error, tuple(problems))
+    conditions = frozenset(key for rules in modes.values() for rule in rules
+                           for key, glob in zip(RULE_KEYS[2:], rule[2:]) if glob)
+    return Config(modes, default_mode, auto, auto_error, tuple(problems), conditions)
 
 
 def config_of(content: bytes | None) -> Config:
@@ -628,7 +645,8 @@ def config_text(config: Config) -> str:
     """Return the JSON text that `parse_config` reads as `config`."""
     auto = config.auto
     return json.dumps({
-        "modes": {name: {"mappings": [rule._asdict() for rule in rules]}
+        "modes": {name: {"mappings": [{key: text for key, text in zip(RULE_KEYS, rule) if text}
+                                      for rule in rules]}
                   for name, rules in config.modes.items()},
         "defaultMode": config.default_mode,
         "auto": {
@@ -636,7 +654,9 @@ def config_text(config: Config) -> str:
             "failureThreshold": auto.failure_threshold,
             "timeoutThreshold": auto.timeout_threshold,
             "cooldownMinutes": [tidy(seconds / 60) for seconds in auto.cooldowns_s],
-            "firstByteTimeoutSeconds": tidy(auto.first_byte_s)},
+            "firstByteTimeoutSeconds": tidy(auto.first_byte_s),
+            **({"stay": tidy(auto.stay_s / 60)} if auto.stay_s != STAY_S else {}),
+            **({"onSwitch": list(auto.on_switch)} if auto.on_switch else {})},
     }, indent=2, ensure_ascii=False)
 
 
@@ -714,17 +734,22 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
 
 # Routing ######################################################################
 
-def match_rule(rules: Iterable[Rule], model: str) -> Rule | None:
-    """Return the first rule that matches `model`: a name that equals it, or a glob; else None."""
+def match_rule(rules: Iterable[Rule], model: str,
+               sender: tuple[str, str] = ("", "")) -> Rule | None:
+    """Return the first rule that matches `model` and its sender, an agent and a class, or None."""
     for rule in rules:
-        if model == rule.match or fnmatch.fnmatchcase(model, rule.match):
+        if (model == rule.match or fnmatch.fnmatchcase(model, rule.match)) and (
+                not (rule.agent or rule.request_class) or all(
+                    not glob or (name and fnmatch.fnmatchcase(name, glob.lower()))
+                    for name, glob in zip(sender, rule[2:]))):
             return rule
     return None
 
 
-def decide_route(config: Config, target: str, model: str | None) -> Route:
+def decide_route(config: Config, target: str, model: str | None,
+                 sender: tuple[str, str] = ("", "")) -> Route:
     """Return where a request for `model` goes when it is the turn of `target`."""
-    rule = match_rule(config.modes[target], model) if model is not None else None
+    rule = match_rule(config.modes[target], model, sender) if model is not None else None
     return Route(target, model if rule is None else rule.rewrite)
 
 
@@ -751,9 +776,13 @@ _HOST_LINE = re.compile(rb"(?im)^(host:)[^\r]*")
 _LENGTH_LINE = re.compile(rb"(?im)^(content-length:)[^\r]*")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
 _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
+_MODE_PREFIX = re.compile(rb"/@([^/?#]*)/?(.*)")
 _LOOPBACK_ORIGIN = re.compile(
     rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
 
+# How much of a subscription is used (a fraction), and until when its window runs (Unix seconds).
+_WINDOWS = {name: tuple(b"anthropic-ratelimit-unified-%b-%b" % (name.encode("ascii"), what)
+                        for what in (b"utilization", b"reset")) for name in ("5h", "7d")}
 # Fields of a response that are not forwarded: CORS would open rrouter to every web page, and in a
 # chain of routers each one adds its own x-rrouter fields.
 _WITHHELD = (b"access-control-", b"x-rrouter-target", b"x-rrouter-model", b"x-rrouter-attempts")
@@ -854,6 +883,9 @@ def parse_request_head(head: bytes) -> RequestHead:
         raise RequestError(400, "malformed request: expected exactly one Host field, "
                                 f"found {len(hosts)}")
     target, authority = _origin_form(method, target, hosts[0] if hosts else b"")
+    named = _MODE_PREFIX.match(target)
+    if named:
+        target = b"/" + named[2]
     if not all(map(_AUTHORITY.fullmatch, [authority, *hosts])):
         raise RequestError(400, "malformed Host: expected NAME or NAME:PORT")
     length = _request_length(fields, http11)
@@ -864,7 +896,8 @@ def parse_request_head(head: bytes) -> RequestHead:
         method=method.decode("ascii"), target=target, authority=authority.decode("latin-1"),
         http11=http11, fields=fields, length=length,
         keep_alive=http11 and b"close" not in fields.options, expects_continue=bool(expectations),
-        path=target.partition(b"?")[0].decode("ascii"))
+        path=target.partition(b"?")[0].decode("ascii"),
+        mode=urllib.parse.unquote(named[1].decode("ascii")).lower() if named else None)
 
 
 def head_too_large(data: bytes) -> RequestError:
@@ -943,6 +976,17 @@ def parse_response_head(head: bytes) -> ResponseHead:
     return ResponseHead(
         int(status), reason or b"", fields, length=int(lengths[0]) if lengths else None,
         chunked=bool(codings), keep_alive=http11 and b"close" not in fields.options)
+
+
+def read_windows(fields: Fields) -> dict[str, dict[str, Any]]:
+    """Return the usage windows that a response reports, by name, as /health shows them."""
+    windows = {}
+    for name, (used, reset) in _WINDOWS.items():
+        if used in fields.values:
+            with contextlib.suppress(ValueError, OverflowError, OSError):   # odd numbers
+                windows[name] = {"usedPercent": round(100 * float(fields.value(used))),
+                                 "until": utc(float(fields.value(reset)))}
+    return windows
 
 
 def response_head_bytes(head: ResponseHead, extra: bytes) -> bytes:
@@ -1044,6 +1088,7 @@ def response_body(head: ResponseHead, method: str) -> PlainBody:
 
 _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
+_AGENT = re.compile(rb"oh-my-claudecode:([A-Za-z0-9_-]+)")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 # Scans a value in C.  The hooks avoid building numbers and objects that are never read, and the
 # limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
@@ -1099,6 +1144,17 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
     except (ValueError, StopIteration, RecursionError):     # not JSON or UTF-8, or too deep
         return None
     return (start, end, name) if isinstance(name, str) else None
+
+
+def find_agent(body: BytesLike) -> str:
+    """Return the name after `oh-my-claudecode:` in the top-level `system`, "" without one."""
+    # Most bodies lack the word, and are not parsed; messages that mention it name no agent.
+    with contextlib.suppress(ValueError, RecursionError):       # not JSON, or too deep
+        for key, start, end in _walk_body(body)[1] if _AGENT.search(body) else ():
+            if key == "system":
+                found = _AGENT.search(body, start, end)
+                return str(found.group(1), "ascii") if found else ""
+    return ""
 
 
 def asks_for_stream(body: BytesLike) -> bool:
@@ -1317,6 +1373,41 @@ class StreamScan:
             self.defect = "empty message"
 
 
+class TokenReader:
+    """Reads the tokens that a message reports, near the beginning and the end of its response."""
+
+    _END_BYTES, _USAGE_BYTES = 4096, 512        # an event with tokens has less, its `usage` too
+    # Within strings the quotes would be escaped.  The last counts of a stream are its sums, or 0.
+    _COUNT = re.compile(rb'"(cache_creation_input|cache_read_input|input|output)_tokens"\s*:\s*'
+                        rb'([1-9][0-9]{0,11})[\s,}]')
+
+    def __init__(self, coding: str) -> None:
+        self._decode: Callable[[bytes], bytes] | None = None if coding != "gzip" else partial(
+            zlib.decompressobj(zlib.MAX_WBITS | 16).decompress, max_length=READ_AHEAD_MAX_BYTES)
+        self._text = bytearray()        # both ends of the response, or all of it
+
+    def feed(self, payload: bytes) -> None:
+        """Take more of the response; in an encoding other than gzip it says nothing."""
+        text, end = self._text, self._END_BYTES
+        try:
+            text += payload if self._decode is None else self._decode(payload)
+        except zlib.error:              # damaged, or more than READ_AHEAD_MAX_BYTES at once
+            return
+        if len(text) > 4 * end:         # `+=` above is cheap, because it rarely moves them
+            del text[end:-end]
+
+    def note(self) -> str:
+        """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
+        text, last = self._text, self._text.rfind(b'"usage"')
+        usage, first = text[last:last + self._USAGE_BYTES], text.find(b'"usage"', 0, last)
+        if first >= 0:
+            usage = text[first:first + self._USAGE_BYTES] + usage
+        counts = {kind: int(count) for kind, count in self._COUNT.findall(usage)}
+        uncached = counts.get(b"input", 0) + counts.get(b"cache_creation_input", 0)
+        cached, out = counts.get(b"cache_read_input", 0), counts.get(b"output", 0)
+        return f" in {uncached}+{cached} out {out}" if counts else ""
+
+
 # Failover #####################################################################
 
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
@@ -1402,6 +1493,12 @@ SAVED: dict[str, Callable[[Any], Any]] = {
 # cooldown has passed since the return to home, without a switch.
 
 
+class Move(str):
+    """A line for the log about a scope that moves to another target."""
+
+    words: dict[str, str]       #: for auto.onSwitch
+
+
 class Breaker:
     """Which of two targets serves one scope: `home` while closed, `away` while open.
 
@@ -1471,7 +1568,17 @@ class Breaker:
         """Return to home; the line says so of a probe that has committed."""
         self.close((self.home, self.away))
         self.returned_at = now
-        return [f"RECOVERED: {self.home} responds again{self._label}"]
+        line = f"RECOVERED: {self.home} responds again{self._label}"
+        return [self._move(self.home, "responds again", line=line)]
+
+    def _move(self, to: str, reason: str, cooldown_s: float = 0, line: str = "") -> Move:
+        start = self.away if to == self.home else self.home
+        retry = f"; retry in {span(cooldown_s)}" if cooldown_s else ""
+        move = Move(line or f"SWITCH {start} -> {to}{self._label}: {reason}{retry}")
+        move.words = {"from": start, "to": to, "reason": reason,
+                      "scope": self._label.removeprefix(" for ") or MODE_AUTO,
+                      "minutes": str(tidy(round(cooldown_s / 60, 1)))}
+        return move
 
     def succeed(self, ticket: Ticket) -> None:
         """Count a success of `ticket.target`."""
@@ -1515,7 +1622,7 @@ class Breaker:
             return lines + self._open(now, reason, outcome)
         self.recover(now)
         self.switch_count += 1
-        return [*lines, f"SWITCH {self.away} -> {self.home}{self._label}: {reason}"]
+        return [*lines, self._move(self.home, reason)]
 
     def _open(self, now: float, reason: str, outcome: Outcome) -> list[str]:
         """Leave home, or stay away from it, for the next cooldown."""
@@ -1537,8 +1644,7 @@ class Breaker:
         self.switch_count += 1
         self.reason, self.switched_at = reason, now
         self.retry_at, self.last_cooldown_s = now + cooldown_s, cooldown_s
-        return [f"SWITCH {self.home} -> {self.away}{self._label}: {reason}; "
-                f"retry in {span(cooldown_s)}"]
+        return [self._move(self.away, reason, cooldown_s)]
 
     def _fail_probe(self, now: float, outcome: Outcome) -> list[str]:
         still_on_shelf = outcome.fault is Fault.SHELF or (outcome.fault is Fault.STATUS and (
@@ -1601,6 +1707,14 @@ class Breaker:
         self.state = CLOSED if absent else OPEN
 
 
+def remember(known: OrderedDict[Any, T], key: Any, value: T) -> None:
+    """Keep the value as the last of NAMES_REMEMBERED; any thread may call it."""
+    known.pop(key, None)
+    known[key] = value
+    if len(known) > NAMES_REMEMBERED:
+        known.popitem(last=False)
+
+
 class Failover:
     """Whose turn it is in auto mode: one breaker for the whole target, one for each single model.
 
@@ -1617,6 +1731,8 @@ class Failover:
     def _clear(self, auto: AutoSettings) -> None:
         self._auto, self._whole = auto, Breaker(auto, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
+        # By session and model: the target used last, when, and the end of its stay there.
+        self._places: OrderedDict[tuple[str, str], tuple[str, float, float]] = OrderedDict()
 
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
         """Forget everything, and continue with the settings `auto`."""
@@ -1626,25 +1742,38 @@ class Failover:
             self._clear(auto)
         return [f"RESET: {why}; on {auto.targets[0]}"] if used else []
 
-    def admit(self, model: str, targets: tuple[str, str]) -> Ticket:
+    def admit(self, model: str, targets: tuple[str, str], session: str = "") -> Ticket:
         """Return the ticket for the first attempt of a request.
 
         `targets` are those of the request's snapshot.  If the configuration has changed since, the
-        outcome of the attempt is ignored.
+        outcome of the attempt is ignored, as it is where a session stays.
         """
         with self._lock:
-            breaker, ticket = self._breaker(model), self._ticket(targets[0], model, targets)
+            breaker, now = self._breaker(model), self._clock()
+            ticket = self._ticket(targets[0], model, targets)
             if ticket.generation == OUTDATED:
                 return ticket
-            target, probe = breaker.admit(self._clock())
-            return ticket._replace(
-                target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf)
+            cached, sent_at, end = self._places.get((session, model), ("", 0.0, 0.0))
+            if cached != breaker.current and now <= end and now - sent_at < self._auto.stay_s:
+                ticket = ticket._replace(target=cached, generation=OUTDATED)
+                return self._note_place(ticket, session, now, end)
+            target, probe = breaker.admit(now)
+            return self._note_place(ticket._replace(
+                target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf), session, now)
+
+    def _note_place(self, ticket: Ticket, session: str, now: float, end: float = 0.0) -> Ticket:
+        """Remember where a session sends something, and the end of its stay there."""
+        if not session or len(ticket.model) > MODEL_NAME_MAX:
+            return ticket
+        remember(self._places, (session, ticket.model), (ticket.target, now, end))
+        return ticket._replace(session=session)
 
     def rescue(self, ticket: Ticket, targets: tuple[str, str]) -> Ticket:
         """Return the ticket for the second attempt, on the other of `targets`."""
         other = targets[1] if ticket.target == targets[0] else targets[0]
         with self._lock:
-            return self._ticket(other, ticket.model, targets)
+            return self._note_place(
+                self._ticket(other, ticket.model, targets), ticket.session, self._clock())
 
     def current(self, model: str | None, targets: tuple[str, str]) -> str:
         """Return the target, one of `targets`, for a request that is not judged."""
@@ -1673,7 +1802,12 @@ class Failover:
             breaker = self._probed(ticket)
             if breaker is None:
                 return ticket, []
-            lines = breaker.recover(self._clock())
+            now = self._clock()
+            lines = breaker.recover(now)
+            for (session, model), (target, sent_at, _) in self._places.items():
+                if (session != ticket.session and target == breaker.away
+                        and (breaker is self._whole or model == ticket.model)):
+                    self._places[session, model] = target, sent_at, now + STAY_MAX_S
             if breaker is self._whole:
                 self._follow()
             else:
@@ -1696,6 +1830,9 @@ class Failover:
         """
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
+            place = ticket.session, ticket.model
+            if self._places.get(place, ("",))[0] == ticket.target:
+                del self._places[place]         # a failure ends a stay
             if own is not None and (ticket.alone or (own.state != CLOSED and not ticket.probe)):
                 return own.fail(now, ticket, outcome, followed=whole.current)
             switches = whole.switch_count
@@ -1724,13 +1861,13 @@ class Failover:
         """Count a failure of the whole target for its model too; logged only if that switches."""
         own = self._models.get(ticket.model)
         if own is None:
-            if len(self._models) >= MODELS_REMEMBERED:
+            if len(self._models) >= NAMES_REMEMBERED:
                 # The one longest without a failure, if possible one that has not switched.
                 closed = (name for name, other in self._models.items() if other.state == CLOSED)
                 del self._models[next(closed, next(iter(self._models)))]
-            own = self._models[ticket.model] = Breaker(self._auto, self._serial, ticket.model)
+            own = Breaker(self._auto, self._serial, ticket.model)
             own.close(self._whole.order)
-        self._models.move_to_end(ticket.model)
+        remember(self._models, ticket.model, own)
         own.answered = self._whole.answered     # they are on the same target
         return own.fail(now, ticket._replace(generation=own.generation), outcome)[1:]
 
@@ -1766,7 +1903,7 @@ class Failover:
         if whole.home != self._auto.targets[0] or not isinstance(models, dict):
             raise StateError("not the state that rrouter wrote")
         restored: OrderedDict[str, Breaker] = OrderedDict()
-        for model, own in itertools.islice(models.items(), MODELS_REMEMBERED):
+        for model, own in itertools.islice(models.items(), NAMES_REMEMBERED):
             restored[model] = Breaker(self._auto, self._serial, model)
             restored[model].restore(own)
         with self._lock:
@@ -1803,18 +1940,32 @@ def counted(auto: dict[str, Any]) -> str:
                      for kind in ("failure", "timeout") if auto[kind + "Count"])
 
 
-def status_line(health: dict[str, Any]) -> str:
-    """Return /health in one line: auto → claude (antigravity 429, 23m)."""
+def describe_windows(windows: dict[str, Any]) -> list[str]:
+    """Return usage windows in words and local time: 5h 83 % until 16:40."""
+    until = {name: datetime.datetime.fromisoformat(window["until"].replace("Z", "+00:00"))
+             for name, window in windows.items()}
+    return [f"{name} {windows[name]['usedPercent']} % until "
+            f"{when.astimezone():{'%H:%M' if name == '5h' else '%a %H:%M'}}"
+            for name, when in until.items()]
+
+
+def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -> str:
+    """Return /health in one line, or the `models` that a session asked for and got, and why."""
     auto, problems = health["autoSwitch"], len(health["problems"])
     scopes = {"auto": auto, **auto["models"]} if auto["active"] else {}
-    parts = [] if scopes else [health["mode"]]
-    for name, own in itertools.islice(scopes.items(), STATUS_SCOPES):
-        parts.append(f"{printable(name, 40)} → {own['currentTarget']}")
-        if own["switched"]:
+    rows = [(f"{printable(key, 40)} → {own['currentTarget']}", own) for key, own in scopes.items()]
+    if models:
+        asked, answered = (printable(model.removeprefix("claude-"), 40) for model in models)
+        rows = [(f"asked {asked}, answered {answered}", scopes.get(models[0], auto))]
+    parts = [] if rows else [health["mode"]]
+    for text, own in rows[:STATUS_SCOPES]:
+        parts.append(text)
+        if own["switched"] and scopes:
             failed, _, what = failed_side(own)
             parts[-1] += f" ({failed} {what}, {until_probe(own)})"
-    if len(scopes) > STATUS_SCOPES:
-        parts.append(f"{len(scopes) - STATUS_SCOPES} more")
+    if len(rows) > STATUS_SCOPES:
+        parts.append(f"{len(rows) - STATUS_SCOPES} more")
+    parts += describe_windows(health["usageWindows"].get(health["currentTarget"], {}))
     if problems:
         parts.append(f"{problems} problem{'s' * (problems > 1)}: rrouter status")
     return ", ".join(parts)
@@ -2979,6 +3130,13 @@ class Request(NamedTuple):
         """True if the response should be a message of Anthropic's API."""
         return self.head.path.endswith("/messages")
 
+    def sender(self, conditions: Collection[str]) -> tuple[str, str]:
+        """Return the agent and the class, as far as rules with these conditions need them."""
+        agent = self.head.fields.value(b"x-claude-code-agent-type")
+        if "agent" in conditions and agent in ("", "custom"):       # the agents of all plugins
+            agent = find_agent(self.body).lower() or agent
+        return agent, self.head.fields.value(b"x-claude-code-request-class")
+
 
 FAULT_OF_ERROR = {UpstreamTimeout: Fault.TIMEOUT, UpstreamUnreachable: Fault.UNREACHABLE}
 
@@ -3078,15 +3236,15 @@ class Attempt:
         """Return how the attempt ended, as far as it is known before the client gets a byte."""
         head, ended, retry_after_s = response.head, time.time(), None
         fault, what = Fault.NO_MESSAGE if defect else None, defect or str(head.status)
-        if head.value(b"x-rrouter-error"):
+        if head.fields.value(b"x-rrouter-error"):
             fault = Fault.OWN
         elif head.status >= 400:
             text = response.text()
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
-            retry_after_s = read_retry_after(
-                head.value(b"retry-after"), head.value(b"retry-after-ms"), text, ended)
+            retry_after_s = read_retry_after(head.fields.value(b"retry-after"),
+                                             head.fields.value(b"retry-after-ms"), text, ended)
         return Outcome(fault, head.status, what, self._began, ended, retry_after_s)
 
     def receive(self, response: Response) -> bytes:
@@ -3137,6 +3295,24 @@ class Attempt:
             self.response.close()
 
 
+def run_hook(command: Sequence[str], words: dict[str, str], log: Log) -> None:
+    """Run the program of auto.onSwitch; what it prints goes nowhere, a failure is one line."""
+    import subprocess
+    command = [re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), part)
+               for part in command]
+    try:
+        status = subprocess.run(
+            command, timeout=HOOK_S, start_new_session=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
+        problem = f"ended with status {status}" if status else ""
+    except subprocess.TimeoutExpired:
+        problem = f"did not end within {HOOK_S} s"
+    except (OSError, ValueError) as error:      # ValueError: a null byte in config.json
+        problem = str(error)
+    if problem:
+        log.write("AUTO", f"onSwitch: {printable(command[0])}: {printable(problem)}")
+
+
 class Router:
     """The settings, files, failover, upstream, log and counters that all connections share."""
 
@@ -3154,11 +3330,13 @@ class Router:
         self.hosts: frozenset[str] = frozenset()        #: the values of Host served; none: any
         self.keeps_state = False        #: whether state.json is ours to write
         self.usage_limits: bool | None = None   #: whether messages of Claude carry usage limits
+        self.windows: dict[str, dict[str, dict[str, Any]]] = {}     #: usage windows by target
         self._one_core = OneCore()
         self._lock = threading.Lock()
         self._requests = self._active = 0
         self._results = {"answered": 0, "rescued": 0, "failed": 0}
         self._last_failure: dict[str, Any] | None = None
+        self.sessions: OrderedDict[str, tuple[str, str]] = OrderedDict()    #: models asked, and got
         self._trimmed = -1, 0.0         # requests when free memory was last returned, and the time
         self._started = time.monotonic()
 
@@ -3181,6 +3359,9 @@ class Router:
         """Log decisions of auto mode, and let the watcher save what has come of them."""
         for line in lines:
             self.log.write("AUTO", f"#{number} {line}" if number and "SWITCH" not in line else line)
+            if isinstance(line, Move) and (hook := self.store.snapshot().config.auto.on_switch):
+                threading.Thread(target=run_hook, args=(hook, line.words, self.log),
+                                 daemon=True).start()
         if lines:
             self.store.wake()
 
@@ -3229,18 +3410,32 @@ class Router:
             self._trimmed = self._requests, now
             return_free_memory()        # after requests, and once after the start
 
-    def health(self) -> dict[str, Any]:
-        """Return what /health shows."""
+    def snapshot(self, mode: str | None) -> Snapshot:
+        """Return config and mode for a request that names `mode`; raise RequestError 404."""
         snapshot = self.store.snapshot()
+        if mode is None:
+            return snapshot
+        if mode not in snapshot.config.choices:
+            why = describe_unknown_mode(mode, snapshot.config.choices)
+            raise RequestError(404, f"/@MODE: {why}", "the mode in /@MODE is not defined")
+        return snapshot._replace(mode=mode)
+
+    def health(self, mode: str | None = None) -> dict[str, Any]:
+        """Return what /health shows, or /@MODE/health."""
+        snapshot = self.snapshot(mode)
         is_auto = snapshot.mode == MODE_AUTO
         auto = self.failover.report(is_auto)
         problems = [*snapshot.problems, self.log.problem, self.state.problem]
+        now = utc(time.time()) or ""
+        windows = {target: {name: window for name, window in own.items() if window["until"] > now}
+                   for target, own in list(self.windows.items())}
         return {"status": "ok", "version": __version__, "mode": snapshot.mode,
                 "currentTarget": auto["currentTarget"] if is_auto else snapshot.mode,
                 "defaultMode": snapshot.config.default_mode, "modes": snapshot.config.choices,
                 "requestCount": self._requests, "activeRequests": self._active,
                 "requests": {**self._results, "lastFailure": self._last_failure},
                 "usageLimits": self.usage_limits,
+                "usageWindows": windows,
                 "uptimeSeconds": int(time.monotonic() - self._started),
                 "pid": os.getpid(), "instance": self.instance, "startedBy": self.started_by,
                 "listenAddr": self.settings.listen_addr, "upstreamURL": self.settings.upstream,
@@ -3252,17 +3447,21 @@ class Exchange:
 
     def __init__(self, router: Router, request: Request) -> None:
         self._router, self._request = router, request
+        session = request.head.fields.value(b"x-claude-code-session-id")
+        self._session = session[:MODEL_NAME_MAX]        # "" if the client names none
         self._attempts: list[Attempt] = []
         self._chosen: Attempt | None = None     # whose response the client gets
         self._writer: ResponseWriter | None = None      # of that response, once it begins
         self._number, self._started = 0, 0.0    # the latter by time.monotonic
         self._has_ended = False
+        self._tokens: TokenReader | None = None
 
     def run(self) -> None:
         """Carry the request through; raise ClientGone if the connection cannot carry another."""
+        snapshot = self._router.snapshot(self._request.head.mode)
         self._started, self._number = time.monotonic(), self._router.begin()
         try:
-            chosen = self._chosen = self._forward(self._router.store.snapshot())
+            chosen = self._chosen = self._forward(snapshot)
             if chosen.response is None:
                 self._report(chosen.error)
             else:
@@ -3282,13 +3481,14 @@ class Exchange:
         """Return the attempt whose response the client gets, after at most two."""
         config, request, failover = snapshot.config, self._request, self._router.failover
         model, targets = request.model, config.auto.targets
+        sender = request.sender(config.conditions) if config.conditions else ("", "")
         if snapshot.mode != MODE_AUTO:
-            return self._try(decide_route(config, snapshot.mode, model))
-        routes = {target: decide_route(config, target, model) for target in targets}
+            return self._try(decide_route(config, snapshot.mode, model, sender))
+        routes = {target: decide_route(config, target, model, sender) for target in targets}
         if not request.is_judged or len({route.model for route in routes.values()}) == 1:
             return self._try(routes[failover.current(model, targets)])
         limit_s = config.auto.first_byte_limit_s(asks_for_stream(request.body))
-        ticket = failover.admit(model or "", targets)
+        ticket = failover.admit(model or "", targets, self._session)
         if ticket.probe and not ticket.quiet:
             self._router.log_decisions([f"PROBE of {ticket.target}"], self._number)
         first = self._try(routes[ticket.target], ticket, limit_s)
@@ -3311,6 +3511,8 @@ class Exchange:
         attempt = Attempt(self._router.upstream, self._request, route, ticket, limit_s)
         self._attempts.append(attempt)
         attempt.run()
+        if attempt.response is not None and (windows := read_windows(attempt.response.head.fields)):
+            self._router.windows[route.target] = windows
         return attempt
 
     # ---- From the response on
@@ -3329,7 +3531,11 @@ class Exchange:
         writer = self._writer = ResponseWriter(
             self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
+        if response.head.status == 200 and self._request.is_message:
+            self._tokens = TokenReader(response.head.coding)
         while True:
+            if self._tokens is not None:
+                self._tokens.feed(payload)
             defect = attempt.late_defect
             if defect:
                 attempt.fail_late(Fault.NO_MESSAGE, defect)
@@ -3398,11 +3604,14 @@ class Exchange:
         """Let the request end, once, before the client can know that it has ended."""
         if self._has_ended:
             return
-        self._has_ended = True
+        self._has_ended, request = True, self._request
         for attempt in self._attempts:
             self._settle(attempt)
             attempt.close()
         self._router.end(*self._result(status))
+        if status < 400 and self._chosen is not None and self._session and request.is_judged:
+            models = request.model or "", self._chosen.route.model or ""
+            remember(self._router.sessions, self._session, models)
         self._router.log.write("REQ", self._line(status, note))
 
     def _result(self, status: int) -> tuple[str, dict[str, Any] | None]:
@@ -3429,8 +3638,10 @@ class Exchange:
             if self._chosen not in (None, attempt):
                 notes.append(f"{attempt.route.target} failed: {outcome.what}")
             notes += [*attempt.notes, outcome.what if outcome.direct else "", slow_failure(outcome)]
-        line = f"#{self._number} {printable(head.method, 40)} {printable(head.path)}"
+        prefix = f"/@{head.mode}" if head.mode is not None else ""
+        line = f"#{self._number} {printable(head.method, 40)} {prefix}{printable(head.path)}"
         line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
+        line += self._tokens.note() if self._tokens is not None else ""
         return line + "".join(f" ({text})" for text in [*notes, note] if text)
 
 
@@ -3516,10 +3727,12 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         self._client.send_error(error, CLOSE)
 
     def _report_health(self, head: RequestHead) -> None:
-        health, content_type = self._router.health(), b"application/json"
+        health, content_type = self._router.health(head.mode), b"application/json"
         text = json.dumps(health, indent=2)
-        if b"line" in head.target.partition(b"?")[2].split(b"&"):
-            text, content_type = status_line(health), b"text/plain; charset=utf-8"
+        query = urllib.parse.parse_qs(head.target.partition(b"?")[2].decode("ascii"), True)
+        if "line" in query:
+            models = self._router.sessions.get(query.get("session", [""])[0].lower())
+            text, content_type = status_line(health, models), b"text/plain; charset=utf-8"
         fields = b"Cache-Control: no-store\r\n" + (b"" if head.keep_alive else CLOSE)
         self._client.send_whole(200, text.encode("utf-8") + b"\n", fields, content_type)
 
@@ -5185,6 +5398,9 @@ def status_rows(daemon: Daemon, health: dict[str, Any]) -> Iterator[tuple[str, s
     if failure:
         what = f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}"
         yield "failure", "; ".join(filter(None, (what, failure.get("slow"))))
+    for target, windows in health.get("usageWindows", {}).items():
+        if windows:
+            yield "usage", f"{target} {', '.join(describe_windows(windows))}"
     yield from trouble_rows(daemon, health)
 
 
@@ -5357,9 +5573,15 @@ def cmd_explain(context: Context) -> None:
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
         print(printable(model))
         for mode, rules in config.modes.items():
-            rule = match_rule(rules, model)
-            text = f"{rule.rewrite} (rule {rule.match})" if rule else f"{model} (no rule matches)"
-            print_rows((f"  {mode}", printable(text)), width=15)
+            for rule in (*rules, Rule("", model)):
+                if rule.match and not match_rule([Rule(*rule[:2])], model):
+                    continue
+                words = ", ".join(f"{key} {glob}" for key, glob in zip(
+                    ("rule", *RULE_KEYS[1:]), rule) if glob and key != "rewrite")
+                print_rows((f"  {mode}", printable(
+                    f"{rule.rewrite} ({words or 'no rule matches'})")), width=15)
+                if not any(rule[2:]):
+                    break
         if not config.auto_error:
             first, second = config.auto.targets
             text = f"{first} first, {second} if it fails"
@@ -5371,6 +5593,53 @@ def cmd_explain(context: Context) -> None:
             print_rows((f"  {MODE_AUTO}", text), width=15)
     mode = find_mode(context.paths, health)[0]
     show(f"in force: mode {mode}", 0, mode)
+
+
+_USAGE_LINE = re.compile(
+    r"(\S+) \S+ \[REQ\] #\d+ \S+ \S+(?<!/count_tokens) .+ -> (\S+) (.+) (\d+) \d+\.\d\ds"
+    r"(?: in (\d+)\+(\d+) out (\d+))?(.*?)(\((?:error event|stream without|the upstream ).*)?$")
+USAGE_COLUMNS = "requests", "rescued", "failed", "in", "fromCache", "out"
+
+
+def add_up(lines: Iterable[bytes]) -> dict[tuple[str, ...], Counter[str]]:
+    """Return the sums of USAGE_COLUMNS by day, target and model, from the lines of a log."""
+    sums: dict[tuple[str, ...], Counter[str]] = {}
+    for found in filter(None, (_USAGE_LINE.match(str(line, "utf-8", "replace")) for line in lines)):
+        *key, status, fresh, cached, out, notes, defect = found.groups("0")
+        failed = status != "499" and (status >= "400" or defect != "0")
+        rescued = status < "400" and not failed and " failed: " in notes
+        counts = 1, int(rescued), int(failed), int(fresh), int(cached), int(out)
+        sums.setdefault(tuple(key), Counter()).update(dict(zip(USAGE_COLUMNS, counts)))
+    return dict(sorted(sums.items()))
+
+
+def usage_table(sums: dict[tuple[str, ...], Counter[str]], with_bars: bool) -> Iterator[str]:
+    """Yield the lines of the table: each day, with a bar of its tokens, then its rows."""
+    def row(name: str, counts: Counter[str]) -> str:
+        requests, rescued, failed, *tokens = (counts[column] for column in USAGE_COLUMNS)
+        cells = (f"{count / 1000:7.0f}" for count in tokens)
+        return f"{name:38.38}{requests:7}{rescued:8}{failed:6}{''.join(cells)}"
+
+    yield f"{'day, target, model; tokens in 1000':37}requests rescued failed   in cached    out"
+    days: Counter[str] = Counter()
+    for (day, *_), counts in sums.items():
+        days[day] += sum(counts[column] for column in USAGE_COLUMNS[3:])
+    for day, tokens in days.items():
+        yield f"{day} {'#' * (60 * tokens // max(*days.values(), 1))}" if with_bars else day
+        yield from (row("  " + " ".join(key[1:]), sums[key]) for key in sums if key[0] == day)
+    yield row("all", sum(sums.values(), Counter()))
+
+
+def cmd_usage(context: Context) -> None:
+    """Print requests and tokens by day, target and model."""
+    sums = add_up(log_lines(context.paths.log, b"[REQ] "))
+    days = sorted({key[0] for key in sums})[-context.arguments.days:]
+    sums = {key: counts for key, counts in sums.items() if key[0] in days}
+    if context.arguments.json:
+        print(json.dumps([dict(zip(("day", "target", "model"), key), **counts)
+                          for key, counts in sums.items()], indent=2))
+    else:
+        print("\n".join(usage_table(sums, sys.stdout.isatty())))
 
 
 def config_edit(paths: Paths) -> None:
@@ -5505,7 +5774,7 @@ HINTS = {word: hint for hint, words in {
     "cli-proxy-api -antigravity-login": "login"}.items() for word in words.split()}
 ARGUMENTS = {
     "--auto": "only the decisions of auto mode", "--claude": "point Claude Code here, too",
-    "--dry-run": "say what would be done", "--json": "print JSON",
+    "--days=N": "the last N days", "--dry-run": "say what would be done", "--json": "print JSON",
     "--purge": "remove ~/.rrouter, too", "--stay": "keep it running until Ctrl-C",
     "--watch": "refresh every second until Ctrl-C", "-f": "follow until Ctrl-C",
     "COMMAND": "its arguments, an example", "NAME": "the mode to set",
@@ -5534,7 +5803,10 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
     parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
     for argument in row.usage.split()[1:]:
         word = argument.strip("[]")
-        if word[0] == "-":
+        name, _, metavar = word.partition("=")
+        if metavar:
+            parser.add_argument(name, type=int, default=0, metavar=metavar, help=ARGUMENTS[word])
+        elif word[0] == "-":
             parser.add_argument(word, action="store_true", help=ARGUMENTS[word])
         else:
             parser.add_argument("word", nargs="?", metavar=word, help=ARGUMENTS[word])
@@ -5800,6 +6072,8 @@ COMMANDS = (
     Command("restart", (), cmd_restart, "stop and start"),
     Command("status [--json] [--watch]", (), cmd_status, "show mode, target, requests and problems",
             "rrouter status --json | jq .currentTarget"),
+    Command("usage [--days=N] [--json]", (), cmd_usage, "add up requests and tokens by day",
+            "rrouter usage --days 7"),
     Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
     Command("auto", ("a",), cmd_mode, "Antigravity, else Claude; repeat to retry now"),

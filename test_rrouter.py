@@ -971,6 +971,8 @@ class ParseConfigTest(unittest.TestCase):
          "modes.a.mappings[0].rewrite: missing"),
         ('{"modes": {"a": {"mappings": [{"match": "x", "rewrite": ""}]}}}',
          "mappings[0].rewrite: expected"),
+        ('{"modes": {"a": {"mappings": [{"match": "x", "rewrite": "y", "class": null}]}}}',
+         "mappings[0].class: expected a string that is not empty, found null"),
         ('{"modes": {"a": {}}, "defaultMode": "b"}',
          'defaultMode: expected one of a, auto, found "b"'),
         ('{"modes": {"a": {}}, "defaultMode": null}', "defaultMode: expected one of"),
@@ -987,6 +989,8 @@ class ParseConfigTest(unittest.TestCase):
         ("cooldownMinutes", [0], "auto.cooldownMinutes[0]: expected"),
         ("firstByteTimeoutSeconds", "9", "auto.firstByteTimeoutSeconds: expected"),
         ("firstByteTimeoutSeconds", 10 ** 400, "auto.firstByteTimeoutSeconds"),
+        ("stay", 61, "auto.stay: expected a number from 0.0 to 60.0, found"),
+        ("onSwitch", "notify-send", 'auto.onSwitch: expected a list of strings, a program and'),
     )
 
     def test_a_config_that_does_not_fit_is_refused_with_its_place(self):
@@ -999,6 +1003,14 @@ class ParseConfigTest(unittest.TestCase):
             with self.subTest(text[:100]), self.assertRaises(rrouter.ConfigError) as caught:
                 rrouter.parse_config(text)
             self.assertIn(words, str(caught.exception))
+
+    def test_optional_members_are_kept(self):
+        rule = {"match": "m", "rewrite": "r", "agent": "explore", "class": "sub*"}
+        config = config_with(modes={"antigravity": {"mappings": [rule]}, "claude": {}},
+                             auto={"stay": 0.5, "onSwitch": ["notify-send", "{to}"]})
+        self.assertEqual((config.auto[-2:], *config.modes["antigravity"], config.problems), (
+            (30, ("notify-send", "{to}")), rrouter.Rule("m", "r", "explore", "sub*"), ()))
+        self.assertEqual(rrouter.parse_config(rrouter.config_text(config)), config)
 
     def test_unknown_keys_are_named_and_do_no_harm(self):
         config = rrouter.parse_config(
@@ -1105,6 +1117,44 @@ class RouteTest(unittest.TestCase):
                             for rule in rules.split()]
                 config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
                 self.assertEqual(rrouter.decide_route(config, "m", model), ("m", expected))
+
+    SENDERS = (
+        # the rule's agent and class, the request's, whether it matches
+        ("explore", "", "explore", "", True),           ("Explore", "", "explore", "", True),
+        ("explore", "", "explorer", "", False),         ("e*[er]", "sub*", "explorer", "sub", True),
+        ("*", "", "", "main", False),                   ("", "*", "explore", "", False),
+        ("explore", "main", "explore", "sub", False),   ("", "", "explore", "sub", True),
+    )
+
+    def test_rule_with_agent_or_class_matches_only_their_requests(self):
+        for *rule, agent, kind, expected in self.SENDERS:
+            with self.subTest(rule=rule, agent=agent, kind=kind):
+                found = rrouter.match_rule([rrouter.Rule("*", "g", *rule)], "m", (agent, kind))
+                self.assertEqual(found is not None, expected)
+
+    def test_conditions_are_those_that_rules_have(self):
+        for rule, expected in (({}, ""), ({"agent": "a"}, "agent"), ({"class": "*"}, "class")):
+            mappings = [{"match": "*", "rewrite": "g", **rule}]
+            config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
+            self.assertEqual(config.conditions, set(expected.split()))
+
+    AGENTS = (
+        # the agent, the members of the body after its model
+        ("explore", '"system":"You are oh-my-claudecode:explore."'),
+        ("deep-executor_2", '"messages":[{"content":"oh-my-claudecode:critic"}],"system":[{"text":'
+                            '"Go"},{"text":"oh-my-claudecode:deep-executor_2\\n\xed\x95\x9c"}]'),
+        ("", '"messages":[{"content":"oh-my-claudecode:explore"}],"system":"Go"'),
+        ("", '"messages":[{"system":"oh-my-claudecode:explore"}]'),
+        ("", '"system":"Go","system":"oh-my-claudecode:explore"'),
+        ("", '"messages":[oh-my-claudecode:explore'),
+    )
+
+    def test_agent_is_named_by_the_system_prompt_alone(self):
+        for agent, members in self.AGENTS:
+            with self.subTest(members):
+                body = ('{"model":"m",%s}' % members).encode("latin-1")
+                for kind in (bytes, bytearray, memoryview):
+                    self.assertEqual(rrouter.find_agent(kind(body)), agent)
 
 
 # Messages, by tables ##########################################################
@@ -1529,6 +1579,42 @@ class StreamScanTest(unittest.TestCase):
                 self.assertEqual(rrouter.asks_for_stream(body), expected)
 
 
+class TokenReaderTest(unittest.TestCase):
+
+    START = event("message_start", message={"type": "message", "usage": {
+        "input_tokens": 1200, "cache_creation_input_tokens": 3, "cache_read_input_tokens": 48211,
+        "output_tokens": 1, "cache_creation": {"ephemeral_1h_input_tokens": 7}}})
+    TALK = event("content_block_delta", delta={"text": '"output_tokens":7,' + "x" * 5000})
+    END = event("message_delta", usage={"input_tokens": 0, "output_tokens": 512})
+    WHOLE = START + event("message_delta", usage={"output_tokens": 9}) + END + event("message_stop")
+    NOTE = " in 1203+48211 out 512"
+    BODY = json.dumps({"type": "message", "content": [{"input": {"usage": {"output_tokens": 9}}}],
+                       "usage": {"input_tokens": 5, "output_tokens": 6}}).encode()
+    LONG, PACKED = START + 99 * TALK + END, gzip.compress(START + 99 * TALK + END)
+    CASES = (
+        # content encoding, payloads, note
+        ("", [WHOLE.replace(b"\n", b"\r")], NOTE), ("", [LONG], NOTE),
+        ("", [b"%c" % byte for byte in WHOLE], NOTE),
+        ("", [START, *[TALK] * 99, END], NOTE), ("", [BODY], " in 5+0 out 6"),
+        ("", [b" " * 9000, BODY[:60], BODY[60:]], " in 5+0 out 6"), ("", [TALK, b"", b"[]"], ""),
+        ("", [event("message_delta", usage={"output_tokens": True, "input_tokens": -1})], ""),
+        ("", [b'{"output_tokens":1,"usage":{"output_tokens":%d}}' % 10 ** 12], ""),
+        ("gzip", [PACKED], NOTE), ("gzip", [b"%c" % byte for byte in PACKED], NOTE),
+        ("gzip", [PACKED[:20] + b"damaged" * 9, END], ""), ("br", [zlib.compress(WHOLE)], ""),
+    )
+
+    def test_counts_come_from_both_ends_of_a_response(self):
+        for coding, payloads, note in self.CASES:
+            with self.subTest(coding=coding, first=payloads[0][:80], note=note):
+                self.assertEqual(self.note(coding, payloads), note)
+
+    def note(self, coding, payloads):
+        reader = rrouter.TokenReader(coding)
+        for payload in payloads:
+            reader.feed(payload)
+        return reader.note()
+
+
 class MessageTest(unittest.TestCase):
 
     SILENT = b'{"type":"message","content":[],"stop_reason":"%b","usage":{"output_tokens":0}}'
@@ -1677,7 +1763,7 @@ def outcome(fault=None, status=None, **changes):
 
 
 TARGETS = ("ag", "cl")
-STEP = re.compile(r"(?:(\d+)\*)?(?:(\w+)/)?([a-z+]+)(?::(\w+))?")
+STEP = re.compile(r"(?:(\d+)\*)?(?:([A-Z])\.)?(?:(\w+)/)?([a-z+]+)(?::(\w+))?")
 
 
 class FailoverWalk(unittest.TestCase):
@@ -1685,8 +1771,8 @@ class FailoverWalk(unittest.TestCase):
 
     The words of a walk: `ag` is a request that fails on ag and is rescued by cl; `ag+cl` fails on
     both, `ok` on none; `late` fails after its first content, wherever it goes.  `ag:401` has
-    another status, `ag:TIMEOUT` another fault, `opus/ag` another model; `3*ag` is three requests,
-    `30m` half an hour.
+    another status, `ag:TIMEOUT` another fault, `opus/ag` another model, `S.ag` comes from session
+    S; `3*ag` is three requests, `30m` half an hour.
     """
 
     def setUp(self):
@@ -1701,13 +1787,13 @@ class FailoverWalk(unittest.TestCase):
             if step.endswith("m"):
                 self.clock.advance(60 * int(step[:-1]))
                 continue
-            count, model, dead, failure = STEP.fullmatch(step).groups()
+            count, session, model, dead, failure = STEP.fullmatch(step).groups()
             for _ in range(int(count or 1)):
-                tried = self.request(model or "opus", dead, failure or "429")
+                tried = self.request(model or "opus", dead, failure or "429", session or "")
         return tried
 
-    def request(self, model, dead, failure):
-        tickets = [self.failover.admit(model, TARGETS)]
+    def request(self, model, dead, failure, session):
+        tickets = [self.failover.admit(model, TARGETS, session)]
         if dead == "late":
             ticket = self.failover.commit(tickets[0])[0]
             self.charge(ticket, self.failure("NO_MESSAGE", direct=True))
@@ -1898,6 +1984,47 @@ class WalkTest(FailoverWalk):
             self.walk("m%d/ag haiku/ok " % number * 3)
         self.assertIn("m257 cl 1 ", self.state())
         self.assertLessEqual(len(self.failover.report(True)["models"]), 256)
+
+
+AWAY = "3*P.haiku/ag 26m S.ok T.ok P.ok 4m "        # S and T send to cl, until a cooldown is over
+BACK = AWAY + "P.haiku/ok "
+STAYS = (
+    # what holds, then steps and the targets that the last request tried, by turns
+    ("a session stays until it pauses", BACK + "S.ok", "cl", "4m S.ok", "cl", "5m S.ok", "ag"),
+    ("one that has paused returns", BACK + "2m T.ok", "ag"),
+    ("others return at once", BACK + "ok", "ag", "P.ok", "ag", "N.ok", "ag", "S.haiku/ok", "ag"),
+    ("at most an hour", BACK + "S.ok " + "3m S.ok " * 20, "cl", "3m S.ok", "ag"),
+    ("a failure ends the stay", BACK + "S.cl", "cl ag", "S.ok", "ag", "T.late", "cl", "T.ok", "ag"),
+    ("where it was rescued", "3*S.ag:SHELF 1m P.ok S.ok", "cl", "T.ag", "ag cl", "T.ok", "ag"),
+    ("a switch ends the stay", BACK + "T.ok 3*N.ag T.ok", "cl", "3*N.cl T.ok", "ag"),
+    ("a return without a probe moves all", "3*S.ag S.ok 3*T.cl S.ok", "ag"),
+    ("nor does one that was not away", "S.ok 3*N.ag:SHELF 1m P.ok 3*ag S.ok", "cl"),
+    ("a failed probe moves none", AWAY + "P.haiku/ag S.ok", "cl"),
+    ("a model alone", ALONE + "29m S.ok T.haiku/ag 1m P.ok S.ok", "cl", "P.ok", "ag",
+     "T.haiku/ok", "ag"),
+)
+
+
+class StayTest(FailoverWalk):
+    """After a recovery a session stays where its prompt cache is until it pauses."""
+
+    def test_sessions_go_to_these_targets(self):
+        for what, *turns in STAYS:
+            with self.subTest(what):
+                self.setUp()
+                for steps, targets in zip(turns[::2], turns[1::2]):
+                    self.assertEqual(" ".join(self.walk(steps)), targets, steps)
+
+    def test_auto_again_moves_all_and_a_stay_of_0_lets_none_stay(self):
+        self.walk(BACK)
+        self.failover.reset(self.auto, "")
+        self.assertEqual(self.walk("S.ok"), ["ag"])
+        self.failover.reset(self.auto._replace(stay_s=0), "")
+        self.assertEqual(self.walk(BACK + "S.ok"), ["ag"])
+
+    def test_names_that_are_too_long_are_not_remembered(self):
+        self.walk("3*ag S.%s/ok" % ("m" * 257))
+        self.assertEqual(len(self.failover._places), 0)
 
 
 class SavedStateTest(FailoverWalk):
@@ -4319,6 +4446,47 @@ class SilenceTest(AutoTest):
         self.assert_state()
 
 
+class HookTest(AutoTest):
+    """auto.onSwitch: a program that runs at each move."""
+
+    limits = {"HOOK_S": 0.5}
+    NOTE = "import sys; print(7); open(sys.argv[1], 'a').write(' '.join(sys.argv[2:]) + chr(10))"
+
+    def test_it_runs_at_each_switch_and_recovery_with_the_words_as_arguments(self):
+        path = self.rrouter.home.dir / "moves"
+        self.configure(auto_config(onSwitch=[
+            sys.executable, "-c", self.NOTE, str(path), "{from}>{to} $HOME {} {x}",
+            "{scope}|{reason}", "{minutes}"]))
+        self.trip()
+        wait_until(path.exists)
+        self.script()
+        self.ask_for("1801 a")
+        wait_until(lambda: path.read_text().count("\n") == 2)
+        self.assertEqual(path.read_text().splitlines(), [
+            "antigravity>claude $HOME {} {x} auto|3 consecutive HTTP errors, last 429 30",
+            "claude>antigravity $HOME {} {x} auto|responds again 0"])
+
+    def test_one_that_fails_or_hangs_delays_nothing_and_has_one_line(self):
+        for command, words in (
+                (["/nowhere"], "/nowhere: [Errno 2] No such file"),
+                (["a\0"], "a\\x00: embedded null byte"),
+                (["sh", "-c", "exit 3"], "sh: ended with status 3"),
+                (["sleep", "60"], "sleep: did not end within 0.5 s")):
+            self.configure(auto_config(onSwitch=command))
+            self.set_mode("auto")
+            before, start = len(self.rrouter.log()), time.monotonic()
+            self.trip()
+            self.assertLess(time.monotonic() - start, 0.4)
+            wait_until(lambda: self.rrouter.log()[before:].count("onSwitch: " + words) == 1)
+
+    def test_a_session_stays_where_it_sent_lately_when_another_one_recovers_the_target(self):
+        other = {"fields": (("X-Claude-Code-Session-Id", "S"),)}
+        self.trip()
+        self.script()
+        for calls, fields in (("1700 c", other), ("101 a a", {}), ("c", other)):
+            self.ask_for(calls, **fields)
+
+
 class UpstreamAwayTest(AutoTest):
     """A request waits up to 15 s for an upstream that is not there, and that is neutral."""
 
@@ -4582,8 +4750,138 @@ class StatusLineTest(unittest.TestCase):
         for changes, problems, line in self.LINES:
             with self.subTest(line):
                 self.assertEqual(line, rrouter.status_line({
-                    "mode": "claude", "problems": ["x"] * problems,
+                    "mode": "claude", "problems": ["x"] * problems, "currentTarget": "claude",
+                    "usageWindows": {"claude": {}, "antigravity": {"5h": {}}},
                     "autoSwitch": {**self.AUTO, **changes}}))
+
+    def test_it_says_which_models_a_session_asked_for_and_got(self):
+        own = {**self.AUTO, "reason": "2 consecutive timeouts"}
+        health = {"problems": [], "currentTarget": "claude", "usageWindows": {},
+                  "autoSwitch": {**self.AUTO, "models": {"opus": own}}}
+        for asked, failed in (("claude-opus-5-5", "429"), ("opus", "timeouts")):
+            self.assertEqual("asked %s, answered gemini (antigravity %s, 23m)" % (
+                asked.replace("claude-", ""), failed), rrouter.status_line(
+                    health, (asked, "gemini")))
+
+
+class ModeInTargetTest(RouterTest):
+    """A target that begins with /@MODE; the mode file says antigravity."""
+
+    TARGETS = (
+        # target of the client,               the upstream's,         model there
+        ("/@claude/v1/messages?beta=true",    "/v1/messages?beta=true", SONNET),
+        ("/@CL%61ude/v1/x%2F?/@y",            "/v1/x%2F?/@y",         SONNET),
+        ("http://localhost/@claude/a",        "/a",                   SONNET),
+        ("/@claude?a",                        "/?a",                  SONNET),
+        ("/@claude/@auto/v1/messages",        "/@auto/v1/messages",   SONNET),
+        ("/v1/@claude/messages",              "/v1/@claude/messages", GEMINI_SONNET),
+    )
+
+    def test_it_is_served_in_that_mode_and_goes_on_without_it(self):
+        for target, forwarded, model in self.TARGETS:
+            with self.subTest(target):
+                self.upstream.clear()
+                self.assertEqual(self.rrouter.post(target=target).status, 200)
+                (received,) = self.upstream.received
+                self.assertEqual((received.target, received.model), (forwarded, model))
+        wait_until(lambda: " POST /@claude/@auto/v1/messages " in self.rrouter.log())
+
+    def test_unknown_one_is_refused_with_the_names_of_the_modes(self):
+        before = self.rrouter.health()["requestCount"]
+        for target in ("/@gemini/v1/messages", "/@/v1/messages", "/@gemini/health?line"):
+            reply = self.assert_refused(request_bytes("GET", target), 404)
+            self.assert_error(reply, 404, "(defined: antigravity, claude, auto)")
+        self.assertEqual(self.rrouter.health()["requestCount"], before)
+
+    def test_health_shows_it(self):
+        for mode, line in (("claude", "claude"), ("auto", "auto → antigravity")):
+            self.assertEqual(self.get(f"/@{mode}/health").json()["mode"], mode)
+            self.assertEqual(self.get(f"/@{mode}/health?line").body.decode(), line + "\n")
+
+
+class SessionTest(RouterTest):
+    """GET /health?line&session=ID."""
+
+    def line(self, session):
+        return self.get("/health?line&session=" + session).body.decode().strip()
+
+    def post_as(self, session, model=SONNET, target="/v1/messages", **members):
+        return self.rrouter.post(model, target, (("x-claude-code-session-id", session),), **members)
+
+    def test_it_names_the_models_of_its_last_answered_request(self):
+        self.post_as("one")
+        self.post_as("two 2", target="/@claude/v1/messages")
+        self.post_as("two 2", "x", target="/v1/messages/count_tokens")
+        self.rrouter.post(fields=())
+        self.upstream.play(error(429))
+        self.post_as("one", "claude-opus-5-5")
+        self.assertEqual([*map(self.line, ("one", "two%202", "three", ""))], [
+            "asked sonnet-5-5, answered " + GEMINI_SONNET, "asked sonnet-5-5, answered sonnet-5-5",
+            "antigravity", "antigravity"])
+
+    def test_only_the_last_256_are_kept(self):
+        for number in range(257):
+            self.post_as(f"s{number}", "m")
+        self.post_as("s9", "x\n" * 999)
+        long = "x\\n" * 20 + "..."
+        self.assertEqual([self.line("s0"), self.line("s1"), self.line("s9")],
+                         ["antigravity", "asked m, answered m", f"asked {long}, answered {long}"])
+
+
+class AgentRuleTest(RouterTest):
+    """Rules for agents and classes, through the router."""
+
+    config = {**DEFAULT_CONFIG, "modes": {**DEFAULT_CONFIG["modes"], "antigravity": {"mappings": [
+        {"match": "*", "rewrite": "large", "agent": "explore"},
+        {"match": "*", "rewrite": "small", "class": "compaction"}]}}}
+
+    def test_headers_and_system_prompt_choose_the_rule(self):
+        system = {"system": [{"type": "text", "text": "You are oh-my-claudecode:explore"}]}
+        for agent, kind, members, model in (
+                (None, None, {}, SONNET), (None, None, system, "large"),
+                ("Explore", None, {}, "large"), ("Plan", None, system, SONNET),
+                ("custom", None, system, "large"), ("custom", "main", {}, SONNET),
+                (None, "compaction", {}, "small")):
+            fields = [field for field in (("X-Claude-Code-Agent-Type", agent),
+                                          ("x-claude-code-request-class", kind)) if field[1]]
+            with self.subTest(fields=fields, members=members):
+                self.upstream.clear()
+                self.rrouter.post(fields=fields, **members)
+                self.assertEqual(self.upstream.received[0].model, model)
+                self.assertEqual(self.upstream.received[0].fields[1:-1], fields)
+
+
+class UsageWindowTest(AutoTest):
+    """Responses that say how much of a subscription is used."""
+
+    @staticmethod
+    def fields(used, until, window="5h"):
+        name = f"anthropic-ratelimit-unified-{window}-"
+        return ((name + "utilization", used), (name + "reset", until))
+
+    def test_they_are_shown_by_target_until_they_end(self):
+        now = int(time.time())
+        self.script(
+            error(429, fields=self.fields("1.004", str(now + 90))),
+            Response(200, json.dumps(message("c")).encode(), fields=(
+                *self.fields("0.83", str(now + 3600)), *self.fields("0.126", str(now + 99), "7d"))))
+        self.ask_for("ac")
+        windows = self.rrouter.health()["usageWindows"]
+        self.assertEqual({target: {name: window["usedPercent"] for name, window in own.items()}
+                          for target, own in windows.items()},
+                         {"antigravity": {"5h": 100}, "claude": {"5h": 83, "7d": 13}})
+        until = time.strftime("%H:%M", time.localtime(now + 3600))
+        self.assertRegex(self.get("/@claude/health?line").body.decode(),
+                         rf"\Aclaude, 5h 83 % until {until}, 7d 13 % until [A-Z][a-z]+ \d\d:\d\d\n")
+        self.later(100)
+        self.assertEqual(list(self.rrouter.health()["usageWindows"]["claude"]), ["5h"])
+
+    def test_odd_numbers_are_ignored(self):
+        for used, until in (("", "9"), ("nan", "9"), ("1", ""), ("0.5", "1e30"), ("inf", "9")):
+            self.upstream.play(Response(fields=self.fields(used, until)))
+            self.rrouter.post(target="/@antigravity/v1/messages")
+            self.assertNotIn("antigravity", [
+                target for target, own in self.rrouter.health()["usageWindows"].items() if own])
 
 
 class HealthTest(RouterTest):
@@ -4725,6 +5023,17 @@ class RequestLineTest(RouterTest):
             self.assertIn(line.group(0), self.rrouter.printed())
         self.assertNotIn("/health", self.rrouter.log())
         self.assertNotIn("limit=", self.rrouter.log())
+
+    def test_message_has_the_tokens_that_its_response_reports(self):
+        events, body = TokenReaderTest.WHOLE, TokenReaderTest.BODY
+        packed = Response(200, gzip.compress(body), fields=(("Content-Encoding", "gzip"),))
+        self.upstream.play(sse(events), sse(events, framing="close"), packed, error(429),
+                           Response(200, body), Response(200, body))
+        for target in ("/v1/messages", *["/@auto/v1/messages"] * 3, "/v1/messages/count_tokens"):
+            self.rrouter.post(target=target)
+        self.assertEqual([line["notes"] for line in self.lines()[-5:]], [
+            TokenReaderTest.NOTE, TokenReaderTest.NOTE, " in 5+0 out 6",
+            " in 5+0 out 6 (antigravity failed: 429)", ""])
 
     def test_refused_request_has_a_line_with_its_status(self):
         # The last one would need no preflight; its body, in which another one hides, goes unread.
@@ -6700,6 +7009,54 @@ class ConfigCommandTest(CommandTest):
                          [switchboard(2)])
 
 
+class UsageTest(CommandTest):
+    """`rrouter usage` reads the rotated logs."""
+
+    REQ = "[REQ] #1 POST /v1/messages claude-opus-5-5 -> "
+    TO = "2026-02-03 10:00:00.000 " + REQ + "antigravity gemini "
+    LOGS = {
+        ".3": ("2026-01-01 10:00:00.000 " + REQ + "claude old 200 1.00s in 1499+2 out 3",),
+        ".1": (TO + "200 1.00s in 1203+48211 out 512", "2026-02-03 10:00:01.000 [AUTO] #1 " + REQ,
+               "half a li"),
+        "": (TO + "200 1.00s (claude failed: 429)", TO + "400 0.02s (claude failed: 429)",
+             TO + "200 0.02s in 7+0 out 1 (error event in the stream)",
+             TO + "499 9.00s (timeout, ended by the client)",
+             "2026-02-03 10:00:06.000 [REQ] #7 GET /v1/models 200 1.00s",
+             "2026-02-03 10:00:07.000 [REQ] #8 POST /@claude/v1/messages a b -> c d -> claude e "
+             "200 0.10s (sent again: the kept connection was stale)",
+             "2026-02-03 10:00:08.000 [REQ] #9 POST /v1/messages/count_tokens a -> claude e 200 "
+             "0.10s")}
+
+    def setUp(self):
+        super().setUp()
+        (self.home.dir / "logs").mkdir(parents=True)
+        for name, lines in self.LOGS.items():
+            self.home.write("logs/rrouter.log" + name, "\n".join(lines) + "\n")
+
+    def test_it_adds_up_by_day_target_and_model(self):
+        for days, expected in ((["--days=1"], 2), (["--days=9999999"], 3), ([], 3)):
+            rows = json.loads(self.run_here("usage", "--json", *days, check=0).stdout)
+            self.assertEqual((len(rows), [list(row.values()) for row in rows[-2:]]), (expected, [
+                ["2026-02-03", "antigravity", "gemini", 5, 1, 2, 1210, 48211, 513],
+                ["2026-02-03", "claude", "e", 1, 0, 0, 0, 0, 0]]))
+
+    def test_it_is_a_table_within_80_columns_with_bars_on_a_terminal(self):
+        self.assertEqual(self.run_here("usage", check=0).stdout.splitlines(), [
+            "day, target, model; tokens in 1000   requests rescued failed   in cached    out",
+            "2026-01-01",
+            "  claude old                                1       0     0      1      0      0",
+            "2026-02-03",
+            "  antigravity gemini                        5       1     2      1     48      1",
+            "  claude e                                  1       0     0      0      0      0",
+            "all                                         7       1     2      3     48      1"])
+        key = "2026-02-03", "antigravity", "m" * 99
+        for count, bar in ((999_999, "#" * 60), (1, "#" * 60), (0, "")):
+            counts = collections.Counter(dict.fromkeys(rrouter.USAGE_COLUMNS, count))
+            lines = list(rrouter.usage_table({key: counts}, True))
+            self.assertEqual(lines[1], f"2026-02-03 {bar}")
+            self.assertLessEqual(max(map(len, lines)), 80)
+
+
 class CopiedFileTest(LoopbackTest):
 
     def test_modules_beside_the_copied_file_are_never_imported(self):
@@ -6827,6 +7184,15 @@ class AutoCommandTest(AutoTest):
     def test_explain_needs_no_request_for_a_name_that_is_given(self):
         self.assertRegex(self.say("explain", "other"), "auto: +no rescue, because both targets get")
         self.assertRegex(self.say("explain", SONNET), "auto: +antigravity\n")
+
+    def test_explain_names_the_conditions_of_rules(self):
+        self.configure({**DEFAULT_CONFIG, "modes": {"claude": {}, "antigravity": {"mappings": [
+            {"match": "*", "rewrite": "large", "agent": "explore", "class": "sub*"},
+            {"match": "opus", "rewrite": "g"}, {"match": "*", "rewrite": "never"}]}}})
+        self.assertRegex(self.say("explain", "opus"), "\n".join((
+            r"  claude: +opus \(no rule matches\)",
+            r"  antigravity: large \(rule \*, agent explore, class sub\*\)",
+            r" +g \(rule opus\)", r"  auto")))
 
     def test_watch_draws_the_status_anew_until_it_is_interrupted(self):
         with mock.patch.object(rrouter.time, "sleep", side_effect=[None, KeyboardInterrupt]):
@@ -9205,7 +9571,8 @@ class Conversation(subprocess.Popen):
             cwd=home, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={"PATH": os.environ["PATH"], "HOME": home, "ANTHROPIC_API_KEY": "sk-test",
                  "ANTHROPIC_BASE_URL": "http://127.0.0.1:%d" % port, "DISABLE_TELEMETRY": "1",
-                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1"})
+                 "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "DISABLE_AUTOUPDATER": "1",
+                 "CLAUDE_CODE_GATEWAY_HINT_HEADERS": "1"})
 
     def say(self, text):
         """Return the text of the reply; fail if the turn ends in an error."""
@@ -9252,15 +9619,21 @@ def is_turn(request):
     return request.method == "POST" and request.target.partition("?")[0] == "/v1/messages"
 
 
-def streamed_reply(request, signature=None):
-    """Return a streamed message `<model> heard <text>`; a `signature` puts a thinking first."""
+def streamed_reply(request, signature=None, call=None):
+    """Return a streamed message `<model> heard <text>`; a `signature` puts a thinking first.
+
+    With `call`, a name and an input, it calls that tool.
+    """
     contents = [m["content"] for m in request.json()["messages"] if m["role"] == "user"]
-    last = contents[-1] if isinstance(contents[-1], str) else contents[-1][-1]["text"]
+    last = contents[-1] if isinstance(contents[-1], str) else contents[-1][-1].get("text")
     text = "%s heard %r" % (request.model, last)
     blocks = [({"type": "text", "text": ""}, {"type": "text_delta", "text": text})]
     if signature:
         blocks.insert(0, ({"type": "thinking", "thinking": "", "signature": ""},
                           {"type": "signature_delta", "signature": signature}))
+    if call:
+        blocks = [({"type": "tool_use", "id": "toolu_1", "name": call[0], "input": {}},
+                   {"type": "input_json_delta", "partial_json": json.dumps(call[1])})]
     events = [event("message_start", message={
         "id": "msg_1", "type": "message", "role": "assistant", "model": request.model,
         "content": [], "stop_reason": None, "stop_sequence": None,
@@ -9269,7 +9642,7 @@ def streamed_reply(request, signature=None):
         events += [event("content_block_start", index=index, content_block=block), event("ping"),
                    event("content_block_delta", index=index, delta=delta),
                    event("content_block_stop", index=index)]
-    end = {"stop_reason": "end_turn", "stop_sequence": None}
+    end = {"stop_reason": "tool_use" if call else "end_turn", "stop_sequence": None}
     return stream(*events, event("message_delta", delta=end, usage={"output_tokens": 2}),
                   event("message_stop"))
 
@@ -9286,6 +9659,18 @@ def refuse_foreign_signatures(request):
     return error(400, wording, "invalid_request_error")
 
 
+def delegate(request):
+    """Respond to the user with the call of a subagent, and to that one with a text."""
+    if not is_turn(request):
+        return error(404)
+    names = [tool["name"] for tool in request.json().get("tools", ())]
+    call = next((name for name in names if name in ("Task", "Agent")), None)
+    if call is None or b"tool_result" in request.body or request.model == "explorer":
+        return streamed_reply(request)
+    return streamed_reply(request, call=(call, {
+        "description": "look", "prompt": "look around", "subagent_type": "Explore"}))
+
+
 def fields_without_host(request):
     return [field for field in end_to_end(request.fields) if field[0] != "Host"]
 
@@ -9297,7 +9682,8 @@ class ClaudeCodeTest(RouterTest):
     mode = "claude"
     config = {**DEFAULT_CONFIG, "auto": {"firstByteTimeoutSeconds": 2},
               "modes": {**DEFAULT_CONFIG["modes"], "fast": {
-                  "mappings": [{"match": "claude-*", "rewrite": "gemini-3-flash"}]}}}
+                  "mappings": [{"match": "claude-*", "rewrite": "explorer", "agent": "explore"},
+                               {"match": "claude-*", "rewrite": "gemini-3-flash"}]}}}
 
     def setUp(self):
         super().setUp()
@@ -9344,6 +9730,14 @@ class ClaudeCodeTest(RouterTest):
                 self.assert_forwarded(sent, received, model)
                 roles = [message["role"] for message in received.json()["messages"]]
                 self.assertEqual(roles.count("assistant"), number)      # one conversation
+
+    def test_request_of_a_subagent_follows_the_rule_of_its_agent(self):
+        self.upstream.default = delegate
+        self.turn("mode", "fast", text="delegate")
+        sent = wait_until(lambda: {     # the subagent may go on in the background
+            (request.header("x-claude-code-agent-type"), request.model)
+            for request in filter(is_turn, self.upstream.received)} - {(None, "gemini-3-flash")})
+        self.assertEqual(sent, {("Explore", "explorer")})
 
     def test_failure_of_antigravity_is_rescued_unseen(self):
         overloaded = {"type": "overloaded_error", "message": "Overloaded"}
