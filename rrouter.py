@@ -5573,13 +5573,15 @@ def cmd_explain(context: Context) -> None:
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
         print(printable(model))
         for mode, rules in config.modes.items():
+            label = f"  {mode}"
             for rule in (*rules, Rule("", model)):
                 if rule.match and not match_rule([Rule(*rule[:2])], model):
                     continue
                 words = ", ".join(f"{key} {glob}" for key, glob in zip(
                     ("rule", *RULE_KEYS[1:]), rule) if glob and key != "rewrite")
-                print_rows((f"  {mode}", printable(
+                print_rows((label, printable(
                     f"{rule.rewrite} ({words or 'no rule matches'})")), width=15)
+                label = ""
                 if not any(rule[2:]):
                     break
         if not config.auto_error:
@@ -5632,8 +5634,11 @@ def usage_table(sums: dict[tuple[str, ...], Counter[str]], with_bars: bool) -> I
 
 def cmd_usage(context: Context) -> None:
     """Print requests and tokens by day, target and model."""
+    last = context.arguments.days
+    if last is not None and not re.fullmatch("[1-9][0-9]{,8}", last):
+        raise UsageError(f"--days takes a number of days, not '{printable(last, 40)}'")
     sums = add_up(log_lines(context.paths.log, b"[REQ] "))
-    days = sorted({key[0] for key in sums})[-context.arguments.days:]
+    days = sorted({key[0] for key in sums})[-int(last or 0):]
     sums = {key: counts for key, counts in sums.items() if key[0] in days}
     if context.arguments.json:
         print(json.dumps([dict(zip(("day", "target", "model"), key), **counts)
@@ -5774,10 +5779,11 @@ HINTS = {word: hint for hint, words in {
     "cli-proxy-api -antigravity-login": "login"}.items() for word in words.split()}
 ARGUMENTS = {
     "--auto": "only the decisions of auto mode", "--claude": "point Claude Code here, too",
-    "--days=N": "the last N days", "--dry-run": "say what would be done", "--json": "print JSON",
+    "--dry-run": "say what would be done", "--json": "print JSON",
     "--purge": "remove ~/.rrouter, too", "--stay": "keep it running until Ctrl-C",
     "--watch": "refresh every second until Ctrl-C", "-f": "follow until Ctrl-C",
-    "COMMAND": "its arguments, an example", "NAME": "the mode to set",
+    "--days N": "the last N days", "NAME": "the mode to set",
+    "COMMAND": "its arguments, an example",
     "MODEL": "as Claude Code sends it; without it, those that passed lately",
     "bash|zsh|fish": "your shell",
     "edit|reset|path": "open it in $EDITOR; write the defaults; print where it is"}
@@ -5801,18 +5807,19 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
         f"rrouter {row.name}", f"rrouter {row.usage}", f"rrouter {row.name}: {row.help}",
         f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False)
     parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
-    for argument in row.usage.split()[1:]:
+    arguments = re.findall(r"\[[^\]]+\]|\S+", row.usage)[1:]
+    for argument in arguments:
         word = argument.strip("[]")
-        name, _, metavar = word.partition("=")
+        name, _, metavar = word.partition(" ")
         if metavar:
-            parser.add_argument(name, type=int, default=0, metavar=metavar, help=ARGUMENTS[word])
+            parser.add_argument(name, nargs="?", const="", metavar=metavar, help=ARGUMENTS[word])
         elif word[0] == "-":
             parser.add_argument(word, action="store_true", help=ARGUMENTS[word])
         else:
             parser.add_argument("word", nargs="?", metavar=word, help=ARGUMENTS[word])
     for name, options in row.hidden:
         parser.add_argument(name, help=argparse.SUPPRESS, **options)
-    takes = re.findall(r"[^\[\]| ]+", row.usage)[1:]
+    takes = [word for argument in arguments for word in argument.strip("[]").split("|")]
     found, wrong = parser.parse_known_args(rest)
     if "|" in row.usage and found.word not in (*takes, None if "[" in row.usage else ""):
         wrong.append(found.word or "")
@@ -6072,7 +6079,7 @@ COMMANDS = (
     Command("restart", (), cmd_restart, "stop and start"),
     Command("status [--json] [--watch]", (), cmd_status, "show mode, target, requests and problems",
             "rrouter status --json | jq .currentTarget"),
-    Command("usage [--days=N] [--json]", (), cmd_usage, "add up requests and tokens by day",
+    Command("usage [--days N] [--json]", (), cmd_usage, "add up requests and tokens by day",
             "rrouter usage --days 7"),
     Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),

@@ -6646,7 +6646,10 @@ USAGE_ERRORS = (
     ("completion",          "takes bash, zsh, fish; see `rrouter completion --help`"),
     ("config edt",          "config takes edit, reset, path, not 'edt'; see"),
     ("logs -n 20",          "logs takes -f, --auto, not '-n'; see"),
-    ("--json",              "use `rrouter status --json` or `rrouter check --json`"),
+    ("--json",              "use `rrouter status --json` or `rrouter usage --json` or"),
+    ("usage --days=0",      "--days takes a number of days, not '0'"),
+    ("usage --days",        "--days takes a number of days, not ''"),
+    ("usage --day 7",       "usage takes --days N, --json, not '--day'; see"),
     ("SETUP",               "use `rrouter install`"),
 )
 NOT_RUNNING = "not running: `rrouter start` starts it"
