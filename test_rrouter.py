@@ -184,14 +184,7 @@ class Response:
             yield b"0\r\n\r\n"
 
     def wire(self, method="GET"):
-        """Return all bytes of the response."""
         return b"".join(step for step in self.steps(method) if isinstance(step, bytes))
-
-    @property
-    def keeps_connection(self):
-        if self.raw is not None:
-            return self.stays
-        return not (self.cut or self.close or self.framing == "close")
 
 
 def event(kind, **data):
@@ -253,14 +246,12 @@ class Upstream:
             self.heads = self.closed = 0
 
     def wait(self, condition):
-        """Wait until `condition(self)` is true."""
         with self.changed:
             if not self.changed.wait_for(lambda: condition(self), WAIT_S):
                 raise AssertionError("upstream: waited %s s in vain; %d received, %d closed" % (
                     WAIT_S, len(self.received), self.closed))
 
     def close(self):
-        """Stop listening and break every connection off."""
         self.stop_listening()
         self.break_connections()
 
@@ -358,7 +349,9 @@ class Upstream:
                 self._hold(connection, step)
             elif step is not None:
                 connection.sendall(step)
-        return response.keeps_connection
+        if response.raw is not None:
+            return response.stays
+        return not (response.cut or response.close or response.framing == "close")
 
     def _hold(self, connection, gate):
         """Wait until `gate` is set; raise ConnectionError if the other side leaves before."""
@@ -376,8 +369,8 @@ PORTS = itertools.count()
 def free_port():
     """Return a port that is free on both loopback addresses and that no other test will use.
 
-    It is below the range of outgoing connections: one of them could take it before its use.  The
-    workers, whose pids follow one another, begin far apart.
+    It is below the range of outgoing connections, because one of them could take it first.  The
+    workers have consecutive pids, so the factor keeps their ports far apart.
     """
     while True:
         port = 10_000 + (os.getpid() * 331 + next(PORTS)) % 22_000
@@ -387,20 +380,20 @@ def free_port():
                 six.bind(("::1", port))
             except OSError as problem:
                 if problem.errno in (errno.EADDRINUSE, errno.EACCES):
-                    continue                        # any other error: a machine without IPv6
+                    continue                        # other errors mean a machine without IPv6
         return port
 
 
 @functools.cache
 def compiled():
-    """Return the path of rrouter.py compiled: Python compiles a main script at each start."""
+    """Return the path of the compiled rrouter.py; Python would compile a main script each time."""
     directory, owner = tempfile.mkdtemp(prefix="rrouter test "), os.getpid()
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(directory, ignore_errors=True))
     return py_compile.compile(RROUTER, os.path.join(directory, "rrouter.pyc"), doraise=True)
 
 
 def get_health(port, address="127.0.0.1"):
-    """Return /health of the daemon on the port; None if nothing there speaks HTTP."""
+    """Return /health of the daemon on this port; None if nothing there speaks HTTP."""
     connection = http.client.HTTPConnection(address, port, timeout=WAIT_S)
     with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
         connection.request("GET", "/health")
@@ -439,7 +432,7 @@ class Home:
         self.dir = self.root / ".rrouter"
         self.port = port or free_port()
         self.env = {name: os.environ[name] for name in self.KEPT if name in os.environ}
-        if sys.warnoptions and "PYTHONWARNINGS" not in self.env:    # -W error holds there too
+        if sys.warnoptions and "PYTHONWARNINGS" not in self.env:    # -W applies to commands too
             self.env["PYTHONWARNINGS"] = ",".join(sys.warnoptions)
         self.env.update(HOME=str(self.root), RROUTER_PORT=str(self.port), TZ="UTC",
                         RROUTER_UPSTREAM=getattr(upstream, "url", upstream))
@@ -466,7 +459,7 @@ class Home:
         return [*(program or (*PYTHON, compiled())), *arguments], options
 
     def run(self, *arguments, check=None, timeout=60, **options):
-        """Run a command to its end; return it with text `stdout` and `stderr`.
+        """Run a command to its end; return its status with `stdout` and `stderr` as text.
 
         `check` asserts the exit status; no command may print a traceback.
         """
@@ -480,7 +473,7 @@ class Home:
         return done
 
     def begin(self, *arguments, **options):
-        """Start a command; return its Popen.  Its output goes nowhere unless the options say so."""
+        """Start a command and return its Popen; the output is discarded by default."""
         options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **options}
         words, options = self.command(*arguments, **options)
         return subprocess.Popen(words, **options)
@@ -491,7 +484,6 @@ class Home:
             return list(pool.map(lambda arguments: self.run(*arguments, **options), commands))
 
     def health(self):
-        """Return /health; None if nothing runs."""
         return get_health(self.port)
 
     def remove_directory(self):
@@ -508,8 +500,6 @@ class Running:
 
     `code` runs in the process before rrouter is imported, and `limits` replace its constants.
     """
-
-    wait_until = staticmethod(wait_until)
 
     def __init__(self, upstream, mode="antigravity", config=None, env=(), home=None, *,
                  code="", limits=()):
@@ -536,13 +526,13 @@ class Running:
         self.process = self.home.begin(*arguments, program=PYTHON, stdout=self.output,
                                        stderr=self.output, **options)
         try:
-            self.wait_until(self._answers)
+            wait_until(self._answers)
         except BaseException:
             self.kill()
             raise
 
     def kill(self):
-        """End the process at once, as a machine that runs out of memory does."""
+        """End the process at once, as a kernel without memory does."""
         self.process.kill()
         self.process.wait(WAIT_S)
         self.output.close()
@@ -592,7 +582,6 @@ class Running:
         return health
 
     def connect(self, family=socket.AF_INET):
-        """Return a raw socket to rrouter."""
         address = "127.0.0.1" if family == socket.AF_INET else "::1"
         connection = socket.create_connection((address, self.port), WAIT_S)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -822,7 +811,7 @@ class LoopbackTest(unittest.TestCase):
     """Base of the tests with sockets and processes: what they start ends with the test."""
 
     def gate(self):
-        """Return a gate, an Event that is set at the latest when the test ends."""
+        """Return an Event, which the end of the test sets if the test has not."""
         gate = threading.Event()
         self.addCleanup(gate.set)
         return gate
@@ -851,8 +840,15 @@ class LoopbackTest(unittest.TestCase):
         for word in words:
             self.assertIn(word, content["error"]["message"])
 
+    def assert_fails(self, done, status, *patterns):
+        """The command ended with this status and one line on stderr with these patterns."""
+        self.assertEqual((done.returncode, done.stdout), (status, ""), done)
+        self.assertRegex(done.stderr, r"\Arrouter: (?!internal error|output:)[^\n]*\n\Z")
+        for pattern in patterns:
+            self.assertRegex(done.stderr, pattern)
+
     def assert_own_error(self, reply, *statuses):
-        """One of these statuses, in Anthropic's shape, complete and labelled as JSON."""
+        """The reply is a complete error of rrouter with one of these statuses."""
         self.assertIsNotNone(reply, "closed without a response")
         self.assertIn(reply.status, statuses)
         self.assert_error(reply, reply.status)
@@ -861,10 +857,10 @@ class LoopbackTest(unittest.TestCase):
 
 
 class RouterTest(LoopbackTest):
-    """Base of the tests through real sockets: one upstream and one rrouter for each class.
+    """Base of the tests through sockets: one upstream and one rrouter for each class.
 
-    Class attributes set the mode, the configuration, the environment, the code that alters the
-    process and the limits.  Each test begins with a clear script and the mode of its class.
+    The class attributes are the arguments of Running; `altered` is its `code`.  Each test begins
+    with an empty script and the mode of its class.
     """
 
     mode, config, env, upstream_class, altered, limits = "antigravity", None, (), Upstream, "", ()
@@ -886,7 +882,7 @@ class RouterTest(LoopbackTest):
         self.upstream.clear()
         self.upstream.default = Response()
         mode = self.rrouter.home.read("mode").strip()
-        if mode != self.mode or mode == "auto":         # in auto mode this clears all counters
+        if mode != self.mode or mode == "auto":         # writing auto clears all counters
             self.rrouter.home.write("mode", self.mode + "\n")
 
     def converse(self, data, *methods):
@@ -913,7 +909,7 @@ class RouterTest(LoopbackTest):
 
     @contextlib.contextmanager
     def opened(self, model=SONNET, target="/v1/messages"):
-        """POST for a stream; yield the http.client response when its head is there."""
+        """POST for a stream; yield the http.client response as soon as its head has arrived."""
         connection = http.client.HTTPConnection("127.0.0.1", self.rrouter.port, timeout=WAIT_S)
         with contextlib.closing(connection):
             connection.request("POST", target, chat(model), {"Content-Type": "application/json"})
@@ -924,7 +920,7 @@ class RouterTest(LoopbackTest):
 # Configuration, by tables #####################################################
 
 class FakeClock:
-    """A clock that moves only by `advance`.  Call it to read it, in Unix seconds."""
+    """A clock that only `advance` moves; calling it returns Unix seconds."""
 
     def __init__(self, now=1_800_000_000.0):
         self.now = now
@@ -976,27 +972,35 @@ class ParseConfigTest(unittest.TestCase):
         ('{"modes": {"a": {}}, "defaultMode": "b"}',
          'defaultMode: expected one of a, auto, found "b"'),
         ('{"modes": {"a": {}}, "defaultMode": null}', "defaultMode: expected one of"),
+        ('{"modes": {"a": {"mappings": ["x"]}}}', "modes.a.mappings[0]: expected an object"),
+        ('{"modes": {"a": {}}, "auto": []}', "auto: expected an object"),
     )
     REFUSED_AUTO = (
         # member of auto, value, words of the complaint
         ("targets", ["a"], "auto.targets: expected two"),
         ("targets", ["a", "a"], "auto.targets: expected two"),
+        ("targets", ["a", "b", "c"], "auto.targets: expected two"),
+        ("targets", ["a", 2], "auto.targets: expected two"),
         ("failureThreshold", 0, "auto.failureThreshold: expected a whole"),
+        ("failureThreshold", 10 ** 30, "auto.failureThreshold: expected a whole"),
         ("timeoutThreshold", 1.5, "auto.timeoutThreshold: expected a whole"),
         ("failureThreshold", True, "found true"),
         ("cooldownMinutes", [], "auto.cooldownMinutes: expected a list"),
+        ("cooldownMinutes", 30, "auto.cooldownMinutes: expected a list"),
+        ("cooldownMinutes", [1, 1e300], "auto.cooldownMinutes[1]: expected a number"),
         ("cooldownMinutes", [1, -1], "auto.cooldownMinutes[1]: expected"),
         ("cooldownMinutes", [0], "auto.cooldownMinutes[0]: expected"),
         ("firstByteTimeoutSeconds", "9", "auto.firstByteTimeoutSeconds: expected"),
+        ("firstByteTimeoutSeconds", 1e10, "auto.firstByteTimeoutSeconds: expected a number"),
         ("firstByteTimeoutSeconds", 10 ** 400, "auto.firstByteTimeoutSeconds"),
         ("stay", 61, "auto.stay: expected a number from 0.0 to 60.0, found"),
         ("onSwitch", "notify-send", 'auto.onSwitch: expected a list of strings, a program and'),
     )
 
-    def test_a_config_that_does_not_fit_is_refused_with_its_place(self):
+    def test_an_invalid_config_is_refused_with_the_place_of_the_mistake(self):
         cases = [*self.REFUSED, *((json.dumps({"modes": {"a": {}}, "auto": {member: value}}), words)
                                   for member, value, words in self.REFUSED_AUTO)]
-        if sys.version_info < (3, 10):          # later ones accept every glob
+        if sys.version_info < (3, 10):          # later versions of Python accept every glob
             cases.append(('{"modes": {"m": {"mappings": [{"match": "[z-a]*", "rewrite": "x"}]}}}',
                           "modes.m.mappings[0].match: expected a glob"))
         for text, words in cases:
@@ -1012,7 +1016,7 @@ class ParseConfigTest(unittest.TestCase):
             (30, ("notify-send", "{to}")), rrouter.Rule("m", "r", "explore", "sub*"), ()))
         self.assertEqual(rrouter.parse_config(rrouter.config_text(config)), config)
 
-    def test_unknown_keys_are_named_and_do_no_harm(self):
+    def test_unknown_keys_are_named_and_ignored(self):
         config = rrouter.parse_config(
             '{"modes": {"a": {"x": 1, "mappings": [{"match": "m", "rewrite": "r", "y": 2}]}},'
             '"zoom": 3, "auto": {"speed": 4}}')
@@ -1056,7 +1060,7 @@ class ReadEnvironmentTest(unittest.TestCase):
          "0.0.0.0:1 http://[::1]:1 host.docker.internal fd00::1"),
     )
 
-    def test_unset_and_empty_variables_have_their_defaults(self):
+    def test_variables_are_read_and_have_defaults(self):
         names = "RROUTER_PORT", "RROUTER_UPSTREAM", "RROUTER_HOST", "RROUTER_ALLOWED_HOSTS"
         for *given, expected in self.ACCEPTED:
             with self.subTest(given):
@@ -1119,20 +1123,20 @@ class RouteTest(unittest.TestCase):
                 self.assertEqual(rrouter.decide_route(config, "m", model), ("m", expected))
 
     SENDERS = (
-        # the rule's agent and class, the request's, whether it matches
+        # agent and class of the rule, of the request, whether the rule matches
         ("explore", "", "explore", "", True),           ("Explore", "", "explore", "", True),
         ("explore", "", "explorer", "", False),         ("e*[er]", "sub*", "explorer", "sub", True),
         ("*", "", "", "main", False),                   ("", "*", "explore", "", False),
         ("explore", "main", "explore", "sub", False),   ("", "", "explore", "sub", True),
     )
 
-    def test_rule_with_agent_or_class_matches_only_their_requests(self):
+    def test_agent_and_class_of_a_rule_match_those_of_the_request(self):
         for *rule, agent, kind, expected in self.SENDERS:
             with self.subTest(rule=rule, agent=agent, kind=kind):
                 found = rrouter.match_rule([rrouter.Rule("*", "g", *rule)], "m", (agent, kind))
                 self.assertEqual(found is not None, expected)
 
-    def test_conditions_are_those_that_rules_have(self):
+    def test_a_config_knows_which_conditions_its_rules_use(self):
         for rule, expected in (({}, ""), ({"agent": "a"}, "agent"), ({"class": "*"}, "class")):
             mappings = [{"match": "*", "rewrite": "g", **rule}]
             config = config_with(modes={"m": {"mappings": mappings}}, defaultMode="m")
@@ -1149,7 +1153,7 @@ class RouteTest(unittest.TestCase):
         ("", '"messages":[oh-my-claudecode:explore'),
     )
 
-    def test_agent_is_named_by_the_system_prompt_alone(self):
+    def test_only_the_system_prompt_names_the_agent(self):
         for agent, members in self.AGENTS:
             with self.subTest(members):
                 body = ('{"model":"m",%s}' % members).encode("latin-1")
@@ -1163,7 +1167,7 @@ POST = b"POST / HTTP/1.1\r\nHost: localhost\r\n"
 CHUNKED = b"Transfer-Encoding: chunked"
 BODY_MAX_BYTES = 64 << 20
 HEADS = (
-    # status, head without its end, what stands for %b in it
+    # status, head without its end, the values that replace %b
     (400, b"%b\r\nHost: localhost", (
         b"GET /a b HTTP/1.1", b"GET\t/ HTTP/1.1", b"GET  / HTTP/1.1", b"GET / HTTP/1.1 ", b"GET",
         b" GET / HTTP/1.1", b"GET /\0 HTTP/1.1", b"GET /\x7f HTTP/1.1", b"GET /\xc3\xa9 HTTP/1.1",
@@ -1238,7 +1242,7 @@ class RequestHeadTest(unittest.TestCase):
             return problem.http_status
         return 200
 
-    def test_what_rfc_9112_forbids_and_what_a_web_page_sends_is_refused(self):
+    def test_heads_that_rfc_9112_forbids_and_requests_of_web_pages_are_refused(self):
         for expected, head, values_ in HEADS:
             for value in values_:
                 with self.subTest(head, value=value[:60]):
@@ -1271,7 +1275,7 @@ class RequestHeadTest(unittest.TestCase):
         b"Cookie: a=1; b=2\r\nCookie: c=3\r\nVia: 1.1 other\r\nX-Forwarded-For: 10.0.0.1",
     )
     FORWARDED = (
-        # head without its end, forwarded to up:1/base with # for the length
+        # head without its end, the head forwarded to up:1/base with # for the length
         (b"GET http://localhost:8316/x?y=1 HTTP/1.1\r\nHost: x",
          b"GET /base/x?y=1 HTTP/1.1\r\nHost: up:1"),
         (b"GET HTTP://LOCALHOST HTTP/1.1\r\nA: b\r\nhOST:x",
@@ -1289,7 +1293,7 @@ class RequestHeadTest(unittest.TestCase):
          b"Proxy-Authenticate: Basic\r\nX-C: 1", b"GET /base/ HTTP/1.1\r\nHost: up:1\r\nX-C: 1"),
     )
 
-    def test_all_but_host_framing_and_fields_of_one_hop_is_forwarded_as_it_came(self):
+    def test_only_host_framing_and_hop_by_hop_fields_change(self):
         cases = list(self.FORWARDED)
         for text in self.UNCHANGED:
             line, end, fields = text.partition(b"\r\n")
@@ -1319,7 +1323,7 @@ class ResponseHeadTest(unittest.TestCase):
             b"X: one\rContent-Length: 5", b"Content-Length : 5")),
     )
 
-    def test_what_rfc_9112_forbids_is_refused(self):
+    def test_heads_that_rfc_9112_forbids_are_refused(self):
         for head in self.REFUSED:
             with self.subTest(head), self.assertRaises(rrouter.UpstreamError):
                 rrouter.parse_response_head(head + b"\r\n\r\n")
@@ -1338,7 +1342,7 @@ class ResponseHeadTest(unittest.TestCase):
          b"x-rrouter-target: a\r\nX-Rrouter-Model: b\r\nx-rrouter-attempts: 2", KEPT),
     )
 
-    def test_fields_of_one_hop_and_of_browsers_are_dropped_and_all_others_kept(self):
+    def test_hop_by_hop_cors_and_rrouter_fields_are_dropped_and_all_others_kept(self):
         for status, dropped, kept in self.FORWARDED:
             with self.subTest(status + dropped):
                 start = b"HTTP/1.1 " + status + b"\r\n"
@@ -1380,7 +1384,7 @@ WITHOUT_MODEL = (
 
 
 class ModelSpanTest(unittest.TestCase):
-    """Where the model of a body stands; SpliceFuzzTest asks the same of random bodies."""
+    """The place of the model in a body; SpliceFuzzTest has random bodies."""
 
     def test_only_the_first_top_level_model_string_is_replaced(self):
         for text, spelled in (*itertools.product(SPLICED, SPELLED),
@@ -1398,7 +1402,7 @@ class ModelSpanTest(unittest.TestCase):
             with self.subTest(body[:60]):
                 self.assertIsNone(rrouter.find_model(body))
 
-    def test_a_leading_model_costs_the_same_however_long_the_body(self):
+    def test_the_time_to_find_a_leading_model_does_not_depend_on_the_length_of_the_body(self):
         def best(length):
             body, times = b'{"model":"a","x":"' + b"y" * length + b'"}', []
             for _ in range(20):
@@ -1424,9 +1428,12 @@ class WithoutThinkingTest(unittest.TestCase):
         ('"thinking"',                                               None),
         ('[]',                                                       None),
         ('[{"type":"tool_result","content":[{"type":"thinking"}]}]', None),
+        ('[{"type":"thinking"},{"type":"tool_use","input":{"type":"thinking","f":1E400,"f":1.50}}]',
+         '[{"type":"tool_use","input":{"type":"thinking","f":1E400,"f":1.50}}]'),
+        ('[{"signature":"x","type":"thinking","thinking":"]},{ \\"type\\":\\"a\\""},7]',   '[7]'),
     )
 
-    def test_thinking_blocks_go_and_all_else_stays(self):
+    def test_only_thinking_blocks_are_removed(self):
         frame = ('{"model":"m", "messages": [{"role":"assistant","content":%s},{"content":"é"} ],'
                  '"x":1e400}')
         for before, after in self.CASES:
@@ -1441,7 +1448,7 @@ class WithoutThinkingTest(unittest.TestCase):
 
 class BodyTest(unittest.TestCase):
 
-    def test_a_plain_body_ends_after_its_length_or_with_its_connection(self):
+    def test_a_plain_body_ends_after_its_length_or_with_the_connection(self):
         for length, pieces, rest in ((3, (b"abcREST",), b"REST"), (3, (b"ab", b"c"), b"")):
             body = rrouter.PlainBody(length)
             self.assertEqual(b"".join(map(body.feed, pieces)), b"abc")
@@ -1454,7 +1461,7 @@ class BodyTest(unittest.TestCase):
                 body.finish()
             self.assertEqual(body.done, ends)
 
-    def test_any_cutting_gives_the_same_payload(self):
+    def test_a_chunked_body_is_decoded_however_it_is_cut(self):
         chance = random.Random(8316)
         for _ in range(500):
             chunks = [bytes([chance.randrange(256)]) * chance.choice([1, 2, 17, 300, 5000])
@@ -1472,7 +1479,7 @@ class BodyTest(unittest.TestCase):
             self.assertEqual(decoder.rest + data[position:], b"REST")
 
     BROKEN = (
-        # payload, where the coding is broken
+        # payload, bodies that break off the coding after it
         (b"", (b"0x3\r\nabc\r\n", b"+3\r\n", b"-1\r\n", b" 3\r\n", b"zz\r\n", b"\r\n", b"0_3\r\n",
                b"1" * 17 + b"\r\n", b"0" * 15 + b"3\r\nabc\r\n", b"3\nabc\n", b"3;\x00\r\n",
                b"3;" + b"x" * 70_000, b"3;" + b"x" * 300 + b"\r\n", b"3;\r\n", b"3;a[=b\r\n",
@@ -1508,7 +1515,7 @@ class StreamScanTest(unittest.TestCase):
               b'"usage":{"output_tokens":0}}\n\n')
 
     MESSAGES = (
-        # what streams of /messages have shown, the streams
+        # what the scan reports, streams of /messages
         ("", (b"", b": hello\n\n: again\n\n", b"id: 7\n\n", PING, TEXT[:-1])),
         ("events=1", (START, START.replace(b"\n", b"\r\n"),
                       b'data: {"type":"message_start","error":null}\n\n')),
@@ -1529,7 +1536,7 @@ class StreamScanTest(unittest.TestCase):
         ("committed broken ended events=3", (TEXT + STOP + ERROR,)),
     )
     OTHERS = (
-        # what streams of other paths have shown, the streams
+        # what the scan reports, streams of other paths
         ("", (b": comment\n\n",)), ("error event", (OTHER_ERROR,)),
         ("committed events=1", (b'data: {"id":"x","choices":[]}\n\n',)),
     )
@@ -1547,7 +1554,7 @@ class StreamScanTest(unittest.TestCase):
                     shown += ["events=%d" % scan.events] if scan.events else []
                     self.assertEqual(scan.defect or " ".join(shown), expected)
 
-    def test_an_end_without_content_is_a_defect_and_an_end_after_it_is_none(self):
+    def test_an_end_is_a_defect_unless_content_came_before_it(self):
         for data, defect in ((b"", "empty stream"), (b": x\n\n", "empty stream"),
                              (self.START, "stream without content"),
                              (self.ERROR[:-1], "error event"),
@@ -1559,7 +1566,7 @@ class StreamScanTest(unittest.TestCase):
                 self.assertEqual((scan.defect, scan.ended),
                                  (defect, data.endswith(self.STOP[:-2])))
 
-    def test_a_stream_commits_after_the_most_that_is_held_back(self):
+    def test_a_stream_commits_when_it_exceeds_the_limit_for_holding_back(self):
         for block in (b": comment\n\n", b"x" * 100_000):
             with self.subTest(block[:10]):
                 scan, fed = rrouter.StreamScan(True), 0
@@ -1568,8 +1575,7 @@ class StreamScanTest(unittest.TestCase):
                     fed += len(block)
                 self.assertLess(fed - rrouter.READ_AHEAD_MAX_BYTES, len(block) + 1)
 
-
-    def test_the_wish_for_a_stream_is_found_at_the_ends_and_in_the_middle(self):
+    def test_stream_true_is_found_at_the_ends_of_a_body_and_in_the_middle(self):
         filler = b'"x":"%b",' % (b"y" * 5000)
         for body, expected in ((b'{"stream":true}', True), (b'{"stream" : true, "a":1}', True),
                                (b"{%b\"stream\":true,%b\"a\":1}" % (filler, filler), True),
@@ -1603,16 +1609,13 @@ class TokenReaderTest(unittest.TestCase):
         ("gzip", [PACKED[:20] + b"damaged" * 9, END], ""), ("br", [zlib.compress(WHOLE)], ""),
     )
 
-    def test_counts_come_from_both_ends_of_a_response(self):
+    def test_token_counts_are_read_from_both_ends_of_a_response(self):
         for coding, payloads, note in self.CASES:
             with self.subTest(coding=coding, first=payloads[0][:80], note=note):
-                self.assertEqual(self.note(coding, payloads), note)
-
-    def note(self, coding, payloads):
-        reader = rrouter.TokenReader(coding)
-        for payload in payloads:
-            reader.feed(payload)
-        return reader.note()
+                reader = rrouter.TokenReader(coding)
+                for payload in payloads:
+                    reader.feed(payload)
+                self.assertEqual(reader.note(), note)
 
 
 class MessageTest(unittest.TestCase):
@@ -1635,7 +1638,7 @@ class MessageTest(unittest.TestCase):
               (b'{"type":"message",' + TEXT % b"").replace(b'"text"', b'"tool_use"', 1))),
     )
 
-    def test_what_is_wrong_with_a_message(self):
+    def test_a_defect_of_a_message_is_recognized(self):
         for defect, bodies in self.CASES:
             for body in bodies:
                 with self.subTest(body[:80]):
@@ -1643,15 +1646,30 @@ class MessageTest(unittest.TestCase):
 
 
 class FailureTest(unittest.TestCase):
-    """What a failed response says about its target."""
+    """The meaning of a failed response."""
 
+    # As Antigravity writes it.
+    NESTED = json.dumps({"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": json.dumps(
+        {"type": "error", "error": {
+            "message": "messages.1.content.0: Invalid `signature` in `thinking` block"}})}})
     FAULTS = (
-        # fault, called, status and texts
+        # fault, its name in messages, status, texts
         ("STATUS", "529", 529, (b"",)), ("STATUS", "429", 429, (b"cooling down",)),
-        ("STATUS", "400", 400, (b"invalid", b"redacted_thinking " * 12_000,
-                                b"thinking block must not be modified")),
-        ("REJECTED", "400", 400, (b"Invalid `signature` in `thinking` block",
-                                  b"redacted_thinking block cannot be modified")),
+        ("STATUS", "400", 400, (
+            b"invalid", b"redacted_thinking " * 12_000, b"thinking block must not be modified",
+            b"thinking.type: Field required",
+            b"thinking.budget_tokens: Input should be greater than or equal to 1024")),
+        ("REJECTED", "400", 400, (
+            NESTED.encode(), b"messages.1.content.0: Invalid `signature` in `thinking` block",
+            b"Corrupted thought signature.", b"Invalid thought signature.",
+            b"messages.1.content.0.thinking.signature: Field required",
+            b"`thinking` or `redacted_thinking` blocks in the latest assistant message cannot be "
+            b"modified. These blocks must remain as they were in the original response.",
+            b"'thinking' or 'redacted_thinking' blocks in the latest assistant message cannot be "
+            b"modified", b"messages.3.content.1: Invalid data in `redacted_thinking` block",
+            b"a thinking block with an invalid signature", b"Thought signature is not valid",
+            b"Invalid signature in redacted_thinking",
+            b"signature is bound to a different conversation")),
         ("STATUS", "503", 503, (b"invalid signature in thinking block",)),
         ("STATUS", "500", 500, (b"auth_unavailable: no auth available", b"prompt is too long")),
         ("SHELF", "503 auth_unavailable", 503, (b"auth_unavailable: no auth available (x)",)),
@@ -1664,7 +1682,7 @@ class FailureTest(unittest.TestCase):
         ("OWN", "503", 503, (b'{"error": {"message": "rrouter: too many"}}',)),
     )
 
-    def test_the_fault_is_read_from_status_and_text(self):
+    def test_status_and_text_tell_the_fault(self):
         for fault, name, status, texts in self.FAULTS:
             for text in texts:
                 with self.subTest(text[:80], status=status):
@@ -1685,7 +1703,7 @@ class FailureTest(unittest.TestCase):
             with self.subTest(given):
                 self.assertEqual(rrouter.read_retry_after(*given, 1_800_000_000.0), expected)
 
-    def test_a_delay_of_any_kind_never_fails(self):
+    def test_no_delay_is_negative_and_no_value_raises(self):
         chance = random.Random(8316)
         words = ["1", "Feb", ",", "00", "Fri", "2027", "GMT", "-0000", ":", "99:99:99", "é", "\0"]
         for _ in range(2000):
@@ -1702,7 +1720,7 @@ class WatchTest(unittest.TestCase):
         watch.limit(limit_s)
         return watch
 
-    def test_there_is_no_limit_by_default_nor_after_it_is_removed(self):
+    def test_there_is_no_limit_by_default_and_after_its_removal(self):
         unlimited, lifted = self.watch(), self.watch(0)
         lifted.start()
         lifted.limit(None)
@@ -1710,7 +1728,7 @@ class WatchTest(unittest.TestCase):
             watch.start()
             self.assertEqual(watch.check(), rrouter.TICK_S)
 
-    def test_what_has_arrived_is_read_before_the_limit_expires(self):
+    def test_the_limit_does_not_expire_while_input_is_unread(self):
         watch = self.watch(0)
         watch.start()
         self.assertEqual(watch.check(lambda: True), rrouter.TICK_S)
@@ -1739,7 +1757,7 @@ class TextTest(unittest.TestCase):
         (rrouter.reason_of, OSError(), "oserror"),
     )
 
-    def test_texts_for_people_and_for_terminals(self):
+    def test_values_are_printed_for_people_and_terminals(self):
         for function, argument, expected in self.CASES:
             with self.subTest(function.__name__, argument=str(argument)[:10]):
                 self.assertEqual(repr(function(argument)), repr(expected))
@@ -1756,7 +1774,7 @@ class TextTest(unittest.TestCase):
 # Failover, by tables and walks ################################################
 
 def outcome(fault=None, status=None, **changes):
-    """Return an Outcome of the fault with this name, and the usual status for it."""
+    """Return an Outcome of the fault with this name; its usual status is the default."""
     usual = {None: 200, "SHELF": 503, "NO_MESSAGE": 200, "TIMEOUT": 504, "STATUS": 429}
     status = status or usual[fault]
     return Outcome(Fault[fault] if fault else None, status, str(status))._replace(**changes)
@@ -1769,10 +1787,10 @@ STEP = re.compile(r"(?:(\d+)\*)?(?:([A-Z])\.)?(?:(\w+)/)?([a-z+]+)(?::(\w+))?")
 class FailoverWalk(unittest.TestCase):
     """Base of the walks: requests go to the targets ag and cl, and minutes pass.
 
-    The words of a walk: `ag` is a request that fails on ag and is rescued by cl; `ag+cl` fails on
-    both, `ok` on none; `late` fails after its first content, wherever it goes.  `ag:401` has
-    another status, `ag:TIMEOUT` another fault, `opus/ag` another model, `S.ag` comes from session
-    S; `3*ag` is three requests, `30m` half an hour.
+    A walk is a list of words.  `ag` is a request that fails on ag with a 429 and is rescued by cl;
+    `ag+cl` fails on both targets, `ok` on neither; `late` fails after its first content on any
+    target.  `ag:401` fails with another status, `ag:TIMEOUT` with another fault; `opus/ag` names a
+    model, `S.ag` a session.  `3*ag` is three requests; `30m` lets 30 minutes pass.
     """
 
     def setUp(self):
@@ -1828,7 +1846,7 @@ class FailoverWalk(unittest.TestCase):
         return [self.failover.admit("opus", TARGETS) for _ in range(count)]
 
     def state(self):
-        """Return target, switches, failures, timeouts, minutes left; also of each model alone."""
+        """Return target, switches, failures, timeouts and minutes left, also of models alone."""
         report = self.failover.report(True)
         scopes = {"": report, **report["models"]}.items()
         names = "currentTarget", "switchCount", "failureCount", "timeoutCount"
@@ -1839,20 +1857,20 @@ class FailoverWalk(unittest.TestCase):
 
 ALONE = "opus/ag haiku/ok " * 3         # opus switches alone
 WALKS = (
-    # what holds, then steps and the state after them, by turns
+    # the rule, then by turns steps and the state after them
     ("three failures in a row switch though each was rescued",
      "2*ag", "ag 0 2 0 0", "ag", "cl 1 0 0 30"),
     ("two timeouts switch and have their own counter",
      "2*ag ag:TIMEOUT", "ag 0 2 1 0", "ag:TIMEOUT", "cl 1 0 0 30"),
     ("a success resets both counters", "2*ag ag:TIMEOUT ok", "ag 0 0 0 0"),
-    ("the probe that succeeds brings all back", "3*ag 30m ok", "ag 1 0 0 0"),
-    ("the probe that fails starts the next cooldown",
+    ("a probe that succeeds brings all requests back", "3*ag 30m ok", "ag 1 0 0 0"),
+    ("a probe that fails starts the next cooldown",
      "3*ag 30m ag", "cl 2 0 0 60", "60m ag", "cl 3 0 0 120", "120m ag", "cl 4 0 0 240",
      "240m ag", "cl 5 0 0 240"),
     ("a later failure of the stream that probed counts", "3*ag 30m late", "ag 1 1 0 0"),
-    ("a switch by the shelf lasts a minute, and raises no cooldown",
+    ("a switch by shelf responses lasts a minute and does not lengthen the next cooldown",
      "ag:401 2*ag:SHELF ok", "cl 1 0 0 1", "1m ok 2*ag:SHELF ag", "cl 2 0 0 30"),
-    ("a probe of the shelf that fails as expected is no switch",
+    ("after such a switch a probe that fails is not another switch unless it got a 429",
      "3*ag:SHELF 1m ag:SHELF", "cl 1 0 0 1", "1m ag:401 1m ag:403 1m ag:404", "cl 1 0 0 1",
      "1m ag:500", "cl 1 0 0 1", "1m ag", "cl 2 0 0 30"),
     ("failures of the fallback switch back and cancel the cooldown",
@@ -1868,18 +1886,18 @@ WALKS = (
     ("a model that fails while others succeed switches alone",
      ALONE, "ag 0 0 0 0, opus cl 1 0 0 30",
      "30m opus/ag 60m opus/ag", "ag 0 0 0 0, opus cl 3 0 0 120", "120m opus/ok", "ag 0 0 0 0"),
-    ("a switch of the whole resets the counters of its models",
+    ("a switch of the whole target resets the counters of its models",
      "2*opus/ag haiku/ag", "cl 1 0 0 30", "3*sonnet/cl haiku/ok opus/ag", "ag 2 1 0 0"),
-    ("a model alone stays alone while the whole moves and returns",
+    ("a model alone stays alone while the whole target switches and returns",
      ALONE + "3*haiku/ag", "cl 1 0 0 30, opus cl 1 0 0 30",
      "10m 3*haiku/cl", "ag 2 0 0 0, opus cl 1 0 0 20"),
-    ("a model alone does not return to the very target that fails it",
+    ("a model alone does not return to the target that fails it",
      ALONE + "3*haiku/ag 3*opus/cl haiku/ok", "cl 1 0 0 30, opus ag 2 0 0 60"),
 )
 
 
 class WalkTest(FailoverWalk):
-    """The rules one by one; ReferenceModelTest mixes them, and has all pairs of outcomes."""
+    """The rules one by one; ReferenceModelTest mixes them and has all pairs of outcomes."""
 
     def test_requests_lead_to_these_states(self):
         for what, *turns in WALKS:
@@ -1925,7 +1943,7 @@ class WalkTest(FailoverWalk):
                 self.walk(steps)
                 self.assertEqual(self.lines[-len(expected):], expected)
 
-    def test_line_of_the_shelf_comes_only_if_its_response_changes(self):
+    def test_probe_after_a_shelf_response_is_logged_only_if_the_response_changes(self):
         self.walk("ag:401 2*ag:SHELF")
         self.assertEqual(self.failover.report(True)["reason"],
                          "3 consecutive HTTP errors, last 503, after 401")
@@ -1935,7 +1953,7 @@ class WalkTest(FailoverWalk):
             self.assertTrue(ticket.probe and ticket.quiet)
             self.assertEqual(self.failover.charge(ticket, self.failure(failure)), expected)
 
-    def test_failures_of_one_event_count_once_whatever_the_order_of_their_rescues(self):
+    def test_failures_of_one_event_count_once_in_any_order(self):
         tickets, start = self.admit(7), self.clock.now
         for seconds in (1.9, 0.3, 2.2, 0.0, 1.0):
             self.charge(tickets.pop(), self.failure(began=start - 5, ended=start + seconds))
@@ -1969,7 +1987,7 @@ class WalkTest(FailoverWalk):
         self.walk("ag")                             # by the new threshold
         self.assertEqual(self.state(), "cl 1 0 0 30")
 
-    def test_targets_that_the_config_has_replaced_are_used_to_the_end_and_change_nothing(self):
+    def test_a_request_keeps_the_targets_that_the_config_has_replaced_and_counts_for_none(self):
         early, = self.admit()
         self.failover.reset(self.auto._replace(targets=("x", "cl"), failure_threshold=1), "test")
         tickets = [*self.admit(), self.failover.rescue(early, TARGETS)]
@@ -1986,21 +2004,21 @@ class WalkTest(FailoverWalk):
         self.assertLessEqual(len(self.failover.report(True)["models"]), 256)
 
 
-AWAY = "3*P.haiku/ag 26m S.ok T.ok P.ok 4m "        # S and T send to cl, until a cooldown is over
+AWAY = "3*P.haiku/ag 26m S.ok T.ok P.ok 4m "        # S and T use cl until the cooldown is over
 BACK = AWAY + "P.haiku/ok "
 STAYS = (
-    # what holds, then steps and the targets that the last request tried, by turns
+    # the rule, then by turns steps and the targets that the last request tried
     ("a session stays until it pauses", BACK + "S.ok", "cl", "4m S.ok", "cl", "5m S.ok", "ag"),
     ("one that has paused returns", BACK + "2m T.ok", "ag"),
-    ("others return at once", BACK + "ok", "ag", "P.ok", "ag", "N.ok", "ag", "S.haiku/ok", "ag"),
-    ("at most an hour", BACK + "S.ok " + "3m S.ok " * 20, "cl", "3m S.ok", "ag"),
+    ("others return", BACK + "ok", "ag", "P.ok", "ag", "N.ok", "ag", "S.haiku/ok", "ag"),
+    ("an hour at most", BACK + "S.ok " + "3m S.ok " * 20, "cl", "3m S.ok", "ag"),
     ("a failure ends the stay", BACK + "S.cl", "cl ag", "S.ok", "ag", "T.late", "cl", "T.ok", "ag"),
-    ("where it was rescued", "3*S.ag:SHELF 1m P.ok S.ok", "cl", "T.ag", "ag cl", "T.ok", "ag"),
+    ("also where it was rescued", "3*S.ag:SHELF 1m P.ok S.ok", "cl", "T.ag", "ag cl", "T.ok", "ag"),
     ("a switch ends the stay", BACK + "T.ok 3*N.ag T.ok", "cl", "3*N.cl T.ok", "ag"),
     ("a return without a probe moves all", "3*S.ag S.ok 3*T.cl S.ok", "ag"),
-    ("nor does one that was not away", "S.ok 3*N.ag:SHELF 1m P.ok 3*ag S.ok", "cl"),
+    ("one that was not away follows", "S.ok 3*N.ag:SHELF 1m P.ok 3*ag S.ok", "cl"),
     ("a failed probe moves none", AWAY + "P.haiku/ag S.ok", "cl"),
-    ("a model alone", ALONE + "29m S.ok T.haiku/ag 1m P.ok S.ok", "cl", "P.ok", "ag",
+    ("also for a model alone", ALONE + "29m S.ok T.haiku/ag 1m P.ok S.ok", "cl", "P.ok", "ag",
      "T.haiku/ok", "ag"),
 )
 
@@ -2015,7 +2033,7 @@ class StayTest(FailoverWalk):
                 for steps, targets in zip(turns[::2], turns[1::2]):
                     self.assertEqual(" ".join(self.walk(steps)), targets, steps)
 
-    def test_auto_again_moves_all_and_a_stay_of_0_lets_none_stay(self):
+    def test_a_reset_moves_all_sessions_and_with_stay_0_none_stays(self):
         self.walk(BACK)
         self.failover.reset(self.auto, "")
         self.assertEqual(self.walk("S.ok"), ["ag"])
@@ -2028,12 +2046,12 @@ class StayTest(FailoverWalk):
 
 
 class SavedStateTest(FailoverWalk):
-    """What state.json holds; StateTest has the file."""
+    """The content of state.json; StateTest has the file."""
 
     def test_a_restart_keeps_cooldowns_levels_and_models(self):
         self.walk(ALONE + "3*haiku/ag 10m")
         before, saved = self.failover.report(True), json.loads(json.dumps(self.failover.save()))
-        saved["whole"]["reason"] += "\x1b[2J"           # from a file that anyone may have written
+        saved["whole"]["reason"] += "\x1b[2J"           # as another program may have written it
         self.failover = rrouter.Failover(self.clock, self.auto)
         self.failover.restore(saved)
         self.assertEqual(self.failover.report(True), {
@@ -2049,7 +2067,15 @@ class SavedStateTest(FailoverWalk):
         self.failover.restore(saved)
         self.assertEqual(len(self.failover.report(True)["models"]), 256)
 
-    def test_foreign_content_is_refused_and_changes_nothing(self):
+    def test_a_clock_set_meanwhile_does_not_lengthen_a_cooldown(self):
+        self.walk("3*ag")
+        saved = self.failover.save()
+        for years in (10, -20):
+            self.clock.advance(years * 365 * 86400)
+            self.failover.restore(saved)
+            self.assertLessEqual(self.failover.report(True)["cooldownRemainingSeconds"], 240 * 60)
+
+    def test_invalid_content_is_refused_and_changes_nothing(self):
         self.walk("3*ag")
         good, before = self.failover.save(), self.failover.report(True)
         changes = ({"home": "x"}, {"home": "cl", "away": "ag"}, {"home": None}, {"level": -1},
@@ -2399,7 +2425,7 @@ def switchboard(number, **members):
 
 
 def put(home, name, content):
-    """Replace ~/.rrouter/NAME by rename, as editors do; also a directory is replaced."""
+    """Replace ~/.rrouter/NAME, even a directory, by rename, as editors do."""
     path = home.dir / name
     if path.is_dir() and not path.is_symlink():
         path.rmdir()
@@ -2409,51 +2435,23 @@ def put(home, name, content):
     os.replace(str(fresh), str(path))
 
 
-def altered(path, value):
-    """Return a valid config as text with `value` at the JSON path."""
-    config = switchboard(1)
-    config["auto"].update(failureThreshold=3, timeoutThreshold=2, cooldownMinutes=[30, 60],
-                          firstByteTimeoutSeconds=9)
-    steps = [int(step) if step.isdigit() else step for step in re.findall(r"[^.\[\]]+", path)]
-    place = config
-    for step in steps[:-1]:
-        place = place[step]
-    place[steps[-1]] = value
-    return json.dumps(config)
-
-
-# What ParseConfigTest, which takes text, does not cover.
 REFUSED_CONFIGS = (
-    # content, what the complaint says (a pattern)
+    # content, a pattern for the message
     (b"// modes\n{}", r"config\.json:1:1: "),
     (b"\0" * 64, r"config\.json:1:1: "),
     (json.dumps(switchboard(1)).encode() * 2, r"config\.json:1:\d+: "),
     (json.dumps(switchboard(1)).encode() + b"\xff", "expected UTF-8, found byte 0xff at offset"),
-    (b'{"a":' * 100_000, "nesting that is too deep"),
     (b'{"modes": {"m": {"mappings": []}}, "auto": %s1%s}' % (b"[" * 900, b"]" * 900),
      "auto: |too deep"),
     (b'{"modes": {"m": {}}, "auto": {"failureThreshold": %s}}' % (b"9" * 5000), "number"),
 )
-REFUSED_VALUES = (
-    # JSON path, value found there, a pattern for the rest of the complaint
-    ("modes.one.mappings[0]", "x", "object"),
-    ("auto", [], "object"),
-    ("auto.targets", ["one", "two", "spare"], "two"),
-    ("auto.targets", ["one", 2], "found .*2"),
-    ("auto.failureThreshold", 10 ** 30, "number"),
-    ("auto.cooldownMinutes", 30, "list"),
-    ("auto.cooldownMinutes[1]", 1e300, "number"),
-    ("auto.firstByteTimeoutSeconds", 1e10, "number"),
-)
 
 
 class ConfigContentTest(unittest.TestCase):
-    """The content of config.json, in bytes, decides by itself; no file is read."""
+    """The content of config.json as bytes; ParseConfigTest has text."""
 
-    def test_content_that_does_not_fit_is_refused_with_its_place(self):
-        rows = [(altered(path, value).encode(), re.escape(path) + ".*" + pattern)
-                for path, value, pattern in REFUSED_VALUES]
-        for content, pattern in (*REFUSED_CONFIGS, *rows):
+    def test_unusable_content_is_refused_in_one_line(self):
+        for content, pattern in REFUSED_CONFIGS:
             with self.subTest(content[:40], pattern=pattern):
                 with self.assertRaises((rrouter.ConfigError, UnicodeDecodeError)) as caught:
                     rrouter.config_of(content)
@@ -2467,7 +2465,7 @@ class ConfigContentTest(unittest.TestCase):
 
 
 MODE_WORDS = (
-    # content of the mode file              the word in it
+    # content of the mode file,             the word in it
     (None,                                  None),
     (b"",                                   ""),
     (b" \n",                                ""),
@@ -2483,7 +2481,7 @@ MODE_WORDS = (
 
 class ReadFileTest(unittest.TestCase):
 
-    def test_directory_in_the_place_of_a_file_leaves_no_descriptor_open(self):
+    def test_reading_a_directory_leaves_no_descriptor_open(self):
         with tempfile.TemporaryDirectory() as directory:
             before = os.listdir("/dev/fd")
             for _ in range(20):
@@ -2496,7 +2494,7 @@ class ReadFileTest(unittest.TestCase):
         return rrouter.Store(paths, rrouter.Log(paths.log, echo=False), lambda *_: None)
 
     def test_each_write_is_noticed_though_time_stamps_are_whole_seconds(self):
-        """Newer kernels change the time stamp at each write, so that nothing else shows this."""
+        """Newer kernels have finer time stamps, so only a stand-in for os.stat shows this."""
         stat, home = os.stat, Home(config=switchboard(0))
         self.addCleanup(home.remove)
 
@@ -2509,7 +2507,7 @@ class ReadFileTest(unittest.TestCase):
         store = self.store(home)
         for mode in ("one", "two") * 9:
             home.write("mode", mode + "\n")
-            with mock.patch("os.stat", coarse_stat):    # a file system of the machine
+            with mock.patch("os.stat", coarse_stat):
                 self.assertEqual(store.snapshot().mode, mode)
 
     def test_absent_mode_file_has_the_fingerprint_that_earlier_versions_saved(self):
@@ -2527,7 +2525,7 @@ class ReadFileTest(unittest.TestCase):
 
 class LogQueueTest(unittest.TestCase):
 
-    def test_too_many_lines_that_are_not_yet_written_are_a_problem(self):
+    def test_a_full_queue_is_a_problem(self):
         log = rrouter.Log("/nonexistent/rrouter.log", echo=False)
         for _ in range(log.HELD_MAX):
             log.write("REQ", "line")
@@ -2549,7 +2547,7 @@ class LogQueueTest(unittest.TestCase):
 
 
 class StateSavingTest(unittest.TestCase):
-    """state.json fits one mode file and one auto section."""
+    """state.json belongs to one mode file and one auto section."""
 
     FINGERPRINT = {"modeFile": [1, 2, 3], "auto": [["a", "b"], 3]}
 
@@ -2566,7 +2564,7 @@ class StateSavingTest(unittest.TestCase):
     def save(self, number):
         self.state.save(dict(self.FINGERPRINT, whole=number))
 
-    def test_unusable_file_and_state_of_other_files_are_set_aside(self):
+    def test_unusable_file_and_state_of_other_files_are_refused(self):
         self.assertIsNone(self.state.load(self.FINGERPRINT))
         self.save(7)
         self.assertEqual(self.state.load(self.FINGERPRINT)["whole"], 7)
@@ -2592,7 +2590,7 @@ class StateSavingTest(unittest.TestCase):
             self.save(number)
             self.assertEqual(self.path.exists(), written)
 
-    def test_failure_is_logged_once_and_ends(self):
+    def test_failure_is_logged_once_and_is_over_when_a_write_succeeds(self):
         self.path.parent.rmdir()
         for number in range(3):
             self.save(number)
@@ -2604,7 +2602,7 @@ class StateSavingTest(unittest.TestCase):
 
 
 class SwitchboardTest(RouterTest):
-    """Base of the tests of the two files: modes one, two and spare (the default), edition 0."""
+    """Base of the tests that write mode and config.json: modes one, two, and spare by default."""
 
     mode, config = "one", switchboard(0)
 
@@ -2627,10 +2625,10 @@ class SwitchboardTest(RouterTest):
 
 
 class FreshnessTest(SwitchboardTest):
-    """A request that begins after a write has returned is served by what was written."""
+    """A request that begins after a write has returned obeys what was written."""
 
     def ask(self, connection, reader):
-        """Post on a connection kept open; return the model that was sent on."""
+        """Post on this connection; return the model that was forwarded."""
         connection.sendall(request_bytes(body=b'{"model":"m"}', port=self.rrouter.port))
         reply = read_reply_from(reader)
         self.assertEqual(reply.status, 200)
@@ -2681,13 +2679,13 @@ class FreshnessTest(SwitchboardTest):
                 ("no config", config.unlink, SONNET),
                 ("a mode of the defaults", lambda: mode.write_text("antigravity"), GEMINI_SONNET)):
             with self.subTest(label):
-                time.sleep(rrouter.SETTLED_S)   # what is so old is no longer read each time
+                time.sleep(rrouter.SETTLED_S)   # an older file is not read for each request
                 self.served()
                 act()
                 self.assertEqual(self.served(), served)
 
-    def test_good_writes_alone_are_noticed_at_once_while_other_requests_read_them(self):
-        """A file written in place can be empty or half written when a request reads it."""
+    def test_only_valid_writes_take_effect_while_other_requests_read_the_files(self):
+        """A request may read a file written in place while it is empty or half written."""
         done, good = threading.Event(), 0
 
         def ask_on():
@@ -2719,7 +2717,7 @@ class FreshnessTest(SwitchboardTest):
 
 
 MODE_FILES = (
-    # content, mode in force, the word that `problems` names (None: no problem)
+    # content, mode in force, the word that `problems` contains (None: no problem)
     (b"\tAuto", "auto", None),
     (b" \n", "one", None),
     (b"one two\n", "spare", "one two"),
@@ -2727,18 +2725,21 @@ MODE_FILES = (
     (b"long" * 30_000, "spare", "longlong"),
 )
 CONFIG_FILES = (
-    # content, mode, the model sent on, a pattern for `problems`
+    # content, mode, the forwarded model, a pattern for `problems`
     ("{", "one", "one-000", r"config\.json:1:2: "),
     (b"\xff", "one", "one-000", r"config\.json: .*UTF-8"),
-    (altered("auto.failureThreshold", 0), "one", "one-000", r"auto\.failureThreshold: expected"),
-    (altered("auto.colour", "red"), "one", "one-001", r"config\.json: auto\.colour: unknown"),
-    (altered("auto.targets", ["one", "gone"]), "auto", "spare-001", r"auto\.targets.*gone"),
-    (altered("defaultMode", "auto"), "nosuch", "one-001", r"nosuch"),
+    (json.dumps(switchboard(1, auto={"failureThreshold": 0})), "one", "one-000",
+     r"auto\.failureThreshold: expected"),
+    (json.dumps(switchboard(1, auto={"colour": "red"})), "one", "one-001",
+     r"config\.json: auto\.colour: unknown"),
+    (json.dumps(switchboard(1, auto={"targets": ["one", "gone"]})), "auto", "spare-001",
+     r"auto\.targets.*gone"),
+    (json.dumps(switchboard(1, defaultMode="auto")), "nosuch", "one-001", "nosuch"),
 )
 
 
 class ModeAndConfigTest(SwitchboardTest):
-    """The content of the two files while rrouter runs."""
+    """The content of mode and config.json while rrouter runs."""
 
     def test_word_in_the_mode_file_decides(self):
         for content, mode, word in MODE_FILES:
@@ -2773,7 +2774,7 @@ class ModeAndConfigTest(SwitchboardTest):
             self.assertEqual(len([line for line in lines if re.search(pattern, line)]), 1, lines)
 
     def test_extreme_settings_of_auto_do_no_harm(self):
-        """The numbers accepted must fit into a socket's timeout and a date when they are used."""
+        """Every accepted number must fit into the timeout of a socket and into a date."""
         for threshold, minutes in ((1, 525600), (1, 0.0001), (1000, 525600)):
             with self.subTest(threshold=threshold, minutes=minutes):
                 put(self.home, "config.json", json.dumps(switchboard(5, auto={
@@ -2784,7 +2785,7 @@ class ModeAndConfigTest(SwitchboardTest):
                 self.assertEqual((self.served(), self.problems()), ("two-005", ""))
                 self.assertEqual(self.rrouter.health()["autoSwitch"]["switched"], threshold == 1)
 
-    def test_directory_or_fifo_in_the_place_of_a_file_is_named_and_hangs_nothing(self):
+    def test_directory_or_fifo_instead_of_a_file_is_named_and_blocks_nothing(self):
         before = len(self.rrouter.log())
         for name, good in (("mode", "one\n"), ("config.json", json.dumps(switchboard(0)))):
             for make in (os.mkdir, os.mkfifo):
@@ -2801,7 +2802,7 @@ class ModeAndConfigTest(SwitchboardTest):
         wait_until(lambda: "[MODE] one -> spare" in self.rrouter.log()[before:])
         self.assertEqual(self.rrouter.log()[before:].count("config.json: cannot be read"), 2)
 
-    def test_stream_keeps_the_mode_it_began_with(self):
+    def test_a_switch_does_not_affect_a_stream_that_runs(self):
         gate = self.gate()
         self.upstream.play(stream(event("ping"), event("message_stop"), gate=gate))
         with self.rrouter.connect() as connection, connection.makefile("rb") as reader:
@@ -2825,8 +2826,6 @@ class ModeAndConfigTest(SwitchboardTest):
 # Upstream #####################################################################
 
 class UpstreamTest(LoopbackTest):
-    """Addresses of upstreams; each has a separate rrouter."""
-
     def test_base_path_and_host_of_the_upstream_are_used_and_proxies_are_not(self):
         upstream = self.start_upstream()
         url = "http://localhost:%d/Api/v%%31" % upstream.port
@@ -2850,7 +2849,7 @@ class UpstreamTest(LoopbackTest):
                 self.assertEqual([running.post().status for _ in range(2)], [200, 200])
                 upstream.close()
 
-    def test_parallel_requests_that_miss_the_upstream_count_as_one(self):
+    def test_only_a_request_after_a_failed_one_is_not_to_be_retried(self):
         running = self.start_rrouter("http://127.0.0.1:%d" % free_port(),
                                      limits={"RECONNECT_FOR_S": 0.5})
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -2860,14 +2859,14 @@ class UpstreamTest(LoopbackTest):
         self.assertEqual([reply.header("x-should-retry") for reply in replies], [None, None])
         self.assertEqual(reply.header("x-should-retry"), "false")
 
-    def test_upstream_that_is_rrouter_itself_makes_no_storm(self):
+    def test_upstream_that_is_rrouter_itself_makes_no_loop(self):
         port = free_port()
         home = self.make_home("http://localhost:%d" % port, "antigravity", port=port)
         running = self.start_rrouter(None, home=home)
         self.assert_error(running.request("GET", "/v1/models"), 502, "is rrouter itself")
         self.assertLessEqual(running.health()["requestCount"], 2)
 
-    def test_library_removed_under_it_and_a_lack_of_ctypes_hinder_no_request(self):
+    def test_requests_need_neither_ctypes_nor_modules_of_a_removed_library(self):
         code = """if True:
             import encodings
             "a".encode("idna")
@@ -2881,7 +2880,7 @@ class PoolTest(RouterTest):
     """Connections to the upstream stay open for further requests."""
 
     def fresh(self, response):
-        """Let the upstream answer the first request of each connection so, and drop the others."""
+        """Let each connection of the upstream give this response once, then hang up."""
         seen = set()
 
         def respond(received):
@@ -2897,8 +2896,8 @@ class PoolTest(RouterTest):
             self.assertEqual(self.rrouter.post().status, 200)
         self.assertLessEqual(self.upstream.connections - opened, 1)
 
-    def test_stale_connection_is_invisible_and_neutral(self):
-        """An upstream may close an idle connection at any time, even as the next request comes."""
+    def test_stale_connection_is_replaced_unseen_and_is_neutral(self):
+        """An upstream may close an idle connection just as the next request arrives."""
         self.rrouter.home.write("mode", "auto\n")
         for when, (tries, padding) in itertools.product(
                 ("at reuse", "after the response"), ((50, 0), (10, 1_000_000))):
@@ -2929,7 +2928,7 @@ class PoolTest(RouterTest):
         self.assertEqual(len(self.upstream.received), 2)
 
     def test_connection_kept_while_the_machine_slept_is_not_used(self):
-        """Only the wall clock goes on during sleep."""
+        """Only the wall clock runs during sleep."""
         upstream = self.start_upstream()
         router = self.start_rrouter(upstream, code="""if True:
             import os, time
@@ -2964,7 +2963,7 @@ class PoolTest(RouterTest):
 class KernelLimitTest(unittest.TestCase):
 
     def test_both_widths_of_time_are_tried_in_order(self):
-        """A 32-bit system may have 64-bit time; the first form is misread where it is not meant."""
+        """A 32-bit system may use 64-bit time, and may misread the form that it does not use."""
         for errors in ((0,), (errno.EINVAL, 0), (errno.EBADF, errno.EBADF)):
             left, values_ = list(errors), []
 
@@ -2983,7 +2982,7 @@ class KernelLimitTest(unittest.TestCase):
 
 
 class UnreadRequestTest(RouterTest):
-    """Upstreams that respond, or pause, before they have read the request's body."""
+    """Upstreams that respond or pause before they have read the body of the request."""
 
     BIG = chat(padding="x" * (12 << 20))
 
@@ -2999,7 +2998,7 @@ class UnreadRequestTest(RouterTest):
                     reply = self.rrouter.request(body=body)
                     self.assertEqual((reply.status, reply.body), (413, early.chunks[0]))
                     gate.set()
-                    # The next request must not become the rest of that body.
+                    # The upstream must not read the next request as the rest of that body.
                     self.assertEqual(self.rrouter.request(body=b'{"x":1}').body, b"{}")
 
     def test_interim_response_does_not_truncate_the_upload(self):
@@ -3027,7 +3026,7 @@ class UnreadRequestTest(RouterTest):
 
 class UpstreamPortTest(unittest.TestCase):
 
-    def test_an_upstream_without_a_port_has_the_one_of_its_scheme(self):
+    def test_the_scheme_sets_the_default_port(self):
         connected = []
 
         def connect(address, *_):
@@ -3054,7 +3053,7 @@ class ResponseTextTest(unittest.TestCase):
         (b"gzip", gzip.compress(bytes(MOST)) * 2, bytes(MOST + 1)),
     )
 
-    def test_compressed_text_is_read_and_of_too_much_a_byte_more_than_is_held_back(self):
+    def test_compressed_text_is_read_up_to_one_byte_over_the_limit(self):
         for coding, data, expected in self.CASES:
             with self.subTest(coding, data=data[:20]):
                 head = b"HTTP/1.1 200 OK\r\nContent-Encoding: " + coding + b"\r\n\r\n"
@@ -3111,19 +3110,19 @@ class TlsUpstreamTest(TlsTest):
         self.assertLessEqual(self.upstream.connections - opened, 1)
         self.assertEqual(self.upstream.models(), [GEMINI_SONNET] * 10)
 
-    def test_stale_connection_is_invisible(self):
+    def test_stale_connection_is_replaced_unseen(self):
         self.upstream.default = Response(framing="length", cut=True)
         for _ in range(20):
             self.assertEqual(self.rrouter.post().status, 200)
 
     def test_large_bodies_pass_both_ways(self):
-        """On a new connection, and on a reused one, whose time limit was changed in between.
+        """The rest of the handshake must not count as an early response.
 
-        The rest of the handshake must not be taken for an early response.
+        The second request reuses the connection, whose time limit has changed.
         """
         body, gate = chat("x", padding="x" * (16 << 20)), self.gate()
         self.upstream.break_connections()
-        threading.Timer(0.3, gate.set).start()      # six looks for a response
+        threading.Timer(0.3, gate.set).start()      # rrouter looks for a response six times
         for number, unread in enumerate((gate, None)):
             self.upstream.play(Response(200, [bytes(100_000)] * 30, framing="length",
                                         unread=unread))
@@ -3145,12 +3144,12 @@ HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 def post_with(lines, body=b"abc"):
-    """Return a POST with these header lines and `body`, then a request that must stay unseen."""
+    """Return a POST with these header lines and `body`, then a request that must not be parsed."""
     return POST + lines + b"\r\n\r\n" + body + HIDDEN
 
 
 class RequestFramingTest(RouterTest):
-    """What delimits requests on a connection; RequestHeadTest has the heads that are refused."""
+    """The end of a request on a connection; RequestHeadTest has more heads that are refused."""
 
     REFUSED = (
         # status, request
@@ -3169,19 +3168,14 @@ class RequestFramingTest(RouterTest):
         (431, post_with(b"X: " + b"a" * 70000)),
     )
 
-    def test_refused_request_is_closed_on_and_what_follows_is_never_parsed(self):
+    def test_refused_request_ends_its_connection_and_later_bytes_are_not_parsed(self):
         for status, data in self.REFUSED:
             with self.subTest(data[:80]):
                 self.assert_refused(data, status)
         self.assertEqual(self.get("/after").status, 200)
         self.assertEqual([received.target for received in self.upstream.received], ["/after"])
 
-    def test_chunked_body_over_the_limit_is_refused_when_it_gets_there(self):
-        over = BODY_MAX_BYTES + 1
-        self.assert_refused(post_with(CHUNKED, b"%x\r\n%b" % (over - 1, bytes(over - 1)) +
-                                      b"\r\n1\r\nx\r\n0\r\n\r\n"), 413)
-
-    def test_limit_of_a_head_is_exact(self):
+    def test_head_of_the_largest_size_is_accepted_and_one_byte_more_is_refused(self):
         start = b"GET /x HTTP/1.1\r\nHost: localhost\r\nX: "
         value = b"y" * (rrouter.HEAD_MAX_BYTES - len(start) - 4)
         self.assertEqual(self.converse(start + value + b"\r\n\r\n", "GET")[0].status, 200)
@@ -3197,7 +3191,7 @@ class RequestFramingTest(RouterTest):
                 self.assertRegex(head, rb"^HTTP/1\.[01] 200 OK\r\n")
                 self.assertNotIn(b"transfer-encoding", head.lower())
                 self.assertEqual(body, b"012345")
-        # Without chunks and length only a reset distinguishes a break from the end.
+        # Without chunks and a length only a reset shows that a body is incomplete.
         self.upstream.play(stream(event("message_start"), cut=True))
         with self.rrouter.connect() as connection, self.assertRaises(ConnectionError):
             connection.sendall(data)
@@ -3209,7 +3203,7 @@ class RequestFramingTest(RouterTest):
 
 class EndOfReadingTest(unittest.TestCase):
 
-    def test_request_that_arrived_before_the_drain_is_served_and_one_that_is_cut_off_is_not(self):
+    def test_request_that_arrived_before_the_drain_is_read(self):
         for cut_off in (False, True):
             ours, client = socket.socketpair()
             with self.subTest(cut_off=cut_off), ours, client:
@@ -3221,7 +3215,7 @@ class EndOfReadingTest(unittest.TestCase):
 
 
 class RequestSequenceTest(RouterTest):
-    """Several requests on one connection, and bodies that wait for 100 (Continue)."""
+    """Several requests on one connection, and bodies that await 100 (Continue)."""
 
     EXPECTING = (b"POST /v1/messages HTTP/1.1\r\nHost: %b\r\nExpect: 100-Continue\r\n"
                  b"Content-Length: %d\r\n\r\n")
@@ -3253,8 +3247,8 @@ class RequestSequenceTest(RouterTest):
         self.assertRegex(self.rrouter.exchange(head.replace(b"HTTP/1.1", b"HTTP/1.0") + body),
                          rb"^HTTP/1\.[01] 200 ")
 
-    def test_head_like_the_last_one_is_read_like_any_other(self):
-        """A connection remembers its last head; what only begins like it must not match."""
+    def test_remembered_head_matches_only_heads_that_differ_in_a_valid_length(self):
+        """A connection remembers its last head, because parsing one takes longer."""
         start = POST + b"Content-Length: "
         for known, tails in ((True, (b"3", b"12", b"0", b"0003", b"300000")), (False, (
                 b"3x", b"", b"+3", b"3\r\nContent-Length: 0", b"9" * 15, b"9" * 16, b"3 ",
@@ -3291,7 +3285,7 @@ class RequestSequenceTest(RouterTest):
 class ForwardTest(RouterTest):
 
     def test_request_arrives_as_it_was_sent_and_nothing_is_added(self):
-        """RequestHeadTest has the odd targets and the headers of one hop."""
+        """RequestHeadTest has the odd targets and the hop-by-hop headers."""
         fields = [field for field in CLAUDE_HEADERS if field[0] != "Connection"]
         reply = self.rrouter.request("POST", "/v1/messages?beta=true", b"{}", fields)
         self.assertEqual(reply.status, 200)
@@ -3300,8 +3294,7 @@ class ForwardTest(RouterTest):
                 b"localhost", b"127.0.0.1", 1)[:-2])
 
     def test_other_methods_and_paths_are_forwarded_or_refused(self):
-        for method, target in (("GET", "/"), ("HEAD", "/"), ("PATCH", "/"), ("OPTIONS", "*"),
-                               ("POST", "/health"), ("GET", "/healthz"), ("GET", "/health/")):
+        for method, target in (("GET", "/"), ("HEAD", "/"), ("PATCH", "/"), ("OPTIONS", "*")):
             with self.subTest(method + " " + target):
                 reply, = self.converse(request_bytes(method, target), method)
                 self.assertEqual(reply.status, 200)
@@ -3342,7 +3335,7 @@ class ForwardTest(RouterTest):
 # Requests: the model in the body ##############################################
 
 class SpliceTest(RouterTest):
-    """Only the bytes of the model's value change; ModelSpanTest has all kinds of bodies."""
+    """Only the bytes of the model's value change; ModelSpanTest has more bodies."""
 
     config = {**DEFAULT_CONFIG, "modes": {
         **DEFAULT_CONFIG["modes"], "odd": {"mappings": [{"match": "*", "rewrite": "n\u00e9\""}]}}}
@@ -3354,7 +3347,7 @@ class SpliceTest(RouterTest):
         self.assertEqual(received.header("content-length"), str(len(received.body)))
         return received.body
 
-    def test_the_mode_decides_what_becomes_of_the_model(self):
+    def test_the_mode_decides_which_model_is_forwarded(self):
         for mode, name in (("antigravity", GEMINI_SONNET), ("claude", None), ("odd", "n\u00e9\"")):
             self.rrouter.home.write("mode", mode + "\n")
             for body in (*(text.encode() for text in SPLICED), b"[1, 2 ]", b'{"model":5}'):
@@ -3372,7 +3365,7 @@ class SpliceTest(RouterTest):
                 body = self.forwarded(b"claude-sonnet-5".join(parts))
                 self.assertTrue(body == GEMINI_SONNET.encode().join(parts))     # no diff of 8 MB
 
-    def test_hostile_body_is_forwarded_and_holds_up_no_request(self):
+    def test_hostile_body_is_forwarded(self):
         model = b'"model":"claude-sonnet-5"}'
         for body in (
                 b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"," + model,
@@ -3387,7 +3380,7 @@ class SpliceTest(RouterTest):
 
 # Requests: browsers and strangers #############################################
 
-# `http.server` asks the name service for the name of its host, which can take 35 s.
+# `http.server` looks its host up in the name service, which can take 35 s.
 DEAD_NAME_SERVICE = """
 import socket, threading
 def ask(*_):
@@ -3400,7 +3393,7 @@ socket.getfqdn = socket.gethostbyaddr = socket.gethostbyname = socket.getnameinf
 
 
 class GuardTest(RouterTest):
-    """Only this machine is served, and no web page; the process has no name service."""
+    """Other machines and web pages are refused.  The name service of the process is dead."""
 
     altered = DEAD_NAME_SERVICE
 
@@ -3459,7 +3452,7 @@ BAD_RESPONSES = (
     (b"HTTP/1.1 200 OK\nContent-Length: 2\n\n{}",), (b"HTTP/1.1 200 OK\r\nX: y", b"\n", b"\n{}"),
 )
 BROKEN_RESPONSES = (
-    # response, what the client gets of its body
+    # response, the part of its body that the client gets
     (Response(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n" + b"x" * 60), b"x" * 60),
     (stream(event("ping"), event("ping"), cut=True), event("ping") * 2),
     *((Response(raw=CHUNKED_RESPONSE + b"5\r\nhello\r\n" + rest), b"hello" + more)
@@ -3471,10 +3464,7 @@ BROKEN_RESPONSES = (
 class ResponseTest(RouterTest):
 
     def reply_and_next(self, response, method="POST"):
-        """Send two requests on one connection; return the reply to the first.
-
-        The second must get its response whole: the first must not shift it.
-        """
+        """Send two requests on one connection; return the first reply, check the second."""
         self.upstream.play(response, Response(200, b"next"))
         first, second = self.converse(
             request_bytes(method, "/", chat()) + request_bytes("POST", "/", chat()), method, "POST")
@@ -3492,7 +3482,7 @@ class ResponseTest(RouterTest):
         ("GET", Response(raw=CHUNKED_RESPONSE.replace(b"200", b"304"), stays=True), None),
     )
 
-    def test_response_without_a_body_leaves_the_connection_in_step(self):
+    def test_response_without_a_body_does_not_shift_the_next_one(self):
         for method, response, length in self.WITHOUT_BODY:
             with self.subTest(method, response=response.wire()):
                 reply = self.reply_and_next(response, method)
@@ -3603,7 +3593,7 @@ class StreamTest(RouterTest):
             Response(400, [b"x"] * 1000, pause_s=0.02) if received.target == "/drip" else
             Response(before=gate))
         more = [b""]
-        if hasattr(select, "POLLRDHUP"):        # elsewhere unread bytes hide that a client left
+        if hasattr(select, "POLLRDHUP"):        # without it, unread bytes hide that a client left
             more += [b"\r\n", request_bytes(body=chat())]
         cases = [*itertools.product(("/silent", "/events", "/drip"), more,
                                     (socket.socket.close, reset))]
@@ -3637,14 +3627,12 @@ class StreamTest(RouterTest):
 
 
 class TlsStreamTest(TlsTest, StreamTest):
-    """The same with an upstream that speaks TLS."""
-
     framings = ("chunked",)
 
 
 # Auto mode ####################################################################
 # The upstream distinguishes the targets as CLIProxyAPI does, by the name of the model: gemini-*
-# is antigravity, claude-* is claude.  What CLIProxyAPI 7.2.140 sent is marked "recorded".
+# is antigravity, claude-* is claude.  "recorded" marks responses of CLIProxyAPI 7.2.140.
 
 OPUS, HAIKU = "claude-opus-5-5", "claude-haiku-4-5"
 COUNT_TOKENS, CHAT = "/v1/messages/count_tokens?beta=true", "/v1/chat/completions"
@@ -3681,12 +3669,12 @@ def sse(*chunks, fields=(), **options):
 
 
 def whole(target, **options):
-    """Return an event stream with a message that says which target wrote it."""
+    """Return an event stream with a message that names its target."""
     return sse(START, NO_TEXT, text_of("by " + target), NO_MORE_TEXT, end_of(7), STOP, **options)
 
 
 def plain(content, encoding=None, encode=bytes):
-    """Return a 200 that is not streamed; a dictionary is sent as JSON."""
+    """Return a 200 that is not streamed; `content` is bytes, or a dictionary for JSON."""
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
     fields = [("Content-Type", "application/json"), ("Content-Encoding", encoding)]
     return Response(200, encode(body), fields=fields[:1 + bool(encoding)], framing="length")
@@ -3741,7 +3729,7 @@ def receive_until(connection, marker):
     return data
 
 
-# Shifts the clocks of a process by two numbers in a file that the test has mapped too.
+# Shifts both clocks of a process by the numbers in a file, which the test has mapped, too.
 SHIFTED_CLOCKS = """
 import mmap, time
 with open(%r, "r+b") as file:
@@ -3754,8 +3742,8 @@ time.monotonic = lambda real=time.monotonic: real() + shifts[1]
 class AutoTest(RouterTest):
     """Base of the tests of auto mode: `script` sets the responses of the targets, `ask` posts.
 
-    Calls are written as initials: "ac" is one call to antigravity, then one to claude.  Time passes
-    for rrouter when `later` says so, in addition to real time.
+    Calls are written as initials: "ac" is one call to antigravity, then one to claude.  `later`
+    advances rrouter's clocks.
     """
 
     mode = "auto"
@@ -3776,12 +3764,11 @@ class AutoTest(RouterTest):
         self.upstream.default = self.answer
 
     def later(self, seconds):
-        """Let rrouter's clocks move on."""
         self.shifts[0] += seconds
         self.shifts[1] += seconds
 
     def set_mode(self, mode):
-        """Write the mode file by rename, as `rrouter MODE` does; auto clears all state."""
+        """Write the mode file by rename, as `rrouter MODE` does; writing auto clears all state."""
         self.rrouter.home.write("mode.new", mode + "\n")
         os.replace(str(self.rrouter.home.dir / "mode.new"), str(self.rrouter.home.dir / "mode"))
 
@@ -3794,14 +3781,14 @@ class AutoTest(RouterTest):
     def script(self, antigravity=None, claude=None, other=None):
         """Set a response for each target, a function of the request, or a list to play once.
 
-        Without one a target answers with a message.  `other` is for requests without a model.
+        The default is a message.  `other` is for requests without a model of either target.
         """
         self.scripts = {target: list(script) if isinstance(script, list) else script
                         for target, script in (
                             ("antigravity", antigravity), ("claude", claude), (None, other))}
 
     def script_anew(self, *responses, **targets):
-        """Do the same with all state and all requests received cleared."""
+        """Do the same after clearing all state and all received requests."""
         self.set_mode("auto")
         self.upstream.clear()
         self.script(*responses, **targets)
@@ -3832,9 +3819,9 @@ class AutoTest(RouterTest):
         return reply, self.calls(before)
 
     def ask_for(self, calls, model=SONNET, **members):
-        """Post messages, for which these calls are made ("ac a"); return the last reply.
+        """Post a message for each word of `calls`, which lists the calls made for it.
 
-        A number lets so many seconds pass.
+        A number lets that many seconds pass.  Return the last reply.
         """
         for expected in calls.split():
             if expected.isdigit():
@@ -3845,7 +3832,7 @@ class AutoTest(RouterTest):
         return reply
 
     def begin(self, *arguments, until=b"", **members):
-        """Send a message; return the connection when the upstream has it, and `until` has come."""
+        """Send a message; return the connection when the upstream has it and `until` has come."""
         before = len(self.upstream.received)
         connection = self.send(*arguments, **members)
         self.upstream.wait(lambda upstream: len(upstream.received) > before)
@@ -3853,7 +3840,6 @@ class AutoTest(RouterTest):
         return connection
 
     def send(self, model=SONNET, target="/v1/messages?beta=true", **members):
-        """Send a message; return the connection."""
         connection = self.rrouter.connect()
         self.addCleanup(connection.close)
         body = chat(model, **{"messages": [], **members})
@@ -3867,12 +3853,12 @@ class AutoTest(RouterTest):
         wait_until(lambda: not self.rrouter.health()["activeRequests"])
 
     def trip(self):
-        """Let antigravity fail until traffic switches to claude; it goes on failing afterwards."""
+        """Let antigravity fail from now on, and switch to claude."""
         self.script(error(429))
         self.ask_for("ac ac ac")
 
     def assert_served(self, reply, by, attempts):
-        """The reply is the whole message of one target, and its headers say so."""
+        """The reply is the whole message of this target, and its headers say so."""
         self.assertEqual((reply.status, reply.complete), (200, True), reply)
         self.assertIn(reply.body, [b"".join(response.chunks) for response in
                                    (whole(by), plain(message("by " + by)))])
@@ -3880,7 +3866,7 @@ class AutoTest(RouterTest):
                          (by, str(attempts)))
 
     def assert_forwarded(self, reply, response, target, attempts=1):
-        """The reply is this response of a target byte for byte."""
+        """The reply is this response of the target, byte for byte."""
         self.assertEqual((reply.status, reply.body, reply.complete), (
             response.status, b"".join(response.chunks), not response.cut))
         self.assertEqual((reply.header("x-rrouter-target"), reply.header("x-rrouter-attempts")),
@@ -3888,7 +3874,7 @@ class AutoTest(RouterTest):
         self.assertEqual(reply.fields[:len(response.fields)], response.fields)
 
     def assert_state(self, current="antigravity", **values):
-        """/health has `current` as the target, these values in autoSwitch, and no other counts."""
+        """/health names this target and has these values in autoSwitch; other counts are 0."""
         health = self.rrouter.health()
         values = {"currentTarget": current, "failureCount": 0, "timeoutCount": 0, "switchCount": 0,
                   "models": {}, **values}
@@ -3900,10 +3886,9 @@ class AutoTest(RouterTest):
         self.assertEqual(select.select([connection], [], [], seconds)[0], [])
 
 
-# The responses of the targets, and what comes of the requests: `calls` are those made for each, as
-# `ask_for` reads them, and the last one `gets` the whole message of a target, a scripted response,
-# or rrouter's own 502.  The log then says `log`, and autoSwitch of /health has `state` and no other
-# counts.
+# A row: the responses of the targets; the calls made for each request, as `ask_for` reads them;
+# what the last request gets (the whole message of a target, a scripted response, or the 502 of
+# rrouter); a part of its log lines; the arguments of `assert_state`.
 Script = collections.namedtuple("Script", "what antigravity claude calls gets log state")
 
 
@@ -3933,7 +3918,7 @@ CUT_OFF = sse(PING, b": by antigravity\n\n", OVERLOADED)
 ENCODINGS = (None, bytes), ("gzip", gzip.compress), ("deflate", zlib.compress)
 
 SCRIPTS = (
-    # A failed attempt is answered by the other target.
+    # The other target rescues a failed attempt.
     *(rescued("status", error(status), status) for status in (
         400, 401, 402, 403, 404, 408, 422, 429, 499, 500, 502, 503, 504, 529, 599)),
     rescued("recorded: blocked prompt", EMPTY_STREAM, "empty message"),
@@ -3965,7 +3950,7 @@ SCRIPTS = (
           (400, "Input is too long for requested model."), (400, "context length exceeded"),
           (422, "capability_rejected: prompt_too_long"), (400, "Request too large"))),
 
-    # What is good, or cannot be judged, is the response.
+    # A response that is good, or that cannot be judged, is forwarded.
     *(kept("good message", plain(message("x"), *way)) for way in ENCODINGS),
     *(kept("more than a mebibyte", plain(b"x" * (1024 * 1024 + 1), *way)) for way in ENCODINGS),
     kept("text, but no tokens", plain(message("x", tokens=0))),
@@ -4047,16 +4032,22 @@ SCRIPTS = (
 
 
 class ScriptTest(AutoTest):
-    """What requests get, what counts, and what the log says of it, by the table SCRIPTS."""
-
     def test_scripts_have_the_results_of_the_table(self):
         numbers = []
         for row in SCRIPTS:
             with self.subTest(row.what, calls=row.calls, log=row.log):
                 self.script_anew(row.antigravity, row.claude)
-                self.upstream.break_connections()       # a kept one that drops is sent to again
+                self.upstream.break_connections()       # a request on a stale one is sent again
                 reply = self.ask_for(row.calls, messages=HISTORY)
-                self.assert_gets(reply, row)
+                attempts = len(set(row.calls.split()[-1]))      # without those of healing
+                if row.gets == 502:
+                    self.assert_error(reply, 502, self.upstream.url)
+                elif isinstance(row.gets, str):
+                    self.assert_served(reply, row.gets, attempts)
+                else:
+                    is_second = row.gets is row.claude is not row.antigravity
+                    self.assert_forwarded(reply, row.gets,
+                                          "claude" if is_second else "antigravity", attempts)
                 self.assert_state(**row.state)
                 numbers.append((row, self.rrouter.health()["requestCount"]))
         rest = wait_until(lambda: "[REQ] #%d " % numbers[-1][1] in self.rrouter.log()
@@ -4067,19 +4058,9 @@ class ScriptTest(AutoTest):
                 line, _, rest = rest.partition("\n")
                 self.assertIn(row.log, lines + end + line)
 
-    def assert_gets(self, reply, row):
-        attempts = len(set(row.calls.split()[-1]))      # without those of healing
-        if row.gets == 502:
-            self.assert_error(reply, 502, self.upstream.url)
-        elif isinstance(row.gets, str):
-            self.assert_served(reply, row.gets, attempts)
-        else:
-            target = "claude" if row.gets is row.claude is not row.antigravity else "antigravity"
-            self.assert_forwarded(reply, row.gets, target, attempts)
-
 
 class RescueTest(AutoTest):
-    """What SCRIPTS cannot say of the one or two attempts of a request."""
+    """Rescues that do not fit into the table SCRIPTS."""
 
     REQUESTS = 20_000 if SOAKING else 400
     FAILURES = tuple(row.antigravity for row in SCRIPTS if row.calls == "ac")
@@ -4170,7 +4151,7 @@ class RescueTest(AutoTest):
 
 
 class NeutralTest(AutoTest):
-    """A request that is not judged changes no counter."""
+    """Requests that are not judged change no counter."""
 
     def test_count_tokens_is_neutral(self):
         self.script([error(429)] + [error(500)] * 4)
@@ -4200,7 +4181,7 @@ class NeutralTest(AutoTest):
             self.assertEqual(read_reply(connection).status, 400)
         self.assertEqual(self.calls(), "-")
 
-    # Explicit modes, and names that both targets would get, have one attempt and no judge.
+    # Explicit modes, and names that both targets would get, have one attempt, which is not judged.
     FAILURES = (error(429), error(500), sse(OVERLOADED), EMPTY_STREAM, EMPTY_MESSAGE)
 
     def test_explicit_mode_neither_rescues_nor_counts(self):
@@ -4223,15 +4204,15 @@ class NeutralTest(AutoTest):
         self.later(1801)
         self.assert_forwarded(self.ask_for("-", "gpt-9"), error(500), "claude")
         self.ask_for("c", target=COUNT_TOKENS)
-        self.ask_for("ac")                          # the first that probes
+        self.ask_for("ac")                          # only this one probes
 
 
 class ClientLeavesTest(AutoTest):
-    """A client that leaves is neutral unless it has waited for too long."""
+    """A request whose client leaves is neutral, unless the client waited too long."""
 
     limits = {"TICK_S": 0.05}
 
-    def test_silence_of_120_s_that_the_client_ends_is_a_timeout(self):
+    def test_client_that_leaves_after_120_s_of_silence_has_met_a_timeout(self):
         for label, seconds, timeouts, response, received, members in (
                 ("before the head", 110, 0, self.silent(), b"", {}),
                 ("before the head", 121, 1, self.silent(), b"", {}),
@@ -4278,7 +4259,7 @@ class ClientLeavesTest(AutoTest):
             self.assertEqual(self.calls(), "a")
             self.assert_state()
 
-    def test_client_that_leaves_during_the_rescue_leaves_a_failure_after_60_s_counted(self):
+    def test_failure_after_60_s_counts_even_if_the_client_leaves_during_the_rescue(self):
         for seconds, failures in ((50, 0), (61, 1)):
             with self.subTest(first_attempt_s=seconds):
                 gate = self.gate()
@@ -4390,7 +4371,7 @@ class SilenceTest(AutoTest):
                 self.script_anew(response)
                 self.assert_served(self.ask(stream="lines" not in label)[0], "claude", 2)
                 self.assert_state(timeoutCount=1)
-                self.upstream.wait(lambda upstream: upstream.closed)    # not left running
+                self.upstream.wait(lambda upstream: upstream.closed)
         self.ask_for("ac")
         self.assert_state("claude", switchCount=1, reason="2 consecutive timeouts")
 
@@ -4421,7 +4402,7 @@ class SilenceTest(AutoTest):
         self.script(claude=stream(before=gate))
         waiting.append(self.begin())
         self.set_mode("auto")
-        self.script(self.silent())      # when these expire, theirs would have expired
+        self.script(self.silent())      # these expire later than those would
         self.ask_for("ac ac")
         gate.set()
         self.assertEqual([read_reply(one).status for one in waiting], [200] * 4)
@@ -4447,12 +4428,12 @@ class SilenceTest(AutoTest):
 
 
 class HookTest(AutoTest):
-    """auto.onSwitch: a program that runs at each move."""
+    """auto.onSwitch: a program that runs at each switch and recovery."""
 
     limits = {"HOOK_S": 0.5}
     NOTE = "import sys; print(7); open(sys.argv[1], 'a').write(' '.join(sys.argv[2:]) + chr(10))"
 
-    def test_it_runs_at_each_switch_and_recovery_with_the_words_as_arguments(self):
+    def test_program_runs_at_each_switch_and_recovery_with_the_details_as_arguments(self):
         path = self.rrouter.home.dir / "moves"
         self.configure(auto_config(onSwitch=[
             sys.executable, "-c", self.NOTE, str(path), "{from}>{to} $HOME {} {x}",
@@ -4466,7 +4447,7 @@ class HookTest(AutoTest):
             "antigravity>claude $HOME {} {x} auto|3 consecutive HTTP errors, last 429 30",
             "claude>antigravity $HOME {} {x} auto|responds again 0"])
 
-    def test_one_that_fails_or_hangs_delays_nothing_and_has_one_line(self):
+    def test_program_that_fails_or_hangs_delays_nothing_and_is_logged_once(self):
         for command, words in (
                 (["/nowhere"], "/nowhere: [Errno 2] No such file"),
                 (["a\0"], "a\\x00: embedded null byte"),
@@ -4479,7 +4460,7 @@ class HookTest(AutoTest):
             self.assertLess(time.monotonic() - start, 0.4)
             wait_until(lambda: self.rrouter.log()[before:].count("onSwitch: " + words) == 1)
 
-    def test_a_session_stays_where_it_sent_lately_when_another_one_recovers_the_target(self):
+    def test_session_stays_on_its_target_when_another_one_recovers_the_other_target(self):
         other = {"fields": (("X-Claude-Code-Session-Id", "S"),)}
         self.trip()
         self.script()
@@ -4488,11 +4469,11 @@ class HookTest(AutoTest):
 
 
 class UpstreamAwayTest(AutoTest):
-    """A request waits up to 15 s for an upstream that is not there, and that is neutral."""
+    """A request waits up to 15 s for an upstream that is away, and is neutral."""
 
     @staticmethod
     def upstream_class():
-        return Upstream(port=free_port())       # which no other socket takes while it is closed
+        return Upstream(port=free_port())       # no other socket takes this port meanwhile
 
     @contextlib.contextmanager
     def away(self):
@@ -4515,7 +4496,7 @@ class UpstreamAwayTest(AutoTest):
         self.assert_silent(connection)
         self.later(6)
         while not select.select([connection], [], [], 0.5)[0]:
-            self.later(6)               # the first time came before rrouter had begun to wait
+            self.later(6)               # the first one came before rrouter had begun to wait
         reply = read_reply(connection)
         self.assert_error(reply, 502, "127.0.0.1:%d" % self.upstream.port)
         self.assertEqual(reply.header("x-rrouter-error"), "1")
@@ -4526,12 +4507,12 @@ class UpstreamAwayTest(AutoTest):
             with self.subTest(mode):
                 self.set_mode(mode)
                 with self.away():
-                    self.leave(self.send_and_wait())    # whose waiting ends with that
+                    self.leave(self.send_and_wait())    # this ends its wait
                     connection = self.send_and_wait()
                 self.assert_served(read_reply(connection), target, 1)
                 self.assertEqual(self.calls(), target[0])
 
-    def test_second_miss_in_a_row_is_not_to_be_retried(self):
+    def test_client_is_advised_not_to_retry_after_a_second_failure_in_a_row(self):
         for _ in range(2):
             with self.away():
                 retries = [self.miss().header("x-should-retry") for _ in range(3)]
@@ -4581,7 +4562,7 @@ class RequestLoopTest(AutoTest):
                        for target in ("antigravity", "claude")}
 
     def answer(self, received):
-        """Be a hop that leads back to rrouter; CLIProxyAPI would drop the headers."""
+        """Send the request back to rrouter; CLIProxyAPI would drop the headers of the reply."""
         reply = self.rrouter.request("POST", received.target, received.body)
         fields = [("x-rrouter-error", reply.header("x-rrouter-error"))] * (not self.drops_headers)
         return Response(reply.status, reply.body, framing="length", fields=fields)
@@ -4595,7 +4576,7 @@ class RequestLoopTest(AutoTest):
 
 
 class TruncatedTlsTest(TlsTest, AutoTest):
-    """A TLS connection that ends without close_notify, as the scripted one does, is broken."""
+    """The scripted upstream ends TLS connections without close_notify, which is a break."""
 
     def test_response_that_ends_with_the_connection_is_broken(self):
         response = plain(message("x"))
@@ -4609,105 +4590,44 @@ class TruncatedTlsTest(TlsTest, AutoTest):
 
 # Healing ######################################################################
 
-INVALID_SIGNATURE = "messages.1.content.0: Invalid `signature` in `thinking` block"
-NESTED = json.dumps({"error": {"code": 400, "status": "INVALID_ARGUMENT", "message": json.dumps(
-    {"type": "error", "error": {"message": INVALID_SIGNATURE}})}})      # as Antigravity writes it
-
-
-class SignatureRefusalTest(unittest.TestCase):
-    """Which 400 rejects the thinking signatures of another backend."""
-
-    REFUSALS = (
-        INVALID_SIGNATURE, NESTED, "Corrupted thought signature.", "Invalid thought signature.",
-        "messages.1.content.0.thinking.signature: Field required",
-        "`thinking` or `redacted_thinking` blocks in the latest assistant message cannot be "
-        "modified. These blocks must remain as they were in the original response.",
-        "'thinking' or 'redacted_thinking' blocks in the latest assistant message cannot be "
-        "modified", "messages.3.content.1: Invalid data in `redacted_thinking` block",
-        "a thinking block with an invalid signature", "Invalid signature in redacted_thinking",
-        "Thought signature is not valid", "signature is bound to a different conversation")
-    OTHERS = (
-        "prompt is too long: 210000 tokens > 200000 maximum", "thinking.type: Field required",
-        "unknown provider for model gemini-claude-sonnet-4-5-thinking",
-        "thinking.budget_tokens: Input should be greater than or equal to 1024")
-
-    def test_it_is_known_by_its_wording(self):
-        for wordings, expected in ((self.REFUSALS, True), (self.OTHERS, False)):
-            for wording in wordings:
-                with self.subTest(wording):
-                    fault = rrouter.read_failure(400, wording.encode())[0]
-                    self.assertEqual(fault is rrouter.Fault.REJECTED, expected)
-
-
-# Blocks of a history as bytes: each block that stays must stay byte-identical.
-THINKING = b'{"type":"thinking","thinking":"so ]},{ \\"type\\":\\"text\\"","signature":"c2ln"}'
-THINKING_LATE = b'{"signature":"x","thinking":"","type":"thinking"}'
-REDACTED = b'{"type":"redacted_thinking","data":"ZW5j"}'
-TEXT = (b'{"type":"text","text":"caf\\u00e9 \\ud83d \\u2028 {\\"type\\":\\"thinking\\"}","n":-0,'
-        b'"f":1E400,"f":1.50}')
-TOOL_USE = (b'{"type":"tool_use","id":"t","name":"f","input":{"type":"thinking","content":'
-            b'[{"type":"thinking"},{"type":"redacted_thinking"}],"x":1e-7}}')
-SHORT_TEXT = b'{"type":"text","text":"(no content)"}'
-
-
-def conversation(*contents, model=SONNET):
-    """Return the bytes of a request whose assistant turns have these lists of blocks."""
-    turns = b",".join(
-        b'{"role":"user","content":"go on"},{"role":"assistant","content":[%b]}' % b",".join(blocks)
-        for blocks in contents)
-    return (b'{"model":"%b","messages":[%b,{"role":"user","content":[{"type":"tool_result"}]}],'
-            b'"system":[{"type":"text","text":"thinking"}],"metadata":{"type":"thinking"},'
-            b'"thinking":{"type":"adaptive","display":"omitted"},"max_tokens":9,"stream":true}' % (
-                model.encode(), turns))
-
-
 class HealingTest(AutoTest):
     """A history with foreign signatures is sent again to the same target without its thinking.
 
-    SCRIPTS has what comes of it in auto mode.
+    SCRIPTS has the results in auto mode, WithoutThinkingTest more histories.
     """
 
-    BEFORE = ([THINKING, TEXT, TOOL_USE], [TEXT, REDACTED], [REDACTED, THINKING_LATE],
-              [REDACTED, THINKING, TEXT, THINKING_LATE], [TEXT], [TEXT, THINKING, THINKING, TEXT])
-    AFTER = ([TEXT, TOOL_USE], [TEXT], [SHORT_TEXT], [TEXT], [TEXT], [TEXT, TEXT])
-    WITHOUT_THINKING = (
-        conversation([TEXT], [TOOL_USE]), chat(messages="thinking"),
-        chat(messages=[{"type": "thinking"}, 7, None, {"content": 7}]),
-        b'{"model":"claude-sonnet-5-5","messages":[{"content":[{"type":"thinking"}]}')
-
-    HISTORY = conversation(*BEFORE)
-
-    def send(self, body=HISTORY):
+    def send(self, body):
         """POST these bytes; return (reply, calls)."""
         self.upstream.clear()
         return self.rrouter.request(body=body), self.calls()
 
     def test_history_is_healed_in_every_mode(self):
-        packed = Response(400, gzip.compress(NESTED.encode()),
+        foreign, own = chat(messages=HISTORY), chat(messages=[
+            {"role": "assistant", "content": HISTORY[0]["content"][1:]}])
+        packed = Response(400, gzip.compress(FailureTest.NESTED.encode()),
                           fields=(("Content-Encoding", "gzip"),))
         for mode, target, model, refusal in (
-                ("antigravity", "antigravity", GEMINI_SONNET, error(400, INVALID_SIGNATURE)),
+                ("antigravity", "antigravity", GEMINI_SONNET, REJECTION),
                 ("claude", "claude", SONNET, packed),
                 ("auto", "antigravity", GEMINI_SONNET, packed)):
             with self.subTest(mode):
                 self.set_mode(mode)
                 self.script(**{target: [refusal]})
-                reply, calls = self.send()
+                reply, calls = self.send(foreign)
                 self.assert_served(reply, target, 1)
                 self.assertEqual(calls, target[0] * 2)
                 first, second = self.upstream.received
                 self.assertEqual([first.body, second.body], [
-                    conversation(*self.BEFORE, model=model),
-                    conversation(*self.AFTER, model=model)])
+                    body.replace(SONNET.encode(), model.encode()) for body in (foreign, own)])
                 self.assertEqual(first[:2], second[:2])
                 self.assertEqual(end_to_end(first.fields), end_to_end(second.fields))
 
     def test_request_without_thinking_and_other_refusals_are_not_sent_again(self):
         self.set_mode("antigravity")
-        refusal = error(400, INVALID_SIGNATURE)
-        for response, body in (*((refusal, body) for body in self.WITHOUT_THINKING),
-                               (error(400, "thinking.type: Field required"), self.HISTORY),
-                               (error(500, INVALID_SIGNATURE), self.HISTORY)):
+        foreign = chat(messages=HISTORY)
+        for response, body in ((REJECTION, chat(messages="thinking")), (REJECTION, foreign[:-1]),
+                               (error(400, "thinking.type: Field required"), foreign),
+                               (error(500, "Corrupted thought signature."), foreign)):
             with self.subTest(body, status=response.status):
                 self.script(response)
                 reply, calls = self.send(body)
@@ -4746,7 +4666,7 @@ class StatusLineTest(unittest.TestCase):
         ({"active": False}, 0, "claude"),
     )
 
-    def test_it_says_where_requests_go_and_why(self):
+    def test_line_says_where_requests_go_and_why(self):
         for changes, problems, line in self.LINES:
             with self.subTest(line):
                 self.assertEqual(line, rrouter.status_line({
@@ -4754,7 +4674,7 @@ class StatusLineTest(unittest.TestCase):
                     "usageWindows": {"claude": {}, "antigravity": {"5h": {}}},
                     "autoSwitch": {**self.AUTO, **changes}}))
 
-    def test_it_says_which_models_a_session_asked_for_and_got(self):
+    def test_line_of_a_session_says_which_model_it_asked_for_and_got(self):
         own = {**self.AUTO, "reason": "2 consecutive timeouts"}
         health = {"problems": [], "currentTarget": "claude", "usageWindows": {},
                   "autoSwitch": {**self.AUTO, "models": {"opus": own}}}
@@ -4765,7 +4685,7 @@ class StatusLineTest(unittest.TestCase):
 
 
 class ModeInTargetTest(RouterTest):
-    """A target that begins with /@MODE; the mode file says antigravity."""
+    """Request targets that begin with /@MODE; the mode file says antigravity."""
 
     TARGETS = (
         # target of the client,               the upstream's,         model there
@@ -4777,7 +4697,7 @@ class ModeInTargetTest(RouterTest):
         ("/v1/@claude/messages",              "/v1/@claude/messages", GEMINI_SONNET),
     )
 
-    def test_it_is_served_in_that_mode_and_goes_on_without_it(self):
+    def test_request_is_served_in_that_mode_and_forwarded_without_the_prefix(self):
         for target, forwarded, model in self.TARGETS:
             with self.subTest(target):
                 self.upstream.clear()
@@ -4786,14 +4706,14 @@ class ModeInTargetTest(RouterTest):
                 self.assertEqual((received.target, received.model), (forwarded, model))
         wait_until(lambda: " POST /@claude/@auto/v1/messages " in self.rrouter.log())
 
-    def test_unknown_one_is_refused_with_the_names_of_the_modes(self):
+    def test_unknown_mode_is_refused_with_the_names_of_the_known_ones(self):
         before = self.rrouter.health()["requestCount"]
         for target in ("/@gemini/v1/messages", "/@/v1/messages", "/@gemini/health?line"):
             reply = self.assert_refused(request_bytes("GET", target), 404)
             self.assert_error(reply, 404, "(defined: antigravity, claude, auto)")
         self.assertEqual(self.rrouter.health()["requestCount"], before)
 
-    def test_health_shows_it(self):
+    def test_health_shows_that_mode(self):
         for mode, line in (("claude", "claude"), ("auto", "auto → antigravity")):
             self.assertEqual(self.get(f"/@{mode}/health").json()["mode"], mode)
             self.assertEqual(self.get(f"/@{mode}/health?line").body.decode(), line + "\n")
@@ -4808,7 +4728,7 @@ class SessionTest(RouterTest):
     def post_as(self, session, model=SONNET, target="/v1/messages", **members):
         return self.rrouter.post(model, target, (("x-claude-code-session-id", session),), **members)
 
-    def test_it_names_the_models_of_its_last_answered_request(self):
+    def test_line_names_the_models_of_the_last_request_with_a_success(self):
         self.post_as("one")
         self.post_as("two 2", target="/@claude/v1/messages")
         self.post_as("two 2", "x", target="/v1/messages/count_tokens")
@@ -4819,7 +4739,7 @@ class SessionTest(RouterTest):
             "asked sonnet-5-5, answered " + GEMINI_SONNET, "asked sonnet-5-5, answered sonnet-5-5",
             "antigravity", "antigravity"])
 
-    def test_only_the_last_256_are_kept(self):
+    def test_only_the_last_256_sessions_are_kept(self):
         for number in range(257):
             self.post_as(f"s{number}", "m")
         self.post_as("s9", "x\n" * 999)
@@ -4829,7 +4749,6 @@ class SessionTest(RouterTest):
 
 
 class AgentRuleTest(RouterTest):
-    """Rules for agents and classes, through the router."""
 
     config = {**DEFAULT_CONFIG, "modes": {**DEFAULT_CONFIG["modes"], "antigravity": {"mappings": [
         {"match": "*", "rewrite": "large", "agent": "explore"},
@@ -4852,14 +4771,14 @@ class AgentRuleTest(RouterTest):
 
 
 class UsageWindowTest(AutoTest):
-    """Responses that say how much of a subscription is used."""
+    """Responses with headers that say how much of a subscription is used."""
 
     @staticmethod
     def fields(used, until, window="5h"):
         name = f"anthropic-ratelimit-unified-{window}-"
         return ((name + "utilization", used), (name + "reset", until))
 
-    def test_they_are_shown_by_target_until_they_end(self):
+    def test_windows_are_shown_by_target_until_they_end(self):
         now = int(time.time())
         self.script(
             error(429, fields=self.fields("1.004", str(now + 90))),
@@ -4876,7 +4795,7 @@ class UsageWindowTest(AutoTest):
         self.later(100)
         self.assertEqual(list(self.rrouter.health()["usageWindows"]["claude"]), ["5h"])
 
-    def test_odd_numbers_are_ignored(self):
+    def test_unusable_numbers_are_ignored(self):
         for used, until in (("", "9"), ("nan", "9"), ("1", ""), ("0.5", "1e30"), ("inf", "9")):
             self.upstream.play(Response(fields=self.fields(used, until)))
             self.rrouter.post(target="/@antigravity/v1/messages")
@@ -4915,7 +4834,7 @@ class HealthTest(RouterTest):
         self.assertEqual(self.rrouter.request("HEAD", "/health?line", fields=()).body, b"")
         self.assertEqual(self.get("/health?lines").json()["mode"], "antigravity")
 
-    def test_only_get_and_head_of_health_are_answered_here(self):
+    def test_only_get_and_head_of_health_are_not_forwarded(self):
         for method, target, is_ours in (
                 ("GET", "/health", True), ("HEAD", "/health", True), ("GET", "/health?x=1", True),
                 ("POST", "/health", False), ("GET", "/health/x", False), ("GET", "/", False)):
@@ -4930,7 +4849,7 @@ class HealthTest(RouterTest):
                     self.assertGreater(int(first.header("content-length")), 100)
                     self.assertEqual(bool(first.body), method == "GET")
 
-    def test_requests_are_counted_by_their_results_and_the_last_failure_is_kept(self):
+    def test_requests_are_counted_by_result_and_the_last_failure_is_kept(self):
         def counts():
             health, names = self.rrouter.health(), ("answered", "rescued", "failed")
             return [health["requestCount"], *(health["requests"][name] for name in names)]
@@ -4943,20 +4862,20 @@ class HealthTest(RouterTest):
         self.upstream.play(error(503), stream())
         self.rrouter.post()                         # rescued
         for data in (b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
-                     b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n"):      # are not counted
+                     b"GET / HTTP/1.1\r\nHost: evil.com\r\n\r\n"):      # these are not counted
             self.converse(data, "GET")
         self.assertEqual([after - past for past, after in zip(before, counts())], [4, 1, 1, 2])
         failure = self.rrouter.health()["requests"]["lastFailure"]
         self.assertEqual((failure["target"], failure["what"]), ("antigravity", "503"))
         self.assertRegex(failure["at"], r"^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
 
-    def test_its_problems_name_neither_user_nor_paths(self):
+    def test_problems_name_neither_user_nor_paths(self):
         home = self.rrouter.home
         home.write("config.json", "{")
         home.write("mode", "nosuch\n")
         logs = home.dir / "logs"
         logs.rename(home.dir / "kept")
-        logs.write_text("")                 # a file in the place of the directory
+        logs.write_text("")                 # a file instead of the directory
         try:
             wait_until(lambda: len(self.rrouter.health()["problems"]) == 3)
             text = json.dumps(self.rrouter.health())
@@ -4984,7 +4903,7 @@ def request_lines(text):
 class RequestLineTest(RouterTest):
 
     def lines(self):
-        """Return the matches of REQUEST_LINE by number, when all requests have their lines."""
+        """Wait until all requests have their lines; return their matches in order."""
         count = self.rrouter.health()["requestCount"]
         wait_until(lambda: len(request_lines(self.rrouter.log())) == count)
         lines = [REQUEST_LINE.search(line) for line in request_lines(self.rrouter.log())]
@@ -5024,7 +4943,7 @@ class RequestLineTest(RouterTest):
         self.assertNotIn("/health", self.rrouter.log())
         self.assertNotIn("limit=", self.rrouter.log())
 
-    def test_message_has_the_tokens_that_its_response_reports(self):
+    def test_line_has_the_token_counts_of_the_response(self):
         events, body = TokenReaderTest.WHOLE, TokenReaderTest.BODY
         packed = Response(200, gzip.compress(body), fields=(("Content-Encoding", "gzip"),))
         self.upstream.play(sse(events), sse(events, framing="close"), packed, error(429),
@@ -5036,7 +4955,7 @@ class RequestLineTest(RouterTest):
             " in 5+0 out 6 (antigravity failed: 429)", ""])
 
     def test_refused_request_has_a_line_with_its_status(self):
-        # The last one would need no preflight; its body, in which another one hides, goes unread.
+        # Browsers send the last one without a preflight; the request in its body must not be read.
         before = len(self.rrouter.log())
         for number, (status, data) in enumerate((
                 (400, b"GET / HTTP/1.1\r\n\r\n"),
@@ -5064,7 +4983,7 @@ class RequestLineTest(RouterTest):
 class SecretsTest(LoopbackTest):
     """No header value, query or body is written anywhere, however a request ends.
 
-    Each kind of place has its own word, so that a failure shows where the word came from.
+    Each kind of place has another secret word, so that a failure shows where the word came from.
     """
 
     def setUp(self):
@@ -5108,7 +5027,7 @@ class SecretsTest(LoopbackTest):
             *((Response(raw=(text % words).encode()),) * 2 for text in broken)]
 
     def malformed(self):
-        """Return requests full of secrets that are refused."""
+        """Return requests full of secrets, all of which are refused."""
         start = "POST /v1/messages?key=%(query)s HTTP/1.1\r\nHost: localhost\r\n"
         lines = (
             "%(header)s", "X-Api-Key : %(header)s", "Authorization: Bearer\r\n %(header)s",
@@ -5141,7 +5060,6 @@ class SecretsTest(LoopbackTest):
         self.upstream.wait(lambda upstream: upstream.closed)
 
     def test_nothing_is_written_however_a_request_ends(self):
-        """Python's development mode prints more on stderr."""
         home = self.make_home(self.upstream, "auto", auto_config(failureThreshold=2),
                               env={"PYTHONDEVMODE": "1", "PYTHONWARNINGS": "always"})
         thinking = [{"role": "assistant", "content": [
@@ -5166,7 +5084,7 @@ class SecretsTest(LoopbackTest):
                                  {path.name for path in home.dir.iterdir()})
         self.assert_silent(files=home.dir)
 
-    # Functions of the standard library that fail, with the secrets in the exception.
+    # These make functions of the standard library fail with the secrets in the exception.
     DEFECTS = (
         # before the request is sent
         ("import http.client\ndef connect(self):\n    frame, found = sys._getframe(), []\n"
@@ -5186,7 +5104,7 @@ class SecretsTest(LoopbackTest):
                 body = chat("crash", system=self.words["body"])
                 with router.connect() as connection:
                     connection.sendall(request_bytes("POST", self.target, body, self.fields))
-                    reply = read_reply(connection, "POST")          # an error of ours, or nothing
+                    reply = read_reply(connection, "POST")          # an error of rrouter, or none
                 self.upstream.clear()
                 self.assertNotIn("RuntimeError", repr(reply))
                 wait_until(lambda: "internal error: RuntimeError at " in router.log())
@@ -5196,7 +5114,7 @@ class SecretsTest(LoopbackTest):
 
 
 def ending_with(test, process):
-    """Return the process, which ends with the test at the latest."""
+    """Return the process; the end of the test kills it."""
     test.addCleanup(process.wait)
     test.addCleanup(process.kill)
     return process
@@ -5205,7 +5123,7 @@ def ending_with(test, process):
 class LogFileTest(LoopbackTest):
     """Rotation, times and stderr; HangingDiskTest, FullDiskTest and LogGoneTest have the faults."""
 
-    # Rotation takes a while: both processes are in it at once.
+    # Rotation takes a while, so that both processes rotate at once.
     SLOW_DISK = ("import os, time\nreplace = os.replace\ndef slow(old, new):\n"
                  "    time.sleep(0.1 if '.log' in new else 0)\n    replace(old, new)\n"
                  "os.replace = slow")
@@ -5213,7 +5131,7 @@ class LogFileTest(LoopbackTest):
     def setUp(self):
         self.upstream = self.start_upstream(stream())
 
-    def test_two_processes_rotate_the_file_they_share_once_and_lose_no_line(self):
+    def test_two_processes_rotate_their_common_file_once_and_lose_no_line(self):
         home = self.make_home(self.upstream, "claude")
         logs, full = home.dir / "logs", (b"newest".ljust(79) + b"\n") * 1215
         logs.mkdir(mode=0o700)
@@ -5244,7 +5162,7 @@ class LogFileTest(LoopbackTest):
         self.assertIn(b"/numbered/", newest)
         self.assertEqual(stat.S_IMODE((logs / "rrouter.log").stat().st_mode), 0o600)
 
-    # Another process rotates the log %r just before this one locks it to do so.
+    # Another process rotates the log %r just before this one locks the log for the same purpose.
     OVERTAKEN = (
         "import fcntl, os\nlog, real, done = %r, fcntl.flock, []\ndef flock(descriptor, how):\n"
         "    if not done and os.path.samestat(os.fstat(descriptor), os.stat(log)):\n"
@@ -5277,8 +5195,8 @@ class LogFileTest(LoopbackTest):
         self.assertEqual(stamps, ["2031-12-31 23:59:59.500", "2032-01-01 00:00:00.250",
                                   "2032-01-01 00:00:00.750", "2032-01-01 00:01:00.000"])
 
-    def test_stderr_that_takes_nothing_stops_nothing(self):
-        """A terminal after Ctrl-S, or a pager."""
+    def test_stderr_that_is_full_stops_nothing(self):
+        """A terminal after Ctrl-S takes nothing, nor does a pager that waits."""
         home = self.make_home(self.upstream, "claude")
         unread, stderr = os.pipe()
         with open(unread, "rb"), open(stderr, "wb") as writer:
@@ -5288,12 +5206,11 @@ class LogFileTest(LoopbackTest):
                     os.write(stderr, b"x" * 4096)
             os.set_blocking(stderr, True)
             process = ending_with(self, home.begin("serve", stderr=writer))
-            router = Running.__new__(Running)           # only to ask it
-            router.port, router.home = home.port, home
             wait_until(home.health)
-            with router.connect() as connection, connection.makefile("rb") as reader:
+            with socket.create_connection(("127.0.0.1", home.port), WAIT_S) as connection, \
+                    connection.makefile("rb") as reader:
                 for _ in range(100):
-                    connection.sendall(request_bytes(body=chat(), port=router.port))
+                    connection.sendall(request_bytes(body=chat(), port=home.port))
                     self.assertEqual(read_reply_from(reader).status, 200)
             process.send_signal(signal.SIGTERM)
             self.assertEqual(process.wait(WAIT_S), 0)
@@ -5305,7 +5222,6 @@ class LogFileTest(LoopbackTest):
 # Load and long life ###########################################################
 
 def processor_seconds(pid):
-    """Return the processor time that process `pid` has used."""
     fields = pathlib.Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -5314,7 +5230,7 @@ Usage = collections.namedtuple("Usage", "threads descriptors resident_kb")
 
 
 def usage_of(process):
-    """Return what a process holds; all 0 without /proc."""
+    """Return what the process holds; without /proc all numbers are 0."""
     if not PROC:
         return Usage(0, 0, 0)
     root = "/proc/%d/" % process.pid
@@ -5329,7 +5245,7 @@ class LoadTest(RouterTest):
 
     @classmethod
     def setUpClass(cls):
-        rrouter.raise_descriptor_limit()                # macOS allows fewer than these tests open
+        rrouter.raise_descriptor_limit()                # the default of macOS is too low here
         super().setUpClass()
         cls.rrouter.process.send_signal(signal.SIGHUP)  # the last thread of the start answers it
         wait_until(lambda: "SIGHUP" in cls.rrouter.log())
@@ -5346,7 +5262,7 @@ class LoadTest(RouterTest):
         return Usage(*map(min, zip(*samples)))
 
     def assert_nothing_gathered(self, before, resident_kb=4096):
-        """There are no more threads and descriptors than `before`, and hardly more memory."""
+        """There are at most the threads and descriptors of `before`, and hardly more memory."""
         end = time.monotonic() + WAIT_S
         limit = before._replace(resident_kb=before.resident_kb + resident_kb)
         while True:
@@ -5365,7 +5281,7 @@ class CrowdOfClientsTest(LoadTest):
             if len(clients) % 100 == 0:
                 self.rrouter.health()
 
-    def test_slow_clients_slow_no_other_down_and_those_beyond_the_cap_are_refused(self):
+    def test_slow_clients_delay_no_other_and_clients_beyond_the_cap_are_refused(self):
         """Half of them are idle after a request, half have sent a part of a head or a body."""
         before, body = self.at_rest(), chat("drip")
         first, again = request_bytes("GET", "/first"), request_bytes("POST", "/v1/messages", body)
@@ -5402,7 +5318,7 @@ class CrowdOfClientsTest(LoadTest):
         self.assert_nothing_gathered(before, 24 * 1024)     # the allocator keeps some memory
 
     def test_hundred_connections_in_the_queue_are_all_served(self):
-        """rrouter is stopped meanwhile, so that they are there at once."""
+        """rrouter is stopped until all of them have connected."""
         with contextlib.ExitStack() as stack:
             stack.callback(self.rrouter.process.send_signal, signal.SIGCONT)
             self.rrouter.process.send_signal(signal.SIGSTOP)
@@ -5413,7 +5329,7 @@ class CrowdOfClientsTest(LoadTest):
             self.assertEqual([read_reply(client).header("x-rrouter-model") for client in clients],
                              ["m%d" % number for number in range(100)])
 
-    def test_announced_bodies_take_no_memory_before_they_come(self):
+    def test_announced_bodies_take_no_memory_before_they_arrive(self):
         before = usage_of(self.rrouter.process).resident_kb
         with contextlib.ExitStack() as stack:
             for _ in range(10):
@@ -5425,7 +5341,7 @@ class CrowdOfClientsTest(LoadTest):
 
 
 class LimitsTest(RouterTest):
-    """Requests that take too long or are too large are ended; the limits are short here."""
+    """Requests that take too long or are too large; the time limits are short here."""
 
     limits = {"HEAD_S": 0.3, "BODY_STALL_S": 0.2, "IDLE_S": 0.3, "WRITE_STALL_S": 0.3,
               "READ_AHEAD_S": 0.2}
@@ -5445,7 +5361,7 @@ class LimitsTest(RouterTest):
             with self.subTest(label):
                 self.assert_refused(b"POST / HTTP/1.1\r\nHost: localhost\r\n" + framing, 408)
 
-    def test_idle_connection_is_closed_without_a_word(self):
+    def test_idle_connection_is_closed_without_a_response(self):
         for label, data, expected in (
                 ("at once", b"", rb"\A\Z"), ("after line ends", b"\r\n", rb"\A\Z"),
                 ("after a response", request_bytes("GET", "/"), rb"\AHTTP/1\.1 200 OK\r\n")):
@@ -5454,7 +5370,7 @@ class LimitsTest(RouterTest):
                 self.assertRegex(received, expected)
                 self.assertNotIn(b"408", received)
 
-    def test_client_that_does_not_read_is_given_up(self):
+    def test_connection_of_a_client_that_does_not_read_is_closed(self):
         response = stream(framing="close")
         response.chunks = (bytes(1 << 20) for _ in range(64))
         self.upstream.play(response)
@@ -5485,11 +5401,11 @@ CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 class OneCoreTest(RouterTest):
     """While there is much to do, the threads of connections, and they alone, share one core."""
 
-    # Claims that the process uses all of its time.
+    # Makes the process look busy all the time.
     altered = ("import os, time, types\n"
                "os.times = lambda: types.SimpleNamespace(user=time.monotonic())")
     LOOKS = (
-        # what, requests, threads known, seconds since the last look, share of a core, share one?
+        # label, requests, threads known, seconds since the last look, load, whether they share one
         ("too little to do", 8, 8, 0.2, 0.19, False),
         ("too few requests", 7, 8, 0.2, 1.0, False),
         ("too few threads", 8, 7, 0.2, 1.0, False),
@@ -5512,7 +5428,7 @@ class OneCoreTest(RouterTest):
         thread.start()
         return thread.native_id
 
-    def test_threads_share_a_core_from_a_load_on_and_part_at_a_lower_one(self):
+    def test_threads_share_a_core_under_load_and_part_under_a_lower_one(self):
         here, core, now, used_s = os.sched_getaffinity(0), rrouter.OneCore(), 1000.0, 50.0
         thread = self.thread()
         core.look(8, [thread] * 8, now, used_s)     # the first look has nothing to compare with
@@ -5524,11 +5440,11 @@ class OneCoreTest(RouterTest):
                 self.assertEqual(os.sched_getaffinity(0), here)
         core.look(8, [2 ** 22 + 1] * 8, now + 1, used_s + 1)    # threads that have ended
 
-    def test_cores_that_the_user_allows_are_kept_to(self):
+    def test_threads_run_only_on_cores_that_the_user_allows(self):
         first, last, thread = {min(CORES)}, {max(CORES)}, self.thread()
 
         def look_about():
-            """Be the watcher, whose own cores change as well."""
+            """Act as the watcher, whose allowed cores change, too."""
             core = rrouter.OneCore()
             for second, (allowed, used_s) in enumerate(((first, 1), (last, 2), (CORES, 2)), 1):
                 for one in (threading.get_native_id(), thread):
@@ -5549,7 +5465,7 @@ class OneCoreTest(RouterTest):
                 kept.append(len(os.sched_getaffinity(int(task.name))) == 1)
         return kept
 
-    def test_threads_of_connections_come_together_and_part_again(self):
+    def test_threads_of_real_connections_share_a_core_and_part_again(self):
         gate = self.gate()
         self.upstream.default = stream(event("ping"), event("message_stop"), gate=gate)
         with contextlib.ExitStack() as stack:
@@ -5566,7 +5482,7 @@ class OneCoreTest(RouterTest):
 
 @unittest.skipUnless(PROC, "memory is read from /proc")
 class MemoryWithoutCollectorTest(RouterTest):
-    """A request that has ended holds nothing, even without the garbage collector."""
+    """An ended request leaves no memory in use, even without the garbage collector."""
 
     altered = "import gc\ngc.disable()"
     RESPONSES = (
@@ -5590,7 +5506,7 @@ class MemoryWithoutCollectorTest(RouterTest):
 
 
 class Megabytes:
-    """As many numbered chunks of a megabyte; `sent` of them have been asked for."""
+    """An iterable of `count` numbered chunks of a megabyte; `sent` counts those yielded."""
 
     def __init__(self, count):
         self.count, self.sent = count, 0
@@ -5601,7 +5517,7 @@ class Megabytes:
             yield b"%08d" % self.sent * (1 << 17)
 
     def wait_until_blocked(self):
-        """Return when no more has been asked for during a while."""
+        """Return when no chunk has been yielded for 0.3 s."""
         quiet = -1
         while quiet != self.sent:
             quiet = self.sent
@@ -5615,7 +5531,7 @@ class ParallelStreamsTest(LoadTest):
     SEED = os.environ.get("RROUTER_SOAK") or 20260129
 
     def events(self, mark):
-        """Return the events of the stream `mark`, of all sizes."""
+        """Return the events of the stream `mark`; their sizes vary."""
         dice = random.Random("%s %s" % (self.SEED, mark))
         texts = [chr(dice.randrange(0x20, 0xd7ff)) * (20_000 if dice.random() < 0.02 else
                                                       dice.randrange(200))
@@ -5623,7 +5539,7 @@ class ParallelStreamsTest(LoadTest):
         return [event("content_block_delta", mark=mark, text=text) for text in texts] + [
             event("message_stop", mark=mark)]
 
-    def test_each_client_gets_all_events_of_its_own_stream(self):
+    def test_each_client_gets_all_events_of_its_stream(self):
         """Half of the streams begin in another mode."""
         before, marks = self.at_rest(), ["mark-%d" % number for number in range(self.STREAMS)]
         self.upstream.clear()
@@ -5642,7 +5558,7 @@ class ParallelStreamsTest(LoadTest):
                 self.assertTrue(reply.body == b"".join(self.events(mark)), mark)
         self.assert_nothing_gathered(before, 16 * 1024)
 
-    def test_client_that_stops_reading_holds_back_its_own_upstream_alone(self):
+    def test_client_that_stops_reading_stops_only_its_stream(self):
         def resident_kb():
             return usage_of(self.rrouter.process).resident_kb
 
@@ -5651,7 +5567,7 @@ class ParallelStreamsTest(LoadTest):
             response = stream(b"")
             response.chunks = chunks
             self.upstream.play(response)
-        with self.opened() as response:         # what is allocated once and kept
+        with self.opened() as response:         # allocates what is kept
             self.assertEqual(len(response.read()), 8 << 20)
         before = resident_kb()
         with self.opened() as response:
@@ -5674,7 +5590,7 @@ class ParallelStreamsTest(LoadTest):
 
 
 class LeftoversTest(LoadTest):
-    """Requests of all kinds, good and broken, leave nothing."""
+    """Requests of all kinds, good and broken, leave no thread, descriptor or memory."""
 
     WARM_UP, REQUESTS, CLIENTS = 150, 15000 if SOAKING else 250, 6
     SEED = os.environ.get("RROUTER_SOAK") or 20260129
@@ -5691,6 +5607,7 @@ class LeftoversTest(LoadTest):
         "hangup": (Response(hangup=True), 502, True),
         "garbage": (Response(raw=b"garbage\r\n"), 502, True),
         "cut": (stream(event("content_block_delta"), cut=True), 200, False)}
+
     def respond(self, received):
         kind = received.target.rpartition("/")[2]
         if kind == "silent":
@@ -5706,7 +5623,7 @@ class LeftoversTest(LoadTest):
         post = functools.partial(request_bytes, "POST")
         upload = post("/v1/plain", chat(padding="x" * size))
         others = {
-            # kind: what is sent, the statuses that are awaited before the client leaves
+            # kind: the bytes sent, the statuses awaited before the client leaves
             "kept": (post("/v1/plain", chat()) * 3, [200] * 3),
             "upload": (upload, [200]),
             "chunked": (post("/v1/plain", fields=[("Transfer-Encoding", "chunked")])
@@ -5747,8 +5664,8 @@ class LeftoversTest(LoadTest):
 class FewDescriptorsTest(LoopbackTest):
 
     @unittest.skipUnless(PROC and hasattr(resource, "prlimit"), "needs Linux")
-    def test_mode_written_while_there_are_none_is_in_force_when_there_are(self):
-        """The file cannot be read meanwhile; clients that have a connection are served."""
+    def test_mode_written_while_descriptors_lack_is_in_force_later(self):
+        """The file cannot be read meanwhile, but clients that have a connection are served."""
         poor, crowd = self.start_rrouter(self.start_upstream()), contextlib.ExitStack()
         with crowd, poor.connect() as kept, kept.makefile("rb") as reader:
 
@@ -5773,7 +5690,7 @@ class FewDescriptorsTest(LoopbackTest):
             wait_until(lambda: "too many open files" in str(
                 ask("GET", "/health").json()["problems"]))
             used = processor_seconds(poor.process.pid)
-            time.sleep(0.5)         # the span that is measured; afterwards the file is not new
+            time.sleep(0.5)
             self.assertLess(processor_seconds(poor.process.pid) - used, 0.25)
             self.assertEqual(target(), "antigravity")
             crowd.close()
@@ -5782,8 +5699,8 @@ class FewDescriptorsTest(LoopbackTest):
             wait_until(lambda: ask("GET", "/health").json()["problems"] == [])
             self.assertEqual(poor.post().status, 200)
 
-    def test_cap_fits_a_limit_that_is_low_from_the_start(self):
-        """Some of 200 clients are served, the others refused or closed, and nothing breaks."""
+    def test_cap_on_connections_fits_a_low_limit_of_descriptors(self):
+        """Some of 200 clients are served, and the others are refused or closed."""
         code = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))"
         poor, served = self.start_rrouter(self.start_upstream(), code=code), []
         request = request_bytes("POST", "/v1/messages", chat())
@@ -5804,10 +5721,10 @@ class FewDescriptorsTest(LoopbackTest):
 
 
 class LongStreamTest(RouterTest):
-    """Gaps longer than the waits of rrouter end no response and hide no client that leaves."""
+    """Gaps longer than rrouter's time limits end no response and hide no client that leaves."""
 
     PINGS, GAP_S = 3, 0.8
-    if SOAKING:             # two minutes, or as long as RROUTER_SOAK_STREAM_S says: an hour is 3600
+    if SOAKING:
         PINGS, GAP_S = int(os.environ.get("RROUTER_SOAK_STREAM_S") or 120) // 15, 15
     config = {"modes": {"antigravity": {"mappings": []}, "claude": {"mappings": []}},
               "defaultMode": "claude", "auto": {"firstByteTimeoutSeconds": 0.5}}
@@ -5856,11 +5773,10 @@ class LongStreamTest(RouterTest):
 # Daemon and state #############################################################
 
 class ListenTest(LoopbackTest):
-    """Addresses that are taken, and other addresses than localhost."""
+    """Ports that are taken, and addresses other than localhost."""
 
     def test_taken_port_is_named_with_its_owner(self):
-        """The owner resembles rrouter."""
-        upstream = self.start_upstream(
+        upstream = self.start_upstream(                 # resembles rrouter
             Response(200, b'{"status":"ok","autoSwitch":{}}', framing="length"))
         home = self.make_home(port=upstream.port)
         serve, start, check = (home.run(word, timeout=WAIT_S * 2)
@@ -5887,7 +5803,7 @@ class ListenTest(LoopbackTest):
         os.path.isdir, os.environ["PATH"] = lambda path: False, str(home.root)
         self.assertEqual(rrouter.port_owner(1), "some program (pid 47)")
 
-    def test_owner_and_upstream_that_drip_without_end_hold_up_no_command(self):
+    def test_owner_and_upstream_that_drip_without_end_delay_no_command(self):
         for raw, commands in (
                 ((b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 300), {"start": 1, "status": 3}),
                 ((b"HTTP/1.1 200 OK\r\n\r\n", *[b" "] * 300), {"serve": 1, "check": 1})):
@@ -5896,8 +5812,8 @@ class ListenTest(LoopbackTest):
             for command, status in commands.items():
                 home.run(command, check=status, timeout=WAIT_S)
 
-    def test_address_that_cannot_be_had_is_named(self):
-        """One of two is enough to refuse."""
+    def test_address_that_cannot_be_bound_is_named(self):
+        """One address in use is enough, even if the other one is free."""
         home = self.make_home()
         with socket.socket(socket.AF_INET6) as holder:
             holder.bind(("::1", home.port))
@@ -5906,7 +5822,7 @@ class ListenTest(LoopbackTest):
                 self.assertRegex(done.stderr, r"(?m)^rrouter: .*\b%s\b" % word)
 
     @unittest.skipUnless(LINUX, "only Linux has all of 127/8 on loopback")
-    def test_other_host_is_bound_as_given(self):
+    def test_another_host_is_bound_instead_of_localhost(self):
         home = self.make_home(self.start_upstream(), env={"RROUTER_HOST": "127.0.0.2"})
         ending_with(self, home.begin("serve"))
         health = wait_until(lambda: get_health(home.port, "127.0.0.2"))
@@ -5918,7 +5834,7 @@ class ListenTest(LoopbackTest):
     TWICE = ("import socket\nreal = socket.getaddrinfo\nsocket.getaddrinfo ="
              " lambda host, *others, **options: real('127.0.0.1', *others, **options) * 2")
 
-    def test_guard_holds_on_loopback_addresses_alone_and_allows_the_names_given(self):
+    def test_host_header_is_checked_on_loopback_only_and_given_names_are_allowed(self):
         allowed = {"RROUTER_HOST": "127.0.0.1",
                    "RROUTER_ALLOWED_HOSTS": "host.docker.internal, Box"}
         for env, code, statuses, warns in (
@@ -5957,7 +5873,7 @@ class DrainTest(LoopbackTest):
         self.assertEqual(read_chunks(self.reader), (event("ping") + event("message_stop"), True))
         self.assertEqual(self.rrouter.process.wait(WAIT_S), 0)
 
-    def test_stop_waits_for_the_stream_and_lets_nothing_else_in(self):
+    def test_stop_waits_for_the_stream_and_admits_no_new_request(self):
         home = self.rrouter.home
         done = home.run("start", check=0)           # finds `serve` running
         self.assertRegex(done.stdout, r"(?i)already running.*\b%d\b" % self.rrouter.process.pid)
@@ -5967,7 +5883,7 @@ class DrainTest(LoopbackTest):
         self.assertRaises(OSError, self.rrouter.connect)
         wait_until(lambda: "stopping" in home.read("rrouter.lock"))
         stops.append(ending_with(self, home.begin("stop")))     # sends no second signal
-        for _ in range(2):                                      # meanwhile it would have
+        for _ in range(2):                                      # takes as long as sending one
             self.assertIn("is stopping", home.run("status", check=3).stdout)
         self.assertEqual([stop.poll() for stop in stops], [None, None])
         self.finish_stream()
@@ -5976,13 +5892,13 @@ class DrainTest(LoopbackTest):
         for name in ("rrouter.pid", "run.json"):
             self.assertFalse((home.dir / name).exists())
 
-    def test_start_meanwhile_waits_for_the_end_and_starts(self):
+    def test_start_during_the_drain_waits_for_its_end(self):
         home, pid = self.rrouter.home, self.rrouter.process.pid
         self.rrouter.process.send_signal(signal.SIGINT)
         wait_until(lambda: "stopping" in home.read("rrouter.lock"))
         self.addCleanup(home.run, "stop")
         starting = ending_with(self, home.begin("start"))
-        home.run("status", check=3)                 # `start` has looked about meanwhile
+        home.run("status", check=3)                 # `start` looks at the lock meanwhile
         self.assertIsNone(starting.poll())
         self.finish_stream()
         self.assertEqual(starting.wait(WAIT_S * 2), 0)
@@ -5992,7 +5908,7 @@ class DrainTest(LoopbackTest):
 class CutOffTest(LoopbackTest):
     """Requests that the drain does not wait for."""
 
-    def test_second_signal_cuts_the_response_off_and_the_log_has_its_line(self):
+    def test_second_signal_breaks_the_response_off_and_the_request_is_logged(self):
         for version, at_once in ((b"1.1", False), (b"1.0", False), (b"1.1", True)):
             with self.subTest(version, at_once=at_once):
                 upstream = self.start_upstream(stream(
@@ -6009,13 +5925,13 @@ class CutOffTest(LoopbackTest):
                     for number in (signal.SIGINT, signal.SIGCONT):
                         running.process.send_signal(number)
                     self.assertEqual(running.process.wait(WAIT_S), 0)
-                    if version == b"1.0":               # without chunks a reset alone shows it
+                    if version == b"1.0":               # without chunks only a reset shows it
                         self.assertRaises(ConnectionResetError, reader.read)
                     else:
                         self.assertFalse(read_chunks(reader)[1])
                 self.assertEqual(len(request_lines(running.log())), 1)
 
-    def test_connection_beyond_the_reserve_is_refused_in_words(self):
+    def test_connection_beyond_the_reserve_is_refused_with_a_reason(self):
         running = self.start_rrouter(
             self.start_upstream(), limits={"CONNECTIONS_MAX": 2, "CONNECTIONS_RESERVE": 1})
         with contextlib.ExitStack() as stack:
@@ -6025,7 +5941,7 @@ class CutOffTest(LoopbackTest):
 
 
 class DaemonTestBase(LoopbackTest):
-    """Base of the tests with daemons, which end with the test or with the class."""
+    """Base of the tests with daemons; they end with the test or the class."""
 
     @classmethod
     def setUpClass(cls):
@@ -6048,7 +5964,6 @@ class DaemonTestBase(LoopbackTest):
         home.remove()
 
     def sleeper(self):
-        """Return a process that is not rrouter."""
         return ending_with(self, subprocess.Popen(["sleep", "600"]))
 
     def assert_alone(self, home):
@@ -6058,7 +5973,7 @@ class DaemonTestBase(LoopbackTest):
         for name in ("rrouter.pid", "rrouter.lock"):
             self.assertEqual(home.read(name).split()[0], str(health["pid"]), name)
         if LINUX:
-            # One that lost the race for the lock, or has just released it, may still be ending.
+            # A daemon that lost the race for the lock, or has just released it, may still run.
             wait_until(lambda: processes(home) == [health["pid"]])
         return health["pid"]
 
@@ -6101,7 +6016,7 @@ class RunningDaemonTest(DaemonTestBase):
         self.addCleanup(put, self.home, "mode", "antigravity\n")
         self.addCleanup(put, self.home, "config.json", json.dumps(HASTY_CONFIG))
 
-    def test_it_is_detached(self):
+    def test_daemon_is_detached(self):
         pid = self.assert_alone(self.home)
         self.assertNotEqual(os.getsid(pid), os.getsid(0))
         self.assertEqual(os.read(self.pipe, 1), b"", "holds a descriptor of its starter")
@@ -6112,14 +6027,14 @@ class RunningDaemonTest(DaemonTestBase):
             self.assertEqual(os.readlink(str(process / "cwd")), "/")
             self.assertEqual(os.readlink(str(process / "fd" / "0")), "/dev/null")
 
-    def test_its_files_are_private(self):
+    def test_files_are_private(self):
         for path in [self.home.dir, *self.home.dir.rglob("*")]:
-            if path.name not in ("mode", "config.json"):            # the test wrote these two
+            if path.name not in ("mode", "config.json"):            # which the test wrote
                 with self.subTest(path.name):
                     self.assertEqual(stat.S_IMODE(path.stat().st_mode),
                                      0o700 if path.is_dir() else 0o600)
 
-    def test_start_says_where_it_listens_run_json_too_and_the_lock_who_it_is(self):
+    def test_output_of_start_run_json_and_lock_identify_the_daemon(self):
         self.assertEqual((self.started.returncode, self.started.stderr), (0, ""))
         self.assertIn("rrouter runs on localhost:%d (pid %d), mode antigravity\n" % (
             self.home.port, self.health["pid"]), self.started.stdout)
@@ -6133,7 +6048,7 @@ class RunningDaemonTest(DaemonTestBase):
             run["pid"], run["instance"], socket.gethostname(),
             os.stat("/proc/self/ns/pid").st_ino if LINUX else 0))
 
-    def test_it_is_found_whatever_port_the_shell_has(self):
+    def test_daemon_is_found_whatever_port_the_shell_sets(self):
         put(self.home, "mode", "nosuch\n")
         as_json, status, start = self.home.run_all(
             ("status", "--json"), ("status",), ("start",), check=0,
@@ -6146,7 +6061,7 @@ class RunningDaemonTest(DaemonTestBase):
             self.assertIn(words, status.stdout)
 
     def test_mode_commands_return_when_the_switch_is_in_force(self):
-        """Also while the config cannot be read: then the last good one is in force."""
+        """While config.json is invalid, the last valid one is in force."""
         for mode, config in (("claude", "{"), ("antigravity", json.dumps(HASTY_CONFIG))):
             put(self.home, "config.json", config)
             done = self.home.run(mode, check=0, env={"RROUTER_PORT": str(free_port())})
@@ -6154,12 +6069,12 @@ class RunningDaemonTest(DaemonTestBase):
             self.assertIn(mode, done.stdout)
             self.assertNotRegex(done.stdout + done.stderr, "(?i)not running|no daemon")
 
-    def test_hang_up_signal_lets_it_read_the_files_again(self):
+    def test_daemon_reads_the_files_again_on_sighup(self):
         os.kill(self.health["pid"], signal.SIGHUP)
         wait_until(lambda: "SIGHUP: files read again" in self.home.read("logs/rrouter.log"))
         self.assertEqual(self.assert_alone(self.home), self.health["pid"])
 
-    def test_its_port_is_refused_to_another_rrouter(self):
+    def test_another_rrouter_on_the_same_port_is_refused(self):
         other = self.new_home(self.addCleanup, port=self.home.port)
         for home, command, remedy in ((other, "start", "set RROUTER_PORT"),
                                       (self.home, "serve", "`rrouter stop` stops it")):
@@ -6169,7 +6084,7 @@ class RunningDaemonTest(DaemonTestBase):
         self.assertNotIn("[", other.read("logs/rrouter.log"))
         self.assertEqual(processes(other), [])
 
-    def test_serve_beside_it_leaves_its_files_alone(self):
+    def test_serve_in_the_same_home_leaves_the_files_of_the_daemon_alone(self):
         names = ("rrouter.pid", "run.json", "rrouter.lock")
         before = [self.home.read(name) for name in names]
         beside = copy.copy(self.home)
@@ -6192,7 +6107,7 @@ class DaemonLifeTest(DaemonTestBase):
         home.run("start", check=0)
         return home, self.assert_alone(home)
 
-    def test_restart_starts_and_replaces_and_stop_leaves_nothing(self):
+    def test_restart_starts_or_replaces_a_daemon_and_stop_leaves_nothing(self):
         home = self.new_home(self.addCleanup)
         home.run("restart", check=0)
         first, instance = self.assert_alone(home), home.health()["instance"]
@@ -6209,7 +6124,7 @@ class DaemonLifeTest(DaemonTestBase):
         self.assert_nothing_left(home)
         home.run("status", check=3)
 
-    def test_restart_keeps_port_host_and_upstream_except_what_the_shell_sets(self):
+    def test_restart_keeps_the_settings_that_the_shell_does_not_set(self):
         home, _ = self.started(env={"RROUTER_HOST": "127.0.0.1", "RROUTER_ALLOWED_HOSTS": "a,b"})
         unset = dict.fromkeys(rrouter.DEFAULT_ENVIRONMENT, "")
 
@@ -6231,7 +6146,7 @@ class DaemonLifeTest(DaemonTestBase):
         home.run("restart", check=0, env=unset)
         self.assertEqual(run_file()["port"], home.port)
 
-    def test_files_that_were_removed_or_away_are_there_again(self):
+    def test_files_that_were_removed_or_moved_away_are_written_again(self):
         home, pid = self.started("auto")
         away = home.root.with_name(home.root.name + " away")
         self.addCleanup(shutil.rmtree, str(away), ignore_errors=True)
@@ -6272,8 +6187,7 @@ class DaemonLifeTest(DaemonTestBase):
         wait_until((home.dir / "run.json").exists)
         self.assertEqual(self.assert_alone(home), pid)
 
-    def test_killed_daemon_hinders_nothing_and_no_other_process_is_signalled(self):
-        """The files it leaves may come to name another process."""
+    def test_files_of_a_killed_daemon_hinder_nothing_even_if_they_name_another_process(self):
         (home, killed), sleeper = self.started(), self.sleeper()
         os.kill(killed, signal.SIGKILL)
         wait_until(lambda: home.health() is None)
@@ -6288,7 +6202,7 @@ class DaemonLifeTest(DaemonTestBase):
         self.assertEqual(processes(home), [])
         self.assertIsNone(sleeper.poll())
 
-    def test_daemon_of_a_version_that_wrote_its_pid_alone_is_stopped(self):
+    def test_daemon_of_a_version_that_wrote_only_its_pid_is_stopped(self):
         home, pid = self.started()
         home.write("rrouter.lock", "%d\n" % pid)
         run = json.loads(home.read("run.json"))
@@ -6298,7 +6212,7 @@ class DaemonLifeTest(DaemonTestBase):
         self.assert_nothing_left(home)
 
     def test_closed_standard_streams_do_no_harm(self):
-        """The files opened next have their numbers, 0 to 2."""
+        """The next files opened get the numbers 0 to 2."""
         home = self.new_home(self.addCleanup)
         shell = ["/bin/sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, RROUTER]
         home.run("start", program=shell, check=0)
@@ -6321,31 +6235,27 @@ NO_RUN_FILES = ("", "{", "[]", "7", '{"port": -1}', '{"pid": %(pid)d, "instance"
 
 
 class FalseFilesTest(DaemonTestBase):
-    """Only a held lock makes a daemon; LockTest has the lines in it."""
+    """Only a held lock proves that a daemon runs; LockTest has the lines in it."""
 
     def setUp(self):
         self.home = self.new_home(self.addCleanup, "claude")
         self.lock = self.home.dir / "rrouter.lock"
-        self.line = "%d 1f " + rrouter.own_place() + "\n"
 
-    def find(self):
-        return rrouter.Daemon.find(rrouter.Paths(str(self.home.root)))
-
-    def test_run_json_of_another_instance_or_without_sense_is_ignored(self):
-        """Then the environment says where the daemon listens."""
+    def test_run_json_that_is_invalid_or_of_another_instance_is_ignored(self):
+        """The port then comes from the environment."""
         pid, settings = self.sleeper().pid, rrouter.read_environment(dict(os.environ))
         rows = [(RUN_FILE % (pid, "1f"), 1), (RUN_FILE % (pid, "2e"), settings.port),
                 (RUN_FILE % (pid + 1, "1f"), settings.port)]
         rows += [(text % {"pid": pid} if "%" in text else text, settings.port)
                  for text in NO_RUN_FILES]
-        with self.held(self.home, (self.line % pid).encode()):
+        with self.held(self.home, f"{pid} 1f {rrouter.own_place()}\n".encode()):
             for text, port in rows:
                 with self.subTest(text[:60]):
                     self.home.write("run.json", text)
-                    found = self.find()
+                    found = rrouter.Daemon.find(rrouter.Paths(str(self.home.root)))
                     self.assertEqual((found.pid, found.port), (pid, port))
 
-    def test_answer_of_another_rrouter_is_not_taken_for_the_daemons(self):
+    def test_health_of_another_rrouter_is_not_mistaken_for_the_daemon(self):
         with Running(self.upstream) as other:
             home = self.new_home(self.addCleanup, "claude", port=other.port)
             line = "%d ab01 %s\n" % (other.process.pid, rrouter.own_place())
@@ -6353,7 +6263,7 @@ class FalseFilesTest(DaemonTestBase):
                 for command in ("status", "auto"):
                     self.assertRegex(home.run(command, check=1).stderr, "does not answer")
 
-    def test_start_beside_a_lock_that_names_no_process_fails_in_time(self):
+    def test_start_fails_in_time_if_the_held_lock_names_no_process(self):
         code = ("import sys; sys.path.insert(0, %r); import rrouter; rrouter.START_S = 1.2; "
                 "rrouter.main()" % str(HERE))
         with self.held(self.home, b"0\n"):
@@ -6361,8 +6271,8 @@ class FalseFilesTest(DaemonTestBase):
         self.assertEqual((done.returncode, done.stdout), (1, ""), done)
         self.assertRegex(done.stderr, r"\Arrouter: the daemon (does not answer|did not start)")
 
-    def test_fifo_or_directory_in_the_place_of_the_lock_hangs_no_command(self):
-        """Opened as a file is, a FIFO without a writer would block without end."""
+    def test_fifo_or_directory_instead_of_the_lock_blocks_no_command(self):
+        """Opened like a file, a FIFO without a writer would block for ever."""
         os.mkfifo(str(self.lock))
         status, stop, start = self.home.run_all(("status",), ("stop",), ("start",),
                                                 timeout=WAIT_S * 2)
@@ -6379,7 +6289,7 @@ class FalseFilesTest(DaemonTestBase):
 
 class StartRaceTest(DaemonTestBase):
 
-    def test_starts_at_once_leave_one_daemon(self):
+    def test_simultaneous_starts_leave_one_daemon(self):
         home = self.new_home(self.addCleanup)
         for number in range(50 if SOAKING else 1):
             with self.subTest(round=number):
@@ -6392,7 +6302,7 @@ class StartRaceTest(DaemonTestBase):
                 self.assertIsNone(home.health())
 
     @unittest.skipUnless(LINUX, "needs /proc")
-    def test_daemon_whose_starter_is_killed_runs(self):
+    def test_daemon_survives_the_end_of_its_starter(self):
         home = self.new_home(self.addCleanup)
         starter = ending_with(self, home.begin("start"))
         wait_until(lambda: set(processes(home)) - {starter.pid})
@@ -6404,9 +6314,8 @@ class StartRaceTest(DaemonTestBase):
 
 
 class StateTest(DaemonTestBase):
-    """state.json carries a switch of the target and of a model over kill and restart."""
+    """state.json keeps the switch of a target and of a model when rrouter is killed."""
 
-    OPUS, HAIKU = "claude-opus-5-5", "claude-haiku-4-5"
     KEPT = ("switched", "switchCount", "reason", "switchedAt", "retryAt", "cooldownSeconds",
             "currentTarget")
 
@@ -6418,31 +6327,21 @@ class StateTest(DaemonTestBase):
         cls.addClassCleanup(router.__exit__)
         for _ in range(3):
             cls.upstream.play(error(429))
-            router.post(cls.OPUS)               # rescued
-            router.post(cls.HAIKU)
+            router.post(OPUS)               # rescued
+            router.post(HAIKU)
         for _ in range(3):
             cls.upstream.play(error(503))
-            router.post(cls.HAIKU)
+            router.post(HAIKU)
         cls.before = router.health()["autoSwitch"]
         state = cls.home.dir / "state.json"
         wait_until(lambda: state.exists() and "last 503" in state.read_text()
-                   and cls.OPUS in state.read_text())
+                   and OPUS in state.read_text())
         router.kill()
         cls.saved = cls.home.read("state.json")
 
-    def restarted(self, state):
-        """Start with this state.json; return `autoSwitch` of /health and the new log lines."""
-        put(self.home, "state.json", state)
-        log = self.home.dir / "logs" / "rrouter.log"
-        before = log.stat().st_size
-        with Running(self.upstream, home=self.home) as router:
-            auto = router.health()["autoSwitch"]
-            self.assertEqual(router.post(self.HAIKU).status, 200)
-        return auto, log.read_bytes()[before:].decode()
-
-    def test_it_is_kept_or_set_aside_with_a_line(self):
-        self.assertEqual(list(self.before["models"]), [self.OPUS])
-        config = json.dumps(DEFAULT_CONFIG)
+    def test_state_is_kept_until_the_auto_section_or_the_mode_is_written(self):
+        self.assertEqual(list(self.before["models"]), [OPUS])
+        config, log = json.dumps(DEFAULT_CONFIG), self.home.dir / "logs" / "rrouter.log"
         for what, name, content, kept in (
                 ("the rules", "config.json", config.replace("claude-haiku-*", "haiku-*"), True),
                 ("the auto section", "config.json", json.dumps(HASTY_CONFIG), False),
@@ -6450,47 +6349,38 @@ class StateTest(DaemonTestBase):
                 ("the mode", "mode", "auto\n", False)):
             with self.subTest(what + " was written"):
                 put(self.home, name, content)
-                auto, log = self.restarted(self.saved)
+                put(self.home, "state.json", self.saved)
+                length = log.stat().st_size
+                with Running(self.upstream, home=self.home) as router:
+                    auto = router.health()["autoSwitch"]
+                    self.assertEqual(router.post(HAIKU).status, 200)
                 if not kept:
                     self.assertEqual((auto["switched"], auto["switchCount"], auto["models"]),
                                      (False, 0, {}))
-                    self.assertEqual(len(re.findall(r"\[AUTO\] .*state\.json", log)), 1, log)
+                    lines = log.read_text()[length:]
+                    self.assertEqual(len(re.findall(r"\[AUTO\] .*state\.json", lines)), 1, lines)
                     continue
-                for old, new in ((self.before, auto), (self.before["models"][self.OPUS],
-                                                       auto["models"][self.OPUS])):
+                for old, new in ((self.before, auto),
+                                 (self.before["models"][OPUS], auto["models"][OPUS])):
                     self.assertEqual([new[name] for name in self.KEPT],
                                      [old[name] for name in self.KEPT])
                     self.assertTrue(0 < new["cooldownRemainingSeconds"]
                                     <= old["cooldownRemainingSeconds"])
 
-    def test_clock_set_meanwhile_locks_no_target_out(self):
-        """The cooldown left is at most the longest one."""
-        for years in (10, -10):
-            auto, _ = self.restarted(re.sub(
-                r"\b\d{10}\.\d+", lambda found: str(float(found[0]) + years * 365 * 86400),
-                self.saved))
-            self.assertLessEqual(auto["cooldownRemainingSeconds"] or 0, 240 * 60)
-
 
 LOCK_LINES = (
-    # line                              the holder in it, None if it is not believed
-    (b"12\n",                           (12, "", "", False)),
-    (b"12 stopping\n",                  (12, "", "", True)),
-    (b"12 ab01 host 34\n",              (12, "ab01", "host 34", False)),
+    # line, the holder in it; None if the line is refused
+    (b"12\n", (12, "", "", False)), (b"12 stopping\n", (12, "", "", True)),
+    (b"12 ab01 host 34\n", (12, "ab01", "host 34", False)),
     (b"12 ab01 h.\xc3\xa9 0 stopping\nrest", (12, "ab01", "h.\u00e9 0", True)),
-    (b"12",                             None),                  # half written
-    (b"12 ab01 host 3",                 None),
-    (b"12 ab01 host\n",                 None),
-    (b"12 xyz! host 34\n",              None),
-    (b"0\n",                            None),                  # would be our own process group
-    (b"-1\n",                           None),
-    (b"99999999999\n",                  None),
-    (b"",                               None),
+    # Half-written lines, invalid fields, and pids that would signal a process group.
+    *((line, None) for line in (b"", b"12", b"12 ab01 host 3", b"12 ab01 host\n",
+                                b"12 xyz! host 34\n", b"0\n", b"-1\n", b"99999999999\n")),
 )
 
 
 class LockTest(DaemonTestBase):
-    """The lock names its holder, and a process elsewhere never gets a signal."""
+    """The lock names its holder; a process in another place never gets a signal."""
 
     def setUp(self):
         self.home = self.new_home(self.addCleanup, "claude")
@@ -6501,7 +6391,7 @@ class LockTest(DaemonTestBase):
         host, namespace = rrouter.own_place().split()
         return os.fsencode(host), int(namespace)
 
-    def test_holder_is_seen_with_its_whole_name(self):
+    def test_another_process_can_read_who_holds_the_lock(self):
         lock, other = rrouter.Lock(self.path), rrouter.Lock(self.path)
         self.assertIsNone(other.look())
         self.assertTrue(lock.acquire("ab01"))
@@ -6526,14 +6416,14 @@ class LockTest(DaemonTestBase):
             rrouter.Lock(self.path).acquire("ab01")
         self.assertEqual(os.listdir("/dev/fd"), before)
 
-    def test_only_a_whole_line_is_believed(self):
+    def test_only_a_complete_valid_line_names_a_holder(self):
         lock = rrouter.Lock(self.path)
         lock.PATIENCE_S = 0.05
         for line, holder in LOCK_LINES:
             with self.subTest(line), self.held(self.home, line):
                 self.assertEqual(lock.look(), holder)
 
-    def test_signal_goes_to_the_process_that_the_lock_names_just_now(self):
+    def test_signal_goes_only_to_the_process_that_the_lock_names_now(self):
         lock, (host, namespace) = rrouter.Lock(self.path), self.own_place()
         for has_pidfd in (True, False):         # an old system has none
             sleeper, restore = self.sleeper(), bool
@@ -6552,10 +6442,10 @@ class LockTest(DaemonTestBase):
                     rrouter.send_signal(lock, lock.look(), signal.SIGKILL)  # another's pid
                 with self.held(self.home, line):
                     rrouter.send_signal(lock, seen, signal.SIGTERM)
-                restore()               # because subprocess uses it from Python 3.15 on
+                restore()               # because subprocess of Python 3.15 uses it
                 self.assertEqual(sleeper.wait(WAIT_S), -signal.SIGTERM)
 
-    def test_daemon_elsewhere_is_named_and_left_alone(self):
+    def test_daemon_in_another_place_is_named_and_left_alone(self):
         sleeper, (host, namespace) = self.sleeper(), self.own_place()
         for place, *commands in (((b"another.host", namespace), "stop", "restart", "start"),
                                  ((host, namespace + 1), "stop", "status")):
@@ -6588,7 +6478,7 @@ class LockTest(DaemonTestBase):
             stderr=subprocess.DEVNULL)
         self.addCleanup(daemon.wait)
         self.addCleanup(daemon.kill)
-        health = Running.wait_until(lambda: get_health(self.home.port))
+        health = wait_until(self.home.health)
         self.assertEqual(health["pid"], sleeper.pid)
         self.assertEqual(self.home.read("rrouter.lock").split()[:2],
                          [str(health["pid"]), health["instance"]])
@@ -6609,35 +6499,33 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class HangUpTest(LoopbackTest):
-    """SIGHUP ends what was started from a terminal; without one the files are read again."""
+    """SIGHUP ends a `serve` that has a terminal; otherwise the files are read again."""
 
-    def setUp(self):
-        self.home = self.make_home(mode="claude")
-
-    def test_closed_terminal_ends_it_unless_nohup_protects_it(self):
-        """The terminal counts although the output is redirected."""
+    def test_closed_terminal_ends_serve_unless_nohup_protects_it(self):
+        """The output is redirected; the terminal counts all the same."""
+        home = self.make_home(mode="claude")
         for how, line in (("default", "[STOP] SIGHUP: running requests may finish"),
                           ("nohup", "SIGHUP: files read again")):
             with self.subTest(how):
                 near, far = os.openpty()
-                process = ending_with(self, self.home.begin(
+                process = ending_with(self, home.begin(
                     "-c", WITH_TERMINAL, how, *PYTHON, compiled(), "serve", program=PYTHON,
                     stdin=far, start_new_session=True))
                 os.close(far)
-                wait_until(lambda: process.poll() or get_health(self.home.port))
+                wait_until(lambda: process.poll() or get_health(home.port))
                 os.close(near)
-                wait_until(lambda: line in self.home.read("logs/rrouter.log"))
+                wait_until(lambda: line in home.read("logs/rrouter.log"))
                 if how == "nohup":
-                    self.assertEqual(get_health(self.home.port)["pid"], process.pid)
+                    self.assertEqual(get_health(home.port)["pid"], process.pid)
                 else:
                     self.assertEqual(process.wait(WAIT_S), 0)
-                    self.assertIn("rrouter ends", self.home.read("logs/rrouter.log"))
+                    self.assertIn("rrouter ends", home.read("logs/rrouter.log"))
 
 
 # Command line #################################################################
 
 USAGE_ERRORS = (
-    # command line,         what the message names besides the word
+    # command line,         words of the message
     ("stat",                "did you mean 'status'?"),
     ("--port=8400 serve",   "use `RROUTER_PORT="),
     ("modes",               "use `rrouter mode NAME`"),
@@ -6655,7 +6543,7 @@ Printed = collections.namedtuple("Printed", "returncode stdout stderr")
 
 
 def run_here(home, *arguments, terminal=False, **env):
-    """Run a command in this process, which is twenty times faster; a defect raises.
+    """Run a command in this process, which is twenty times faster.
 
     It must neither fork nor serve.  `env` is added to the environment of `home`.
     """
@@ -6686,13 +6574,6 @@ class CommandTest(LoopbackTest):
         self.assertIn(check, (None, done.returncode), done)
         return done
 
-    def assert_fails(self, done, status, *patterns):
-        """It ended with this status and one line on stderr, `rrouter: ...` with the patterns."""
-        self.assertEqual((done.returncode, done.stdout), (status, ""), done)
-        self.assertRegex(done.stderr, r"\Arrouter: [^\n]*\n\Z")
-        for pattern in patterns:
-            self.assertRegex(done.stderr, pattern)
-
 
 class CommandLineTest(CommandTest):
 
@@ -6712,13 +6593,13 @@ class CommandLineTest(CommandTest):
             self.assertEqual(self.run_here(word), (0, f"rrouter {rrouter.__version__}\n", ""))
         self.assertFalse(self.home.dir.exists())
 
-    def test_wrong_uses_are_status_2_and_what_to_use_is_named(self):
+    def test_wrong_uses_end_with_status_2_and_the_message_says_what_to_use(self):
         for line, words in USAGE_ERRORS:
             self.assert_fails(self.run_here(*line.split()), 2, re.escape(words))
         self.assert_fails(self.run_here(""), 2, "no command ''")
         self.assertFalse(self.home.dir.exists())
 
-    def test_each_command_has_a_help_with_an_example_within_the_terminal(self):
+    def test_help_of_each_command_has_an_example_and_fits_the_terminal(self):
         for row in rrouter.COMMANDS:
             with self.subTest(row.name):
                 text = self.run_here("help", row.name, check=0, COLUMNS="60").stdout
@@ -6728,7 +6609,7 @@ class CommandLineTest(CommandTest):
             for word in (row.name, *row.aliases):
                 self.assertEqual(self.run_here(word, "--help", COLUMNS="60").stdout, text)
 
-    def test_shells_complete_commands_and_what_follows_them(self):
+    def test_shells_complete_commands_and_their_arguments(self):
         for shell in ("bash", "zsh", "fish"):
             script = self.run_here("completion", shell, check=0).stdout
             if shutil.which(shell):
@@ -6754,7 +6635,7 @@ class CommandLineTest(CommandTest):
                         done = self.run_here(command, terminal=terminal, **env)
                         self.assertEqual("m%s\033[0m" % word in done.stdout, colours)
 
-    def test_only_a_terminal_gets_lines_that_fit_into_it(self):
+    def test_lines_are_wrapped_only_on_a_terminal(self):
         for command, columns, width in (("check", 100, 80), ("explain claude-opus-5-5", 60, 60),
                                         ("mode nosuch", 60, 60)):
             for terminal in (True, False):
@@ -6765,7 +6646,7 @@ class CommandLineTest(CommandTest):
                              if "/rrouter" not in line]
                     self.assertEqual(max(map(len, lines)) <= width, terminal)
 
-    def test_every_name_of_a_mode_sets_it(self):
+    def test_each_command_for_a_mode_sets_it(self):
         board = switchboard(0)
         board["modes"].update(antigravity={"mappings": []}, claude={"mappings": []})
         self.home.write("config.json", json.dumps(board))
@@ -6781,7 +6662,7 @@ class CommandLineTest(CommandTest):
         self.home.write("mode", "claude\n")
         self.assert_fails(self.run_here("mode", "nosuch"), 1, r"mode 'nosuch' is not defined by "
                           r"config\.json \(defined: antigravity, claude, auto\)")
-        self.home.write("config.json", altered("auto.targets", ["claude", "nosuch"]))
+        self.home.write("config.json", '{"modes": {"claude": {}}}')
         self.assert_fails(self.run_here("auto"), 1, r"config\.json: auto\.targets")
         self.home.write("config.json", "{")
         self.assert_fails(self.run_here("antigravity"), 1, r"config\.json:1:2")
@@ -6834,7 +6715,7 @@ class CommandLineTest(CommandTest):
             self.assertEqual((self.home.read("mode"), done.stderr), ("claude\n", ""))
 
     def test_a_home_that_cannot_be_used_is_named(self):
-        """Permissions do not stop root, so a file stands where the directory should be."""
+        """A file stands where the directory should be, because permissions do not stop root."""
         (self.home.root / ".rrouter").touch()
         done = self.home.run_all(("serve",), ("start",), timeout=WAIT_S * 2)
         done += [self.run_here(*command.split(), EDITOR="true")
@@ -6847,7 +6728,7 @@ class CommandLineTest(CommandTest):
             self.assertIn(self.run_here(command).returncode, (0, 1, 3), command)
         self.assertEqual((self.home.root / ".rrouter").read_text(), "")
 
-    def test_a_home_that_is_missing_or_relative_does_no_harm(self):
+    def test_without_home_the_user_database_is_used_and_a_relative_home_is_refused(self):
         del self.home.env["HOME"]
         path = os.path.join(pwd.getpwuid(os.getuid()).pw_dir, ".rrouter", "config.json\n")
         self.assertEqual(self.run_here("config", "path").stdout, path)
@@ -6856,9 +6737,8 @@ class CommandLineTest(CommandTest):
                           "HOME=here: expected the absolute path")
 
 
-# Runs `rrouter claude`, found in the directory argv[1].  SIGINT comes with call number argv[2]
-# since `main` was called; with -1 it does not, and stderr gets the number of calls.  argv[3] is
-# the statement that calls `main` in the program.
+# Runs `rrouter claude` of the directory argv[1] by argv[3], the statement that calls `main`.
+# SIGINT arrives at function call number argv[2]; with -1 stderr gets the number of calls instead.
 INTERRUPTER = """
 import atexit, os, signal, sys
 directory, moment, last = sys.argv[1:]
@@ -6883,9 +6763,7 @@ exec(last, dict(vars(rrouter), __name__="__main__"))
 
 
 class InterruptTest(CommandTest):
-    """Ctrl-C at any moment of a command, also the last: it ends and prints nothing."""
-
-    def test_no_moment_shows_a_traceback(self):
+    def test_ctrl_c_ends_a_command_at_any_moment_and_prints_nothing(self):
         last = re.search(r"(?m)^if __name__ == .*\n(?:(?: .*)?\n?)*\Z", RROUTER_TEXT).group()
 
         def run(moment):
@@ -6904,7 +6782,7 @@ class InterruptTest(CommandTest):
 
 
 EDITOR = """#!/bin/sh
-# Stand-in: notes its arguments and the file it gets, writes $NEW if set, ends with $CODE.
+# Records its arguments and the given file, writes $NEW if set, ends with $CODE.
 for file; do :; done
 printf '%s\\n' "$0" "$@" > "$HOME/arguments"
 cat "$file" > "$HOME/given"
@@ -6914,7 +6792,6 @@ exit "${CODE:-0}"
 
 
 class ConfigCommandTest(CommandTest):
-    """`config` and its actions."""
 
     def setUp(self):
         super().setUp()
@@ -6932,7 +6809,7 @@ class ConfigCommandTest(CommandTest):
     def assert_defaults(self, file=None):
         self.assertEqual(json.loads((file or self.file).read_text()), DEFAULT_CONFIG)
 
-    def test_config_prints_the_config_in_force_as_json_alone_on_stdout(self):
+    def test_config_prints_the_config_in_force_as_json(self):
         done = self.run_here("config", check=0, RROUTER_PORT="abc", RROUTER_UPSTREAM="ftp://x")
         self.assertEqual(json.loads(done.stdout), DEFAULT_CONFIG)
         self.assertEqual(done.stderr, f"{self.file} (does not exist: these are the defaults)\n")
@@ -6945,7 +6822,7 @@ class ConfigCommandTest(CommandTest):
         self.assertEqual(printed["modes"], config["modes"])
         self.assertEqual(printed["auto"], {**DEFAULT_CONFIG["auto"], **config["auto"]})
 
-    def test_edit_begins_with_the_defaults_in_the_editor_of_the_user_or_in_vi(self):
+    def test_edit_opens_the_defaults_in_the_editor_of_the_user_or_in_vi(self):
         done = self.edit("/nonexistent", VISUAL="'%s' -w" % self.editor)
         self.assertEqual(done, (0, f"{self.file} is valid\n", ""))
         self.assertEqual((self.home.root / "arguments").read_text().splitlines(),
@@ -6959,7 +6836,7 @@ class ConfigCommandTest(CommandTest):
             used = (self.home.root / "arguments").read_text().splitlines()[0]
             self.assertEqual(used, str(self.home.root / "vi"))
 
-    def test_edit_judges_the_result(self):
+    def test_edit_checks_the_result(self):
         for new, status, pattern in (
                 (json.dumps(switchboard(1)), 0, r"\A\Z"),
                 (json.dumps({**switchboard(1), "odd": 1}), 0, r"config\.json: odd: unknown"),
@@ -6974,7 +6851,7 @@ class ConfigCommandTest(CommandTest):
                                ("'unbalanced", "'unbalanced: "), ("'%s'" % self.home.root, "")):
             self.assert_fails(self.edit(command, CODE="7"), 1, "rrouter: editor .*" + words)
 
-    def test_reset_keeps_each_file_it_replaces_but_none_that_equals_the_defaults(self):
+    def test_reset_backs_up_each_file_unless_it_equals_the_defaults(self):
         for text in (None, json.dumps(DEFAULT_CONFIG, indent=1)):
             if text:
                 self.file.write_text(text)
@@ -6991,7 +6868,7 @@ class ConfigCommandTest(CommandTest):
         self.assertRegex(self.backups()[0].name, r"^config\.json\.bak-\d{8}-\d{6}$")
 
     def test_links_stay_links(self):
-        """People keep such files in a repository."""
+        """People keep such files in a repository of dotfiles."""
         mine = self.home.root / "dotfiles"
         mine.mkdir()
         self.home.dir.mkdir(mode=0o700)
@@ -7010,7 +6887,7 @@ class ConfigCommandTest(CommandTest):
 
 
 class UsageTest(CommandTest):
-    """`rrouter usage` reads the rotated logs."""
+    """`rrouter usage` reads the log and the rotated logs."""
 
     REQ = "[REQ] #1 POST /v1/messages claude-opus-5-5 -> "
     TO = "2026-02-03 10:00:00.000 " + REQ + "antigravity gemini "
@@ -7033,14 +6910,14 @@ class UsageTest(CommandTest):
         for name, lines in self.LOGS.items():
             self.home.write("logs/rrouter.log" + name, "\n".join(lines) + "\n")
 
-    def test_it_adds_up_by_day_target_and_model(self):
+    def test_sums_are_by_day_target_and_model(self):
         for days, expected in ((["--days=1"], 2), (["--days=9999999"], 3), ([], 3)):
             rows = json.loads(self.run_here("usage", "--json", *days, check=0).stdout)
             self.assertEqual((len(rows), [list(row.values()) for row in rows[-2:]]), (expected, [
                 ["2026-02-03", "antigravity", "gemini", 5, 1, 2, 1210, 48211, 513],
                 ["2026-02-03", "claude", "e", 1, 0, 0, 0, 0, 0]]))
 
-    def test_it_is_a_table_within_80_columns_with_bars_on_a_terminal(self):
+    def test_output_is_a_table_of_80_columns_with_bars_on_a_terminal(self):
         self.assertEqual(self.run_here("usage", check=0).stdout.splitlines(), [
             "day, target, model; tokens in 1000   requests rescued failed   in cached    out",
             "2026-01-01",
@@ -7059,7 +6936,7 @@ class UsageTest(CommandTest):
 
 class CopiedFileTest(LoopbackTest):
 
-    def test_modules_beside_the_copied_file_are_never_imported(self):
+    def test_modules_next_to_the_file_are_never_imported(self):
         home = self.make_home("http://127.0.0.1:9")
         folder = home.root / "bin"
         folder.mkdir()
@@ -7088,7 +6965,7 @@ class EnvironmentTest(CommandTest):
                 self.assertFalse((self.home.dir / "mode").exists())
             self.assertIn("in force", self.home.run("auto", check=0).stdout)
 
-    def test_a_link_that_leads_nowhere_is_named_as_such(self):
+    def test_a_dangling_link_is_named_as_such(self):
         for target in ("nowhere", ".rrouter"):
             self.home.dir.symlink_to(target)
             for done in (self.home.run("start"), self.run_here("ag")):
@@ -7114,8 +6991,6 @@ class EnvironmentTest(CommandTest):
 
 
 class DemoTest(LoopbackTest):
-    """`demo`, hurried."""
-
     QUICK = ("import sys; sys.path[0] = sys.argv.pop(1); import rrouter\n"
              "rrouter.DEMO_PAUSE_S, rrouter.DEMO_COOLDOWN_S = 0, 1\n"
              "sys.exit(rrouter.main(sys.argv[1:]))")
@@ -7125,7 +7000,7 @@ class DemoTest(LoopbackTest):
         self.home.env.update(TMPDIR=str(self.home.root), PYTHONWARNINGS="")
         self.arguments = "-c", self.QUICK, os.path.dirname(compiled()), "demo"
 
-    def test_it_shows_each_step_by_real_requests_and_leaves_nothing(self):
+    def test_demo_shows_each_step_by_real_requests_and_leaves_nothing(self):
         done = self.home.run(*self.arguments, program=PYTHON, check=0)
         claude, gemini = "200 claude claude-sonnet-5-5", "200 antigravity " + GEMINI_SONNET
         self.assertEqual(re.findall(r"(?m)^  (\d{3} .*)", done.stdout), [
@@ -7137,7 +7012,7 @@ class DemoTest(LoopbackTest):
         self.assertRegex(done.stdout, r"(?s)nothing.*Next.*:9:\n.* auto .*:1 ANTHROPIC_AUTH_TOKEN")
         self.assertEqual((list(self.home.root.iterdir()), done.stderr), ([], ""))
 
-    def test_with_stay_it_serves_until_it_is_interrupted(self):
+    def test_demo_with_stay_serves_until_it_is_interrupted(self):
         for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
             process = ending_with(self, self.home.begin(
                 *self.arguments, "--stay", program=PYTHON, stdout=subprocess.PIPE,
@@ -7152,7 +7027,7 @@ class DemoTest(LoopbackTest):
 
 
 class AutoCommandTest(AutoTest):
-    """What the commands say of auto mode while it fails over."""
+    """What commands print about auto mode."""
 
     def say(self, *arguments, check=0, **env):
         done = run_here(self.rrouter.home, *arguments, **env)
@@ -7181,7 +7056,7 @@ class AutoCommandTest(AutoTest):
             r"in force: mode auto\n\Z")) % (SONNET, GEMINI_SONNET, SONNET))
         self.assertIn("cleared: cooldown of antigravity (429, 30m)\n", self.say("claude"))
 
-    def test_explain_needs_no_request_for_a_name_that_is_given(self):
+    def test_explain_needs_no_earlier_request_if_it_gets_a_model(self):
         self.assertRegex(self.say("explain", "other"), "auto: +no rescue, because both targets get")
         self.assertRegex(self.say("explain", SONNET), "auto: +antigravity\n")
 
@@ -7195,9 +7070,13 @@ class AutoCommandTest(AutoTest):
             r" +g \(rule opus\)", r"  auto")))
 
     def test_watch_draws_the_status_anew_until_it_is_interrupted(self):
-        with mock.patch.object(rrouter.time, "sleep", side_effect=[None, KeyboardInterrupt]):
-            printed = self.say("status", "--watch", check=130)
-        self.assertEqual(printed.count("mode:     auto\n"), 2)
+        process = ending_with(self, self.rrouter.home.begin(
+            "status", "--watch", stdout=subprocess.PIPE))
+        with process.stdout as lines:
+            modes = filter(re.compile(b"mode: +auto\n").fullmatch, lines)
+            self.assertEqual(len([*itertools.islice(modes, 2)]), 2)
+            process.send_signal(signal.SIGINT)
+            self.assertEqual(process.wait(WAIT_S), 130)
 
     def test_a_target_whose_credential_is_blocked_is_named_by_check(self):
         home = self.rrouter.home
@@ -7219,9 +7098,8 @@ class AutoCommandTest(AutoTest):
 
 
 class LogsTest(CommandTest):
-    """`logs` without a daemon."""
 
-    def test_it_goes_back_into_the_rotated_files(self):
+    def test_logs_include_the_rotated_files(self):
         self.assert_fails(self.run_here("logs"), 1, "`rrouter start` begins it")
         (self.home.dir / "logs").mkdir(parents=True)
         for name, numbers in ((".2", range(30)), (".1", range(30, 35)), ("", range(35, 40))):
@@ -7232,7 +7110,7 @@ class LogsTest(CommandTest):
         self.assertEqual(self.run_here("logs", check=0).stdout.split()[::3],
                          [*map(str, range(30, 40))])
 
-    def test_it_follows_over_rotation(self):
+    def test_following_survives_a_rotation(self):
         (self.home.dir / "logs").mkdir(parents=True)
         self.home.write("logs/rrouter.log", "old [AUTO]\n")
         log = self.home.dir / "logs" / "rrouter.log"
@@ -7252,7 +7130,7 @@ class LogsTest(CommandTest):
 
 class StartReportTest(LoopbackTest):
 
-    def test_start_says_what_is_not_well_and_what_to_do_next(self):
+    def test_start_names_problems_and_the_next_step(self):
         home = self.make_home(config="{")
         self.addCleanup(home.run, "stop")
         started = home.run("start", check=0).stdout
@@ -7276,7 +7154,7 @@ class StartReportTest(LoopbackTest):
         self.assertRegex(again, r"(?s)already running .* there\nnote:     RROUTER_PORT=abc: "
                                 r"expected [^\n]*\nnext:     rrouter check\n\Z")
 
-    def test_only_what_cliproxyapi_repeats_by_itself_is_a_late_failure(self):
+    def test_only_failures_that_cliproxyapi_retries_can_be_late(self):
         for fault, status, took_s, is_late in (
                 ("STATUS", 429, 20.1, True), ("STATUS", 429, 20, False), ("STATUS", 500, 60, True),
                 ("SHELF", 503, 30, True), ("STATUS", 400, 60, False), ("TIMEOUT", 504, 150, False)):
@@ -7306,7 +7184,7 @@ def list_models(*names, owner="antigravity"):
 
 
 class CheckTest(RouterTest):
-    """`check` in a sound setup and in setups with one defect each; proxies are set all the time."""
+    """`check` in a sound setup and in setups with one defect each; proxy variables are set."""
 
     env = dict.fromkeys(PROXY_VARIABLES, "http://127.0.0.1:9")
 
@@ -7327,10 +7205,7 @@ class CheckTest(RouterTest):
         path.write_text(value if isinstance(value, str) else json.dumps({"env": value}))
 
     def check(self, *patterns, **env):
-        """Run it; see that status and lines agree and that each pattern is found.
-
-        Return the lines that are not ok.
-        """
+        """Run `check`, expect lines with these patterns, and return the lines that are not ok."""
         done = run_here(self.home, "check", **env)
         self.assertNotIn("sk-secret-token", done.stdout + done.stderr)
         for pattern in patterns:
@@ -7383,7 +7258,7 @@ class CheckTest(RouterTest):
         ("here",                  "other", "ok",   r"uses .* \(from /"),
     )
 
-    def test_a_client_that_points_elsewhere_is_named(self):
+    def test_a_client_that_does_not_point_to_rrouter_is_named(self):
         for settings, shell, level, words in self.CLIENTS:
             with self.subTest(settings=settings, shell=shell):
                 url = settings.replace("here", self.url).replace("%d", str(self.rrouter.port))
@@ -7393,7 +7268,7 @@ class CheckTest(RouterTest):
                 self.assertEqual(len(bad), level == "warn", bad)
                 self.assertNotIn("word", "".join(bad))
 
-    def test_a_proxy_that_gets_the_requests_of_claude_code_is_named(self):
+    def test_a_proxy_is_named_unless_claude_code_bypasses_it(self):
         for exempt, is_exempt in (("", False), ("h.com,localhost.org", False), ("localhost", True),
                                   ("h.com 127.0.0.1:80", True), ("*", True)):
             for name in ("NO_PROXY", "no_proxy"):
@@ -7420,7 +7295,7 @@ class CheckTest(RouterTest):
         (502, "upstream is rrouter itself;",        "X", "fail  upstream: .*is rrouter itself:"),
     )
 
-    def test_an_upstream_that_refuses_or_answers_oddly_is_named(self):
+    def test_an_upstream_with_an_unexpected_response_is_named(self):
         for status, body, name, line in self.UPSTREAMS:
             with self.subTest(status=status, body=body, key=name):
                 self.models = Response(status, body.encode())
@@ -7441,7 +7316,7 @@ class CheckTest(RouterTest):
                         RROUTER_UPSTREAM="https://localhost:%d" % self.rrouter.port)
         self.assertRegex(done.stdout, "(?m)^fail  upstream: .* speaks http: ")
 
-    def test_names_the_upstream_does_not_know_come_with_one_block_of_aliases(self):
+    def test_models_the_upstream_does_not_know_are_named_with_a_block_of_aliases(self):
         opus, flash, other = "claude-opus-4-6-thinking", "gemini-3-flash", "claude-sonnet-4-6"
         for owner, ids, words in (("antigravity", (flash, opus), f"{opus}, {other}, {flash}"),
                                   ("anthropic", (), ": log in first: cli-proxy-api")):
@@ -7465,7 +7340,7 @@ class CheckTest(RouterTest):
             (_, text), = rrouter.check_models(config, listed)
             self.assertTrue(text.endswith(name + " (400 unknown provider): correct your rules"))
 
-    def test_for_programs_it_is_json(self):
+    def test_with_the_option_json_the_output_is_json(self):
         self.models = Response(401)
         done = run_here(self.home, "check", "--json")
         report = json.loads(done.stdout)
@@ -7497,8 +7372,8 @@ class CheckTest(RouterTest):
             str(program): ["", "its digest"], str(unit): ["", "digest of another text"]}}))
         self.addCleanup(record.unlink)
         self.check("warn +service: .*is not what was installed")
-        with mock.patch.object(rrouter, "__version__", "9.9.9"):
-            self.check("warn +version: .* this program 9.9.9: rrouter restart")
+        other = self.start_rrouter(self.upstream, limits={"__version__": "9.9.9"})
+        self.assertRegex(run_here(other.home, "check").stdout, "warn +version: the daemon is 9.9.9")
 
 
 # Installation #################################################################
@@ -7770,7 +7645,7 @@ class ProgramTest(InstallTest):
     def write(self, interpreter):
         """Write ~/bin/rrouter, STUB with this interpreter in its first line; return its bytes."""
         loader = types.SimpleNamespace(get_source=lambda _: STUB)
-        with unittest.mock.patch.object(rrouter, "__loader__", loader):
+        with mock.patch.object(rrouter, "__loader__", loader):
             return self.home.put(self.program, rrouter.program_bytes(str(interpreter)),
                                  0o755).read_bytes()
 
@@ -7808,10 +7683,10 @@ class ProgramTest(InstallTest):
             os.symlink(real, path)
         for python, link, chosen in ((mine, stable, mine), ("/bin/sh", stable, stable),
                                      ("", none, real)):
-            with unittest.mock.patch.multiple(rrouter, STABLE_LINKS=(none, link)), \
-                    unittest.mock.patch.multiple(
+            with mock.patch.multiple(rrouter, STABLE_LINKS=(none, link)), \
+                    mock.patch.multiple(
                         sys, executable=light_python(), prefix="/a virtual environment"), \
-                    unittest.mock.patch.dict(os.environ, PYTHON=python):
+                    mock.patch.dict(os.environ, PYTHON=python):
                 found = rrouter.stable_interpreter()
             self.assertEqual(os.path.realpath(found) if chosen == real else found, chosen)
             self.assertNotEqual(found, light_python())
@@ -8290,16 +8165,16 @@ class ClaudeSettingsTest(InstallTest):
     )
 
     def test_no_proxy_is_offered_on_a_terminal_where_a_proxy_is_set(self):
-        terminal = unittest.mock.Mock(**{"isatty.return_value": True})
+        terminal = mock.Mock(**{"isatty.return_value": True})
         for env, typed, value in self.PROXIES:
             for place in ({"env": env}, {}):        # the settings; the environment
-                with unittest.mock.patch.dict(os.environ, env if place == {} else {}, clear=True), \
-                        unittest.mock.patch.multiple(sys, stdin=terminal, stdout=terminal), \
-                        unittest.mock.patch("builtins.input", side_effect=[typed]) as asked:
+                with mock.patch.dict(os.environ, env if place == {} else {}, clear=True), \
+                        mock.patch.multiple(sys, stdin=terminal, stdout=terminal), \
+                        mock.patch("builtins.input", side_effect=[typed]) as asked:
                     offered = rrouter.offer_no_proxy(json.dumps(place))
                 self.assertEqual((offered.get("env.NO_PROXY"), asked.called),
                                  (value, typed != "unread"))
-        with unittest.mock.patch.dict(os.environ, HTTPS_PROXY="http://p"):
+        with mock.patch.dict(os.environ, HTTPS_PROXY="http://p"):
             self.assertEqual(rrouter.offer_no_proxy("{}") if not sys.stdin.isatty() else {}, {})
 
     @unittest.skipUnless(PROC, "no /proc here")
@@ -8333,15 +8208,6 @@ class InterruptedInstallTest(InstallTest):
         self.home.put(self.home.settings, self.SETTINGS)
         self.before = self.home.tree()
 
-    def kill(self, number, *words):
-        """Return whether the command was killed; what the user had is somewhere, whole."""
-        is_killed = self.home.do(*words, kill_at=number)
-        for path, content in (self.home.program, b"the old one"), (self.home.unit, self.OWN):
-            found = path.parent.glob(f"{path.name}*")
-            self.assertIn(content, [file.read_bytes() for file in found])
-        self.assertIn(self.home.claude()["env"]["ANTHROPIC_BASE_URL"], ("http://x", self.home.url))
-        return is_killed
-
     def test_a_killed_command_goes_on_or_back_from_every_change(self):
         for words in ("install", "--claude"), ("uninstall", "--purge"):
             if words[0] == "uninstall":
@@ -8349,7 +8215,13 @@ class InterruptedInstallTest(InstallTest):
                 self.home.do("stop")
             start = shutil.copytree(self.home.home, self.home.root / words[0], symlinks=True)
             for number in itertools.count():
-                is_killed = self.kill(number, *words)
+                is_killed = self.home.do(*words, kill_at=number)
+                for path, content in (
+                        (self.home.program, b"the old one"), (self.home.unit, self.OWN)):
+                    found = path.parent.glob(f"{path.name}*")
+                    self.assertIn(content, [file.read_bytes() for file in found])
+                self.assertIn(self.home.claude()["env"]["ANTHROPIC_BASE_URL"],
+                              ("http://x", self.home.url))
                 if number % 4 == 0 and is_killed:
                     self.home.do(*words)
                 self.home.do("uninstall", "--purge")
@@ -8375,14 +8247,6 @@ class FaultTest(LoopbackTest):
     def setUp(self):
         self.upstream = self.start_upstream(stream())
         self.home = self.make_home(self.upstream, "auto", HASTY_CONFIG)
-
-    def assert_told(self, done, *patterns):
-        """The command failed with one readable line."""
-        self.assertEqual((done.returncode, done.stdout), (1, ""), done)
-        self.assertRegex(done.stderr, r"^rrouter: [^\n]+\n\Z")
-        self.assertNotRegex(done.stderr, "internal error|output:")
-        for pattern in patterns:
-            self.assertRegex(done.stderr, pattern)
 
     def assert_switches(self, router):
         """A failure is rescued and auto mode switches; more requests are served."""
@@ -8422,10 +8286,10 @@ class FullDiskTest(FaultTest):
                 (("start",), r"rrouter\.lock: cannot be written: .*free space"),
                 (("serve",), r"rrouter\.lock: cannot be written: .*free space")):
             with self.subTest(command):
-                self.assert_told(self.run_without_room(*command), pattern)
+                self.assert_fails(self.run_without_room(*command), 1, pattern)
                 self.assertEqual(all_files(self.home), old)
         (self.home.dir / "config.json").unlink()
-        self.assert_told(self.run_without_room("config", "edit"), r"config\.json: ")
+        self.assert_fails(self.run_without_room("config", "edit"), 1, r"config\.json: ")
         self.assertEqual(set(all_files(self.home)), set(old) - {"config.json"})
         self.home.run("start", check=0)                     # nothing of that hinders a later one
         self.home.run("stop", check=0)
@@ -8477,9 +8341,9 @@ class HangingDiskTest(FaultTest):
             self.assertNotIn("SWITCH", router.log())
             self.assertFalse(state.exists())
             self.flag.unlink()
-            router.wait_until(lambda: len(request_lines(router.log())) == 9)
+            wait_until(lambda: len(request_lines(router.log())) == 9)
             self.assertEqual(len(re.findall(r"\[AUTO\] SWITCH ", router.log())), 1)
-            router.wait_until(lambda: state.exists() and "last 503" in state.read_text())
+            wait_until(lambda: state.exists() and "last 503" in state.read_text())
 
     def test_hanging_log_does_not_hold_up_the_end(self):
         with self.running() as router:
@@ -8497,7 +8361,7 @@ class HangingDiskTest(FaultTest):
             for number in range(9):
                 router.request("GET", "/number/%d" % number, fields=())
                 begin = time.monotonic()
-                router.wait_until(lambda number=number: "/number/%d " % number in router.log())
+                wait_until(lambda number=number: "/number/%d " % number in router.log())
                 waited.append(time.monotonic() - begin)
             self.assertLess(statistics.median(waited), 0.3, waited)
 
@@ -8548,17 +8412,17 @@ class RightsTest(FaultTest):
         self.home.root.chmod(0o500)
         self.addCleanup(self.home.root.chmod, 0o700)
         for command in ("serve", "start", "claude"):
-            self.assert_told(self.run_powerless(command), r"\.rrouter")
+            self.assert_fails(self.run_powerless(command), 1, r"\.rrouter")
         for command in ("status", "check"):
             self.assertIn(self.run_powerless(command).returncode, (1, 3))
 
     def test_log_that_cannot_be_opened_is_named(self):
         log = self.home.dir / "logs" / "rrouter.log"
         log.mkdir(parents=True)
-        self.assert_told(self.home.run("start"), r"rrouter\.log: is a directory")
+        self.assert_fails(self.home.run("start"), 1, r"rrouter\.log: is a directory")
         log.rmdir()
         os.mkfifo(str(log))                     # opened as a file is, it would block without end
-        self.assert_told(self.home.run("start", timeout=WAIT_S), r"rrouter\.log: ")
+        self.assert_fails(self.home.run("start", timeout=WAIT_S), 1, r"rrouter\.log: ")
         with Running(self.upstream, home=self.home) as router:
             self.assertEqual([router.post().status for _ in range(3)], [200] * 3)
             self.assertIn("log lines are lost", str(router.health()["problems"]))
@@ -8569,7 +8433,7 @@ class RightsTest(FaultTest):
             os.chown(str(path), 65534, 65534)
         for rights, command in itertools.product((0o700, 0o777), ("serve", "claude")):
             self.home.dir.chmod(rights)
-            self.assert_told(self.run_powerless(command), r"\.rrouter")
+            self.assert_fails(self.run_powerless(command), 1, r"\.rrouter")
 
 
 class LogGoneTest(FaultTest):
@@ -8635,10 +8499,9 @@ class DocumentsTest(unittest.TestCase):
                 for action in ("edit", "reset", "path", "NAME"):
                     self.assertRegex(table, r"`[a-z ]*\[?%s\b" % action)
 
-    def test_the_help_names_every_command_and_alias_within_its_width(self):
+    def test_the_help_names_every_command_and_alias(self):
         for row in rrouter.COMMANDS:
             self.assertIn("\n  %s " % ", ".join([row.usage, *row.aliases]), self.help)
-        self.assertLessEqual(max(map(len, self.help.splitlines())), 120)
 
     def test_code_help_and_readmes_name_the_same_environment_variables(self):
         texts = {"code": RROUTER_TEXT, "help": self.help, **self.readmes}
