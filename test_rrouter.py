@@ -188,7 +188,6 @@ class Response:
 
 
 def event(kind, **data):
-    """Return one server-sent event as Anthropic writes it."""
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), json.dumps({"type": kind, **data}).encode())
 
 
@@ -498,27 +497,29 @@ class Home:
 class Running:
     """`rrouter serve` as a process, in an empty Home unless one is given; a context manager.
 
-    `code` runs in the process before rrouter is imported, and `limits` replace its constants.
+    `code` runs in the process before rrouter is imported, and `limits` replace its constants; the
+    other options are those of Popen.
     """
 
     def __init__(self, upstream, mode="antigravity", config=None, env=(), home=None, *,
-                 code="", limits=()):
+                 code="", limits=(), **options):
         self.upstream = upstream
         self.home = home or Home(upstream, mode, config, env=env)
         self.own_home = home is None
         self.port = self.home.port
-        self.altered = code, limits
+        self.altered = code, limits, options
         self.start()
 
     def start(self):
-        code, limits = self.altered
+        code, limits, options = self.altered
         if not code and not limits:
-            self.launch(compiled(), "serve")
+            self.launch(compiled(), "serve", **options)
             return
         assert set(limits) <= set(vars(rrouter)), limits
         self.launch("-c", "\n".join((
             "import sys", code, "sys.path[0] = %r" % os.path.dirname(compiled()), "import rrouter",
-            "vars(rrouter).update(%r)" % dict(limits), "sys.exit(rrouter.main(['serve']))")))
+            "vars(rrouter).update(%r)" % dict(limits), "sys.exit(rrouter.main(['serve']))")),
+            **options)
 
     def launch(self, *arguments, **options):
         """Start Python with these arguments and wait for /health; end the process otherwise."""
@@ -545,7 +546,7 @@ class Running:
         return health is not None and health["pid"] == self.process.pid
 
     def stop(self, expect=0):
-        """End the process by SIGTERM, check its exit status (unless None) and for a traceback."""
+        """End the process by SIGTERM; its status must be `expect`, unless that is None."""
         if self.output.closed:
             return
         if self.process.poll() is None:
@@ -606,13 +607,11 @@ class Running:
             return read_reply(connection, method)
 
     def post(self, model=SONNET, target="/v1/messages?beta=true", fields=CLAUDE_HEADERS, **members):
-        """POST a message for `model`; return a Reply."""
         message = {"messages": [{"role": "user", "content": "hi"}], **members}
         return self.request("POST", target, chat(model, **message), fields)
 
 
 def chat(model=SONNET, **members):
-    """Return the body of a message for `model`."""
     document = {"model": model, "stream": True, **members}
     return json.dumps(document, separators=(",", ":")).encode()
 
@@ -1231,7 +1230,7 @@ HEADS = (
 
 
 class RequestHeadTest(unittest.TestCase):
-    """Which heads of requests are accepted, and what of them is forwarded."""
+    """The request heads that are accepted, and how they are forwarded."""
 
     @staticmethod
     def status(head, hosts=("localhost", "127.0.0.1", "[::1]")):
@@ -1833,7 +1832,7 @@ class FailoverWalk(unittest.TestCase):
         return [ticket.target for ticket in tickets]
 
     def failure(self, how="429", **changes):
-        """Return a failure, a status or the name of a fault, that begins and ends now."""
+        """Return a failure with this status or fault that begins and ends now."""
         fault, status = ("STATUS", int(how)) if how.isdigit() else (how, None)
         times = {"began": self.clock.now, "ended": self.clock.now}
         return outcome(fault, status, **{**times, **changes})
@@ -1842,7 +1841,6 @@ class FailoverWalk(unittest.TestCase):
         self.lines += self.failover.charge(ticket, failure)
 
     def admit(self, count=1):
-        """Return the tickets of requests that begin now."""
         return [self.failover.admit("opus", TARGETS) for _ in range(count)]
 
     def state(self):
@@ -2358,7 +2356,7 @@ class ReferenceWalk:
         return [getattr(side, method)(ticket, *arguments) for side, ticket in sides]
 
     def attempt(self, request, outcome):
-        """The attempt under way commits or fails."""
+        """Let the current attempt commit or fail."""
         request.attempts.append((request.tickets, outcome))
         request.committed = outcome.fault is None
         if len(request.attempts) == 1 and outcome.fault not in (None, Fault.LEFT):
@@ -2417,7 +2415,7 @@ HASTY_CONFIG = dict(DEFAULT_CONFIG, auto={"failureThreshold": 1})   # switches a
 
 
 def switchboard(number, **members):
-    """Return a config whose rewritten model names the mode and the edition of the file in use."""
+    """Return a config that rewrites each model to MODE-NUMBER, which shows what is in force."""
     modes = {name: {"mappings": [{"match": "*", "rewrite": "%s-%03d" % (name, number)}]}
              for name in ("one", "two", "spare")}
     return dict({"modes": modes, "defaultMode": "spare", "auto": {"targets": ["one", "two"]}},
@@ -2489,14 +2487,15 @@ class ReadFileTest(unittest.TestCase):
                     rrouter.read_file(directory)
             self.assertEqual(len(os.listdir("/dev/fd")), len(before))
 
-    def store(self, home):
+    def store(self, **options):
+        home = Home(**options)
+        self.addCleanup(home.remove)
         paths = rrouter.Paths(str(home.root))
-        return rrouter.Store(paths, rrouter.Log(paths.log, echo=False), lambda *_: None)
+        return home, rrouter.Store(paths, rrouter.Log(paths.log, echo=False), lambda *_: None)
 
     def test_each_write_is_noticed_though_time_stamps_are_whole_seconds(self):
         """Newer kernels have finer time stamps, so only a stand-in for os.stat shows this."""
-        stat, home = os.stat, Home(config=switchboard(0))
-        self.addCleanup(home.remove)
+        stat, (home, store) = os.stat, self.store(config=switchboard(0))
 
         def coarse_stat(path):
             status = stat(path)
@@ -2504,16 +2503,13 @@ class ReadFileTest(unittest.TestCase):
                      for name in ("st_mtime_ns", "st_ctime_ns")}
             return types.SimpleNamespace(st_size=status.st_size, st_ino=status.st_ino, **times)
 
-        store = self.store(home)
         for mode in ("one", "two") * 9:
             home.write("mode", mode + "\n")
             with mock.patch("os.stat", coarse_stat):
                 self.assertEqual(store.snapshot().mode, mode)
 
     def test_absent_mode_file_has_the_fingerprint_that_earlier_versions_saved(self):
-        home = Home()
-        self.addCleanup(home.remove)
-        store = self.store(home)
+        _, store = self.store()
         store.snapshot()
         self.assertIsNone(store.fingerprint()["modeFile"])
 
@@ -2942,12 +2938,9 @@ class PoolTest(RouterTest):
 
     @unittest.skipUnless(hasattr(socket, "TCP_USER_TIMEOUT"), "only Linux has TCP_USER_TIMEOUT")
     def test_connection_beyond_loopback_must_be_acknowledged(self):
-        real = rrouter.is_loopback
-        self.addCleanup(setattr, rrouter, "is_loopback", real)
-        for is_loopback, expected in ((real, 0), (lambda _: False, 120_000)):
-            rrouter.is_loopback = is_loopback
-            connection = rrouter.Upstream(self.start_upstream().url, lambda _: False).connect()
-            with contextlib.closing(connection):
+        for is_loopback, expected in ((rrouter.is_loopback, 0), (lambda _: False, 120_000)):
+            with mock.patch.object(rrouter, "is_loopback", is_loopback), contextlib.closing(
+                    rrouter.Upstream(self.upstream.url, lambda _: False).connect()) as connection:
                 self.assertEqual(connection.sock.getsockopt(
                     socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), expected)
 
@@ -2965,20 +2958,14 @@ class KernelLimitTest(unittest.TestCase):
     def test_both_widths_of_time_are_tried_in_order(self):
         """A 32-bit system may use 64-bit time, and may misread the form that it does not use."""
         for errors in ((0,), (errno.EINVAL, 0), (errno.EBADF, errno.EBADF)):
-            left, values_ = list(errors), []
-
-            def set_option(_, option, value):
-                values_.append((option, value))
-                number = left.pop(0)
-                if number:
-                    raise OSError(number, "refused")
-
-            with self.subTest(errors), contextlib.ExitStack() as stack:
-                if errors[-1]:
-                    stack.enter_context(self.assertRaises(OSError))
-                rrouter.set_kernel_limit(types.SimpleNamespace(setsockopt=set_option), 7, 2.25)
-            layouts = ("@ll", "@qq")[:len(errors)]
-            self.assertEqual(values_, [(7, struct.pack(layout, 2, 250_000)) for layout in layouts])
+            connection = mock.Mock()
+            connection.setsockopt.side_effect = [
+                OSError(number, "refused") if number else None for number in errors]
+            with self.subTest(errors), (
+                    self.assertRaises(OSError) if errors[-1] else contextlib.nullcontext()):
+                rrouter.set_kernel_limit(connection, 7, 2.25)
+            self.assertEqual([call[0][1:] for call in connection.setsockopt.call_args_list], [
+                (7, struct.pack(layout, 2, 250_000)) for layout in ("@ll", "@qq")[:len(errors)]])
 
 
 class UnreadRequestTest(RouterTest):
@@ -3027,18 +3014,12 @@ class UnreadRequestTest(RouterTest):
 class UpstreamPortTest(unittest.TestCase):
 
     def test_the_scheme_sets_the_default_port(self):
-        connected = []
-
-        def connect(address, *_):
-            connected.append(address)
-            raise ConnectionRefusedError
-
-        self.addCleanup(setattr, socket, "create_connection", socket.create_connection)
-        socket.create_connection = connect
-        for url in ("http://[::1]", "https://localhost/base", "http://localhost:8317"):
-            with self.assertRaises(rrouter.UpstreamUnreachable):
-                rrouter.Upstream(url, lambda _: False).open()
-        self.assertEqual(connected, [("::1", 80), ("localhost", 443), ("localhost", 8317)])
+        with mock.patch("socket.create_connection", side_effect=ConnectionRefusedError) as connect:
+            for url in ("http://[::1]", "https://localhost/base", "http://localhost:8317"):
+                with self.assertRaises(rrouter.UpstreamUnreachable):
+                    rrouter.Upstream(url, lambda _: False).open()
+        self.assertEqual([call[0][0] for call in connect.call_args_list],
+                         [("::1", 80), ("localhost", 443), ("localhost", 8317)])
 
 
 class ResponseTextTest(unittest.TestCase):
@@ -3636,7 +3617,6 @@ class TlsStreamTest(TlsTest, StreamTest):
 
 OPUS, HAIKU = "claude-opus-5-5", "claude-haiku-4-5"
 COUNT_TOKENS, CHAT = "/v1/messages/count_tokens?beta=true", "/v1/chat/completions"
-SSE_FIELDS = (("Content-Type", "text/event-stream"),)
 
 PING, COMMENT = event("ping"), b": keep-alive\n\n"
 START = event("message_start", message={
@@ -3648,7 +3628,6 @@ DATA_ERROR = b'data: {"error":{"message":"boom"},"type":"error"}\n\n'
 
 
 def text_of(words):
-    """Return an event with these words of a text."""
     return event("content_block_delta", index=0, delta={"type": "text_delta", "text": words})
 
 
@@ -3664,8 +3643,7 @@ TOOL = event("content_block_start", index=0, content_block={"type": "tool_use", 
 
 
 def sse(*chunks, fields=(), **options):
-    """Return an event stream of these chunks."""
-    return Response(200, chunks, fields=(*SSE_FIELDS, *fields), **options)
+    return Response(200, chunks, fields=(("Content-Type", "text/event-stream"), *fields), **options)
 
 
 def whole(target, **options):
@@ -3882,7 +3860,6 @@ class AutoTest(RouterTest):
         self.assertEqual(health["currentTarget"], current)
 
     def assert_silent(self, connection, seconds=0.05):
-        """The client gets nothing for a moment."""
         self.assertEqual(select.select([connection], [], [], seconds)[0], [])
 
 
@@ -4597,7 +4574,6 @@ class HealingTest(AutoTest):
     """
 
     def send(self, body):
-        """POST these bytes; return (reply, calls)."""
         self.upstream.clear()
         return self.rrouter.request(body=body), self.calls()
 
@@ -5422,9 +5398,7 @@ class OneCoreTest(RouterTest):
             while not end.wait(0.001):
                 pass
 
-        thread = threading.Thread(target=run)
-        self.addCleanup(thread.join)
-        self.addCleanup(end.set)
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         return thread.native_id
 
@@ -5531,7 +5505,6 @@ class ParallelStreamsTest(LoadTest):
     SEED = os.environ.get("RROUTER_SOAK") or 20260129
 
     def events(self, mark):
-        """Return the events of the stream `mark`; their sizes vary."""
         dice = random.Random("%s %s" % (self.SEED, mark))
         texts = [chr(dice.randrange(0x20, 0xd7ff)) * (20_000 if dice.random() < 0.02 else
                                                       dice.randrange(200))
@@ -5664,7 +5637,7 @@ class LeftoversTest(LoadTest):
 class FewDescriptorsTest(LoopbackTest):
 
     @unittest.skipUnless(PROC and hasattr(resource, "prlimit"), "needs Linux")
-    def test_mode_written_while_descriptors_lack_is_in_force_later(self):
+    def test_mode_written_while_no_descriptor_is_free_is_in_force_later(self):
         """The file cannot be read meanwhile, but clients that have a connection are served."""
         poor, crowd = self.start_rrouter(self.start_upstream()), contextlib.ExitStack()
         with crowd, poor.connect() as kept, kept.makefile("rb") as reader:
@@ -5730,7 +5703,6 @@ class LongStreamTest(RouterTest):
               "defaultMode": "claude", "auto": {"firstByteTimeoutSeconds": 0.5}}
 
     def begin(self, mode, response):
-        """Begin a request in this mode; return its http.client connection."""
         self.upstream.play(response)
         self.rrouter.home.write("mode", mode)
         before = len(self.upstream.received)
@@ -5798,10 +5770,9 @@ class ListenTest(LoopbackTest):
         home = self.make_home()
         (home.root / "lsof").write_text("#!/bin/sh\nprintf 'p47\\ncsome program\\nf3\\n'\n")
         (home.root / "lsof").chmod(0o700)
-        self.addCleanup(setattr, os.path, "isdir", os.path.isdir)
-        self.addCleanup(os.environ.update, {"PATH": os.environ["PATH"]})
-        os.path.isdir, os.environ["PATH"] = lambda path: False, str(home.root)
-        self.assertEqual(rrouter.port_owner(1), "some program (pid 47)")
+        with mock.patch("os.path.isdir", return_value=False), \
+                mock.patch.dict(os.environ, PATH=str(home.root)):
+            self.assertEqual(rrouter.port_owner(1), "some program (pid 47)")
 
     def test_owner_and_upstream_that_drip_without_end_delay_no_command(self):
         for raw, commands in (
@@ -5867,7 +5838,6 @@ class DrainTest(LoopbackTest):
         self.assertEqual(read_head(self.reader)[0], 200)
 
     def finish_stream(self):
-        """Let the stream end, and rrouter with it."""
         self.assertIsNone(self.rrouter.process.poll())
         self.opened.set()
         self.assertEqual(read_chunks(self.reader), (event("ping") + event("message_stop"), True))
@@ -6319,39 +6289,33 @@ class StateTest(DaemonTestBase):
     KEPT = ("switched", "switchCount", "reason", "switchedAt", "retryAt", "cooldownSeconds",
             "currentTarget")
 
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        cls.home = cls.new_home(cls.addClassCleanup, "auto", DEFAULT_CONFIG)
-        router = Running(cls.upstream, home=cls.home)
-        cls.addClassCleanup(router.__exit__)
+    def test_state_is_kept_until_the_auto_section_or_the_mode_is_written(self):
+        home = self.new_home(self.addCleanup, "auto", DEFAULT_CONFIG)
+        router = self.start_rrouter(self.upstream, home=home)
         for _ in range(3):
-            cls.upstream.play(error(429))
+            self.upstream.play(error(429))
             router.post(OPUS)               # rescued
             router.post(HAIKU)
         for _ in range(3):
-            cls.upstream.play(error(503))
+            self.upstream.play(error(503))
             router.post(HAIKU)
-        cls.before = router.health()["autoSwitch"]
-        state = cls.home.dir / "state.json"
+        before, state = router.health()["autoSwitch"], home.dir / "state.json"
         wait_until(lambda: state.exists() and "last 503" in state.read_text()
                    and OPUS in state.read_text())
         router.kill()
-        cls.saved = cls.home.read("state.json")
-
-    def test_state_is_kept_until_the_auto_section_or_the_mode_is_written(self):
-        self.assertEqual(list(self.before["models"]), [OPUS])
-        config, log = json.dumps(DEFAULT_CONFIG), self.home.dir / "logs" / "rrouter.log"
+        saved = state.read_text()
+        self.assertEqual(list(before["models"]), [OPUS])
+        config, log = json.dumps(DEFAULT_CONFIG), home.dir / "logs" / "rrouter.log"
         for what, name, content, kept in (
                 ("the rules", "config.json", config.replace("claude-haiku-*", "haiku-*"), True),
                 ("the auto section", "config.json", json.dumps(HASTY_CONFIG), False),
                 ("that section back", "config.json", config, True),
                 ("the mode", "mode", "auto\n", False)):
             with self.subTest(what + " was written"):
-                put(self.home, name, content)
-                put(self.home, "state.json", self.saved)
+                put(home, name, content)
+                put(home, "state.json", saved)
                 length = log.stat().st_size
-                with Running(self.upstream, home=self.home) as router:
+                with Running(self.upstream, home=home) as router:
                     auto = router.health()["autoSwitch"]
                     self.assertEqual(router.post(HAIKU).status, 200)
                 if not kept:
@@ -6360,8 +6324,8 @@ class StateTest(DaemonTestBase):
                     lines = log.read_text()[length:]
                     self.assertEqual(len(re.findall(r"\[AUTO\] .*state\.json", lines)), 1, lines)
                     continue
-                for old, new in ((self.before, auto),
-                                 (self.before["models"][OPUS], auto["models"][OPUS])):
+                for old, new in ((before, auto),
+                                 (before["models"][OPUS], auto["models"][OPUS])):
                     self.assertEqual([new[name] for name in self.KEPT],
                                      [old[name] for name in self.KEPT])
                     self.assertTrue(0 < new["cooldownRemainingSeconds"]
@@ -6386,11 +6350,6 @@ class LockTest(DaemonTestBase):
         self.home = self.new_home(self.addCleanup, "claude")
         self.path = str(self.home.dir / "rrouter.lock")
 
-    @staticmethod
-    def own_place():
-        host, namespace = rrouter.own_place().split()
-        return os.fsencode(host), int(namespace)
-
     def test_another_process_can_read_who_holds_the_lock(self):
         lock, other = rrouter.Lock(self.path), rrouter.Lock(self.path)
         self.assertIsNone(other.look())
@@ -6402,9 +6361,8 @@ class LockTest(DaemonTestBase):
         lock.renew(stopping=True)
         self.assertTrue(other.look().stopping)
         self.assertTrue(other.look().is_same(rrouter.Holder(os.getpid(), "ab01")))
-        self.addCleanup(setattr, socket, "gethostname", socket.gethostname)
-        socket.gethostname = lambda: "another name"
-        lock.renew(stopping=False)
+        with mock.patch("socket.gethostname", return_value="another name"):
+            lock.renew(stopping=False)
         self.assertEqual(other.look().place.split()[0], "another_name")
         lock.release()
         self.assertIsNone(other.look())
@@ -6424,10 +6382,10 @@ class LockTest(DaemonTestBase):
                 self.assertEqual(lock.look(), holder)
 
     def test_signal_goes_only_to_the_process_that_the_lock_names_now(self):
-        lock, (host, namespace) = rrouter.Lock(self.path), self.own_place()
+        lock, place = rrouter.Lock(self.path), rrouter.own_place()
         for has_pidfd in (True, False):         # an old system has none
             sleeper, restore = self.sleeper(), bool
-            line = b"%d ab01 %b %d\n" % (sleeper.pid, host, namespace)
+            line = f"{sleeper.pid} ab01 {place}\n".encode()
             if not has_pidfd and hasattr(os, "pidfd_open"):
                 restore = functools.partial(setattr, os, "pidfd_open", os.pidfd_open)
                 self.addCleanup(restore)
@@ -6438,7 +6396,7 @@ class LockTest(DaemonTestBase):
                     for other in (seen._replace(instance="cd02"), seen._replace(stopping=True)):
                         rrouter.send_signal(lock, other, signal.SIGKILL)
                 rrouter.send_signal(lock, seen, signal.SIGKILL)             # the lock is free
-                with self.held(self.home, line.replace(b" %d\n" % namespace, b" 1\n")):
+                with self.held(self.home, re.sub(rb" \d+\n", b" 1\n", line)):
                     rrouter.send_signal(lock, lock.look(), signal.SIGKILL)  # another's pid
                 with self.held(self.home, line):
                     rrouter.send_signal(lock, seen, signal.SIGTERM)
@@ -6446,12 +6404,12 @@ class LockTest(DaemonTestBase):
                 self.assertEqual(sleeper.wait(WAIT_S), -signal.SIGTERM)
 
     def test_daemon_in_another_place_is_named_and_left_alone(self):
-        sleeper, (host, namespace) = self.sleeper(), self.own_place()
-        for place, *commands in (((b"another.host", namespace), "stop", "restart", "start"),
-                                 ((host, namespace + 1), "stop", "status")):
-            where = "runs in another container or on another host (%s)" % place[0].decode()
+        sleeper, (host, namespace) = self.sleeper(), rrouter.own_place().split()
+        for place, *commands in ((f"another.host {namespace}", "stop", "restart", "start"),
+                                 (f"{host} {int(namespace) + 1}", "stop", "status")):
+            where = f"runs in another container or on another host ({place.split()[0]})"
             with self.subTest(where), self.held(
-                    self.home, b"%d ab01 %b %d\n" % (sleeper.pid, *place)):
+                    self.home, f"{sleeper.pid} ab01 {place}\n".encode()):
                 self.home.write("run.json", "{}")
                 for command in commands:
                     done = self.home.run(command, check=1)
@@ -7175,7 +7133,6 @@ class StartReportTest(LoopbackTest):
 # Check ########################################################################
 
 LISTED = [rule["rewrite"] for rule in DEFAULT_CONFIG["modes"]["antigravity"]["mappings"]]
-PROXY_VARIABLES = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "all_proxy")
 
 
 def list_models(*names, owner="antigravity"):
@@ -7186,7 +7143,8 @@ def list_models(*names, owner="antigravity"):
 class CheckTest(RouterTest):
     """`check` in a sound setup and in setups with one defect each; proxy variables are set."""
 
-    env = dict.fromkeys(PROXY_VARIABLES, "http://127.0.0.1:9")
+    env = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "all_proxy"),
+                        "http://127.0.0.1:9")
 
     def setUp(self):
         super().setUp()
@@ -7378,9 +7336,9 @@ class CheckTest(RouterTest):
 
 # Installation #################################################################
 
-# Stands in for systemctl and launchctl: notes each request, and starts and stops the service with
+# Stands in for systemctl and launchctl: records each request, and starts and stops the service with
 # a bare environment.  Requests that contain the text in the file `fails` fail.  As with the real
-# launchd, `bootout` returns before the job ends, with 36, and the job is known a while longer.
+# launchd, `bootout` returns with 36 before the job ends, and the job stays known for a while.
 MANAGER = r"""#!/bin/sh
 cd "${0%/*}" && printf '%s\n' "$*" >>asked
 if [ -e fails ]; then
@@ -7425,7 +7383,7 @@ __version__ = "0.0.1"
 def serve(root, by):
     import fcntl, socket
     port, lock = int(os.environ["RROUTER_PORT"]), open(root + "rrouter.lock", "a+")
-    fcntl.flock(lock, fcntl.LOCK_EX)        # which the one before holds until it has ended
+    fcntl.flock(lock, fcntl.LOCK_EX)        # waits for the end of the daemon before
     health = ('{"host": "%s", "port": %d, "pid": %d, "mode": "auto", "startedBy": "%s", '
               '"autoSwitch": {}, "problems": [], "upstreamURL": "http://h", "upstream": "", '
               '"listenAddr": ""}' % (os.environ.get("RROUTER_HOST") or "localhost", port,
@@ -7445,7 +7403,7 @@ def main():
         import fcntl
         with open(root + "rrouter.lock") as file:
             os.kill(int(file.read()), 15)
-            fcntl.flock(file, fcntl.LOCK_EX)        # it has ended
+            fcntl.flock(file, fcntl.LOCK_EX)        # waits for its end
     if verb == "serve":
         serve(root, "systemd" if "SYSTEMD_EXEC_PID" in os.environ else "launchd")
     if verb in ("start", "restart") and not os.fork():
@@ -7463,7 +7421,7 @@ def main():
 '''
 
 # Runs commands of rrouter, each in a fork, because an import takes a tenth of a second.  They
-# install STUB.  A command is killed just before its change number `kill_at`, counted from 0.
+# install STUB.  A command is killed just before change number `kill_at`, counted from 0.
 ZYGOTE = '''
 import hashlib, io, itertools, json, marshal, os, pwd, shutil, signal, subprocess, sys, types
 sys.path.insert(0, sys.argv[1])
@@ -7520,7 +7478,7 @@ def zygote():
 
 
 class Installation(Home):
-    """An empty HOME with a space in its name, and a stand-in for the manager of that name."""
+    """An empty HOME with a space in its name, and a stand-in for the given service manager."""
 
     PROGRAMS = {"systemd": "systemctl", "launchd": "launchctl"}
 
@@ -7544,7 +7502,7 @@ class Installation(Home):
         self.put(self.stand_ins / name, text.encode(), 0o755)
 
     def asked(self):
-        """Return the orders to the service manager since the last call, without mere questions."""
+        """Return what the service manager was asked to do since the last call; skip queries."""
         lines = (self.stand_ins / "asked").read_text().replace(str(self.home), "~").splitlines()
         self.note("asked", "")
         return [line for line in lines
@@ -7568,11 +7526,9 @@ class Installation(Home):
         return printed if kill_at is None else ended == -9
 
     def rrouter(self, *arguments):
-        """Run the installed program; return what it printed."""
         return self.do(*arguments, program=[str(self.program)])
 
     def claude(self):
-        """Return the settings of Claude Code."""
         return json.loads(self.settings.read_text(encoding="utf-8"))
 
     @staticmethod
@@ -7591,7 +7547,6 @@ class Installation(Home):
                 for path in sorted(self.home.rglob("*")) if data or ".rrouter" not in path.parts}
 
     def remove(self):
-        """Stop the daemon and remove the files."""
         for name in (self.stand_ins / "pid", self.dir / "rrouter.lock"):
             with contextlib.suppress(OSError, ValueError):
                 os.kill(int(name.read_text().split()[0]), signal.SIGTERM)
@@ -7612,17 +7567,17 @@ class InstallTest(unittest.TestCase):
 
 class ServiceFilesTest(InstallTest):
 
-    def test_the_files_of_the_repository_are_those_that_are_installed(self):
-        """A new default config.json is added to OLD_DEFAULTS, and none is removed."""
+    def test_the_installed_service_files_equal_those_of_the_repository(self):
+        """Each default config.json ever shipped stays in OLD_DEFAULTS."""
         for name, text in rrouter.SERVICE_FILES.items():
             self.assertEqual((HERE / name).read_text(encoding="utf-8"), text, name)
         self.assertIn(rrouter.digest(DEFAULT_FILE)[:16], rrouter.OLD_DEFAULTS)
 
-    def test_they_give_a_taken_port_up_and_running_streams_their_time(self):
+    def test_services_give_up_on_a_taken_port_and_leave_streams_time_to_end(self):
         unit, agent = rrouter.SERVICE_FILES.values()
         seconds = {name: int(value) for name, value in re.findall(r"(?m)^(\w+)=([0-9]+)$", unit)}
         self.assertLess(seconds["RestartSec"] * seconds["StartLimitBurst"],
-                        seconds["StartLimitIntervalSec"])       # else it restarts for ever
+                        seconds["StartLimitIntervalSec"])       # or it would restart for ever
         self.assertGreater(min(seconds["TimeoutStopSec"],
                                plistlib.loads(agent.encode())["ExitTimeOut"]), rrouter.DRAIN_S)
 
@@ -7649,7 +7604,7 @@ class ProgramTest(InstallTest):
             return self.home.put(self.program, rrouter.program_bytes(str(interpreter)),
                                  0o755).read_bytes()
 
-    def test_any_interpreter_runs_it_and_check_names_the_one_that_is_gone(self):
+    def test_program_runs_with_any_interpreter_and_check_names_it_when_it_is_gone(self):
         for name in ("my pythons", "l" * 120):
             python = pathlib.Path(light_python()).with_name(name) / "python3"
             python.parent.mkdir()
@@ -7661,12 +7616,12 @@ class ProgramTest(InstallTest):
             shutil.rmtree(python.parent)
             self.assertIn(f"fail  {line}", self.home.do("check", status=1))
 
-    def test_it_runs_no_file_beside_it_and_its_source_after_an_upgrade_of_python(self):
+    def test_program_imports_no_file_next_to_it_and_survives_an_upgrade_of_python(self):
         content = self.write(light_python())
         self.assertEqual(content.partition(b"\n")[0], b"#!" + light_python().encode())
         with zipfile.ZipFile(self.program) as archive:
             module = archive.read("rrouter.pyc")
-        self.assertEqual(module[4:8], b"\1\0\0\0")      # no time stamp, no look at the source
+        self.assertEqual(module[4:8], b"\1\0\0\0")      # not checked against the source
         for name in ("json.py", "argparse.py", "rrouter.py"):
             self.home.put(self.program.parent / name, b"raise SystemExit('run')")
         for text in content, content.replace(module[:4], b"\0\0\r\n"):
@@ -7676,7 +7631,7 @@ class ProgramTest(InstallTest):
         self.assertEqual(self.home.do("-c", code, rrouter.ZIP_MAIN, program=PYTHON, status=1),
                          "rrouter: Python 3.8 is too old: run install.sh again\n")
 
-    def test_it_names_an_interpreter_that_lasts(self):
+    def test_program_names_an_interpreter_that_lasts(self):
         real, (stable, mine, none) = os.path.realpath(sys.executable), (
             str(self.home.root / name) for name in ("stable", "mine", "none"))
         for path in (stable, mine):
@@ -7697,7 +7652,7 @@ class InstallScriptTest(InstallTest):
 
     def setUp(self):
         self.home = self.installation()
-        # Only the stand-ins and the tools of the script: the machine's interpreters are hidden.
+        # PATH has only the stand-ins and the tools of the script, so no interpreter is found.
         for tool in ("sh", "awk", "cat", "dirname", "tail", "uname"):
             (self.home.stand_ins / tool).symlink_to(shutil.which(tool))
         self.home.env.update(PYTHON="", PATH=str(self.home.stand_ins))
@@ -7705,7 +7660,7 @@ class InstallScriptTest(InstallTest):
             self.home.root / "a clone" / "rrouter.py",
             b"import sys\nprint(*sys.argv[1:], sys.executable)").parent
         shutil.copy(HERE / "install.sh", self.clone)
-        # An interpreter that believes to be 3.8.
+        # This interpreter reports the version 3.8.
         code = "import sys; sys.version_info = (3, 8, 18); exec(sys.argv[1])"
         self.home.note("python3", f'#!/bin/sh\nexec "{sys.executable}" -c "{code}" "$4"\n')
         self.home.note("python3.13", "#!/bin/sh\necho 'no such version' >&2; exit 127\n")
@@ -7715,8 +7670,8 @@ class InstallScriptTest(InstallTest):
         return self.home.do(*options, program=[shutil.which(program), *words,
                                                str(self.clone / "install.sh")], **how)
 
-    def test_a_python_that_will_do_gets_the_options_in_every_shell(self):
-        # A shim, which is not what is printed.
+    def test_a_suitable_python_gets_the_options_in_every_shell(self):
+        # The path of a shim is not printed.
         self.home.note("python3.12", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         for shell in ("sh", "bash --posix", "busybox sh", "zsh --emulate sh"):
             for options, words in (((), "install"),
@@ -7728,7 +7683,7 @@ class InstallScriptTest(InstallTest):
         self.assertRegex(self.script("-h"), r"^Usage: ./install\.sh")
         self.assertIn("--purge goes with --uninstall", self.script("--purge", status=1))
 
-    def test_the_variable_overrides_the_search_which_names_all_that_were_found(self):
+    def test_the_variable_python_is_used_or_all_candidates_are_named(self):
         for value, says in (("python3", "is Python 3.8"), ("/no/python", "not a program")):
             self.assertIn(says, self.script(status=1, env={"PYTHON": value}))
         self.assertEqual(self.script(env={"PYTHON": sys.executable}), f"install {sys.executable}\n")
@@ -7742,7 +7697,7 @@ class InstallScriptTest(InstallTest):
 class InstalledLifeTest(InstallTest):
     """From an empty HOME through an upgrade to the end, with the real program."""
 
-    def test_it_needs_the_clone_no_longer_and_leaves_nothing(self):
+    def test_installation_does_not_need_the_clone_and_uninstall_leaves_nothing(self):
         home = self.installation()
         copied = shutil.copy(RROUTER, home.root / "copied.py")
         said = home.do("install", "--claude", program=[*PYTHON, copied])
@@ -7764,7 +7719,7 @@ class InstalledLifeTest(InstallTest):
                                      program=["sh"]), "auto → antigravity\n")
         home.write("mode", "claude\n")
         home.env["PATH"] += f":{home.program.parent}"
-        del home.env["RROUTER_PORT"]        # the daemon has it, and keeps it
+        del home.env["RROUTER_PORT"]        # the daemon keeps its port
         said = home.rrouter("install")
         self.assertIn(f"{home.program} (before: {rrouter.__version__})\n", said)
         self.assertTrue(said.endswith("\nnext: rrouter status\n"), said)
@@ -7785,7 +7740,7 @@ class InstalledLifeTest(InstallTest):
                            env={"RROUTER_PORT": str(home.port)})
         self.assertRegex(said, f"\nrrouter: .*{home.port}.*\n\\Z")
         self.assertNotIn(f"stays: {home.program}", home.do("uninstall", "--purge"))
-        shutil.copy(RROUTER, home.put(home.program, b"", 0o755))        # a copy is ours, too
+        shutil.copy(RROUTER, home.put(home.program, b"", 0o755))    # a plain copy is ours, too
         home.do("install", program=[*PYTHON, home.program])
         (home.root / "same").symlink_to(home.home)
         home.do("uninstall", "--purge", program=[home.program], env={"HOME": f"{home.root}/same"})
@@ -7793,11 +7748,11 @@ class InstalledLifeTest(InstallTest):
 
 
 class ServiceManagerTest(InstallTest):
-    """What the manager is asked for; it starts STUB."""
+    """The requests to the service manager, which starts STUB."""
 
     DOMAIN = f"gui/{os.getuid()}"
     ORDERS = {
-        # manager: what it is asked for to stop, and to start
+        # manager: the request to stop, then those to start
         "systemd": ["--user stop rrouter.service", "--user start rrouter.service"],
         # `kickstart -k` would keep the old agent, and `bootstrap` fails where it is still loaded.
         "launchd": [f"bootout {DOMAIN}/com.rrouter",
@@ -7805,7 +7760,7 @@ class ServiceManagerTest(InstallTest):
                     f"kickstart {DOMAIN}/com.rrouter"],
     }
 
-    def test_it_takes_over_from_the_forked_daemon(self):
+    def test_manager_takes_over_from_the_forked_daemon(self):
         for manager, (stop, *start) in self.ORDERS.items():
             home, program = self.installation(), Installation.PROGRAMS[manager]
             self.assertIn("no service, because neither systemd nor launchd", home.do("install"))
@@ -7829,7 +7784,7 @@ class ServiceManagerTest(InstallTest):
         ("",        None,   "mine"),
     )
 
-    def test_the_unit_is_where_the_manager_looks_and_found_again_from_any_shell(self):
+    def test_unit_is_where_the_manager_looks_and_every_shell_finds_it(self):
         for of_manager, *of_shells in self.CONFIGS:
             home = self.installation("systemd")
             directory = home.home / (of_manager or ".config")
@@ -7840,7 +7795,7 @@ class ServiceManagerTest(InstallTest):
             home.do("uninstall", "--purge", env=env[1])
             self.assertEqual((home.asked(), home.tree()), (["--user stop rrouter.service"], {}))
 
-    def test_a_try_out_touches_neither_the_manager_nor_the_files_of_the_real_home(self):
+    def test_a_trial_in_another_home_touches_neither_the_manager_nor_the_real_home(self):
         real, home = self.installation("systemd"), self.installation()
         real.do("install", "--claude")
         before, _ = real.tree(), real.asked()
@@ -7857,7 +7812,7 @@ class ServiceManagerTest(InstallTest):
         self.assertEqual((real.tree(), (real.stand_ins / "asked").read_text(), home.tree()),
                          (before, "", {}))
 
-    def test_a_manager_that_does_not_answer_is_a_sentence_and_finds_no_unit_in_the_end(self):
+    def test_a_manager_that_does_not_answer_is_named_and_leaves_no_unit(self):
         home = self.installation("systemd")
         home.note("fails", "")
         self.assertIn("\nno service, because systemctl --user does not answer: scripted failure\n",
@@ -7870,7 +7825,7 @@ class ServiceManagerTest(InstallTest):
         home.do("uninstall", "--purge")
         self.assertEqual(home.tree(), {})
 
-    def test_a_service_gets_the_environment_of_each_installing_shell(self):
+    def test_a_service_gets_the_settings_of_the_shells_that_installed_it(self):
         home, ports = self.installation("systemd"), (free_port(), free_port())
         for env, lines in (
                 ({"PORT": ports[0], "UPSTREAM": "http://h/a=b", "HOST": "0.0.0.0"},
@@ -7889,7 +7844,7 @@ class ServiceManagerTest(InstallTest):
 
 
 class ForeignFilesTest(InstallTest):
-    """What others have put in the places of the installation, and what is left of it in the end."""
+    """Files of others at the paths of the installation, before it and after it."""
 
     PROGRAM, UNIT = "bin/rrouter", ".config/systemd/user/rrouter.service"
     SETTINGS, LINK = ".claude/settings.json", os.path.dirname(UNIT) + "/" + rrouter.WANTED_LINK
@@ -7899,8 +7854,8 @@ class ForeignFilesTest(InstallTest):
     OTHERS = {"bin/other.1.2.tmp": "", "bin/rrouter.tmp": "", "bin/rrouter.x.1.tmp": "",
               "bin/rrouter.1a.2.tmp": ""}
     SITUATIONS = (
-        # files before ("->": a link), commands and writes (None: remove), files after (those of
-        # note, while rrouter is installed), what the last command prints
+        # Files before ("->": a link); commands (i: install, c: with --claude, u: uninstall) and
+        # writes (None: remove); all files after, or some if rrouter is installed; last output.
         ({PROGRAM: "\x7fELF"}, "iiu", {PROGRAM: "\x7fELF"}, "put the old .*/bin/rrouter back"),
         ({PROGRAM: "-> /no/such"}, "iiu", {PROGRAM: "-> /no/such"}, "."),
         ({PROGRAM: "-> ../x", "x": "mine"}, "iiu", {PROGRAM: "-> ../x", "x": "mine"}, "."),
@@ -7943,12 +7898,12 @@ class ForeignFilesTest(InstallTest):
                 home.put(path, text.encode(), 0o755)
 
     def left(self, home):
-        """Return all files and links; the time of a backup is left out of its name."""
+        """Return all files and links; the names of backups lack their time."""
         return {re.sub(r"\.bak-.*", ".bak", name): (
                     f"-> {content}" if isinstance(content, str) else content.decode("latin-1"))
                 for name, (_, content) in home.tree().items() if content is not None}
 
-    def test_what_is_not_ours_stays_or_comes_back(self):
+    def test_files_of_others_stay_or_come_back(self):
         for before, steps, after, says in self.SITUATIONS:
             with self.subTest(before=[*before], steps=steps):
                 home, said = self.installation("systemd"), ""
@@ -7966,17 +7921,17 @@ class ForeignFilesTest(InstallTest):
                     left = {name: left.get(name) for name in after}
                 self.assertEqual(left, after)
 
-    def test_it_stays_in_its_place_on_a_full_disk(self):
+    def test_file_of_others_stays_in_place_on_a_full_disk(self):
         home = self.installation()
         home.put(home.program, b"the old one", 0o755)
         shell = ["/bin/sh", "-c", 'ulimit -f 16; exec "$@"', "sh", *PYTHON, RROUTER]
         self.assertIn(f"\nrrouter: {home.home}: file too large: mend that, then run this again\n",
                       home.do("install", program=shell, status=1))
-        self.assertNotIn(str(home.program), home.do("uninstall"))       # no advice to remove it
+        self.assertNotIn(str(home.program), home.do("uninstall"))       # nor advice to remove it
         self.assertEqual([path.read_bytes() for path in home.program.parent.iterdir()],
                          [b"the old one"])
 
-    def test_what_cannot_be_right_is_refused_and_a_plan_changes_nothing(self):
+    def test_a_dry_run_changes_nothing_and_wrong_conditions_are_refused(self):
         home = self.installation("systemd")
         plan = home.do("install", "--dry-run", "--claude")
         for says in (f"would install {home.program}\n", "default.target.wants/rrouter.service\n",
@@ -8009,7 +7964,7 @@ class ForeignFilesTest(InstallTest):
                 self.assertIn("run this without sudo", home.do(command, status=1))
 
     OF_5_0_0 = (
-        # `before` in its record, whether its backup is there, what the user added, what is left
+        # `before` in its record, whether its backup exists, settings the user added, settings left
         ({},                                  True,  {},       '{"model" : 1}'),
         ({},                                  False, {},       '{"model": "opus"}'),
         ({},                                  True,  {"a": 1}, '{"model": "opus", "a": 1}'),
@@ -8056,11 +8011,11 @@ class ForeignFilesTest(InstallTest):
 
 
 class ClaudeSettingsTest(InstallTest):
-    """`--claude`, and the way back."""
+    """`install --claude` and its reversal."""
 
     TABS = '{\r\n\t"한국어": "\\ud55c",\r\n\t"env": {\r\n\t\t"A": "1"\r\n\t}\r\n}'
     EDITS = (
-        # settings, member, what becomes of the settings
+        # settings, member, settings after the edit
         ("{\n}\n",         "x",     '{\n  "x": 0\n}\n'),
         ("\ufeff {}",      "x",     '\ufeff {"x": 0}'),
         ('{"a":[1.50]}',   "x",     '{"x": 0,"a":[1.50]}'),
@@ -8081,7 +8036,7 @@ class ClaudeSettingsTest(InstallTest):
                              (after, {"a": "1", "b": "2"}[name]))
 
     CHANGES = (
-        # settings before, what is added after the installation, what is left in the end
+        # settings before, members added after the installation, settings left (...: as before)
         (None,                               {},                   None),
         (TABS,                               {},                   TABS),
         ('\ufeff{"env":{"ANTHROPIC_BASE_URL":"x"},"z":[1.50,1e999]}', {}, ...),
@@ -8093,13 +8048,13 @@ class ClaudeSettingsTest(InstallTest):
          '{"env": {"ANTHROPIC_BASE_URL": "new"}}'),
     )
 
-    def test_they_are_taken_back_to_the_byte_and_what_was_changed_since_stays(self):
+    def test_settings_are_restored_to_the_byte_but_later_changes_stay(self):
         for before, since, left in self.CHANGES:
             home, left = self.installation(), before if left is ... else left
             if before is not None:
                 home.put(home.settings, before.encode(), 0o640)
             home.do("install", "--claude", env={"RROUTER_PORT": str(free_port())})
-            home.do("install")              # on another port, which it keeps right
+            home.do("install")              # changes the port in the settings
             settings = json.loads(home.settings.read_text(encoding="utf-8-sig"))
             self.assertEqual(settings["env"]["ANTHROPIC_BASE_URL"], home.url)
             line = "mine" if before and "mine" in before else f"curl -s '{home.url}/health?line'"
@@ -8114,7 +8069,7 @@ class ClaudeSettingsTest(InstallTest):
                 self.assertEqual([content for _, content in home.tree().values() if content],
                                  [left.encode()] if left else [])
 
-    def test_settings_that_cannot_be_edited_are_left_and_all_else_goes_on(self):
+    def test_settings_that_cannot_be_edited_stay_and_the_rest_is_installed(self):
         home = self.installation()
         for content, mode in ((b'{"a": 1, // why\n "env": {}}', 0o644), (b"[]", 0o644),
                               (b'{"env": null}', 0o644), (b'{"a": NaN}', 0o644),
@@ -8127,7 +8082,7 @@ class ClaudeSettingsTest(InstallTest):
             self.assertEqual(home.tree(), {".claude": (0o755, None),
                                            ".claude/settings.json": (mode, content)})
             home.settings.unlink()
-        home.do("install", "--claude")      # nor does the program go while they cannot be edited
+        home.do("install", "--claude")      # while they cannot be edited, the program stays, too
         good = home.settings.read_bytes()
         home.put(home.settings, b"{")
         said = home.do("uninstall", "--purge", status=1)
@@ -8138,7 +8093,7 @@ class ClaudeSettingsTest(InstallTest):
         home.do("uninstall", "--purge")
         self.assertEqual([*home.tree()], [".claude"])       # it was there before
 
-    def test_a_link_stays_one_and_the_record_knows_the_directory(self):
+    def test_a_link_stays_a_link_and_the_record_names_its_directory(self):
         home = self.installation()
         link = home.home / "claude's" / "settings.json"
         real = home.put(home.home / "dot files" / "claude.json", b"{}", 0o600)
@@ -8155,25 +8110,25 @@ class ClaudeSettingsTest(InstallTest):
 
     OURS = "localhost,127.0.0.1,::1"
     PROXIES = (
-        # environment,                          typed,    NO_PROXY for the settings
-        ({},                                    "unread", None),
-        ({"HTTPS_PROXY": "http://p"},           "",       OURS),
-        ({"http_proxy": "p", "NO_PROXY": "a"},  "y",      "a," + OURS),
-        ({"ALL_PROXY": "http://p"},             "no",     None),
-        ({"ALL_PROXY": "http://p"},             EOFError, None),
-        ({"https_proxy": "p", "no_proxy": "b, localhost"}, "unread", None),
+        # environment,                          typed,  NO_PROXY for the settings; None: not asked
+        ({},                                    "y\n",  None),
+        ({"HTTPS_PROXY": "http://p"},           "\n",   OURS),
+        ({"http_proxy": "p", "NO_PROXY": "a"},  "y\n",  "a," + OURS),
+        ({"ALL_PROXY": "http://p"},             "no\n", ""),
+        ({"ALL_PROXY": "http://p"},             "",     ""),
+        ({"https_proxy": "p", "no_proxy": "b, localhost"}, "y\n", None),
     )
 
     def test_no_proxy_is_offered_on_a_terminal_where_a_proxy_is_set(self):
-        terminal = mock.Mock(**{"isatty.return_value": True})
         for env, typed, value in self.PROXIES:
             for place in ({"env": env}, {}):        # the settings; the environment
+                terminal, screen = io.StringIO(typed), io.StringIO()
+                terminal.isatty = screen.isatty = lambda: True
                 with mock.patch.dict(os.environ, env if place == {} else {}, clear=True), \
-                        mock.patch.multiple(sys, stdin=terminal, stdout=terminal), \
-                        mock.patch("builtins.input", side_effect=[typed]) as asked:
+                        mock.patch.multiple(sys, stdin=terminal, stdout=screen):
                     offered = rrouter.offer_no_proxy(json.dumps(place))
-                self.assertEqual((offered.get("env.NO_PROXY"), asked.called),
-                                 (value, typed != "unread"))
+                self.assertEqual(offered, {"env.NO_PROXY": value} if value else {})
+                self.assertEqual("write it?" in screen.getvalue(), value is not None)
         with mock.patch.dict(os.environ, HTTPS_PROXY="http://p"):
             self.assertEqual(rrouter.offer_no_proxy("{}") if not sys.stdin.isatty() else {}, {})
 
@@ -8196,7 +8151,7 @@ class ClaudeSettingsTest(InstallTest):
 
 
 class InterruptedInstallTest(InstallTest):
-    """A command that was killed at any change leaves a state from which both commands work."""
+    """If a command is killed at any change, `install` and `uninstall` still work."""
 
     OWN = b"[Service]\n# mine\n"
     SETTINGS = b'{"statusLine":7,"env":{"NO_PROXY":"x","ANTHROPIC_BASE_URL":"http://x"}}'
@@ -8208,7 +8163,7 @@ class InterruptedInstallTest(InstallTest):
         self.home.put(self.home.settings, self.SETTINGS)
         self.before = self.home.tree()
 
-    def test_a_killed_command_goes_on_or_back_from_every_change(self):
+    def test_a_killed_command_can_be_repeated_or_undone(self):
         for words in ("install", "--claude"), ("uninstall", "--purge"):
             if words[0] == "uninstall":
                 self.home.do("install", "--claude")
@@ -8242,7 +8197,7 @@ def all_files(home):
 
 
 class FaultTest(LoopbackTest):
-    """Base of the tests in a home whose auto mode switches at the first failure."""
+    """Base of the tests with a home in auto mode, which switches at the first failure."""
 
     def setUp(self):
         self.upstream = self.start_upstream(stream())
@@ -8255,7 +8210,7 @@ class FaultTest(LoopbackTest):
         self.assertTrue(router.health()["autoSwitch"]["switched"])
 
     def wait_for_problems(self, router, *names):
-        """Ask until exactly these files have a problem in /health, each once."""
+        """Post until /health has exactly one problem for each of these files."""
         def is_so():
             self.assertEqual(router.post().status, 200)
             problems = router.health()["problems"]
@@ -8263,17 +8218,17 @@ class FaultTest(LoopbackTest):
         wait_until(is_so)
 
     def assert_recovers(self, router):
-        """Without a restart the problems go, and lines are written again."""
+        """Without a restart the problems end and log lines are written again."""
         before = len(router.log())
         self.wait_for_problems(router)
         wait_until(lambda: "[REQ]" in router.log()[before:])
 
 
 class FullDiskTest(FaultTest):
-    """No room for a single byte: requests are served, nothing is lost, one message says so."""
+    """No room for a single byte: requests are served, nothing is lost, one message is logged."""
 
     def run_without_room(self, *arguments):
-        """Run a command that can write to no file; its output goes to a pipe."""
+        """Run a command that cannot write to a file; its output goes to a pipe."""
         limits = 0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         return self.home.run(
             *arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
@@ -8291,7 +8246,7 @@ class FullDiskTest(FaultTest):
         (self.home.dir / "config.json").unlink()
         self.assert_fails(self.run_without_room("config", "edit"), 1, r"config\.json: ")
         self.assertEqual(set(all_files(self.home)), set(old) - {"config.json"})
-        self.home.run("start", check=0)                     # nothing of that hinders a later one
+        self.home.run("start", check=0)                     # works with room again
         self.home.run("stop", check=0)
 
     @unittest.skipUnless(hasattr(resource, "prlimit"), "needs limits of another process")
@@ -8323,7 +8278,7 @@ os.write, os.fsync = hanging(os.write), hanging(os.fsync)
 
 
 class HangingDiskTest(FaultTest):
-    """Requests, decisions of auto mode, /health and the end do not wait for a disk."""
+    """Requests, switches, /health and the end of the process do not wait for a disk."""
 
     def setUp(self):
         super().setUp()
@@ -8370,17 +8325,10 @@ LIBC = ctypes.CDLL(None)
 
 
 def without_privileges():
-    """Make root an ordinary user, for whom the rights of files count; for a child process."""
+    """Make this child process obey the permissions of files even if it runs as root."""
     if os.geteuid() == 0:
         for capability in range(64):                        # PR_CAPBSET_DROP
             LIBC.prctl(24, capability, 0, 0, 0)
-
-
-class Powerless(Running):
-    """rrouter for which the rights of files count."""
-
-    def start(self):
-        self.launch(compiled(), "serve", preexec_fn=without_privileges)
 
 
 @unittest.skipIf(os.geteuid() == 0 and not hasattr(LIBC, "prctl"), "rights mean nothing to root")
@@ -8391,7 +8339,7 @@ class RightsTest(FaultTest):
         return self.home.run(*arguments, preexec_fn=without_privileges)
 
     def test_home_that_becomes_read_only_while_running(self):
-        with Powerless(self.upstream, home=self.home) as router:
+        with Running(self.upstream, home=self.home, preexec_fn=without_privileges) as router:
             for directory in (self.home.dir / "logs", self.home.dir, self.home.root):
                 directory.chmod(0o500)
                 self.addCleanup(directory.chmod, 0o700)
@@ -8421,7 +8369,7 @@ class RightsTest(FaultTest):
         log.mkdir(parents=True)
         self.assert_fails(self.home.run("start"), 1, r"rrouter\.log: is a directory")
         log.rmdir()
-        os.mkfifo(str(log))                     # opened as a file is, it would block without end
+        os.mkfifo(str(log))                     # opened like a file, it would block for ever
         self.assert_fails(self.home.run("start", timeout=WAIT_S), 1, r"rrouter\.log: ")
         with Running(self.upstream, home=self.home) as router:
             self.assertEqual([router.post().status for _ in range(3)], [200] * 3)
@@ -8440,7 +8388,7 @@ class LogGoneTest(FaultTest):
     """A log that is removed or replaced while rrouter runs."""
 
     def ways(self):
-        """Return pairs: what happens, and what mends it (None: nothing is needed)."""
+        """Return pairs: what breaks the log, and what repairs it (None: nothing is needed)."""
         logs = self.home.dir / "logs"
         file = logs / "rrouter.log"
 
@@ -8456,7 +8404,7 @@ class LogGoneTest(FaultTest):
                 (self.home.remove_directory, None), (put_file, logs.unlink)]
         return ways + [(point_at_full_device, file.unlink)] * os.path.exists("/dev/full")
 
-    def test_requests_go_on_one_message_says_so_and_the_log_comes_back(self):
+    def test_requests_are_served_one_message_is_printed_and_the_log_comes_back(self):
         file = self.home.dir / "logs" / "rrouter.log"
         with Running(self.upstream, home=self.home) as router:
             for number, (way, mend) in enumerate(self.ways()):
@@ -8535,7 +8483,7 @@ class DocumentsTest(unittest.TestCase):
 
 
 IO_LINE = "# ---- Everything above is pure; everything below does I/O. ----"
-# Modules and functions that no decision may use; a lock of `threading` is the one concession.
+# Modules and functions that are not allowed above the I/O line, except threading.Lock.
 EFFECTS = frozenset((
     "fcntl", "http", "importlib", "input", "io", "logging", "mmap", "open", "os", "pathlib",
     "print", "random", "select", "shutil", "signal", "socket", "socketserver", "ssl",
@@ -8544,10 +8492,10 @@ CLOCK_READS = frozenset(("now", "today", "utcnow"))         # of datetime
 
 
 def names_in(code):
-    """Return (the names that a code object binds, (name, line) of each name it takes from outside).
+    """Return (the names that a code object binds, (name, line) of each outer name that it uses).
 
-    A clock read or an import counts as the use of the attribute or module; `threading.Lock` counts
-    as nothing.  Annotations are not in the code, because they are never evaluated.
+    Reading a clock and importing count as uses; threading.Lock does not count.  Annotations are
+    not in the code, because they are never evaluated.
     """
     bound, used, line = set(), [], code.co_firstlineno
     instructions = [*dis.get_instructions(code)]
@@ -8621,7 +8569,7 @@ class Later(Value):
 bottom = Later().end()
 """
     PLANTED = (
-        # lines above the I/O line, below it,          the breach
+        # code above the I/O line, code below it,      the breach
         ("def early(): return lambda: Later()", "",    "line 11: uses Later, which is"),
         ("@bottom\ndef early(): pass", "",             "line 11: uses bottom, which is"),
         ("", "early = [bottom]",                       "line 13: uses bottom, which is"),
@@ -8646,8 +8594,8 @@ bottom = Later().end()
 FUZZ_SEED = os.environ.get("RROUTER_FUZZ_SEED") or os.environ.get("RROUTER_SOAK") or "20260129"
 SPACE = r"[ \t\r\n]*"
 
-# A mark names its connection and its request; digits become letters, because a damaged digit could
-# be another mark.
+# A mark names its connection and request.  It has letters for digits, because digits that damage
+# inserts could make it another valid mark.
 MARK = re.compile("tok([Q-Z]{6})x[Q-Z]{2}kot")
 LETTERS = bytes.maketrans(b"0123456789", b"QRSTUVWXYZ")
 
@@ -8710,7 +8658,7 @@ class Dice(random.Random):
         return '"%s"' % "".join(map(spelled, text))
 
     def group(self, brackets, items):
-        """Return `items` between brackets, with commas, and white space wherever it may be."""
+        """Return `items` between brackets, with commas, and white space where JSON allows it."""
         inside = ",".join(self.space() + item + self.space() for item in items)
         return brackets[0] + (inside or self.space()) + brackets[1]
 
@@ -8729,7 +8677,7 @@ class Dice(random.Random):
         return self.group("{}", [self.member(self.choice(self.WORDS), item) for item in items])
 
     def body(self):
-        """Return a body: most often an object with a model somewhere; a third are damaged."""
+        """Return a body, usually an object with a model; a third of the bodies are damaged."""
         kind = self.random()
         if kind < 0.06:
             text = self.value()
@@ -8765,9 +8713,9 @@ class Dice(random.Random):
     PIECE = re.compile(rb"\w+|\r\n|.", re.S)
 
     def damaged(self, data, inserts, found=()):
-        """Return `data` cut off, or a piece of it removed, repeated, replaced or put elsewhere.
+        """Return `data` truncated, or with a piece of it removed, repeated, replaced or extended.
 
-        The piece is one of the matches `found` or in it, if there are any, and has no mark.
+        The piece is one of the matches `found` or a part of one, if any; it contains no mark.
         """
         if self.random() < 0.1:
             return data[:self.randrange(len(data) + 1)]
@@ -8803,7 +8751,7 @@ class Dice(random.Random):
     NO_BLOCKS = ("7", "null", '"thinking"', '["thinking"]', "[]", "{}", '{"type":7}')
 
     def content(self):
-        """Return (a content, a pattern of what healing must leave of it)."""
+        """Return (a content, a pattern for the healed content)."""
         blocks, kept = [], []
         for _ in range(self.choice((1, 1, 2, 3, 5))):
             kind = self.choice(self.KINDS)
@@ -8826,7 +8774,7 @@ class Dice(random.Random):
         return content, re.escape(content)
 
     def conversation(self):
-        """Return (a body with messages, a pattern of what healing must leave of it)."""
+        """Return (a body with messages, a pattern for the healed body)."""
         messages = [self.group("{}", self.sample([
             self.member("role", self.value(2)), self.member("thinking", self.value(2)),
             self.member("content", "\1")], 3)) for _ in range(self.randrange(4))]
@@ -8854,7 +8802,7 @@ class Dice(random.Random):
     ITEM = re.compile(r'("\w*": )?("[^"]*"|[0-9.]+|\[[^][]*]|\{[^{}]*})')
 
     def config(self):
-        """Return a config.json, up to two of its items changed, or damaged as a whole."""
+        """Return a config.json with up to two changed items, or one that is damaged as a whole."""
         auto = {**DEFAULT_CONFIG["auto"], "targets": ["one", "two"], "cooldownMinutes": [30, 0.5]}
         text = json.dumps(switchboard(1, auto=auto), indent=self.choice((None, 1)))
         for _ in range(self.choice((0, 0, 1, 1, 2))):
@@ -8869,7 +8817,7 @@ class Dice(random.Random):
             b"{" * 100_000, b" " * 2_000_000 + content, b" " * 700_000 + content, self.body()))
 
     def payload(self, mark):
-        """Return the body of an HTTP message, which may look like messages."""
+        """Return the body of an HTTP message, which may look like other messages."""
         hidden = b"GET /hidden/%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % mark
         return self.choice((
             b"", hidden, b"0\r\n\r\n" + hidden, mark + b"\r\n0\r\n\r\n\0\xff\r\r\n\n" + bytes(9),
@@ -8890,7 +8838,7 @@ class Dice(random.Random):
             b"Content-Length: 3\r\nHost: evil.example\r\n")) + b"\r\n"
 
     def framed(self, start, fields, body, framing, mark):
-        """Return the message of these parts, its fields in any order."""
+        """Return the message of these parts, with its fields in random order."""
         if framing == "length":
             fields.append(self.choice((b"Content-Length: %d", b"content-length:%d",
                                        b"CONTENT-LENGTH: \t00%d ")) % len(body))
@@ -8979,7 +8927,7 @@ def nominated(fields):
 
 
 def passing(fields, *more):
-    """Return the fields that pass a router, except those that are named."""
+    """Return the fields that a proxy forwards, except those in `more`."""
     drop = ONE_HOP | nominated(fields) | {"content-length", *more}
     return [field for field in fields if field[0].lower() not in drop]
 
@@ -9019,14 +8967,14 @@ class FuzzedResponse:
 
     def __init__(self, dice, data, method, clean):
         self.data, self.clean, self.reply = data, clean, None
-        self.early = dice.random() < 0.3        # it comes as soon as the head has arrived
+        self.early = dice.random() < 0.3        # it is sent as soon as the head has arrived
         self.reset = not clean and dice.random() < 0.1
         if self.reset:
             self.data = data[:dice.randrange(len(data))]
         elif not clean:
             self.data = dice.damaged_message(data)
         elif dice.random() < 0.2 and whole_reply(data, method)[0].framing != "close":
-            # Unrequested bytes, which must not become the response to another request.
+            # Surplus bytes, which must not become the response to another request.
             self.data += b"HTTP/1.1 200 OK\r\nContent-Length: 20\r\n\r\ntokZZZZZZxZZkot abcd"
         try:
             self.reply, self.end = whole_reply(self.data, method)
@@ -9035,10 +8983,10 @@ class FuzzedResponse:
             self.body, self.end = problem.body, len(self.data)
         self.lasts = bool(self.reply and self.reply.framing != "close" and not self.reset
                           and "close" not in nominated(self.reply.fields)
-                          and dice.random() < 0.97)     # it may close without saying so
+                          and dice.random() < 0.97)     # it may close without announcing it
 
     def send(self, connection, dice):
-        """Send the response in pieces, unrequested bytes together with the last one."""
+        """Send the response in pieces, surplus bytes together with the last piece."""
         *pieces, last = dice.pieces(self.data[:self.end]) or [b""]
         for piece in (*pieces, last + self.data[self.end:]):
             connection.sendall(piece)
@@ -9051,10 +8999,10 @@ NO_CASE = Case(b"", "", False, [FuzzedResponse(
 
 
 class FuzzedTalk:
-    """One client connection: its cases, the meaning of its bytes, and both sides of what happens.
+    """One client connection: its cases, the requests `meant` by its bytes, and what both sides got.
 
-    `arrived` lists the requests at the upstream by their places, `replies` the whole responses that
-    the client received, `rest` the bytes after them.
+    `arrived` lists the requests at the upstream by their places in `meant`, `replies` the complete
+    responses that the client received, `rest` the bytes after them.
     """
 
     def __init__(self, dice, mode):
@@ -9062,7 +9010,7 @@ class FuzzedTalk:
         self.key = (b"%06d" % dice.number).translate(LETTERS).decode()
         count = dice.choice((1, 1, 2, 3, 5))
         for place in range(count):
-            # A fault ends the connection as a rule: most of them are in the last case.
+            # Most faults are in the last case, because a fault usually ends the connection.
             mark = ("tok%sx%skot" % (self.key, "QRSTU"[place] * 2)).encode()
             often, seldom = (0.98, 0.9) if place < count - 1 else (0.4, 0.5)
             request, clean = dice.request(mark), dice.random() < often
@@ -9101,7 +9049,7 @@ class FuzzedTalk:
         raise Malformed("a request that the client did not mean: %r" % (head,))
 
     def bodies_of(self, place):
-        """Return the bodies that may arrive; SpliceFuzzTest examines the functions used here."""
+        """Return the bodies that may arrive; SpliceFuzzTest tests the functions used here."""
         body = self.meant[place].body
         start, end, name = rrouter.find_model(body) or (0, 0, None)
         new = rrouter.decide_route(config_with(), "antigravity", name).model
@@ -9153,7 +9101,7 @@ class FuzzedTalk:
 
 
 class FuzzUpstream(Upstream):
-    """Reads requests strictly; plays the response of the case to each of them."""
+    """Reads requests strictly and plays the responses of their cases."""
 
     def __init__(self):
         super().__init__()
@@ -9189,14 +9137,13 @@ class FuzzUpstream(Upstream):
 
 
 class FuzzTest(RouterTest):
-    """Random messages, well-formed and not, on both sides, cut into segments at random places.
+    """Random messages on both sides, well-formed or not, cut at random places.
 
-    The upstream receives exactly one well-formed request equal to what the client meant, or
-    nothing; in auto mode one for each of at most two attempts.  The client receives the response to
-    one of the attempts, an error made by rrouter, or a broken connection: never a byte of another
-    request, never parts of two responses, never a broken response that seems whole.  Where neither
-    side did anything wrong it is a response.  All of this holds also where the upstream responds
-    before it has the body, resets or closes unasked, and where the client leaves.
+    The upstream receives the request that the client meant, well-formed, once for each of at most
+    two attempts, or nothing.  The client receives the response to one attempt, an error made by
+    rrouter, or a broken connection: no byte of another request, no parts of two responses, no
+    broken response that seems complete.  If neither side made a mistake, it is a response.  This
+    holds also if the upstream responds early, resets or closes at any time, or the client leaves.
     """
 
     CASES = fuzz_cases(1000, soak=20_000)
@@ -9220,14 +9167,14 @@ class FuzzTest(RouterTest):
             self.assertEqual(self.upstream.faults, [])
 
         run_cases("connections in mode " + mode, self.CASES // 5, case, threads=4)
-        self.assertEqual(self.upstream.faults, [])          # of clients that had left
+        self.assertEqual(self.upstream.faults, [])          # also those after clients left
 
     def judge(self, talk):
-        due = True              # as long as nothing has gone wrong, responses are due
+        due = True              # responses are due until something goes wrong
         for place, meant in enumerate(talk.meant):
             case, count = talk.case_of(place), talk.arrived.count(place)
             given, due = case.responses[:max(1, count)], due and case.clean
-            # On a connection that was used before, the request is sent once more.
+            # A request on a stale connection is sent once more.
             resent = any(not response.data or response.reset for response in given)
             self.assertLessEqual(count, (1 + (talk.mode == "auto")) * (1 + resent), "too often")
             self.assertTrue(count or not due, "request %d never arrived" % place)
@@ -9257,7 +9204,7 @@ class FuzzTest(RouterTest):
 
     @staticmethod
     def seen_by_client(reply):
-        """Return the parts of a response that concern the client, from either side of rrouter."""
+        """Return the parts of a response that must be equal on both sides of rrouter."""
         return reply.status, reply.reason, reply.body, [
             field for field in passing(reply.fields)
             if not field[0].lower().startswith(("access-control-", "x-rrouter-"))]
@@ -9302,10 +9249,9 @@ LEADING_MODEL = re.compile(rb'_\{_"model"_:_("[^"\\\0-\x1f]*")_[,}]'.replace(b"_
 class SpliceFuzzTest(unittest.TestCase):
     """Random bodies, sound and damaged.
 
-    Only the value of the first top-level `model` of a body changes, if that is a string; every
-    other byte stays.  A body that is not JSON as a whole passes untouched; after a plain leading
-    `model` nothing is examined.  Healing takes the thinking blocks out of the messages, with the
-    commas that are then too many, and changes nothing else.
+    Only the value of the first top-level `model` changes, if it is a string.  A body that is not
+    JSON does not change, but the bytes after a plain leading `model` are not examined.  Healing
+    removes the thinking blocks of the messages and their commas, and nothing else.
     """
 
     CASES = fuzz_cases(1500, soak=100_000)
@@ -9358,10 +9304,7 @@ class SpliceFuzzTest(unittest.TestCase):
 # Fuzz: files ##################################################################
 
 class FileFuzzTest(unittest.TestCase):
-    """Random contents of config.json.
-
-    A content is accepted as a whole or refused as a whole, with one line that says why.
-    """
+    """Random contents of config.json, each of which is accepted or refused as a whole."""
 
     CASES = fuzz_cases(1000, soak=20_000)
 
@@ -9383,7 +9326,7 @@ class FileFuzzTest(unittest.TestCase):
             if config is None:
                 return
             accepted.append(config)
-            plain_json(content[3 * content.startswith(b"\xef\xbb\xbf"):])     # Python reads more
+            plain_json(content[3 * content.startswith(b"\xef\xbb\xbf"):])     # stricter than Python
             again = rrouter.parse_config(rrouter.config_text(config))
             for seconds, others in zip(config.auto.cooldowns_s, again.auto.cooldowns_s):
                 self.assertAlmostEqual(seconds, others)
@@ -9421,7 +9364,7 @@ def find_claude():
 
 
 CLAUDE = find_claude()
-CLAUDE_WAIT_S = 30      # the net under each turn: Claude Code retries for three minutes
+CLAUDE_WAIT_S = 30      # the net under each turn, because Claude Code retries for three minutes
 
 
 class Conversation(subprocess.Popen):
@@ -9478,14 +9421,15 @@ def relay_to(port):
 
 
 def is_turn(request):
-    """Return whether this is a turn; the client also sends `HEAD /api/hello` and count_tokens."""
+    """Return whether this is a turn; Claude Code also sends HEAD /api/hello and count_tokens."""
     return request.method == "POST" and request.target.partition("?")[0] == "/v1/messages"
 
 
 def streamed_reply(request, signature=None, call=None):
-    """Return a streamed message `<model> heard <text>`; a `signature` puts a thinking first.
+    """Return a streamed message `<model> heard <text>`.
 
-    With `call`, a name and an input, it calls that tool.
+    With `signature` a thinking block precedes it; with `call`, a name and an input, a tool call
+    replaces it.
     """
     contents = [m["content"] for m in request.json()["messages"] if m["role"] == "user"]
     last = contents[-1] if isinstance(contents[-1], str) else contents[-1][-1].get("text")
@@ -9540,7 +9484,7 @@ def fields_without_host(request):
 
 @unittest.skipUnless(CLAUDE, "needs Claude Code: RROUTER_CLAUDE may name its executable")
 class ClaudeCodeTest(RouterTest):
-    """The real Claude Code as the client; a relay ahead of rrouter keeps what it sent."""
+    """The real Claude Code as the client; a relay between it and rrouter records what it sent."""
 
     mode = "claude"
     config = {**DEFAULT_CONFIG, "auto": {"firstByteTimeoutSeconds": 2},
@@ -9586,9 +9530,6 @@ class ClaudeCodeTest(RouterTest):
         for number, (command, model) in enumerate(self.TURNS):
             with self.subTest(command=command):
                 text, (sent,), (received,) = self.turn(*command, text="turn %d" % number)
-                if "-v" in sys.argv:
-                    print("\nrrouter %s: client sent %s, upstream received %s, reply: %s" % (
-                        " ".join(command), sent.model, received.model, text), file=sys.stderr)
                 self.assertEqual(text, "%s heard 'turn %d'" % (model, number))
                 self.assert_forwarded(sent, received, model)
                 roles = [message["role"] for message in received.json()["messages"]]
@@ -9602,7 +9543,7 @@ class ClaudeCodeTest(RouterTest):
             for request in filter(is_turn, self.upstream.received)} - {(None, "gemini-3-flash")})
         self.assertEqual(sent, {("Explore", "explorer")})
 
-    def test_failure_of_antigravity_is_rescued_unseen(self):
+    def test_failure_of_antigravity_is_rescued_unnoticed(self):
         overloaded = {"type": "overloaded_error", "message": "Overloaded"}
         for failure in (
                 error(429, "Resource has been exhausted (e.g. check quota).", "rate_limit_error"),
@@ -9617,7 +9558,7 @@ class ClaudeCodeTest(RouterTest):
                 self.assertEqual((text, len(sent)), (SONNET + " heard 'a word'", 1))
                 models = [request.model for request in received]
                 if failure.hangup and len(models) == 3 and received[0].connection <= pooled:
-                    del models[0]           # the idle connection seemed stale: sent once more
+                    del models[0]           # sent again, because the kept connection seemed stale
                 self.assertEqual(models, [GEMINI_SONNET, SONNET])
 
     def test_foreign_signatures_are_healed_in_both_directions(self):
@@ -9636,19 +9577,17 @@ class ClaudeCodeTest(RouterTest):
 
 # Running them #################################################################
 
-WORKERS = 3             # the tests wait more than they compute
-RUN_S = 300             # a run that takes longer hangs; a good one takes about a minute
+WORKERS = 3             # on any number of cores, because the tests wait more than they compute
+RUN_S = 300             # a longer run must hang, because a good one takes about a minute
 SOAK_S = 3600 + int(os.environ.get("RROUTER_SOAK_STREAM_S") or 120)
-SLOW_S = 6              # the run names the classes that take longer and are not in SLOW
-# The run begins with the longest classes, so that the workers end together; the order of the other
-# classes does not matter, and a name without a class does no harm.
+SLOW_S = 6              # the run prints the classes that take longer and are not in SLOW
+# The run begins with these classes, so that the workers end together.
 SLOW = ("StartRaceTest", "ListenTest", "SilenceTest", "InstalledLifeTest", "RescueTest", "DemoTest",
-        "ReferenceModelTest",
-        "DaemonLifeTest", "CommandLineTest", "DrainTest", "UpstreamAwayTest",
+        "ReferenceModelTest", "DaemonLifeTest", "CommandLineTest", "DrainTest", "UpstreamAwayTest",
         "ServiceManagerTest", "ParallelStreamsTest", "CrowdOfClientsTest", "HangingDiskTest",
-        "StreamTest", "SecretsTest", "FullDiskTest", "LongStreamTest", "LogGoneTest",
-        "LimitsTest", "ClaudeSettingsTest", "RunningDaemonTest", "InterruptTest", "StateTest",
-        "FreshnessTest", "CheckTest", "ClaudeCodeTest")
+        "StreamTest", "SecretsTest", "FullDiskTest", "LongStreamTest", "LogGoneTest", "LimitsTest",
+        "ClaudeSettingsTest", "RunningDaemonTest", "InterruptTest", "StateTest", "FreshnessTest",
+        "CheckTest", "ClaudeCodeTest")
 
 
 def is_test(value):
@@ -9657,10 +9596,7 @@ def is_test(value):
 
 
 def run_side_by_side():
-    """Run all test classes in WORKERS processes; return the exit status.
-
-    Each worker takes the next class when it is done.
-    """
+    """Run all test classes in WORKERS processes; return the exit status."""
     names = [name for name, value in globals().items() if is_test(value)]
     names.sort(key=lambda name: SLOW.index(name) if name in SLOW else len(SLOW))
     compiled()                                          # once for all workers
@@ -9694,7 +9630,7 @@ def run_side_by_side():
 
 
 def run_class(name):
-    """Run a class and print its failures; return a line of JSON with what is to be counted."""
+    """Run a class and print its failures; return a line of JSON with its counts."""
     output, start = io.StringIO(), time.monotonic()
     suite = unittest.defaultTestLoader.loadTestsFromTestCase(globals()[name])
     result = unittest.TextTestRunner(output, verbosity=0).run(suite)
@@ -9707,7 +9643,7 @@ def run_class(name):
 
 
 def soaked_classes():
-    """Return the names of the classes that do more with --soak: their text says so."""
+    """Return the names of the classes whose code does more with --soak."""
     return [name for name, value in globals().items() if is_test(value)
             and re.search(r"\bSOAKING\b|\bfuzz_cases\(", inspect.getsource(value))]
 
