@@ -2935,9 +2935,10 @@ class PoolTest(RouterTest):
 
     @unittest.skipUnless(hasattr(socket, "TCP_USER_TIMEOUT"), "only Linux has TCP_USER_TIMEOUT")
     def test_connection_beyond_loopback_must_be_acknowledged(self):
+        upstream = rrouter.Upstream(self.start_upstream().url, lambda _: False)
         for is_loopback, expected in ((rrouter.is_loopback, 0), (lambda _: False, 120_000)):
-            with mock.patch.object(rrouter, "is_loopback", is_loopback), contextlib.closing(
-                    rrouter.Upstream(self.upstream.url, lambda _: False).connect()) as connection:
+            with mock.patch.object(rrouter, "is_loopback", is_loopback), \
+                    contextlib.closing(upstream.connect()) as connection:
                 self.assertEqual(connection.sock.getsockopt(
                     socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), expected)
 
