@@ -529,7 +529,7 @@ class Running:
             raise
 
     def kill(self):
-        """End the process at once, as a kernel without memory does."""
+        """End the process at once, as the kernel does when memory runs out."""
         self.process.kill()
         self.process.wait(WAIT_S)
         self.output.close()
@@ -1677,7 +1677,7 @@ class FailureTest(unittest.TestCase):
         ("OWN", "503", 503, (b'{"error": {"message": "rrouter: too many"}}',)),
     )
 
-    def test_status_and_text_tell_the_fault(self):
+    def test_the_fault_is_recognized_by_status_and_text(self):
         for fault, name, status, texts in self.FAULTS:
             for text in texts:
                 with self.subTest(text[:80], status=status):
@@ -1864,7 +1864,7 @@ WALKS = (
     ("a later failure of the stream that probed counts", "3*ag 30m late", "ag 1 1 0 0"),
     ("a switch by shelf responses lasts a minute and does not lengthen the next cooldown",
      "ag:401 2*ag:SHELF ok", "cl 1 0 0 1", "1m ok 2*ag:SHELF ag", "cl 2 0 0 30"),
-    ("after such a switch a probe that fails is not another switch unless it got a 429",
+    ("after a switch by shelf responses only a failure like a 429 makes a probe the next switch",
      "3*ag:SHELF 1m ag:SHELF", "cl 1 0 0 1", "1m ag:401 1m ag:403 1m ag:404", "cl 1 0 0 1",
      "1m ag:500", "cl 1 0 0 1", "1m ag", "cl 2 0 0 30"),
     ("failures of the fallback switch back and cancel the cooldown",
@@ -1981,7 +1981,7 @@ class WalkTest(FailoverWalk):
         self.walk("ag")                             # by the new threshold
         self.assertEqual(self.state(), "cl 1 0 0 30")
 
-    def test_a_request_keeps_the_targets_that_the_config_has_replaced_and_counts_for_none(self):
+    def test_a_request_keeps_targets_that_the_config_has_replaced_and_is_neutral(self):
         early, = self.admit()
         self.failover.reset(self.auto._replace(targets=("x", "cl"), failure_threshold=1), "test")
         tickets = [*self.admit(), self.failover.rescue(early, TARGETS)]
@@ -2842,7 +2842,7 @@ class UpstreamTest(LoopbackTest):
                 self.assertEqual([running.post().status for _ in range(2)], [200, 200])
                 upstream.close()
 
-    def test_only_a_request_after_a_failed_one_is_not_to_be_retried(self):
+    def test_advice_not_to_retry_comes_only_after_an_earlier_failure(self):
         running = self.start_rrouter("http://127.0.0.1:%d" % free_port(),
                                      limits={"RECONNECT_FOR_S": 0.5})
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
