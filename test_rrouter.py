@@ -8127,8 +8127,9 @@ class ClaudeSettingsTest(InstallTest):
                     offered = rrouter.offer_no_proxy(json.dumps(place))
                 self.assertEqual(offered, {"env.NO_PROXY": value} if value else {})
                 self.assertEqual("write it?" in screen.getvalue(), value is not None)
-        with mock.patch.dict(os.environ, HTTPS_PROXY="http://p"):
-            self.assertEqual(rrouter.offer_no_proxy("{}") if not sys.stdin.isatty() else {}, {})
+        with mock.patch.dict(os.environ, {"HTTPS_PROXY": "http://p"}, clear=True), \
+                mock.patch.object(sys, "stdin", io.StringIO("y\n")):
+            self.assertEqual(rrouter.offer_no_proxy("{}"), {})
 
     @unittest.skipUnless(PROC, "no /proc here")
     def test_processes_that_still_point_here_are_named(self):
