@@ -1803,11 +1803,11 @@ class Failover:
             if breaker is None:
                 return ticket, []
             now = self._clock()
-            lines = breaker.recover(now)
             for (session, model), (target, sent_at, _) in self._places.items():
                 if (session != ticket.session and target == breaker.away
-                        and (breaker is self._whole or model == ticket.model)):
+                        and self._breaker(model) is breaker):
                     self._places[session, model] = target, sent_at, now + STAY_MAX_S
+            lines = breaker.recover(now)
             if breaker is self._whole:
                 self._follow()
             else:

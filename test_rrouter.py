@@ -2000,6 +2000,8 @@ STAYS = (
     ("a return without a probe moves all", "3*S.ag S.ok 3*T.cl S.ok", "ag"),
     ("nor does one that was not away", "S.ok 3*N.ag:SHELF 1m P.ok 3*ag S.ok", "cl"),
     ("a failed probe moves none", AWAY + "P.haiku/ag S.ok", "cl"),
+    ("a return of the others is none of a model alone",
+     ALONE + "3*haiku/ag 28m S.ok 2m P.ag P.haiku/ok 3*N.cl S.ok", "ag"),
     ("a model alone", ALONE + "29m S.ok T.haiku/ag 1m P.ok S.ok", "cl", "P.ok", "ag",
      "T.haiku/ok", "ag"),
 )
