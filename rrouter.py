@@ -1411,10 +1411,11 @@ class TokenReader:
 # Failover #####################################################################
 
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
-OUTDATED = -1       # generation of a ticket from before a change of auto.targets
+OUTDATED = -1       # generation of a ticket whose failure no breaker counts
 
-# Faults that count, and faults after which the other target is tried.  The rest is neutral.
+# Faults that can count; all others are neutral.
 COUNTED = frozenset((Fault.STATUS, Fault.SHELF, Fault.NO_MESSAGE, Fault.TIMEOUT))
+# Faults after which the request is sent to the other target.
 RESCUED = COUNTED | {Fault.TOO_LARGE, Fault.REJECTED, Fault.DROPPED}
 # Faults of the second attempt that excuse a timeout of the first, and the reverse.
 EXCUSES = frozenset((Fault.TIMEOUT, Fault.DROPPED, Fault.UNREACHABLE))
@@ -1440,7 +1441,7 @@ def rank(failure: Outcome, other: Outcome) -> int:
 def judge(first: Outcome, second: Outcome) -> Verdict:
     """Return which failures of a request count, and which response the client gets.
 
-    `first` failed, and the request was sent to the other target, or the client left before.
+    `first` failed; `second` is the attempt on the other target, or LEFT if the client left first.
 
       first         second          counts        the client gets
       failed        succeeded       the first     the second
@@ -1471,30 +1472,27 @@ SAVED: dict[str, Callable[[Any], Any]] = {
 
 # One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
 #
-#   state      event                                        next state   what else
-#   CLOSED     success of home                              CLOSED       n = 0
-#   CLOSED     failure of home, n-th in a row, n < limit    CLOSED       n counted
-#   CLOSED     failure of home, n = limit                   OPEN         n = 0, N-th cooldown begins
-#   OPEN       success of away                              OPEN         n = 0; N + 1 once a switch
-#   OPEN       failure of away, n-th in a row, n < limit    OPEN         n counted
-#   OPEN       failure of away, n = limit                   CLOSED       n = 0, cooldown cancelled
-#   OPEN       a request asks, cooldown over                HALF_OPEN    that request probes home
-#   HALF_OPEN  the probe commits                            CLOSED       n = 0: recovered
-#   HALF_OPEN  the probe fails                              OPEN         n = 0, N-th cooldown begins
-#   HALF_OPEN  the probe fails, as the shelf does, after    OPEN         another minute
-#              a switch that the shelf caused
-#   HALF_OPEN  the probe is neutral                         OPEN         the next one after a minute
-#   HALF_OPEN  success or failure of away                   as in OPEN
-#   any        outcome of the target that does not serve,   same         nothing
-#              of an attempt from before a switch, or of
-#              the same event as a failure before
+#   state      event                                            next state   effect
+#   any        success of the current target                    same         n = 0
+#   any        its n-th failure in a row, n < limit             same         n counted
+#   CLOSED     the same, n = limit                              OPEN         N-th cooldown begins
+#   not CLOSED the same, n = limit                              CLOSED       cooldown cancelled
+#   OPEN       first success of away since the switch           OPEN         N + 1
+#   OPEN       a request asks, cooldown over                    HALF_OPEN    it probes home
+#   HALF_OPEN  the probe commits                                CLOSED       recovered
+#   HALF_OPEN  the probe fails                                  OPEN         N-th cooldown begins
+#   HALF_OPEN  it fails as the shelf does, which had switched   OPEN         another minute
+#   HALF_OPEN  the probe is neutral                             OPEN         next in a minute
+#   any        outcome of the target that does not serve;       same         none
+#              failure of an attempt from before a switch,
+#              or of an event that has counted
 #
-# HTTP failures and timeouts are counted apart.  N returns to the first cooldown when twice the last
-# cooldown has passed since the return to home, without a switch.
+# Each change of the current target sets n = 0.  HTTP failures and timeouts are counted apart.  N
+# starts over when twice the last cooldown has passed since the return to home, without a switch.
 
 
 class Move(str):
-    """A line for the log about a scope that moves to another target."""
+    """A line for the log about a scope that switches or recovers."""
 
     words: dict[str, str]       #: for auto.onSwitch
 
@@ -1508,7 +1506,7 @@ class Breaker:
 
     def __init__(self, auto: AutoSettings, serial: Iterator[int], model: str = "") -> None:
         self._auto = auto
-        self._serial = serial           # numbers of one sequence, so that a ticket fits one machine
+        self._serial = serial           # one for all breakers, so that a ticket fits one only
         self._label = f" for {printable(model)}" if model else ""
         self._counted_at: deque[float] = deque(maxlen=EVENTS_REMEMBERED)    # times of failures
         self.probe = 0                  # number of the latest probe
@@ -1532,7 +1530,7 @@ class Breaker:
         self.start_counting()
 
     def start_counting(self) -> None:
-        """Set the counters back; what one event caused stays known."""
+        """Reset the counters of consecutive failures."""
         self.failures = self.timeouts = 0       # in a row, of `current`
         self.real_failure = ""          # the first one in the row that the shelf did not cause
 
@@ -1547,7 +1545,7 @@ class Breaker:
         return self.order[0]
 
     def remaining_s(self, now: float) -> float:
-        """Return the seconds until home may be probed, within the cooldown if the clock was set."""
+        """Return the seconds until home may be probed; a clock set back cannot prolong them."""
         if self.retry_at is None:
             return 0.0
         self.retry_at = min(self.retry_at, now + self.last_cooldown_s)
@@ -1565,7 +1563,7 @@ class Breaker:
         return self.state == HALF_OPEN and ticket.probe == self.probe
 
     def recover(self, now: float) -> list[str]:
-        """Return to home; the line says so of a probe that has committed."""
+        """Return to home, because a probe has committed."""
         self.close((self.home, self.away))
         self.returned_at = now
         line = f"RECOVERED: {self.home} responds again{self._label}"
@@ -1588,13 +1586,16 @@ class Breaker:
             self.answered = True
 
     def fail(self, now: float, ticket: Ticket, outcome: Outcome, followed: str = "") -> list[str]:
-        """Count a failure of `ticket.target`; once closed, the scope gets the target `followed`."""
+        """Count a failure of `ticket.target`.
+
+        A model switched alone would return to `followed`, the target of all others.
+        """
         if self.is_probe(ticket):
             return self._fail_probe(now, outcome)
         failed = f"{ticket.target} failed{self._label}: {outcome.what}"
         if ticket.generation != self.generation or ticket.target != self.current:
             return [failed]
-        # By the times of the failures: their rescues, which decide what counts, differ in length.
+        # Not by the time of counting: that comes after the rescues, which differ in length.
         if any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
                for at in self._counted_at):
             return [failed + " (the same event)"]
@@ -1610,14 +1611,14 @@ class Breaker:
         of_limit = f" of {limit}" if count <= limit else ""
         lines = [f"{failed} ({count}{of_limit} {name} in a row)"]
         if count < limit or (outcome.direct and not self.answered):
-            return lines                # not back to the target that has just failed
+            return lines                # home has just failed, and away has yet to answer
         reason = f"{count} consecutive {name}"
         if outcome.fault is not Fault.TIMEOUT:
             reason += f", last {outcome.what}"
         if outcome.fault is Fault.SHELF and self.real_failure:
             reason += f", after {self.real_failure}"
         if self.state != CLOSED and followed == self.away:
-            self.close(self.order)      # it would follow to the very target that it leaves
+            self.close(self.order)      # else it would return to the target that fails it
         if self.state == CLOSED:
             return lines + self._open(now, reason, outcome)
         self.recover(now)
@@ -1665,7 +1666,7 @@ class Breaker:
     def release(self, now: float, ticket: Ticket) -> list[str]:
         """Free the place of the probe under way, because its outcome is neutral."""
         self._postpone_probe(now)
-        if ticket.quiet:                # its begin was not logged either
+        if ticket.quiet:                # its start was not logged either
             return []
         return [f"PROBE of {self.home} inconclusive{self._label}; "
                 f"the next one in {span(self.remaining_s(now))}"]
@@ -1686,29 +1687,23 @@ class Breaker:
         return {name: getattr(self, name) for name in SAVED}
 
     def restore(self, saved: Any) -> None:
-        """Take over what `save` returned; raise StateError if it does not fit.
-
-        `saved` comes from a file that anyone may have written.
-        """
-        try:
-            values: dict[str, Any] = {
-                name: None if saved[name] is None else convert(saved[name])
-                for name, convert in SAVED.items() if name in saved or name != "on_shelf"}
-        except (LookupError, TypeError, ValueError, OverflowError) as error:
-            raise StateError("not the state that rrouter wrote") from error
+        """Take over what `save` returned; raise an error of any kind if it does not fit."""
+        values: dict[str, Any] = {
+            name: None if saved[name] is None else convert(saved[name])
+            for name, convert in SAVED.items() if name in saved or name != "on_shelf"}
         absent = {name for name, value in values.items() if value is None} - {"returned_at"}
         if (absent not in (set(), {"reason", "switched_at", "retry_at"})
                 or {values["home"], values["away"]} != set(self._auto.targets)
                 or values["last_cooldown_s"] > max(self._auto.cooldowns_s)
                 or not all(0 <= value < 1e11 for value in values.values()
                            if isinstance(value, (int, float)))):
-            raise StateError("not the state that rrouter wrote")
+            raise ValueError
         vars(self).update(values, reason=values["reason"] and printable(values["reason"]))
         self.state = CLOSED if absent else OPEN
 
 
 def remember(known: OrderedDict[Any, T], key: Any, value: T) -> None:
-    """Keep the value as the last of NAMES_REMEMBERED; any thread may call it."""
+    """Add the value as the newest of at most NAMES_REMEMBERED; any thread may call it."""
     known.pop(key, None)
     known[key] = value
     if len(known) > NAMES_REMEMBERED:
@@ -1718,8 +1713,7 @@ def remember(known: OrderedDict[Any, T], key: Any, value: T) -> None:
 class Failover:
     """Whose turn it is in auto mode: one breaker for the whole target, one for each single model.
 
-    All methods may be called from any thread; `clock` returns Unix seconds.  They return lines for
-    the log.
+    `clock` returns Unix seconds.  Any thread may call the methods; they return lines for the log.
     """
 
     def __init__(self, clock: Callable[[], float], auto: AutoSettings) -> None:
@@ -1745,8 +1739,8 @@ class Failover:
     def admit(self, model: str, targets: tuple[str, str], session: str = "") -> Ticket:
         """Return the ticket for the first attempt of a request.
 
-        `targets` are those of the request's snapshot.  If the configuration has changed since, the
-        outcome of the attempt is ignored, as it is where a session stays.
+        `targets` are those of the request's snapshot.  If they have changed since, or the session
+        stays away from the current target, a failure of the attempt is not counted.
         """
         with self._lock:
             breaker, now = self._breaker(model), self._clock()
@@ -1756,10 +1750,11 @@ class Failover:
             cached, sent_at, end = self._places.get((session, model), ("", 0.0, 0.0))
             if cached != breaker.current and now <= end and now - sent_at < self._auto.stay_s:
                 ticket = ticket._replace(target=cached, generation=OUTDATED)
-                return self._note_place(ticket, session, now, end)
-            target, probe = breaker.admit(now)
-            return self._note_place(ticket._replace(
-                target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf), session, now)
+            else:
+                target, probe = breaker.admit(now)
+                end, quiet = 0.0, bool(probe) and breaker.on_shelf
+                ticket = ticket._replace(target=target, probe=probe, quiet=quiet)
+            return self._note_place(ticket, session, now, end)
 
     def _note_place(self, ticket: Ticket, session: str, now: float, end: float = 0.0) -> Ticket:
         """Remember where a session sends something, and the end of its stay there."""
@@ -1845,24 +1840,17 @@ class Failover:
             return lines
 
     def release(self, ticket: Ticket) -> list[str]:
-        """Take a neutral outcome: it frees the place of a probe."""
+        """Accept a neutral outcome: another request may probe."""
         with self._lock:
             breaker = self._probed(ticket)
             return breaker.release(self._clock(), ticket) if breaker is not None else []
-
-    def look_at_clock(self) -> None:
-        """Bound the cooldowns if the clock was set back, although nothing asks for a target."""
-        with self._lock:
-            now = self._clock()
-            for breaker in (self._whole, *self._models.values()):
-                breaker.remaining_s(now)
 
     def _charge_model(self, now: float, ticket: Ticket, outcome: Outcome) -> list[str]:
         """Count a failure of the whole target for its model too; logged only if that switches."""
         own = self._models.get(ticket.model)
         if own is None:
             if len(self._models) >= NAMES_REMEMBERED:
-                # The one longest without a failure, if possible one that has not switched.
+                # The one longest without a failure, preferably one that has not switched.
                 closed = (name for name, other in self._models.items() if other.state == CLOSED)
                 del self._models[next(closed, next(iter(self._models)))]
             own = Breaker(self._auto, self._serial, ticket.model)
@@ -1898,16 +1886,18 @@ class Failover:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `save` returned; if it does not fit, change nothing, raise StateError."""
-        whole, models = Breaker(self._auto, self._serial), saved.get("models")
-        whole.restore(saved.get("whole"))
-        if whole.home != self._auto.targets[0] or not isinstance(models, dict):
-            raise StateError("not the state that rrouter wrote")
-        restored: OrderedDict[str, Breaker] = OrderedDict()
-        for model, own in itertools.islice(models.items(), NAMES_REMEMBERED):
-            restored[model] = Breaker(self._auto, self._serial, model)
-            restored[model].restore(own)
+        whole, models = Breaker(self._auto, self._serial), OrderedDict[str, Breaker]()
+        try:                            # anyone may have written the file
+            whole.restore(saved["whole"])
+            if whole.home != self._auto.targets[0]:
+                raise ValueError
+            for model, own in itertools.islice(saved["models"].items(), NAMES_REMEMBERED):
+                models[model] = Breaker(self._auto, self._serial, model)
+                models[model].restore(own)
+        except (LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
+            raise StateError("not the state that rrouter wrote") from error
         with self._lock:
-            self._whole, self._models = whole, restored
+            self._whole, self._models = whole, models
 
 
 def slow_failure(outcome: Outcome) -> str:
@@ -1942,11 +1932,12 @@ def counted(auto: dict[str, Any]) -> str:
 
 def describe_windows(windows: dict[str, Any]) -> list[str]:
     """Return usage windows in words and local time: 5h 83 % until 16:40."""
-    until = {name: datetime.datetime.fromisoformat(window["until"].replace("Z", "+00:00"))
-             for name, window in windows.items()}
-    return [f"{name} {windows[name]['usedPercent']} % until "
-            f"{when.astimezone():{'%H:%M' if name == '5h' else '%a %H:%M'}}"
-            for name, when in until.items()]
+    parts = []
+    for name, window in windows.items():
+        when = datetime.datetime.fromisoformat(window["until"].replace("Z", "+00:00")).astimezone()
+        clock = when.strftime("%H:%M" if name == "5h" else "%a %H:%M")
+        parts.append(f"{name} {window['usedPercent']} % until {clock}")
+    return parts
 
 
 def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -> str:
@@ -3400,7 +3391,6 @@ class Router:
         threads = [client.thread for client in list(self.connections)]
         self._one_core.look(self._active, threads, time.monotonic(), os.times().user)
         self.store.snapshot()
-        self.failover.look_at_clock()
         if self.keeps_state:
             # The fingerprint first: a reset by a mode written meanwhile must not be undone.
             self.state.save({**self.store.fingerprint(), **self.failover.save()})
