@@ -1477,11 +1477,11 @@ SAVED: dict[str, Callable[[Any], Any]] = {
 #   any        its n-th failure in a row, n < limit             same         n counted
 #   CLOSED     the same, n = limit                              OPEN         N-th cooldown begins
 #   not CLOSED the same, n = limit                              CLOSED       cooldown cancelled
-#   OPEN       first success of away since the switch           OPEN         N + 1
+#   OPEN       first success of away since the switch           OPEN         N + 1, not on the shelf
 #   OPEN       a request asks, cooldown over                    HALF_OPEN    it probes home
 #   HALF_OPEN  the probe commits                                CLOSED       recovered
 #   HALF_OPEN  the probe fails                                  OPEN         N-th cooldown begins
-#   HALF_OPEN  it fails as the shelf does, which had switched   OPEN         another minute
+#   HALF_OPEN  it fails like the shelf, which had switched      OPEN         another minute
 #   HALF_OPEN  the probe is neutral                             OPEN         next in a minute
 #   any        outcome of the target that does not serve;       same         none
 #              failure of an attempt from before a switch,
@@ -1849,10 +1849,6 @@ class Failover:
         """Count a failure of the whole target for its model too; logged only if that switches."""
         own = self._models.get(ticket.model)
         if own is None:
-            if len(self._models) >= NAMES_REMEMBERED:
-                # The one longest without a failure, preferably one that has not switched.
-                closed = (name for name, other in self._models.items() if other.state == CLOSED)
-                del self._models[next(closed, next(iter(self._models)))]
             own = Breaker(self._auto, self._serial, ticket.model)
             own.close(self._whole.order)
         remember(self._models, ticket.model, own)
@@ -2004,12 +2000,10 @@ def remove_files(*paths: str) -> None:
             os.unlink(path)
 
 
-def write_atomically(path: str, content: str | bytes, durable: bool = True,
-                     mode: int = 0o600) -> None:
+def write_atomically(path: str, content: str | bytes, mode: int = 0o600) -> None:
     """Write `content` to `path`: a reader sees the whole new content or the whole old one.
 
-    A symbolic link stays, its target is replaced.  Unless `durable`, a crash of the machine may
-    lose the content.  Raises OSError.
+    A symbolic link stays, its target is replaced.  Raises OSError.
     """
     path = os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
@@ -2019,8 +2013,7 @@ def write_atomically(path: str, content: str | bytes, durable: bool = True,
             if mode != 0o600:
                 os.fchmod(file.fileno(), mode)
             file.flush()
-            if durable:                 # else a crash may leave the new name with no content
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())     # else a crash may leave the new name with no content
         os.replace(temporary, path)
     finally:
         remove_files(temporary)         # gone already after the replacement
@@ -2112,16 +2105,23 @@ class Log:
         self._lines.append(line.encode("utf-8", "replace"))
 
     def flush(self) -> None:
-        """Write the lines added so far."""
+        """Write the lines added so far; open the file unless it is open and at its path."""
         data = b"".join([self._lines.popleft() for _ in range(len(self._lines))])
-        if not data:
-            return
-        self._rotate_if_full(len(data))
-        if self._descriptor is not None:
-            with self._noting_problem():
-                rest = data
-                while rest:             # written in one piece if the system lets
-                    rest = rest[os.write(self._descriptor, rest):]
+        try:
+            self._rotate_if_full(len(data))
+            descriptor = self._descriptor
+            if descriptor is None or not is_at(self._path, descriptor):
+                descriptor = self._open()
+            rest = data
+            while rest:                 # written in one piece if the system lets
+                rest = rest[os.write(descriptor, rest):]
+            if data:
+                self.problem = None
+        except OSError as error:
+            problem = f"rrouter.log: {reason_of(error)}: log lines are lost"
+            if not self.problem:        # /health has no path, because it names the user
+                self._write_stderr(os.fsencode(f"rrouter: {problem} ({self._path})\n"))
+            self.problem = problem
         if self._echo:
             self._write_stderr(data)
 
@@ -2134,47 +2134,33 @@ class Log:
                     return
                 os.write(2, data[start:start + select.PIPE_BUF])
 
-    @contextlib.contextmanager
-    def _noting_problem(self) -> Iterator[None]:
-        """Keep an OSError for /health; say it once on stderr, with the path."""
-        try:
-            yield
-            self.problem = None
-        except OSError as error:
-            problem = f"rrouter.log: {reason_of(error)}: log lines are lost"
-            if not self.problem:        # /health has no path, because it names the user
-                self._write_stderr(os.fsencode(f"rrouter: {problem} ({self._path})\n"))
-            self.problem = problem
-
-    def open(self) -> None:
-        """Open the file unless it is open and at its path."""
+    def _open(self) -> int:
+        """Open the file instead of the one that was open; return its descriptor."""
         if self._descriptor is not None:
-            if is_at(self._path, self._descriptor):
-                return
             os.close(self._descriptor)
             self._descriptor = None
-        with self._noting_problem():
-            with contextlib.suppress(FileExistsError):      # no `makedirs`: HOME may be away
-                os.mkdir(os.path.dirname(self._path), 0o700)
-            self._descriptor = open_log(self._path)
-            if not self._echo:
-                os.dup2(self._descriptor, 2)    # the daemon's, for messages of Python itself
+        with contextlib.suppress(FileExistsError):          # no `makedirs`: HOME may be away
+            os.mkdir(os.path.dirname(self._path), 0o700)
+        self._descriptor = open_log(self._path)
+        if not self._echo:
+            os.dup2(self._descriptor, 2)        # the daemon's, for messages of Python itself
+        self.problem = None
+        return self._descriptor
 
     def _rotate_if_full(self, coming: int) -> None:
-        """Begin a new file if the next `coming` bytes do not fit; if that fails, keep the old."""
+        """Move the file away if the next `coming` bytes do not fit; keep it if that fails."""
         descriptor = self._descriptor
         with contextlib.suppress(OSError):
             if descriptor is None or os.fstat(descriptor).st_size + coming <= LOG_MAX_BYTES:
                 return
             # Two processes may write the same file.  One of them rotates it; the other finds
-            # another file at the path.  Closing the file in `open` releases the lock.
+            # another file at the path.  Closing the file in `_open` releases the lock.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_at(self._path, descriptor):
                 for number in range(LOG_FILES - 1, 0, -1):
                     with contextlib.suppress(FileNotFoundError):
                         os.replace(f"{self._path}.{number}", f"{self._path}.{number + 1}")
                 os.replace(self._path, f"{self._path}.1")
-            self.open()
 
 
 class Store:
@@ -2242,8 +2228,7 @@ class Store:
             if content == self._config_bytes:
                 return
             self._config_bytes = content
-            self._config = config_of(content)
-            self._config_error = None
+            self._config, self._config_error = config_of(content), None
             for problem in self._config.problems:
                 self._log.write("CONFIG", f"config.json: {problem}")
             self._log.write("CONFIG", "config.json loaded" if content is not None else
@@ -2272,52 +2257,48 @@ class Store:
         mode = config.resolve(word if word is not None else config.default_mode)
         problems = [self._config_error, *(f"config.json: {problem}" for problem in config.problems),
                     self._mode_error]
-        if word == MODE_AUTO and word != mode:
-            problems.append(f"config.json: {config.auto_error}")
-        elif word is not None and word != mode:
-            unknown = describe_unknown_mode(word, config.choices)
-            problems.append(f"mode: {unknown}; {mode} is in force")
+        if word not in (None, mode):
+            problems.append(
+                f"config.json: {config.auto_error}" if word == MODE_AUTO else
+                f"mode: {describe_unknown_mode(word, config.choices)}; {mode} is in force")
         return Snapshot(config, mode, tuple(dict.fromkeys(filter(None, problems))))
 
 
 class StateFile:
     """state.json: the state of auto mode, kept over a restart.  Only the watcher writes it."""
 
-    def __init__(self, path: str, log: Log):
-        self._path, self._log = path, log
+    def __init__(self, path: str):
+        self._path = path
         self.saved: dict[str, Any] | None = None    #: in the file; None lets `save` write again
         self.problem: str | None = None             #: why the last state could not be written
 
     def load(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
         """Return the state saved with this `fingerprint`, None without a file; raise StateError."""
         try:
-            state = json.loads(read_file(self._path) or b"null")
+            state: dict[str, Any] | None = json.loads(read_file(self._path) or b"null")
+            if state is None:
+                return None
+            if state["version"] != 1:
+                raise ValueError
         except OSError as error:
             raise StateError(reason_of(error)) from error
-        except (ValueError, RecursionError) as error:
-            raise StateError("not the JSON that rrouter wrote") from error
-        if state is None:
-            return None
-        if not isinstance(state, dict) or state.get("version") != 1:
-            raise StateError("not written by this version of rrouter")
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise StateError("not written by this version of rrouter") from error
         for name, what in (("modeFile", "the mode file"), ("auto", "the auto section")):
             if state.get(name) != fingerprint[name]:
                 raise StateError(f"{what} was written since")
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the state unless it is the last saved; a failure is logged once."""
+        """Write the state unless it is the last saved."""
         if state == self.saved:
             return
         try:
             write_atomically(self._path, json.dumps({"version": 1, **state}, indent=1) + "\n")
             self.saved, self.problem = state, None
         except OSError as error:
-            problem = (f"state.json: cannot be written: {reason_of(error)}: "
-                       "a restart forgets the cooldowns")
-            if problem != self.problem:
-                self._log.write("AUTO", problem)
-            self.problem = problem
+            self.problem = (f"state.json: cannot be written: {reason_of(error)}: "
+                            "a restart forgets the cooldowns")
 
 
 # Resources ####################################################################
@@ -3311,7 +3292,7 @@ class Router:
         self.settings, self.log, self.started_by = settings, log, started_by
         self.failover = Failover(time.time, config_of(None).auto)
         self.store = Store(paths, log, self._changed)
-        self.state = StateFile(paths.state, log)
+        self.state = StateFile(paths.state)
         self.instance = ""              #: the random word that names this process
         self.upstream = Upstream(settings.upstream, self._is_own_address)
         self.connections: set[ClientConnection] = set()
@@ -4070,8 +4051,8 @@ def write_run_files(router: Router) -> None:
            "pid": os.getpid(), "instance": router.instance, "startedBy": router.started_by,
            "allowedHosts": ",".join(settings.allowed_hosts), "version": __version__}
     try:
-        write_atomically(paths.pid, f"{os.getpid()}\n", durable=False)
-        write_atomically(paths.run, json.dumps(run, indent=2) + "\n", durable=False)
+        write_atomically(paths.pid, f"{os.getpid()}\n")
+        write_atomically(paths.run, json.dumps(run, indent=2) + "\n")
     except OSError as error:
         router.log.write("ERROR", f"{paths.run}: {reason_of(error)}: "
                                   "other commands may not find this daemon")
@@ -4109,7 +4090,7 @@ class Watcher(threading.Thread):
                 condition.wait(0 if self._ending else POLL_S)
             is_last = self._ending      # lines added before are written in this round
             for step in (self._reclaim, partial(self._lock.renew, router.draining), router.watch,
-                         log.open, log.flush):
+                         log.flush):
                 try:
                     step()
                 except Exception as error:  # of any kind: without the watcher the log would end
@@ -4221,7 +4202,6 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
     log = Log(paths.log, echo=ready is None)
     router = Router(settings, paths, log, who_starts() if ready is None else "start")
     router.instance = instance
-    log.open()
     try:
         servers = prepare(router, lock, owns_files)
     finally:
@@ -4884,7 +4864,7 @@ def offer_no_proxy(text: str) -> dict[str, str]:
 def write_settings(path: str, text: str) -> None:
     """Write settings that exist, and keep their mode and owner."""
     status = os.stat(path)
-    write_atomically(path, text, True, stat.S_IMODE(status.st_mode))
+    write_atomically(path, text, stat.S_IMODE(status.st_mode))
     with contextlib.suppress(PermissionError):
         os.chown(path, status.st_uid, status.st_gid)
 
