@@ -166,7 +166,6 @@ CUT_OFF_S = 1                   # for requests to end that the drain has not wai
 DRAIN_S = 30                    # for running requests after SIGTERM; systemd kills after 45 s
 LOG_SHOWN = 20                  # lines that `logs` begins with
 MODELS_SHOWN = 5                # by `explain` without a name
-STATUS_SCOPES = 3               # in a status line: auto itself, and models that switched alone
 HOOK_S = 10                     # for the program of auto.onSwitch
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
 
@@ -433,7 +432,6 @@ class Ticket(NamedTuple):
 
     target: str
     model: str
-    alone: bool                 #: the model follows a separate machine
     generation: int             #: of the machine when the attempt began
     probe: int = 0              #: number of the probe this is; 0 for none
     quiet: bool = False         #: a probe of the shelf, logged only if its response changes
@@ -1682,8 +1680,9 @@ class Breaker:
                 "cooldownSeconds": tidy(round(self.last_cooldown_s, 3)) if is_open else 0,
                 "cooldownRemainingSeconds": math.ceil(remaining_s)}
 
-    def save(self) -> dict[str, Any]:
+    def save(self, now: float) -> dict[str, Any]:
         """Return what a restart keeps; the counters and a probe under way are lost."""
+        self.remaining_s(now)           # notices a clock set back, although no request comes
         return {name: getattr(self, name) for name in SAVED}
 
     def restore(self, saved: Any) -> None:
@@ -1782,14 +1781,14 @@ class Failover:
         return own if own is not None and own.state != CLOSED else self._whole
 
     def _ticket(self, target: str, model: str, targets: tuple[str, str]) -> Ticket:
-        breaker = self._breaker(model)
-        return Ticket(target, model, breaker is not self._whole,
-                      breaker.generation if targets == self._auto.targets else OUTDATED)
+        fits = targets == self._auto.targets
+        return Ticket(target, model, self._breaker(model).generation if fits else OUTDATED)
 
     def _probed(self, ticket: Ticket) -> Breaker | None:
         """Return the breaker whose probe under way has this ticket, or None."""
-        breaker = self._models.get(ticket.model) if ticket.alone else self._whole
-        return breaker if breaker is not None and breaker.is_probe(ticket) else None
+        own = self._models.get(ticket.model)
+        breaker = own if own is not None and own.is_probe(ticket) else self._whole
+        return breaker if breaker.is_probe(ticket) else None
 
     def commit(self, ticket: Ticket) -> tuple[Ticket, list[str]]:
         """Let a probe succeed, because the client gets its response; return the next ticket."""
@@ -1820,15 +1819,15 @@ class Failover:
     def charge(self, ticket: Ticket, outcome: Outcome) -> list[str]:
         """Count a failure.
 
-        A model switched alone is charged in its own machine only: an exhausted model must not take
-        the others along, neither with its probes nor with what it had under way when it switched.
+        While a model is switched alone, its failures count for its own breaker only, because an
+        exhausted model must not take the others along.
         """
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
             place = ticket.session, ticket.model
             if self._places.get(place, ("",))[0] == ticket.target:
                 del self._places[place]         # a failure ends a stay
-            if own is not None and (ticket.alone or (own.state != CLOSED and not ticket.probe)):
+            if own is not None and own.state != CLOSED and not whole.is_probe(ticket):
                 return own.fail(now, ticket, outcome, followed=whole.current)
             switches = whole.switch_count
             fresh = ticket.generation == whole.generation and ticket.target == whole.current
@@ -1876,8 +1875,9 @@ class Failover:
     def save(self) -> dict[str, Any]:
         """Return what state.json keeps."""
         with self._lock:
-            return {"whole": self._whole.save(),
-                    "models": {model: own.save() for model, own in self._models.items()
+            now = self._clock()
+            return {"whole": self._whole.save(now),
+                    "models": {model: own.save(now) for model, own in self._models.items()
                                if own.state != CLOSED or own.level}}
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -1945,13 +1945,11 @@ def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -
         asked, answered = (printable(model.removeprefix("claude-"), 40) for model in models)
         rows = [(f"asked {asked}, answered {answered}", scopes.get(models[0], auto))]
     parts = [] if rows else [health["mode"]]
-    for text, own in rows[:STATUS_SCOPES]:
-        parts.append(text)
+    for text, own in rows:
         if own["switched"] and scopes:
             failed, _, what = failed_side(own)
-            parts[-1] += f" ({failed} {what}, {until_probe(own)})"
-    if len(rows) > STATUS_SCOPES:
-        parts.append(f"{len(rows) - STATUS_SCOPES} more")
+            text += f" ({failed} {what}, {until_probe(own)})"
+        parts.append(text)
     parts += describe_windows(health["usageWindows"].get(health["currentTarget"], {}))
     if problems:
         parts.append(f"{problems} problem{'s' * (problems > 1)}: rrouter status")
@@ -2054,22 +2052,22 @@ def is_at(path: str, descriptor: int) -> bool:
         return False
 
 
-def _signature(path: str) -> tuple[int, ...] | int | None:
-    """Return a value that changes with each write of the file, None without one, or an errno.
+def _signature(path: str) -> tuple[int, ...] | None:
+    """Return a value that changes with each write of the file, None without a file.
 
     Compared by equality, because `mv` and `git checkout` can bring an older time.  The last member,
     the time of the last change of any kind, changes even if a writer sets the other time back.
     """
     try:
         status = os.stat(path)
-    except OSError as error:
-        return None if error.errno == errno.ENOENT else error.errno
+    except OSError:
+        return None
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
-def _is_settled(signature: tuple[int, ...] | int | None) -> bool:
+def _is_settled(signature: tuple[int, ...] | None) -> bool:
     """Return whether the next write of the file changes its signature."""
-    if not isinstance(signature, tuple):
+    if signature is None:
         return True
     settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
     return time.time() - signature[3] / 1e9 >= settled_s
@@ -2241,7 +2239,7 @@ class Store:
                 self._config_error = complaint
                 self._log.write("CONFIG", f"{complaint}; the config in force stays")
 
-    def _read_mode(self, signature: object) -> None:
+    def _read_mode(self, signature: tuple[int, ...] | None) -> None:
         try:
             word = mode_word(read_file(self.paths.mode))
             self._mode_error = None
@@ -2250,7 +2248,7 @@ class Store:
         if word != "":                  # else it is unreadable or just being written
             self._word = word
             # chmod changes the last member, but does not write the mode.
-            self._mode_signature = signature[:3] if isinstance(signature, tuple) else signature
+            self._mode_signature = signature and signature[:3]
 
     def _compose(self) -> Snapshot:
         config, word = self._config, self._word
