@@ -1661,10 +1661,10 @@ class Breaker:
         self.state = OPEN
         self.retry_at = now + min(self.last_cooldown_s, RECHECK_S)
 
-    def release(self, now: float, ticket: Ticket) -> list[str]:
+    def release(self, now: float) -> list[str]:
         """Free the place of the probe under way, because its outcome is neutral."""
         self._postpone_probe(now)
-        if ticket.quiet:                # its start was not logged either
+        if self.on_shelf:               # its start was not logged either
             return []
         return [f"PROBE of {self.home} inconclusive{self._label}; "
                 f"the next one in {span(self.remaining_s(now))}"]
@@ -1742,18 +1742,16 @@ class Failover:
         stays away from the current target, a failure of the attempt is not counted.
         """
         with self._lock:
+            if targets != self._auto.targets:
+                return Ticket(targets[0], model, OUTDATED)
             breaker, now = self._breaker(model), self._clock()
-            ticket = self._ticket(targets[0], model, targets)
-            if ticket.generation == OUTDATED:
-                return ticket
             cached, sent_at, end = self._places.get((session, model), ("", 0.0, 0.0))
             if cached != breaker.current and now <= end and now - sent_at < self._auto.stay_s:
-                ticket = ticket._replace(target=cached, generation=OUTDATED)
-            else:
-                target, probe = breaker.admit(now)
-                end, quiet = 0.0, bool(probe) and breaker.on_shelf
-                ticket = ticket._replace(target=target, probe=probe, quiet=quiet)
-            return self._note_place(ticket, session, now, end)
+                return self._note_place(Ticket(cached, model, OUTDATED), session, now, end)
+            target, probe = breaker.admit(now)
+            quiet = bool(probe) and breaker.on_shelf
+            ticket = Ticket(target, model, breaker.generation, probe, quiet)
+            return self._note_place(ticket, session, now)
 
     def _note_place(self, ticket: Ticket, session: str, now: float, end: float = 0.0) -> Ticket:
         """Remember where a session sends something, and the end of its stay there."""
@@ -1766,8 +1764,10 @@ class Failover:
         """Return the ticket for the second attempt, on the other of `targets`."""
         other = targets[1] if ticket.target == targets[0] else targets[0]
         with self._lock:
+            fits = targets == self._auto.targets
+            generation = self._breaker(ticket.model).generation if fits else OUTDATED
             return self._note_place(
-                self._ticket(other, ticket.model, targets), ticket.session, self._clock())
+                Ticket(other, ticket.model, generation), ticket.session, self._clock())
 
     def current(self, model: str | None, targets: tuple[str, str]) -> str:
         """Return the target, one of `targets`, for a request that is not judged."""
@@ -1779,10 +1779,6 @@ class Failover:
         """Return the breaker that serves `model`: its own while it is switched alone."""
         own = self._models.get(model or "")
         return own if own is not None and own.state != CLOSED else self._whole
-
-    def _ticket(self, target: str, model: str, targets: tuple[str, str]) -> Ticket:
-        fits = targets == self._auto.targets
-        return Ticket(target, model, self._breaker(model).generation if fits else OUTDATED)
 
     def _probed(self, ticket: Ticket) -> Breaker | None:
         """Return the breaker whose probe under way has this ticket, or None."""
@@ -1806,7 +1802,8 @@ class Failover:
                 self._follow()
             else:
                 breaker.close(self._whole.order)
-            return self._ticket(ticket.target, ticket.model, self._auto.targets), lines
+            generation = self._breaker(ticket.model).generation
+            return ticket._replace(generation=generation, probe=0), lines
 
     def credit(self, ticket: Ticket) -> None:
         """Count a success: the upstream's response is complete."""
@@ -1842,7 +1839,7 @@ class Failover:
         """Accept a neutral outcome: another request may probe."""
         with self._lock:
             breaker = self._probed(ticket)
-            return breaker.release(self._clock(), ticket) if breaker is not None else []
+            return breaker.release(self._clock()) if breaker is not None else []
 
     def _charge_model(self, now: float, ticket: Ticket, outcome: Outcome) -> list[str]:
         """Count a failure of the whole target for its model too; logged only if that switches."""
