@@ -1584,10 +1584,7 @@ class Breaker:
             self.answered = True
 
     def fail(self, now: float, ticket: Ticket, outcome: Outcome, followed: str = "") -> list[str]:
-        """Count a failure of `ticket.target`.
-
-        A model switched alone would return to `followed`, the target of all others.
-        """
+        """Count a failure of `ticket.target`; if the scope closes, it moves to `followed`."""
         if self.is_probe(ticket):
             return self._fail_probe(now, outcome)
         failed = f"{ticket.target} failed{self._label}: {outcome.what}"
@@ -1606,8 +1603,7 @@ class Breaker:
             count, limit, name = self.failures, self._auto.failure_threshold, "HTTP errors"
         if outcome.fault is not Fault.SHELF:
             self.real_failure = self.real_failure or outcome.what
-        of_limit = f" of {limit}" if count <= limit else ""
-        lines = [f"{failed} ({count}{of_limit} {name} in a row)"]
+        lines = [f"{failed} ({count} of {limit} {name} in a row)"]
         if count < limit or (outcome.direct and not self.answered):
             return lines                # home has just failed, and away has yet to answer
         reason = f"{count} consecutive {name}"
@@ -1616,7 +1612,7 @@ class Breaker:
         if outcome.fault is Fault.SHELF and self.real_failure:
             reason += f", after {self.real_failure}"
         if self.state != CLOSED and followed == self.away:
-            self.close(self.order)      # else it would return to the target that fails it
+            self.close(self.order)      # else it would move to the target that has failed it
         if self.state == CLOSED:
             return lines + self._open(now, reason, outcome)
         self.recover(now)
@@ -1747,18 +1743,17 @@ class Failover:
             breaker, now = self._breaker(model), self._clock()
             cached, sent_at, end = self._places.get((session, model), ("", 0.0, 0.0))
             if cached != breaker.current and now <= end and now - sent_at < self._auto.stay_s:
-                return self._note_place(Ticket(cached, model, OUTDATED), session, now, end)
+                return self._sent(Ticket(cached, model, OUTDATED, session=session), now, end)
             target, probe = breaker.admit(now)
             quiet = bool(probe) and breaker.on_shelf
-            ticket = Ticket(target, model, breaker.generation, probe, quiet)
-            return self._note_place(ticket, session, now)
+            return self._sent(
+                Ticket(target, model, breaker.generation, probe, quiet, session), now)
 
-    def _note_place(self, ticket: Ticket, session: str, now: float, end: float = 0.0) -> Ticket:
-        """Remember where a session sends something, and the end of its stay there."""
-        if not session or len(ticket.model) > MODEL_NAME_MAX:
-            return ticket
-        remember(self._places, (session, ticket.model), (ticket.target, now, end))
-        return ticket._replace(session=session)
+    def _sent(self, ticket: Ticket, now: float, end: float = 0.0) -> Ticket:
+        """Remember where the session sends something, and the `end` of its stay there."""
+        if ticket.session and len(ticket.model) <= MODEL_NAME_MAX:
+            remember(self._places, (ticket.session, ticket.model), (ticket.target, now, end))
+        return ticket
 
     def rescue(self, ticket: Ticket, targets: tuple[str, str]) -> Ticket:
         """Return the ticket for the second attempt, on the other of `targets`."""
@@ -1766,8 +1761,8 @@ class Failover:
         with self._lock:
             fits = targets == self._auto.targets
             generation = self._breaker(ticket.model).generation if fits else OUTDATED
-            return self._note_place(
-                Ticket(other, ticket.model, generation), ticket.session, self._clock())
+            return self._sent(
+                Ticket(other, ticket.model, generation, session=ticket.session), self._clock())
 
     def current(self, model: str | None, targets: tuple[str, str]) -> str:
         """Return the target, one of `targets`, for a request that is not judged."""
@@ -1832,7 +1827,13 @@ class Failover:
             if whole.switch_count != switches:
                 self._follow()
             elif fresh and len(ticket.model) <= MODEL_NAME_MAX:
-                lines += self._charge_model(now, ticket, outcome)
+                if own is None:
+                    own = Breaker(self._auto, self._serial, ticket.model)
+                    own.close(whole.order)
+                remember(self._models, ticket.model, own)
+                own.answered = whole.answered           # they are on the same target
+                ticket = ticket._replace(generation=own.generation)
+                lines += own.fail(now, ticket, outcome)[1:]     # the count is logged already
             return lines
 
     def release(self, ticket: Ticket) -> list[str]:
@@ -1840,16 +1841,6 @@ class Failover:
         with self._lock:
             breaker = self._probed(ticket)
             return breaker.release(self._clock()) if breaker is not None else []
-
-    def _charge_model(self, now: float, ticket: Ticket, outcome: Outcome) -> list[str]:
-        """Count a failure of the whole target for its model too; logged only if that switches."""
-        own = self._models.get(ticket.model)
-        if own is None:
-            own = Breaker(self._auto, self._serial, ticket.model)
-            own.close(self._whole.order)
-        remember(self._models, ticket.model, own)
-        own.answered = self._whole.answered     # they are on the same target
-        return own.fail(now, ticket._replace(generation=own.generation), outcome)[1:]
 
     def _follow(self) -> None:
         """Let the models that are not switched alone follow the whole target, with new counters."""
