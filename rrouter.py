@@ -1411,9 +1411,8 @@ class TokenReader:
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
 OUTDATED = -1       # generation of a ticket whose failure no breaker counts
 
-# Faults that can count; all others are neutral.
+# Faults that can count (others are neutral), and faults after which the other target is tried.
 COUNTED = frozenset((Fault.STATUS, Fault.SHELF, Fault.NO_MESSAGE, Fault.TIMEOUT))
-# Faults after which the request is sent to the other target.
 RESCUED = COUNTED | {Fault.TOO_LARGE, Fault.REJECTED, Fault.DROPPED}
 # Faults of the second attempt that excuse a timeout of the first, and the reverse.
 EXCUSES = frozenset((Fault.TIMEOUT, Fault.DROPPED, Fault.UNREACHABLE))
@@ -1669,10 +1668,9 @@ class Breaker:
         """Return what /health shows of it."""
         is_open, remaining_s = self.state != CLOSED, self.remaining_s(now)
         return {"currentTarget": self.current, "switched": is_open,
-                "switchCount": self.switch_count,
-                "failureCount": self.failures, "timeoutCount": self.timeouts,
-                "reason": self.reason, "switchedAt": utc(self.switched_at),
-                "retryAt": utc(self.retry_at),
+                "switchCount": self.switch_count, "failureCount": self.failures,
+                "timeoutCount": self.timeouts, "reason": self.reason,
+                "switchedAt": utc(self.switched_at), "retryAt": utc(self.retry_at),
                 "cooldownSeconds": tidy(round(self.last_cooldown_s, 3)) if is_open else 0,
                 "cooldownRemainingSeconds": math.ceil(remaining_s)}
 
@@ -1914,14 +1912,12 @@ def counted(auto: dict[str, Any]) -> str:
                      for kind in ("failure", "timeout") if auto[kind + "Count"])
 
 
-def describe_windows(windows: dict[str, Any]) -> list[str]:
-    """Return usage windows in words and local time: 5h 83 % until 16:40."""
-    parts = []
+def describe_windows(windows: dict[str, Any]) -> Iterator[str]:
+    """Yield usage windows in words and local time: 5h 83 % until 16:40."""
     for name, window in windows.items():
         when = datetime.datetime.fromisoformat(window["until"].replace("Z", "+00:00")).astimezone()
         clock = when.strftime("%H:%M" if name == "5h" else "%a %H:%M")
-        parts.append(f"{name} {window['usedPercent']} % until {clock}")
-    return parts
+        yield f"{name} {window['usedPercent']} % until {clock}"
 
 
 def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -> str:
@@ -2034,10 +2030,9 @@ def read_file(path: str) -> bytes | None:
 
 def is_at(path: str, descriptor: int) -> bool:
     """Return whether the open file is still the one at `path`: others rotate and remove files."""
-    try:
+    with contextlib.suppress(OSError):
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except OSError:
-        return False
+    return False
 
 
 def _signature(path: str) -> tuple[int, ...] | None:
@@ -2067,13 +2062,12 @@ def open_log(path: str) -> int:
 
 
 class Log:
-    """The log file, rotated by size.  Any thread may add lines; one at a time writes them.
+    """The log file, rotated by size.  Any thread may add lines; the watcher writes them.
 
-    That is the watcher, so that a disk that hangs holds up no request; `kill -9` can lose the lines
-    of the last POLL_S.
+    So a disk that hangs holds up no request; `kill -9` can lose the lines of the last POLL_S.
     """
 
-    HELD_MAX = 10_000       # lines; only while the disk hangs can so many be held
+    HELD_MAX = 10_000       # lines; so many are held only while the disk hangs
     ECHO_S = 0.1            # how long a stderr that accepts nothing may hold up a flush
 
     def __init__(self, path: str, echo: bool):
@@ -2099,7 +2093,7 @@ class Log:
             if descriptor is None or not is_at(self._path, descriptor):
                 descriptor = self._open()
             rest = data
-            while rest:                 # written in one piece if the system lets
+            while rest:                 # one call usually writes all of it
                 rest = rest[os.write(descriptor, rest):]
             if data:
                 self.problem = None
@@ -2192,7 +2186,7 @@ class Store:
         return dict(json.loads(json.dumps(values)))     # compared with what a file says: no tuples
 
     def _reload(self) -> Snapshot:
-        """Read both files and publish what they say; the signatures are those of before."""
+        """Read both files and publish what they say; their signatures are taken before."""
         seen = _signature(self.paths.mode), _signature(self.paths.config)
         old, old_signature = self._current, self._mode_signature
         self._read_config()
@@ -2330,8 +2324,8 @@ class RememberedHead:
 class OneCore:
     """Keeps the threads of the connections on one core of Linux while they have much to do.
 
-    Passing the interpreter lock from core to core takes longer than most of what the lock is needed
-    for.  When there is little to do, a thread is better off on whichever core is free.
+    Passing the interpreter lock from core to core takes longer than most of the work done under it.
+    When there is little to do, any free core is better.
     """
 
     REQUESTS, BUSY = 8, 0.2             # from which this pays: under way, share of a core in use
@@ -2341,10 +2335,10 @@ class OneCore:
         self._seen = 0.0, 0.0
 
     def look(self, active: int, threads: list[int], now: float, used_s: float) -> None:
-        """Decide again, with `active` requests under way; not to be called from one of `threads`.
+        """Decide again, with `active` requests under way; must not run in one of `threads`.
 
-        Those are native ids.  `now` (time.monotonic) and `used_s` show how busy the process was:
-        processor time in user mode, because the kernel does not need the interpreter lock.
+        `threads` are native ids, `now` is time.monotonic, `used_s` is the processor time in user
+        mode: the kernel does not need the interpreter lock.
         """
         period_s, busy_s = now - self._seen[0], used_s - self._seen[1]
         if period_s < POLL_S / 2 or not hasattr(os, "sched_setaffinity"):
@@ -2352,9 +2346,9 @@ class OneCore:
         was_shared, self._seen = self._shared, (now, used_s)
         self._shared = min(active, len(threads)) >= self.REQUESTS and busy_s >= self.BUSY * period_s
         if self._shared or was_shared:
-            with contextlib.suppress(OSError):          # a sandbox may forbid it, or has no /proc
-                cores = os.sched_getaffinity(0)         # the user may change it
-                if self._shared:        # where one of them last ran: the kernel knows fast cores
+            with contextlib.suppress(OSError):          # a sandbox may forbid it, or hide /proc
+                cores = os.sched_getaffinity(0)         # read anew: the user may change it
+                if self._shared:        # the core where one last ran: the kernel prefers fast ones
                     status = read_file(f"/proc/self/task/{threads[0]}/stat") or b""
                     core = status.rpartition(b")")[2].split()[36:37]
                     cores = cores.intersection(map(int, core)) or cores
@@ -2371,7 +2365,7 @@ def _ask_libc(function: str, *arguments: int) -> None:
 
 
 # Make glibc use one malloc arena (M_ARENA_MAX), because it never returns the free end of the
-# others; before there are threads.
+# others.  Called before there are threads, because each may get an arena at its start.
 use_one_heap = partial(_ask_libc, "mallopt", -8, 1)
 # Return to the system what Python has freed and the C library keeps.
 return_free_memory = partial(_ask_libc, "malloc_trim", 0)
