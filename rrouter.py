@@ -1474,11 +1474,11 @@ SAVED: dict[str, Callable[[Any], Any]] = {
 #   any        its n-th failure in a row, n < limit             same         n counted
 #   CLOSED     the same, n = limit                              OPEN         N-th cooldown begins
 #   not CLOSED the same, n = limit                              CLOSED       cooldown cancelled
-#   OPEN       first success of away since the switch           OPEN         N + 1, not on the shelf
+#   OPEN       first success of away since the switch           OPEN         N + 1, unless on_shelf
 #   OPEN       a request asks, cooldown over                    HALF_OPEN    it probes home
 #   HALF_OPEN  the probe commits                                CLOSED       recovered
 #   HALF_OPEN  the probe fails                                  OPEN         N-th cooldown begins
-#   HALF_OPEN  it fails like the shelf, which had switched      OPEN         another minute
+#   HALF_OPEN  it fails as the shelf does, after a switch by it OPEN         another minute
 #   HALF_OPEN  the probe is neutral                             OPEN         next in a minute
 #   any        outcome of the target that does not serve;       same         none
 #              failure of an attempt from before a switch,
@@ -2347,7 +2347,7 @@ class OneCore:
         self._shared = min(active, len(threads)) >= self.REQUESTS and busy_s >= self.BUSY * period_s
         if self._shared or was_shared:
             with contextlib.suppress(OSError):          # a sandbox may forbid it, or hide /proc
-                cores = os.sched_getaffinity(0)         # read anew: the user may change it
+                cores = os.sched_getaffinity(0)         # read again: the user may change it
                 if self._shared:        # the core where one last ran: the kernel prefers fast ones
                     status = read_file(f"/proc/self/task/{threads[0]}/stat") or b""
                     core = status.rpartition(b")")[2].split()[36:37]
