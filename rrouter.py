@@ -108,18 +108,18 @@ DEFAULT_CONFIG: dict[str, Any] = {
 MODE_AUTO = "auto"              # built in: config.json cannot define it
 
 # Auto mode.
-RECHECK_S = 60                  # a shorter cooldown moves a conversation, uncached, back and forth
+RECHECK_S = 60                  # between probes; a shorter pause moves conversations, uncached
 EVENT_S = 2                     # between failures that one event may have caused
 EVENTS_REMEMBERED = 16          # failures that a later one is compared with
-SLOW_FAILURE_S = 20             # by then CLIProxyAPI has repeated the request by itself
-LONG_FAILURE_S = 60             # a failure this slow counts although the client did not wait longer
-ABANDONED_S = 120               # of silence in a stream, after which a client gives the target up
-NAMES_REMEMBERED = 256          # of models, sessions; names from outside must not fill the memory
-STAY_S = 300                    # a pause after which a prompt cache is gone, for auto.stay
-STAY_MAX_S = 3600               # after a recovery, for a session that never pauses
+SLOW_FAILURE_S = 20             # by then CLIProxyAPI has retried by itself
+LONG_FAILURE_S = 60             # counts even if the client leaves during the rescue
+ABANDONED_S = 120               # of silence in a stream, after which a client that leaves timed out
+NAMES_REMEMBERED = 256          # of models and sessions, because clients must not fill the memory
+STAY_S = 300                    # default of auto.stay: by then a prompt cache has expired
+STAY_MAX_S = 3600               # limit of auto.stay, and of a stay without any pause
 MODEL_NAME_MAX = 256            # characters; a longer name has no failover machine
 
-# Heads and bodies.  A smaller limit refuses real messages, a larger one lets a peer take memory.
+# Heads and bodies.  Smaller limits refuse real messages, larger ones let a peer take memory.
 HEAD_MAX_BYTES = 64 * 1024      # start line and fields together; nginx allows 32 KiB, Go 1 MiB
 FIELDS_MAX = 200                # of a request; Claude Code sends about 23
 LENGTH_DIGITS_MAX = 15          # of Content-Length and chunk sizes; fits a 64-bit integer
@@ -146,23 +146,22 @@ BACKLOG = 128                   # VS Code opens 50 at once; with the default of 
 RECEIVE_BYTES = 64 * 1024       # from the upstream; a larger buffer costs each event 10 %
 REQUEST_BYTES = 256 * 1024      # from a client; 8 % faster than 64 KiB for a request of 77 KB
 JOINED_BYTES = 64 * 1024        # a larger request costs more to copy than a second call to send
-BODY_STEP_BYTES = 1024 * 1024   # with which the memory of a request body starts at most
+BODY_STEP_BYTES = 1024 * 1024   # at most, the first piece of memory for a request body
 STALE_S = 1                     # a kept connection that closes so soon was dead before
-STOPPED_S = 1                   # beyond a wait: the process was stopped, and a time limit with it
-RECONNECT_EVERY_S = 0.25        # while the upstream is not there,
-RECONNECT_FOR_S = 15            # which a restart of CLIProxyAPI takes at most
+STOPPED_S = 1                   # overslept: the process was stopped, so its time limit moves
+RECONNECT_EVERY_S = 0.25        # between connection attempts while the upstream is away
+RECONNECT_FOR_S = 15            # for all of them; a restart of CLIProxyAPI takes less
 
 # Files and the daemon.
 POLL_S = 0.2                    # how often the watcher looks at the files; 0.25 s is promised
-# A file younger than this may change without a new time stamp: the kernel's clock for them ticks
-# every 4 to 10 ms.  Where they are whole seconds (HFS+, FAT, some network file systems) the second
-# value holds.
+# A younger file may change without a new time stamp, because the kernel's clock ticks every 4 to
+# 10 ms.  The second value is for whole seconds (HFS+, FAT, some network file systems).
 SETTLED_S, SETTLED_COARSE_S = 0.05, 2
 TRIM_S = 1                      # at least, between two returns of free memory to the system
 FILE_MAX_BYTES = 1024 * 1024    # mode, config.json and state.json are a few KB
 LOG_MAX_BYTES = 10 * 1024 * 1024    # of one log file
 LOG_FILES = 3                   # rotated ones, beside the one being written
-CUT_OFF_S = 1                   # for requests to end that the drain has not waited for
+CUT_OFF_S = 1                   # for requests to end once the drain has cut them off
 DRAIN_S = 30                    # for running requests after SIGTERM; systemd kills after 45 s
 LOG_SHOWN = 20                  # lines that `logs` begins with
 MODELS_SHOWN = 5                # by `explain` without a name
@@ -170,12 +169,12 @@ STATUS_SCOPES = 3               # in a status line: auto itself, and models that
 HOOK_S = 10                     # for the program of auto.onSwitch
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
 
-# RFC 9110 §7.6.1, and those that golang/go net/http/httputil/reverseproxy.go removes as well.
+# RFC 9110 §7.6.1, and those that Go's httputil.ReverseProxy removes as well.
 HOP_BY_HOP = frozenset((
     b"connection", b"proxy-connection", b"keep-alive", b"proxy-authenticate",
     b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
 
-# The types that Anthropic's API uses with these statuses; Claude Code shows and sorts by them.
+# The types of errors with these statuses in Anthropic's API; Claude Code shows them.
 ERROR_TYPES = {
     403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "request_too_large",
     500: "api_error", 502: "api_error", 503: "overloaded_error", 504: "timeout_error"}
@@ -189,6 +188,7 @@ SIGNATURE_WORDINGS = (
     (b"redacted_thinking", b"cannot be modified"), (b"redacted_thinking", b"invalid signature"),
     (b"corrupted thought signature",), (b"invalid thought signature",),
     (b"thought signature is not valid",), (b"bound to a different conversation",))
+
 # Responses of CLIProxyAPI that come without asking a provider: statuses, words, name in the log.
 UNKNOWN_MODEL = "unknown provider for model"
 SHELF_WORDINGS = (
@@ -197,7 +197,7 @@ SHELF_WORDINGS = (
     ((429, 503), (b"model_cooldown",), "model_cooldown"),
     ((400, 502), (UNKNOWN_MODEL.encode("ascii"),), UNKNOWN_MODEL))
 
-# The wordings of targets for a request beyond their limits, in lower case.
+# How targets say, in lower case, that a request is beyond their limits.
 TOO_LARGE_WORDINGS = (
     b"prompt is too long", b"exceeds the context window", b"exceeds the maximum number of tokens",
     b"input is too long", b"prompt token count of", b"prompt_too_long", b"context length exceeded",
@@ -232,7 +232,7 @@ class DaemonError(RouterError):
 
 
 class RequestError(RouterError):
-    """The client's request is refused; its connection is closed, because the rest is suspect."""
+    """The client's request is refused; its connection closes, because the rest is suspect."""
 
     def __init__(self, http_status: int, message: str, logged: str = "") -> None:
         super().__init__(message)
@@ -279,8 +279,8 @@ class Rule(NamedTuple):
 
     match: str
     rewrite: str
-    agent: str = ""             #: a glob that the agent has to match as well; "" for any
-    request_class: str = ""     #: the same of the class of the request
+    agent: str = ""             #: a glob that the agent must match as well; "" for any
+    request_class: str = ""     #: the same for the class of the request
 
 
 class AutoSettings(NamedTuple):
@@ -308,8 +308,8 @@ class Config(NamedTuple):
     default_mode: str
     auto: AutoSettings
     auto_error: str             #: why mode auto cannot be used; "" if it can
-    problems: tuple[str, ...]   #: complaints that do no harm
-    conditions: frozenset[str]  #: what rules have besides a model: "agent", "class"
+    problems: tuple[str, ...]   #: what is wrong with it and does no harm
+    conditions: frozenset[str]  #: the keys among "agent" and "class" that rules use
 
     @property
     def choices(self) -> list[str]:
@@ -391,7 +391,7 @@ class ResponseHead(NamedTuple):
 
 
 class Fault(enum.Enum):
-    """Why an attempt failed, as far as judging needs to know it."""
+    """Why an attempt failed, as far as `judge` needs to know."""
 
     STATUS = "status"           #: HTTP 400 and above
     TOO_LARGE = "too large"     #: a request that this target cannot take
@@ -406,7 +406,7 @@ class Fault(enum.Enum):
 
 
 class Outcome(NamedTuple):
-    """How one attempt ended, as far as it is known before the client has received a byte."""
+    """How one attempt ended, as known before the client has received a byte."""
 
     fault: Fault | None         #: None: the attempt succeeded
     status: int                 #: of the response, or of the error that replaces it
@@ -429,7 +429,7 @@ class Verdict(NamedTuple):
 
 
 class Ticket(NamedTuple):
-    """The right to one attempt; it goes out with `admit` and comes back with its outcome."""
+    """The right to one attempt: Failover issues it, and gets it back with the outcome."""
 
     target: str
     model: str
@@ -441,7 +441,7 @@ class Ticket(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Where to listen and where to send, from the environment."""
+    """Where to listen and where to forward, from the environment."""
 
     host: str
     port: int
@@ -554,7 +554,7 @@ def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
         _expect(isinstance(text, str) and text != "", f"{path}.{key}",
                 "a string that is not empty", text)
         try:
-            re.compile(fnmatch.translate(text if key != "rewrite" else ""))
+            re.compile(fnmatch.translate(text))
         except re.error:                # [z-a], before Python 3.10
             _expect(False, f"{path}.{key}", "a glob", text)
     return Rule(*(members.get(key, "") for key in RULE_KEYS))
@@ -793,11 +793,7 @@ def _without(lines: Iterable[bytes], names: Collection[bytes]) -> list[bytes]:
 
 
 def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
-    """Return the fields in the valid lines `block`.
-
-    Hop-by-hop fields, those that Connection lists (RFC 9110 §7.6.1), and those whose name begins
-    with one of `withheld` are not forwarded.
-    """
+    """Return the fields in the valid lines `block`; names that begin like `withheld` end here."""
     values: dict[bytes, list[bytes]] = {}
     end_to_end = []
     for line in block.splitlines(keepends=True):
@@ -808,13 +804,13 @@ def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
             end_to_end.append(line)
     options = {option.strip().lower()
                for value in values.get(b"connection", ()) for option in value.split(b",")}
-    # Without Content-Length a body would lose its end.
+    # Connection cannot remove Content-Length, because the body would lose its end.
     listed = options - {b"keep-alive", b"content-length"}
     return Fields(values, options, _without(end_to_end, listed) if listed else end_to_end)
 
 
 def _refusal(head: bytes) -> RequestError:
-    """Return the error that says what is wrong with a head that does not match."""
+    """Return the error for a head that does not match _REQUEST_HEAD."""
     valid = _REQUEST_START.match(head)
     if not valid:
         return RequestError(400, "malformed request line: expected METHOD TARGET HTTP/1.1")
@@ -822,7 +818,7 @@ def _refusal(head: bytes) -> RequestError:
     name = token.group()[:40].decode("ascii") if token else ""
     return RequestError(400, f"malformed header field {name!r}: expected NAME: VALUE without "
                              "control characters, space before the colon or continuation lines",
-                        "malformed header field")           # the name may be half a value
+                        "malformed header field")       # the name may be part of a split value
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, bytes]:
@@ -864,10 +860,7 @@ def _request_length(fields: Fields, http11: bool) -> int | None:
 
 
 def parse_request_head(head: bytes) -> RequestHead:
-    """Return the request whose head is `head`, blank line included.
-
-    Raises RequestError for all that RFC 9112 forbids and all that two parsers may read differently.
-    """
+    """Return the request with this head, blank line included; refuse what RFC 9112 forbids."""
     match = _REQUEST_HEAD.fullmatch(head)
     if not match:
         raise _refusal(head)
@@ -900,20 +893,13 @@ def parse_request_head(head: bytes) -> RequestHead:
         mode=urllib.parse.unquote(named[1].decode("ascii")).lower() if named else None)
 
 
-def head_too_large(data: bytes) -> RequestError:
-    """Return the error for a head over the limit: 414 if its first line alone is, else 431."""
-    return RequestError(431 if b"\r\n" in data[:HEAD_MAX_BYTES] else 414,
-                        f"request head over {HEAD_MAX_BYTES >> 10} KiB")
-
-
 def check_head_start(data: bytes, seen: int) -> None:
     """Raise RequestError if the incomplete head `data`, checked up to `seen`, cannot become valid.
 
     A client that speaks TLS, HTTP/0.9 or bare line feeds would otherwise wait for a response.
     """
-    end = data.find(b"\n")
-    if end >= 0 and not _REQUEST_LINE.match(data[:end + 1]):
-        parse_request_head(data[:end + 1])
+    if b"\n" in data and not _REQUEST_LINE.match(data):
+        raise _refusal(data)
     if not _NAME.match(data) or _BARE_LF.search(data, seen):
         raise RequestError(400, "malformed request: expected HTTP/1.1 with lines that end in CR LF")
 
@@ -921,29 +907,24 @@ def check_head_start(data: bytes, seen: int) -> None:
 def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
     """Raise RequestError 403 for a request that a web page may have sent.
 
-    `hosts` are the names that Host may have; with none of them it may have any.
-
-    Any page could otherwise spend the user's quota: the upstream responds to every Origin and
-    preflight with `Access-Control-Allow-Origin: *`, a text/plain POST needs no preflight, and a
-    page can rebind its host name to 127.0.0.1 (CVE-2024-28224, CVE-2025-66414).  `Sec-Fetch-Mode`
-    proves nothing, because Node's fetch sends it as well.
+    Any page could otherwise spend the user's quota: the upstream allows every Origin, a text/plain
+    POST needs no preflight, and a page can rebind its host name to 127.0.0.1 (CVE-2024-28224,
+    CVE-2025-66414).  Without `hosts`, Host may be anything.  `Sec-Fetch-Mode` proves nothing,
+    because Node's fetch sends it as well.
     """
     host = re.sub(r"\.?(?::[0-9]*)?\Z", "", head.authority, count=1).lower()
     if hosts and (head.http11 or head.authority) and host not in hosts:
         raise RequestError(403, f"Host {printable(repr(head.authority), 80)} is not this machine: "
                                 "use localhost, 127.0.0.1 or [::1], or start rrouter with the name "
                                 "in RROUTER_ALLOWED_HOSTS", "Host is not this machine")
-    if not all(_LOOPBACK_ORIGIN.fullmatch(origin) for origin in head.fields.all(b"origin")):
+    if not all(map(_LOOPBACK_ORIGIN.fullmatch, head.fields.all(b"origin"))):
         raise RequestError(403, "requests from foreign web pages are refused (Origin)")
-    if any(site.lower() == b"cross-site" for site in head.fields.all(b"sec-fetch-site")):
+    if b"cross-site" in map(bytes.lower, head.fields.all(b"sec-fetch-site")):
         raise RequestError(403, "requests from foreign web pages are refused (Sec-Fetch-Site)")
 
 
 def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tuple[bytes, bytes]:
-    """Return the head to forward, in two parts: before and after the Content-Length value.
-
-    Without a Content-Length the second part is empty.
-    """
+    """Return the head to forward, cut where the Content-Length value belongs; else (head, b"")."""
     target = head.target if head.target == b"*" else base_path + head.target
     fields, hosts = _HOST_LINE.subn(lambda line: line[1] + b" " + authority,
                                     b"".join(head.fields.end_to_end))
@@ -1018,7 +999,7 @@ class PlainBody:
         return data
 
     def finish(self) -> None:
-        """Take the end of what can be decoded; raise UpstreamError if it truncates the body."""
+        """End the body here, with its connection; raise UpstreamError if that truncates it."""
         if self.delimited or self.fault:
             raise UpstreamError(self.fault or "broke off in the middle of its response")
         self.done = True
@@ -1094,6 +1075,7 @@ _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 # limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
 _DECODER = json.JSONDecoder(
     parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len)
+_THINKING = "thinking", "redacted_thinking"     # types of content blocks
 _BETWEEN_TOKENS = re.compile(r"[ \t\n\r]*[,:]?[ \t\n\r]*")
 
 
@@ -1169,19 +1151,21 @@ def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]
     return [view[:start], json.dumps(model).encode("ascii"), view[end:]]
 
 
+def _load_object(data: str | bytes) -> dict[str, Any] | None:
+    """Return the JSON object `data`, None for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def _items(text: str, members: Iterable[tuple[str, int, int]], name: str) -> list[tuple[int, int]]:
     """Return the spans of the items in the first member `name`, if that is an array."""
     for key, start, _ in members:
         if key == name:
             return [item[1:] for item in _walk(text, start, "[")] if text[start] == "[" else []
     return []
-
-
-def _is_thinking(text: str, block: int) -> bool:
-    """Return whether the value at `block` is an object of a thinking type."""
-    members = _walk(text, block, "{") if text[block] == "{" else ()
-    kind = next((text[start:end] for key, start, end in members if key == "type"), "null")
-    return _DECODER.decode(kind) in ("thinking", "redacted_thinking")
 
 
 def without_thinking(body: BytesLike) -> bytes | None:
@@ -1194,7 +1178,8 @@ def without_thinking(body: BytesLike) -> bytes | None:
         text, members = _walk_body(body)
         for message, _ in _items(text, members, "messages"):
             blocks = _items(text, _walk(text, message, "{"), "content")
-            kept = [text[start:end] for start, end in blocks if not _is_thinking(text, start)]
+            kept = [block for block in (text[start:end] for start, end in blocks)
+                    if (_load_object(block) or {}).get("type") not in _THINKING]
             if len(kept) < len(blocks):
                 empty = '{"type":"text","text":"(no content)"}'     # the API refuses []
                 pieces += [text[position:blocks[0][0]], ",".join(kept) or empty]
@@ -1208,6 +1193,8 @@ def without_thinking(body: BytesLike) -> bytes | None:
 
 # In the text, because a hop on the way may drop our header.
 _OWN_ERROR = re.compile(rb'"message"\s*:\s*"rrouter: ')
+_RESET_AFTER = re.compile(
+    rb"reset after (?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})(?:\.[0-9]+)?s)?")
 
 
 def read_failure(status: int, text: bytes) -> tuple[Fault, str]:
@@ -1225,22 +1212,17 @@ def read_failure(status: int, text: bytes) -> tuple[Fault, str]:
     return Fault.STATUS, str(status)
 
 
-_RESET_AFTER = re.compile(
-    rb"reset after (?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})(?:\.[0-9]+)?s)?")
-
-
 def read_retry_after(seconds: str, milliseconds: str, text: bytes, now: float) -> float | None:
     """Return after how many seconds a failed response asks for a retry, None if it does not.
 
-    `seconds` is Retry-After, a number or a date (RFC 9110 §10.2.3), `milliseconds` retry-after-ms;
-    `text` may say `reset after 1h2m3s`.
+    The parameters are the values of Retry-After and retry-after-ms, the body, and the time.
     """
     if re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", milliseconds):
         return float(milliseconds) / 1000
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", seconds):
         return float(seconds)
     with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
-        date = email.utils.parsedate_to_datetime(seconds)   # IndexError: Python 3.9
+        date = email.utils.parsedate_to_datetime(seconds)   # Python 3.9 raises IndexError
         zone = date.tzinfo or datetime.timezone.utc
         return max(0.0, date.replace(tzinfo=zone).timestamp() - now)
     found = _RESET_AFTER.search(text)
@@ -1259,15 +1241,6 @@ def _is_silent_failure(usage: Any, stop_reason: Any) -> bool:
     """Return whether an empty message is a failure: no tokens, and no reason to be silent."""
     tokens = usage.get("output_tokens") if isinstance(usage, dict) else None
     return tokens == 0 and stop_reason not in ("refusal", "max_tokens")
-
-
-def _load_object(data: bytes) -> dict[str, Any] | None:
-    """Return the JSON object `data`, None for anything else."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def message_defect(body: bytes) -> str:
@@ -2928,7 +2901,8 @@ class ClientConnection(Wire):
             return head
         end = data.find(b"\r\n\r\n", max(0, seen - 3)) + 4
         if (end if end >= 4 else len(data)) > HEAD_MAX_BYTES:
-            raise head_too_large(data)
+            raise RequestError(431 if b"\r\n" in data[:HEAD_MAX_BYTES] else 414,
+                               f"request head over {HEAD_MAX_BYTES >> 10} KiB")
         if end < 4:
             check_head_start(data, max(0, seen - 3))
             return None
