@@ -12,8 +12,8 @@ The path of a request, each step a method or function of that name in this file:
       ClientConnection.read_body    its whole body, because it may be sent twice
       find_model                    the model name in the body, and where it stands
     Exchange.run                  the request gets its number
-    Exchange._forward             up to the response:
       Router.snapshot               config and mode as the files, or /@MODE, say at this moment
+    Exchange._forward             up to the response:
       decide_route                  the first matching rule names the model for a target
       Failover.admit                in auto mode: whose turn it is
       Attempt.run                   one try on one target
@@ -21,13 +21,11 @@ The path of a request, each step a method or function of that name in this file:
         Upstream.send                 on a kept or a new connection; the response head is read
         Attempt._hold_back            the response is held until it is known to be of use
         without_thinking              sent once more if the target rejects the history
-      judge                         after a second attempt, on the other target: which failure
-                                    counts, and which response the client gets
+      judge                         after a second try: which failure counts, which response wins
     Exchange._relay               the response is forwarded as it arrives (ResponseWriter)
       Failover.commit               a probe succeeds, because the client gets its response
       Exchange._settle              Failover learns the outcome (credit, charge, release)
-      Exchange._end                 the request is counted as ended and logged (Exchange._line);
-                                    then its last bytes are sent
+      Exchange._end                 it is counted and logged; then its last bytes are sent
 
 Files: ~/.rrouter/{mode,config.json,rrouter.pid,rrouter.lock,run.json,state.json,logs/rrouter.log}
 Environment: RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST, RROUTER_ALLOWED_HOSTS.
@@ -188,7 +186,6 @@ SIGNATURE_WORDINGS = (
     (b"redacted_thinking", b"cannot be modified"), (b"redacted_thinking", b"invalid signature"),
     (b"corrupted thought signature",), (b"invalid thought signature",),
     (b"thought signature is not valid",), (b"bound to a different conversation",))
-
 # Responses of CLIProxyAPI that come without asking a provider: statuses, words, name in the log.
 UNKNOWN_MODEL = "unknown provider for model"
 SHELF_WORDINGS = (
@@ -738,10 +735,11 @@ def match_rule(rules: Iterable[Rule], model: str,
                sender: tuple[str, str] = ("", "")) -> Rule | None:
     """Return the first rule that matches `model` and its sender, an agent and a class, or None."""
     for rule in rules:
-        if (model == rule.match or fnmatch.fnmatchcase(model, rule.match)) and (
-                not (rule.agent or rule.request_class) or all(
-                    not glob or (name and fnmatch.fnmatchcase(name, glob.lower()))
-                    for name, glob in zip(sender, rule[2:]))):
+        if model != rule.match and not fnmatch.fnmatchcase(model, rule.match):
+            continue
+        if not (rule.agent or rule.request_class) or all(
+                not glob or (name and fnmatch.fnmatchcase(name, glob.lower()))
+                for name, glob in zip(sender, rule[2:])):
             return rule
     return None
 
@@ -777,8 +775,7 @@ _LENGTH_LINE = re.compile(rb"(?im)^(content-length:)[^\r]*")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
 _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
 _MODE_PREFIX = re.compile(rb"/@([^/?#]*)/?(.*)")
-_LOOPBACK_ORIGIN = re.compile(
-    rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
+_LOOPBACK_ORIGIN = re.compile(rb"(?i)https?://(localhost|127\.0\.0\.1|\[::1\])\.?(:[0-9]{0,5})?")
 
 # How much of a subscription is used (a fraction), and until when its window runs (Unix seconds).
 _WINDOWS = {name: tuple(b"anthropic-ratelimit-unified-%b-%b" % (name.encode("ascii"), what)
@@ -931,12 +928,10 @@ def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tupl
     if not hosts:                       # HTTP/1.0
         fields = b"Host: %b\r\n%b" % (authority, fields)
     fields = b"%b %b HTTP/1.1\r\n%b" % (head.method.encode("ascii"), target, fields)
-    before, *length = _LENGTH_LINE.split(fields, maxsplit=1)
-    if length:
-        return before + length[0] + b" ", length[1] + b"\r\n"
-    if head.length is None:
-        return fields + b"Content-Length: ", b"\r\n\r\n"
-    return fields + b"\r\n", b""
+    if head.length is None:             # chunked; the whole body is read before it is forwarded
+        fields += b"Content-Length:\r\n"
+    before, *rest = _LENGTH_LINE.split(fields, maxsplit=1)
+    return (before + rest[0] + b" ", rest[1] + b"\r\n") if rest else (fields + b"\r\n", b"")
 
 
 def parse_response_head(head: bytes) -> ResponseHead:
@@ -1075,7 +1070,6 @@ _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
 # limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
 _DECODER = json.JSONDecoder(
     parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len)
-_THINKING = "thinking", "redacted_thinking"     # types of content blocks
 _BETWEEN_TOKENS = re.compile(r"[ \t\n\r]*[,:]?[ \t\n\r]*")
 
 
@@ -1130,7 +1124,7 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
 
 def find_agent(body: BytesLike) -> str:
     """Return the name after `oh-my-claudecode:` in the top-level `system`, "" without one."""
-    # Most bodies lack the word, and are not parsed; messages that mention it name no agent.
+    # Most bodies lack the word and are not parsed; a message may mention it, too.
     with contextlib.suppress(ValueError, RecursionError):       # not JSON, or too deep
         for key, start, end in _walk_body(body)[1] if _AGENT.search(body) else ():
             if key == "system":
@@ -1140,7 +1134,7 @@ def find_agent(body: BytesLike) -> str:
 
 
 def asks_for_stream(body: BytesLike) -> bool:
-    """Return whether `body` seems to ask for a stream; it only moves a time limit."""
+    """Return whether `body` seems to ask for a stream, a guess that only timeouts depend on."""
     # First at the two ends, among the few small members beside the messages.
     return any(map(_STREAM_MEMBER.search, (body[-2048:], body[:2048], body)))
 
@@ -1151,15 +1145,6 @@ def splice(body: BytesLike, start: int, end: int, model: str) -> list[BytesLike]
     return [view[:start], json.dumps(model).encode("ascii"), view[end:]]
 
 
-def _load_object(data: str | bytes) -> dict[str, Any] | None:
-    """Return the JSON object `data`, None for anything else."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _items(text: str, members: Iterable[tuple[str, int, int]], name: str) -> list[tuple[int, int]]:
     """Return the spans of the items in the first member `name`, if that is an array."""
     for key, start, _ in members:
@@ -1168,18 +1153,21 @@ def _items(text: str, members: Iterable[tuple[str, int, int]], name: str) -> lis
     return []
 
 
-def without_thinking(body: BytesLike) -> bytes | None:
-    """Return `body` without the thinking blocks in its messages, or None if it has none.
+def _is_thinking(text: str, block: int) -> bool:
+    """Return whether the value at `block` is an object of a thinking type."""
+    members = _walk(text, block, "{") if text[block] == "{" else ()
+    kind = next((text[start:end] for key, start, end in members if key == "type"), "null")
+    return _DECODER.decode(kind) in ("thinking", "redacted_thinking")
 
-    All other values keep their bytes.  A content that would be left empty gets a short text block.
-    """
+
+def without_thinking(body: BytesLike) -> bytes | None:
+    """Return `body` without its thinking blocks, all else byte for byte; None if it has none."""
     position, pieces = 0, []
     try:
         text, members = _walk_body(body)
         for message, _ in _items(text, members, "messages"):
             blocks = _items(text, _walk(text, message, "{"), "content")
-            kept = [block for block in (text[start:end] for start, end in blocks)
-                    if (_load_object(block) or {}).get("type") not in _THINKING]
+            kept = [text[start:end] for start, end in blocks if not _is_thinking(text, start)]
             if len(kept) < len(blocks):
                 empty = '{"type":"text","text":"(no content)"}'     # the API refuses []
                 pieces += [text[position:blocks[0][0]], ",".join(kept) or empty]
@@ -1237,10 +1225,20 @@ def _is_content(block: Any) -> bool:
     return not (isinstance(block, dict) and block.get("type") == "text" and not block.get("text"))
 
 
-def _is_silent_failure(usage: Any, stop_reason: Any) -> bool:
+def _is_silent_failure(usage: Any, end: Any) -> bool:
     """Return whether an empty message is a failure: no tokens, and no reason to be silent."""
     tokens = usage.get("output_tokens") if isinstance(usage, dict) else None
-    return tokens == 0 and stop_reason not in ("refusal", "max_tokens")
+    reason = end.get("stop_reason") if isinstance(end, dict) else None
+    return tokens == 0 and reason not in ("refusal", "max_tokens")
+
+
+def _load_object(data: bytes) -> dict[str, Any] | None:
+    """Return the JSON object `data`, None for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def message_defect(body: bytes) -> str:
@@ -1254,20 +1252,12 @@ def message_defect(body: bytes) -> str:
         return "not a message"
     content = message.get("content")
     blocks = content if isinstance(content, list) else []
-    if not any(map(_is_content, blocks)) and _is_silent_failure(
-            message.get("usage"), message.get("stop_reason")):
-        return "empty message"
-    return ""
+    is_empty = not any(map(_is_content, blocks))
+    return "empty message" if is_empty and _is_silent_failure(message.get("usage"), message) else ""
 
 
 class StreamScan:
-    """The state of an event stream, as far as it has come.
-
-    `committed` is set by the first content of a message, on other paths by the first event that is
-    not an error, and in any case after READ_AHEAD_MAX_BYTES.  `defect` is set if something else
-    decides before: an error, or an end without content.  After the commit `broken` says that an
-    error came, `ended` that the message ended.
-    """
+    """The state of an event stream, as far as it has come."""
 
     _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 
@@ -1275,8 +1265,11 @@ class StreamScan:
         self._is_message = is_message
         self._partial = b""             # an event that is not complete yet
         self._size = 0                  # of the stream so far, in bytes
-        self.committed = self.broken = self.ended = False
-        self.defect = ""
+        # By the first content of a message, on other paths by the first event that is not an error,
+        # and in any case after READ_AHEAD_MAX_BYTES.
+        self.committed = False
+        self.defect = ""                #: what came before it: an error, or an end without content
+        self.broken = self.ended = False    #: after it: an error came, the message ended
         self.events = 0                 #: other than pings and comments
 
     def feed(self, payload: bytes) -> None:
@@ -1336,9 +1329,7 @@ class StreamScan:
         elif kind == "content_block_start":
             self.committed = _is_content(event.get("content_block"))
         elif kind == "message_delta":
-            delta = event.get("delta")
-            stop_reason = delta.get("stop_reason") if isinstance(delta, dict) else None
-            if _is_silent_failure(event.get("usage"), stop_reason):
+            if _is_silent_failure(event.get("usage"), event.get("delta")):
                 self.defect = "empty message"
             else:
                 self.committed = True   # the model may have nothing to say
@@ -1347,7 +1338,7 @@ class StreamScan:
 
 
 class TokenReader:
-    """Reads the tokens that a message reports, near the beginning and the end of its response."""
+    """Reads the token counts near the beginning and the end of a response."""
 
     _END_BYTES, _USAGE_BYTES = 4096, 512        # an event with tokens has less, its `usage` too
     # Within strings the quotes would be escaped.  The last counts of a stream are its sums, or 0.
@@ -1360,7 +1351,7 @@ class TokenReader:
         self._text = bytearray()        # both ends of the response, or all of it
 
     def feed(self, payload: bytes) -> None:
-        """Take more of the response; in an encoding other than gzip it says nothing."""
+        """Read more of the response; encodings other than gzip show no tokens."""
         text, end = self._text, self._END_BYTES
         try:
             text += payload if self._decode is None else self._decode(payload)
