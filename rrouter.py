@@ -513,7 +513,7 @@ def _parse_json(text: str) -> Any:
     try:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        what = error.msg[0].lower() + error.msg[1:].replace("Expecting", "expecting")
+        what = error.msg[0].lower() + error.msg[1:]
         rest = text[error.pos:error.pos + 20]
         found = repr(rest) if rest else "the end of the file"
         raise ConfigError(f"{error.lineno}:{error.colno}: {what}, found {found}") from error
@@ -680,8 +680,7 @@ def describe_config_error(error: Exception) -> str:
 
 def describe_unknown_mode(mode: str, choices: Iterable[str]) -> str:
     """Return what to say of a mode that cannot be set."""
-    return (f"'{printable(mode, 40)}' is not defined by config.json "
-            f"(defined: {', '.join(choices)})")
+    return f"'{printable(mode, 40)}' is not defined by config.json (defined: {', '.join(choices)})"
 
 
 def _is_host(host: str) -> bool:
@@ -1317,23 +1316,14 @@ class StreamScan:
             self.ended = self.ended or kind == "message_stop"
         elif is_error:
             self.defect = "error event"
-        elif self._is_message:
-            self._read_lifecycle(kind, event, data)
-        else:
-            self.committed = True
-
-    def _read_lifecycle(self, kind: str, event: dict[str, Any], data: bytes) -> None:
-        """Read an event of a message that has shown no content yet."""
-        if kind == "content_block_delta":
+        elif not self._is_message or kind == "content_block_delta":
             self.committed = True
         elif kind == "content_block_start":
             self.committed = _is_content(event.get("content_block"))
-        elif kind == "message_delta":
-            if _is_silent_failure(event.get("usage"), event.get("delta")):
-                self.defect = "empty message"
-            else:
-                self.committed = True   # the model may have nothing to say
-        elif kind == "message_stop" or data == b"[DONE]":
+        elif kind == "message_delta" and not _is_silent_failure(
+                event.get("usage"), event.get("delta")):
+            self.committed = True       # the model may have nothing to say
+        elif kind in ("message_delta", "message_stop") or data == b"[DONE]":
             self.defect = "empty message"
 
 
