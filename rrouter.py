@@ -106,12 +106,12 @@ DEFAULT_CONFIG: dict[str, Any] = {
 MODE_AUTO = "auto"              # built in: config.json cannot define it
 
 # Auto mode.
-RECHECK_S = 60                  # between probes; a shorter pause moves conversations, uncached
+RECHECK_S = 60                  # at least, before a probe, because a move loses the prompt cache
 EVENT_S = 2                     # between failures that one event may have caused
 EVENTS_REMEMBERED = 16          # failures that a later one is compared with
 SLOW_FAILURE_S = 20             # by then CLIProxyAPI has retried by itself
-LONG_FAILURE_S = 60             # counts even if the client leaves during the rescue
-ABANDONED_S = 120               # of silence in a stream, after which a client that leaves timed out
+LONG_FAILURE_S = 60             # a failure this slow counts, even if the client left the rescue
+ABANDONED_S = 120               # when a client leaves a stream this silent, the target timed out
 NAMES_REMEMBERED = 256          # of models and sessions, because clients must not fill the memory
 STAY_S = 300                    # default of auto.stay: by then a prompt cache has expired
 STAY_MAX_S = 3600               # limit of auto.stay, and of a stay without any pause
@@ -144,9 +144,9 @@ BACKLOG = 128                   # VS Code opens 50 at once; with the default of 
 RECEIVE_BYTES = 64 * 1024       # from the upstream; a larger buffer costs each event 10 %
 REQUEST_BYTES = 256 * 1024      # from a client; 8 % faster than 64 KiB for a request of 77 KB
 JOINED_BYTES = 64 * 1024        # a larger request costs more to copy than a second call to send
-BODY_STEP_BYTES = 1024 * 1024   # at most, the first piece of memory for a request body
+BODY_STEP_BYTES = 1024 * 1024   # the most memory that a request body gets before its bytes arrive
 STALE_S = 1                     # a kept connection that closes so soon was dead before
-STOPPED_S = 1                   # overslept: the process was stopped, so its time limit moves
+STOPPED_S = 1                   # a wait this much too long: the process was stopped, so limits move
 RECONNECT_EVERY_S = 0.25        # between connection attempts while the upstream is away
 RECONNECT_FOR_S = 15            # for all of them; a restart of CLIProxyAPI takes less
 
@@ -172,7 +172,7 @@ HOP_BY_HOP = frozenset((
     b"connection", b"proxy-connection", b"keep-alive", b"proxy-authenticate",
     b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
 
-# The types of errors with these statuses in Anthropic's API; Claude Code shows them.
+# The types that Anthropic's API uses with these statuses; Claude Code shows and sorts by them.
 ERROR_TYPES = {
     403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "request_too_large",
     500: "api_error", 502: "api_error", 503: "overloaded_error", 504: "timeout_error"}
@@ -229,7 +229,7 @@ class DaemonError(RouterError):
 
 
 class RequestError(RouterError):
-    """The client's request is refused; its connection closes, because the rest is suspect."""
+    """The client's request is refused; its connection is closed, because the rest is suspect."""
 
     def __init__(self, http_status: int, message: str, logged: str = "") -> None:
         super().__init__(message)
@@ -305,7 +305,7 @@ class Config(NamedTuple):
     default_mode: str
     auto: AutoSettings
     auto_error: str             #: why mode auto cannot be used; "" if it can
-    problems: tuple[str, ...]   #: what is wrong with it and does no harm
+    problems: tuple[str, ...]   #: mistakes that do no harm
     conditions: frozenset[str]  #: the keys among "agent" and "class" that rules use
 
     @property
@@ -438,7 +438,7 @@ class Ticket(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Where to listen and where to forward, from the environment."""
+    """Where to listen and where to send, from the environment."""
 
     host: str
     port: int
@@ -551,7 +551,7 @@ def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
         _expect(isinstance(text, str) and text != "", f"{path}.{key}",
                 "a string that is not empty", text)
         try:
-            re.compile(fnmatch.translate(text))
+            re.compile(fnmatch.translate(text if key != "rewrite" else ""))
         except re.error:                # [z-a], before Python 3.10
             _expect(False, f"{path}.{key}", "a glob", text)
     return Rule(*(members.get(key, "") for key in RULE_KEYS))
@@ -789,7 +789,7 @@ def _without(lines: Iterable[bytes], names: Collection[bytes]) -> list[bytes]:
 
 
 def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
-    """Return the fields in the valid lines `block`; names that begin like `withheld` end here."""
+    """Parse valid lines; do not forward hop-by-hop fields or names that begin with `withheld`."""
     values: dict[bytes, list[bytes]] = {}
     end_to_end = []
     for line in block.splitlines(keepends=True):
@@ -814,7 +814,7 @@ def _refusal(head: bytes) -> RequestError:
     name = token.group()[:40].decode("ascii") if token else ""
     return RequestError(400, f"malformed header field {name!r}: expected NAME: VALUE without "
                              "control characters, space before the colon or continuation lines",
-                        "malformed header field")       # the name may be part of a split value
+                        "malformed header field")       # it may be part of a value
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, bytes]:
@@ -856,7 +856,7 @@ def _request_length(fields: Fields, http11: bool) -> int | None:
 
 
 def parse_request_head(head: bytes) -> RequestHead:
-    """Return the request with this head, blank line included; refuse what RFC 9112 forbids."""
+    """Return the request whose head is `head`; raise RequestError if it is odd or ambiguous."""
     match = _REQUEST_HEAD.fullmatch(head)
     if not match:
         raise _refusal(head)
@@ -903,9 +903,9 @@ def check_head_start(data: bytes, seen: int) -> None:
 def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
     """Raise RequestError 403 for a request that a web page may have sent.
 
-    Any page could otherwise spend the user's quota: the upstream allows every Origin, a text/plain
-    POST needs no preflight, and a page can rebind its host name to 127.0.0.1 (CVE-2024-28224,
-    CVE-2025-66414).  Without `hosts`, Host may be anything.  `Sec-Fetch-Mode` proves nothing,
+    Host must be one of `hosts`, if there are any.  Any page could otherwise spend the user's quota:
+    the upstream allows every Origin, a text/plain POST needs no preflight, and a page can rebind
+    its host name to 127.0.0.1 (CVE-2024-28224, CVE-2025-66414).  `Sec-Fetch-Mode` proves nothing,
     because Node's fetch sends it as well.
     """
     host = re.sub(r"\.?(?::[0-9]*)?\Z", "", head.authority, count=1).lower()
@@ -920,7 +920,10 @@ def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
 
 
 def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tuple[bytes, bytes]:
-    """Return the head to forward, cut where the Content-Length value belongs; else (head, b"")."""
+    """Return the head to forward, in two parts: before and after the Content-Length value.
+
+    Without a Content-Length the second part is empty.
+    """
     target = head.target if head.target == b"*" else base_path + head.target
     fields, hosts = _HOST_LINE.subn(lambda line: line[1] + b" " + authority,
                                     b"".join(head.fields.end_to_end))
@@ -1123,7 +1126,7 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
 
 def find_agent(body: BytesLike) -> str:
     """Return the name after `oh-my-claudecode:` in the top-level `system`, "" without one."""
-    # Most bodies lack the word and are not parsed; a message may mention it, too.
+    # Most bodies lack the word and are not parsed.  Within a message it names no agent.
     with contextlib.suppress(ValueError, RecursionError):       # not JSON, or too deep
         for key, start, end in _walk_body(body)[1] if _AGENT.search(body) else ():
             if key == "system":
@@ -1264,11 +1267,11 @@ class StreamScan:
         self._is_message = is_message
         self._partial = b""             # an event that is not complete yet
         self._size = 0                  # of the stream so far, in bytes
-        # By the first content of a message, on other paths by the first event that is not an error,
-        # and in any case after READ_AHEAD_MAX_BYTES.
+        # Set by the first content of a message, on other paths by the first event that is not an
+        # error, and in any case after READ_AHEAD_MAX_BYTES.
         self.committed = False
-        self.defect = ""                #: what came before it: an error, or an end without content
-        self.broken = self.ended = False    #: after it: an error came, the message ended
+        self.defect = ""                #: before that: an error, or an end without content
+        self.broken = self.ended = False    #: after that: an error came; the message ended
         self.events = 0                 #: other than pings and comments
 
     def feed(self, payload: bytes) -> None:
