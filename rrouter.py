@@ -5537,7 +5537,7 @@ def cmd_mode(context: Context) -> None:
 def log_lines(path: str, word: bytes) -> Iterator[bytes]:
     """Yield the lines with `word` in the log, those of the rotated files first."""
     for name in [*(f"{path}.{number}" for number in range(LOG_FILES, 0, -1)), path]:
-        with contextlib.suppress(OSError), open_for_reading(name) as file:
+        with contextlib.suppress(FileNotFoundError), open_for_reading(name) as file:
             yield from (line for line in file if word in line)
 
 
@@ -5600,11 +5600,14 @@ def cmd_explain(context: Context) -> None:
 _USAGE_LINE = re.compile(
     r"(\S+) \S+ \[REQ\] #\d+ \S+ \S+(?<!/count_tokens) .+ -> (\S+) (.+) (\d+) \d+\.\d\ds"
     r"(?: in (\d+)\+(\d+) out (\d+))?(.*?)(\((?:error event|stream without|the upstream ).*)?$")
-USAGE_COLUMNS = "requests", "rescued", "failed", "in", "fromCache", "out"
+# The sums: their keys in JSON, and their headings in the table.
+USAGE_COLUMNS = {"requests": "  all", "rescued": " rescued", "failed": " failed",
+                 "uncachedInputTokens": " uncached", "cachedInputTokens": " cached",
+                 "outputTokens": " output"}
 
 
 def add_up(lines: Iterable[bytes]) -> dict[tuple[str, ...], Counter[str]]:
-    """Return the sums of USAGE_COLUMNS by day, target and model, from the lines of a log."""
+    """Return the sums by day, target and model, from the lines of a log."""
     sums: dict[tuple[str, ...], Counter[str]] = {}
     for found in filter(None, (_USAGE_LINE.match(str(line, "utf-8", "replace")) for line in lines)):
         *key, status, fresh, cached, out, notes, defect = found.groups("0")
@@ -5615,36 +5618,44 @@ def add_up(lines: Iterable[bytes]) -> dict[tuple[str, ...], Counter[str]]:
     return dict(sorted(sums.items()))
 
 
-def usage_table(sums: dict[tuple[str, ...], Counter[str]], with_bars: bool) -> Iterator[str]:
-    """Yield the lines of the table: each day, with a bar of its tokens, then its rows."""
-    def row(name: str, counts: Counter[str]) -> str:
-        requests, rescued, failed, *tokens = (counts[column] for column in USAGE_COLUMNS)
-        cells = (f"{count / 1000:7.0f}" for count in tokens)
-        return f"{name:38.38}{requests:7}{rescued:8}{failed:6}{''.join(cells)}"
+def in_short(count: int) -> str:
+    """Return a count in thousands or millions from four digits of these on: 9999, 12k, 34M."""
+    if count < 10_000:
+        return str(count)
+    return f"{count // 1000}k" if count < 10_000_000 else f"{count // 1_000_000}M"
 
-    yield f"{'day, target, model; tokens in 1000':37}requests rescued failed   in cached    out"
-    days: Counter[str] = Counter()
-    for (day, *_), counts in sums.items():
-        days[day] += sum(counts[column] for column in USAGE_COLUMNS[3:])
-    for day, tokens in days.items():
-        yield f"{day} {'#' * (60 * tokens // max(*days.values(), 1))}" if with_bars else day
-        yield from (row("  " + " ".join(key[1:]), sums[key]) for key in sums if key[0] == day)
-    yield row("all", sum(sums.values(), Counter()))
+
+def usage_table(sums: dict[tuple[str, ...], Counter[str]], with_bars: bool) -> Iterator[str]:
+    """Yield the lines of the table: the sums of each day, of its targets and of their models."""
+    totals: dict[tuple[str, ...], Counter[str]] = {}
+    for key, counts in sums.items():
+        for depth in range(1, len(key) + 1):
+            totals.setdefault(key[:depth], Counter()).update(counts)
+    tokens = {day: sum(counts[column] for column in USAGE_COLUMNS if column.endswith("Tokens"))
+              for (day, *rest), counts in totals.items() if not rest}
+    totals[("total",)] = sum(sums.values(), Counter())
+    yield f"{'':37}{'requests':^20}{'tokens':^23}".rstrip()
+    yield f"{'day' + '        its tokens' * with_bars:37}{''.join(USAGE_COLUMNS.values())}"
+    for key, counts in totals.items():
+        name = "  " * (len(key) - 1) + key[-1]
+        if with_bars and name in tokens:
+            name += " " + "#" * (25 * tokens[name] // max(*tokens.values(), 1))
+        yield f"{name:37.37}" + "".join(f"{in_short(counts[column]):>{len(heading)}}"
+                                        for column, heading in USAGE_COLUMNS.items())
 
 
 def cmd_usage(context: Context) -> None:
     """Print requests and tokens by day, target and model."""
-    last = context.arguments.days
-    if last is not None and not re.fullmatch("[1-9][0-9]{,8}", last):
-        raise UsageError(f"--days takes a number of days, not '{printable(last, 40)}'")
     sums = add_up(log_lines(context.paths.log, b"[REQ] "))
-    days = sorted({key[0] for key in sums})[-int(last or 0):]
+    days = sorted({key[0] for key in sums})[-(context.arguments.days or 0):]
     sums = {key: counts for key, counts in sums.items() if key[0] in days}
     if context.arguments.json:
         print(json.dumps([dict(zip(("day", "target", "model"), key), **counts)
                           for key, counts in sums.items()], indent=2))
-    else:
+    elif sums:
         print("\n".join(usage_table(sums, sys.stdout.isatty())))
+    else:
+        print(f"no request with a model in {context.paths.log} yet")
 
 
 def config_edit(paths: Paths) -> None:
@@ -5782,11 +5793,18 @@ ARGUMENTS = {
     "--dry-run": "say what would be done", "--json": "print JSON",
     "--purge": "remove ~/.rrouter, too", "--stay": "keep it running until Ctrl-C",
     "--watch": "refresh every second until Ctrl-C", "-f": "follow until Ctrl-C",
-    "--days N": "the last N days", "NAME": "the mode to set",
+    "--days N": "the last N days with requests", "NAME": "the mode to set",
     "COMMAND": "its arguments, an example",
     "MODEL": "as Claude Code sends it; without it, those that passed lately",
     "bash|zsh|fish": "your shell",
     "edit|reset|path": "open it in $EDITOR; write the defaults; print where it is"}
+
+
+def positive(text: str) -> int:
+    """Return a whole number from 1 on; raise ValueError."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.Namespace:
@@ -5805,14 +5823,15 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
             f"did you mean '{similar[0]}'?" if similar else "see `rrouter help`"))
     parser = argparse.ArgumentParser(
         f"rrouter {row.name}", f"rrouter {row.usage}", f"rrouter {row.name}: {row.help}",
-        f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False)
+        f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False,
+        exit_on_error=False)
     parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
     arguments = re.findall(r"\[[^\]]+\]|\S+", row.usage)[1:]
     for argument in arguments:
         word = argument.strip("[]")
         name, _, metavar = word.partition(" ")
         if metavar:
-            parser.add_argument(name, nargs="?", const="", metavar=metavar, help=ARGUMENTS[word])
+            parser.add_argument(name, type=positive, metavar=metavar, help=ARGUMENTS[word])
         elif word[0] == "-":
             parser.add_argument(word, action="store_true", help=ARGUMENTS[word])
         else:
@@ -5820,7 +5839,10 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
     for name, options in row.hidden:
         parser.add_argument(name, help=argparse.SUPPRESS, **options)
     takes = [word for argument in arguments for word in argument.strip("[]").split("|")]
-    found, wrong = parser.parse_known_args(rest)
+    try:
+        found, wrong = parser.parse_known_args(rest)
+    except argparse.ArgumentError:          # the value of an option is missing or wrong
+        found, wrong = argparse.Namespace(word=None), [" ".join(rest)]
     if "|" in row.usage and found.word not in (*takes, None if "[" in row.usage else ""):
         wrong.append(found.word or "")
     if wrong:       # argparse would say it in its own jargon

@@ -6647,8 +6647,10 @@ USAGE_ERRORS = (
     ("config edt",          "config takes edit, reset, path, not 'edt'; see"),
     ("logs -n 20",          "logs takes -f, --auto, not '-n'; see"),
     ("--json",              "use `rrouter status --json` or `rrouter usage --json` or"),
-    ("usage --days=0",      "--days takes a number of days, not '0'"),
-    ("usage --days",        "--days takes a number of days, not ''"),
+    ("usage --days=0",      "usage takes --days N, --json, not '--days=0'; see"),
+    ("usage --days -3",     "usage takes --days N, --json, not '--days -3'; see"),
+    ("usage --days",        "usage takes --days N, --json, not '--days'; see"),
+    ("usage --days x",      "usage takes --days N, --json, not '--days x'; see"),
     ("usage --day 7",       "usage takes --days N, --json, not '--day'; see"),
     ("SETUP",               "use `rrouter install`"),
 )
@@ -7045,19 +7047,28 @@ class UsageTest(CommandTest):
 
     def test_it_is_a_table_within_80_columns_with_bars_on_a_terminal(self):
         self.assertEqual(self.run_here("usage", check=0).stdout.splitlines(), [
-            "day, target, model; tokens in 1000   requests rescued failed   in cached    out",
-            "2026-01-01",
-            "  claude old                                1       0     0      1      0      0",
-            "2026-02-03",
-            "  antigravity gemini                        5       1     2      1     48      1",
-            "  claude e                                  1       0     0      0      0      0",
-            "all                                         7       1     2      3     48      1"])
+            "                                           requests              tokens",
+            "day                                    all rescued failed uncached cached output",
+            "2026-01-01                               1       0      0     1499      2      3",
+            "  claude                                 1       0      0     1499      2      3",
+            "    old                                  1       0      0     1499      2      3",
+            "2026-02-03                               6       1      2     1210    48k    513",
+            "  antigravity                            5       1      2     1210    48k    513",
+            "    gemini                               5       1      2     1210    48k    513",
+            "  claude                                 1       0      0        0      0      0",
+            "    e                                    1       0      0        0      0      0",
+            "total                                    7       1      2     2709    48k    516"])
         key = "2026-02-03", "antigravity", "m" * 99
-        for count, bar in ((999_999, "#" * 60), (1, "#" * 60), (0, "")):
+        for count, cell, bar in ((21_499_999, "21M", "#" * 25), (1, "1", "#" * 25), (0, "0", "")):
             counts = collections.Counter(dict.fromkeys(rrouter.USAGE_COLUMNS, count))
             lines = list(rrouter.usage_table({key: counts}, True))
-            self.assertEqual(lines[1], f"2026-02-03 {bar}")
+            self.assertEqual(lines[2].split(), ["2026-02-03", *[bar] * bool(bar), *[cell] * 6])
             self.assertLessEqual(max(map(len, lines)), 80)
+
+    def test_it_says_that_there_is_nothing_yet(self):
+        shutil.rmtree(str(self.home.dir / "logs"))
+        self.assertRegex(self.run_here("usage", check=0).stdout, "^no request .*rrouter.log yet\n$")
+        self.assertEqual(self.run_here("usage", "--json", check=0).stdout, "[]\n")
 
 
 class CopiedFileTest(LoopbackTest):
