@@ -5266,7 +5266,7 @@ class Command(NamedTuple):
     run: Callable[[Any], int | None]        #: gets a Context, returns the exit status, None for 0
     help: str
     example: str = ""                       #: "" for the name alone
-    hidden: tuple[tuple[str, dict[str, Any]], ...] = ()     #: as `add_argument` takes them
+    hidden: str = ""                        #: options that the help does not show
 
     @property
     def name(self) -> str:
@@ -5800,13 +5800,6 @@ ARGUMENTS = {
     "edit|reset|path": "open it in $EDITOR; write the defaults; print where it is"}
 
 
-def positive(text: str) -> int:
-    """Return a whole number from 1 on; raise ValueError."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.Namespace:
     """Return the command line, `help` if it is empty; raise UsageError."""
     rows = {name.lower(): row for row in commands for name in (row.name, *row.aliases)}
@@ -5826,19 +5819,19 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
         f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False,
         exit_on_error=False)
     parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
-    arguments = re.findall(r"\[[^\]]+\]|\S+", row.usage)[1:]
-    for argument in arguments:
+    takes: list[str] = []
+    for argument in re.findall(r"\[[^\]]+\]|\S+", f"{row.usage} {row.hidden}")[1:]:
         word = argument.strip("[]")
+        takes += word.split("|") if word in ARGUMENTS else []
         name, _, metavar = word.partition(" ")
         if metavar:
-            parser.add_argument(name, type=positive, metavar=metavar, help=ARGUMENTS[word])
+            parser.add_argument(name, type=int, choices=range(1, 10_000), metavar=metavar,
+                                help=ARGUMENTS.get(word, argparse.SUPPRESS))
         elif word[0] == "-":
-            parser.add_argument(word, action="store_true", help=ARGUMENTS[word])
+            parser.add_argument(word, action="store_true",
+                                help=ARGUMENTS.get(word, argparse.SUPPRESS))
         else:
             parser.add_argument("word", nargs="?", metavar=word, help=ARGUMENTS[word])
-    for name, options in row.hidden:
-        parser.add_argument(name, help=argparse.SUPPRESS, **options)
-    takes = [word for argument in arguments for word in argument.strip("[]").split("|")]
     try:
         found, wrong = parser.parse_known_args(rest)
     except argparse.ArgumentError:          # the value of an option is missing or wrong
@@ -5867,10 +5860,9 @@ def cmd_help(context: Context) -> None:
 def check_service(home: str) -> Iterator[tuple[str, str]]:
     """Yield which Python runs the installed program, and whether a service manager starts it."""
     program = os.path.join(home, "bin", "rrouter")
-    head, files = b"", {}
-    with contextlib.suppress(OSError, RouterError):
+    head = b""
+    with contextlib.suppress(OSError):
         head = (content_of(program) or b"")[:4096]
-        files = read_record(Paths(home))[0]
     match = re.match(rb"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head)
     if match:
         python = os.fsdecode(match[1] or match[2])
@@ -5884,8 +5876,6 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
     elif not os.access(program, os.X_OK):
         yield FAIL, (f"service: {path} starts {program}, which does not exist: "
                      "run install.sh again")
-    elif path in files and digest(content_of(path) or b"") != files[path][-1]:
-        yield WARN, f"service: {path} is not what was installed: changed by you, or older"
     elif manager is None:
         yield WARN, f"service: {path} is installed, but {why}: rrouter start forks"
     else:
@@ -6093,7 +6083,7 @@ def cmd_check(context: Context) -> int:
 COMMANDS = (
     Command("demo [--stay]", (), cmd_demo, "see it work: no account, no network, 10 s"),
     Command("serve", (), cmd_serve, "run in the foreground; log to stderr too",
-            hidden=(("--ready-descriptor", {"type": int}),)),
+            hidden="[--ready-descriptor N]"),
     Command("start", (), cmd_start, "start the daemon (as a service if installed)",
             "RROUTER_PORT=8400 rrouter start"),
     Command("stop", (), lambda context: print(stop_daemon(context.paths, context.home)),
@@ -6116,7 +6106,7 @@ COMMANDS = (
             "check everything and say how to fix it"),
     Command("config [edit|reset|path]", (), cmd_config,
             "print, edit or reset the config, or its path", "rrouter config | jq .auto",
-            (("--yes", {"action": "store_true"}),)),    # `reset` never asks
+            "[--yes]"),         # `reset` never asks
     Command("install [--claude] [--dry-run]", (), cmd_install,
             "install to ~/bin and start, or upgrade", "rrouter install --claude"),
     Command("uninstall [--purge] [--dry-run]", (), cmd_install, "undo install"),
@@ -6129,15 +6119,11 @@ COMMANDS = (
 )
 
 
-def run_command(argv: list[str] | None) -> int:
+def run_command(words: list[str]) -> int:
     """Run one command; return its exit status."""
-    descriptor = 0
-    while descriptor <= 2:          # else the next file opened would get the number of a closed one
-        descriptor = os.open(os.devnull, os.O_RDWR)
-    os.close(descriptor)
-    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    for name in ("stdin", "stdout", "stderr"):      # else the next file would get its number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r+", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
     os.umask(os.umask(0o077) & 0o077)       # an odd one would keep even us from our files
@@ -6145,7 +6131,7 @@ def run_command(argv: list[str] | None) -> int:
         os.environ.pop("HOME", None)        # now it is that of the user database
     try:
         try:
-            arguments = parse_command(list(sys.argv[1:] if argv is None else argv), COMMANDS)
+            arguments = parse_command(words, COMMANDS)
             home = os.path.expanduser("~")
             if not os.path.isabs(home):
                 raise UsageError(f"HOME={printable(home)}: expected the absolute path of your "
@@ -6166,18 +6152,16 @@ def run_command(argv: list[str] | None) -> int:
         return 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; return its exit status, or exit with it where `argv` is None."""
+def main() -> NoReturn:
+    """Run one command; exit with its status."""
     try:
-        status = run_command(argv)
+        status = run_command(sys.argv[1:])
     except KeyboardInterrupt:
         status = 130
-    if argv is None:                    # the caller in a zip application drops what `main` returns
-        # From here on Ctrl-C ends it at once: Python would show a traceback while it ends.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-        sys.exit(status)
-    return status
+    # From here on Ctrl-C ends it at once: Python would show a traceback while it ends.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -528,7 +528,7 @@ class Running:
         assert set(limits) <= set(vars(rrouter)), limits
         self.launch("-c", "\n".join((
             "import sys", code, "sys.path[0] = %r" % os.path.dirname(compiled()), "import rrouter",
-            "vars(rrouter).update(%r)" % dict(limits), "sys.exit(rrouter.main(['serve']))")))
+            "vars(rrouter).update(%r)" % dict(limits), "sys.exit(rrouter.run_command(['serve']))")))
 
     def launch(self, *arguments, **options):
         """Start Python with these arguments and wait for /health; end the process otherwise."""
@@ -6669,9 +6669,11 @@ def run_here(home, *arguments, terminal=False, **env):
     with mock.patch.dict(os.environ, {**home.env, **env}, clear=True), \
             contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = rrouter.main(list(arguments))
+            status = rrouter.run_command(list(arguments))
         except SystemExit as end:
             status = end.code
+        except KeyboardInterrupt:           # one that a test raises
+            status = 130
     for stream_ in out, err:
         stream_.flush()
     return Printed(status, *(stream_.buffer.getvalue().decode() for stream_ in (out, err)))
@@ -7039,7 +7041,7 @@ class UsageTest(CommandTest):
             self.home.write("logs/rrouter.log" + name, "\n".join(lines) + "\n")
 
     def test_it_adds_up_by_day_target_and_model(self):
-        for days, expected in ((["--days=1"], 2), (["--days=9999999"], 3), ([], 3)):
+        for days, expected in ((["--days=1"], 2), (["--days", "9999"], 3), ([], 3)):
             rows = json.loads(self.run_here("usage", "--json", *days, check=0).stdout)
             self.assertEqual((len(rows), [list(row.values()) for row in rows[-2:]]), (expected, [
                 ["2026-02-03", "antigravity", "gemini", 5, 1, 2, 1210, 48211, 513],
@@ -7132,7 +7134,7 @@ class DemoTest(LoopbackTest):
 
     QUICK = ("import sys; sys.path[0] = sys.argv.pop(1); import rrouter\n"
              "rrouter.DEMO_PAUSE_S, rrouter.DEMO_COOLDOWN_S = 0, 1\n"
-             "sys.exit(rrouter.main(sys.argv[1:]))")
+             "rrouter.main()")
 
     def setUp(self):
         self.home = self.make_home(port=1)      # it uses neither this port nor HOME
@@ -7496,7 +7498,6 @@ class CheckTest(RouterTest):
     def test_an_installed_service_and_another_version_are_named(self):
         unit = self.home.root / ".config" / "systemd" / "user" / "rrouter.service"
         program = self.home.root / "bin" / "rrouter"
-        record = self.home.dir / "install.json"
         for path in (unit, program):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.addCleanup(path.unlink)
@@ -7507,10 +7508,6 @@ class CheckTest(RouterTest):
         program.chmod(0o755)
         self.check("warn +service: .* is installed, but service managers serve",
                    "ok +program: .*/bin/rrouter, run by /usr/bin/env: ", PATH="")
-        record.write_text(json.dumps({"files": {
-            str(program): ["", "its digest"], str(unit): ["", "digest of another text"]}}))
-        self.addCleanup(record.unlink)
-        self.check("warn +service: .*is not what was installed")
         with mock.patch.object(rrouter, "__version__", "9.9.9"):
             self.check("warn +version: .* this program 9.9.9: rrouter restart")
 
@@ -7622,7 +7619,7 @@ def run(words, env, output, kill_at):
             os.kill(os.getpid(), signal.SIGKILL)
     if kill_at is not None:
         sys.addaudithook(count)
-    return rrouter.main(words)
+    return rrouter.run_command(words)
 
 for line in sys.stdin:
     child, status = os.fork(), 70
@@ -8635,7 +8632,7 @@ class DocumentsTest(unittest.TestCase):
         cls.readmes = {path.name: path.read_text(encoding="utf-8")
                        for path in sorted(HERE.glob("README*.md"))}
         with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())) as out:
-            rrouter.main(["help"])
+            rrouter.run_command(["help"])
         cls.help = out.buffer.getvalue().decode()
 
     def test_the_tables_of_commands_name_exactly_the_commands_and_aliases(self):
