@@ -5298,8 +5298,8 @@ def write_file(path: str, content: str | bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        raise RouterError(f"{path}: cannot be written: {reason_of(error)}: check its permissions "
-                          "and free space") from error
+        why = reason_of(error)
+        raise RouterError(f"{path}: {why}: check its permissions and free space") from error
 
 
 def cmd_serve(context: Context) -> int:
@@ -5568,8 +5568,7 @@ def cmd_explain(context: Context) -> None:
         lines = b"".join(reversed(deque(log_lines(context.paths.log, b"[REQ] "), 1000)))
         models = re.findall(r"#\d+ \S+ \S+ (\S+) -> ", lines.decode("utf-8", "replace"))
         if not models:
-            raise RouterError("no request has come through yet: name a model, as in `rrouter "
-                              "explain claude-sonnet-5-5`")
+            raise RouterError("no request yet: name a model: `rrouter explain claude-sonnet-5-5`")
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
         print(printable(model))
         for mode, rules in config.modes.items():
@@ -5579,8 +5578,8 @@ def cmd_explain(context: Context) -> None:
                     continue
                 words = ", ".join(f"{key} {glob}" for key, glob in zip(
                     ("rule", *RULE_KEYS[1:]), rule) if glob and key != "rewrite")
-                print_rows((label, printable(
-                    f"{rule.rewrite} ({words or 'no rule matches'})")), width=15)
+                text = f"{rule.rewrite} ({words or 'no rule matches'})"
+                print_rows((label, printable(text)), width=15)
                 label = ""
                 if not any(rule[2:]):
                     break
@@ -5607,14 +5606,15 @@ USAGE_COLUMNS = {"requests": "  all", "rescued": " rescued", "failed": " failed"
 
 
 def add_up(lines: Iterable[bytes]) -> dict[tuple[str, ...], Counter[str]]:
-    """Return the sums by day, target and model, from the lines of a log."""
+    """Return the sums of each day, of its targets and of their models, from the lines of a log."""
     sums: dict[tuple[str, ...], Counter[str]] = {}
     for found in filter(None, (_USAGE_LINE.match(str(line, "utf-8", "replace")) for line in lines)):
         *key, status, fresh, cached, out, notes, defect = found.groups("0")
         failed = status != "499" and (status >= "400" or defect != "0")
         rescued = status < "400" and not failed and " failed: " in notes
         counts = 1, int(rescued), int(failed), int(fresh), int(cached), int(out)
-        sums.setdefault(tuple(key), Counter()).update(dict(zip(USAGE_COLUMNS, counts)))
+        for depth in (1, 2, 3):
+            sums.setdefault(tuple(key[:depth]), Counter()).update(dict(zip(USAGE_COLUMNS, counts)))
     return dict(sorted(sums.items()))
 
 
@@ -5625,20 +5625,16 @@ def in_short(count: int) -> str:
     return f"{count // 1000}k" if count < 10_000_000 else f"{count // 1_000_000}M"
 
 
-def usage_table(sums: dict[tuple[str, ...], Counter[str]], with_bars: bool) -> Iterator[str]:
-    """Yield the lines of the table: the sums of each day, of its targets and of their models."""
-    totals: dict[tuple[str, ...], Counter[str]] = {}
-    for key, counts in sums.items():
-        for depth in range(1, len(key) + 1):
-            totals.setdefault(key[:depth], Counter()).update(counts)
+def usage_table(sums: dict[tuple[str, ...], Counter[str]]) -> Iterator[str]:
+    """Yield the lines of the table, each day with a bar of its tokens."""
+    days = {key[0]: counts for key, counts in sums.items() if len(key) == 1}
     tokens = {day: sum(counts[column] for column in USAGE_COLUMNS if column.endswith("Tokens"))
-              for (day, *rest), counts in totals.items() if not rest}
-    totals[("total",)] = sum(sums.values(), Counter())
+              for day, counts in days.items()}
     yield f"{'':37}{'requests':^20}{'tokens':^23}".rstrip()
-    yield f"{'day' + '        its tokens' * with_bars:37}{''.join(USAGE_COLUMNS.values())}"
-    for key, counts in totals.items():
+    yield f"{'day        its tokens':37}{''.join(USAGE_COLUMNS.values())}"
+    for key, counts in {**sums, ("total",): sum(days.values(), Counter())}.items():
         name = "  " * (len(key) - 1) + key[-1]
-        if with_bars and name in tokens:
+        if len(key) == 1 and name in tokens:
             name += " " + "#" * (25 * tokens[name] // max(*tokens.values(), 1))
         yield f"{name:37.37}" + "".join(f"{in_short(counts[column]):>{len(heading)}}"
                                         for column, heading in USAGE_COLUMNS.items())
@@ -5647,13 +5643,13 @@ def usage_table(sums: dict[tuple[str, ...], Counter[str]], with_bars: bool) -> I
 def cmd_usage(context: Context) -> None:
     """Print requests and tokens by day, target and model."""
     sums = add_up(log_lines(context.paths.log, b"[REQ] "))
-    days = sorted({key[0] for key in sums})[-(context.arguments.days or 0):]
+    days = [key[0] for key in sums if len(key) == 1][-(context.arguments.days or 0):]
     sums = {key: counts for key, counts in sums.items() if key[0] in days}
     if context.arguments.json:
         print(json.dumps([dict(zip(("day", "target", "model"), key), **counts)
-                          for key, counts in sums.items()], indent=2))
+                          for key, counts in sums.items() if len(key) == 3], indent=2))
     elif sums:
-        print("\n".join(usage_table(sums, sys.stdout.isatty())))
+        print("\n".join(usage_table(sums)))
     else:
         print(f"no request with a model in {context.paths.log} yet")
 
@@ -5680,14 +5676,12 @@ def config_edit(paths: Paths) -> None:
 def config_reset(paths: Paths) -> None:
     """Write the defaults; keep an existing file beside them unless it equals them."""
     paths.create()
-    defaults, old = config_of(None), None
-    with contextlib.suppress(RouterError):
-        old = read_config(paths)
-    if old != defaults:
+    old, new = read_file(paths.config), (config_text(config_of(None)) + "\n").encode()
+    if old not in (None, new):
         spare = spare_name(paths.config)
-        write_file(spare, read_file(paths.config) or b"")
+        write_file(spare, old)
         print(f"kept: {spare}")
-    write_file(paths.config, config_text(defaults) + "\n")
+    write_file(paths.config, new)
     print(f"{paths.config} now holds the defaults")
 
 
@@ -5781,13 +5775,10 @@ environment (of the service: ~/.config/rrouter.env)
 exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
 
-# Words that people try, and the command that does it.
-HINTS = {word: hint for hint, words in {
-    "RROUTER_PORT=8400 rrouter start": "port", "rrouter demo": "test", "rrouter serve": "run",
-    "rrouter start": "up daemon", "rrouter stop": "down kill", "rrouter status": "ps",
-    "rrouter check": "doctor", "rrouter install": "setup init", "rrouter explain": "models",
-    "rrouter mode NAME": "modes switch use set", "rrouter antigravity": "gemini",
-    "cli-proxy-api -antigravity-login": "login"}.items() for word in words.split()}
+# What people try in place of a command, and what does it.
+HINTS = {"port": "RROUTER_PORT=8400 rrouter start", "setup": "rrouter install",
+         "doctor": "rrouter check", "models": "rrouter explain", "modes": "rrouter mode NAME",
+         "switch": "rrouter mode NAME", "login": "cli-proxy-api -antigravity-login"}
 ARGUMENTS = {
     "--auto": "only the decisions of auto mode", "--claude": "point Claude Code here, too",
     "--dry-run": "say what would be done", "--json": "print JSON",
@@ -5823,15 +5814,14 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
     for argument in re.findall(r"\[[^\]]+\]|\S+", f"{row.usage} {row.hidden}")[1:]:
         word = argument.strip("[]")
         takes += word.split("|") if word in ARGUMENTS else []
-        name, _, metavar = word.partition(" ")
+        (name, _, metavar), about = word.partition(" "), ARGUMENTS.get(word, argparse.SUPPRESS)
         if metavar:
             parser.add_argument(name, type=int, choices=range(1, 10_000), metavar=metavar,
-                                help=ARGUMENTS.get(word, argparse.SUPPRESS))
+                                help=about)
         elif word[0] == "-":
-            parser.add_argument(word, action="store_true",
-                                help=ARGUMENTS.get(word, argparse.SUPPRESS))
+            parser.add_argument(word, action="store_true", help=about)
         else:
-            parser.add_argument("word", nargs="?", metavar=word, help=ARGUMENTS[word])
+            parser.add_argument("word", nargs="?", metavar=word, help=about)
     try:
         found, wrong = parser.parse_known_args(rest)
     except argparse.ArgumentError:          # the value of an option is missing or wrong
@@ -5871,8 +5861,7 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
     manager, why = reach_manager(home)
     path = next(filter(os.path.isfile, [manager.path] if manager else service_files(home)), None)
     if not path:
-        yield OK, ("service: none is installed; rrouter start forks a daemon, and nothing starts "
-                   "it at the next login")
+        yield OK, "service: none is installed, so nothing starts rrouter at the next login"
     elif not os.access(program, os.X_OK):
         yield FAIL, (f"service: {path} starts {program}, which does not exist: "
                      "run install.sh again")
@@ -5915,11 +5904,10 @@ def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tu
 
 def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
     """Return (status, body) of /v1/models; raise UpstreamUnreachable."""
-    path = upstream.base_path.decode("ascii") + "/v1/models"
     try:
         with contextlib.closing(upstream.open()) as connection, \
                 total_limit(connection.sock, LIST_S):
-            connection.request("GET", path, headers=fields)
+            connection.request("GET", f"{upstream.base_path.decode()}/v1/models", headers=fields)
             response = connection.getresponse()
             return response.status, response.read(READ_AHEAD_MAX_BYTES)
     except (OSError, http.client.HTTPException) as error:
@@ -6082,8 +6070,7 @@ def cmd_check(context: Context) -> int:
 
 COMMANDS = (
     Command("demo [--stay]", (), cmd_demo, "see it work: no account, no network, 10 s"),
-    Command("serve", (), cmd_serve, "run in the foreground; log to stderr too",
-            hidden="[--ready-descriptor N]"),
+    Command("serve", (), cmd_serve, "run in the foreground", "", "[--ready-descriptor N]"),
     Command("start", (), cmd_start, "start the daemon (as a service if installed)",
             "RROUTER_PORT=8400 rrouter start"),
     Command("stop", (), lambda context: print(stop_daemon(context.paths, context.home)),
@@ -6091,8 +6078,7 @@ COMMANDS = (
     Command("restart", (), cmd_restart, "stop and start"),
     Command("status [--json] [--watch]", (), cmd_status, "show mode, target, requests and problems",
             "rrouter status --json | jq .currentTarget"),
-    Command("usage [--days N] [--json]", (), cmd_usage, "add up requests and tokens by day",
-            "rrouter usage --days 7"),
+    Command("usage [--days N] [--json]", (), cmd_usage, "add up requests and tokens by day"),
     Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
     Command("auto", ("a",), cmd_mode, "Antigravity, else Claude; repeat to retry now"),
@@ -6100,8 +6086,7 @@ COMMANDS = (
             "rrouter mode claude"),
     Command("explain [MODEL]", (), cmd_explain, "what becomes of a model name in each mode",
             "rrouter explain claude-opus-5-5"),
-    Command("logs [-f] [--auto]", (), cmd_logs, "print the end of the log",
-            "rrouter logs -f --auto"),
+    Command("logs [-f] [--auto]", (), cmd_logs, "print the end of the log"),
     Command("check [--json]", ("health", "--check"), cmd_check,
             "check everything and say how to fix it"),
     Command("config [edit|reset|path]", (), cmd_config,
