@@ -5234,7 +5234,7 @@ def cmd_demo(context: Any) -> None:
     """Show by real requests what rrouter does; with --stay, keep it running."""
     import tempfile
     shell = read_environment(dict(os.environ))          # for the last lines
-    for number in (signal.SIGTERM, signal.SIGHUP):      # else they would leave the folder
+    for number in (signal.SIGTERM, signal.SIGHUP):      # by default they would leave the folder
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="rrouter-demo-") as home, demo_router(home) as router:
         print(DEMO_START)
@@ -5279,7 +5279,7 @@ class Context(NamedTuple):
 
     home: str
     paths: Paths
-    arguments: argparse.Namespace           #: `word` is the one that is no option
+    arguments: argparse.Namespace           #: `word` is the one that is not an option
     commands: tuple[Command, ...]           #: COMMANDS
 
 
@@ -5321,7 +5321,7 @@ def find_health(paths: Paths) -> tuple[Daemon | None, dict[str, Any] | None]:
 
 
 def print_rows(*rows: tuple[str, str], width: int = 10) -> None:
-    """Print labels and texts in two columns, a text that is a mode in its colour."""
+    """Print labels and texts in two columns; a text that is a mode gets its colour."""
     for label, text in rows:
         show(f"{label and label + ':':{width}}{text}", width, text)
 
@@ -5342,12 +5342,12 @@ def points_to(url: str, listener: Settings | Daemon) -> bool:
 
 
 def environment_of(daemon: Daemon) -> dict[str, str]:
-    """Return the RROUTER_* with which the daemon could have been started."""
+    """Return the RROUTER_* variables that start a daemon with the settings of this one."""
     return {f"RROUTER_{name.upper()}": str(getattr(daemon, name)) for name in Settings._fields}
 
 
 def find_mode(paths: Paths, health: dict[str, Any] | None) -> tuple[str, list[str]]:
-    """Return the mode in force, or that in which a daemon would start, and what is wrong."""
+    """Return the mode in force, or the one that a daemon would start in, and the problems."""
     if health:
         return health["mode"], health["problems"]
     snapshot = Store(paths, Log(paths.log, echo=False), lambda *_: None).snapshot()
@@ -5373,7 +5373,7 @@ def describe_target(auto: dict[str, Any]) -> str:
 
 
 def trouble_rows(daemon: Daemon, health: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return whether anything listens where the upstream should, and the problems."""
+    """Return rows for the upstream, which says whether anything listens there, and the problems."""
     url = health["upstreamURL"]
     state = ("rrouter itself: set RROUTER_UPSTREAM to the address of CLIProxyAPI"
              if points_to(url, daemon) else
@@ -5523,26 +5523,26 @@ def set_mode(paths: Paths, mode: str) -> None:
 
 
 def cmd_mode(context: Context) -> None:
-    """Print the mode, or set the one that is named, perhaps by the command itself."""
+    """Print the mode, or set the one that the argument or the command itself names."""
     name = vars(context.arguments).get("word", context.arguments.command)
     if name is None:
         mode, problems = find_mode(context.paths, find_health(context.paths)[1])
         print(mode)
         complain(*problems)
     else:
-        # As UTF-8 also where the locale is C and Python has made surrogates of it.
+        # The bytes are UTF-8, also in the C locale, where Python makes surrogates of them.
         set_mode(context.paths, os.fsencode(name).decode("utf-8", "replace").strip().lower())
 
 
 def log_lines(path: str, word: bytes) -> Iterator[bytes]:
-    """Yield the lines with `word` in the log, those of the rotated files first."""
+    """Yield the lines of the log that contain `word`, those of the rotated files first."""
     for name in [*(f"{path}.{number}" for number in range(LOG_FILES, 0, -1)), path]:
         with contextlib.suppress(FileNotFoundError), open_for_reading(name) as file:
             yield from (line for line in file if word in line)
 
 
 def cmd_logs(context: Context) -> None:
-    """Print the last lines of the log; with -f also those that come, until Ctrl-C."""
+    """Print the last lines of the log; with -f, follow it until Ctrl-C."""
     import subprocess
     path, word = context.paths.log, b"[AUTO]" * context.arguments.auto
     if not os.path.exists(path):
@@ -5561,7 +5561,7 @@ def cmd_logs(context: Context) -> None:
 
 
 def cmd_explain(context: Context) -> None:
-    """Print what becomes of a model name, or of those that passed lately, in each mode."""
+    """Print what becomes of a model name, or of the most recent ones, in each mode."""
     config, health = read_config(context.paths), find_health(context.paths)[1]
     models = [context.arguments.word]
     if models == [None]:
@@ -5775,18 +5775,18 @@ environment (of the service: ~/.config/rrouter.env)
 exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
 
-# What people try in place of a command, and what does it.
+# Words that people try as a command, and what to use instead.
 HINTS = {"port": "RROUTER_PORT=8400 rrouter start", "setup": "rrouter install",
          "doctor": "rrouter check", "models": "rrouter explain", "modes": "rrouter mode NAME",
          "switch": "rrouter mode NAME", "login": "cli-proxy-api -antigravity-login"}
 ARGUMENTS = {
-    "--auto": "only the decisions of auto mode", "--claude": "point Claude Code here, too",
+    "--auto": "only the decisions of auto mode", "--claude": "also point Claude Code here",
     "--dry-run": "say what would be done", "--json": "print JSON",
-    "--purge": "remove ~/.rrouter, too", "--stay": "keep it running until Ctrl-C",
+    "--purge": "also remove ~/.rrouter", "--stay": "keep it running until Ctrl-C",
     "--watch": "refresh every second until Ctrl-C", "-f": "follow until Ctrl-C",
     "--days N": "the last N days with requests", "NAME": "the mode to set",
-    "COMMAND": "its arguments, an example",
-    "MODEL": "as Claude Code sends it; without it, those that passed lately",
+    "COMMAND": "show its arguments and an example",
+    "MODEL": "as Claude Code sends it; the most recent ones if it is missing",
     "bash|zsh|fish": "your shell",
     "edit|reset|path": "open it in $EDITOR; write the defaults; print where it is"}
 
@@ -5872,7 +5872,7 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
 
 
 def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield whether Claude Code sends its requests here: by its settings, else by this shell."""
+    """Yield whether Claude Code is set up to use rrouter, in its settings or in this shell."""
     path, wanted = claude_settings_path(home), f"http://localhost:{settings.port}"
     try:
         in_file = claude_environment(home)
@@ -5915,13 +5915,13 @@ def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
 
 
 def alias_blocks(names: list[str], known: list[str]) -> str:
-    """Return the lines for CLIProxyAPI's config.yaml that make `names` mean the like of `known`."""
+    """Return lines for CLIProxyAPI's config.yaml that map `names` to the most similar `known`."""
     import difflib
     entries = []
     for name in names:
         found = difflib.get_close_matches(name, known, 1, 0)[0]
         entries += [f'- name: "{printable(found, 80)}"', f'  alias: "{printable(name)}"']
-        # Without this the id itself disappears; a claude- id then means the other channel alone.
+        # `fork` keeps the id itself.  A claude- id goes, so that it means the other channel alone.
         entries += [] if found.startswith("claude-") else ["  fork: true"]
     heads = (("# version 7", "oauth-model-alias:", "  antigravity:", "    "),
              ("# version 8", "oauth:", "  model-alias:", "    antigravity:", "      "))
@@ -5930,7 +5930,7 @@ def alias_blocks(names: list[str], known: list[str]) -> str:
 
 
 def check_models(config: Config, body: bytes) -> Iterator[tuple[str, str]]:
-    """Yield whether the upstream, which lists `body`, knows the names in the rules."""
+    """Yield whether the upstream knows the names in the rules; `body` is its list of models."""
     try:
         owners = {entry["id"]: entry.get("owned_by") for entry in json.loads(body)["data"]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -5972,7 +5972,7 @@ def check_upstream(home: str, settings: Settings,
     variable = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
     helper = "what your apiKeyHelper prints" if "apiKeyHelper" in text and not variable else ""
     key = environment.get(variable, "")
-    key = key if key.isascii() and key.isprintable() else ""        # no other fits into a header
+    key = key if key.isascii() and key.isprintable() else ""      # else no header can hold it
     status, body = 502, b"is rrouter itself"
     try:
         if not points_to(settings.upstream, settings):
@@ -6002,7 +6002,7 @@ def check_upstream(home: str, settings: Settings,
 
 
 def check_outcomes(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what the failures that rrouter has seen say of the targets."""
+    """Yield what the failures that rrouter has seen show about the targets."""
     auto, failure = health["autoSwitch"], health["requests"]["lastFailure"]
     seen = {failed_side(own)[0]: own["reason"] for own in (auto, *auto["models"].values())
             if own["switched"]}
@@ -6050,7 +6050,7 @@ def run_checks(context: Context) -> Iterator[tuple[str, str]]:
 
 
 def cmd_check(context: Context) -> int:
-    """Print one line a check, with the remedy, and where to begin."""
+    """Print one line for each check, with the remedy, and say where to begin."""
     found = []
     for level, text in run_checks(context):
         label, _, rest = text.partition(": ")
@@ -6111,9 +6111,9 @@ def run_command(words: list[str]) -> int:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r+", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
-    os.umask(os.umask(0o077) & 0o077)       # an odd one would keep even us from our files
+    os.umask(os.umask(0o077) & 0o077)       # else a strict one locks us out of our own files
     if not os.environ.get("HOME"):
-        os.environ.pop("HOME", None)        # now it is that of the user database
+        os.environ.pop("HOME", None)        # then the user database knows it
     try:
         try:
             arguments = parse_command(words, COMMANDS)
@@ -6143,7 +6143,7 @@ def main() -> NoReturn:
         status = run_command(sys.argv[1:])
     except KeyboardInterrupt:
         status = 130
-    # From here on Ctrl-C ends it at once: Python would show a traceback while it ends.
+    # From here on Ctrl-C ends the process at once, because Python would print a traceback at exit.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(status)
