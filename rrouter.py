@@ -5805,33 +5805,32 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
         raise UsageError(f"no command '{printable(first, 40)}'; " + (
             f"use `{hint}`" if hint else
             f"did you mean '{similar[0]}'?" if similar else "see `rrouter help`"))
+    program = f"rrouter {row.name}"
     parser = argparse.ArgumentParser(
-        f"rrouter {row.name}", f"rrouter {row.usage}", f"rrouter {row.name}: {row.help}",
-        f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False,
-        exit_on_error=False)
+        program, f"rrouter {row.usage}", f"{program}: {row.help}",
+        f"example: {row.example or program}", allow_abbrev=False, exit_on_error=False)
     parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
     takes: list[str] = []
     for argument in re.findall(r"\[[^\]]+\]|\S+", f"{row.usage} {row.hidden}")[1:]:
         word = argument.strip("[]")
-        takes += word.split("|") if word in ARGUMENTS else []
-        (name, _, metavar), about = word.partition(" "), ARGUMENTS.get(word, argparse.SUPPRESS)
-        if metavar:
-            parser.add_argument(name, type=int, choices=range(1, 10_000), metavar=metavar,
-                                help=about)
+        about, choices = ARGUMENTS.get(word, argparse.SUPPRESS), word.split("|")
+        takes += choices if word in ARGUMENTS else []
+        name, _, value = word.partition(" ")
+        if value:
+            parser.add_argument(name, type=int, choices=range(1, 10_000), metavar=value, help=about)
         elif word[0] == "-":
             parser.add_argument(word, action="store_true", help=about)
-        else:
-            parser.add_argument("word", nargs="?", metavar=word, help=about)
+        else:           # without a required word, "" fails as its choice
+            parser.add_argument("word", nargs="?", default="" if argument == word else None,
+                                choices=choices if "|" in word else None, metavar=word, help=about)
     try:
         found, wrong = parser.parse_known_args(rest)
-    except argparse.ArgumentError:          # the value of an option is missing or wrong
-        found, wrong = argparse.Namespace(word=None), [" ".join(rest)]
-    if "|" in row.usage and found.word not in (*takes, None if "[" in row.usage else ""):
-        wrong.append(found.word or "")
-    if wrong:       # argparse would say it in its own jargon
+    except argparse.ArgumentError:
+        wrong = [" ".join(rest)]
+    if wrong:           # argparse would say it in its own jargon
         given = f", not '{printable(wrong[0], 40)}'" if wrong[0] else ""
         raise UsageError(f"{row.name} takes {', '.join(takes) or 'no argument'}{given}; "
-                         f"see `rrouter {row.name} --help`")
+                         f"see `{program} --help`")
     return found
 
 
