@@ -5805,32 +5805,31 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
         raise UsageError(f"no command '{printable(first, 40)}'; " + (
             f"use `{hint}`" if hint else
             f"did you mean '{similar[0]}'?" if similar else "see `rrouter help`"))
-    program = f"rrouter {row.name}"
     parser = argparse.ArgumentParser(
-        program, f"rrouter {row.usage}", f"{program}: {row.help}",
-        f"example: {row.example or program}", allow_abbrev=False, exit_on_error=False)
+        f"rrouter {row.name}", f"rrouter {row.usage}", row.help, allow_abbrev=False,
+        exit_on_error=False, epilog=f"example: {row.example or 'rrouter ' + row.name}")
     parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
-    takes: list[str] = []
     for argument in re.findall(r"\[[^\]]+\]|\S+", f"{row.usage} {row.hidden}")[1:]:
         word = argument.strip("[]")
-        about, choices = ARGUMENTS.get(word, argparse.SUPPRESS), word.split("|")
-        takes += choices if word in ARGUMENTS else []
+        about = ARGUMENTS.get(word, argparse.SUPPRESS)
         name, _, value = word.partition(" ")
         if value:
             parser.add_argument(name, type=int, choices=range(1, 10_000), metavar=value, help=about)
         elif word[0] == "-":
             parser.add_argument(word, action="store_true", help=about)
-        else:           # without a required word, "" fails as its choice
-            parser.add_argument("word", nargs="?", default="" if argument == word else None,
-                                choices=choices if "|" in word else None, metavar=word, help=about)
+        else:           # the default "" of a required word is not one of its choices
+            parser.add_argument("word", nargs="?", metavar=word, help=about,
+                                default="" if argument == word else None,
+                                choices=word.split("|") if "|" in word else None)
     try:
         found, wrong = parser.parse_known_args(rest)
     except argparse.ArgumentError:
         wrong = [" ".join(rest)]
     if wrong:           # argparse would say it in its own jargon
+        takes = re.findall(r"[^][| ]+(?: [A-Z])?", row.usage)[1:]
         given = f", not '{printable(wrong[0], 40)}'" if wrong[0] else ""
         raise UsageError(f"{row.name} takes {', '.join(takes) or 'no argument'}{given}; "
-                         f"see `{program} --help`")
+                         f"see `{parser.prog} --help`")
     return found
 
 
