@@ -5619,7 +5619,7 @@ def add_up(lines: Iterable[bytes]) -> dict[tuple[str, ...], Counter[str]]:
 
 
 def in_short(count: int) -> str:
-    """Return a count in thousands or millions from four digits of these on: 9999, 12k, 34M."""
+    """Return a count with at most four digits and a unit: 9999, 12k, 34M."""
     if count < 10_000:
         return str(count)
     return f"{count // 1000}k" if count < 10_000_000 else f"{count // 1_000_000}M"
@@ -5634,7 +5634,7 @@ def usage_table(sums: dict[tuple[str, ...], Counter[str]]) -> Iterator[str]:
     yield f"{'day        its tokens':37}{''.join(USAGE_COLUMNS.values())}"
     for key, counts in {**sums, ("total",): sum(days.values(), Counter())}.items():
         name = "  " * (len(key) - 1) + key[-1]
-        if len(key) == 1 and name in tokens:
+        if name in tokens:
             name += " " + "#" * (25 * tokens[name] // max(*tokens.values(), 1))
         yield f"{name:37.37}" + "".join(f"{in_short(counts[column]):>{len(heading)}}"
                                         for column, heading in USAGE_COLUMNS.items())
@@ -5785,9 +5785,8 @@ ARGUMENTS = {
     "--purge": "also remove ~/.rrouter", "--stay": "keep it running until Ctrl-C",
     "--watch": "refresh every second until Ctrl-C", "-f": "follow until Ctrl-C",
     "--days N": "the last N days with requests", "NAME": "the mode to set",
-    "COMMAND": "show its arguments and an example",
+    "COMMAND": "show its arguments and an example", "bash|zsh|fish": "your shell",
     "MODEL": "as Claude Code sends it; the most recent ones if it is missing",
-    "bash|zsh|fish": "your shell",
     "edit|reset|path": "open it in $EDITOR; write the defaults; print where it is"}
 
 
@@ -6106,14 +6105,14 @@ COMMANDS = (
 
 def run_command(words: list[str]) -> int:
     """Run one command; return its exit status."""
-    for name in ("stdin", "stdout", "stderr"):      # else the next file would get its number
+    for name in ("stdin", "stdout", "stderr"):      # else a file could get the number of a closed one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r+", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
-    os.umask(os.umask(0o077) & 0o077)       # else a strict one locks us out of our own files
+    os.umask(os.umask(0o077) & 0o077)       # a strict one would lock us out of our files
     if not os.environ.get("HOME"):
-        os.environ.pop("HOME", None)        # then the user database knows it
+        os.environ.pop("HOME", None)        # `expanduser` then asks the user database
     try:
         try:
             arguments = parse_command(words, COMMANDS)
