@@ -6105,7 +6105,7 @@ COMMANDS = (
 
 def run_command(words: list[str]) -> int:
     """Run one command; return its exit status."""
-    for name in ("stdin", "stdout", "stderr"):      # else a file could get the number of a closed one
+    for name in ("stdin", "stdout", "stderr"):  # else a file gets the number of a closed one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r+", closefd=False))
     for stream in (sys.stdout, sys.stderr):
