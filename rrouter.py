@@ -12,8 +12,8 @@ The path of a request, each step a method or function of that name in this file:
       ClientConnection.read_body    its whole body, because it may be sent twice
       find_model                    the model name in the body, and where it stands
     Exchange.run                  the request gets its number
-    Exchange._forward             up to the response:
       Router.snapshot               config and mode as the files, or /@MODE, say at this moment
+    Exchange._forward             up to the response:
       decide_route                  the first matching rule names the model for a target
       Failover.admit                in auto mode: whose turn it is
       Attempt.run                   one try on one target
@@ -21,13 +21,11 @@ The path of a request, each step a method or function of that name in this file:
         Upstream.send                 on a kept or a new connection; the response head is read
         Attempt._hold_back            the response is held until it is known to be of use
         without_thinking              sent once more if the target rejects the history
-      judge                         after a second attempt, on the other target: which failure
-                                    counts, and which response the client gets
+      judge                         after a second try: which failure counts, which response wins
     Exchange._relay               the response is forwarded as it arrives (ResponseWriter)
       Failover.commit               a probe succeeds, because the client gets its response
       Exchange._settle              Failover learns the outcome (credit, charge, release)
-      Exchange._end                 the request is counted as ended and logged (Exchange._line);
-                                    then its last bytes are sent
+      Exchange._end                 it is counted and logged; then its last bytes are sent
 
 Files: ~/.rrouter/{mode,config.json,rrouter.pid,rrouter.lock,run.json,state.json,logs/rrouter.log}
 Environment: RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST, RROUTER_ALLOWED_HOSTS.
@@ -69,7 +67,7 @@ import threading
 import time
 import urllib.parse
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO, TypeVar, Union
@@ -108,16 +106,18 @@ DEFAULT_CONFIG: dict[str, Any] = {
 MODE_AUTO = "auto"              # built in: config.json cannot define it
 
 # Auto mode.
-RECHECK_S = 60                  # a shorter cooldown moves a conversation, uncached, back and forth
+RECHECK_S = 60                  # at least, before a probe, because a move loses the prompt cache
 EVENT_S = 2                     # between failures that one event may have caused
 EVENTS_REMEMBERED = 16          # failures that a later one is compared with
-SLOW_FAILURE_S = 20             # by then CLIProxyAPI has repeated the request by itself
-LONG_FAILURE_S = 60             # a failure this slow counts although the client did not wait longer
-ABANDONED_S = 120               # of silence in a stream, after which a client gives the target up
-NAMES_REMEMBERED = 256          # of models, sessions; names from outside must not fill the memory
+SLOW_FAILURE_S = 20             # by then CLIProxyAPI has retried by itself
+LONG_FAILURE_S = 60             # a failure this slow counts, even if the client left the rescue
+ABANDONED_S = 120               # when a client leaves a stream this silent, the target timed out
+NAMES_REMEMBERED = 256          # of models and sessions, because clients must not fill the memory
+STAY_S = 300                    # default of auto.stay: by then a prompt cache has expired
+STAY_MAX_S = 3600               # limit of auto.stay, and of a stay without any pause
 MODEL_NAME_MAX = 256            # characters; a longer name has no failover machine
 
-# Heads and bodies.  A smaller limit refuses real messages, a larger one lets a peer take memory.
+# Heads and bodies.  Smaller limits refuse real messages, larger ones let a peer take memory.
 HEAD_MAX_BYTES = 64 * 1024      # start line and fields together; nginx allows 32 KiB, Go 1 MiB
 FIELDS_MAX = 200                # of a request; Claude Code sends about 23
 LENGTH_DIGITS_MAX = 15          # of Content-Length and chunk sizes; fits a 64-bit integer
@@ -144,30 +144,29 @@ BACKLOG = 128                   # VS Code opens 50 at once; with the default of 
 RECEIVE_BYTES = 64 * 1024       # from the upstream; a larger buffer costs each event 10 %
 REQUEST_BYTES = 256 * 1024      # from a client; 8 % faster than 64 KiB for a request of 77 KB
 JOINED_BYTES = 64 * 1024        # a larger request costs more to copy than a second call to send
-BODY_STEP_BYTES = 1024 * 1024   # with which the memory of a request body starts at most
+BODY_STEP_BYTES = 1024 * 1024   # the most memory that a request body gets before its bytes arrive
 STALE_S = 1                     # a kept connection that closes so soon was dead before
-STOPPED_S = 1                   # beyond a wait: the process was stopped, and a time limit with it
-RECONNECT_EVERY_S = 0.25        # while the upstream is not there,
-RECONNECT_FOR_S = 15            # which a restart of CLIProxyAPI takes at most
+STOPPED_S = 1                   # a wait this much too long: the process was stopped, so limits move
+RECONNECT_EVERY_S = 0.25        # between connection attempts while the upstream is away
+RECONNECT_FOR_S = 15            # for all of them; a restart of CLIProxyAPI takes less
 
 # Files and the daemon.
 POLL_S = 0.2                    # how often the watcher looks at the files; 0.25 s is promised
-# A file younger than this may change without a new time stamp: the kernel's clock for them ticks
-# every 4 to 10 ms.  Where they are whole seconds (HFS+, FAT, some network file systems) the second
-# value holds.
+# A younger file may change without a new time stamp, because the kernel's clock ticks every 4 to
+# 10 ms.  The second value is for whole seconds (HFS+, FAT, some network file systems).
 SETTLED_S, SETTLED_COARSE_S = 0.05, 2
 TRIM_S = 1                      # at least, between two returns of free memory to the system
 FILE_MAX_BYTES = 1024 * 1024    # mode, config.json and state.json are a few KB
 LOG_MAX_BYTES = 10 * 1024 * 1024    # of one log file
 LOG_FILES = 3                   # rotated ones, beside the one being written
-CUT_OFF_S = 1                   # for requests to end that the drain has not waited for
+CUT_OFF_S = 1                   # for requests to end once the drain has cut them off
 DRAIN_S = 30                    # for running requests after SIGTERM; systemd kills after 45 s
 LOG_SHOWN = 20                  # lines that `logs` begins with
 MODELS_SHOWN = 5                # by `explain` without a name
-STATUS_SCOPES = 3               # in a status line: auto itself, and models that switched alone
+HOOK_S = 10                     # for the program of auto.onSwitch
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
 
-# RFC 9110 §7.6.1, and those that golang/go net/http/httputil/reverseproxy.go removes as well.
+# RFC 9110 §7.6.1, and those that Go's httputil.ReverseProxy removes as well.
 HOP_BY_HOP = frozenset((
     b"connection", b"proxy-connection", b"keep-alive", b"proxy-authenticate",
     b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
@@ -194,7 +193,7 @@ SHELF_WORDINGS = (
     ((429, 503), (b"model_cooldown",), "model_cooldown"),
     ((400, 502), (UNKNOWN_MODEL.encode("ascii"),), UNKNOWN_MODEL))
 
-# The wordings of targets for a request beyond their limits, in lower case.
+# How targets say, in lower case, that a request is beyond their limits.
 TOO_LARGE_WORDINGS = (
     b"prompt is too long", b"exceeds the context window", b"exceeds the maximum number of tokens",
     b"input is too long", b"prompt token count of", b"prompt_too_long", b"context length exceeded",
@@ -276,8 +275,8 @@ class Rule(NamedTuple):
 
     match: str
     rewrite: str
-    agent: str = ""             #: a glob that the agent has to match as well; "" for any
-    request_class: str = ""     #: the same of the class of the request
+    agent: str = ""             #: a glob that the agent must match as well; "" for any
+    request_class: str = ""     #: the same for the class of the request
 
 
 class AutoSettings(NamedTuple):
@@ -288,6 +287,8 @@ class AutoSettings(NamedTuple):
     timeout_threshold: int
     cooldowns_s: tuple[float, ...]
     first_byte_s: float
+    stay_s: float = STAY_S      #: the pause after which a session returns to a recovered target
+    on_switch: tuple[str, ...] = ()     #: a program and its arguments, run at each move
 
     def first_byte_limit_s(self, streamed: bool) -> float:
         """Return how long an attempt may stay silent, in seconds."""
@@ -303,8 +304,8 @@ class Config(NamedTuple):
     default_mode: str
     auto: AutoSettings
     auto_error: str             #: why mode auto cannot be used; "" if it can
-    problems: tuple[str, ...]   #: complaints that do no harm
-    conditions: frozenset[str]  #: what rules have besides a model: "agent", "class"
+    problems: tuple[str, ...]   #: mistakes that do no harm
+    conditions: frozenset[str]  #: the keys among "agent" and "class" that rules use
 
     @property
     def choices(self) -> list[str]:
@@ -386,7 +387,7 @@ class ResponseHead(NamedTuple):
 
 
 class Fault(enum.Enum):
-    """Why an attempt failed, as far as judging needs to know it."""
+    """Why an attempt failed, as far as `judge` needs to know."""
 
     STATUS = "status"           #: HTTP 400 and above
     TOO_LARGE = "too large"     #: a request that this target cannot take
@@ -401,7 +402,7 @@ class Fault(enum.Enum):
 
 
 class Outcome(NamedTuple):
-    """How one attempt ended, as far as it is known before the client has received a byte."""
+    """How one attempt ended, as known before the client has received a byte."""
 
     fault: Fault | None         #: None: the attempt succeeded
     status: int                 #: of the response, or of the error that replaces it
@@ -424,14 +425,14 @@ class Verdict(NamedTuple):
 
 
 class Ticket(NamedTuple):
-    """The right to one attempt; it goes out with `admit` and comes back with its outcome."""
+    """The right to one attempt: Failover issues it, and gets it back with the outcome."""
 
     target: str
     model: str
-    alone: bool                 #: the model follows a separate machine
     generation: int             #: of the machine when the attempt began
     probe: int = 0              #: number of the probe this is; 0 for none
     quiet: bool = False         #: a probe of the shelf, logged only if its response changes
+    session: str = ""           #: "" if the client names none
 
 
 class Settings(NamedTuple):
@@ -510,7 +511,7 @@ def _parse_json(text: str) -> Any:
     try:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
-        what = error.msg[0].lower() + error.msg[1:].replace("Expecting", "expecting")
+        what = error.msg[0].lower() + error.msg[1:]
         rest = text[error.pos:error.pos + 20]
         found = repr(rest) if rest else "the end of the file"
         raise ConfigError(f"{error.lineno}:{error.colno}: {what}, found {found}") from error
@@ -580,14 +581,16 @@ def _number(value: Any, path: str, low: float, high: float) -> Any:
 
 
 def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
-    members = dict(DEFAULT_CONFIG["auto"])
+    members = {**DEFAULT_CONFIG["auto"], "stay": STAY_S / 60, "onSwitch": []}
     members.update(_members(value, "auto", tuple(members), problems))
-    targets, minutes = members["targets"], members["cooldownMinutes"]
+    targets, minutes, hook = (members[key] for key in ("targets", "cooldownMinutes", "onSwitch"))
     _expect(isinstance(targets, list) and len(targets) == 2 and targets[0] != targets[1]
             and all(isinstance(target, str) for target in targets),
             "auto.targets", "two different names of modes", targets)
     _expect(isinstance(minutes, list) and len(minutes) > 0, "auto.cooldownMinutes",
             "a list of minutes", minutes)
+    _expect(isinstance(hook, list) and all(isinstance(word, str) for word in hook),
+            "auto.onSwitch", "a list of strings, a program and its arguments", hook)
     # The low ends let a trial run in seconds; values beyond the high ends are typing errors.
     return AutoSettings(
         targets=(targets[0], targets[1]),
@@ -596,7 +599,9 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
         cooldowns_s=tuple(60.0 * _number(cooldown, f"auto.cooldownMinutes[{i}]", 0.0001, 525600)
                           for i, cooldown in enumerate(minutes)),
         first_byte_s=_number(members["firstByteTimeoutSeconds"], "auto.firstByteTimeoutSeconds",
-                             0.001, 86400))
+                              0.001, 86400),
+        stay_s=60 * _number(members["stay"], "auto.stay", 0.0, STAY_MAX_S / 60),
+        on_switch=tuple(hook))
 
 
 def parse_config(text: str) -> Config:
@@ -644,7 +649,9 @@ def config_text(config: Config) -> str:
             "failureThreshold": auto.failure_threshold,
             "timeoutThreshold": auto.timeout_threshold,
             "cooldownMinutes": [tidy(seconds / 60) for seconds in auto.cooldowns_s],
-            "firstByteTimeoutSeconds": tidy(auto.first_byte_s)},
+            "firstByteTimeoutSeconds": tidy(auto.first_byte_s),
+            **({"stay": tidy(auto.stay_s / 60)} if auto.stay_s != STAY_S else {}),
+            **({"onSwitch": list(auto.on_switch)} if auto.on_switch else {})},
     }, indent=2, ensure_ascii=False)
 
 
@@ -671,8 +678,7 @@ def describe_config_error(error: Exception) -> str:
 
 def describe_unknown_mode(mode: str, choices: Iterable[str]) -> str:
     """Return what to say of a mode that cannot be set."""
-    return (f"'{printable(mode, 40)}' is not defined by config.json "
-            f"(defined: {', '.join(choices)})")
+    return f"'{printable(mode, 40)}' is not defined by config.json (defined: {', '.join(choices)})"
 
 
 def _is_host(host: str) -> bool:
@@ -726,10 +732,11 @@ def match_rule(rules: Iterable[Rule], model: str,
                sender: tuple[str, str] = ("", "")) -> Rule | None:
     """Return the first rule that matches `model` and its sender, an agent and a class, or None."""
     for rule in rules:
-        if (model == rule.match or fnmatch.fnmatchcase(model, rule.match)) and (
-                not (rule.agent or rule.request_class) or all(
-                    not glob or (name and fnmatch.fnmatchcase(name, glob.lower()))
-                    for name, glob in zip(sender, rule[2:]))):
+        if model != rule.match and not fnmatch.fnmatchcase(model, rule.match):
+            continue
+        if not (rule.agent or rule.request_class) or all(
+                not glob or (name and fnmatch.fnmatchcase(name, glob.lower()))
+                for name, glob in zip(sender, rule[2:])):
             return rule
     return None
 
@@ -765,9 +772,11 @@ _LENGTH_LINE = re.compile(rb"(?im)^(content-length:)[^\r]*")
 _ABSOLUTE = re.compile(rb"(?i)https?://([^/?#]*)(.*)")
 _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?::[0-9]{0,5})?")
 _MODE_PREFIX = re.compile(rb"/@([^/?#]*)/?(.*)")
-_LOOPBACK_ORIGIN = re.compile(
-    rb"(?i)https?://(?:localhost|127\.0\.0\.1|\[::1\])\.?(?::[0-9]{0,5})?")
+_LOOPBACK_ORIGIN = re.compile(rb"(?i)https?://(localhost|127\.0\.0\.1|\[::1\])\.?(:[0-9]{0,5})?")
 
+# How much of a subscription is used (a fraction), and until when its window runs (Unix seconds).
+_WINDOWS = {name: tuple(b"anthropic-ratelimit-unified-%b-%b" % (name.encode("ascii"), what)
+                        for what in (b"utilization", b"reset")) for name in ("5h", "7d")}
 # Fields of a response that are not forwarded: CORS would open rrouter to every web page, and in a
 # chain of routers each one adds its own x-rrouter fields.
 _WITHHELD = (b"access-control-", b"x-rrouter-target", b"x-rrouter-model", b"x-rrouter-attempts")
@@ -778,11 +787,7 @@ def _without(lines: Iterable[bytes], names: Collection[bytes]) -> list[bytes]:
 
 
 def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
-    """Return the fields in the valid lines `block`.
-
-    Hop-by-hop fields, those that Connection lists (RFC 9110 §7.6.1), and those whose name begins
-    with one of `withheld` are not forwarded.
-    """
+    """Parse valid lines; do not forward hop-by-hop fields or names that begin with `withheld`."""
     values: dict[bytes, list[bytes]] = {}
     end_to_end = []
     for line in block.splitlines(keepends=True):
@@ -793,13 +798,13 @@ def _parse_fields(block: bytes, withheld: tuple[bytes, ...] = ()) -> Fields:
             end_to_end.append(line)
     options = {option.strip().lower()
                for value in values.get(b"connection", ()) for option in value.split(b",")}
-    # Without Content-Length a body would lose its end.
+    # Connection cannot remove Content-Length, because the body would lose its end.
     listed = options - {b"keep-alive", b"content-length"}
     return Fields(values, options, _without(end_to_end, listed) if listed else end_to_end)
 
 
 def _refusal(head: bytes) -> RequestError:
-    """Return the error that says what is wrong with a head that does not match."""
+    """Return the error for a head that does not match _REQUEST_HEAD."""
     valid = _REQUEST_START.match(head)
     if not valid:
         return RequestError(400, "malformed request line: expected METHOD TARGET HTTP/1.1")
@@ -807,7 +812,7 @@ def _refusal(head: bytes) -> RequestError:
     name = token.group()[:40].decode("ascii") if token else ""
     return RequestError(400, f"malformed header field {name!r}: expected NAME: VALUE without "
                              "control characters, space before the colon or continuation lines",
-                        "malformed header field")           # the name may be half a value
+                        "malformed header field")       # it may be part of a value
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, bytes]:
@@ -849,10 +854,7 @@ def _request_length(fields: Fields, http11: bool) -> int | None:
 
 
 def parse_request_head(head: bytes) -> RequestHead:
-    """Return the request whose head is `head`, blank line included.
-
-    Raises RequestError for all that RFC 9112 forbids and all that two parsers may read differently.
-    """
+    """Return the request whose head is `head`; raise RequestError if it is odd or ambiguous."""
     match = _REQUEST_HEAD.fullmatch(head)
     if not match:
         raise _refusal(head)
@@ -885,20 +887,13 @@ def parse_request_head(head: bytes) -> RequestHead:
         mode=urllib.parse.unquote(named[1].decode("ascii")).lower() if named else None)
 
 
-def head_too_large(data: bytes) -> RequestError:
-    """Return the error for a head over the limit: 414 if its first line alone is, else 431."""
-    return RequestError(431 if b"\r\n" in data[:HEAD_MAX_BYTES] else 414,
-                        f"request head over {HEAD_MAX_BYTES >> 10} KiB")
-
-
 def check_head_start(data: bytes, seen: int) -> None:
     """Raise RequestError if the incomplete head `data`, checked up to `seen`, cannot become valid.
 
     A client that speaks TLS, HTTP/0.9 or bare line feeds would otherwise wait for a response.
     """
-    end = data.find(b"\n")
-    if end >= 0 and not _REQUEST_LINE.match(data[:end + 1]):
-        parse_request_head(data[:end + 1])
+    if b"\n" in data and not _REQUEST_LINE.match(data):
+        raise _refusal(data)
     if not _NAME.match(data) or _BARE_LF.search(data, seen):
         raise RequestError(400, "malformed request: expected HTTP/1.1 with lines that end in CR LF")
 
@@ -906,21 +901,19 @@ def check_head_start(data: bytes, seen: int) -> None:
 def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
     """Raise RequestError 403 for a request that a web page may have sent.
 
-    `hosts` are the names that Host may have; with none of them it may have any.
-
-    Any page could otherwise spend the user's quota: the upstream responds to every Origin and
-    preflight with `Access-Control-Allow-Origin: *`, a text/plain POST needs no preflight, and a
-    page can rebind its host name to 127.0.0.1 (CVE-2024-28224, CVE-2025-66414).  `Sec-Fetch-Mode`
-    proves nothing, because Node's fetch sends it as well.
+    Host must be one of `hosts`, if there are any.  Any page could otherwise spend the user's quota:
+    the upstream allows every Origin, a text/plain POST needs no preflight, and a page can rebind
+    its host name to 127.0.0.1 (CVE-2024-28224, CVE-2025-66414).  `Sec-Fetch-Mode` proves nothing,
+    because Node's fetch sends it as well.
     """
     host = re.sub(r"\.?(?::[0-9]*)?\Z", "", head.authority, count=1).lower()
     if hosts and (head.http11 or head.authority) and host not in hosts:
         raise RequestError(403, f"Host {printable(repr(head.authority), 80)} is not this machine: "
                                 "use localhost, 127.0.0.1 or [::1], or start rrouter with the name "
                                 "in RROUTER_ALLOWED_HOSTS", "Host is not this machine")
-    if not all(_LOOPBACK_ORIGIN.fullmatch(origin) for origin in head.fields.all(b"origin")):
+    if not all(map(_LOOPBACK_ORIGIN.fullmatch, head.fields.all(b"origin"))):
         raise RequestError(403, "requests from foreign web pages are refused (Origin)")
-    if any(site.lower() == b"cross-site" for site in head.fields.all(b"sec-fetch-site")):
+    if b"cross-site" in map(bytes.lower, head.fields.all(b"sec-fetch-site")):
         raise RequestError(403, "requests from foreign web pages are refused (Sec-Fetch-Site)")
 
 
@@ -935,12 +928,10 @@ def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tupl
     if not hosts:                       # HTTP/1.0
         fields = b"Host: %b\r\n%b" % (authority, fields)
     fields = b"%b %b HTTP/1.1\r\n%b" % (head.method.encode("ascii"), target, fields)
-    before, *length = _LENGTH_LINE.split(fields, maxsplit=1)
-    if length:
-        return before + length[0] + b" ", length[1] + b"\r\n"
-    if head.length is None:
-        return fields + b"Content-Length: ", b"\r\n\r\n"
-    return fields + b"\r\n", b""
+    if head.length is None:             # chunked; the whole body is read before it is forwarded
+        fields += b"Content-Length:\r\n"
+    before, *rest = _LENGTH_LINE.split(fields, maxsplit=1)
+    return (before + rest[0] + b" ", rest[1] + b"\r\n") if rest else (fields + b"\r\n", b"")
 
 
 def parse_response_head(head: bytes) -> ResponseHead:
@@ -961,6 +952,17 @@ def parse_response_head(head: bytes) -> ResponseHead:
     return ResponseHead(
         int(status), reason or b"", fields, length=int(lengths[0]) if lengths else None,
         chunked=bool(codings), keep_alive=http11 and b"close" not in fields.options)
+
+
+def read_windows(fields: Fields) -> dict[str, dict[str, Any]]:
+    """Return the usage windows that a response reports, by name, as /health shows them."""
+    windows = {}
+    for name, (used, reset) in _WINDOWS.items():
+        if used in fields.values:
+            with contextlib.suppress(ValueError, OverflowError, OSError):   # odd numbers
+                windows[name] = {"usedPercent": round(100 * float(fields.value(used))),
+                                 "until": utc(float(fields.value(reset)))}
+    return windows
 
 
 def response_head_bytes(head: ResponseHead, extra: bytes) -> bytes:
@@ -992,7 +994,7 @@ class PlainBody:
         return data
 
     def finish(self) -> None:
-        """Take the end of what can be decoded; raise UpstreamError if it truncates the body."""
+        """End the body here, with its connection; raise UpstreamError if that truncates it."""
         if self.delimited or self.fault:
             raise UpstreamError(self.fault or "broke off in the middle of its response")
         self.done = True
@@ -1122,7 +1124,7 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
 
 def find_agent(body: BytesLike) -> str:
     """Return the name after `oh-my-claudecode:` in the top-level `system`, "" without one."""
-    # Most bodies lack the word, and are not parsed; messages that mention it name no agent.
+    # Most bodies lack the word and are not parsed.  Within a message it names no agent.
     with contextlib.suppress(ValueError, RecursionError):       # not JSON, or too deep
         for key, start, end in _walk_body(body)[1] if _AGENT.search(body) else ():
             if key == "system":
@@ -1132,7 +1134,7 @@ def find_agent(body: BytesLike) -> str:
 
 
 def asks_for_stream(body: BytesLike) -> bool:
-    """Return whether `body` seems to ask for a stream; it only moves a time limit."""
+    """Return whether `body` seems to ask for a stream, a guess that only timeouts depend on."""
     # First at the two ends, among the few small members beside the messages.
     return any(map(_STREAM_MEMBER.search, (body[-2048:], body[:2048], body)))
 
@@ -1159,10 +1161,7 @@ def _is_thinking(text: str, block: int) -> bool:
 
 
 def without_thinking(body: BytesLike) -> bytes | None:
-    """Return `body` without the thinking blocks in its messages, or None if it has none.
-
-    All other values keep their bytes.  A content that would be left empty gets a short text block.
-    """
+    """Return `body` without its thinking blocks, all else byte for byte; None if it has none."""
     position, pieces = 0, []
     try:
         text, members = _walk_body(body)
@@ -1182,6 +1181,8 @@ def without_thinking(body: BytesLike) -> bytes | None:
 
 # In the text, because a hop on the way may drop our header.
 _OWN_ERROR = re.compile(rb'"message"\s*:\s*"rrouter: ')
+_RESET_AFTER = re.compile(
+    rb"reset after (?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})(?:\.[0-9]+)?s)?")
 
 
 def read_failure(status: int, text: bytes) -> tuple[Fault, str]:
@@ -1199,22 +1200,17 @@ def read_failure(status: int, text: bytes) -> tuple[Fault, str]:
     return Fault.STATUS, str(status)
 
 
-_RESET_AFTER = re.compile(
-    rb"reset after (?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})(?:\.[0-9]+)?s)?")
-
-
 def read_retry_after(seconds: str, milliseconds: str, text: bytes, now: float) -> float | None:
     """Return after how many seconds a failed response asks for a retry, None if it does not.
 
-    `seconds` is Retry-After, a number or a date (RFC 9110 §10.2.3), `milliseconds` retry-after-ms;
-    `text` may say `reset after 1h2m3s`.
+    The parameters are the values of Retry-After and retry-after-ms, the body, and the time.
     """
     if re.fullmatch(r"[0-9]{1,12}(\.[0-9]+)?", milliseconds):
         return float(milliseconds) / 1000
     if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", seconds):
         return float(seconds)
     with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
-        date = email.utils.parsedate_to_datetime(seconds)   # IndexError: Python 3.9
+        date = email.utils.parsedate_to_datetime(seconds)   # Python 3.9 raises IndexError
         zone = date.tzinfo or datetime.timezone.utc
         return max(0.0, date.replace(tzinfo=zone).timestamp() - now)
     found = _RESET_AFTER.search(text)
@@ -1229,10 +1225,11 @@ def _is_content(block: Any) -> bool:
     return not (isinstance(block, dict) and block.get("type") == "text" and not block.get("text"))
 
 
-def _is_silent_failure(usage: Any, stop_reason: Any) -> bool:
+def _is_silent_failure(usage: Any, end: Any) -> bool:
     """Return whether an empty message is a failure: no tokens, and no reason to be silent."""
     tokens = usage.get("output_tokens") if isinstance(usage, dict) else None
-    return tokens == 0 and stop_reason not in ("refusal", "max_tokens")
+    reason = end.get("stop_reason") if isinstance(end, dict) else None
+    return tokens == 0 and reason not in ("refusal", "max_tokens")
 
 
 def _load_object(data: bytes) -> dict[str, Any] | None:
@@ -1255,20 +1252,12 @@ def message_defect(body: bytes) -> str:
         return "not a message"
     content = message.get("content")
     blocks = content if isinstance(content, list) else []
-    if not any(map(_is_content, blocks)) and _is_silent_failure(
-            message.get("usage"), message.get("stop_reason")):
-        return "empty message"
-    return ""
+    is_empty = not any(map(_is_content, blocks))
+    return "empty message" if is_empty and _is_silent_failure(message.get("usage"), message) else ""
 
 
 class StreamScan:
-    """The state of an event stream, as far as it has come.
-
-    `committed` is set by the first content of a message, on other paths by the first event that is
-    not an error, and in any case after READ_AHEAD_MAX_BYTES.  `defect` is set if something else
-    decides before: an error, or an end without content.  After the commit `broken` says that an
-    error came, `ended` that the message ended.
-    """
+    """The state of an event stream, as far as it has come."""
 
     _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 
@@ -1276,8 +1265,11 @@ class StreamScan:
         self._is_message = is_message
         self._partial = b""             # an event that is not complete yet
         self._size = 0                  # of the stream so far, in bytes
-        self.committed = self.broken = self.ended = False
-        self.defect = ""
+        # Set by the first content of a message, on other paths by the first event that is not an
+        # error, and in any case after READ_AHEAD_MAX_BYTES.
+        self.committed = False
+        self.defect = ""                #: before that: an error, or an end without content
+        self.broken = self.ended = False    #: after that: an error came; the message ended
         self.events = 0                 #: other than pings and comments
 
     def feed(self, payload: bytes) -> None:
@@ -1325,34 +1317,58 @@ class StreamScan:
             self.ended = self.ended or kind == "message_stop"
         elif is_error:
             self.defect = "error event"
-        elif self._is_message:
-            self._read_lifecycle(kind, event, data)
-        else:
-            self.committed = True
-
-    def _read_lifecycle(self, kind: str, event: dict[str, Any], data: bytes) -> None:
-        """Read an event of a message that has shown no content yet."""
-        if kind == "content_block_delta":
+        elif not self._is_message or kind == "content_block_delta":
             self.committed = True
         elif kind == "content_block_start":
             self.committed = _is_content(event.get("content_block"))
-        elif kind == "message_delta":
-            delta = event.get("delta")
-            stop_reason = delta.get("stop_reason") if isinstance(delta, dict) else None
-            if _is_silent_failure(event.get("usage"), stop_reason):
-                self.defect = "empty message"
-            else:
-                self.committed = True   # the model may have nothing to say
-        elif kind == "message_stop" or data == b"[DONE]":
+        elif kind == "message_delta" and not _is_silent_failure(
+                event.get("usage"), event.get("delta")):
+            self.committed = True       # the model may have nothing to say
+        elif kind in ("message_delta", "message_stop") or data == b"[DONE]":
             self.defect = "empty message"
+
+
+class TokenReader:
+    """Reads the token counts near the beginning and the end of a response."""
+
+    _END_BYTES, _USAGE_BYTES = 4096, 512        # an event with tokens has less, its `usage` too
+    # Within strings the quotes would be escaped.  The last counts of a stream are its sums, or 0.
+    _COUNT = re.compile(rb'"(cache_creation_input|cache_read_input|input|output)_tokens"\s*:\s*'
+                        rb'([1-9][0-9]{0,11})[\s,}]')
+
+    def __init__(self, coding: str) -> None:
+        self._decode: Callable[[bytes], bytes] | None = None if coding != "gzip" else partial(
+            zlib.decompressobj(zlib.MAX_WBITS | 16).decompress, max_length=READ_AHEAD_MAX_BYTES)
+        self._text = bytearray()        # both ends of the response, or all of it
+
+    def feed(self, payload: bytes) -> None:
+        """Read more of the response; encodings other than gzip show no tokens."""
+        text, end = self._text, self._END_BYTES
+        try:
+            text += payload if self._decode is None else self._decode(payload)
+        except zlib.error:              # damaged, or more than READ_AHEAD_MAX_BYTES at once
+            return
+        if len(text) > 4 * end:         # `+=` above is cheap, because it rarely moves them
+            del text[end:-end]
+
+    def note(self) -> str:
+        """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
+        text, last = self._text, self._text.rfind(b'"usage"')
+        usage, first = text[last:last + self._USAGE_BYTES], text.find(b'"usage"', 0, last)
+        if first >= 0:
+            usage = text[first:first + self._USAGE_BYTES] + usage
+        counts = {kind: int(count) for kind, count in self._COUNT.findall(usage)}
+        uncached = counts.get(b"input", 0) + counts.get(b"cache_creation_input", 0)
+        cached, out = counts.get(b"cache_read_input", 0), counts.get(b"output", 0)
+        return f" in {uncached}+{cached} out {out}" if counts else ""
 
 
 # Failover #####################################################################
 
 CLOSED, OPEN, HALF_OPEN = "closed", "open", "half-open"
-OUTDATED = -1       # generation of a ticket from before a change of auto.targets
+OUTDATED = -1       # generation of a ticket whose failure no breaker counts
 
-# Faults that count, and faults after which the other target is tried.  The rest is neutral.
+# Faults that can count (others are neutral), and faults after which the other target is tried.
 COUNTED = frozenset((Fault.STATUS, Fault.SHELF, Fault.NO_MESSAGE, Fault.TIMEOUT))
 RESCUED = COUNTED | {Fault.TOO_LARGE, Fault.REJECTED, Fault.DROPPED}
 # Faults of the second attempt that excuse a timeout of the first, and the reverse.
@@ -1379,7 +1395,7 @@ def rank(failure: Outcome, other: Outcome) -> int:
 def judge(first: Outcome, second: Outcome) -> Verdict:
     """Return which failures of a request count, and which response the client gets.
 
-    `first` failed, and the request was sent to the other target, or the client left before.
+    `first` failed; `second` is the attempt on the other target, or LEFT if the client left first.
 
       first         second          counts        the client gets
       failed        succeeded       the first     the second
@@ -1410,26 +1426,29 @@ SAVED: dict[str, Callable[[Any], Any]] = {
 
 # One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
 #
-#   state      event                                        next state   what else
-#   CLOSED     success of home                              CLOSED       n = 0
-#   CLOSED     failure of home, n-th in a row, n < limit    CLOSED       n counted
-#   CLOSED     failure of home, n = limit                   OPEN         n = 0, N-th cooldown begins
-#   OPEN       success of away                              OPEN         n = 0; N + 1 once a switch
-#   OPEN       failure of away, n-th in a row, n < limit    OPEN         n counted
-#   OPEN       failure of away, n = limit                   CLOSED       n = 0, cooldown cancelled
-#   OPEN       a request asks, cooldown over                HALF_OPEN    that request probes home
-#   HALF_OPEN  the probe commits                            CLOSED       n = 0: recovered
-#   HALF_OPEN  the probe fails                              OPEN         n = 0, N-th cooldown begins
-#   HALF_OPEN  the probe fails, as the shelf does, after    OPEN         another minute
-#              a switch that the shelf caused
-#   HALF_OPEN  the probe is neutral                         OPEN         the next one after a minute
-#   HALF_OPEN  success or failure of away                   as in OPEN
-#   any        outcome of the target that does not serve,   same         nothing
-#              of an attempt from before a switch, or of
-#              the same event as a failure before
+#   state      event                                            next state   effect
+#   any        success of the current target                    same         n = 0
+#   any        its n-th failure in a row, n < limit             same         n counted
+#   CLOSED     the same, n = limit                              OPEN         N-th cooldown begins
+#   not CLOSED the same, n = limit                              CLOSED       cooldown cancelled
+#   OPEN       first success of away since the switch           OPEN         N + 1, unless on_shelf
+#   OPEN       a request asks, cooldown over                    HALF_OPEN    it probes home
+#   HALF_OPEN  the probe commits                                CLOSED       recovered
+#   HALF_OPEN  the probe fails                                  OPEN         N-th cooldown begins
+#   HALF_OPEN  it fails as the shelf does, after a switch by it OPEN         another minute
+#   HALF_OPEN  the probe is neutral                             OPEN         next in a minute
+#   any        outcome of the target that does not serve;       same         none
+#              failure of an attempt from before a switch,
+#              or of an event that has counted
 #
-# HTTP failures and timeouts are counted apart.  N returns to the first cooldown when twice the last
-# cooldown has passed since the return to home, without a switch.
+# Each change of the current target sets n = 0.  HTTP failures and timeouts are counted apart.  N
+# starts over when twice the last cooldown has passed since the return to home, without a switch.
+
+
+class Move(str):
+    """A line for the log about a scope that switches or recovers."""
+
+    words: dict[str, str]       #: for auto.onSwitch
 
 
 class Breaker:
@@ -1441,7 +1460,7 @@ class Breaker:
 
     def __init__(self, auto: AutoSettings, serial: Iterator[int], model: str = "") -> None:
         self._auto = auto
-        self._serial = serial           # numbers of one sequence, so that a ticket fits one machine
+        self._serial = serial           # one for all breakers, so that a ticket fits one only
         self._label = f" for {printable(model)}" if model else ""
         self._counted_at: deque[float] = deque(maxlen=EVENTS_REMEMBERED)    # times of failures
         self.probe = 0                  # number of the latest probe
@@ -1465,7 +1484,7 @@ class Breaker:
         self.start_counting()
 
     def start_counting(self) -> None:
-        """Set the counters back; what one event caused stays known."""
+        """Reset the counters of consecutive failures."""
         self.failures = self.timeouts = 0       # in a row, of `current`
         self.real_failure = ""          # the first one in the row that the shelf did not cause
 
@@ -1480,7 +1499,7 @@ class Breaker:
         return self.order[0]
 
     def remaining_s(self, now: float) -> float:
-        """Return the seconds until home may be probed, within the cooldown if the clock was set."""
+        """Return the seconds until home may be probed; a clock set back cannot prolong them."""
         if self.retry_at is None:
             return 0.0
         self.retry_at = min(self.retry_at, now + self.last_cooldown_s)
@@ -1498,10 +1517,20 @@ class Breaker:
         return self.state == HALF_OPEN and ticket.probe == self.probe
 
     def recover(self, now: float) -> list[str]:
-        """Return to home; the line says so of a probe that has committed."""
+        """Return to home, because a probe has committed."""
         self.close((self.home, self.away))
         self.returned_at = now
-        return [f"RECOVERED: {self.home} responds again{self._label}"]
+        line = f"RECOVERED: {self.home} responds again{self._label}"
+        return [self._move(self.home, "responds again", line=line)]
+
+    def _move(self, to: str, reason: str, cooldown_s: float = 0, line: str = "") -> Move:
+        start = self.away if to == self.home else self.home
+        retry = f"; retry in {span(cooldown_s)}" if cooldown_s else ""
+        move = Move(line or f"SWITCH {start} -> {to}{self._label}: {reason}{retry}")
+        move.words = {"from": start, "to": to, "reason": reason,
+                      "scope": self._label.removeprefix(" for ") or MODE_AUTO,
+                      "minutes": str(tidy(round(cooldown_s / 60, 1)))}
+        return move
 
     def succeed(self, ticket: Ticket) -> None:
         """Count a success of `ticket.target`."""
@@ -1511,13 +1540,13 @@ class Breaker:
             self.answered = True
 
     def fail(self, now: float, ticket: Ticket, outcome: Outcome, followed: str = "") -> list[str]:
-        """Count a failure of `ticket.target`; once closed, the scope gets the target `followed`."""
+        """Count a failure of `ticket.target`; if the scope closes, it moves to `followed`."""
         if self.is_probe(ticket):
             return self._fail_probe(now, outcome)
         failed = f"{ticket.target} failed{self._label}: {outcome.what}"
         if ticket.generation != self.generation or ticket.target != self.current:
             return [failed]
-        # By the times of the failures: their rescues, which decide what counts, differ in length.
+        # Not by the time of counting: that comes after the rescues, which differ in length.
         if any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
                for at in self._counted_at):
             return [failed + " (the same event)"]
@@ -1530,22 +1559,21 @@ class Breaker:
             count, limit, name = self.failures, self._auto.failure_threshold, "HTTP errors"
         if outcome.fault is not Fault.SHELF:
             self.real_failure = self.real_failure or outcome.what
-        of_limit = f" of {limit}" if count <= limit else ""
-        lines = [f"{failed} ({count}{of_limit} {name} in a row)"]
+        lines = [f"{failed} ({count} of {limit} {name} in a row)"]
         if count < limit or (outcome.direct and not self.answered):
-            return lines                # not back to the target that has just failed
+            return lines                # home has just failed, and away has yet to answer
         reason = f"{count} consecutive {name}"
         if outcome.fault is not Fault.TIMEOUT:
             reason += f", last {outcome.what}"
         if outcome.fault is Fault.SHELF and self.real_failure:
             reason += f", after {self.real_failure}"
         if self.state != CLOSED and followed == self.away:
-            self.close(self.order)      # it would follow to the very target that it leaves
+            self.close(self.order)      # else it would move to the target that has failed it
         if self.state == CLOSED:
             return lines + self._open(now, reason, outcome)
         self.recover(now)
         self.switch_count += 1
-        return [*lines, f"SWITCH {self.away} -> {self.home}{self._label}: {reason}"]
+        return [*lines, self._move(self.home, reason)]
 
     def _open(self, now: float, reason: str, outcome: Outcome) -> list[str]:
         """Leave home, or stay away from it, for the next cooldown."""
@@ -1567,8 +1595,7 @@ class Breaker:
         self.switch_count += 1
         self.reason, self.switched_at = reason, now
         self.retry_at, self.last_cooldown_s = now + cooldown_s, cooldown_s
-        return [f"SWITCH {self.home} -> {self.away}{self._label}: {reason}; "
-                f"retry in {span(cooldown_s)}"]
+        return [self._move(self.away, reason, cooldown_s)]
 
     def _fail_probe(self, now: float, outcome: Outcome) -> list[str]:
         still_on_shelf = outcome.fault is Fault.SHELF or (outcome.fault is Fault.STATUS and (
@@ -1586,10 +1613,10 @@ class Breaker:
         self.state = OPEN
         self.retry_at = now + min(self.last_cooldown_s, RECHECK_S)
 
-    def release(self, now: float, ticket: Ticket) -> list[str]:
+    def release(self, now: float) -> list[str]:
         """Free the place of the probe under way, because its outcome is neutral."""
         self._postpone_probe(now)
-        if ticket.quiet:                # its begin was not logged either
+        if self.on_shelf:               # its start was not logged either
             return []
         return [f"PROBE of {self.home} inconclusive{self._label}; "
                 f"the next one in {span(self.remaining_s(now))}"]
@@ -1598,41 +1625,35 @@ class Breaker:
         """Return what /health shows of it."""
         is_open, remaining_s = self.state != CLOSED, self.remaining_s(now)
         return {"currentTarget": self.current, "switched": is_open,
-                "switchCount": self.switch_count,
-                "failureCount": self.failures, "timeoutCount": self.timeouts,
-                "reason": self.reason, "switchedAt": utc(self.switched_at),
-                "retryAt": utc(self.retry_at),
+                "switchCount": self.switch_count, "failureCount": self.failures,
+                "timeoutCount": self.timeouts, "reason": self.reason,
+                "switchedAt": utc(self.switched_at), "retryAt": utc(self.retry_at),
                 "cooldownSeconds": tidy(round(self.last_cooldown_s, 3)) if is_open else 0,
                 "cooldownRemainingSeconds": math.ceil(remaining_s)}
 
-    def save(self) -> dict[str, Any]:
+    def save(self, now: float) -> dict[str, Any]:
         """Return what a restart keeps; the counters and a probe under way are lost."""
+        self.remaining_s(now)           # notices a clock set back, although no request comes
         return {name: getattr(self, name) for name in SAVED}
 
     def restore(self, saved: Any) -> None:
-        """Take over what `save` returned; raise StateError if it does not fit.
-
-        `saved` comes from a file that anyone may have written.
-        """
-        try:
-            values: dict[str, Any] = {
-                name: None if saved[name] is None else convert(saved[name])
-                for name, convert in SAVED.items() if name in saved or name != "on_shelf"}
-        except (LookupError, TypeError, ValueError, OverflowError) as error:
-            raise StateError("not the state that rrouter wrote") from error
+        """Take over what `save` returned; raise an error of any kind if it does not fit."""
+        values: dict[str, Any] = {
+            name: None if saved[name] is None else convert(saved[name])
+            for name, convert in SAVED.items() if name in saved or name != "on_shelf"}
         absent = {name for name, value in values.items() if value is None} - {"returned_at"}
         if (absent not in (set(), {"reason", "switched_at", "retry_at"})
                 or {values["home"], values["away"]} != set(self._auto.targets)
                 or values["last_cooldown_s"] > max(self._auto.cooldowns_s)
                 or not all(0 <= value < 1e11 for value in values.values()
                            if isinstance(value, (int, float)))):
-            raise StateError("not the state that rrouter wrote")
+            raise ValueError
         vars(self).update(values, reason=values["reason"] and printable(values["reason"]))
         self.state = CLOSED if absent else OPEN
 
 
 def remember(known: OrderedDict[Any, T], key: Any, value: T) -> None:
-    """Keep the value as the last of NAMES_REMEMBERED; any thread may call it."""
+    """Add the value as the newest of at most NAMES_REMEMBERED; any thread may call it."""
     known.pop(key, None)
     known[key] = value
     if len(known) > NAMES_REMEMBERED:
@@ -1642,8 +1663,7 @@ def remember(known: OrderedDict[Any, T], key: Any, value: T) -> None:
 class Failover:
     """Whose turn it is in auto mode: one breaker for the whole target, one for each single model.
 
-    All methods may be called from any thread; `clock` returns Unix seconds.  They return lines for
-    the log.
+    `clock` returns Unix seconds.  Any thread may call the methods; they return lines for the log.
     """
 
     def __init__(self, clock: Callable[[], float], auto: AutoSettings) -> None:
@@ -1655,6 +1675,8 @@ class Failover:
     def _clear(self, auto: AutoSettings) -> None:
         self._auto, self._whole = auto, Breaker(auto, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
+        # By session and model: the target used last, when, and the end of its stay there.
+        self._places: OrderedDict[tuple[str, str], tuple[str, float, float]] = OrderedDict()
 
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
         """Forget everything, and continue with the settings `auto`."""
@@ -1664,25 +1686,38 @@ class Failover:
             self._clear(auto)
         return [f"RESET: {why}; on {auto.targets[0]}"] if used else []
 
-    def admit(self, model: str, targets: tuple[str, str]) -> Ticket:
+    def admit(self, model: str, targets: tuple[str, str], session: str = "") -> Ticket:
         """Return the ticket for the first attempt of a request.
 
-        `targets` are those of the request's snapshot.  If the configuration has changed since, the
-        outcome of the attempt is ignored.
+        `targets` are those of the request's snapshot.  If they have changed since, or the session
+        stays away from the current target, a failure of the attempt is not counted.
         """
         with self._lock:
-            breaker, ticket = self._breaker(model), self._ticket(targets[0], model, targets)
-            if ticket.generation == OUTDATED:
-                return ticket
-            target, probe = breaker.admit(self._clock())
-            return ticket._replace(
-                target=target, probe=probe, quiet=bool(probe) and breaker.on_shelf)
+            if targets != self._auto.targets:
+                return Ticket(targets[0], model, OUTDATED)
+            breaker, now = self._breaker(model), self._clock()
+            cached, sent_at, end = self._places.get((session, model), ("", 0.0, 0.0))
+            if cached != breaker.current and now <= end and abs(now - sent_at) < self._auto.stay_s:
+                return self._sent(Ticket(cached, model, OUTDATED, session=session), now, end)
+            target, probe = breaker.admit(now)
+            quiet = bool(probe) and breaker.on_shelf
+            return self._sent(
+                Ticket(target, model, breaker.generation, probe, quiet, session), now)
+
+    def _sent(self, ticket: Ticket, now: float, end: float = 0.0) -> Ticket:
+        """Remember where the session sends something, and the `end` of its stay there."""
+        if ticket.session and len(ticket.model) <= MODEL_NAME_MAX:
+            remember(self._places, (ticket.session, ticket.model), (ticket.target, now, end))
+        return ticket
 
     def rescue(self, ticket: Ticket, targets: tuple[str, str]) -> Ticket:
         """Return the ticket for the second attempt, on the other of `targets`."""
         other = targets[1] if ticket.target == targets[0] else targets[0]
         with self._lock:
-            return self._ticket(other, ticket.model, targets)
+            fits = targets == self._auto.targets
+            generation = self._breaker(ticket.model).generation if fits else OUTDATED
+            return self._sent(
+                Ticket(other, ticket.model, generation, session=ticket.session), self._clock())
 
     def current(self, model: str | None, targets: tuple[str, str]) -> str:
         """Return the target, one of `targets`, for a request that is not judged."""
@@ -1695,15 +1730,11 @@ class Failover:
         own = self._models.get(model or "")
         return own if own is not None and own.state != CLOSED else self._whole
 
-    def _ticket(self, target: str, model: str, targets: tuple[str, str]) -> Ticket:
-        breaker = self._breaker(model)
-        return Ticket(target, model, breaker is not self._whole,
-                      breaker.generation if targets == self._auto.targets else OUTDATED)
-
     def _probed(self, ticket: Ticket) -> Breaker | None:
         """Return the breaker whose probe under way has this ticket, or None."""
-        breaker = self._models.get(ticket.model) if ticket.alone else self._whole
-        return breaker if breaker is not None and breaker.is_probe(ticket) else None
+        own = self._models.get(ticket.model)
+        breaker = own if own is not None and own.is_probe(ticket) else self._whole
+        return breaker if breaker.is_probe(ticket) else None
 
     def commit(self, ticket: Ticket) -> tuple[Ticket, list[str]]:
         """Let a probe succeed, because the client gets its response; return the next ticket."""
@@ -1711,12 +1742,18 @@ class Failover:
             breaker = self._probed(ticket)
             if breaker is None:
                 return ticket, []
-            lines = breaker.recover(self._clock())
+            now = self._clock()
+            for (session, model), (target, sent_at, _) in self._places.items():
+                if (session != ticket.session and target == breaker.away
+                        and self._breaker(model) is breaker):
+                    self._places[session, model] = target, sent_at, now + STAY_MAX_S
+            lines = breaker.recover(now)
             if breaker is self._whole:
                 self._follow()
             else:
                 breaker.close(self._whole.order)
-            return self._ticket(ticket.target, ticket.model, self._auto.targets), lines
+            generation = self._breaker(ticket.model).generation
+            return ticket._replace(generation=generation, probe=0), lines
 
     def credit(self, ticket: Ticket) -> None:
         """Count a success: the upstream's response is complete."""
@@ -1729,12 +1766,15 @@ class Failover:
     def charge(self, ticket: Ticket, outcome: Outcome) -> list[str]:
         """Count a failure.
 
-        A model switched alone is charged in its own machine only: an exhausted model must not take
-        the others along, neither with its probes nor with what it had under way when it switched.
+        While a model is switched alone, its failures count for its own breaker only, because an
+        exhausted model must not take the others along.
         """
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
-            if own is not None and (ticket.alone or (own.state != CLOSED and not ticket.probe)):
+            place = ticket.session, ticket.model
+            if self._places.get(place, ("",))[0] == ticket.target:
+                del self._places[place]         # a failure ends a stay
+            if own is not None and own.state != CLOSED and not whole.is_probe(ticket):
                 return own.fail(now, ticket, outcome, followed=whole.current)
             switches = whole.switch_count
             fresh = ticket.generation == whole.generation and ticket.target == whole.current
@@ -1742,35 +1782,20 @@ class Failover:
             if whole.switch_count != switches:
                 self._follow()
             elif fresh and len(ticket.model) <= MODEL_NAME_MAX:
-                lines += self._charge_model(now, ticket, outcome)
+                if own is None:
+                    own = Breaker(self._auto, self._serial, ticket.model)
+                    own.close(whole.order)
+                remember(self._models, ticket.model, own)
+                own.answered = whole.answered           # they are on the same target
+                ticket = ticket._replace(generation=own.generation)
+                lines += own.fail(now, ticket, outcome)[1:]     # the count is logged already
             return lines
 
     def release(self, ticket: Ticket) -> list[str]:
-        """Take a neutral outcome: it frees the place of a probe."""
+        """Accept a neutral outcome: another request may probe."""
         with self._lock:
             breaker = self._probed(ticket)
-            return breaker.release(self._clock(), ticket) if breaker is not None else []
-
-    def look_at_clock(self) -> None:
-        """Bound the cooldowns if the clock was set back, although nothing asks for a target."""
-        with self._lock:
-            now = self._clock()
-            for breaker in (self._whole, *self._models.values()):
-                breaker.remaining_s(now)
-
-    def _charge_model(self, now: float, ticket: Ticket, outcome: Outcome) -> list[str]:
-        """Count a failure of the whole target for its model too; logged only if that switches."""
-        own = self._models.get(ticket.model)
-        if own is None:
-            if len(self._models) >= NAMES_REMEMBERED:
-                # The one longest without a failure, if possible one that has not switched.
-                closed = (name for name, other in self._models.items() if other.state == CLOSED)
-                del self._models[next(closed, next(iter(self._models)))]
-            own = Breaker(self._auto, self._serial, ticket.model)
-            own.close(self._whole.order)
-        remember(self._models, ticket.model, own)
-        own.answered = self._whole.answered     # they are on the same target
-        return own.fail(now, ticket._replace(generation=own.generation), outcome)[1:]
+            return breaker.release(self._clock()) if breaker is not None else []
 
     def _follow(self) -> None:
         """Let the models that are not switched alone follow the whole target, with new counters."""
@@ -1793,22 +1818,25 @@ class Failover:
     def save(self) -> dict[str, Any]:
         """Return what state.json keeps."""
         with self._lock:
-            return {"whole": self._whole.save(),
-                    "models": {model: own.save() for model, own in self._models.items()
+            now = self._clock()
+            return {"whole": self._whole.save(now),
+                    "models": {model: own.save(now) for model, own in self._models.items()
                                if own.state != CLOSED or own.level}}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `save` returned; if it does not fit, change nothing, raise StateError."""
-        whole, models = Breaker(self._auto, self._serial), saved.get("models")
-        whole.restore(saved.get("whole"))
-        if whole.home != self._auto.targets[0] or not isinstance(models, dict):
-            raise StateError("not the state that rrouter wrote")
-        restored: OrderedDict[str, Breaker] = OrderedDict()
-        for model, own in itertools.islice(models.items(), NAMES_REMEMBERED):
-            restored[model] = Breaker(self._auto, self._serial, model)
-            restored[model].restore(own)
+        whole, models = Breaker(self._auto, self._serial), OrderedDict[str, Breaker]()
+        try:                            # anyone may have written the file
+            whole.restore(saved["whole"])
+            if whole.home != self._auto.targets[0]:
+                raise ValueError
+            for model, own in itertools.islice(saved["models"].items(), NAMES_REMEMBERED):
+                models[model] = Breaker(self._auto, self._serial, model)
+                models[model].restore(own)
+        except (LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
+            raise StateError("not the state that rrouter wrote") from error
         with self._lock:
-            self._whole, self._models = whole, restored
+            self._whole, self._models = whole, models
 
 
 def slow_failure(outcome: Outcome) -> str:
@@ -1841,6 +1869,14 @@ def counted(auto: dict[str, Any]) -> str:
                      for kind in ("failure", "timeout") if auto[kind + "Count"])
 
 
+def describe_windows(windows: dict[str, Any]) -> Iterator[str]:
+    """Yield usage windows in words and local time: 5h 83 % until 16:40."""
+    for name, window in windows.items():
+        when = datetime.datetime.fromisoformat(window["until"].replace("Z", "+00:00")).astimezone()
+        clock = when.strftime("%H:%M" if name == "5h" else "%a %H:%M")
+        yield f"{name} {window['usedPercent']} % until {clock}"
+
+
 def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -> str:
     """Return /health in one line, or the `models` that a session asked for and got, and why."""
     auto, problems = health["autoSwitch"], len(health["problems"])
@@ -1850,13 +1886,12 @@ def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -
         asked, answered = (printable(model.removeprefix("claude-"), 40) for model in models)
         rows = [(f"asked {asked}, answered {answered}", scopes.get(models[0], auto))]
     parts = [] if rows else [health["mode"]]
-    for text, own in rows[:STATUS_SCOPES]:
-        parts.append(text)
+    for text, own in rows:
         if own["switched"] and scopes:
             failed, _, what = failed_side(own)
-            parts[-1] += f" ({failed} {what}, {until_probe(own)})"
-    if len(rows) > STATUS_SCOPES:
-        parts.append(f"{len(rows) - STATUS_SCOPES} more")
+            text += f" ({failed} {what}, {until_probe(own)})"
+        parts.append(text)
+    parts += describe_windows(health["usageWindows"].get(health["currentTarget"], {}))
     if problems:
         parts.append(f"{problems} problem{'s' * (problems > 1)}: rrouter status")
     return ", ".join(parts)
@@ -1904,12 +1939,10 @@ def remove_files(*paths: str) -> None:
             os.unlink(path)
 
 
-def write_atomically(path: str, content: str | bytes, durable: bool = True,
-                     mode: int = 0o600) -> None:
+def write_atomically(path: str, content: str | bytes, mode: int = 0o600) -> None:
     """Write `content` to `path`: a reader sees the whole new content or the whole old one.
 
-    A symbolic link stays, its target is replaced.  Unless `durable`, a crash of the machine may
-    lose the content.  Raises OSError.
+    A symbolic link stays, its target is replaced.  Raises OSError.
     """
     path = os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
@@ -1919,8 +1952,7 @@ def write_atomically(path: str, content: str | bytes, durable: bool = True,
             if mode != 0o600:
                 os.fchmod(file.fileno(), mode)
             file.flush()
-            if durable:                 # else a crash may leave the new name with no content
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())     # else a crash may leave the new name with no content
         os.replace(temporary, path)
     finally:
         remove_files(temporary)         # gone already after the replacement
@@ -1955,28 +1987,27 @@ def read_file(path: str) -> bytes | None:
 
 def is_at(path: str, descriptor: int) -> bool:
     """Return whether the open file is still the one at `path`: others rotate and remove files."""
-    try:
+    with contextlib.suppress(OSError):
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except OSError:
-        return False
+    return False
 
 
-def _signature(path: str) -> tuple[int, ...] | int | None:
-    """Return a value that changes with each write of the file, None without one, or an errno.
+def _signature(path: str) -> tuple[int, ...] | None:
+    """Return a value that changes with each write of the file, None without a file.
 
     Compared by equality, because `mv` and `git checkout` can bring an older time.  The last member,
     the time of the last change of any kind, changes even if a writer sets the other time back.
     """
     try:
         status = os.stat(path)
-    except OSError as error:
-        return None if error.errno == errno.ENOENT else error.errno
+    except OSError:
+        return None
     return status.st_mtime_ns, status.st_size, status.st_ino, status.st_ctime_ns
 
 
-def _is_settled(signature: tuple[int, ...] | int | None) -> bool:
+def _is_settled(signature: tuple[int, ...] | None) -> bool:
     """Return whether the next write of the file changes its signature."""
-    if not isinstance(signature, tuple):
+    if signature is None:
         return True
     settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
     return time.time() - signature[3] / 1e9 >= settled_s
@@ -1988,13 +2019,12 @@ def open_log(path: str) -> int:
 
 
 class Log:
-    """The log file, rotated by size.  Any thread may add lines; one at a time writes them.
+    """The log file, rotated by size.  Any thread may add lines; the watcher writes them.
 
-    That is the watcher, so that a disk that hangs holds up no request; `kill -9` can lose the lines
-    of the last POLL_S.
+    So a disk that hangs holds up no request; `kill -9` can lose the lines of the last POLL_S.
     """
 
-    HELD_MAX = 10_000       # lines; only while the disk hangs can so many be held
+    HELD_MAX = 10_000       # lines; so many are held only while the disk hangs
     ECHO_S = 0.1            # how long a stderr that accepts nothing may hold up a flush
 
     def __init__(self, path: str, echo: bool):
@@ -2012,16 +2042,23 @@ class Log:
         self._lines.append(line.encode("utf-8", "replace"))
 
     def flush(self) -> None:
-        """Write the lines added so far."""
+        """Write the lines added so far; open the file unless it is open and at its path."""
         data = b"".join([self._lines.popleft() for _ in range(len(self._lines))])
-        if not data:
-            return
-        self._rotate_if_full(len(data))
-        if self._descriptor is not None:
-            with self._noting_problem():
-                rest = data
-                while rest:             # written in one piece if the system lets
-                    rest = rest[os.write(self._descriptor, rest):]
+        try:
+            self._rotate_if_full(len(data))
+            descriptor = self._descriptor
+            if descriptor is None or not is_at(self._path, descriptor):
+                descriptor = self._open()
+            rest = data
+            while rest:                 # one call usually writes all of it
+                rest = rest[os.write(descriptor, rest):]
+            if data:
+                self.problem = None
+        except OSError as error:
+            problem = f"rrouter.log: {reason_of(error)}: log lines are lost"
+            if not self.problem:        # /health has no path, because it names the user
+                self._write_stderr(os.fsencode(f"rrouter: {problem} ({self._path})\n"))
+            self.problem = problem
         if self._echo:
             self._write_stderr(data)
 
@@ -2034,47 +2071,33 @@ class Log:
                     return
                 os.write(2, data[start:start + select.PIPE_BUF])
 
-    @contextlib.contextmanager
-    def _noting_problem(self) -> Iterator[None]:
-        """Keep an OSError for /health; say it once on stderr, with the path."""
-        try:
-            yield
-            self.problem = None
-        except OSError as error:
-            problem = f"rrouter.log: {reason_of(error)}: log lines are lost"
-            if not self.problem:        # /health has no path, because it names the user
-                self._write_stderr(os.fsencode(f"rrouter: {problem} ({self._path})\n"))
-            self.problem = problem
-
-    def open(self) -> None:
-        """Open the file unless it is open and at its path."""
+    def _open(self) -> int:
+        """Open the file instead of the one that was open; return its descriptor."""
         if self._descriptor is not None:
-            if is_at(self._path, self._descriptor):
-                return
             os.close(self._descriptor)
             self._descriptor = None
-        with self._noting_problem():
-            with contextlib.suppress(FileExistsError):      # no `makedirs`: HOME may be away
-                os.mkdir(os.path.dirname(self._path), 0o700)
-            self._descriptor = open_log(self._path)
-            if not self._echo:
-                os.dup2(self._descriptor, 2)    # the daemon's, for messages of Python itself
+        with contextlib.suppress(FileExistsError):          # no `makedirs`: HOME may be away
+            os.mkdir(os.path.dirname(self._path), 0o700)
+        self._descriptor = open_log(self._path)
+        if not self._echo:
+            os.dup2(self._descriptor, 2)        # the daemon's, for messages of Python itself
+        self.problem = None
+        return self._descriptor
 
     def _rotate_if_full(self, coming: int) -> None:
-        """Begin a new file if the next `coming` bytes do not fit; if that fails, keep the old."""
+        """Move the file away if the next `coming` bytes do not fit; keep it if that fails."""
         descriptor = self._descriptor
         with contextlib.suppress(OSError):
             if descriptor is None or os.fstat(descriptor).st_size + coming <= LOG_MAX_BYTES:
                 return
             # Two processes may write the same file.  One of them rotates it; the other finds
-            # another file at the path.  Closing the file in `open` releases the lock.
+            # another file at the path.  Closing the file in `_open` releases the lock.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_at(self._path, descriptor):
                 for number in range(LOG_FILES - 1, 0, -1):
                     with contextlib.suppress(FileNotFoundError):
                         os.replace(f"{self._path}.{number}", f"{self._path}.{number + 1}")
                 os.replace(self._path, f"{self._path}.1")
-            self.open()
 
 
 class Store:
@@ -2120,7 +2143,7 @@ class Store:
         return dict(json.loads(json.dumps(values)))     # compared with what a file says: no tuples
 
     def _reload(self) -> Snapshot:
-        """Read both files and publish what they say; the signatures are those of before."""
+        """Read both files and publish what they say; their signatures are taken before."""
         seen = _signature(self.paths.mode), _signature(self.paths.config)
         old, old_signature = self._current, self._mode_signature
         self._read_config()
@@ -2142,8 +2165,7 @@ class Store:
             if content == self._config_bytes:
                 return
             self._config_bytes = content
-            self._config = config_of(content)
-            self._config_error = None
+            self._config, self._config_error = config_of(content), None
             for problem in self._config.problems:
                 self._log.write("CONFIG", f"config.json: {problem}")
             self._log.write("CONFIG", "config.json loaded" if content is not None else
@@ -2156,7 +2178,7 @@ class Store:
                 self._config_error = complaint
                 self._log.write("CONFIG", f"{complaint}; the config in force stays")
 
-    def _read_mode(self, signature: object) -> None:
+    def _read_mode(self, signature: tuple[int, ...] | None) -> None:
         try:
             word = mode_word(read_file(self.paths.mode))
             self._mode_error = None
@@ -2165,59 +2187,55 @@ class Store:
         if word != "":                  # else it is unreadable or just being written
             self._word = word
             # chmod changes the last member, but does not write the mode.
-            self._mode_signature = signature[:3] if isinstance(signature, tuple) else signature
+            self._mode_signature = signature and signature[:3]
 
     def _compose(self) -> Snapshot:
         config, word = self._config, self._word
         mode = config.resolve(word if word is not None else config.default_mode)
         problems = [self._config_error, *(f"config.json: {problem}" for problem in config.problems),
                     self._mode_error]
-        if word == MODE_AUTO and word != mode:
-            problems.append(f"config.json: {config.auto_error}")
-        elif word is not None and word != mode:
-            unknown = describe_unknown_mode(word, config.choices)
-            problems.append(f"mode: {unknown}; {mode} is in force")
+        if word not in (None, mode):
+            problems.append(
+                f"config.json: {config.auto_error}" if word == MODE_AUTO else
+                f"mode: {describe_unknown_mode(word, config.choices)}; {mode} is in force")
         return Snapshot(config, mode, tuple(dict.fromkeys(filter(None, problems))))
 
 
 class StateFile:
     """state.json: the state of auto mode, kept over a restart.  Only the watcher writes it."""
 
-    def __init__(self, path: str, log: Log):
-        self._path, self._log = path, log
+    def __init__(self, path: str):
+        self._path = path
         self.saved: dict[str, Any] | None = None    #: in the file; None lets `save` write again
         self.problem: str | None = None             #: why the last state could not be written
 
     def load(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
         """Return the state saved with this `fingerprint`, None without a file; raise StateError."""
         try:
-            state = json.loads(read_file(self._path) or b"null")
+            state: dict[str, Any] | None = json.loads(read_file(self._path) or b"null")
+            if state is None:
+                return None
+            if state["version"] != 1:
+                raise ValueError
         except OSError as error:
             raise StateError(reason_of(error)) from error
-        except (ValueError, RecursionError) as error:
-            raise StateError("not the JSON that rrouter wrote") from error
-        if state is None:
-            return None
-        if not isinstance(state, dict) or state.get("version") != 1:
-            raise StateError("not written by this version of rrouter")
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise StateError("not written by this version of rrouter") from error
         for name, what in (("modeFile", "the mode file"), ("auto", "the auto section")):
             if state.get(name) != fingerprint[name]:
                 raise StateError(f"{what} was written since")
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the state unless it is the last saved; a failure is logged once."""
+        """Write the state unless it is the last saved."""
         if state == self.saved:
             return
         try:
             write_atomically(self._path, json.dumps({"version": 1, **state}, indent=1) + "\n")
             self.saved, self.problem = state, None
         except OSError as error:
-            problem = (f"state.json: cannot be written: {reason_of(error)}: "
-                       "a restart forgets the cooldowns")
-            if problem != self.problem:
-                self._log.write("AUTO", problem)
-            self.problem = problem
+            self.problem = (f"state.json: cannot be written: {reason_of(error)}: "
+                            "a restart forgets the cooldowns")
 
 
 # Resources ####################################################################
@@ -2263,8 +2281,8 @@ class RememberedHead:
 class OneCore:
     """Keeps the threads of the connections on one core of Linux while they have much to do.
 
-    Passing the interpreter lock from core to core takes longer than most of what the lock is needed
-    for.  When there is little to do, a thread is better off on whichever core is free.
+    Passing the interpreter lock from core to core takes longer than most of the work done under it.
+    When there is little to do, any free core is better.
     """
 
     REQUESTS, BUSY = 8, 0.2             # from which this pays: under way, share of a core in use
@@ -2274,10 +2292,10 @@ class OneCore:
         self._seen = 0.0, 0.0
 
     def look(self, active: int, threads: list[int], now: float, used_s: float) -> None:
-        """Decide again, with `active` requests under way; not to be called from one of `threads`.
+        """Decide again, with `active` requests under way; must not run in one of `threads`.
 
-        Those are native ids.  `now` (time.monotonic) and `used_s` show how busy the process was:
-        processor time in user mode, because the kernel does not need the interpreter lock.
+        `threads` are native ids, `now` is time.monotonic, `used_s` is the processor time in user
+        mode: the kernel does not need the interpreter lock.
         """
         period_s, busy_s = now - self._seen[0], used_s - self._seen[1]
         if period_s < POLL_S / 2 or not hasattr(os, "sched_setaffinity"):
@@ -2285,9 +2303,9 @@ class OneCore:
         was_shared, self._seen = self._shared, (now, used_s)
         self._shared = min(active, len(threads)) >= self.REQUESTS and busy_s >= self.BUSY * period_s
         if self._shared or was_shared:
-            with contextlib.suppress(OSError):          # a sandbox may forbid it, or has no /proc
-                cores = os.sched_getaffinity(0)         # the user may change it
-                if self._shared:        # where one of them last ran: the kernel knows fast cores
+            with contextlib.suppress(OSError):          # a sandbox may forbid it, or hide /proc
+                cores = os.sched_getaffinity(0)         # read again: the user may change it
+                if self._shared:        # the core where one last ran: the kernel prefers fast ones
                     status = read_file(f"/proc/self/task/{threads[0]}/stat") or b""
                     core = status.rpartition(b")")[2].split()[36:37]
                     cores = cores.intersection(map(int, core)) or cores
@@ -2304,7 +2322,7 @@ def _ask_libc(function: str, *arguments: int) -> None:
 
 
 # Make glibc use one malloc arena (M_ARENA_MAX), because it never returns the free end of the
-# others; before there are threads.
+# others.  Called before there are threads, because each may get an arena at its start.
 use_one_heap = partial(_ask_libc, "mallopt", -8, 1)
 # Return to the system what Python has freed and the C library keeps.
 return_free_memory = partial(_ask_libc, "malloc_trim", 0)
@@ -2659,8 +2677,7 @@ class Upstream:
         self._missed_at: float | None = None    # when a request last did not reach it
 
     def send(self, method: str, pieces: Sequence[BytesLike],
-             interim: Callable[[ResponseHead], None] | None, watch: Watch,
-             notes: list[str]) -> Response:
+             interim: Callable[[bytes], None] | None, watch: Watch, notes: list[str]) -> Response:
         """Send a request and return the response, its head read; raise UpstreamError, ClientGone.
 
         `interim` is called with each 1xx head.  A request goes out a second time, and `notes` says
@@ -2682,14 +2699,14 @@ class Upstream:
                 kept = None
 
     def _send_on(self, connection: UpstreamConnection, method: str, pieces: Sequence[BytesLike],
-                 interim: Callable[[ResponseHead], None] | None, watch: Watch) -> Response:
+                 interim: Callable[[bytes], None] | None, watch: Watch) -> Response:
         watch.start()
         try:
             unsent = connection.send(pieces, watch)
             head = connection.read_head(watch)
             while head.status < 200:
                 if interim is not None and head.status != 100:      # rrouter sent its own
-                    interim(head)
+                    interim(response_head_bytes(head, b""))
                 unsent = connection.send(unsent, watch) if unsent else []
                 head = connection.read_head(watch)
         except BaseException:
@@ -2819,7 +2836,8 @@ class ClientConnection(Wire):
             return head
         end = data.find(b"\r\n\r\n", max(0, seen - 3)) + 4
         if (end if end >= 4 else len(data)) > HEAD_MAX_BYTES:
-            raise head_too_large(data)
+            raise RequestError(431 if b"\r\n" in data[:HEAD_MAX_BYTES] else 414,
+                               f"request head over {HEAD_MAX_BYTES >> 10} KiB")
         if end < 4:
             check_head_start(data, max(0, seen - 3))
             return None
@@ -2919,10 +2937,6 @@ class ClientConnection(Wire):
             self.sock.sendall(data)
         except OSError as error:
             raise ClientGone() from error
-
-    def send_interim(self, head: ResponseHead) -> None:
-        """Send a 1xx head."""
-        self.send(response_head_bytes(head, b""))
 
     def send_whole(self, status: int, body: bytes, fields: bytes,
                    content_type: bytes = b"application/json") -> None:
@@ -3081,7 +3095,7 @@ class Attempt:
         before, after = request.outbound
         length = b"%d" % sum(map(len, pieces)) if after else b""
         # HTTP/1.0 does not know interim responses (RFC 9110 §15.2).
-        interim = request.client.send_interim if request.head.http11 else None
+        interim = request.client.send if request.head.http11 else None
         self.response = self._scan = None
         request.watch.limit(self._limit_s)
         self._began, self._active_at = time.time(), time.monotonic()
@@ -3134,9 +3148,8 @@ class Attempt:
             fault, what = read_failure(head.status, text)
             if what.endswith(UNKNOWN_MODEL):
                 what += " " + printable(self.route.model or "", 80)
-            value = head.fields.value
-            retry_after_s = read_retry_after(
-                value(b"retry-after"), value(b"retry-after-ms"), text, ended)
+            retry_after_s = read_retry_after(head.fields.value(b"retry-after"),
+                                             head.fields.value(b"retry-after-ms"), text, ended)
         return Outcome(fault, head.status, what, self._began, ended, retry_after_s)
 
     def receive(self, response: Response) -> bytes:
@@ -3187,6 +3200,26 @@ class Attempt:
             self.response.close()
 
 
+def run_hook(command: Sequence[str], words: dict[str, str], log: Log) -> None:
+    """Run the program of auto.onSwitch; what it prints goes nowhere, a failure is one line."""
+    import subprocess
+    command = [re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), part)
+               for part in command]
+    try:
+        program = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        status = program.wait(HOOK_S)
+        problem = f"ended with status {status}" if status else ""
+    except subprocess.TimeoutExpired:
+        problem = f"did not end within {HOOK_S} s"
+        os.killpg(program.pid, signal.SIGKILL)  # with its children; it has not been waited for
+        program.wait()
+    except (OSError, ValueError) as error:      # ValueError: a null byte in config.json
+        problem = str(error)
+    if problem:
+        log.write("AUTO", f"onSwitch: {printable(command[0])}: {printable(problem)}")
+
+
 class Router:
     """The settings, files, failover, upstream, log and counters that all connections share."""
 
@@ -3194,7 +3227,7 @@ class Router:
         self.settings, self.log, self.started_by = settings, log, started_by
         self.failover = Failover(time.time, config_of(None).auto)
         self.store = Store(paths, log, self._changed)
-        self.state = StateFile(paths.state, log)
+        self.state = StateFile(paths.state)
         self.instance = ""              #: the random word that names this process
         self.upstream = Upstream(settings.upstream, self._is_own_address)
         self.connections: set[ClientConnection] = set()
@@ -3203,13 +3236,14 @@ class Router:
         self.addresses: list[tuple[str, int]] = []      #: what the servers are bound to
         self.hosts: frozenset[str] = frozenset()        #: the values of Host served; none: any
         self.keeps_state = False        #: whether state.json is ours to write
-        self.sessions: OrderedDict[str, tuple[str, str]] = OrderedDict()    #: models asked, and got
         self.usage_limits: bool | None = None   #: whether messages of Claude carry usage limits
+        self.windows: dict[str, dict[str, dict[str, Any]]] = {}     #: usage windows by target
         self._one_core = OneCore()
         self._lock = threading.Lock()
         self._requests = self._active = 0
         self._results = {"answered": 0, "rescued": 0, "failed": 0}
         self._last_failure: dict[str, Any] | None = None
+        self.sessions: OrderedDict[str, tuple[str, str]] = OrderedDict()    #: models asked, and got
         self._trimmed = -1, 0.0         # requests when free memory was last returned, and the time
         self._started = time.monotonic()
 
@@ -3232,6 +3266,10 @@ class Router:
         """Log decisions of auto mode, and let the watcher save what has come of them."""
         for line in lines:
             self.log.write("AUTO", f"#{number} {line}" if number and "SWITCH" not in line else line)
+            if isinstance(line, Move) and (hook := self.store.snapshot().config.auto.on_switch):
+                hook_run = threading.Thread(target=run_hook, args=(hook, line.words, self.log))
+                with contextlib.suppress(RuntimeError):     # there are too many threads
+                    hook_run.start()
         if lines:
             self.store.wake()
 
@@ -3270,7 +3308,6 @@ class Router:
         threads = [client.thread for client in list(self.connections)]
         self._one_core.look(self._active, threads, time.monotonic(), os.times().user)
         self.store.snapshot()
-        self.failover.look_at_clock()
         if self.keeps_state:
             # The fingerprint first: a reset by a mode written meanwhile must not be undone.
             self.state.save({**self.store.fingerprint(), **self.failover.save()})
@@ -3296,12 +3333,16 @@ class Router:
         is_auto = snapshot.mode == MODE_AUTO
         auto = self.failover.report(is_auto)
         problems = [*snapshot.problems, self.log.problem, self.state.problem]
+        now = utc(time.time()) or ""
+        windows = {target: {name: window for name, window in own.items() if window["until"] > now}
+                   for target, own in list(self.windows.items())}
         return {"status": "ok", "version": __version__, "mode": snapshot.mode,
                 "currentTarget": auto["currentTarget"] if is_auto else snapshot.mode,
                 "defaultMode": snapshot.config.default_mode, "modes": snapshot.config.choices,
                 "requestCount": self._requests, "activeRequests": self._active,
                 "requests": {**self._results, "lastFailure": self._last_failure},
                 "usageLimits": self.usage_limits,
+                "usageWindows": windows,
                 "uptimeSeconds": int(time.monotonic() - self._started),
                 "pid": os.getpid(), "instance": self.instance, "startedBy": self.started_by,
                 "listenAddr": self.settings.listen_addr, "upstreamURL": self.settings.upstream,
@@ -3320,6 +3361,7 @@ class Exchange:
         self._writer: ResponseWriter | None = None      # of that response, once it begins
         self._number, self._started = 0, 0.0    # the latter by time.monotonic
         self._has_ended = False
+        self._tokens: TokenReader | None = None
 
     def run(self) -> None:
         """Carry the request through; raise ClientGone if the connection cannot carry another."""
@@ -3353,7 +3395,7 @@ class Exchange:
         if not request.is_judged or len({route.model for route in routes.values()}) == 1:
             return self._try(routes[failover.current(model, targets)])
         limit_s = config.auto.first_byte_limit_s(asks_for_stream(request.body))
-        ticket = failover.admit(model or "", targets)
+        ticket = failover.admit(model or "", targets, self._session)
         if ticket.probe and not ticket.quiet:
             self._router.log_decisions([f"PROBE of {ticket.target}"], self._number)
         first = self._try(routes[ticket.target], ticket, limit_s)
@@ -3376,6 +3418,8 @@ class Exchange:
         attempt = Attempt(self._router.upstream, self._request, route, ticket, limit_s)
         self._attempts.append(attempt)
         attempt.run()
+        if attempt.response is not None and (windows := read_windows(attempt.response.head.fields)):
+            self._router.windows[route.target] = windows
         return attempt
 
     # ---- From the response on
@@ -3388,13 +3432,15 @@ class Exchange:
         self._request.watch.limit(None)
         if (response.head.status == 200 and self._request.is_message
                 and (attempt.route.model or "").startswith("claude")):
-            self._router.usage_limits = self._router.usage_limits or any(
-                name.startswith(b"anthropic-ratelimit-unified-")
-                for name in response.head.fields.values)
+            self._router.usage_limits = attempt.route.target in self._router.windows
         writer = self._writer = ResponseWriter(
             self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
+        if response.head.status == 200 and self._request.is_message:
+            self._tokens = TokenReader(response.head.coding)
         while True:
+            if self._tokens is not None:
+                self._tokens.feed(payload)
             defect = attempt.late_defect
             if defect:
                 attempt.fail_late(Fault.NO_MESSAGE, defect)
@@ -3500,6 +3546,7 @@ class Exchange:
         prefix = f"/@{head.mode}" if head.mode is not None else ""
         line = f"#{self._number} {printable(head.method, 40)} {prefix}{printable(head.path)}"
         line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
+        line += self._tokens.note() if self._tokens is not None else ""
         return line + "".join(f" ({text})" for text in [*notes, note] if text)
 
 
@@ -3635,7 +3682,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 # Daemon #######################################################################
 
 def until(condition: Callable[[], object], limit_s: float) -> bool:
-    """Wait until `condition()` holds, at most `limit_s`; return whether it does."""
+    """Wait until `condition()` is true, at most `limit_s`; return whether it is."""
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
@@ -3645,7 +3692,7 @@ def until(condition: Callable[[], object], limit_s: float) -> bool:
 
 
 def own_place() -> str:
-    """Return host and pid namespace of this process, as words; 0 where the system has none."""
+    """Return "HOST NAMESPACE" of this process; the pid namespace is 0 on macOS."""
     namespace = 0
     with contextlib.suppress(OSError):
         namespace = os.stat("/proc/self/ns/pid").st_ino
@@ -3654,16 +3701,16 @@ def own_place() -> str:
 
 
 class Holder(NamedTuple):
-    """The process that holds the lock, as it names itself; earlier versions wrote a pid alone."""
+    """The process that holds the lock, as it names itself; 5.0.0 wrote its pid alone."""
 
     pid: int
     instance: str = ""          #: random, repeated in run.json and by /health
-    place: str = ""             #: its host and pid namespace
-    stopping: bool = False      #: accepts no more requests; those under way finish
+    place: str = ""             #: its `own_place`
+    stopping: bool = False      #: it accepts no more requests; those under way finish
 
     @classmethod
     def named_in(cls, values: dict[str, Any]) -> Holder:
-        """Return the process that run.json or /health names; raise LookupError, ValueError."""
+        """Return the process that run.json or /health names; raise KeyError, ValueError."""
         return cls(int(values["pid"]), str(values.get("instance", "")))
 
     @property
@@ -3684,14 +3731,14 @@ class Holder(NamedTuple):
 
 
 class Lock:
-    """The file whose flock says that a daemon lives, and whose one line names it.
+    """The file that a daemon keeps locked while it lives; its one line names the daemon.
 
-    It is never removed, because two processes could then each hold "the" lock.  Not lockf, because
-    closing any descriptor of the file would release it.
+    It is never removed, because two processes could then each hold "the" lock.  It is locked with
+    flock, because closing any descriptor of the file would release a lock of lockf.
     """
 
     LINE = re.compile(r"([1-9][0-9]{0,8})(?: ([0-9a-f]+) (\S+ [0-9]{1,20}))?( stopping)?\n")
-    PATIENCE_S = 0.5        # for a command that looks, or a holder that has not written its line
+    PATIENCE_S = 0.5        # a command may be looking, or a new holder may not have written yet
 
     def __init__(self, path: str):
         self._path = path
@@ -3699,22 +3746,21 @@ class Lock:
         self._written = Holder(0)       # this process, as the file names it
 
     def acquire(self, instance: str, patience_s: float = PATIENCE_S) -> bool:
-        """Lock the file until this process ends, False if another one does.  Raises DaemonError."""
-        holder = Holder(os.getpid(), instance, own_place())
+        """Lock the file until this process ends, or return False.  Raises DaemonError."""
         try:
             with contextlib.ExitStack() as failed:
                 descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
                 failed.callback(os.close, descriptor)
                 if not until(lambda: self._try(descriptor, fcntl.LOCK_EX), patience_s):
                     return False
-                self._write(descriptor, holder)     # at once, because it names the last holder
+                # At once, because the line still names the last holder.
+                self._write(descriptor, Holder(os.getpid(), instance, own_place()))
                 failed.pop_all()
         except OSError as error:
-            is_other = os.path.lexists(self._path) and not os.path.isfile(self._path)
-            raise DaemonError(f"{self._path}: cannot be written: {reason_of(error)}: " + (
-                "it is no regular file: remove it" if is_other
-                else "check its permissions and free space")) from error
-        self.release()                  # a file that has left the path
+            raise DaemonError(f"{self._path}: cannot be written: {reason_of(error)}: check that it "
+                              "is a regular file, its permissions and free space") from error
+        if self._descriptor is not None:        # of a file that has left its path
+            os.close(self._descriptor)
         self._descriptor = descriptor
         return True
 
@@ -3735,11 +3781,11 @@ class Lock:
         self._written = holder
 
     def is_removed(self) -> bool:
-        """Return whether the file that this process holds has left its path."""
+        """Return whether this process holds a file that has left its path."""
         return self._descriptor is not None and not is_at(self._path, self._descriptor)
 
     def renew(self, stopping: bool) -> None:
-        """Correct the line if this process holds the lock: laptops change their host names."""
+        """Correct the line if this process holds the lock, because laptops change host names."""
         holder = self._written._replace(place=own_place(), stopping=stopping)
         if self._descriptor is not None and holder != self._written:
             with contextlib.suppress(OSError):
@@ -3752,36 +3798,30 @@ class Lock:
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
                 return None
-            raise DaemonError(f"{self._path}: {reason_of(error)}: it belongs to another user, who "
-                              "may have run rrouter with your HOME: chown it to you") from error
+            raise DaemonError(f"{self._path}: {reason_of(error)}: another user may have run "
+                              "rrouter with your HOME: chown it to you") from error
         with file:
             deadline = time.monotonic() + self.PATIENCE_S
             while time.monotonic() < deadline and not self._try(file.fileno(), fcntl.LOCK_SH):
-                with contextlib.suppress(OSError):      # a FIFO that another command has open
+                with contextlib.suppress(OSError):      # a FIFO cannot be read at an offset
                     line = self.LINE.match(os.fsdecode(os.pread(file.fileno(), 512, 0)))
                     if line:
                         return Holder(int(line[1]), line[2] or "", line[3] or "", bool(line[4]))
                 time.sleep(0.02)
         return None
 
-    def release(self) -> None:
-        """Release the lock."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
 
 class Signals:
     """Signals as bytes in a pipe, because a handler can run in the middle of anything."""
 
-    hang_up_ends = False        #: SIGHUP means that our terminal closed, not "read again"
+    hang_up_ends = False        #: SIGHUP means that our terminal closed, not "read the files again"
 
     def install(self) -> None:
-        """Catch SIGTERM, SIGINT and SIGHUP from now on; for the main thread."""
+        """Catch SIGTERM, SIGINT and SIGHUP from now on; call it in the main thread."""
         self._read, write_end = os.pipe()
         os.set_blocking(write_end, False)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # else we run under nohup
-            with contextlib.suppress(OSError):                      # there is no terminal
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup ignores it
+            with contextlib.suppress(OSError):                      # fails without a terminal
                 os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK))
                 self.hang_up_ends = True
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -3791,7 +3831,7 @@ class Signals:
     def wait(self, timeout_s: float | None = None) -> int:
         """Return the number of the next signal, 0 if none comes within `timeout_s`."""
         is_there = select.select([self._read], [], [], timeout_s)[0]
-        return os.read(self._read, 1)[0] if is_there else 0     # the second has another meaning
+        return os.read(self._read, 1)[0] if is_there else 0     # not two, which differ in meaning
 
 
 def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
@@ -3810,7 +3850,7 @@ def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
 
 
 def run_program(command: Sequence[str], timeout_s: float) -> tuple[int, str]:
-    """Run a program of the system; return its status and output, 127 and why if it cannot run."""
+    """Run a program; return its status and output, or 127 and why it could not run."""
     import subprocess
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -3821,7 +3861,7 @@ def run_program(command: Sequence[str], timeout_s: float) -> tuple[int, str]:
 
 
 def port_owner(port: int) -> str:
-    """Return name and pid of the program that listens on `port`, "" if they are not known."""
+    """Return name and pid of the program that listens on `port`, "" if they are unknown."""
     if not os.path.isdir("/proc/net"):                  # macOS
         output = run_program(("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"), 3)[1]
         found = re.search(r"p(\d+)\nc([^\n]+)", output)
@@ -3832,7 +3872,7 @@ def port_owner(port: int) -> str:
             links |= {f"socket:[{row[9]}]" for row in map(str.split, file)
                       if row[1].endswith(f":{port:04X}") and row[3] == "0A"}
     for path in glob.iglob("/proc/[0-9]*/fd/*") if links else ():
-        with contextlib.suppress(OSError):              # it has ended, or is not ours
+        with contextlib.suppress(OSError):      # the process has ended, or is another user's
             if os.readlink(path) in links:
                 pid = path.split("/")[2]
                 name = read_file(f"/proc/{pid}/comm") or b""
@@ -3842,7 +3882,7 @@ def port_owner(port: int) -> str:
 
 @contextlib.contextmanager
 def total_limit(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """End a connection after so many seconds, because an endless drip never times out."""
+    """Shut a connection down after `seconds`, because bytes that drip never time out."""
     def cut() -> None:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
@@ -3853,13 +3893,12 @@ def total_limit(sock: socket.socket, seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        timer.join()                    # the caller may fork
+        timer.join()                    # because the caller may fork
 
 
 def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | None:
     """Return /health of the rrouter that answers there, or None."""
-    several = {"localhost": ("127.0.0.1", "::1"), "0.0.0.0": ("127.0.0.1",), "::": ("::1",)}
-    for address in several.get(host, (host,)):
+    for address in ("127.0.0.1", "::1") if host == "localhost" else (host,):
         connection = http.client.HTTPConnection(address, port, timeout=timeout_s)
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError, RecursionError), \
                 contextlib.closing(connection):
@@ -3874,7 +3913,7 @@ def ask_health(host: str, port: int, timeout_s: float = 3) -> dict[str, Any] | N
 
 
 def describe_taken(settings: Settings, paths: Paths) -> str:
-    """Return what to say when the port is taken."""
+    """Return who has the port, and what to do."""
     health, holder = ask_health(settings.host, settings.port, timeout_s=1), Lock(paths.lock).look()
     if health and holder and holder.is_same(Holder.named_in(health)):
         return f"runs already ({holder.name}): `rrouter stop` stops it"
@@ -3882,12 +3921,11 @@ def describe_taken(settings: Settings, paths: Paths) -> str:
         return f"port {settings.port} is another rrouter's (pid {health['pid']}): set RROUTER_PORT"
     owner = port_owner(settings.port)
     return (f"port {settings.port} is taken{f' by {owner}' if owner else ''}: stop that program or "
-            "set RROUTER_PORT (CLIProxyAPI's pprof uses 8316 by default: see pprof.addr in its "
-            "config)")
+            "set RROUTER_PORT (8316 is also CLIProxyAPI's default pprof.addr)")
 
 
 def listen(settings: Settings, router: Router) -> list[ProxyServer]:
-    """Return the listening servers; raise DaemonError if an address is taken or none is ours."""
+    """Return a server for each address; raise DaemonError if one is taken or none is ours."""
     servers: list[ProxyServer] = []
     why = ""
     for family, address in addresses_of(settings):
@@ -3923,23 +3961,15 @@ def who_starts() -> str:
     return "launchd" if os.environ.get("XPC_SERVICE_NAME") == LAUNCHD_LABEL else "serve"
 
 
-def report_start(ready: int, words: str) -> None:
-    """Report to `start` how it went; after a failure it waits until this process has ended."""
-    with contextlib.suppress(OSError):          # it was killed meanwhile
-        os.write(ready, words.encode("utf-8", "replace"))
-        if words == "ready":
-            os.close(ready)                     # `start` reads to the end of file
-
-
 def write_run_files(router: Router) -> None:
-    """Write pid and run.json, without which the daemon works as well."""
+    """Write rrouter.pid and run.json; the daemon works without them, too."""
     paths, settings = router.store.paths, router.settings
     run = {"host": settings.host, "port": settings.port, "upstream": settings.upstream,
            "pid": os.getpid(), "instance": router.instance, "startedBy": router.started_by,
            "allowedHosts": ",".join(settings.allowed_hosts), "version": __version__}
     try:
-        write_atomically(paths.pid, f"{os.getpid()}\n", durable=False)
-        write_atomically(paths.run, json.dumps(run, indent=2) + "\n", durable=False)
+        write_atomically(paths.pid, f"{os.getpid()}\n")
+        write_atomically(paths.run, json.dumps(run, indent=2) + "\n")
     except OSError as error:
         router.log.write("ERROR", f"{paths.run}: {reason_of(error)}: "
                                   "other commands may not find this daemon")
@@ -3948,19 +3978,18 @@ def write_run_files(router: Router) -> None:
 def raise_descriptor_limit() -> int:
     """Raise the limit of open files, 256 on macOS, as far as is useful; return it."""
     import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = 4 * CONNECTIONS_MAX
-    if soft == resource.RLIM_INFINITY or soft >= enough:
-        return max(soft, enough)        # Linux writes infinity as -1
+    limits, enough = resource.getrlimit(resource.RLIMIT_NOFILE), 4 * CONNECTIONS_MAX
+    soft, most = (enough if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    most = min(most, enough)
     with contextlib.suppress(OSError, ValueError):
-        wanted = enough if hard == resource.RLIM_INFINITY else min(enough, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        return wanted
+        if soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+            return most
     return soft
 
 
 class Watcher(threading.Thread):
-    """Does, every POLL_S or when woken, what no request waits for; alone writes log and state."""
+    """Does, every POLL_S or when woken, the work that no request waits for."""
 
     def __init__(self, router: Router, lock: Lock):
         super().__init__(daemon=True)
@@ -3969,7 +3998,7 @@ class Watcher(threading.Thread):
         self._ending = False
 
     def run(self) -> None:
-        """Take the steps until `end`; a defect in one stops no other."""
+        """Take the steps in rounds until `end`; a defect in one does not stop the others."""
         router, condition, log = self._router, self._router.store.condition, self._router.log
         is_last = False
         while not is_last:
@@ -3977,19 +4006,19 @@ class Watcher(threading.Thread):
                 condition.wait(0 if self._ending else POLL_S)
             is_last = self._ending      # lines added before are written in this round
             for step in (self._reclaim, partial(self._lock.renew, router.draining), router.watch,
-                         log.open, log.flush):
+                         log.flush):
                 try:
                     step()
-                except Exception as error:  # of any kind: without the watcher the log would end
+                except Exception as error:      # else the log would end with this thread
                     log.write("ERROR", f"internal error in the watcher: {type(error).__name__}")
 
     def _reclaim(self) -> None:
-        """Write the files that name this daemon again if the user removed ~/.rrouter."""
+        """If the user removed ~/.rrouter, write the files that name this daemon again."""
         if not self._owns_files:
             return
         router, paths = self._router, self._router.store.paths
         is_removed = self._lock.is_removed()
-        router.keeps_state = not is_removed         # else they may be another daemon's by now
+        router.keeps_state = not is_removed     # what is there now may be another daemon's
         if is_removed and os.path.isdir(os.path.dirname(paths.root)):   # else HOME itself is away
             with contextlib.suppress(DaemonError):
                 paths.create()
@@ -4002,13 +4031,13 @@ class Watcher(threading.Thread):
         """Let it save and log the rest in a last round."""
         self._ending = True
         self._router.store.wake()
-        self.join(1)            # a disk that hangs would take for ever
+        self.join(1)            # no longer, because the disk may hang
 
 
 def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
     """Accept no connection, and wait for the requests under way; a second signal ends the wait."""
     router.draining = True
-    router.store.wake()         # the watcher writes it into the lock, because a disk may hang
+    router.store.wake()         # the watcher writes it into the lock file, because disks may hang
     for server in servers:
         with contextlib.suppress(OSError):
             server.socket.shutdown(socket.SHUT_RDWR)    # refuses at once, and wakes the loop
@@ -4030,11 +4059,11 @@ def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
 
 def run_to_the_end(signals: Signals, router: Router, servers: list[ProxyServer],
                    watcher: Watcher) -> None:
-    """Serve until a signal says otherwise, drain, and end the process, which frees the lock."""
+    """Serve until a signal ends it, drain, and end the process, which releases the lock."""
     log, status = router.log, 1
     try:
         while (number := signals.wait()) == signal.SIGHUP and not signals.hang_up_ends:
-            log.write("START", "SIGHUP: files read again")      # written after the watcher's look
+            log.write("START", "SIGHUP: files read again")      # the watcher writes it afterwards
             router.store.wake()
         log.write("STOP", f"{signal.Signals(number).name}: running requests may finish within "
                           f"{DRAIN_S} s")
@@ -4048,7 +4077,7 @@ def run_to_the_end(signals: Signals, router: Router, servers: list[ProxyServer],
         if router.keeps_state:
             remove_files(router.store.paths.pid, router.store.paths.run)
     finally:
-        os._exit(status)    # threads of streams past the drain time would hold the interpreter up
+        os._exit(status)    # the interpreter would wait for threads of streams that still run
 
 
 def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
@@ -4056,7 +4085,7 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
     log, settings = router.log, router.settings
     spare = raise_descriptor_limit() - CONNECTIONS_RESERVE - 24
     router.connections_max = min(CONNECTIONS_MAX, max(1, spare // 2))
-    servers = listen(settings, router)  # first: a port that is taken is no news for the log
+    servers = listen(settings, router)  # first, because a taken port does not belong in the log
     router.store.snapshot()             # reads mode and config for the first time
     if owns_files:
         router.load_state()
@@ -4064,7 +4093,7 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
     else:
         holder = lock.look()
         log.write("START", f"a daemon ({holder.name if holder else 'ending'}) runs already: this "
-                  "one shares its mode and config, and leaves its pid, run and state files alone")
+                  "process shares its mode and config, and writes no pid, run or state file")
     if not router.hosts:
         log.write("START", f"RROUTER_HOST={settings.host}: any client that reaches that address "
                            "can spend your quota")
@@ -4074,22 +4103,17 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
 
 
 def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
-    """Start the router; return 0, also where another one runs already.
-
-    `start` waits on the descriptor `ready` for a word: `ready`, or what is wrong.
-    """
+    """Start the router; return 0.  `start` waits until the descriptor `ready` is closed."""
     signals, lock, instance = Signals(), Lock(paths.lock), os.urandom(8).hex()
     signals.install()
     paths.create()
     owns_files = lock.acquire(instance)
     if ready is not None and not owns_files:
-        report_start(ready, "ready")
-        return 0
+        return 0                        # another daemon was faster
     use_one_heap()
     log = Log(paths.log, echo=ready is None)
     router = Router(settings, paths, log, who_starts() if ready is None else "start")
     router.instance = instance
-    log.open()
     try:
         servers = prepare(router, lock, owns_files)
     finally:
@@ -4099,13 +4123,13 @@ def serve(settings: Settings, paths: Paths, ready: int | None = None) -> int:
         threading.Thread(target=server.serve_forever, daemon=True).start()
     watcher.start()
     if ready is not None:
-        report_start(ready, "ready")
+        os.close(ready)
     outlive_main_script(partial(run_to_the_end, signals, router, servers, watcher))
     return 0
 
 
 class Daemon(NamedTuple):
-    """A daemon, as its files describe it."""
+    """A daemon, as the lock and run.json describe it."""
 
     holder: Holder
     host: str
@@ -4114,14 +4138,9 @@ class Daemon(NamedTuple):
     upstream: str = ""
     allowed_hosts: str = ""
 
-    @property
-    def pid(self) -> int:
-        """Its pid, where it lives."""
-        return self.holder.pid
-
     @classmethod
     def last(cls, paths: Paths) -> Daemon | None:
-        """Return the one in run.json, live or killed; None without a usable file."""
+        """Return the one in run.json, which may have been killed; None without a usable file."""
         try:
             run = json.loads(read_file(paths.run) or b"null")
             return cls(Holder.named_in(run), str(run["host"]), int(run["port"]),
@@ -4132,7 +4151,7 @@ class Daemon(NamedTuple):
 
     @classmethod
     def find(cls, paths: Paths) -> Daemon | None:
-        """Return the live one, or None; without its run.json, on the port of the environment."""
+        """Return the live one, or None; without run.json it is assumed where RROUTER_* say."""
         holder, last = Lock(paths.lock).look(), cls.last(paths)
         if holder is None:
             return None
@@ -4142,11 +4161,9 @@ class Daemon(NamedTuple):
         return cls(holder, settings.host, settings.port, "unknown")
 
     def health(self) -> dict[str, Any] | None:
-        """Return its /health, or None if it does not answer, or another process does."""
+        """Return its /health, or None if it does not answer or another process does."""
         health = ask_health(self.host, self.port)
-        if health and self.holder.is_same(Holder.named_in(health)):
-            return health
-        return None
+        return health if health and self.holder.is_same(Holder.named_in(health)) else None
 
 
 def end_of_log(paths: Paths) -> str:
@@ -4160,7 +4177,7 @@ def end_of_log(paths: Paths) -> str:
 
 
 def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
-    """Return the daemon and its /health once it answers, None once none runs, or raise."""
+    """Return the daemon and its /health once it answers, None once none runs; raise DaemonError."""
     begin = time.monotonic()
     while True:
         daemon = Daemon.find(paths)
@@ -4177,7 +4194,7 @@ def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
 
 
 def spawn_daemon(paths: Paths) -> None:
-    """Run `serve` as a daemon; return when it listens or finds another one.  Raises DaemonError."""
+    """Run `serve` as a daemon; return when it listens or ends; raise DaemonError if it says why."""
     import subprocess
     paths.create()
     program = os.path.abspath(__file__ if os.path.isfile(__file__) else sys.argv[0])
@@ -4187,9 +4204,8 @@ def spawn_daemon(paths: Paths) -> None:
     child = os.fork()
     if child == 0:
         try:
-            os.setsid()     # the daemon is not the session's leader, so it never gets a terminal
-            # A new program, because what macOS loads into a process does not survive a fork
-            # (python/cpython#105912).
+            os.setsid()     # its child does not lead the session, so it never gets a terminal
+            # A new program, because macOS's libraries do not survive a fork (cpython#105912).
             _orphan = subprocess.Popen(
                 (sys.executable, program, "serve", "--ready-descriptor", str(write_end)), cwd="/",
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[write_end], umask=0o077)
@@ -4199,10 +4215,8 @@ def spawn_daemon(paths: Paths) -> None:
     os.close(log)
     os.waitpid(child, 0)
     with os.fdopen(read_end, "rb") as pipe:
-        ready = select.select([pipe], [], [], START_S)[0]
-        words = pipe.read().decode("utf-8", "replace") if ready else ""
-    if words != "ready":
-        raise DaemonError(words or f"the daemon did not start; {end_of_log(paths)}")
+        if select.select([pipe], [], [], START_S)[0] and (words := pipe.read()):
+            raise DaemonError(words.decode("utf-8", "replace"))
 
 
 SYSTEMD_UNIT = "rrouter.service"
@@ -4212,38 +4226,24 @@ MANAGER_S = DRAIN_S + 15        # a stop through the service manager includes th
 
 
 class Manager(NamedTuple):
-    """A service manager: its name, where it finds the file that starts rrouter, its commands."""
+    """A service manager: systemd or launchd."""
 
     name: str
-    path: str
-    start_commands: tuple[tuple[str, ...], ...]
-    stop_command: tuple[str, ...]
-    job_query: tuple[str, ...] = ()         #: launchd's: it succeeds while the job is loaded
+    path: str                               #: of the file that starts rrouter: unit or agent
+    start: tuple[tuple[str, ...], ...]      #: commands; only the last one must succeed
+    stop: tuple[tuple[str, ...], ...]
 
-    def start(self) -> None:
-        """Ask for the start; raise DaemonError if the manager refuses."""
-        for command in self.start_commands[:-1]:
-            run_program(command, MANAGER_S)     # fails where it is loaded already
-        self._demand(self.start_commands[-1])
-
-    def stop(self) -> None:
-        """Ask for the stop; raise DaemonError if the manager refuses."""
-        self._demand(self.stop_command, self.job_query)
-
-    @staticmethod
-    def _demand(command: Sequence[str], job_query: Sequence[str] = ()) -> None:
-        status, output = run_program(command, MANAGER_S)
-        if job_query:
-            # `bootout` may report 36 although the job stops, and returns before the job is
-            # unloaded; until then `bootstrap` would fail with 5.
-            status = not until(lambda: run_program(job_query, MANAGER_S)[0], MANAGER_S)
+    def run(self, commands: Sequence[Sequence[str]]) -> None:
+        """Run `start` or `stop`; raise DaemonError if it fails."""
+        for command in commands:
+            status, output = run_program(command, MANAGER_S)
         if status:
             why = printable(output.strip()) or f"status {status}"
             raise DaemonError(f"{' '.join(command)} failed: {why}")
 
 
 def is_own_home(home: str) -> bool:
-    """Return whether this HOME is the user's, in which service managers work, and no try-out."""
+    """Return whether `home` is that of the user database, in which service managers work."""
     import pwd
     try:
         return os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir) == os.path.realpath(home)
@@ -4252,36 +4252,39 @@ def is_own_home(home: str) -> bool:
 
 
 def reach_manager(home: str) -> tuple[Manager | None, str]:
-    """Return the service manager that serves this HOME and answers; else None and why."""
+    """Return the service manager of this HOME if it answers, else None and why."""
     if not is_own_home(home):
         return None, f"service managers serve your home directory, and HOME={home} is another one"
     systemctl = ("systemctl", "--user")
     status, output = run_program((*systemctl, "show-environment"), MANAGER_S)
     if status == 0:
-        # Its own, not that of this shell; an odd value comes as $'...'.
+        # The variable of the manager, not of this shell; an odd value comes as $'...'.
         config = re.search(r"(?m)^XDG_CONFIG_HOME=(?:\$')?(.+?)'?$", output)
         directory = config[1] if config else os.path.join(home, ".config")
         return Manager("systemd", os.path.join(directory, UNIT_PATH),
                        ((*systemctl, "daemon-reload"), (*systemctl, "reset-failed", SYSTEMD_UNIT),
                         (*systemctl, "start", SYSTEMD_UNIT)),
-                       (*systemctl, "stop", SYSTEMD_UNIT)), ""
+                       ((*systemctl, "stop", SYSTEMD_UNIT),)), ""
     asked, domain = "systemctl --user", f"gui/{os.getuid()}"
     if status == 127:
         asked = "launchctl"
         status, output = run_program(("launchctl", "print", domain), MANAGER_S)
     if status == 0:
-        # Loaded again at each start, because `kickstart` would use the plist as it was when loaded.
+        # Loaded at each start, because `kickstart` alone would use the plist as it was when loaded.
         path, label = os.path.join(home, AGENT_PATH), f"{domain}/{LAUNCHD_LABEL}"
+        # `bootout` may fail with 36 although it stops the job, and returns before the job is
+        # unloaded; until then `bootstrap` would fail with 5.
+        unloaded = f"while launchctl print {label} >/dev/null 2>&1; do sleep 0.1; done"
         return Manager("launchd", path, (("launchctl", "bootstrap", domain, path),
                                          ("launchctl", "kickstart", label)),
-                       ("launchctl", "bootout", label), ("launchctl", "print", label)), ""
+                       (("launchctl", "bootout", label), ("/bin/sh", "-c", unloaded))), ""
     why = printable(output.strip().rpartition("\n")[2]) or f"status {status}"
     return None, ("neither systemd nor launchd is here" if status == 127 else
                   f"{asked} does not answer: {why}")
 
 
 def service_files(home: str) -> list[str]:
-    """Return where the unit and the agent usually are."""
+    """Return the usual paths of the unit and the agent."""
     return [os.path.join(home, ".config", UNIT_PATH), os.path.join(home, AGENT_PATH)]
 
 
@@ -4296,24 +4299,23 @@ def start_daemon(paths: Paths, home: str) -> str:
     found = wait_for_daemon(paths)
     if found:
         return f"rrouter is already running ({found[0].holder.name}, port {found[0].port})"
-    settings = read_environment(dict(os.environ))
-    addresses_of(settings)              # reports a name that does not exist
+    addresses_of(read_environment(dict(os.environ)))    # raises UsageError before anything starts
     manager = find_manager(home)
     if manager:
-        manager.start()
+        manager.run(manager.start)
+        until(lambda: Daemon.find(paths), START_S)      # it may not wait for the daemon
     else:
         try:
             spawn_daemon(paths)
         except OSError as error:
             raise DaemonError(f"{error.filename or 'cannot start a process'}: "
                               f"{reason_of(error)}") from error
-    until(lambda: Daemon.find(paths), START_S)          # a service manager may not wait for it
     found = wait_for_daemon(paths)
     if not found:
         raise DaemonError(f"the daemon did not start; {end_of_log(paths)}")
-    daemon, health = found
+    address, pid, mode = (found[1][key] for key in ("listenAddr", "pid", "mode"))
     by = f", by {manager.name}" if manager else ""
-    return f"rrouter runs on {health['listenAddr']} (pid {daemon.pid}{by}), mode {health['mode']}"
+    return f"rrouter runs on {address} (pid {pid}{by}), mode {mode}"
 
 
 def _listens(host: str, port: int) -> bool:
@@ -4327,8 +4329,8 @@ def send_signal(lock: Lock, holder: Holder, number: int) -> None:
     """Signal `holder` if it lives here and the lock still names it.  Raises DaemonError."""
     send: Callable[[int], None] = partial(os.kill, holder.pid)
     with contextlib.ExitStack() as stack, contextlib.suppress(ProcessLookupError):
-        with contextlib.suppress(AttributeError, OSError):      # not Linux, or an old one
-            # Opened before the look, so it cannot mean a later process with the same pid.
+        with contextlib.suppress(AttributeError, OSError):      # only newer Linuxes have it
+            # Opened before the look, so it cannot refer to a later process with the same pid.
             descriptor = os.pidfd_open(holder.pid)
             stack.callback(os.close, descriptor)
             send = partial(signal.pidfd_send_signal, descriptor)
@@ -4347,27 +4349,27 @@ def stop_daemon(paths: Paths, home: str) -> str:
         return "rrouter is not running"
     if daemon.holder.elsewhere:
         raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
+    pid = daemon.holder.pid
 
     def is_gone() -> bool:
         return not daemon.holder.is_same(lock.look())
 
     manager = find_manager(home) if daemon.started_by in ("systemd", "launchd") else None
     if manager:
-        manager.stop()
+        manager.run(manager.stop)
     elif not daemon.holder.stopping:    # a second signal would cut off the running responses
         send_signal(lock, daemon.holder, signal.SIGTERM)
-    text = f"rrouter stopped (pid {daemon.pid})"
+    text = f"rrouter stopped (pid {pid})"
     if not until(is_gone, DRAIN_S + 5):
         holder = lock.look()
         if holder and daemon.holder.is_same(holder):
             send_signal(lock, holder, signal.SIGKILL)
-        text = f"rrouter killed (pid {daemon.pid}): it did not stop within {DRAIN_S + 5} s"
+        text = f"rrouter killed (pid {pid}): it did not stop within {DRAIN_S + 5} s"
         if not until(is_gone, 5):
-            raise DaemonError(f"pid {daemon.pid} does not end: find out what holds it")
+            raise DaemonError(f"pid {pid} survives SIGKILL: a disk or a debugger may hold it")
         remove_files(paths.pid, paths.run)
     if not until(lambda: not _listens(daemon.host, daemon.port), 2):
-        owner = port_owner(daemon.port) or "another program"
-        text += f"; port {daemon.port} is now held by {owner}"
+        text += f"; {port_owner(daemon.port) or 'another program'} now holds port {daemon.port}"
     return text
 
 
@@ -4424,10 +4426,7 @@ def claude_environment(home: str) -> dict[str, str]:
 
 
 def proxy_settings(env: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return the proxy variable in Claude Code's `env`, its NO_PROXY, and the one that it needs.
-
-    All are "" where they are missing; without a proxy variable it needs none.
-    """
+    """Return the name of the proxy variable in `env`, its NO_PROXY, and the one that it needs."""
     proxy = next((name for name, value in env.items()
                   if value and re.fullmatch("(?i)(https?|all)_proxy", name)), "")
     known = str(env.get("NO_PROXY") or env.get("no_proxy") or "")
@@ -4435,10 +4434,10 @@ def proxy_settings(env: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | None]:
-    """Return settings in which a member has this JSON text, or is missing, and its old text.
+    """Set a member like `statusLine` or `env.NO_PROXY` to the JSON text `value`; None removes it.
 
-    `name` is one like `statusLine` or `env.NO_PROXY`.  A new member comes first.  No other byte
-    changes, so that each edit can be undone.  Raises ValueError.
+    Returns the new settings and the member's old JSON text.  A new member comes first.  No other
+    byte changes, so that each edit can be undone.  Raises ValueError.
     """
     outer, _, name = name.rpartition(".")
     position: int | None = _next_token(text, int(text.startswith("\ufeff")))
@@ -4464,7 +4463,7 @@ def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | Non
 
 
 def read_settings(path: str) -> str | None:
-    """Return settings that can be edited, None if there is nothing; raise RouterError."""
+    """Return the text of settings that can be edited, None if empty; raise RouterError."""
     try:
         content = read_file(path)
         if content is not None and not os.stat(path).st_mode & stat.S_IWUSR:
@@ -4531,9 +4530,9 @@ WantedBy=default.target
     <key>Umask</key> <integer>63</integer> <!-- 0077 -->
 </dict></plist>
 """}
-# Where the SHA-256 of each default config.json of an older version begins.
+# How the SHA-256 of each default config.json that a version has written begins.
 OLD_DEFAULTS = ("c191a83396e676fd",)    # 5.0.0
-# Begins the zip application, so it must run under a Python that is too old for the rest.
+# The zip application begins here, also under a Python that is too old for the rest.
 ZIP_MAIN = """\
 import sys
 if sys.version_info < (3, 9):
@@ -4542,15 +4541,14 @@ import rrouter
 rrouter.main()
 """
 STABLE_LINKS = ("/usr/bin/python3", "/usr/local/bin/python3", "/opt/homebrew/bin/python3")
-SHEBANG_MAX_BYTES = 120         # older kernels cut the line off at 127
-EDITED = re.compile(rb'rrouter\.pyc|bin/rrouter"? serve')     # in a file of ours, also changed
+SHEBANG_MAX_BYTES = 120         # older kernels truncate the line at 127
 EMPTY_SETTINGS = b"{\n}\n"
-LINK = b"link to "              # begins what `content_of` returns of a symbolic link
+LINK = b"link to "              # before the target of a link in what `content_of` returns
 WANTED_LINK = os.path.join("default.target.wants", SYSTEMD_UNIT)    # as `systemctl enable` makes it
 
 
 def stable_interpreter() -> str:
-    """Return the path of this Python that lasts: as PYTHON names it, or a link of the system."""
+    """Return a path of this Python that outlasts upgrades: $PYTHON, or a link of the system."""
     import shutil
     names = [os.environ.get("PYTHON") or "", *STABLE_LINKS]
     if sys.prefix != sys.base_prefix:           # a virtual environment may be removed
@@ -4561,7 +4559,7 @@ def stable_interpreter() -> str:
 
 
 def program_bytes(interpreter: str) -> bytes:
-    """Return this program as a zip application: source and compiled module, for a fast start."""
+    """Return this program as a zip application; its compiled module makes it start fast."""
     import importlib.util
     import io
     import marshal
@@ -4569,7 +4567,7 @@ def program_bytes(interpreter: str) -> bytes:
     import zipfile
     loader = globals()["__loader__"]            # of the file, or of the zip application
     source = loader.get_source(getattr(loader, "name", __name__))
-    # 1: an unchecked hash; zipimport silently ignores a time stamp from another time zone.
+    # 1 means an unchecked hash, because zipimport ignores a time stamp from another time zone.
     module = (importlib.util.MAGIC_NUMBER + struct.pack("<L", 1)
               + importlib.util.source_hash(source.encode("utf-8"))
               + marshal.dumps(compile(source, "rrouter.py", "exec", dont_inherit=True)))
@@ -4595,57 +4593,62 @@ def content_of(path: str) -> bytes | None:
 
 
 def digest(content: bytes) -> str:
-    """Return the SHA-256 of a content."""
+    """Return the SHA-256 of `content`."""
     import hashlib
     return hashlib.sha256(content).hexdigest()
 
 
-def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str, list[Any]]]]:
-    """Return what was installed; raise RouterError if the record is not usable.
+def convert_record(record: dict[str, Any], home: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what `read_record` returns, from a record of 5.0.0."""
+    files = {**dict.fromkeys(record["directories"], []),
+             **{path: [entry["backup"] or "", *entry["sha256"]]
+                for path, entry in record["files"].items()}}
+    for unit in [path for path in files if path.endswith(SYSTEMD_UNIT)]:
+        link = os.path.join(os.path.dirname(unit), WANTED_LINK)
+        files.update({os.path.dirname(link): [], link: ["", digest(LINK + os.fsencode(unit))]})
+    claude = record.get("claude")
+    if not claude:
+        return files, {}
+    path = os.path.realpath(os.path.join(home, ".claude", "settings.json"))
+    if claude["before"] is None:        # 5.0.0 made the file
+        files[path] = ["", digest(EMPTY_SETTINGS)]
+    env = (claude["before"] or {}).get("env")
+    url = json.dumps(env["ANTHROPIC_BASE_URL"]) if env else None
+    return files, {path: {"env": [None, {}], "env.ANTHROPIC_BASE_URL": [url, *claude["written"]]}}
 
-    {path: [name of what was there before or "", digests of what was written]}, [] for a directory;
-    {settings.json of Claude Code: {member: [JSON text before or None, values written]}}.
+
+def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str, list[Any]]]]:
+    """Return what was installed; raise RouterError if the record or HOME is not usable.
+
+    {path: [backup of what was there before or "", digests of what was written]}, [] for a
+    directory; {settings.json of Claude Code: {member: [JSON text before or None, values written]}}.
     """
     home = os.path.dirname(paths.root)
+    if "HOME" not in os.environ:        # or empty, as an unset variable makes it in a script
+        raise UsageError("HOME is not set: set it to your home directory")
     try:
         record = json.loads(read_file(paths.record) or b"{}")
         files, settings = record.get("files", {}), record.get("settings", {})
-        if "directories" in record:     # of 5.0.0
-            claude = record.get("claude")
-            if claude:
-                env = (claude["before"] or {}).get("env")
-                path = os.path.realpath(os.path.join(home, ".claude", "settings.json"))
-                settings[path] = {"env": [None, {}]} if env is None else {}
-                settings[path]["env.ANTHROPIC_BASE_URL"] = [
-                    json.dumps(env["ANTHROPIC_BASE_URL"]) if env else None, *claude["written"]]
-                files[path] = {**claude, "sha256": [        # null: it made the file
-                    digest(EMPTY_SETTINGS) if claude["before"] is None else claude["sha256"]]}
-            files = {**dict.fromkeys(record["directories"], []),
-                     **{path: [entry["backup"] or "", *entry["sha256"]]
-                        for path, entry in files.items()}}
-            for unit in [path for path in files if path.endswith(SYSTEMD_UNIT)]:
-                link = os.path.join(os.path.dirname(unit), WANTED_LINK)
-                files.update({os.path.dirname(link): [],
-                              link: ["", digest(LINK + os.fsencode(unit))]})
+        if "directories" in record:
+            files, settings = convert_record(record, home)
         "".join(itertools.chain(*files.values()))       # demands strings
         for before, *_ in itertools.chain(*(members.values() for members in settings.values())):
             json.loads("null" if before is None else before)
-        was = next((found[1] for found in map(re.compile("(.*)/bin(/rrouter)?").fullmatch, files)
-                    if found), home)
-        if os.path.realpath(was) != os.path.realpath(home):
-            raise ValueError(f"it is of HOME={was}")
-        return {home + path[len(was):] if path.startswith(f"{was}/") and path not in settings
-                else path: entry for path, entry in files.items()}, settings
+        for found in filter(None, map(re.compile("(.*)/bin(/rrouter)?").fullmatch, files)):
+            if found[1] != home:
+                raise RouterError(f"{paths.record} is of HOME={found[1]}, and HOME is {home}: set "
+                                  "the old one, or remove the file if nothing is installed there")
+        return files, settings
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise RouterError(f"{paths.record}: not what rrouter wrote ({error}): repair it, or move "
                           "it away and remove by hand what is installed") from error
 
 
 class Installer:
-    """Puts files in their places and takes them back, as the record says.
+    """Puts files in their places, and takes back those that the record names.
 
     The record is written before each change, so that a command that was killed can be run again or
-    taken back: a file is ours only if its digest is in the record.  A dry run changes nothing.
+    undone.  A file is ours only if its digest is in the record.  A dry run changes nothing.
     """
 
     def __init__(self, home: str, paths: Paths, dry: bool) -> None:
@@ -4654,7 +4657,7 @@ class Installer:
         self.environment = os.path.join(home, ".config", "rrouter.env")
         self.files: dict[str, list[str]] = {}
         self.settings: dict[str, dict[str, list[Any]]] = {}
-        self.done: list[str] = []
+        self.removed: list[str] = []
         self.left: list[str] = []       #: what stays, and how to remove it
         self.failures: list[str] = []
 
@@ -4665,14 +4668,13 @@ class Installer:
             write_atomically(self.paths.record, json.dumps(record, indent=2) + "\n")
 
     def step(self, text: str, action: Callable[..., object], *arguments: Any) -> None:
-        """Print what is done and do it; in a dry run print it only."""
+        """Print what is done and do it; in a dry run, only print it."""
         print(f"  {'would ' * self.dry}{text}", flush=True)
-        self.done.append(text)
         if not self.dry:
             action(*arguments)
 
     def attempt(self, action: Callable[..., object], *arguments: Any) -> None:
-        """Do something; note for the report if that fails."""
+        """Do something; if that fails, note why."""
         try:
             action(*arguments)
         except (OSError, RouterError) as error:
@@ -4680,7 +4682,7 @@ class Installer:
                                  f"{error.filename or self.home}: {reason_of(error)}")
 
     def make_directory(self, path: str) -> None:
-        """Make a directory and its parents; in the end those that are empty are removed."""
+        """Make a directory and its parents; `take_back` removes them if they are empty."""
         if not os.path.isdir(path) and not (self.dry and path in self.files):
             self.make_directory(os.path.dirname(path))
             self.files[path] = []
@@ -4688,16 +4690,16 @@ class Installer:
             self.step(f"create {path}", os.mkdir, path, 0o755)
 
     def put(self, path: str, content: bytes, mode: int = 0o644) -> None:
-        """Install a file or a link.  What is there and not ours is kept beside it until the end."""
+        """Install a file or a link; keep a backup of what is there unless that is ours."""
         self.make_directory(os.path.dirname(path))
         old, new, spare = content_of(path), digest(content), ""
         backup, *ours = self.files.get(path, [""])
         write = ((os.symlink, content[len(LINK):], path) if content.startswith(LINK) else
-                 (write_atomically, path, content, True, mode))
+                 (write_atomically, path, content, mode))
         if old is not None and old != content and digest(old) not in ours:
             spare = spare_name(path)
-            if not ours or backup and not EDITED.search(old):   # an edited one is not the user's
-                backup = spare
+            if not ours or backup and not os.path.lexists(backup):
+                backup = spare          # what was there first comes back
         self.files[path] = [backup, *(other for other in ours if other != new), new]
         self.save()
         if spare:
@@ -4710,30 +4712,34 @@ class Installer:
                 os.rename(spare, path)
             raise
 
-    def leave(self, path: str, what: str, command: str = "rm") -> None:
-        """Note for the report that a path stays."""
+    def remove(self, path: str, action: Callable[[str], None]) -> None:
+        """Remove a file or directory, and note it for the report."""
+        self.removed.append(path)
+        self.step(f"remove {path}", action, path)
+
+    def leave(self, path: str, what: str, command: str = "") -> None:
+        """Note for the report that a path stays, and the command that removes it, if it is safe."""
         import shlex
-        self.left.append(f"{path} ({what}): {command} {shlex.quote(path)}")
+        remedy = f"{command} {shlex.quote(path)}" if command else "look at it before you remove it"
+        self.left.append(f"{path} ({what}): {remedy}")
 
     def take_back(self, path: str) -> None:
-        """Remove what was installed, and put back what was there before; leave anything else."""
+        """Remove what was installed unless it has changed; put back what was there before."""
         backup, *ours = self.files[path] or [""]
         old = content_of(path) if ours else None
         if not ours:
             if os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path):
-                self.step(f"remove {path}", os.rmdir, path)
+                self.remove(path, os.rmdir)
         elif old is not None and digest(old) not in ours:
             if not backup or os.path.lexists(backup):       # else it was never replaced
-                self.leave(path, "changed since it was installed")
+                self.leave(path, "changed since it was installed", "rm")
         elif os.path.lexists(backup):
             self.step(f"put the old {path} back", os.replace, backup, path)
         elif old is not None:
-            self.step(f"remove {path}", os.unlink, path)
+            self.remove(path, os.unlink)
         del self.files[path]
         self.save()
 
-
-# ---- Claude Code
 
 def offer_no_proxy(text: str) -> dict[str, str]:
     """Return NO_PROXY if Claude Code needs it to reach rrouter and the user wants it, else {}."""
@@ -4752,22 +4758,23 @@ def offer_no_proxy(text: str) -> dict[str, str]:
 def write_settings(path: str, text: str) -> None:
     """Write settings that exist, and keep their mode and owner."""
     status = os.stat(path)
-    write_atomically(path, text, True, stat.S_IMODE(status.st_mode))
+    write_atomically(path, text, stat.S_IMODE(status.st_mode))
     with contextlib.suppress(PermissionError):
         os.chown(path, status.st_uid, status.st_gid)
 
 
 def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
-    """Point Claude Code here; unless `asked`, only renew what an earlier installation wrote."""
+    """Point Claude Code here; unless `asked`, only update what an earlier installation wrote."""
     content = read_settings(path)
     text = old = EMPTY_SETTINGS.decode() if content is None else content
-    members, command = {**work.settings.get(path, {})}, f"curl -s '{url}/health?line'"
-    for name, value in {"env": {}, "env.ANTHROPIC_BASE_URL": url,
-                        "statusLine": {"type": "command", "command": command},
-                        **(offer_no_proxy(text) if asked and not work.dry else {})}.items():
+    members = {**work.settings.get(path, {})}
+    wanted = {"env": {}, "env.ANTHROPIC_BASE_URL": url,
+              "statusLine": {"type": "command", "command": f"curl -s '{url}/health?line'"},
+              **(offer_no_proxy(text) if asked and not work.dry else {})}
+    for name, value in wanted.items():
         now = edit_member(text, name, None)[1]
-        is_equal = now is not None and json.loads(now) == value     # the record may have been lost
-        is_held = now is not None and json.loads(now) in members.get(name, ())[1:]
+        is_equal = json.loads(now or "null") == value       # also if the record has been lost
+        is_held = json.loads(now or "null") in members.get(name, ())[1:]
         is_free = now is None or name not in ("env", "statusLine") or is_equal and name != "env"
         if (is_held or asked and is_free) and not (is_held and is_equal):
             members[name] = [*(members.get(name, [None]) if is_equal or is_held else [now]), value]
@@ -4776,25 +4783,18 @@ def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
         work.settings[path] = members
         if content is None:
             work.put(path, EMPTY_SETTINGS, 0o600)
-        backup, *ours = work.files.get(path, [""])
-        if digest(old.encode("utf-8")) in ours and os.path.lexists(backup):     # of 5.0.0
-            work.files[path].append(digest(text.encode("utf-8")))
         work.save()
         work.step(f"point Claude Code here in {path}", write_settings, path, text)
 
 
 def disconnect_claude(work: Installer, path: str) -> None:
-    """Take out of Claude Code's settings what was written, to the byte if nothing else changed."""
+    """Undo `connect_claude`, to the byte if nothing else in the settings has changed."""
     text = old = read_settings(path) or ""
     for name, (before, *written) in sorted(work.settings[path].items(), reverse=True):
-        now = edit_member(text, name, None)[1] if old else None
-        if now is not None and json.loads(now) in written:
+        if old and json.loads(edit_member(text, name, None)[1] or "null") in written:
             text = edit_member(text, name, before)[0]
-    now = digest(old.encode("utf-8"))
-    backup, *ours = work.files.get(path, [""])
-    if ours and (not old or digest(text.encode("utf-8")) in ours
-                 or now in ours and os.path.lexists(backup)):       # as 5.0.0 wrote it
-        work.files[path].append(now)
+    if path in work.files and (not old or digest(text.encode("utf-8")) in work.files[path]):
+        work.files[path].append(digest(old.encode("utf-8")))
         work.take_back(path)
     elif text != old:
         names = ", ".join(work.settings[path])
@@ -4815,10 +4815,8 @@ def find_senders(here: str, home: str) -> Iterator[str]:
                 yield f"{printable(name.strip())} (pid {os.path.basename(process)})"
 
 
-# ---- install and uninstall
-
 def put_environment(work: Installer) -> None:
-    """Write for a service what this shell sets as RROUTER_*, and what an earlier one did."""
+    """Write each RROUTER_* of this shell for the service; keep those of earlier installations."""
     path, old = work.environment, content_of(work.environment)
     values = {name: os.environ[name] for name in DEFAULT_ENVIRONMENT if os.environ.get(name)}
     if old is not None and digest(old) not in work.files.get(path, ()):
@@ -4831,7 +4829,7 @@ def put_environment(work: Installer) -> None:
 
 
 def start_installed(work: Installer, manager: Manager | None) -> None:
-    """Start the new program, by `manager` if there is one."""
+    """Start the new program, through `manager` if there is one."""
     def start() -> None:
         status, output = run_program((work.program, verb), 3 * MANAGER_S)
         if status:
@@ -4843,7 +4841,7 @@ def start_installed(work: Installer, manager: Manager | None) -> None:
         work.put(manager.path, SERVICE_FILES[os.path.basename(manager.path)].encode("utf-8"))
         link = os.path.join(os.path.dirname(manager.path), WANTED_LINK)
         is_enabled = os.path.realpath(link) == os.path.realpath(manager.path) and (
-            link in work.files or work.files[manager.path][0])      # a unit that comes back
+            link in work.files or work.files[manager.path][0])      # together with the user's unit
         if manager.name == "systemd" and not is_enabled:
             work.put(link, LINK + os.fsencode(manager.path))
     verb = "restart" if Daemon.find(work.paths) else "start"
@@ -4870,16 +4868,6 @@ def report_installation(work: Installer, before: bytes | None, why: str) -> None
           f"next: {command} install --claude, which points Claude Code here")
 
 
-def claim_copy(work: Installer, content: bytes | None) -> None:
-    """Take the program in its place for ours if it is a copy, made by hand, of the running one."""
-    running = next(filter(os.path.isfile, (__file__, os.path.dirname(__file__))), os.devnull)
-    if content and content == content_of(os.path.realpath(running)):
-        directory = os.path.dirname(work.program)
-        if work.program not in work.files and len(os.listdir(directory)) == 1:
-            work.files[directory] = []
-        work.files[work.program] = [*work.files.get(work.program, [""]), digest(content)]
-
-
 def install(work: Installer, with_claude: bool) -> list[str]:
     """Install this program for the user, or upgrade it, and start it; return what failed."""
     settings = read_environment(dict(os.environ))
@@ -4891,7 +4879,10 @@ def install(work: Installer, with_claude: bool) -> list[str]:
         raise UsageError(f"{asked} is not in HOME={work.home}: unset CLAUDE_CONFIG_DIR")
     work.files, work.settings = read_record(work.paths)
     program, before = program_bytes(stable_interpreter()), content_of(work.program)
-    claim_copy(work, before)
+    running = next(filter(os.path.isfile, (__file__, os.path.dirname(__file__))), os.devnull)
+    if before and before == content_of(os.path.realpath(running)):      # copied there by hand
+        work.files.setdefault(os.path.dirname(work.program), [])
+        work.files[work.program] = [*work.files.get(work.program, [""]), digest(before)]
     manager, why = reach_manager(work.home)
     if not work.dry:
         work.paths.create()
@@ -4909,7 +4900,7 @@ def install(work: Installer, with_claude: bool) -> list[str]:
     url = f"http://{Settings(host, daemon.port, '').listen_addr}"
     asked = asked and os.path.realpath(asked)
     for path in filter(None, dict.fromkeys((*work.settings, asked))):
-        # Last, because nothing listened there before.
+        # Last, because only now something listens there.
         work.attempt(connect_claude, work, path, url, path == asked)
     if work.dry:
         print("nothing has been changed")
@@ -4920,18 +4911,17 @@ def install(work: Installer, with_claude: bool) -> list[str]:
 
 
 def remove_installed(work: Installer, daemon: Daemon | None, purge: bool) -> None:
-    """Take back what the record names, the program last, because it can run again."""
+    """Take back what the record names; the program last, because it can then run again."""
     import shutil
     manager, root = find_manager(work.home), work.paths.root
     manager = manager if manager and manager.path in work.files else None
     places = [*[path for path, digests in work.files.items() if digests], *work.settings]
-    for path in (*places, work.paths.record) if not work.dry else ():       # of killed commands
-        remove_files(*(other for other in glob.glob(glob.escape(path) + ".*.tmp")
-                       if re.fullmatch(r"\.\d+\.\d+\.tmp", other[len(path):])))
+    for path in (*places, work.paths.record) if not work.dry else ():   # left by killed commands
+        remove_files(*glob.glob(glob.escape(path) + ".[0-9]*.[0-9]*.tmp"))
     for path in list(work.settings):
         work.attempt(disconnect_claude, work, path)
     if manager:
-        work.attempt(work.step, f"stop the service of {manager.name}", manager.stop)
+        work.attempt(work.step, f"stop the service of {manager.name}", manager.run, manager.stop)
     if daemon:
         work.attempt(work.step, f"stop rrouter ({daemon.holder.name})",
                      stop_daemon, work.paths, work.home)
@@ -4943,20 +4933,20 @@ def remove_installed(work: Installer, daemon: Daemon | None, purge: bool) -> Non
             work.attempt(work.take_back, path)
     for path in dict.fromkeys(places) if not work.dry else ():
         for backup in sorted(glob.glob(f"{glob.escape(path)}.bak-{'[0-9]' * 8}-*")):
-            work.left.append(f"{backup} (kept from before): look at it before you remove it")
+            work.leave(backup, "kept from before")
     if manager and manager.name == "systemd":
-        work.step("have systemd forget it", run_program, manager.start_commands[0], MANAGER_S)
+        work.step("have systemd forget it", run_program, manager.start[0], MANAGER_S)
     if not work.failures and os.path.lexists(root):
         if not work.dry:
             remove_files(work.paths.record)
         if purge and not os.path.islink(root):
-            work.attempt(work.step, f"remove {root}", shutil.rmtree, root)
+            work.attempt(work.remove, root, shutil.rmtree)
         else:
             work.leave(root, "mode, config, state and logs", "rm -r")
 
 
 def uninstall(work: Installer, purge: bool) -> list[str]:
-    """Take back what `install` did, with `purge` what the daemon keeps, too; return what failed."""
+    """Take back what `install` did, with `purge` ~/.rrouter, too; return what failed."""
     work.files, work.settings = read_record(work.paths)
     daemon, had_claude = Daemon.find(work.paths), bool(work.settings)
     written = [values for members in work.settings.values() for _, *values in members.values()]
@@ -4965,21 +4955,20 @@ def uninstall(work: Installer, purge: bool) -> list[str]:
     here = rf"http://(?:localhost|127\.0\.0\.1|\[::1\]):(?:{'|'.join(ports)})(?![0-9])"
     for path in (work.program, work.environment, *service_files(work.home)):
         if path not in work.files and os.path.lexists(path):
-            work.left.append(f"{path} (not recorded as installed): look at it before you remove it")
+            work.leave(path, "not recorded as installed")
     remove_installed(work, daemon, purge)
+    senders = ["this shell"] * bool(re.match(here, os.environ.get("ANTHROPIC_BASE_URL", "")))
     with contextlib.suppress(ValueError):
         url = claude_environment(work.home).get("ANTHROPIC_BASE_URL", "")
         if re.match(here, url) and not (work.dry and had_claude):
-            work.left.append(f"{claude_settings_path(work.home)} sends Claude Code to {url}: take "
-                             "ANTHROPIC_BASE_URL out of it")
-    removed = [text[7:] for text in work.done if text.startswith("remove ")]
-    print(f"\n{'would be ' * work.dry}removed: {', '.join(removed) or 'nothing'}")
+            senders.append(claude_settings_path(work.home))
+    senders += find_senders(here, work.home if had_claude else "")
+    print(f"\n{'would be ' * work.dry}removed: {', '.join(work.removed) or 'nothing'}")
     for line in work.left:
         print(f"stays: {line}")
-    shell = ["this shell"] * bool(re.match(here, os.environ.get("ANTHROPIC_BASE_URL", "")))
-    senders = ", ".join([*shell, *find_senders(here, work.home if had_claude else "")])
     if senders:
-        print(f"still pointing here: {senders}: unset ANTHROPIC_BASE_URL in a shell, end others")
+        print(f"still pointing here: {', '.join(senders)}: remove ANTHROPIC_BASE_URL from shells "
+              "and files, end processes")
     return [f"not taken back: {failure}: mend that, then run this again"
             for failure in work.failures]
 
@@ -5092,7 +5081,7 @@ def cmd_demo(context: Any) -> None:
     """Show by real requests what rrouter does; with --stay, keep it running."""
     import tempfile
     shell = read_environment(dict(os.environ))          # for the last lines
-    for number in (signal.SIGTERM, signal.SIGHUP):      # else they would leave the folder
+    for number in (signal.SIGTERM, signal.SIGHUP):      # by default they would leave the folder
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="rrouter-demo-") as home, demo_router(home) as router:
         print(DEMO_START)
@@ -5124,7 +5113,7 @@ class Command(NamedTuple):
     run: Callable[[Any], int | None]        #: gets a Context, returns the exit status, None for 0
     help: str
     example: str = ""                       #: "" for the name alone
-    hidden: tuple[tuple[str, dict[str, Any]], ...] = ()     #: as `add_argument` takes them
+    hidden: str = ""                        #: options that the help does not show
 
     @property
     def name(self) -> str:
@@ -5137,7 +5126,7 @@ class Context(NamedTuple):
 
     home: str
     paths: Paths
-    arguments: argparse.Namespace           #: `word` is the one that is no option
+    arguments: argparse.Namespace           #: `word` is the one that is not an option
     commands: tuple[Command, ...]           #: COMMANDS
 
 
@@ -5156,8 +5145,8 @@ def write_file(path: str, content: str | bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        raise RouterError(f"{path}: cannot be written: {reason_of(error)}: check its permissions "
-                          "and free space") from error
+        why = reason_of(error)
+        raise RouterError(f"{path}: {why}: check its permissions and free space") from error
 
 
 def cmd_serve(context: Context) -> int:
@@ -5167,8 +5156,9 @@ def cmd_serve(context: Context) -> int:
         return serve(read_environment(dict(os.environ)), context.paths, ready)
     except Exception as error:
         if ready is not None:
-            report_start(ready, str(error) if isinstance(error, RouterError)
-                         else describe_defect(error))
+            words = str(error) if isinstance(error, RouterError) else describe_defect(error)
+            with contextlib.suppress(OSError):      # `start` was killed meanwhile
+                os.write(ready, words.encode("utf-8", "replace"))
         raise
 
 
@@ -5179,7 +5169,7 @@ def find_health(paths: Paths) -> tuple[Daemon | None, dict[str, Any] | None]:
 
 
 def print_rows(*rows: tuple[str, str], width: int = 10) -> None:
-    """Print labels and texts in two columns, a text that is a mode in its colour."""
+    """Print labels and texts in two columns; a text that is a mode gets its colour."""
     for label, text in rows:
         show(f"{label and label + ':':{width}}{text}", width, text)
 
@@ -5200,12 +5190,12 @@ def points_to(url: str, listener: Settings | Daemon) -> bool:
 
 
 def environment_of(daemon: Daemon) -> dict[str, str]:
-    """Return the RROUTER_* with which the daemon could have been started."""
+    """Return the RROUTER_* variables that start a daemon with the settings of this one."""
     return {f"RROUTER_{name.upper()}": str(getattr(daemon, name)) for name in Settings._fields}
 
 
 def find_mode(paths: Paths, health: dict[str, Any] | None) -> tuple[str, list[str]]:
-    """Return the mode in force, or that in which a daemon would start, and what is wrong."""
+    """Return the mode in force, or the one that a daemon would start in, and the problems."""
     if health:
         return health["mode"], health["problems"]
     snapshot = Store(paths, Log(paths.log, echo=False), lambda *_: None).snapshot()
@@ -5231,7 +5221,7 @@ def describe_target(auto: dict[str, Any]) -> str:
 
 
 def trouble_rows(daemon: Daemon, health: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return whether anything listens where the upstream should, and the problems."""
+    """Return rows for the upstream, which says whether anything listens there, and the problems."""
     url = health["upstreamURL"]
     state = ("rrouter itself: set RROUTER_UPSTREAM to the address of CLIProxyAPI"
              if points_to(url, daemon) else
@@ -5256,6 +5246,9 @@ def status_rows(daemon: Daemon, health: dict[str, Any]) -> Iterator[tuple[str, s
     if failure:
         what = f"{failure['target']}: {failure['what']}, {local_time(failure['at'])}"
         yield "failure", "; ".join(filter(None, (what, failure.get("slow"))))
+    for target, windows in health.get("usageWindows", {}).items():
+        if windows:
+            yield "usage", f"{target} {', '.join(describe_windows(windows))}"
     yield from trouble_rows(daemon, health)
 
 
@@ -5378,26 +5371,26 @@ def set_mode(paths: Paths, mode: str) -> None:
 
 
 def cmd_mode(context: Context) -> None:
-    """Print the mode, or set the one that is named, perhaps by the command itself."""
+    """Print the mode, or set the one that the argument or the command itself names."""
     name = vars(context.arguments).get("word", context.arguments.command)
     if name is None:
         mode, problems = find_mode(context.paths, find_health(context.paths)[1])
         print(mode)
         complain(*problems)
     else:
-        # As UTF-8 also where the locale is C and Python has made surrogates of it.
+        # The bytes are UTF-8, also in the C locale, where Python makes surrogates of them.
         set_mode(context.paths, os.fsencode(name).decode("utf-8", "replace").strip().lower())
 
 
 def log_lines(path: str, word: bytes) -> Iterator[bytes]:
-    """Yield the lines with `word` in the log, those of the rotated files first."""
+    """Yield the lines of the log that contain `word`, those of the rotated files first."""
     for name in [*(f"{path}.{number}" for number in range(LOG_FILES, 0, -1)), path]:
-        with contextlib.suppress(OSError), open_for_reading(name) as file:
+        with contextlib.suppress(FileNotFoundError), open_for_reading(name) as file:
             yield from (line for line in file if word in line)
 
 
 def cmd_logs(context: Context) -> None:
-    """Print the last lines of the log; with -f also those that come, until Ctrl-C."""
+    """Print the last lines of the log; with -f, follow it until Ctrl-C."""
     import subprocess
     path, word = context.paths.log, b"[AUTO]" * context.arguments.auto
     if not os.path.exists(path):
@@ -5416,15 +5409,14 @@ def cmd_logs(context: Context) -> None:
 
 
 def cmd_explain(context: Context) -> None:
-    """Print what becomes of a model name, or of those that passed lately, in each mode."""
+    """Print what becomes of a model name, or of the most recent ones, in each mode."""
     config, health = read_config(context.paths), find_health(context.paths)[1]
     models = [context.arguments.word]
     if models == [None]:
         lines = b"".join(reversed(deque(log_lines(context.paths.log, b"[REQ] "), 1000)))
         models = re.findall(r"#\d+ \S+ \S+ (\S+) -> ", lines.decode("utf-8", "replace"))
         if not models:
-            raise RouterError("no request has come through yet: name a model, as in `rrouter "
-                              "explain claude-sonnet-5-5`")
+            raise RouterError("no request yet: name a model: `rrouter explain claude-sonnet-5-5`")
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
         print(printable(model))
         for mode, rules in config.modes.items():
@@ -5434,8 +5426,8 @@ def cmd_explain(context: Context) -> None:
                     continue
                 words = ", ".join(f"{key} {glob}" for key, glob in zip(
                     ("rule", *RULE_KEYS[1:]), rule) if glob and key != "rewrite")
-                print_rows((label, printable(
-                    f"{rule.rewrite} ({words or 'no rule matches'})")), width=15)
+                text = f"{rule.rewrite} ({words or 'no rule matches'})"
+                print_rows((label, printable(text)), width=15)
                 label = ""
                 if not any(rule[2:]):
                     break
@@ -5450,6 +5442,64 @@ def cmd_explain(context: Context) -> None:
             print_rows((f"  {MODE_AUTO}", text), width=15)
     mode = find_mode(context.paths, health)[0]
     show(f"in force: mode {mode}", 0, mode)
+
+
+_USAGE_LINE = re.compile(
+    r"(\S+) \S+ \[REQ\] #\d+ \S+ \S+(?<!/count_tokens) .+ -> (\S+) (.+) (\d+) \d+\.\d\ds"
+    r"(?: in (\d+)\+(\d+) out (\d+))?(.*?)(\((?:error event|stream without|the upstream ).*)?$")
+# The sums: their keys in JSON, and their headings in the table.
+USAGE_COLUMNS = {"requests": "  all", "rescued": " rescued", "failed": " failed",
+                 "uncachedInputTokens": " uncached", "cachedInputTokens": " cached",
+                 "outputTokens": " output"}
+
+
+def add_up(lines: Iterable[bytes]) -> dict[tuple[str, ...], Counter[str]]:
+    """Return the sums of each day, of its targets and of their models, from the lines of a log."""
+    sums: dict[tuple[str, ...], Counter[str]] = {}
+    for found in filter(None, (_USAGE_LINE.match(str(line, "utf-8", "replace")) for line in lines)):
+        *key, status, fresh, cached, out, notes, defect = found.groups("0")
+        failed = status != "499" and (status >= "400" or defect != "0")
+        rescued = status < "400" and not failed and " failed: " in notes
+        counts = 1, int(rescued), int(failed), int(fresh), int(cached), int(out)
+        for depth in (1, 2, 3):
+            sums.setdefault(tuple(key[:depth]), Counter()).update(dict(zip(USAGE_COLUMNS, counts)))
+    return dict(sorted(sums.items()))
+
+
+def in_short(count: int) -> str:
+    """Return a count with at most four digits and a unit: 9999, 12k, 34M."""
+    if count < 10_000:
+        return str(count)
+    return f"{count // 1000}k" if count < 10_000_000 else f"{count // 1_000_000}M"
+
+
+def usage_table(sums: dict[tuple[str, ...], Counter[str]]) -> Iterator[str]:
+    """Yield the lines of the table, each day with a bar of its tokens."""
+    days = {key[0]: counts for key, counts in sums.items() if len(key) == 1}
+    tokens = {day: sum(counts[column] for column in USAGE_COLUMNS if column.endswith("Tokens"))
+              for day, counts in days.items()}
+    yield f"{'':37}{'requests':^20}{'tokens':^23}".rstrip()
+    yield f"{'day        its tokens':37}{''.join(USAGE_COLUMNS.values())}"
+    for key, counts in {**sums, ("total",): sum(days.values(), Counter())}.items():
+        name = "  " * (len(key) - 1) + key[-1]
+        if name in tokens:
+            name += " " + "#" * (25 * tokens[name] // max(*tokens.values(), 1))
+        yield f"{name:37.37}" + "".join(f"{in_short(counts[column]):>{len(heading)}}"
+                                        for column, heading in USAGE_COLUMNS.items())
+
+
+def cmd_usage(context: Context) -> None:
+    """Print requests and tokens by day, target and model."""
+    sums = add_up(log_lines(context.paths.log, b"[REQ] "))
+    days = [key[0] for key in sums if len(key) == 1][-(context.arguments.days or 0):]
+    sums = {key: counts for key, counts in sums.items() if key[0] in days}
+    if context.arguments.json:
+        print(json.dumps([dict(zip(("day", "target", "model"), key), **counts)
+                          for key, counts in sums.items() if len(key) == 3], indent=2))
+    elif sums:
+        print("\n".join(usage_table(sums)))
+    else:
+        print(f"no request with a model in {context.paths.log} yet")
 
 
 def config_edit(paths: Paths) -> None:
@@ -5474,14 +5524,12 @@ def config_edit(paths: Paths) -> None:
 def config_reset(paths: Paths) -> None:
     """Write the defaults; keep an existing file beside them unless it equals them."""
     paths.create()
-    defaults, old = config_of(None), None
-    with contextlib.suppress(RouterError):
-        old = read_config(paths)
-    if old != defaults:
+    old, new = read_file(paths.config), (config_text(config_of(None)) + "\n").encode()
+    if old not in (None, new):
         spare = spare_name(paths.config)
-        write_file(spare, read_file(paths.config) or b"")
+        write_file(spare, old)
         print(f"kept: {spare}")
-    write_file(paths.config, config_text(defaults) + "\n")
+    write_file(paths.config, new)
     print(f"{paths.config} now holds the defaults")
 
 
@@ -5538,11 +5586,6 @@ def cmd_install(context: Context) -> int:
     work = Installer(home, context.paths, arguments.dry_run)
     if os.geteuid() == 0 and os.stat(home).st_uid != 0:
         raise RouterError(f"HOME={home} belongs to another user: run this without sudo")
-    try:                                # until this process ends
-        fcntl.flock(os.open(home, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:            # NFS cannot lock a directory
-        if isinstance(error, BlockingIOError):
-            raise RouterError("another rrouter install is running: let it end first") from error
     try:
         failures = (install(work, arguments.claude) if arguments.command == "install" else
                     uninstall(work, arguments.purge))
@@ -5575,21 +5618,18 @@ environment (of the service: ~/.config/rrouter.env)
 exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
 
-# Words that people try, and the command that does it.
-HINTS = {word: hint for hint, words in {
-    "RROUTER_PORT=8400 rrouter start": "port", "rrouter demo": "test", "rrouter serve": "run",
-    "rrouter start": "up daemon", "rrouter stop": "down kill", "rrouter status": "ps",
-    "rrouter check": "doctor", "rrouter install": "setup init", "rrouter explain": "models",
-    "rrouter mode NAME": "modes switch use set", "rrouter antigravity": "gemini",
-    "cli-proxy-api -antigravity-login": "login"}.items() for word in words.split()}
+# Words that people try as a command, and what to use instead.
+HINTS = {"port": "RROUTER_PORT=8400 rrouter start", "setup": "rrouter install",
+         "doctor": "rrouter check", "models": "rrouter explain", "modes": "rrouter mode NAME",
+         "switch": "rrouter mode NAME", "login": "cli-proxy-api -antigravity-login"}
 ARGUMENTS = {
-    "--auto": "only the decisions of auto mode", "--claude": "point Claude Code here, too",
+    "--auto": "only the decisions of auto mode", "--claude": "also point Claude Code here",
     "--dry-run": "say what would be done", "--json": "print JSON",
-    "--purge": "remove ~/.rrouter, too", "--stay": "keep it running until Ctrl-C",
+    "--purge": "also remove ~/.rrouter", "--stay": "keep it running until Ctrl-C",
     "--watch": "refresh every second until Ctrl-C", "-f": "follow until Ctrl-C",
-    "COMMAND": "its arguments, an example", "NAME": "the mode to set",
-    "MODEL": "as Claude Code sends it; without it, those that passed lately",
-    "bash|zsh|fish": "your shell",
+    "--days N": "the last N days with requests", "NAME": "the mode to set",
+    "COMMAND": "show its arguments and an example", "bash|zsh|fish": "your shell",
+    "MODEL": "as Claude Code sends it; the most recent ones if it is missing",
     "edit|reset|path": "open it in $EDITOR; write the defaults; print where it is"}
 
 
@@ -5608,25 +5648,30 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
             f"use `{hint}`" if hint else
             f"did you mean '{similar[0]}'?" if similar else "see `rrouter help`"))
     parser = argparse.ArgumentParser(
-        f"rrouter {row.name}", f"rrouter {row.usage}", f"rrouter {row.name}: {row.help}",
-        f"example: {row.example or 'rrouter ' + row.name}", allow_abbrev=False)
+        f"rrouter {row.name}", f"rrouter {row.usage}", row.help, allow_abbrev=False,
+        exit_on_error=False, epilog=f"example: {row.example or 'rrouter ' + row.name}")
     parser.set_defaults(run=row.run, command=row.name)      # not the alias that was typed
-    for argument in row.usage.split()[1:]:
+    for argument in re.findall(r"\[[^\]]+\]|\S+", f"{row.usage} {row.hidden}")[1:]:
         word = argument.strip("[]")
-        if word[0] == "-":
-            parser.add_argument(word, action="store_true", help=ARGUMENTS[word])
-        else:
-            parser.add_argument("word", nargs="?", metavar=word, help=ARGUMENTS[word])
-    for name, options in row.hidden:
-        parser.add_argument(name, help=argparse.SUPPRESS, **options)
-    takes = re.findall(r"[^\[\]| ]+", row.usage)[1:]
-    found, wrong = parser.parse_known_args(rest)
-    if "|" in row.usage and found.word not in (*takes, None if "[" in row.usage else ""):
-        wrong.append(found.word or "")
-    if wrong:       # argparse would say it in its own jargon
+        about = ARGUMENTS.get(word, argparse.SUPPRESS)
+        name, _, value = word.partition(" ")
+        if value:
+            parser.add_argument(name, type=int, choices=range(1, 10_000), metavar=value, help=about)
+        elif word[0] == "-":
+            parser.add_argument(word, action="store_true", help=about)
+        else:           # the default "" of a required word is not one of its choices
+            parser.add_argument("word", nargs="?", metavar=word, help=about,
+                                default="" if argument == word else None,
+                                choices=word.split("|") if "|" in word else None)
+    try:
+        found, wrong = parser.parse_known_args(rest)
+    except argparse.ArgumentError:
+        wrong = [" ".join(rest)]
+    if wrong:           # argparse would say it in its own jargon
+        takes = re.findall(r"[^][| ]+(?: [A-Z])?", row.usage)[1:]
         given = f", not '{printable(wrong[0], 40)}'" if wrong[0] else ""
         raise UsageError(f"{row.name} takes {', '.join(takes) or 'no argument'}{given}; "
-                         f"see `rrouter {row.name} --help`")
+                         f"see `{parser.prog} --help`")
     return found
 
 
@@ -5645,10 +5690,9 @@ def cmd_help(context: Context) -> None:
 def check_service(home: str) -> Iterator[tuple[str, str]]:
     """Yield which Python runs the installed program, and whether a service manager starts it."""
     program = os.path.join(home, "bin", "rrouter")
-    head, files = b"", {}
-    with contextlib.suppress(OSError, RouterError):
+    head = b""
+    with contextlib.suppress(OSError):
         head = (content_of(program) or b"")[:4096]
-        files = read_record(Paths(home))[0]
     match = re.match(rb"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head)
     if match:
         python = os.fsdecode(match[1] or match[2])
@@ -5657,13 +5701,10 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
     manager, why = reach_manager(home)
     path = next(filter(os.path.isfile, [manager.path] if manager else service_files(home)), None)
     if not path:
-        yield OK, ("service: none is installed; rrouter start forks a daemon, and nothing starts "
-                   "it at the next login")
+        yield OK, "service: none is installed, so nothing starts rrouter at the next login"
     elif not os.access(program, os.X_OK):
         yield FAIL, (f"service: {path} starts {program}, which does not exist: "
                      "run install.sh again")
-    elif path in files and digest(content_of(path) or b"") != files[path][-1]:
-        yield WARN, f"service: {path} is not what was installed: changed by you, or older"
     elif manager is None:
         yield WARN, f"service: {path} is installed, but {why}: rrouter start forks"
     else:
@@ -5671,7 +5712,7 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
 
 
 def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield whether Claude Code sends its requests here: by its settings, else by this shell."""
+    """Yield whether Claude Code is set up to use rrouter, in its settings or in this shell."""
     path, wanted = claude_settings_path(home), f"http://localhost:{settings.port}"
     try:
         in_file = claude_environment(home)
@@ -5703,11 +5744,10 @@ def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tu
 
 def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
     """Return (status, body) of /v1/models; raise UpstreamUnreachable."""
-    path = upstream.base_path.decode("ascii") + "/v1/models"
     try:
         with contextlib.closing(upstream.open()) as connection, \
                 total_limit(connection.sock, LIST_S):
-            connection.request("GET", path, headers=fields)
+            connection.request("GET", f"{upstream.base_path.decode()}/v1/models", headers=fields)
             response = connection.getresponse()
             return response.status, response.read(READ_AHEAD_MAX_BYTES)
     except (OSError, http.client.HTTPException) as error:
@@ -5715,13 +5755,13 @@ def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
 
 
 def alias_blocks(names: list[str], known: list[str]) -> str:
-    """Return the lines for CLIProxyAPI's config.yaml that make `names` mean the like of `known`."""
+    """Return lines for CLIProxyAPI's config.yaml that map `names` to the most similar `known`."""
     import difflib
     entries = []
     for name in names:
         found = difflib.get_close_matches(name, known, 1, 0)[0]
         entries += [f'- name: "{printable(found, 80)}"', f'  alias: "{printable(name)}"']
-        # Without this the id itself disappears; a claude- id then means the other channel alone.
+        # `fork` keeps the id itself.  A claude- id goes, so that it means the other channel alone.
         entries += [] if found.startswith("claude-") else ["  fork: true"]
     heads = (("# version 7", "oauth-model-alias:", "  antigravity:", "    "),
              ("# version 8", "oauth:", "  model-alias:", "    antigravity:", "      "))
@@ -5730,7 +5770,7 @@ def alias_blocks(names: list[str], known: list[str]) -> str:
 
 
 def check_models(config: Config, body: bytes) -> Iterator[tuple[str, str]]:
-    """Yield whether the upstream, which lists `body`, knows the names in the rules."""
+    """Yield whether the upstream knows the names in the rules; `body` is its list of models."""
     try:
         owners = {entry["id"]: entry.get("owned_by") for entry in json.loads(body)["data"]}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -5772,7 +5812,7 @@ def check_upstream(home: str, settings: Settings,
     variable = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
     helper = "what your apiKeyHelper prints" if "apiKeyHelper" in text and not variable else ""
     key = environment.get(variable, "")
-    key = key if key.isascii() and key.isprintable() else ""        # no other fits into a header
+    key = key if key.isascii() and key.isprintable() else ""      # else no header can hold it
     status, body = 502, b"is rrouter itself"
     try:
         if not points_to(settings.upstream, settings):
@@ -5802,7 +5842,7 @@ def check_upstream(home: str, settings: Settings,
 
 
 def check_outcomes(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what the failures that rrouter has seen say of the targets."""
+    """Yield what the failures that rrouter has seen show about the targets."""
     auto, failure = health["autoSwitch"], health["requests"]["lastFailure"]
     seen = {failed_side(own)[0]: own["reason"] for own in (auto, *auto["models"].values())
             if own["switched"]}
@@ -5850,7 +5890,7 @@ def run_checks(context: Context) -> Iterator[tuple[str, str]]:
 
 
 def cmd_check(context: Context) -> int:
-    """Print one line a check, with the remedy, and where to begin."""
+    """Print one line for each check, with the remedy, and say where to begin."""
     found = []
     for level, text in run_checks(context):
         label, _, rest = text.partition(": ")
@@ -5870,8 +5910,7 @@ def cmd_check(context: Context) -> int:
 
 COMMANDS = (
     Command("demo [--stay]", (), cmd_demo, "see it work: no account, no network, 10 s"),
-    Command("serve", (), cmd_serve, "run in the foreground; log to stderr too",
-            hidden=(("--ready-descriptor", {"type": int}),)),
+    Command("serve", (), cmd_serve, "run in the foreground", "", "[--ready-descriptor N]"),
     Command("start", (), cmd_start, "start the daemon (as a service if installed)",
             "RROUTER_PORT=8400 rrouter start"),
     Command("stop", (), lambda context: print(stop_daemon(context.paths, context.home)),
@@ -5879,6 +5918,8 @@ COMMANDS = (
     Command("restart", (), cmd_restart, "stop and start"),
     Command("status [--json] [--watch]", (), cmd_status, "show mode, target, requests and problems",
             "rrouter status --json | jq .currentTarget"),
+    Command("usage [--days N] [--json]", (), cmd_usage, "add up requests and tokens by day",
+            "rrouter usage --days 7"),
     Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
     Command("auto", ("a",), cmd_mode, "Antigravity, else Claude; repeat to retry now"),
@@ -5892,7 +5933,7 @@ COMMANDS = (
             "check everything and say how to fix it"),
     Command("config [edit|reset|path]", (), cmd_config,
             "print, edit or reset the config, or its path", "rrouter config | jq .auto",
-            (("--yes", {"action": "store_true"}),)),    # `reset` never asks
+            "[--yes]"),         # `reset` never asks
     Command("install [--claude] [--dry-run]", (), cmd_install,
             "install to ~/bin and start, or upgrade", "rrouter install --claude"),
     Command("uninstall [--purge] [--dry-run]", (), cmd_install, "undo install"),
@@ -5905,23 +5946,19 @@ COMMANDS = (
 )
 
 
-def run_command(argv: list[str] | None) -> int:
+def run_command(words: list[str]) -> int:
     """Run one command; return its exit status."""
-    descriptor = 0
-    while descriptor <= 2:          # else the next file opened would get the number of a closed one
-        descriptor = os.open(os.devnull, os.O_RDWR)
-    os.close(descriptor)
-    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
-    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
-    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    for name in ("stdin", "stdout", "stderr"):  # else a file gets the number of a closed one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r+", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
-    os.umask(os.umask(0o077) & 0o077)       # an odd one would keep even us from our files
+    os.umask(os.umask(0o077) & 0o077)       # a strict one would lock us out of our files
     if not os.environ.get("HOME"):
-        os.environ.pop("HOME", None)        # now it is that of the user database
+        os.environ.pop("HOME", None)        # `expanduser` then asks the user database
     try:
         try:
-            arguments = parse_command(list(sys.argv[1:] if argv is None else argv), COMMANDS)
+            arguments = parse_command(words, COMMANDS)
             home = os.path.expanduser("~")
             if not os.path.isabs(home):
                 raise UsageError(f"HOME={printable(home)}: expected the absolute path of your "
@@ -5942,18 +5979,16 @@ def run_command(argv: list[str] | None) -> int:
         return 1
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; return its exit status, or exit with it where `argv` is None."""
+def main() -> NoReturn:
+    """Run one command; exit with its status."""
     try:
-        status = run_command(argv)
+        status = run_command(sys.argv[1:])
     except KeyboardInterrupt:
         status = 130
-    if argv is None:                    # the caller in a zip application drops what `main` returns
-        # From here on Ctrl-C ends it at once: Python would show a traceback while it ends.
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-        sys.exit(status)
-    return status
+    # From here on Ctrl-C ends the process at once, because Python would print a traceback at exit.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
 
 
 if __name__ == "__main__":
