@@ -1,5 +1,5 @@
 #!/bin/sh
-# Finds a Python for rrouter.py and has it install itself, or take back what it installed.
+# Finds a Python for rrouter.py and has it install itself, or undo that.
 
 set -u
 
@@ -11,8 +11,8 @@ Usage: ./install.sh [--claude] [--dry-run]
 Finds a Python and runs `rrouter.py install` or `rrouter.py uninstall` with it: ~/bin/rrouter,
 ~/.rrouter, and a systemd user unit or a launchd agent.  Running it again upgrades.
 
-  --claude      also point Claude Code here, in its settings.json, with a status line
-  --uninstall   stop rrouter and take back what was installed; ~/.rrouter stays
+  --claude      also point Claude Code at rrouter in its settings.json, with a status line
+  --uninstall   stop rrouter and undo the installation; ~/.rrouter stays
   --purge       with --uninstall: remove ~/.rrouter, too
   --dry-run     change nothing, say what would be done
   -h, --help    print this

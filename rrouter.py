@@ -5,7 +5,7 @@
 
 The path of a request, each step a method or function of that name in this file:
 
-    ProxyHandler.handle           a thread for each client connection, one request after the other
+    ProxyHandler.handle           a thread for each client connection, one request after another
     ProxyHandler._handle_request  one request, or the error that refuses it
       ClientConnection.read_head    its head, strictly parsed
       check_origin, outbound_head   a web page's request is refused; Host becomes the upstream's
@@ -19,15 +19,15 @@ The path of a request, each step a method or function of that name in this file:
       Attempt.run                   one try on one target
         splice                        the model name is replaced, nothing else
         Upstream.send                 on a kept or a new connection; the response head is read
-        Attempt._hold_back            the response is held until it is known to be of use
-        without_thinking              sent once more if the target rejects the history
+        Attempt._hold_back            the response is held until it is known to be usable
+        without_thinking              cleans the history for a second send if the target rejects it
       judge                         after a second try: which failure counts, which response wins
     Exchange._relay               the response is forwarded as it arrives (ResponseWriter)
       Failover.commit               a probe succeeds, because the client gets its response
       Exchange._settle              Failover learns the outcome (credit, charge, release)
       Exchange._end                 it is counted and logged; then its last bytes are sent
 
-Files: ~/.rrouter/{mode,config.json,rrouter.pid,rrouter.lock,run.json,state.json,logs/rrouter.log}
+Files: ~/.rrouter/{mode,{config,state,run,install}.json,rrouter.{pid,lock},logs/rrouter.log}
 Environment: RROUTER_PORT, RROUTER_UPSTREAM, RROUTER_HOST, RROUTER_ALLOWED_HOSTS.
 Exit status: 0 done, 1 failed, 2 usage, 3 not running.
 """
@@ -106,16 +106,16 @@ DEFAULT_CONFIG: dict[str, Any] = {
 MODE_AUTO = "auto"              # built in: config.json cannot define it
 
 # Auto mode.
-RECHECK_S = 60                  # at least, before a probe, because a move loses the prompt cache
-EVENT_S = 2                     # between failures that one event may have caused
+RECHECK_S = 60                  # least time before a probe, because a move loses the prompt cache
+EVENT_S = 2                     # failures this close together may have one cause
 EVENTS_REMEMBERED = 16          # failures that a later one is compared with
-SLOW_FAILURE_S = 20             # by then CLIProxyAPI has retried by itself
-LONG_FAILURE_S = 60             # a failure this slow counts, even if the client left the rescue
+SLOW_FAILURE_S = 20             # a failure slower than this means that CLIProxyAPI retried first
+LONG_FAILURE_S = 60             # a failure this slow counts even if the client left the rescue
 ABANDONED_S = 120               # when a client leaves a stream this silent, the target timed out
-NAMES_REMEMBERED = 256          # of models and sessions, because clients must not fill the memory
+NAMES_REMEMBERED = 256          # models and sessions, because clients must not fill the memory
 STAY_S = 300                    # default of auto.stay: by then a prompt cache has expired
 STAY_MAX_S = 3600               # limit of auto.stay, and of a stay without any pause
-MODEL_NAME_MAX = 256            # characters; a longer name has no failover machine
+MODEL_NAME_MAX = 256            # characters; a longer name gets no breaker
 
 # Heads and bodies.  Smaller limits refuse real messages, larger ones let a peer take memory.
 HEAD_MAX_BYTES = 64 * 1024      # start line and fields together; nginx allows 32 KiB, Go 1 MiB
@@ -131,11 +131,11 @@ READ_AHEAD_S = 10               # from the head of an error response to its end
 TICK_S = 0.5                    # how late a client that left is noticed; 1 s is promised
 LIST_S = 5                      # for the whole list of models, when `check` asks for it
 CONNECT_S = 3                   # per address of the upstream, which is on this machine or near it
-IDLE_S = 300                    # between two requests; if less, clients reuse connections we close
+IDLE_S = 300                    # between requests; if less, clients use connections just closed
 HEAD_S = 15                     # for one request head; if more, a slow client holds a thread longer
 BODY_STALL_S = 60               # without a byte of the request body, whose memory is held meanwhile
 WRITE_STALL_S = 300             # without the client reading; Claude Code itself waits 300 s
-LINGER_S = 1                    # for the client to close first; else a reset destroys the response
+LINGER_S = 1                    # for the client to close first; else a reset may cut the response
 POOL_MAX = 32                   # idle upstream connections; each one costs a descriptor
 POOL_IDLE_S = 60                # if more, servers close them first, commonly after 60 s or later
 CONNECTIONS_MAX = 512           # clients at once; each one costs a thread
@@ -145,15 +145,15 @@ RECEIVE_BYTES = 64 * 1024       # from the upstream; a larger buffer costs each 
 REQUEST_BYTES = 256 * 1024      # from a client; 8 % faster than 64 KiB for a request of 77 KB
 JOINED_BYTES = 64 * 1024        # a larger request costs more to copy than a second call to send
 BODY_STEP_BYTES = 1024 * 1024   # the most memory that a request body gets before its bytes arrive
-STALE_S = 1                     # a kept connection that closes so soon was dead before
-STOPPED_S = 1                   # a wait this much too long: the process was stopped, so limits move
+STALE_S = 1                     # a kept connection that closes this soon was dead before
+STOPPED_S = 1                   # a longer delay means a stopped process, so limits are extended
 RECONNECT_EVERY_S = 0.25        # between connection attempts while the upstream is away
 RECONNECT_FOR_S = 15            # for all of them; a restart of CLIProxyAPI takes less
 
 # Files and the daemon.
 POLL_S = 0.2                    # how often the watcher looks at the files; 0.25 s is promised
-# A younger file may change without a new time stamp, because the kernel's clock ticks every 4 to
-# 10 ms.  The second value is for whole seconds (HFS+, FAT, some network file systems).
+# A file younger than this may change without a new time stamp, because the kernel's clock ticks
+# every 4 to 10 ms.  The second value is for whole seconds (HFS+, FAT, some network file systems).
 SETTLED_S, SETTLED_COARSE_S = 0.05, 2
 TRIM_S = 1                      # at least, between two returns of free memory to the system
 FILE_MAX_BYTES = 1024 * 1024    # mode, config.json and state.json are a few KB
@@ -166,18 +166,18 @@ MODELS_SHOWN = 5                # by `explain` without a name
 HOOK_S = 10                     # for the program of auto.onSwitch
 START_S = 15                    # for a new daemon to respond; the slowest machine seen takes 1 s
 
-# RFC 9110 §7.6.1, and those that Go's httputil.ReverseProxy removes as well.
+# The fields of RFC 9110 §7.6.1, and the others that Go's httputil.ReverseProxy removes.
 HOP_BY_HOP = frozenset((
     b"connection", b"proxy-connection", b"keep-alive", b"proxy-authenticate",
     b"proxy-authorization", b"te", b"trailer", b"transfer-encoding", b"upgrade"))
 
-# The types that Anthropic's API uses with these statuses; Claude Code shows and sorts by them.
+# Anthropic's types for the statuses of rrouter's errors; the others are invalid_request_error.
 ERROR_TYPES = {
     403: "permission_error", 404: "not_found_error", 408: "timeout_error", 413: "request_too_large",
     500: "api_error", 502: "api_error", 503: "overloaded_error", 504: "timeout_error"}
 
-# Claude Code's patterns (lower case, without backticks), then the wordings of Gemini, which it does
-# not know.  A row matches if all its words are present, in any order.
+# The patterns of Claude Code (lower case, without backticks), then wordings of Gemini, which Claude
+# Code does not know.  A row matches if all its words are present, in any order.
 SIGNATURE_WORDINGS = (
     (b"signature in thinking block",), (b"invalid data in redacted_thinking block",),
     (b"thinking.signature", b"field required"),
@@ -185,7 +185,7 @@ SIGNATURE_WORDINGS = (
     (b"redacted_thinking", b"cannot be modified"), (b"redacted_thinking", b"invalid signature"),
     (b"corrupted thought signature",), (b"invalid thought signature",),
     (b"thought signature is not valid",), (b"bound to a different conversation",))
-# Responses of CLIProxyAPI that come without asking a provider: statuses, words, name in the log.
+# Shelf responses (CLIProxyAPI asked no provider): statuses, words, name in the log.
 UNKNOWN_MODEL = "unknown provider for model"
 SHELF_WORDINGS = (
     ((503,), (b"auth_unavailable",), "auth_unavailable"),
@@ -267,7 +267,7 @@ class UpstreamTimeout(UpstreamError):
 
 BytesLike = Union[bytes, bytearray, memoryview]
 T = TypeVar("T")
-RULE_KEYS = "match", "rewrite", "agent", "class"    # of Rule in config.json, in its order
+RULE_KEYS = "match", "rewrite", "agent", "class"    # in config.json, in the order of Rule's fields
 
 
 class Rule(NamedTuple):
@@ -276,7 +276,7 @@ class Rule(NamedTuple):
     match: str
     rewrite: str
     agent: str = ""             #: a glob that the agent must match as well; "" for any
-    request_class: str = ""     #: the same for the class of the request
+    request_class: str = ""     #: the same for the request class
 
 
 class AutoSettings(NamedTuple):
@@ -293,7 +293,7 @@ class AutoSettings(NamedTuple):
     def first_byte_limit_s(self, streamed: bool) -> float:
         """Return how long an attempt may stay silent, in seconds."""
         # A response that is not streamed is generated as a whole before its first byte arrives.
-        # Claude Code gives up at 300 s, so a later timeout comes too late.
+        # Claude Code gives up on it at 300 s, so a later timeout would come too late.
         return self.first_byte_s if streamed else min(2 * self.first_byte_s, 280)
 
 
@@ -313,7 +313,7 @@ class Config(NamedTuple):
         return [*self.modes] + [MODE_AUTO] * (not self.auto_error)
 
     def resolve(self, mode: str) -> str:
-        """Return the mode in force for `mode`, one of the modes or a usable `auto`."""
+        """Return `mode` if it can be set, else the default mode, else the first that can."""
         usable = self.choices
         return next(name for name in (mode, self.default_mode, *usable) if name in usable)
 
@@ -391,18 +391,18 @@ class Fault(enum.Enum):
 
     STATUS = "status"           #: HTTP 400 and above
     TOO_LARGE = "too large"     #: a request that this target cannot take
-    REJECTED = "rejected"       #: thinking signatures of another backend, with nothing to remove
+    REJECTED = "rejected"       #: thinking signatures rejected, with no thinking block to remove
     SHELF = "shelf"             #: CLIProxyAPI responded without asking a provider
     NO_MESSAGE = "no message"   #: a 2xx without a message, or with an empty one
     TIMEOUT = "timeout"
-    DROPPED = "dropped"         #: the connection dropped, or what came is not HTTP
+    DROPPED = "dropped"         #: the connection dropped, or the upstream did not send HTTP
     UNREACHABLE = "unreachable"
     OWN = "own"                 #: an error that another rrouter generated
     LEFT = "left"               #: the client left before the attempt ended
 
 
 class Outcome(NamedTuple):
-    """How one attempt ended, as known before the client has received a byte."""
+    """How one attempt ended."""
 
     fault: Fault | None         #: None: the attempt succeeded
     status: int                 #: of the response, or of the error that replaces it
@@ -411,14 +411,14 @@ class Outcome(NamedTuple):
     ended: float = 0.0
     retry_after_s: float | None = None
     keeps_400: bool = False     #: the healed send failed, and the client gets the original 400
-    direct: bool = False        #: it came after the first content and could not be rescued
+    direct: bool = False        #: the failure came too late for a rescue
 
 
 LEFT = Outcome(Fault.LEFT, 499, "the client left")
 
 
 class Verdict(NamedTuple):
-    """The meaning of the outcomes of one request."""
+    """What `judge` decides about the two attempts of one request."""
 
     counts: tuple[bool, bool]   #: whether the first and the second failure count
     chosen: int                 #: whose response the client gets: 0 or 1
@@ -429,7 +429,7 @@ class Ticket(NamedTuple):
 
     target: str
     model: str
-    generation: int             #: of the machine when the attempt began
+    generation: int             #: of the breaker when the attempt began
     probe: int = 0              #: number of the probe this is; 0 for none
     quiet: bool = False         #: a probe of the shelf, logged only if its response changes
     session: str = ""           #: "" if the client names none
@@ -441,11 +441,11 @@ class Settings(NamedTuple):
     host: str
     port: int
     upstream: str
-    allowed_hosts: tuple[str, ...] = ()     #: more names for Host than those of loopback
+    allowed_hosts: tuple[str, ...] = ()     #: allowed in Host, in addition to the loopback names
 
     @property
     def listen_addr(self) -> str:
-        """The address as people write it."""
+        """HOST:PORT, with an IPv6 address in brackets."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 
@@ -453,7 +453,7 @@ class Settings(NamedTuple):
 # Text #########################################################################
 
 def printable(text: str, limit: int = 300) -> str:
-    """Return `limit` characters of `text`, escaped for a log line, a header or a terminal."""
+    """Return at most `limit` characters of `text`, escaped for a log, a header or a terminal."""
     if len(text) > limit:
         text = text[:limit] + "..."
     if text.isascii() and text.isprintable():
@@ -494,7 +494,7 @@ def error_body(status: int, message: str) -> bytes:
 
 
 def describe_defect(error: BaseException | None) -> str:
-    """Return the place and the kind of an internal error, without values: they may be secrets."""
+    """Return the place and kind of an internal error, without values, which may be secret."""
     where, trace = [], error.__traceback__ if error is not None else None
     while trace is not None:
         where.append(f"{trace.tb_frame.f_code.co_name}:{trace.tb_lineno}")
@@ -521,7 +521,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _expect(fits: bool, path: str, what: str, value: Any) -> None:
-    """Raise ConfigError unless the value at `path` is what config.json may hold there."""
+    """Raise ConfigError unless the value at `path` fits."""
     if not fits:
         try:
             found = printable(json.dumps(value), limit=60)
@@ -535,7 +535,7 @@ def _members(value: Any, path: str, known: Collection[str],
     """Return the object `value`; add each member that is not `known` to `problems`."""
     _expect(isinstance(value, dict), path or "the top level", "an object", value)
     prefix = f"{path}." if path else ""
-    problems.extend(f"{prefix}{printable(key)}: unknown key, ignored; known are {', '.join(known)}"
+    problems.extend(f"{prefix}{printable(key)}: unknown key, ignored; known: {', '.join(known)}"
                     for key in value if key not in known)
     return dict(value)
 
@@ -547,7 +547,7 @@ def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
             raise ConfigError(f"{path}.{key}: missing, expected a string")
         text = members.get(key, "*")
         _expect(isinstance(text, str) and text != "", f"{path}.{key}",
-                "a string that is not empty", text)
+                "a non-empty string", text)
         try:
             re.compile(fnmatch.translate(text if key != "rewrite" else ""))
         except re.error:                # [z-a], before Python 3.10
@@ -572,10 +572,10 @@ def _parse_modes(value: Any, problems: list[str]) -> dict[str, tuple[Rule, ...]]
 
 
 def _number(value: Any, path: str, low: float, high: float) -> Any:
-    """Return a number of config.json; it must be whole if `low` is whole."""
+    """Return `value`, a number from `low` to `high`; it must be an int if `low` is one."""
     kind = "whole number" if isinstance(low, int) else "number"
     kinds = int if isinstance(low, int) else (int, float)
-    _expect(isinstance(value, kinds) and value is not True and low <= value <= high, path,
+    _expect(isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high, path,
             f"a {kind} from {low} to {high}", value)
     return value
 
@@ -586,12 +586,12 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
     targets, minutes, hook = (members[key] for key in ("targets", "cooldownMinutes", "onSwitch"))
     _expect(isinstance(targets, list) and len(targets) == 2 and targets[0] != targets[1]
             and all(isinstance(target, str) for target in targets),
-            "auto.targets", "two different names of modes", targets)
+            "auto.targets", "the names of two different modes", targets)
     _expect(isinstance(minutes, list) and len(minutes) > 0, "auto.cooldownMinutes",
             "a list of minutes", minutes)
     _expect(isinstance(hook, list) and all(isinstance(word, str) for word in hook),
             "auto.onSwitch", "a list of strings, a program and its arguments", hook)
-    # The low ends let a trial run in seconds; values beyond the high ends are typing errors.
+    # The lower bounds let a trial run in seconds; a value above an upper bound is a typing error.
     return AutoSettings(
         targets=(targets[0], targets[1]),
         failure_threshold=_number(members["failureThreshold"], "auto.failureThreshold", 1, 1000),
@@ -621,11 +621,11 @@ def parse_config(text: str) -> Config:
     if unknown:
         auto_error = (f"auto.targets: {unknown}: not among the modes ({', '.join(modes)}), "
                       "so mode auto cannot be used")
-        # The built-in targets do not matter to a config that never uses auto.
+        # A config that never uses auto need not define the built-in targets.
         if "targets" in top.get("auto", {}) or default_mode == MODE_AUTO:
             problems.append(auto_error)
     conditions = frozenset(key for rules in modes.values() for rule in rules
-                           for key, glob in zip(RULE_KEYS[2:], rule[2:]) if glob)
+                           for key, pattern in zip(RULE_KEYS[2:], rule[2:]) if pattern)
     return Config(modes, default_mode, auto, auto_error, tuple(problems), conditions)
 
 
@@ -677,7 +677,7 @@ def describe_config_error(error: Exception) -> str:
 
 
 def describe_unknown_mode(mode: str, choices: Iterable[str]) -> str:
-    """Return what to say of a mode that cannot be set."""
+    """Return why `mode` cannot be set, and which modes can."""
     return f"'{printable(mode, 40)}' is not defined by config.json (defined: {', '.join(choices)})"
 
 
@@ -719,7 +719,7 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
             ("RROUTER_UPSTREAM", _is_upstream_url(upstream),
              "http(s)://HOST[:PORT][/PATH] without user, query or fragment"),
             ("RROUTER_ALLOWED_HOSTS", all(map(_is_host, allowed)),
-             "names or addresses, without port, separated by commas")):
+             "names or addresses, without ports, separated by commas")):
         if not fits:
             raise UsageError(f"{name}={printable(_without_password(values[name]))}: "
                              f"expected {expected}")
@@ -730,13 +730,13 @@ def read_environment(environ: Mapping[str, str]) -> Settings:
 
 def match_rule(rules: Iterable[Rule], model: str,
                sender: tuple[str, str] = ("", "")) -> Rule | None:
-    """Return the first rule that matches `model` and its sender, an agent and a class, or None."""
+    """Return the first rule that matches `model` and `sender` (agent and class), or None."""
     for rule in rules:
         if model != rule.match and not fnmatch.fnmatchcase(model, rule.match):
             continue
         if not (rule.agent or rule.request_class) or all(
-                not glob or (name and fnmatch.fnmatchcase(name, glob.lower()))
-                for name, glob in zip(sender, rule[2:])):
+                not pattern or (name and fnmatch.fnmatchcase(name, pattern.lower()))
+                for name, pattern in zip(sender, rule[2:])):
             return rule
     return None
 
@@ -751,9 +751,9 @@ def decide_route(config: Config, target: str, model: str | None,
 # Messages: heads ##############################################################
 
 # `http.server` and `http.client` parse heads with the e-mail parser: it ends a head at its first
-# odd line (the later fields, Content-Length among them, vanish and the body becomes the next
-# request), obeys a bare CR and takes the first of two lengths (python/cpython#150499).  These
-# expressions admit exactly what RFC 9112 §2-5 allows.
+# malformed line (the later fields, Content-Length among them, vanish and the body becomes the next
+# request), ends a line at a bare CR and takes the first of two lengths (python/cpython#150499).
+# These expressions follow the grammar of RFC 9112 §2-5, and take any visible ASCII for a target.
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
 _FIELDS = b"((?:%b:%b\r\n)*)" % (_TOKEN, _TEXT)
@@ -816,7 +816,7 @@ def _refusal(head: bytes) -> RequestError:
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, bytes]:
-    """Return (target in origin form, authority): that of an absolute target replaces `host`."""
+    """Return the target in origin form, and its authority: `host` unless it was absolute."""
     if method in (b"CONNECT", b"TRACE"):    # a tunnel bypasses the upstream; an echo shows secrets
         raise RequestError(405, f"{method.decode('ascii')} is not supported")
     if target.startswith(b"/") or (target == b"*" and method == b"OPTIONS"):
@@ -854,7 +854,7 @@ def _request_length(fields: Fields, http11: bool) -> int | None:
 
 
 def parse_request_head(head: bytes) -> RequestHead:
-    """Return the request whose head is `head`; raise RequestError if it is odd or ambiguous."""
+    """Return the parsed `head` of a request; raise RequestError if it is malformed or ambiguous."""
     match = _REQUEST_HEAD.fullmatch(head)
     if not match:
         raise _refusal(head)
@@ -890,7 +890,7 @@ def parse_request_head(head: bytes) -> RequestHead:
 def check_head_start(data: bytes, seen: int) -> None:
     """Raise RequestError if the incomplete head `data`, checked up to `seen`, cannot become valid.
 
-    A client that speaks TLS, HTTP/0.9 or bare line feeds would otherwise wait for a response.
+    A client that sends TLS, HTTP/0.9 or bare line feeds would otherwise wait for a response.
     """
     if b"\n" in data and not _REQUEST_LINE.match(data):
         raise _refusal(data)
@@ -901,10 +901,10 @@ def check_head_start(data: bytes, seen: int) -> None:
 def check_origin(head: RequestHead, hosts: Collection[str]) -> None:
     """Raise RequestError 403 for a request that a web page may have sent.
 
-    Host must be one of `hosts`, if there are any.  Any page could otherwise spend the user's quota:
-    the upstream allows every Origin, a text/plain POST needs no preflight, and a page can rebind
-    its host name to 127.0.0.1 (CVE-2024-28224, CVE-2025-66414).  `Sec-Fetch-Mode` proves nothing,
-    because Node's fetch sends it as well.
+    Host must be one of `hosts`, unless that is empty.  Otherwise any page could spend the user's
+    quota: the upstream allows every Origin, a text/plain POST needs no preflight, and a page can
+    rebind its host name to 127.0.0.1 (CVE-2024-28224, CVE-2025-66414).  `Sec-Fetch-Mode` proves
+    nothing, because Node's fetch sends it as well.
     """
     host = re.sub(r"\.?(?::[0-9]*)?\Z", "", head.authority, count=1).lower()
     if hosts and (head.http11 or head.authority) and host not in hosts:
@@ -935,7 +935,7 @@ def outbound_head(head: RequestHead, authority: bytes, base_path: bytes) -> tupl
 
 
 def parse_response_head(head: bytes) -> ResponseHead:
-    """Return the response whose head is `head`; raise UpstreamError if it is odd or ambiguous."""
+    """Return the parsed `head` of a response; raise UpstreamError if malformed or ambiguous."""
     match = _RESPONSE_HEAD.fullmatch(head)
     if not match:
         raise UpstreamError("sent a malformed response head")
@@ -959,7 +959,7 @@ def read_windows(fields: Fields) -> dict[str, dict[str, Any]]:
     windows = {}
     for name, (used, reset) in _WINDOWS.items():
         if used in fields.values:
-            with contextlib.suppress(ValueError, OverflowError, OSError):   # odd numbers
+            with contextlib.suppress(ValueError, OverflowError, OSError):   # unusable numbers
                 windows[name] = {"usedPercent": round(100 * float(fields.value(used))),
                                  "until": utc(float(fields.value(reset)))}
     return windows
@@ -976,11 +976,11 @@ def response_head_bytes(head: ResponseHead, extra: bytes) -> bytes:
 # Messages: bodies #############################################################
 
 class PlainBody:
-    """Decodes a body of `length` bytes; with None it ends with its connection (HTTP/1.0)."""
+    """Decodes a body of `length` bytes, or, with None, one that ends with its connection."""
 
     def __init__(self, length: int | None) -> None:
-        self.delimited = length is not None     #: it ends before its connection does
-        self.left = 1 << 62 if length is None else length   #: bytes due, of the body or a chunk
+        self.delimited = length is not None     #: its end is marked
+        self.left = 1 << 62 if length is None else length   #: bytes to come, of the body or a chunk
         self.done = length == 0
         self.rest = b""                 #: the bytes after the end
         self.fault = ""                 #: what broke the body; `finish` raises it
@@ -994,7 +994,7 @@ class PlainBody:
         return data
 
     def finish(self) -> None:
-        """End the body here, with its connection; raise UpstreamError if that truncates it."""
+        """End the body where its connection ends; raise UpstreamError if it is cut or faulty."""
         if self.delimited or self.fault:
             raise UpstreamError(self.fault or "broke off in the middle of its response")
         self.done = True
@@ -1012,8 +1012,8 @@ class ChunkedBody(PlainBody):
     def __init__(self) -> None:
         super().__init__(0)
         self.done = self._in_trailers = False
-        # A size line or trailers, truncated so far.  A CR LF that was never sent makes the first
-        # size line look like the others, which follow the CR LF of the chunk before.
+        # The incomplete size line or trailers.  A CR LF that was never sent makes the first size
+        # line look like the others, which follow the CR LF of the chunk before.
         self._held = b"\r\n"
 
     def feed(self, data: bytes) -> bytes:
@@ -1021,7 +1021,7 @@ class ChunkedBody(PlainBody):
         if self.left >= len(data):     # the middle of a large chunk
             self.left -= len(data)
             return data
-        position = self.left           # where the chunk under way ends
+        position = self.left           # where the current chunk ends
         payload = [data[:position]] if position else []
         self.left = 0
         data, self._held = self._held + data, b""
@@ -1045,9 +1045,9 @@ class ChunkedBody(PlainBody):
         return b"".join(payload)
 
     def _hold(self, data: bytes, truncated: re.Pattern[bytes]) -> None:
-        """Keep `data` until more comes, or find the fault in it if it is not just `truncated`."""
+        """Keep `data` until more comes; set `fault` if it does not match `truncated`."""
         self._held = data
-        if data == b"\r\n":              # after each whole chunk
+        if data == b"\r\n":              # the usual case: `feed` ended with a whole chunk
             return
         if len(data) > TRAILERS_MAX_BYTES or not truncated.fullmatch(data):
             self.fault = "sent a malformed chunk"
@@ -1066,15 +1066,15 @@ _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
 _AGENT = re.compile(rb"oh-my-claudecode:([A-Za-z0-9_-]+)")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
-# Scans a value in C.  The hooks avoid building numbers and objects that are never read, and the
-# limit of int() on digits; NaN, which is not JSON, is a ValueError of int().
+# Scans a value in C.  The hooks keep it from building numbers and objects that are never read, and
+# from the limit on the digits of an int.  int() raises ValueError for NaN, which is not JSON.
 _DECODER = json.JSONDecoder(
     parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len)
 _BETWEEN_TOKENS = re.compile(r"[ \t\n\r]*[,:]?[ \t\n\r]*")
 
 
 def _next_token(text: str, position: int) -> int:
-    """Return where the next token begins after space, and after a comma or colon."""
+    """Return where the next token begins, after white space and at most one comma or colon."""
     match = _BETWEEN_TOKENS.match(text, position)
     return match.end() if match else position
 
@@ -1124,7 +1124,7 @@ def find_model(body: BytesLike) -> tuple[int, int, str] | None:
 
 def find_agent(body: BytesLike) -> str:
     """Return the name after `oh-my-claudecode:` in the top-level `system`, "" without one."""
-    # Most bodies lack the word and are not parsed.  Within a message it names no agent.
+    # Most bodies lack the word and are not parsed.  In a message the word names no agent.
     with contextlib.suppress(ValueError, RecursionError):       # not JSON, or too deep
         for key, start, end in _walk_body(body)[1] if _AGENT.search(body) else ():
             if key == "system":
@@ -1135,7 +1135,7 @@ def find_agent(body: BytesLike) -> str:
 
 def asks_for_stream(body: BytesLike) -> bool:
     """Return whether `body` seems to ask for a stream, a guess that only timeouts depend on."""
-    # First at the two ends, among the few small members beside the messages.
+    # The two ends first, because the small members stand there, before or after the messages.
     return any(map(_STREAM_MEMBER.search, (body[-2048:], body[:2048], body)))
 
 
@@ -1161,7 +1161,7 @@ def _is_thinking(text: str, block: int) -> bool:
 
 
 def without_thinking(body: BytesLike) -> bytes | None:
-    """Return `body` without its thinking blocks, all else byte for byte; None if it has none."""
+    """Return `body` without its thinking blocks; None if it has none."""
     position, pieces = 0, []
     try:
         text, members = _walk_body(body)
@@ -1171,7 +1171,7 @@ def without_thinking(body: BytesLike) -> bytes | None:
             if len(kept) < len(blocks):
                 empty = '{"type":"text","text":"(no content)"}'     # the API refuses []
                 pieces += [text[position:blocks[0][0]], ",".join(kept) or empty]
-                position = blocks[-1][1]
+                position = blocks[-1][1]        # only the space between the blocks is lost as well
     except (ValueError, RecursionError):        # not JSON, or nested too deep
         return None
     return "".join([*pieces, text[position:]]).encode("latin-1") if pieces else None
@@ -1179,7 +1179,7 @@ def without_thinking(body: BytesLike) -> bytes | None:
 
 # Messages: responses ##########################################################
 
-# In the text, because a hop on the way may drop our header.
+# Searched in the body, because a hop on the way may drop `x-rrouter-error`.
 _OWN_ERROR = re.compile(rb'"message"\s*:\s*"rrouter: ')
 _RESET_AFTER = re.compile(
     rb"reset after (?:([0-9]{1,6})h)?(?:([0-9]{1,6})m)?(?:([0-9]{1,9})(?:\.[0-9]+)?s)?")
@@ -1201,7 +1201,7 @@ def read_failure(status: int, text: bytes) -> tuple[Fault, str]:
 
 
 def read_retry_after(seconds: str, milliseconds: str, text: bytes, now: float) -> float | None:
-    """Return after how many seconds a failed response asks for a retry, None if it does not.
+    """Return the seconds after which a failed response asks for a retry, None if it does not ask.
 
     The parameters are the values of Retry-After and retry-after-ms, the body, and the time.
     """
@@ -1270,11 +1270,11 @@ class StreamScan:
         self.committed = False
         self.defect = ""                #: before that: an error, or an end without content
         self.broken = self.ended = False    #: after that: an error came; the message ended
-        self.events = 0                 #: other than pings and comments
+        self.events = 0                 #: grows with each payload that has more than pings
 
     def feed(self, payload: bytes) -> None:
         """Read more of the stream."""
-        # Whole events with content alone need not be read; finding that out costs a tenth.
+        # Whole events with only content need no parsing; this test costs a tenth of it.
         if (self.committed and not self._partial and payload.endswith(b"\n\n")
                 and payload.startswith(b"event: content_block_delta\n")
                 and b"error" not in payload and b"message_stop" not in payload):
@@ -1289,7 +1289,7 @@ class StreamScan:
         if self._size > READ_AHEAD_MAX_BYTES and not self.defect:
             self.committed = True
         if len(self._partial) > READ_AHEAD_MAX_BYTES:
-            self._partial = self._partial[:100]     # the rest of it cannot matter
+            self._partial = self._partial[:100]     # enough for the name of the event
 
     def finish(self) -> None:
         """Read the end of the stream."""
@@ -1331,8 +1331,8 @@ class StreamScan:
 class TokenReader:
     """Reads the token counts near the beginning and the end of a response."""
 
-    _END_BYTES, _USAGE_BYTES = 4096, 512        # an event with tokens has less, its `usage` too
-    # Within strings the quotes would be escaped.  The last counts of a stream are its sums, or 0.
+    _END_BYTES, _USAGE_BYTES = 4096, 512    # more than an event with tokens takes, and its `usage`
+    # Quotes in a string would be escaped.  Later counts are sums and win, unless they are 0.
     _COUNT = re.compile(rb'"(cache_creation_input|cache_read_input|input|output)_tokens"\s*:\s*'
                         rb'([1-9][0-9]{0,11})[\s,}]')
 
@@ -1348,7 +1348,7 @@ class TokenReader:
             text += payload if self._decode is None else self._decode(payload)
         except zlib.error:              # damaged, or more than READ_AHEAD_MAX_BYTES at once
             return
-        if len(text) > 4 * end:         # `+=` above is cheap, because it rarely moves them
+        if len(text) > 4 * end:         # not at each call, because this moves the end
             del text[end:-end]
 
     def note(self) -> str:
@@ -1371,22 +1371,22 @@ OUTDATED = -1       # generation of a ticket whose failure no breaker counts
 # Faults that can count (others are neutral), and faults after which the other target is tried.
 COUNTED = frozenset((Fault.STATUS, Fault.SHELF, Fault.NO_MESSAGE, Fault.TIMEOUT))
 RESCUED = COUNTED | {Fault.TOO_LARGE, Fault.REJECTED, Fault.DROPPED}
-# Faults of the second attempt that excuse a timeout of the first, and the reverse.
+# Faults of one attempt that excuse a timeout of the other.
 EXCUSES = frozenset((Fault.TIMEOUT, Fault.DROPPED, Fault.UNREACHABLE))
 
-# Which of two failures helps the client more; lower is better.
+# Which of two failures helps the client more: the lower rank.
 STATUS_RANK = {429: 1, 401: 2, 403: 2, 404: 3, 408: 4, 504: 5}      # other 4xx: 0; other 5xx: 4
 FAULT_RANK: dict[Fault | None, int] = {Fault.SHELF: 6, Fault.NO_MESSAGE: 7}     # no response: 8
 
 
 def rank(failure: Outcome, other: Outcome) -> int:
-    """Return how useful a failure is to the client beside the `other` one; lower is better."""
+    """Return the rank of `failure`, given the `other` one; the lower, the more useful."""
     if failure.keeps_400:
         return 0
     fault, status = failure.fault, failure.status
     if fault is Fault.TOO_LARGE and other.fault in (Fault.STATUS, Fault.SHELF) and (
             other.status in (408, 429) or other.status >= 500):
-        return 9    # the client would compact its conversation, although a retry may serve it
+        return 9    # the client would compact its conversation, although a retry may succeed
     if fault in (Fault.STATUS, Fault.REJECTED, Fault.TOO_LARGE):
         return STATUS_RANK.get(status, 0 if status < 500 else 4)
     return FAULT_RANK.get(fault, 8)
@@ -1424,25 +1424,25 @@ SAVED: dict[str, Callable[[Any], Any]] = {
     "reason": str, "switched_at": float, "retry_at": float}
 
 
-# One machine answers "which of two targets?" for one scope: the whole target, or one model on it.
+# A breaker decides which of two targets serves one scope: the whole target, or one model on it.
 #
 #   state      event                                            next state   effect
 #   any        success of the current target                    same         n = 0
 #   any        its n-th failure in a row, n < limit             same         n counted
 #   CLOSED     the same, n = limit                              OPEN         N-th cooldown begins
 #   not CLOSED the same, n = limit                              CLOSED       cooldown cancelled
-#   OPEN       first success of away since the switch           OPEN         N + 1, unless on_shelf
+#   not CLOSED first success of away since the switch           same         N + 1, unless on_shelf
 #   OPEN       a request asks, cooldown over                    HALF_OPEN    it probes home
 #   HALF_OPEN  the probe commits                                CLOSED       recovered
 #   HALF_OPEN  the probe fails                                  OPEN         N-th cooldown begins
-#   HALF_OPEN  it fails as the shelf does, after a switch by it OPEN         another minute
+#   HALF_OPEN  on_shelf, and the probe fails like the shelf     OPEN         next in a minute
 #   HALF_OPEN  the probe is neutral                             OPEN         next in a minute
 #   any        outcome of the target that does not serve;       same         none
 #              failure of an attempt from before a switch,
 #              or of an event that has counted
 #
-# Each change of the current target sets n = 0.  HTTP failures and timeouts are counted apart.  N
-# starts over when twice the last cooldown has passed since the return to home, without a switch.
+# Each change of the current target sets n = 0.  HTTP failures and timeouts are counted apart.  N,
+# or `level`, starts over if no switch follows the return to home for twice the last cooldown.
 
 
 class Move(str):
@@ -1455,12 +1455,12 @@ class Breaker:
     """Which of two targets serves one scope: `home` while closed, `away` while open.
 
     Methods take the time (Unix seconds, because the state outlives the process) and return lines
-    for the log.  Not locked.
+    for the log.  Not thread-safe: Failover holds the lock.
     """
 
     def __init__(self, auto: AutoSettings, serial: Iterator[int], model: str = "") -> None:
         self._auto = auto
-        self._serial = serial           # one for all breakers, so that a ticket fits one only
+        self._serial = serial           # shared, so that a ticket fits only one breaker
         self._label = f" for {printable(model)}" if model else ""
         self._counted_at: deque[float] = deque(maxlen=EVENTS_REMEMBERED)    # times of failures
         self.probe = 0                  # number of the latest probe
@@ -1475,7 +1475,7 @@ class Breaker:
         self.home, self.away = targets
         self.state = CLOSED
         self.generation = next(self._serial)    # a new one with each change of `current`
-        self.answered = True            # whether the target switched to has answered since
+        self.answered = True            # whether the target switched to has succeeded since
         self.on_shelf = False           # whether the shelf caused the switch
         self.shelf_said = ""            # the last response to a probe of the shelf
         self.reason: str | None = None
@@ -1490,7 +1490,7 @@ class Breaker:
 
     @property
     def order(self) -> tuple[str, str]:
-        """The targets, the one whose turn it is first."""
+        """Both targets, beginning with the one whose turn it is."""
         return (self.home, self.away) if self.state == CLOSED else (self.away, self.home)
 
     @property
@@ -1513,11 +1513,11 @@ class Breaker:
         return self.current, 0
 
     def is_probe(self, ticket: Ticket) -> bool:
-        """Return whether the ticket is that of the probe under way."""
+        """Return whether the ticket belongs to the probe under way."""
         return self.state == HALF_OPEN and ticket.probe == self.probe
 
     def recover(self, now: float) -> list[str]:
-        """Return to home, because a probe has committed."""
+        """Return to home, because a probe has committed or away has failed."""
         self.close((self.home, self.away))
         self.returned_at = now
         line = f"RECOVERED: {self.home} responds again{self._label}"
@@ -1540,13 +1540,13 @@ class Breaker:
             self.answered = True
 
     def fail(self, now: float, ticket: Ticket, outcome: Outcome, followed: str = "") -> list[str]:
-        """Count a failure of `ticket.target`; if the scope closes, it moves to `followed`."""
+        """Count a failure of `ticket.target`; once closed, a model is served by `followed`."""
         if self.is_probe(ticket):
             return self._fail_probe(now, outcome)
         failed = f"{ticket.target} failed{self._label}: {outcome.what}"
         if ticket.generation != self.generation or ticket.target != self.current:
             return [failed]
-        # Not by the time of counting: that comes after the rescues, which differ in length.
+        # By the time of the failure, because it is counted only after its rescue has ended.
         if any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
                for at in self._counted_at):
             return [failed + " (the same event)"]
@@ -1561,14 +1561,14 @@ class Breaker:
             self.real_failure = self.real_failure or outcome.what
         lines = [f"{failed} ({count} of {limit} {name} in a row)"]
         if count < limit or (outcome.direct and not self.answered):
-            return lines                # home has just failed, and away has yet to answer
+            return lines                # home has just failed, and away has yet to succeed
         reason = f"{count} consecutive {name}"
         if outcome.fault is not Fault.TIMEOUT:
             reason += f", last {outcome.what}"
         if outcome.fault is Fault.SHELF and self.real_failure:
             reason += f", after {self.real_failure}"
         if self.state != CLOSED and followed == self.away:
-            self.close(self.order)      # else it would move to the target that has failed it
+            self.close(self.order)      # else it would stay on the target that has just failed
         if self.state == CLOSED:
             return lines + self._open(now, reason, outcome)
         self.recover(now)
@@ -1622,7 +1622,7 @@ class Breaker:
                 f"the next one in {span(self.remaining_s(now))}"]
 
     def report(self, now: float) -> dict[str, Any]:
-        """Return what /health shows of it."""
+        """Return what /health shows of the scope."""
         is_open, remaining_s = self.state != CLOSED, self.remaining_s(now)
         return {"currentTarget": self.current, "switched": is_open,
                 "switchCount": self.switch_count, "failureCount": self.failures,
@@ -1633,7 +1633,7 @@ class Breaker:
 
     def save(self, now: float) -> dict[str, Any]:
         """Return what a restart keeps; the counters and a probe under way are lost."""
-        self.remaining_s(now)           # notices a clock set back, although no request comes
+        self.remaining_s(now)           # notices a clock set back even if no request comes
         return {name: getattr(self, name) for name in SAVED}
 
     def restore(self, saved: Any) -> None:
@@ -1661,7 +1661,7 @@ def remember(known: OrderedDict[Any, T], key: Any, value: T) -> None:
 
 
 class Failover:
-    """Whose turn it is in auto mode: one breaker for the whole target, one for each single model.
+    """Whose turn it is in auto mode: one breaker for the whole target, one for each failing model.
 
     `clock` returns Unix seconds.  Any thread may call the methods; they return lines for the log.
     """
@@ -1731,13 +1731,13 @@ class Failover:
         return own if own is not None and own.state != CLOSED else self._whole
 
     def _probed(self, ticket: Ticket) -> Breaker | None:
-        """Return the breaker whose probe under way has this ticket, or None."""
+        """Return the breaker for which this ticket probes, or None."""
         own = self._models.get(ticket.model)
         breaker = own if own is not None and own.is_probe(ticket) else self._whole
         return breaker if breaker.is_probe(ticket) else None
 
     def commit(self, ticket: Ticket) -> tuple[Ticket, list[str]]:
-        """Let a probe succeed, because the client gets its response; return the next ticket."""
+        """Let a probe succeed, because the client gets its response; return the renewed ticket."""
         with self._lock:
             breaker = self._probed(ticket)
             if breaker is None:
@@ -1788,7 +1788,9 @@ class Failover:
                 remember(self._models, ticket.model, own)
                 own.answered = whole.answered           # they are on the same target
                 ticket = ticket._replace(generation=own.generation)
-                lines += own.fail(now, ticket, outcome)[1:]     # the count is logged already
+                own_lines = own.fail(now, ticket, outcome)
+                same_count = lines[0].partition(": ")[2] == own_lines[0].partition(": ")[2]
+                lines += own_lines[same_count:]
             return lines
 
     def release(self, ticket: Ticket) -> list[str]:
@@ -1798,7 +1800,7 @@ class Failover:
             return breaker.release(self._clock()) if breaker is not None else []
 
     def _follow(self) -> None:
-        """Let the models that are not switched alone follow the whole target, with new counters."""
+        """Let each model follow the whole target, with new counters, unless it stays switched."""
         targets = self._whole.order
         for own in self._models.values():
             if own.state == CLOSED or own.away == targets[0] == self._whole.home:
@@ -1824,7 +1826,7 @@ class Failover:
                                if own.state != CLOSED or own.level}}
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Take over what `save` returned; if it does not fit, change nothing, raise StateError."""
+        """Take over what `save` returned; raise StateError, and change nothing, if it is unfit."""
         whole, models = Breaker(self._auto, self._serial), OrderedDict[str, Breaker]()
         try:                            # anyone may have written the file
             whole.restore(saved["whole"])
@@ -1840,7 +1842,7 @@ class Failover:
 
 
 def slow_failure(outcome: Outcome) -> str:
-    """Return what to do about a failure that came late, "" if there is nothing."""
+    """Return what to do about a failure that came late, "" if there is nothing to do."""
     took_s = outcome.ended - outcome.began
     if (outcome.fault not in (Fault.STATUS, Fault.SHELF) or took_s <= SLOW_FAILURE_S
             or (outcome.status < 500 and outcome.status not in (403, 408, 429))):
@@ -1929,11 +1931,11 @@ class Paths:
                 "a symbolic link that leads nowhere: remove it, or create its target"
                 if os.path.islink(path) and not os.path.exists(path) else
                 f"{reason_of(error)}: rrouter keeps its files there; set HOME to a directory you "
-                "can write")) from error
+                "can write to")) from error
 
 
 def remove_files(*paths: str) -> None:
-    """Remove files that may not exist."""
+    """Remove the files that exist and can be removed."""
     for path in paths:
         with contextlib.suppress(OSError):
             os.unlink(path)
@@ -1942,7 +1944,7 @@ def remove_files(*paths: str) -> None:
 def write_atomically(path: str, content: str | bytes, mode: int = 0o600) -> None:
     """Write `content` to `path`: a reader sees the whole new content or the whole old one.
 
-    A symbolic link stays, its target is replaced.  Raises OSError.
+    A symbolic link stays and its target is replaced.  Raises OSError.
     """
     path = os.path.realpath(path)
     temporary = f"{path}.{os.getpid()}.{threading.get_ident()}.tmp"
@@ -1955,11 +1957,11 @@ def write_atomically(path: str, content: str | bytes, mode: int = 0o600) -> None
             os.fsync(file.fileno())     # else a crash may leave the new name with no content
         os.replace(temporary, path)
     finally:
-        remove_files(temporary)         # gone already after the replacement
+        remove_files(temporary)         # there only if something failed
 
 
 def spare_name(path: str) -> str:
-    """Return PATH.bak-YYYYmmdd-HHMMSS, with a number if that exists already."""
+    """Return PATH.bak-YYYYmmdd-HHMMSS, with a number added if that exists."""
     name = f"{path}.bak-{time.strftime('%Y%m%d-%H%M%S')}"
     return next(spare for spare in (name, *(f"{name}-{number}" for number in range(2, 1000)))
                 if not os.path.lexists(spare))
@@ -1995,8 +1997,8 @@ def is_at(path: str, descriptor: int) -> bool:
 def _signature(path: str) -> tuple[int, ...] | None:
     """Return a value that changes with each write of the file, None without a file.
 
-    Compared by equality, because `mv` and `git checkout` can bring an older time.  The last member,
-    the time of the last change of any kind, changes even if a writer sets the other time back.
+    Compare it by equality, because `mv` and `git checkout` can bring an older time.  The last
+    member, the ctime, changes even if a writer sets the mtime back.
     """
     try:
         status = os.stat(path)
@@ -2006,7 +2008,7 @@ def _signature(path: str) -> tuple[int, ...] | None:
 
 
 def _is_settled(signature: tuple[int, ...] | None) -> bool:
-    """Return whether the next write of the file changes its signature."""
+    """Return whether the next write of the file is sure to change its signature."""
     if signature is None:
         return True
     settled_s = SETTLED_S if signature[3] % 1_000_000_000 else SETTLED_COARSE_S
@@ -2021,7 +2023,7 @@ def open_log(path: str) -> int:
 class Log:
     """The log file, rotated by size.  Any thread may add lines; the watcher writes them.
 
-    So a disk that hangs holds up no request; `kill -9` can lose the lines of the last POLL_S.
+    A disk that hangs thus holds up no request.  `kill -9` can lose the lines of the last POLL_S.
     """
 
     HELD_MAX = 10_000       # lines; so many are held only while the disk hangs
@@ -2056,14 +2058,14 @@ class Log:
                 self.problem = None
         except OSError as error:
             problem = f"rrouter.log: {reason_of(error)}: log lines are lost"
-            if not self.problem:        # /health has no path, because it names the user
+            if not self.problem:        # /health shows it without the path, which names the user
                 self._write_stderr(os.fsencode(f"rrouter: {problem} ({self._path})\n"))
             self.problem = problem
         if self._echo:
             self._write_stderr(data)
 
     def _write_stderr(self, data: bytes) -> None:
-        """Write as much to stderr as it accepts: a terminal may be stopped, a pipe full."""
+        """Write as much to stderr as it accepts: a terminal may be stopped, or a pipe full."""
         # A pipe that is ready accepts PIPE_BUF bytes without blocking.
         with contextlib.suppress(OSError):
             for start in range(0, len(data), select.PIPE_BUF):
@@ -2072,15 +2074,15 @@ class Log:
                 os.write(2, data[start:start + select.PIPE_BUF])
 
     def _open(self) -> int:
-        """Open the file instead of the one that was open; return its descriptor."""
+        """Close the file that was open, if any, and open the one at the path."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-        with contextlib.suppress(FileExistsError):          # no `makedirs`: HOME may be away
+        with contextlib.suppress(FileExistsError):          # not `makedirs`: HOME may be unmounted
             os.mkdir(os.path.dirname(self._path), 0o700)
         self._descriptor = open_log(self._path)
         if not self._echo:
-            os.dup2(self._descriptor, 2)        # the daemon's, for messages of Python itself
+            os.dup2(self._descriptor, 2)        # the daemon's stderr, where Python itself writes
         self.problem = None
         return self._descriptor
 
@@ -2110,7 +2112,7 @@ class Store:
     def __init__(self, paths: Paths, log: Log, changed: Callable[[Snapshot, Snapshot, bool], None]):
         self.paths, self._log, self._changed = paths, log, changed
         self._lock = threading.Lock()
-        self.condition = threading.Condition()      #: notified to let the watcher look at once
+        self.condition = threading.Condition()      #: the watcher waits on it between two rounds
         self._config = config_of(None)
         self._config_bytes: bytes | OSError | None = None   # or why they could not be read
         self._config_error: str | None = None
@@ -2121,9 +2123,9 @@ class Store:
         self._seen: object = None       # the signatures of the files in `_current`
 
     def snapshot(self) -> Snapshot:
-        """Return config and mode as they are now: every write before this call has its effect.
+        """Return config and mode as they are now: every write before this call is in effect.
 
-        It takes no lock unless a file has changed.  That holds without the interpreter lock too,
+        It takes no lock unless a file has changed.  That is safe without the interpreter lock too,
         because `_reload` stores `_seen` last, and Python's attribute access is atomic (PEP 703).
         """
         if (_signature(self.paths.mode), _signature(self.paths.config)) == self._seen:
@@ -2132,18 +2134,18 @@ class Store:
             return self._reload()
 
     def wake(self) -> None:
-        """Let the watcher look at once."""
+        """Let the watcher begin its next round at once."""
         with self.condition:
             self.condition.notify_all()
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what ties a saved state to the mode file and to the `auto` section."""
-        with self._lock:        # not between a new mode and the reset that it brings
+        with self._lock:        # never between a new mode and the reset that it causes
             values = {"modeFile": self._mode_signature, "auto": self._current.config.auto}
-        return dict(json.loads(json.dumps(values)))     # compared with what a file says: no tuples
+        return dict(json.loads(json.dumps(values)))     # as state.json gives it back: no tuples
 
     def _reload(self) -> Snapshot:
-        """Read both files and publish what they say; their signatures are taken before."""
+        """Read both files, after taking their signatures, and publish what they say."""
         seen = _signature(self.paths.mode), _signature(self.paths.config)
         old, old_signature = self._current, self._mode_signature
         self._read_config()
@@ -2154,7 +2156,7 @@ class Store:
         if written or new != old:
             self._changed(old, new, written)
         self._current = new
-        # The next request reads again a file that could not be read or is not settled.
+        # If a file could not be read or is not settled, the next request reads both again.
         readable = self._mode_error is None and not isinstance(self._config_bytes, OSError)
         self._seen = seen if readable and all(map(_is_settled, seen)) else None
         return new
@@ -2186,7 +2188,7 @@ class Store:
             word, self._mode_error = "", f"mode: {reason_of(error)}: the mode in force stays"
         if word != "":                  # else it is unreadable or just being written
             self._word = word
-            # chmod changes the last member, but does not write the mode.
+            # Without the ctime, which chmod changes as well.
             self._mode_signature = signature and signature[:3]
 
     def _compose(self) -> Snapshot:
@@ -2206,7 +2208,7 @@ class StateFile:
 
     def __init__(self, path: str):
         self._path = path
-        self.saved: dict[str, Any] | None = None    #: in the file; None lets `save` write again
+        self.saved: dict[str, Any] | None = None    #: the last state written; None: write the next
         self.problem: str | None = None             #: why the last state could not be written
 
     def load(self, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
@@ -2227,7 +2229,7 @@ class StateFile:
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the state unless it is the last saved."""
+        """Write the state unless the file holds it already."""
         if state == self.saved:
             return
         try:
@@ -2252,7 +2254,7 @@ _ONE_LENGTH = re.compile(b"(?i)\r\nContent-Length:[ ]?(%b)\r\n" % _NUMBER.patter
 
 
 class RememberedHead:
-    """The last request head of a connection: the next one often differs only by its length."""
+    """The last request head of a connection: the next often differs only in its Content-Length."""
 
     def __init__(self) -> None:
         self._before = self._after = b""    # the bytes before and after the Content-Length value
@@ -2285,7 +2287,7 @@ class OneCore:
     When there is little to do, any free core is better.
     """
 
-    REQUESTS, BUSY = 8, 0.2             # from which this pays: under way, share of a core in use
+    REQUESTS, BUSY = 8, 0.2     # under way, and share of a core in use, from which this pays
 
     def __init__(self) -> None:
         self._shared = False            # the threads keep to one core
@@ -2305,12 +2307,12 @@ class OneCore:
         if self._shared or was_shared:
             with contextlib.suppress(OSError):          # a sandbox may forbid it, or hide /proc
                 cores = os.sched_getaffinity(0)         # read again: the user may change it
-                if self._shared:        # the core where one last ran: the kernel prefers fast ones
+                if self._shared:        # where one ran last, because the kernel prefers fast cores
                     status = read_file(f"/proc/self/task/{threads[0]}/stat") or b""
                     core = status.rpartition(b")")[2].split()[36:37]
                     cores = cores.intersection(map(int, core)) or cores
                 for thread in threads:
-                    with contextlib.suppress(OSError):  # it has ended
+                    with contextlib.suppress(OSError):  # the thread has ended
                         os.sched_setaffinity(thread, cores)
 
 
@@ -2330,7 +2332,7 @@ return_free_memory = partial(_ask_libc, "malloc_trim", 0)
 
 def outlive_main_script(run: Callable[[], None]) -> None:
     """Call `run` in a thread that outlives the main script, whose syntax tree takes 8 MB."""
-    if (3, 12) <= sys.version_info < (3, 12, 2):    # no thread starts there after it (gh-113964)
+    if (3, 12) <= sys.version_info < (3, 12, 2):    # these start no thread by then (gh-113964)
         run()
     else:
         threading.Thread(target=run).start()
@@ -2338,8 +2340,8 @@ def outlive_main_script(run: Callable[[], None]) -> None:
 
 # Upstream #####################################################################
 
-# The option that breaks a connection after 120 s without acknowledgement, because Linux waits for
-# 15 minutes.  A peer that lives but does not read for so long is broken off as well.
+# The option that ends a connection after 120 s without acknowledgement, because Linux waits for 15
+# minutes.  It also ends one whose peer is alive but has not read anything for that long.
 UNACKNOWLEDGED = ((0x80, 120) if sys.platform == "darwin" else      # RXT_CONNDROPTIME
                   (getattr(socket, "TCP_USER_TIMEOUT", None), 120_000))
 # As a number, because `|` of the standard library's flags runs 5 us of Python code.
@@ -2348,9 +2350,9 @@ NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's ti
 
 
 class Watch:
-    """Ends the waiting of a request for the upstream: when its client leaves, or at a time limit.
+    """Ends a request's wait for the upstream: when the client leaves, or at a time limit.
 
-    `awaits_start` says whether it waits for an upstream that is not there, because that restarts.
+    With `awaits_start` it also waits for an upstream that is away, because that may be restarting.
     """
 
     def __init__(self, has_left: Callable[[], bool], awaits_start: bool) -> None:
@@ -2361,19 +2363,19 @@ class Watch:
         self.give_up_at = math.inf if awaits_start else 0.0     #: while the upstream is away
 
     def limit(self, seconds: float | None) -> None:
-        """Set the time limit that `start` lets begin; None for none."""
+        """Set the time limit, which begins with `start`; None for none."""
         self._limit_s, self._deadline = seconds, None
 
     def start(self) -> None:
-        """Let the time limit begin, unless it has."""
+        """Let the time limit begin unless it has begun."""
         if self._limit_s is not None and self._deadline is None:
             self._checked_at = time.monotonic()
             self._deadline = self._checked_at + self._limit_s
 
     def check(self, has_input: Callable[[], bool] | None = None) -> float:
-        """Return the seconds after which to ask again; raise ClientGone or UpstreamTimeout.
+        """Return the seconds until the next check is due; raise ClientGone or UpstreamTimeout.
 
-        The limit does not expire while the process is stopped, nor before what has arrived is read.
+        The limit does not expire while the process is stopped, nor while there is input to read.
         """
         now = time.monotonic()
         if now - self._looked_at >= TICK_S * 0.9:
@@ -2405,7 +2407,7 @@ class Watch:
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether an address, in figures, is one of this machine alone."""
+    """Return whether a numeric address is a loopback address."""
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
@@ -2415,7 +2417,7 @@ def set_kernel_limit(sock: socket.socket, option: int, seconds: float) -> None:
     try:
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", *time_value))
     except OSError:
-        # A 32-bit system with 64-bit time.  Not first: 32-bit x86 accepts and misreads it.
+        # A 32-bit system with 64-bit times.  Not tried first: 32-bit x86 accepts and misreads it.
         sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@qq", *time_value))
 
 
@@ -2441,7 +2443,7 @@ class Wire:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def limit(self, seconds: float) -> None:
-        """Let `receive` raise one of NOTHING_CAME after so many seconds without a byte."""
+        """Let `receive` raise one of NOTHING_CAME after `seconds` without a byte."""
         if seconds != self._limit_s:
             self._limit_s = seconds
             if self._plain:
@@ -2498,7 +2500,7 @@ class UpstreamConnection(Wire):
             return not isinstance(error, ssl.SSLWantReadError)
 
     def send(self, pieces: Sequence[BytesLike], watch: Watch) -> list[memoryview]:
-        """Send `pieces`; return what is left of them if the upstream responds or closes before."""
+        """Send `pieces`; return the rest of them if the upstream responds or closes before that."""
         if sum(map(len, pieces)) < JOINED_BYTES:
             pieces = [b"".join(pieces)]
         views = [memoryview(piece) for piece in pieces if len(piece)]
@@ -2537,7 +2539,7 @@ class UpstreamConnection(Wire):
 
     @property
     def was_stale(self) -> bool:
-        """True if this connection broke as one does that was dead before the request."""
+        """True if it broke the way a connection breaks that was dead before the request."""
         return not self._responding and (
             self._sent_at is None or time.monotonic() - self._sent_at < STALE_S)
 
@@ -2549,7 +2551,7 @@ class UpstreamConnection(Wire):
             self.limit(watch.check(self.has_input))
             try:
                 return self.receive()
-            except OSError as error:            # ETIMEDOUT is the network's limit, not ours
+            except OSError as error:            # ETIMEDOUT: the network's limit, not ours
                 if not isinstance(error, NOTHING_CAME) or error.errno == errno.ETIMEDOUT:
                     raise UpstreamError(f"broke the connection: {reason_of(error)}") from error
 
@@ -2672,7 +2674,7 @@ class Upstream:
         self._is_tls = parts.scheme == "https"
         self._host, self._port = parts.hostname or "", parts.port or (443 if self._is_tls else 80)
         self._is_own_address = is_own_address
-        self._kept: deque[UpstreamConnection] = deque()     # last in, first out: the busiest live
+        self._kept: deque[UpstreamConnection] = deque()     # last in, first out: idle ones age
         self._tls: ssl.SSLContext | None = None     # made at the first connection
         self._missed_at: float | None = None    # when a request last did not reach it
 
@@ -3038,7 +3040,7 @@ class Request(NamedTuple):
     def sender(self, conditions: Collection[str]) -> tuple[str, str]:
         """Return the agent and the class, as far as rules with these conditions need them."""
         agent = self.head.fields.value(b"x-claude-code-agent-type")
-        if "agent" in conditions and agent in ("", "custom"):       # the agents of all plugins
+        if "agent" in conditions and agent in ("", "custom"):       # "custom": any plugin's agent
             agent = find_agent(self.body).lower() or agent
         return agent, self.head.fields.value(b"x-claude-code-request-class")
 
@@ -3049,7 +3051,7 @@ FAULT_OF_ERROR = {UpstreamTimeout: Fault.TIMEOUT, UpstreamUnreachable: Fault.UNR
 class Attempt:
     """One try of a request on one target: a response, or the error that replaces it.
 
-    Without a ticket it is not judged: it has no time limit and holds nothing back, except a 400,
+    Without a ticket it is not judged: it has no time limit and holds nothing back except a 400,
     because the history may need healing.
     """
 
@@ -3083,7 +3085,7 @@ class Attempt:
             return
         self.close()
         self.response, self._scan = rejection, None
-        self.outcome = self.outcome._replace(       # REJECTED without such a history is any 400
+        self.outcome = self.outcome._replace(       # REJECTED without thinking blocks is any 400
             fault=Fault.STATUS if fault is Fault.REJECTED else fault, status=400, keeps_400=True)
 
     def _send(self, body: BytesLike, found: tuple[int, int, str] | None) -> None:
@@ -3701,12 +3703,12 @@ def own_place() -> str:
 
 
 class Holder(NamedTuple):
-    """The process that holds the lock, as it names itself; 5.0.0 wrote its pid alone."""
+    """The process that holds the lock, as it names itself; 5.0.0 wrote only its pid."""
 
     pid: int
     instance: str = ""          #: random, repeated in run.json and by /health
     place: str = ""             #: its `own_place`
-    stopping: bool = False      #: it accepts no more requests; those under way finish
+    stopping: bool = False      #: it accepts no more connections; running requests finish
 
     @classmethod
     def named_in(cls, values: dict[str, Any]) -> Holder:
@@ -3733,8 +3735,8 @@ class Holder(NamedTuple):
 class Lock:
     """The file that a daemon keeps locked while it lives; its one line names the daemon.
 
-    It is never removed, because two processes could then each hold "the" lock.  It is locked with
-    flock, because closing any descriptor of the file would release a lock of lockf.
+    It is never removed, because two processes could then hold locks on two files.  It is locked
+    with flock, because a lock of lockf ends when the process closes any descriptor of the file.
     """
 
     LINE = re.compile(r"([1-9][0-9]{0,8})(?: ([0-9a-f]+) (\S+ [0-9]{1,20}))?( stopping)?\n")
@@ -3753,7 +3755,7 @@ class Lock:
                 failed.callback(os.close, descriptor)
                 if not until(lambda: self._try(descriptor, fcntl.LOCK_EX), patience_s):
                     return False
-                # At once, because the line still names the last holder.
+                # Written at once, because the line still names the last holder.
                 self._write(descriptor, Holder(os.getpid(), instance, own_place()))
                 failed.pop_all()
         except OSError as error:
@@ -3771,7 +3773,7 @@ class Lock:
             return False
         except OSError as error:
             raise DaemonError(f"{self._path}: cannot be locked: {reason_of(error)}: "
-                              "put HOME on a file system with locks") from error
+                              "put HOME on a file system that supports locks") from error
         return True
 
     def _write(self, descriptor: int, holder: Holder) -> None:
@@ -3785,7 +3787,7 @@ class Lock:
         return self._descriptor is not None and not is_at(self._path, self._descriptor)
 
     def renew(self, stopping: bool) -> None:
-        """Correct the line if this process holds the lock, because laptops change host names."""
+        """Update the line if this process holds the lock; a laptop may change its host name."""
         holder = self._written._replace(place=own_place(), stopping=stopping)
         if self._descriptor is not None and holder != self._written:
             with contextlib.suppress(OSError):
@@ -3804,8 +3806,7 @@ class Lock:
             deadline = time.monotonic() + self.PATIENCE_S
             while time.monotonic() < deadline and not self._try(file.fileno(), fcntl.LOCK_SH):
                 with contextlib.suppress(OSError):      # a FIFO cannot be read at an offset
-                    line = self.LINE.match(os.fsdecode(os.pread(file.fileno(), 512, 0)))
-                    if line:
+                    if line := self.LINE.match(os.fsdecode(os.pread(file.fileno(), 512, 0))):
                         return Holder(int(line[1]), line[2] or "", line[3] or "", bool(line[4]))
                 time.sleep(0.02)
         return None
@@ -3831,7 +3832,7 @@ class Signals:
     def wait(self, timeout_s: float | None = None) -> int:
         """Return the number of the next signal, 0 if none comes within `timeout_s`."""
         is_there = select.select([self._read], [], [], timeout_s)[0]
-        return os.read(self._read, 1)[0] if is_there else 0     # not two, which differ in meaning
+        return os.read(self._read, 1)[0] if is_there else 0     # one byte is one signal
 
 
 def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
@@ -3842,7 +3843,7 @@ def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
     try:
         found = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        # Two lines of /etc/hosts may give one address twice.
+        # Two lines of /etc/hosts may give the same address.
         return list(dict.fromkeys((info[0], info[4]) for info in found))
     except OSError as error:
         raise UsageError(f"RROUTER_HOST={settings.host}: {reason_of(error)}: expected localhost, "
@@ -3850,18 +3851,18 @@ def addresses_of(settings: Settings) -> list[tuple[int, Any]]:
 
 
 def run_program(command: Sequence[str], timeout_s: float) -> tuple[int, str]:
-    """Run a program; return its status and output, or 127 and why it could not run."""
+    """Run a program; return its status and output, or why it did not end (124) or run (127)."""
     import subprocess
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, timeout=timeout_s)
         return done.returncode, done.stdout.decode("utf-8", "replace")
     except (OSError, subprocess.SubprocessError) as error:
-        return 127, str(error)
+        return (124 if isinstance(error, subprocess.TimeoutExpired) else 127), str(error)
 
 
 def port_owner(port: int) -> str:
-    """Return name and pid of the program that listens on `port`, "" if they are unknown."""
+    """Return the name and pid of the program that listens on `port`, "" if they are unknown."""
     if not os.path.isdir("/proc/net"):                  # macOS
         output = run_program(("lsof", "-nP", f"-iTCP:{port}", "-sTCP:LISTEN", "-Fpc"), 3)[1]
         found = re.search(r"p(\d+)\nc([^\n]+)", output)
@@ -3882,7 +3883,7 @@ def port_owner(port: int) -> str:
 
 @contextlib.contextmanager
 def total_limit(sock: socket.socket, seconds: float) -> Iterator[None]:
-    """Shut a connection down after `seconds`, because bytes that drip never time out."""
+    """Shut a connection down after `seconds`, because a slow trickle never times out."""
     def cut() -> None:
         with contextlib.suppress(OSError):
             sock.shutdown(socket.SHUT_RDWR)
@@ -3916,16 +3917,16 @@ def describe_taken(settings: Settings, paths: Paths) -> str:
     """Return who has the port, and what to do."""
     health, holder = ask_health(settings.host, settings.port, timeout_s=1), Lock(paths.lock).look()
     if health and holder and holder.is_same(Holder.named_in(health)):
-        return f"runs already ({holder.name}): `rrouter stop` stops it"
+        return f"already running ({holder.name}): `rrouter stop` stops it"
     if health:
-        return f"port {settings.port} is another rrouter's (pid {health['pid']}): set RROUTER_PORT"
+        return f"another rrouter (pid {health['pid']}) has port {settings.port}: set RROUTER_PORT"
     owner = port_owner(settings.port)
     return (f"port {settings.port} is taken{f' by {owner}' if owner else ''}: stop that program or "
             "set RROUTER_PORT (8316 is also CLIProxyAPI's default pprof.addr)")
 
 
 def listen(settings: Settings, router: Router) -> list[ProxyServer]:
-    """Return a server for each address; raise DaemonError if one is taken or none is ours."""
+    """Return a server for each address; raise DaemonError if one is taken or none can be used."""
     servers: list[ProxyServer] = []
     why = ""
     for family, address in addresses_of(settings):
@@ -3989,7 +3990,7 @@ def raise_descriptor_limit() -> int:
 
 
 class Watcher(threading.Thread):
-    """Does, every POLL_S or when woken, the work that no request waits for."""
+    """Does the work that no request waits for, every POLL_S seconds and when woken."""
 
     def __init__(self, router: Router, lock: Lock):
         super().__init__(daemon=True)
@@ -4019,28 +4020,28 @@ class Watcher(threading.Thread):
         router, paths = self._router, self._router.store.paths
         is_removed = self._lock.is_removed()
         router.keeps_state = not is_removed     # what is there now may be another daemon's
-        if is_removed and os.path.isdir(os.path.dirname(paths.root)):   # else HOME itself is away
+        if is_removed and os.path.isdir(os.path.dirname(paths.root)):   # else HOME itself is gone
             with contextlib.suppress(DaemonError):
                 paths.create()
                 if self._lock.acquire(router.instance, patience_s=0):
                     router.state.saved = None
                     write_run_files(router)
-                    router.log.write("START", "~/.rrouter was removed: this daemon has it again")
+                    router.log.write("START", "~/.rrouter was removed: run files are written again")
 
     def end(self) -> None:
-        """Let it save and log the rest in a last round."""
+        """Let it save and log the rest in a last round; do not wait long, the disk may hang."""
         self._ending = True
         self._router.store.wake()
-        self.join(1)            # no longer, because the disk may hang
+        self.join(1)
 
 
 def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
-    """Accept no connection, and wait for the requests under way; a second signal ends the wait."""
+    """Accept no more connections; wait for running requests until a second signal or DRAIN_S."""
     router.draining = True
-    router.store.wake()         # the watcher writes it into the lock file, because disks may hang
+    router.store.wake()         # the watcher writes the lock file, because the disk may hang
     for server in servers:
         with contextlib.suppress(OSError):
-            server.socket.shutdown(socket.SHUT_RDWR)    # refuses at once, and wakes the loop
+            server.socket.shutdown(socket.SHUT_RDWR)    # refuses clients at once, wakes the loop
         server.shutdown()
         server.server_close()
     deadline = time.monotonic() + DRAIN_S
@@ -4048,13 +4049,13 @@ def drain(signals: Signals, router: Router, servers: list[ProxyServer]) -> None:
         for client in list(router.connections):
             if not client.busy:
                 client.stop_reading(cut_off=False)
-        # A closing terminal can send SIGHUP twice: by the kernel and by the shell.
+        # A closing terminal can send SIGHUP twice: from the kernel and from the shell.
         if signals.wait(0.02) not in (0, signal.SIGHUP):
             router.log.write("STOP", "second signal: ending at once")
             break
     for client in list(router.connections):
         client.stop_reading(cut_off=True)
-    until(lambda: not router.connections, CUT_OFF_S)    # each request writes its line
+    until(lambda: not router.connections, CUT_OFF_S)    # each request writes its log line
 
 
 def run_to_the_end(signals: Signals, router: Router, servers: list[ProxyServer],
@@ -4063,7 +4064,7 @@ def run_to_the_end(signals: Signals, router: Router, servers: list[ProxyServer],
     log, status = router.log, 1
     try:
         while (number := signals.wait()) == signal.SIGHUP and not signals.hang_up_ends:
-            log.write("START", "SIGHUP: files read again")      # the watcher writes it afterwards
+            log.write("START", "SIGHUP: files read again")      # flushed after they are read
             router.store.wake()
         log.write("STOP", f"{signal.Signals(number).name}: running requests may finish within "
                           f"{DRAIN_S} s")
@@ -4077,15 +4078,15 @@ def run_to_the_end(signals: Signals, router: Router, servers: list[ProxyServer],
         if router.keeps_state:
             remove_files(router.store.paths.pid, router.store.paths.run)
     finally:
-        os._exit(status)    # the interpreter would wait for threads of streams that still run
+        os._exit(status)    # sys.exit would end only this thread and lose the status
 
 
 def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
     """Load the files and listen; return the servers.  Raises DaemonError, UsageError."""
     log, settings = router.log, router.settings
-    spare = raise_descriptor_limit() - CONNECTIONS_RESERVE - 24
+    spare = raise_descriptor_limit() - CONNECTIONS_RESERVE - 24     # for files and listeners
     router.connections_max = min(CONNECTIONS_MAX, max(1, spare // 2))
-    servers = listen(settings, router)  # first, because a taken port does not belong in the log
+    servers = listen(settings, router)  # first, because only a process that listens logs its mode
     router.store.snapshot()             # reads mode and config for the first time
     if owns_files:
         router.load_state()
@@ -4098,7 +4099,7 @@ def prepare(router: Router, lock: Lock, owns_files: bool) -> list[ProxyServer]:
         log.write("START", f"RROUTER_HOST={settings.host}: any client that reaches that address "
                            "can spend your quota")
     log.write("START", f"rrouter {__version__} on {settings.listen_addr} -> {settings.upstream}, "
-                       f"pid {os.getpid()}, by {router.started_by}")
+                       f"pid {os.getpid()}, started by {router.started_by}")
     return servers
 
 
@@ -4140,7 +4141,7 @@ class Daemon(NamedTuple):
 
     @classmethod
     def last(cls, paths: Paths) -> Daemon | None:
-        """Return the one in run.json, which may have been killed; None without a usable file."""
+        """Return the one in run.json, dead or alive; None without a usable file."""
         try:
             run = json.loads(read_file(paths.run) or b"null")
             return cls(Holder.named_in(run), str(run["host"]), int(run["port"]),
@@ -4151,7 +4152,7 @@ class Daemon(NamedTuple):
 
     @classmethod
     def find(cls, paths: Paths) -> Daemon | None:
-        """Return the live one, or None; without run.json it is assumed where RROUTER_* say."""
+        """Return the live one, or None; without its run.json, RROUTER_* say where it listens."""
         holder, last = Lock(paths.lock).look(), cls.last(paths)
         if holder is None:
             return None
@@ -4177,14 +4178,13 @@ def end_of_log(paths: Paths) -> str:
 
 
 def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
-    """Return the daemon and its /health once it answers, None once none runs; raise DaemonError."""
+    """Return the daemon and its /health when it answers, None when none runs; raise DaemonError."""
     begin = time.monotonic()
     while True:
         daemon = Daemon.find(paths)
         if daemon is None:
             return None
-        health = daemon.health()
-        if health:
+        if health := daemon.health():
             return daemon, health
         if daemon.holder.elsewhere:
             raise DaemonError(f"rrouter runs {daemon.holder.elsewhere}: stop it there")
@@ -4194,7 +4194,7 @@ def wait_for_daemon(paths: Paths) -> tuple[Daemon, dict[str, Any]] | None:
 
 
 def spawn_daemon(paths: Paths) -> None:
-    """Run `serve` as a daemon; return when it listens or ends; raise DaemonError if it says why."""
+    """Run `serve` as a daemon; return when it listens or ends; raise its error as DaemonError."""
     import subprocess
     paths.create()
     program = os.path.abspath(__file__ if os.path.isfile(__file__) else sys.argv[0])
@@ -4204,7 +4204,7 @@ def spawn_daemon(paths: Paths) -> None:
     child = os.fork()
     if child == 0:
         try:
-            os.setsid()     # its child does not lead the session, so it never gets a terminal
+            os.setsid()     # the child below leads no session, so it never gets a terminal
             # A new program, because macOS's libraries do not survive a fork (cpython#105912).
             _orphan = subprocess.Popen(
                 (sys.executable, program, "serve", "--ready-descriptor", str(write_end)), cwd="/",
@@ -4220,7 +4220,7 @@ def spawn_daemon(paths: Paths) -> None:
 
 
 SYSTEMD_UNIT = "rrouter.service"
-UNIT_PATH = f"systemd/user/{SYSTEMD_UNIT}"      # below ~/.config or what replaces it
+UNIT_PATH = f"systemd/user/{SYSTEMD_UNIT}"      # below ~/.config or XDG_CONFIG_HOME
 AGENT_PATH = f"Library/LaunchAgents/{LAUNCHD_LABEL}.plist"      # below the home directory
 MANAGER_S = DRAIN_S + 15        # a stop through the service manager includes the drain
 
@@ -4243,11 +4243,11 @@ class Manager(NamedTuple):
 
 
 def is_own_home(home: str) -> bool:
-    """Return whether `home` is that of the user database, in which service managers work."""
+    """Return whether `home` is the one in the user database, which service managers use."""
     import pwd
     try:
         return os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir) == os.path.realpath(home)
-    except KeyError:                            # a user that only a container knows
+    except KeyError:                            # a container's user may have no entry
         return False
 
 
@@ -4258,7 +4258,7 @@ def reach_manager(home: str) -> tuple[Manager | None, str]:
     systemctl = ("systemctl", "--user")
     status, output = run_program((*systemctl, "show-environment"), MANAGER_S)
     if status == 0:
-        # The variable of the manager, not of this shell; an odd value comes as $'...'.
+        # The manager's variable, not this shell's; it quotes special characters as $'...'.
         config = re.search(r"(?m)^XDG_CONFIG_HOME=(?:\$')?(.+?)'?$", output)
         directory = config[1] if config else os.path.join(home, ".config")
         return Manager("systemd", os.path.join(directory, UNIT_PATH),
@@ -4279,7 +4279,7 @@ def reach_manager(home: str) -> tuple[Manager | None, str]:
                                          ("launchctl", "kickstart", label)),
                        (("launchctl", "bootout", label), ("/bin/sh", "-c", unloaded))), ""
     why = printable(output.strip().rpartition("\n")[2]) or f"status {status}"
-    return None, ("neither systemd nor launchd is here" if status == 127 else
+    return None, ("neither systemd nor launchd runs here" if status == 127 else
                   f"{asked} does not answer: {why}")
 
 
@@ -4296,22 +4296,19 @@ def find_manager(home: str) -> Manager | None:
 
 def start_daemon(paths: Paths, home: str) -> str:
     """Start the daemon unless one runs; return what to print.  Raises DaemonError, UsageError."""
-    found = wait_for_daemon(paths)
-    if found:
+    if found := wait_for_daemon(paths):
         return f"rrouter is already running ({found[0].holder.name}, port {found[0].port})"
     addresses_of(read_environment(dict(os.environ)))    # raises UsageError before anything starts
-    manager = find_manager(home)
-    if manager:
+    if manager := find_manager(home):
         manager.run(manager.start)
-        until(lambda: Daemon.find(paths), START_S)      # it may not wait for the daemon
+        until(lambda: Daemon.find(paths), START_S)      # the manager may return earlier
     else:
         try:
             spawn_daemon(paths)
         except OSError as error:
             raise DaemonError(f"{error.filename or 'cannot start a process'}: "
                               f"{reason_of(error)}") from error
-    found = wait_for_daemon(paths)
-    if not found:
+    if not (found := wait_for_daemon(paths)):
         raise DaemonError(f"the daemon did not start; {end_of_log(paths)}")
     address, pid, mode = (found[1][key] for key in ("listenAddr", "pid", "mode"))
     by = f", by {manager.name}" if manager else ""
@@ -4329,8 +4326,8 @@ def send_signal(lock: Lock, holder: Holder, number: int) -> None:
     """Signal `holder` if it lives here and the lock still names it.  Raises DaemonError."""
     send: Callable[[int], None] = partial(os.kill, holder.pid)
     with contextlib.ExitStack() as stack, contextlib.suppress(ProcessLookupError):
-        with contextlib.suppress(AttributeError, OSError):      # only newer Linuxes have it
-            # Opened before the look, so it cannot refer to a later process with the same pid.
+        with contextlib.suppress(AttributeError, OSError):      # only Linux since 5.3 has it
+            # Opened before `look`, so it cannot refer to a later process with the same pid.
             descriptor = os.pidfd_open(holder.pid)
             stack.callback(os.close, descriptor)
             send = partial(signal.pidfd_send_signal, descriptor)
@@ -4338,11 +4335,11 @@ def send_signal(lock: Lock, holder: Holder, number: int) -> None:
             if not holder.elsewhere and lock.look() == holder:
                 send(number)
         except PermissionError as error:
-            raise DaemonError(f"pid {holder.pid} is not yours to stop") from error
+            raise DaemonError(f"pid {holder.pid} belongs to another user") from error
 
 
 def stop_daemon(paths: Paths, home: str) -> str:
-    """Stop the daemon; return what to print when its port is free.  Raises DaemonError."""
+    """Stop the daemon, wait for its port, return what to print.  Raises DaemonError."""
     daemon, lock = Daemon.find(paths), Lock(paths.lock)
     if not daemon:
         remove_files(paths.pid, paths.run)
@@ -4357,7 +4354,7 @@ def stop_daemon(paths: Paths, home: str) -> str:
     manager = find_manager(home) if daemon.started_by in ("systemd", "launchd") else None
     if manager:
         manager.run(manager.stop)
-    elif not daemon.holder.stopping:    # a second signal would cut off the running responses
+    elif not daemon.holder.stopping:    # a second signal would cut off running requests
         send_signal(lock, daemon.holder, signal.SIGTERM)
     text = f"rrouter stopped (pid {pid})"
     if not until(is_gone, DRAIN_S + 5):
@@ -4380,14 +4377,15 @@ COLOURS = {OK: 32, WARN: 33, FAIL: 31, "antigravity": 36, "claude": 35, MODE_AUT
 
 
 def show(text: str, indent: int = 0, word: str = "", to: TextIO | None = None) -> None:
-    """Print `text`; a terminal gets its first line wrapped, and `word` in its colour."""
+    """Print `text`; on a terminal wrap its first line and colour `word`."""
     stream, env = to or sys.stdout, os.environ.get
     is_terminal = stream.isatty()
     if is_terminal:
         import shutil
         import textwrap
-        # Korean and Chinese as they are; an output that cannot show them escapes them again.
-        text = re.sub(r"\\u([3-9abc]\w{3}|d[0-7]\w\w)", lambda found: chr(int(found[1], 16)), text)
+        # Undo `printable` for Korean and Chinese; a stream that lacks them escapes them again.
+        text = re.sub(r"\\u([3-9abc][\da-f]{3}|d[0-7][\da-f]{2})",
+                      lambda found: chr(int(found[1], 16)), text)
         first, newline, rest = text.partition("\n")
         width = max(40, min(80, shutil.get_terminal_size().columns))
         text = textwrap.fill(first, width, subsequent_indent=" " * indent,
@@ -4399,7 +4397,7 @@ def show(text: str, indent: int = 0, word: str = "", to: TextIO | None = None) -
 
 
 def complain(*texts: object) -> None:
-    """Print lines on stderr that name rrouter."""
+    """Print each text on stderr, as a line that begins with "rrouter: "."""
     for text in texts:
         show(f"rrouter: {text}", 9, to=sys.stderr)
 
@@ -4425,8 +4423,14 @@ def claude_environment(home: str) -> dict[str, str]:
         raise ValueError("not JSON") from error
 
 
+def client_url(listener: Settings | Daemon) -> str:
+    """Return the URL at which clients on this machine reach rrouter."""
+    host = "localhost" if listener.host in ("0.0.0.0", "::") else listener.host
+    return f"http://{Settings(host, listener.port, '').listen_addr}"
+
+
 def proxy_settings(env: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return the name of the proxy variable in `env`, its NO_PROXY, and the one that it needs."""
+    """Return the name of a proxy variable in `env`, NO_PROXY, and NO_PROXY with this machine."""
     proxy = next((name for name, value in env.items()
                   if value and re.fullmatch("(?i)(https?|all)_proxy", name)), "")
     known = str(env.get("NO_PROXY") or env.get("no_proxy") or "")
@@ -4463,14 +4467,14 @@ def edit_member(text: str, name: str, value: str | None) -> tuple[str, str | Non
 
 
 def read_settings(path: str) -> str | None:
-    """Return the text of settings that can be edited, None if empty; raise RouterError."""
+    """Return the text of editable settings, None if missing or empty; raise RouterError."""
     try:
         content = read_file(path)
         if content is not None and not os.stat(path).st_mode & stat.S_IWUSR:
             raise RouterError("is read-only")
         text = (content or b"{}").decode("utf-8")
         _parse_json(text.lstrip("\ufeff"))
-        edit_member(text, "env.", None)         # demands an object, and an object as its env
+        edit_member(text, "env.", None)         # fails unless it and its env are objects
         return text if content else None
     except (OSError, ValueError, RouterError) as error:
         why = reason_of(error) if isinstance(error, OSError) else error
@@ -4530,7 +4534,7 @@ WantedBy=default.target
     <key>Umask</key> <integer>63</integer> <!-- 0077 -->
 </dict></plist>
 """}
-# How the SHA-256 of each default config.json that a version has written begins.
+# The first digits of the SHA-256 of each default config.json that an older version wrote.
 OLD_DEFAULTS = ("c191a83396e676fd",)    # 5.0.0
 # The zip application begins here, also under a Python that is too old for the rest.
 ZIP_MAIN = """\
@@ -4543,7 +4547,7 @@ rrouter.main()
 STABLE_LINKS = ("/usr/bin/python3", "/usr/local/bin/python3", "/opt/homebrew/bin/python3")
 SHEBANG_MAX_BYTES = 120         # older kernels truncate the line at 127
 EMPTY_SETTINGS = b"{\n}\n"
-LINK = b"link to "              # before the target of a link in what `content_of` returns
+LINK = b"link to "              # `content_of` puts it before the target of a link
 WANTED_LINK = os.path.join("default.target.wants", SYSTEMD_UNIT)    # as `systemctl enable` makes it
 
 
@@ -4567,7 +4571,7 @@ def program_bytes(interpreter: str) -> bytes:
     import zipfile
     loader = globals()["__loader__"]            # of the file, or of the zip application
     source = loader.get_source(getattr(loader, "name", __name__))
-    # 1 means an unchecked hash, because zipimport ignores a time stamp from another time zone.
+    # 1 means an unchecked hash; zipimport would skip a module with another time zone's time stamp.
     module = (importlib.util.MAGIC_NUMBER + struct.pack("<L", 1)
               + importlib.util.source_hash(source.encode("utf-8"))
               + marshal.dumps(compile(source, "rrouter.py", "exec", dont_inherit=True)))
@@ -4599,15 +4603,14 @@ def digest(content: bytes) -> str:
 
 
 def convert_record(record: dict[str, Any], home: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what `read_record` returns, from a record of 5.0.0."""
+    """Return a record of 5.0.0 in the form that `read_record` returns."""
     files = {**dict.fromkeys(record["directories"], []),
              **{path: [entry["backup"] or "", *entry["sha256"]]
                 for path, entry in record["files"].items()}}
     for unit in [path for path in files if path.endswith(SYSTEMD_UNIT)]:
         link = os.path.join(os.path.dirname(unit), WANTED_LINK)
         files.update({os.path.dirname(link): [], link: ["", digest(LINK + os.fsencode(unit))]})
-    claude = record.get("claude")
-    if not claude:
+    if not (claude := record.get("claude")):
         return files, {}
     path = os.path.realpath(os.path.join(home, ".claude", "settings.json"))
     if claude["before"] is None:        # 5.0.0 made the file
@@ -4624,19 +4627,19 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
     directory; {settings.json of Claude Code: {member: [JSON text before or None, values written]}}.
     """
     home = os.path.dirname(paths.root)
-    if "HOME" not in os.environ:        # or empty, as an unset variable makes it in a script
+    if "HOME" not in os.environ:        # `run_command` has removed an empty one
         raise UsageError("HOME is not set: set it to your home directory")
     try:
         record = json.loads(read_file(paths.record) or b"{}")
         files, settings = record.get("files", {}), record.get("settings", {})
         if "directories" in record:
             files, settings = convert_record(record, home)
-        "".join(itertools.chain(*files.values()))       # demands strings
+        "".join(itertools.chain(*files.values()))       # fails unless all are strings
         for before, *_ in itertools.chain(*(members.values() for members in settings.values())):
             json.loads("null" if before is None else before)
         for found in filter(None, map(re.compile("(.*)/bin(/rrouter)?").fullmatch, files)):
             if found[1] != home:
-                raise RouterError(f"{paths.record} is of HOME={found[1]}, and HOME is {home}: set "
+                raise RouterError(f"{paths.record} is of HOME={found[1]}, but HOME is {home}: set "
                                   "the old one, or remove the file if nothing is installed there")
         return files, settings
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -4645,7 +4648,7 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
 
 
 class Installer:
-    """Puts files in their places, and takes back those that the record names.
+    """Installs files, and undoes the installation of those that the record names.
 
     The record is written before each change, so that a command that was killed can be run again or
     undone.  A file is ours only if its digest is in the record.  A dry run changes nothing.
@@ -4682,7 +4685,7 @@ class Installer:
                                  f"{error.filename or self.home}: {reason_of(error)}")
 
     def make_directory(self, path: str) -> None:
-        """Make a directory and its parents; `take_back` removes them if they are empty."""
+        """Make a directory and its parents; `undo` removes them if they are empty."""
         if not os.path.isdir(path) and not (self.dry and path in self.files):
             self.make_directory(os.path.dirname(path))
             self.files[path] = []
@@ -4699,7 +4702,7 @@ class Installer:
         if old is not None and old != content and digest(old) not in ours:
             spare = spare_name(path)
             if not ours or backup and not os.path.lexists(backup):
-                backup = spare          # what was there first comes back
+                backup = spare          # `undo` restores what was there first
         self.files[path] = [backup, *(other for other in ours if other != new), new]
         self.save()
         if spare:
@@ -4708,7 +4711,7 @@ class Installer:
             if old != content:
                 self.step(f"install {path}", *write)
         except OSError:
-            if spare:                   # a full disk
+            if spare:                   # on a full disk the old file must still be there
                 os.rename(spare, path)
             raise
 
@@ -4718,12 +4721,12 @@ class Installer:
         self.step(f"remove {path}", action, path)
 
     def leave(self, path: str, what: str, command: str = "") -> None:
-        """Note for the report that a path stays, and the command that removes it, if it is safe."""
+        """Note for the report that a path stays, and the command that removes it if safe."""
         import shlex
         remedy = f"{command} {shlex.quote(path)}" if command else "look at it before you remove it"
         self.left.append(f"{path} ({what}): {remedy}")
 
-    def take_back(self, path: str) -> None:
+    def undo(self, path: str) -> None:
         """Remove what was installed unless it has changed; put back what was there before."""
         backup, *ours = self.files[path] or [""]
         old = content_of(path) if ours else None
@@ -4731,7 +4734,7 @@ class Installer:
             if os.path.isdir(path) and not os.path.islink(path) and not os.listdir(path):
                 self.remove(path, os.rmdir)
         elif old is not None and digest(old) not in ours:
-            if not backup or os.path.lexists(backup):       # else it was never replaced
+            if not backup or os.path.lexists(backup):       # else `put` ended before the rename
                 self.leave(path, "changed since it was installed", "rm")
         elif os.path.lexists(backup):
             self.step(f"put the old {path} back", os.replace, backup, path)
@@ -4756,7 +4759,7 @@ def offer_no_proxy(text: str) -> dict[str, str]:
 
 
 def write_settings(path: str, text: str) -> None:
-    """Write settings that exist, and keep their mode and owner."""
+    """Replace a settings file; keep its mode and owner."""
     status = os.stat(path)
     write_atomically(path, text, stat.S_IMODE(status.st_mode))
     with contextlib.suppress(PermissionError):
@@ -4764,7 +4767,7 @@ def write_settings(path: str, text: str) -> None:
 
 
 def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
-    """Point Claude Code here; unless `asked`, only update what an earlier installation wrote."""
+    """Point Claude Code at rrouter; unless `asked`, only update what an earlier install wrote."""
     content = read_settings(path)
     text = old = EMPTY_SETTINGS.decode() if content is None else content
     members = {**work.settings.get(path, {})}
@@ -4774,17 +4777,17 @@ def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
     for name, value in wanted.items():
         now = edit_member(text, name, None)[1]
         is_equal = json.loads(now or "null") == value       # also if the record has been lost
-        is_held = json.loads(now or "null") in members.get(name, ())[1:]
+        is_ours = json.loads(now or "null") in members.get(name, ())[1:]
         is_free = now is None or name not in ("env", "statusLine") or is_equal and name != "env"
-        if (is_held or asked and is_free) and not (is_held and is_equal):
-            members[name] = [*(members.get(name, [None]) if is_equal or is_held else [now]), value]
+        if (is_ours or asked and is_free) and not (is_ours and is_equal):
+            members[name] = [*(members.get(name, [None]) if is_equal or is_ours else [now]), value]
             text = text if is_equal else edit_member(text, name, json.dumps(value))[0]
     if text != old or members != work.settings.get(path, {}):
         work.settings[path] = members
         if content is None:
             work.put(path, EMPTY_SETTINGS, 0o600)
         work.save()
-        work.step(f"point Claude Code here in {path}", write_settings, path, text)
+        work.step(f"point Claude Code at rrouter in {path}", write_settings, path, text)
 
 
 def disconnect_claude(work: Installer, path: str) -> None:
@@ -4795,17 +4798,17 @@ def disconnect_claude(work: Installer, path: str) -> None:
             text = edit_member(text, name, before)[0]
     if path in work.files and (not old or digest(text.encode("utf-8")) in work.files[path]):
         work.files[path].append(digest(old.encode("utf-8")))
-        work.take_back(path)
+        work.undo(path)
     elif text != old:
         names = ", ".join(work.settings[path])
-        work.step(f"take back {names} in {path}", write_settings, path, text)
+        work.step(f"undo {names} in {path}", write_settings, path, text)
     work.files.pop(path, None)          # what is left is the user's
     del work.settings[path]
     work.save()
 
 
 def find_senders(here: str, home: str) -> Iterator[str]:
-    """Yield the processes whose environment points `here`; with `home`, its Claude Codes, too."""
+    """Yield the processes whose environment points `here`, and every Claude Code of `home`."""
     for process in {*glob.glob("/proc/[0-9]*")} - {f"/proc/{os.getpid()}"}:
         with contextlib.suppress(OSError):
             name, environment = ((read_file(f"{process}/{file}") or b"").decode("utf-8", "replace")
@@ -4841,7 +4844,7 @@ def start_installed(work: Installer, manager: Manager | None) -> None:
         work.put(manager.path, SERVICE_FILES[os.path.basename(manager.path)].encode("utf-8"))
         link = os.path.join(os.path.dirname(manager.path), WANTED_LINK)
         is_enabled = os.path.realpath(link) == os.path.realpath(manager.path) and (
-            link in work.files or work.files[manager.path][0])      # together with the user's unit
+            link in work.files or work.files[manager.path][0])      # the user had a unit before
         if manager.name == "systemd" and not is_enabled:
             work.put(link, LINK + os.fsencode(manager.path))
     verb = "restart" if Daemon.find(work.paths) else "start"
@@ -4857,15 +4860,15 @@ def report_installation(work: Installer, before: bytes | None, why: str) -> None
     print(f"\nrrouter {__version__} is installed as {work.program}{old}"
           + f"\nno service, because {why}" * bool(why))
     files = [path for path, digests in work.files.items() if digests]
-    print(f"in place: {', '.join(dict.fromkeys([*files, *work.settings]))}")
+    print(f"installed or changed: {', '.join(dict.fromkeys([*files, *work.settings]))}")
     print(run_program((work.program, "check"), MANAGER_S)[1].rstrip())
     found, command = shutil.which("rrouter"), "rrouter"
     if not found or os.path.realpath(found) != os.path.realpath(work.program):
         command = shlex.quote(work.program)
         print(f"hint: {found + ' comes first' if found else '~/bin is not'} in PATH: add this to "
-              'what your shell reads at its start: export PATH="$HOME/bin:$PATH"')
+              'the startup file of your shell: export PATH="$HOME/bin:$PATH"')
     print(f"next: {command} status" if work.settings else
-          f"next: {command} install --claude, which points Claude Code here")
+          f"next: {command} install --claude, which points Claude Code at rrouter")
 
 
 def install(work: Installer, with_claude: bool) -> list[str]:
@@ -4873,7 +4876,7 @@ def install(work: Installer, with_claude: bool) -> list[str]:
     settings = read_environment(dict(os.environ))
     for name in DEFAULT_ENVIRONMENT:
         if re.search(r"['\\\n]", os.environ.get(name, "")):
-            raise UsageError(f"{name}: a service cannot have a quote, backslash or newline in it")
+            raise UsageError(f"{name}: a service cannot have a quote, backslash or newline here")
     asked = claude_settings_path(work.home) if with_claude else ""
     if asked and not is_own_home(work.home) and not asked.startswith(work.home + "/"):
         raise UsageError(f"{asked} is not in HOME={work.home}: unset CLAUDE_CONFIG_DIR")
@@ -4895,23 +4898,21 @@ def install(work: Installer, with_claude: bool) -> list[str]:
     elif not os.path.lexists(config) and not os.path.lexists(mode):
         work.step("set the mode to auto", write_atomically, mode, "auto\n")
     start_installed(work, manager)
-    daemon = Daemon.find(work.paths) or settings
-    host = "localhost" if daemon.host in ("0.0.0.0", "::") else daemon.host
-    url = f"http://{Settings(host, daemon.port, '').listen_addr}"
+    url = client_url(Daemon.find(work.paths) or settings)
     asked = asked and os.path.realpath(asked)
     for path in filter(None, dict.fromkeys((*work.settings, asked))):
-        # Last, because only now something listens there.
+        # Last, because rrouter listens there only now.
         work.attempt(connect_claude, work, path, url, path == asked)
     if work.dry:
         print("nothing has been changed")
     else:
         report_installation(work, before, why)
-    return [f"Claude Code is not pointed here: {failure}: mend that, then run this again"
+    return [f"cannot point Claude Code at rrouter: {failure}: fix that, then run this again"
             for failure in work.failures]
 
 
 def remove_installed(work: Installer, daemon: Daemon | None, purge: bool) -> None:
-    """Take back what the record names; the program last, because it can then run again."""
+    """Undo what the record names; the program comes last, so that it can run again."""
     import shutil
     manager, root = find_manager(work.home), work.paths.root
     manager = manager if manager and manager.path in work.files else None
@@ -4930,10 +4931,10 @@ def remove_installed(work: Installer, daemon: Daemon | None, purge: bool) -> Non
     for path in files:
         needed = [*work.settings, *[work.program] * bool(work.failures)]
         if not any(other.startswith(path) for other in needed):
-            work.attempt(work.take_back, path)
+            work.attempt(work.undo, path)
     for path in dict.fromkeys(places) if not work.dry else ():
         for backup in sorted(glob.glob(f"{glob.escape(path)}.bak-{'[0-9]' * 8}-*")):
-            work.leave(backup, "kept from before")
+            work.leave(backup, "an earlier backup")
     if manager and manager.name == "systemd":
         work.step("have systemd forget it", run_program, manager.start[0], MANAGER_S)
     if not work.failures and os.path.lexists(root):
@@ -4946,7 +4947,7 @@ def remove_installed(work: Installer, daemon: Daemon | None, purge: bool) -> Non
 
 
 def uninstall(work: Installer, purge: bool) -> list[str]:
-    """Take back what `install` did, with `purge` ~/.rrouter, too; return what failed."""
+    """Undo `install`; with `purge`, remove ~/.rrouter as well; return what failed."""
     work.files, work.settings = read_record(work.paths)
     daemon, had_claude = Daemon.find(work.paths), bool(work.settings)
     written = [values for members in work.settings.values() for _, *values in members.values()]
@@ -4967,9 +4968,9 @@ def uninstall(work: Installer, purge: bool) -> list[str]:
     for line in work.left:
         print(f"stays: {line}")
     if senders:
-        print(f"still pointing here: {', '.join(senders)}: remove ANTHROPIC_BASE_URL from shells "
-              "and files, end processes")
-    return [f"not taken back: {failure}: mend that, then run this again"
+        print(f"still pointing at rrouter: {', '.join(senders)}: remove ANTHROPIC_BASE_URL from "
+              "shells and files, end processes")
+    return [f"not undone: {failure}: fix that, then run this again"
             for failure in work.failures]
 
 
@@ -4979,13 +4980,13 @@ DEMO_PAUSE_S = 0.8              # for reading a step
 DEMO_COOLDOWN_S = 3
 DEMO_START = """\
 rrouter uses Antigravity's quota first and falls back to Claude when that fails,
-without touching your session. Here the real router and a scripted CLIProxyAPI
-show it in one process: no account, no network, no file left.
+without touching your session. This demo runs the real router and a scripted
+CLIProxyAPI in one process: no account, no network, and it leaves no files.
 
-Each line with a status is what Claude Code gets for claude-sonnet-5-5: the
-target (whose models answered: antigravity or claude) and the name sent there.
+Each step ends with a request for claude-sonnet-5-5 and its response: status,
+the target that gave it (antigravity or claude) and the model name sent there.
 """
-DEMO_NOTICE = "\n  You notice: nothing but another model answering; no error, no restart."
+DEMO_NOTICE = "\n  You notice only that another model answers: no error, no restart."
 # Title, mode that the step sets, whether Antigravity refuses its request, meaning.
 DEMO_STEPS = (
     ("$ rrouter claude", "claude", False, "The name stays as it is."),
@@ -4993,21 +4994,21 @@ DEMO_STEPS = (
     ("$ rrouter auto", MODE_AUTO, False, "Antigravity, as long as it works."),
     ("Antigravity's quota runs out: from now on it responds 429", "", True,
      "Antigravity refused, so claude got the same request." + DEMO_NOTICE),
-    ("the next request", "", True, "Rescued again. You notice: nothing."),
+    ("the next request", "", True, "Rescued again. You notice nothing."),
     ("the next request", "", True,
-     "The third failure in a row: rrouter switches to claude. You notice: nothing."),
-    ("the next request", "", True, "Straight to claude. You notice: nothing."),
+     "The third failure in a row: rrouter switches to claude. You notice nothing."),
+    ("the next request", "", True, "Straight to claude. You notice nothing."),
     (f"{DEMO_COOLDOWN_S} s later (30 min outside the demo) the quota is back", "", False,
      "This request probed antigravity: it worked, so everything goes back to it." + DEMO_NOTICE))
 DEMO_END = """
 Next, with CLIProxyAPI running on {upstream}:
   {rrouter} start     start rrouter on port {port}
   {rrouter} check     what is still missing, and what to do about it
-  {rrouter} auto      what you have just seen
+  {rrouter} auto      the mode that you have just seen
   ANTHROPIC_BASE_URL=http://localhost:{port} ANTHROPIC_AUTH_TOKEN=KEY claude
-where KEY is one of api-keys in CLIProxyAPI's config"""
+where KEY is one of the api-keys in CLIProxyAPI's config"""
 DEMO_STAY = """
-This router and its upstream stay until Ctrl-C. In another shell:
+This router and its upstream keep running until Ctrl-C. In another shell:
   export ANTHROPIC_BASE_URL={url} ANTHROPIC_AUTH_TOKEN=demo
   curl {url}/v1/messages -d '{{"model": "claude-sonnet-5-5"}}'"""
 DEMO_EVENTS: tuple[dict[str, Any], ...] = (
@@ -5043,7 +5044,7 @@ class DemoUpstream(http.server.BaseHTTPRequestHandler):
 
 
 def demo_request(port: int) -> str:
-    """Send a request as Claude Code does; return the status, and who answered it."""
+    """Send a request as Claude Code does; return status, target and model name of the response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     with contextlib.closing(connection):
         connection.request("POST", "/v1/messages",
@@ -5081,7 +5082,7 @@ def cmd_demo(context: Any) -> None:
     """Show by real requests what rrouter does; with --stay, keep it running."""
     import tempfile
     shell = read_environment(dict(os.environ))          # for the last lines
-    for number in (signal.SIGTERM, signal.SIGHUP):      # by default they would leave the folder
+    for number in (signal.SIGTERM, signal.SIGHUP):      # else they would leave the files
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="rrouter-demo-") as home, demo_router(home) as router:
         print(DEMO_START)
@@ -5122,11 +5123,11 @@ class Command(NamedTuple):
 
 
 class Context(NamedTuple):
-    """The surroundings of a command."""
+    """The values that every command gets."""
 
     home: str
     paths: Paths
-    arguments: argparse.Namespace           #: `word` is the one that is not an option
+    arguments: argparse.Namespace           #: `word` is the argument that is not an option
     commands: tuple[Command, ...]           #: COMMANDS
 
 
@@ -5157,7 +5158,7 @@ def cmd_serve(context: Context) -> int:
     except Exception as error:
         if ready is not None:
             words = str(error) if isinstance(error, RouterError) else describe_defect(error)
-            with contextlib.suppress(OSError):      # `start` was killed meanwhile
+            with contextlib.suppress(OSError):      # `start` may have been killed
                 os.write(ready, words.encode("utf-8", "replace"))
         raise
 
@@ -5183,8 +5184,10 @@ def address_in(url: str) -> tuple[str, int]:
 def points_to(url: str, listener: Settings | Daemon) -> bool:
     """Return whether a URL leads to the address on which rrouter listens."""
     try:
-        host, port = address_in(url)
-        return host in ("localhost", "127.0.0.1", "::1", listener.host) and port == listener.port
+        (host, port), (ours, _) = address_in(url), address_in(client_url(listener))
+        loopback = ("localhost", "127.0.0.1", "::1")
+        is_ours = host in (ours, listener.host) or host in loopback and ours in loopback
+        return is_ours and port == listener.port
     except ValueError:
         return False
 
@@ -5221,7 +5224,7 @@ def describe_target(auto: dict[str, Any]) -> str:
 
 
 def trouble_rows(daemon: Daemon, health: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return rows for the upstream, which says whether anything listens there, and the problems."""
+    """Return a row for the upstream, with what listens there, and one for each problem."""
     url = health["upstreamURL"]
     state = ("rrouter itself: set RROUTER_UPSTREAM to the address of CLIProxyAPI"
              if points_to(url, daemon) else
@@ -5231,7 +5234,7 @@ def trouble_rows(daemon: Daemon, health: dict[str, Any]) -> list[tuple[str, str]
 
 
 def status_rows(daemon: Daemon, health: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield /health for people."""
+    """Yield the rows that show /health to people."""
     auto, counts = health["autoSwitch"], health["requests"]
     starter, failure = health["startedBy"], counts["lastFailure"]
     yield "mode", health["mode"]
@@ -5295,19 +5298,19 @@ def cmd_status(context: Context) -> int:
 
 
 def cmd_start(context: Context) -> None:
-    """Start the daemon; say what is not well, and what to do next."""
+    """Start the daemon; print what is wrong and what to do next."""
     print(start_daemon(context.paths, context.home))
     daemon, health = find_health(context.paths)
     if not daemon or not health:
         return
     rows, runs, remedy = trouble_rows(daemon, health), environment_of(daemon), "`rrouter restart`"
     if daemon.started_by in ("systemd", "launchd"):
-        remedy = f"put it into ~/.config/rrouter.env, then {remedy}"
+        remedy = f"put it into ~/.config/rrouter.env, then run {remedy}"
     for name in runs:
         value = os.environ.get(name) or runs[name]
         try:
             if read_environment({**runs, name: value}) != read_environment(runs):
-                rows.append(("note", f"{name}={printable(value)} of this shell is not in force: "
+                rows.append(("note", f"{name}={printable(value)} in this shell is not in force: "
                                      f"{remedy}"))
         except UsageError as error:
             rows.append(("note", str(error)))
@@ -5315,7 +5318,7 @@ def cmd_start(context: Context) -> None:
     if len(rows) == 1 and "a program" in rows[0][1]:
         with contextlib.suppress(ValueError):
             if "ANTHROPIC_BASE_URL" not in {**os.environ, **claude_environment(context.home)}:
-                step = f"ANTHROPIC_BASE_URL=http://localhost:{daemon.port} claude"
+                step = f"ANTHROPIC_BASE_URL={client_url(daemon)} claude"
     print_rows(*rows, ("next", step))
 
 
@@ -5331,7 +5334,7 @@ def cmd_restart(context: Context) -> None:
 
 
 def show_cleared(before: dict[str, Any]) -> None:
-    """Print what a mode command has cleared, from `autoSwitch` before it."""
+    """Print what a mode command has cleared; `before` is `autoSwitch` before the command."""
     if before["active"]:
         notes = [f"cooldown of {failed_side(own)[0]}{f' for {printable(name)}' if name else ''} "
                  f"({failed_side(own)[2]}, {until_probe(own)})"
@@ -5342,7 +5345,7 @@ def show_cleared(before: dict[str, Any]) -> None:
 
 
 def set_mode(paths: Paths, mode: str) -> None:
-    """Write the mode; return when every request that begins from now on is served by it."""
+    """Write the mode; return when every new request is served in it."""
     paths.create()
     before = find_health(paths)[1]
     try:
@@ -5378,7 +5381,7 @@ def cmd_mode(context: Context) -> None:
         print(mode)
         complain(*problems)
     else:
-        # The bytes are UTF-8, also in the C locale, where Python makes surrogates of them.
+        # Decoded again as UTF-8, because in the C locale Python makes surrogates of the bytes.
         set_mode(context.paths, os.fsencode(name).decode("utf-8", "replace").strip().lower())
 
 
@@ -5447,14 +5450,14 @@ def cmd_explain(context: Context) -> None:
 _USAGE_LINE = re.compile(
     r"(\S+) \S+ \[REQ\] #\d+ \S+ \S+(?<!/count_tokens) .+ -> (\S+) (.+) (\d+) \d+\.\d\ds"
     r"(?: in (\d+)\+(\d+) out (\d+))?(.*?)(\((?:error event|stream without|the upstream ).*)?$")
-# The sums: their keys in JSON, and their headings in the table.
+# The sums that `usage` prints: their keys in JSON and their headings in the table.
 USAGE_COLUMNS = {"requests": "  all", "rescued": " rescued", "failed": " failed",
                  "uncachedInputTokens": " uncached", "cachedInputTokens": " cached",
                  "outputTokens": " output"}
 
 
 def add_up(lines: Iterable[bytes]) -> dict[tuple[str, ...], Counter[str]]:
-    """Return the sums of each day, of its targets and of their models, from the lines of a log."""
+    """Return the sums by day, by day and target, and by day, target and model, from log lines."""
     sums: dict[tuple[str, ...], Counter[str]] = {}
     for found in filter(None, (_USAGE_LINE.match(str(line, "utf-8", "replace")) for line in lines)):
         *key, status, fresh, cached, out, notes, defect = found.groups("0")
@@ -5474,12 +5477,12 @@ def in_short(count: int) -> str:
 
 
 def usage_table(sums: dict[tuple[str, ...], Counter[str]]) -> Iterator[str]:
-    """Yield the lines of the table, each day with a bar of its tokens."""
+    """Yield the lines of the table; the bar of a day shows its tokens."""
     days = {key[0]: counts for key, counts in sums.items() if len(key) == 1}
     tokens = {day: sum(counts[column] for column in USAGE_COLUMNS if column.endswith("Tokens"))
               for day, counts in days.items()}
     yield f"{'':37}{'requests':^20}{'tokens':^23}".rstrip()
-    yield f"{'day        its tokens':37}{''.join(USAGE_COLUMNS.values())}"
+    yield f"{'day        tokens':37}{''.join(USAGE_COLUMNS.values())}"
     for key, counts in {**sums, ("total",): sum(days.values(), Counter())}.items():
         name = "  " * (len(key) - 1) + key[-1]
         if name in tokens:
@@ -5522,7 +5525,7 @@ def config_edit(paths: Paths) -> None:
 
 
 def config_reset(paths: Paths) -> None:
-    """Write the defaults; keep an existing file beside them unless it equals them."""
+    """Write the defaults; keep a copy of an existing file unless it equals them."""
     paths.create()
     old, new = read_file(paths.config), (config_text(config_of(None)) + "\n").encode()
     if old not in (None, new):
@@ -5534,7 +5537,7 @@ def config_reset(paths: Paths) -> None:
 
 
 def cmd_config(context: Context) -> None:
-    """Print, edit or reset the effective config, or print its path, on stderr beside the config."""
+    """Print the effective config, its path on stderr; or edit it, reset it, or print its path."""
     action, paths = context.arguments.word, context.paths
     if action == "edit":
         config_edit(paths)
@@ -5568,7 +5571,8 @@ def cmd_completion(context: Context) -> None:
     after = {row.name: " ".join(re.findall(r"[\[| ]([a-z-]+)", row.usage))
              for row in context.commands}
     with contextlib.suppress(RouterError):
-        after.update(help=names, mode=" ".join(read_config(context.paths).choices))
+        modes = filter(re.compile(r"[\w.-]+").fullmatch, read_config(context.paths).choices)
+        after.update(help=names, mode=" ".join(modes))      # a quote would end the script's string
     if context.arguments.word == "fish":
         print(f"complete -c rrouter -f -n __fish_use_subcommand -a '{names}'")
         for name, words in after.items():
@@ -5581,7 +5585,7 @@ def cmd_completion(context: Context) -> None:
 
 
 def cmd_install(context: Context) -> int:
-    """Install or upgrade this program for the user, or take back what was installed."""
+    """Install or upgrade this program for the user, or undo the installation."""
     arguments, home = context.arguments, context.home
     work = Installer(home, context.paths, arguments.dry_run)
     if os.geteuid() == 0 and os.stat(home).st_uid != 0:
@@ -5593,7 +5597,7 @@ def cmd_install(context: Context) -> int:
         complain("interrupted: `install` completes it, `uninstall` undoes it")
         raise
     except OSError as error:
-        raise RouterError(f"{error.filename or home}: {reason_of(error)}: mend that, then run this "
+        raise RouterError(f"{error.filename or home}: {reason_of(error)}: fix that, then run this "
                           "again") from error
     complain(*failures)
     return 1 if failures else 0
@@ -5608,7 +5612,7 @@ usage: rrouter COMMAND             new here? rrouter demo
 
 files in ~/.rrouter     mode, config.json, logs/rrouter.log (rotated at %d MB)
 
-environment (of the service: ~/.config/rrouter.env)
+environment (for the service: in ~/.config/rrouter.env)
   RROUTER_PORT          port to listen on (8316)
   RROUTER_UPSTREAM      where CLIProxyAPI is (http://localhost:8317)
   RROUTER_HOST          address to listen on (localhost); anyone who can reach a
@@ -5617,24 +5621,24 @@ environment (of the service: ~/.config/rrouter.env)
 
 exit status: 0 done, 1 failed, 2 wrong usage, 3 `status` when nothing runs"""
 
-
 # Words that people try as a command, and what to use instead.
 HINTS = {"port": "RROUTER_PORT=8400 rrouter start", "setup": "rrouter install",
          "doctor": "rrouter check", "models": "rrouter explain", "modes": "rrouter mode NAME",
-         "switch": "rrouter mode NAME", "login": "cli-proxy-api -antigravity-login"}
+         "switch": "rrouter mode NAME", "login": "cli-proxy-api -antigravity-login",
+         "edit": "rrouter config edit", "reset": "rrouter config reset"}
 ARGUMENTS = {
-    "--auto": "only the decisions of auto mode", "--claude": "also point Claude Code here",
-    "--dry-run": "say what would be done", "--json": "print JSON",
+    "--auto": "only the decisions of auto mode", "--claude": "also point Claude Code at rrouter",
+    "--dry-run": "print what would be done", "--json": "print JSON",
     "--purge": "also remove ~/.rrouter", "--stay": "keep it running until Ctrl-C",
     "--watch": "refresh every second until Ctrl-C", "-f": "follow until Ctrl-C",
     "--days N": "the last N days with requests", "NAME": "the mode to set",
     "COMMAND": "show its arguments and an example", "bash|zsh|fish": "your shell",
-    "MODEL": "as Claude Code sends it; the most recent ones if it is missing",
+    "MODEL": "as Claude Code sends it; without it, the most recent ones",
     "edit|reset|path": "open it in $EDITOR; write the defaults; print where it is"}
 
 
 def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.Namespace:
-    """Return the command line, `help` if it is empty; raise UsageError."""
+    """Return the parsed command line, `help` if it is empty; raise UsageError."""
     rows = {name.lower(): row for row in commands for name in (row.name, *row.aliases)}
     first, *rest = words or ["help"]
     row = rows.get(first.lower())
@@ -5667,7 +5671,7 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
         found, wrong = parser.parse_known_args(rest)
     except argparse.ArgumentError:
         wrong = [" ".join(rest)]
-    if wrong:           # argparse would say it in its own jargon
+    if wrong:           # the messages of argparse are hard to understand
         takes = re.findall(r"[^][| ]+(?: [A-Z])?", row.usage)[1:]
         given = f", not '{printable(wrong[0], 40)}'" if wrong[0] else ""
         raise UsageError(f"{row.name} takes {', '.join(takes) or 'no argument'}{given}; "
@@ -5693,27 +5697,25 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
     head = b""
     with contextlib.suppress(OSError):
         head = (content_of(program) or b"")[:4096]
-    match = re.match(rb"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head)
-    if match:
+    if match := re.match(rb"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head):
         python = os.fsdecode(match[1] or match[2])
         yield (OK if os.access(python, os.X_OK) else FAIL), (
-            f"program: {program}, run by {python}: if that is gone, run install.sh again")
+            f"program: {program}, run by {python}: whenever that is missing, run install.sh again")
     manager, why = reach_manager(home)
     path = next(filter(os.path.isfile, [manager.path] if manager else service_files(home)), None)
     if not path:
         yield OK, "service: none is installed, so nothing starts rrouter at the next login"
     elif not os.access(program, os.X_OK):
-        yield FAIL, (f"service: {path} starts {program}, which does not exist: "
-                     "run install.sh again")
+        yield FAIL, f"service: {path} starts {program}, which is gone: run install.sh again"
     elif manager is None:
-        yield WARN, f"service: {path} is installed, but {why}: rrouter start forks"
+        yield WARN, f"service: {path} is installed, but {why}: `rrouter start` will not use it"
     else:
         yield OK, f"service: {manager.name}, {path}"
 
 
 def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tuple[str, str]]:
     """Yield whether Claude Code is set up to use rrouter, in its settings or in this shell."""
-    path, wanted = claude_settings_path(home), f"http://localhost:{settings.port}"
+    path, wanted = claude_settings_path(home), client_url(settings)
     try:
         in_file = claude_environment(home)
     except ValueError as error:
@@ -5738,8 +5740,8 @@ def check_client(home: str, settings: Settings, modes: list[str]) -> Iterator[tu
         yield OK, f"claude code: uses {shown}"
         if proxy and not re.search(r"(^|[,\s])(localhost|127\.0\.0\.1|\*)($|[,:\s])", exempt):
             state = "lacks localhost" if exempt else "is not"
-            yield WARN, (f"proxy: {proxy} is set and NO_PROXY {state}, so Claude Code never gets "
-                         f'here: put "NO_PROXY": "{printable(names)}" into env in {path}')
+            yield WARN, (f"proxy: {proxy} is set and NO_PROXY {state}, so Claude Code cannot "
+                         f'reach rrouter: put "NO_PROXY": "{printable(names)}" into env in {path}')
 
 
 def get_models(upstream: Upstream, fields: dict[str, str]) -> tuple[int, bytes]:
@@ -5761,7 +5763,7 @@ def alias_blocks(names: list[str], known: list[str]) -> str:
     for name in names:
         found = difflib.get_close_matches(name, known, 1, 0)[0]
         entries += [f'- name: "{printable(found, 80)}"', f'  alias: "{printable(name)}"']
-        # `fork` keeps the id itself.  A claude- id goes, so that it means the other channel alone.
+        # `fork` keeps the id beside its alias; a claude- id has to mean Claude's channel alone.
         entries += [] if found.startswith("claude-") else ["  fork: true"]
     heads = (("# version 7", "oauth-model-alias:", "  antigravity:", "    "),
              ("# version 8", "oauth:", "  model-alias:", "    antigravity:", "      "))
@@ -5789,8 +5791,8 @@ def check_models(config: Config, body: bytes) -> Iterator[tuple[str, str]]:
     remedy = "log in first: cli-proxy-api -antigravity-login" if ours else "correct your rules"
     if ours and known:
         remedy = ("use an Antigravity model id in your rules ("
-                  f"{', '.join(printable(name, 60) for name in known[:6])}), or add the block of "
-                  "your version to CLIProxyAPI's config.yaml; only one such block may exist:\n"
+                  f"{', '.join(printable(name, 60) for name in known[:6])}), or add the block for "
+                  "your version to CLIProxyAPI's config.yaml, which may hold only one such block:\n"
                   + alias_blocks(ours, known))
     yield WARN, (f"models: the upstream does not know {', '.join(map(printable, missing))} (400 "
                  f"unknown provider): {remedy}")
@@ -5812,7 +5814,7 @@ def check_upstream(home: str, settings: Settings,
     variable = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
     helper = "what your apiKeyHelper prints" if "apiKeyHelper" in text and not variable else ""
     key = environment.get(variable, "")
-    key = key if key.isascii() and key.isprintable() else ""      # else no header can hold it
+    key = key if key.isascii() and key.isprintable() else ""      # as a header demands
     status, body = 502, b"is rrouter itself"
     try:
         if not points_to(settings.upstream, settings):
@@ -5832,7 +5834,7 @@ def check_upstream(home: str, settings: Settings,
             f"{label} refuses {'the' if key else 'a request without a'} key ({status} {words}): "
             "compare api-keys (version 8: access.api-keys) in CLIProxyAPI's config with "
             + (helper or variable or "ANTHROPIC_AUTH_TOKEN, which Claude Code has to send"))
-    elif status == 400 and b"HTTPS server" in body:         # as programs in Go put it
+    elif status == 400 and b"HTTPS server" in body:         # the words of servers in Go
         yield FAIL, f"{label} speaks https: set RROUTER_UPSTREAM to https://..."
     elif status != 200:
         yield WARN, f"{label} answers /v1/models with {status}: cannot compare the rules with it"
@@ -5842,7 +5844,7 @@ def check_upstream(home: str, settings: Settings,
 
 
 def check_outcomes(health: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield what the failures that rrouter has seen show about the targets."""
+    """Yield what the last failures show about the targets, and whether usage limits arrive."""
     auto, failure = health["autoSwitch"], health["requests"]["lastFailure"]
     seen = {failed_side(own)[0]: own["reason"] for own in (auto, *auto["models"].values())
             if own["switched"]}
@@ -5867,7 +5869,7 @@ def run_checks(context: Context) -> Iterator[tuple[str, str]]:
         yield OK, f"daemon: {daemon.holder.name} on {settings.listen_addr}"
         if health["version"] != __version__:
             yield WARN, (f"version: the daemon is {printable(str(health['version']))}, this "
-                         f"program {__version__}: rrouter restart")
+                         f"program {__version__}: run `rrouter restart`")
     else:
         settings = read_environment(dict(os.environ))
         is_taken = daemon is None and _listens(settings.host, settings.port)
@@ -5923,7 +5925,7 @@ COMMANDS = (
     Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
     Command("auto", ("a",), cmd_mode, "Antigravity, else Claude; repeat to retry now"),
-    Command("mode [NAME]", (), cmd_mode, "print the mode, or set one of config.json",
+    Command("mode [NAME]", (), cmd_mode, "print the mode, or set one from config.json",
             "rrouter mode claude"),
     Command("explain [MODEL]", (), cmd_explain, "what becomes of a model name in each mode",
             "rrouter explain claude-opus-5-5"),
@@ -5932,7 +5934,7 @@ COMMANDS = (
     Command("check [--json]", ("health", "--check"), cmd_check,
             "check everything and say how to fix it"),
     Command("config [edit|reset|path]", (), cmd_config,
-            "print, edit or reset the config, or its path", "rrouter config | jq .auto",
+            "print, edit, reset or locate the config", "rrouter config | jq .auto",
             "[--yes]"),         # `reset` never asks
     Command("install [--claude] [--dry-run]", (), cmd_install,
             "install to ~/bin and start, or upgrade", "rrouter install --claude"),
@@ -5948,12 +5950,12 @@ COMMANDS = (
 
 def run_command(words: list[str]) -> int:
     """Run one command; return its exit status."""
-    for name in ("stdin", "stdout", "stderr"):  # else a file gets the number of a closed one
+    for name in ("stdin", "stdout", "stderr"):  # else our files would get their numbers
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "r+", closefd=False))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")       # type: ignore[union-attr]
-    os.umask(os.umask(0o077) & 0o077)       # a strict one would lock us out of our files
+    os.umask(os.umask(0o077) & 0o077)       # a stricter one would lock us out of our files
     if not os.environ.get("HOME"):
         os.environ.pop("HOME", None)        # `expanduser` then asks the user database
     try:
@@ -5971,7 +5973,7 @@ def run_command(words: list[str]) -> int:
         return error.exit_code
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)    # else the flush at exit would fail again
-        if not isinstance(error, BrokenPipeError):      # that only means that our reader left
+        if not isinstance(error, BrokenPipeError):      # it only means that the reader is gone
             complain(f"{error.filename or 'output'}: {reason_of(error)}")
         return 1
     except Exception as error:          # once, for all commands: no traceback reaches a user

@@ -957,13 +957,13 @@ class ParseConfigTest(unittest.TestCase):
         ('{"modes": {"": {}}}', "expected a name"),
         ('{"modes": {"a": {"mappings": {}}}}', "modes.a.mappings: expected a list"),
         ('{"modes": {"a": {"mappings": [{"match": 7, "rewrite": "x"}]}}}',
-         "modes.a.mappings[0].match: expected a string"),
+         "modes.a.mappings[0].match: expected a non-empty string"),
         ('{"modes": {"a": {"mappings": [{"match": "x"}]}}}',
          "modes.a.mappings[0].rewrite: missing"),
         ('{"modes": {"a": {"mappings": [{"match": "x", "rewrite": ""}]}}}',
          "mappings[0].rewrite: expected"),
         ('{"modes": {"a": {"mappings": [{"match": "x", "rewrite": "y", "class": null}]}}}',
-         "mappings[0].class: expected a string that is not empty, found null"),
+         "mappings[0].class: expected a non-empty string, found null"),
         ('{"modes": {"a": {}}, "defaultMode": "b"}',
          'defaultMode: expected one of a, auto, found "b"'),
         ('{"modes": {"a": {}}, "defaultMode": null}', "defaultMode: expected one of"),
@@ -972,10 +972,10 @@ class ParseConfigTest(unittest.TestCase):
     )
     REFUSED_AUTO = (
         # member of auto, value, words of the complaint
-        ("targets", ["a"], "auto.targets: expected two"),
-        ("targets", ["a", "a"], "auto.targets: expected two"),
-        ("targets", ["a", "b", "c"], "auto.targets: expected two"),
-        ("targets", ["a", 2], "auto.targets: expected two"),
+        ("targets", ["a"], "auto.targets: expected the names of two"),
+        ("targets", ["a", "a"], "auto.targets: expected the names of two"),
+        ("targets", ["a", "b", "c"], "auto.targets: expected the names of two"),
+        ("targets", ["a", 2], "auto.targets: expected the names of two"),
         ("failureThreshold", 0, "auto.failureThreshold: expected a whole"),
         ("failureThreshold", 10 ** 30, "auto.failureThreshold: expected a whole"),
         ("timeoutThreshold", 1.5, "auto.timeoutThreshold: expected a whole"),
@@ -988,6 +988,7 @@ class ParseConfigTest(unittest.TestCase):
         ("firstByteTimeoutSeconds", "9", "auto.firstByteTimeoutSeconds: expected"),
         ("firstByteTimeoutSeconds", 1e10, "auto.firstByteTimeoutSeconds: expected a number"),
         ("firstByteTimeoutSeconds", 10 ** 400, "auto.firstByteTimeoutSeconds"),
+        ("stay", False, "auto.stay: expected a number from 0.0 to 60.0, found false"),
         ("stay", 61, "auto.stay: expected a number from 0.0 to 60.0, found"),
         ("onSwitch", "notify-send", 'auto.onSwitch: expected a list of strings, a program and'),
     )
@@ -1922,7 +1923,9 @@ class WalkTest(FailoverWalk):
                 ("60m ok", ["RECOVERED: ag responds again"]),
                 ("3*ag 3*cl:500", [
                     "SWITCH cl -> ag: 3 consecutive HTTP errors, last 500"]),
-                (ALONE, ["SWITCH ag -> cl for opus: 3 consecutive HTTP errors, last 429; "
+                (ALONE, [failed, failed, "ag failed for opus: 429 (2 of 3 HTTP errors in a row)",
+                         failed, "ag failed for opus: 429 (3 of 3 HTTP errors in a row)",
+                         "SWITCH ag -> cl for opus: 3 consecutive HTTP errors, last 429; "
                          "retry in 30m"]),
                 ("opus/cl", ["cl failed for opus: 429 (1 of 3 HTTP errors in a row)"]),
                 ("30m opus/ok", ["RECOVERED: ag responds again for opus"])):
@@ -6049,7 +6052,7 @@ class RunningDaemonTest(DaemonTestBase):
         for home, command, remedy in ((other, "start", "set RROUTER_PORT"),
                                       (self.home, "serve", "`rrouter stop` stops it")):
             done = home.run(command, check=1, timeout=WAIT_S * 2)
-            self.assertRegex(done.stderr, r"\Arrouter: .* \(pid %d\): %s\n\Z" % (
+            self.assertRegex(done.stderr, r"\Arrouter: .* \(pid %d\).*: %s\n\Z" % (
                 self.health["pid"], remedy))
         self.assertNotIn("[", other.read("logs/rrouter.log"))
         self.assertEqual(processes(other), [])
@@ -6492,6 +6495,7 @@ USAGE_ERRORS = (
     ("config edt",          "config takes edit, reset, path, not 'edt'; see"),
     ("logs -n 20",          "logs takes -f, --auto, not '-n'; see"),
     ("--json",              "use `rrouter status --json` or `rrouter usage --json` or"),
+    ("reset",               "use `rrouter config reset`"),
     ("usage --days=0",      "usage takes --days N, --json, not '--days=0'; see"),
     ("usage --days -3",     "usage takes --days N, --json, not '--days -3'; see"),
     ("usage --days",        "usage takes --days N, --json, not '--days'; see"),
@@ -6579,6 +6583,7 @@ class CommandLineTest(CommandTest):
             if shutil.which(shell):
                 subprocess.run([shell, "-n"], input=script.encode(), check=True)
             self.assertEqual([row.name for row in rrouter.COMMANDS if row.name not in script], [])
+        self.home.write("config.json", '{"modes": {"claude": {"mappings": []}, "it\'s": {}}}')
         ask = '\nCOMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _rrouter; echo "${COMPREPLY[@]}"'
         script = self.run_here("completion", "bash").stdout + ask
         for line, offered in (("st", "start stop status"), ("status --", "--json --watch"),
@@ -6882,7 +6887,7 @@ class UsageTest(CommandTest):
     def test_output_is_a_table_within_80_columns_or_says_that_there_is_nothing(self):
         self.assertEqual(self.run_here("usage", check=0).stdout.splitlines(), [
             "                                           requests              tokens",
-            "day        its tokens                  all rescued failed uncached cached output",
+            "day        tokens                      all rescued failed uncached cached output",
             "2026-01-01                               1       0      0     1499      2      3",
             "  claude                                 1       0      0     1499      2      3",
             "    old                                  1       0      0     1499      2      3",
@@ -6926,6 +6931,7 @@ class EnvironmentTest(CommandTest):
             done = self.home.run("mode", "\ud55c".encode(), env=env)
             self.assert_fails(done, 1, r"mode '\\ud55c' is not defined")
         self.assertIn("'\ud55c'", self.run_here("mode", "\ud55c", terminal=True).stderr)
+        self.assertIn("'\\ubuntu'", self.run_here("mode", "\\ubuntu", terminal=True).stderr)
         with Running(None, home=self.home, mode=None):
             self.home.write("config.json", "{")         # the daemon knows the modes
             for env in locales:
@@ -7111,7 +7117,7 @@ class StartReportTest(LoopbackTest):
         upstream, other = self.start_upstream(), free_port()
         again = home.run("start", check=0, env={"RROUTER_PORT": str(other)}).stdout
         self.assertRegex(again, "\n".join((
-            r"\Arrouter is already running .*", "upstream: .*", "note:     RROUTER_PORT=%d of this "
+            r"\Arrouter is already running .*", "upstream: .*", "note:     RROUTER_PORT=%d in this "
             "shell is not in force: `rrouter restart`", "next")) % other)
         home.env["RROUTER_UPSTREAM"] = upstream.url
         self.assertRegex(home.run("restart", check=0).stdout, "\n".join((
@@ -7122,6 +7128,15 @@ class StartReportTest(LoopbackTest):
         again = home.run("start", check=0, env={"RROUTER_PORT": "abc"}).stdout
         self.assertRegex(again, r"(?s)already running .* there\nnote:     RROUTER_PORT=abc: "
                                 r"expected [^\n]*\nnext:     rrouter check\n\Z")
+
+    def test_claude_code_is_pointed_at_an_address_on_which_rrouter_listens(self):
+        for host, url, has_localhost in (
+                ("localhost", "http://localhost:1", True), ("::", "http://localhost:1", True),
+                ("::1", "http://[::1]:1", True), ("192.0.2.1", "http://192.0.2.1:1", False)):
+            settings = rrouter.Settings(host, 1, "")
+            self.assertEqual(rrouter.client_url(settings), url)
+            self.assertTrue(rrouter.points_to(url, settings), host)
+            self.assertEqual(rrouter.points_to("http://localhost:1", settings), has_localhost, host)
 
     def test_only_failures_that_cliproxyapi_retries_can_be_late(self):
         for fault, status, took_s, is_late in (
@@ -7332,7 +7347,7 @@ class CheckTest(RouterTest):
             self.addCleanup(path.unlink)
         unit.write_text("[Service]\n")
         program.write_text("")
-        self.check("fail +service: .*starts .*/bin/rrouter, which does not exist")
+        self.check("fail +service: .*starts .*/bin/rrouter, which is gone")
         program.write_text("#!/usr/bin/env python3\n")
         program.chmod(0o755)
         self.check("warn +service: .* is installed, but service managers serve",
@@ -7619,7 +7634,7 @@ class ProgramTest(InstallTest):
             python.symlink_to(light_python())
             self.assertEqual(self.write(python)[:10], b"#!/bin/sh\n")
             self.assertEqual(self.home.rrouter("a b", "c"), "rrouter 0.0.1 did a b c\n")
-            line = f"program: {self.program}, run by {python}: if that is gone, run install.sh"
+            line = f"program: {self.program}, run by {python}: whenever that is missing, run inst"
             self.assertIn(f"ok    {line}", self.home.do("check", status=1))
             shutil.rmtree(python.parent)
             self.assertIn(f"fail  {line}", self.home.do("check", status=1))
@@ -7712,8 +7727,8 @@ class InstalledLifeTest(InstallTest):
         os.unlink(copied)
         self.assertRegex(said, (
             rf"(?s)\nrrouter {rrouter.__version__} is installed as {home.program}\n"
-            "no service, because service managers serve your home directory.*\nin place: "
-            rf"{home.program}, {home.settings}\nok    daemon: .*\nfail  upstream: .*"
+            "no service, because service managers serve your home directory.*\ninstalled or "
+            rf"changed: {home.program}, {home.settings}\nok    daemon: .*\nfail  upstream: .*"
             rf"hint: ~/bin is not in PATH.*\nnext: '{home.program}' status\n"))
         first = home.health()
         self.assertEqual((first["startedBy"], first["mode"], first["problems"]),
@@ -7736,7 +7751,7 @@ class InstalledLifeTest(InstallTest):
         self.assertEqual((second["pid"] == first["pid"], second["mode"]), (False, "claude"))
         home.env["ANTHROPIC_BASE_URL"] = home.url
         said = home.rrouter("uninstall")
-        self.assertIn("\nstill pointing here: this shell: remove ANTHROPIC_BASE_URL ", said)
+        self.assertIn("\nstill pointing at rrouter: this shell: remove ANTHROPIC_BASE_URL ", said)
         self.assertIn(f"stays: {home.dir} (mode, config, state and logs): rm -r '{home.dir}'\n",
                       said)
         removed = (home.settings, home.settings.parent, home.program, home.program.parent)
@@ -7825,6 +7840,7 @@ class ServiceManagerTest(InstallTest):
         self.assertIn("\nno service, because systemctl --user does not answer: scripted failure\n",
                       home.do("install"))
         self.assertFalse(home.unit.exists())
+        self.assertEqual(rrouter.run_program(("sleep", "9"), 0.01)[0], 124)     # 127: not installed
         home.note("fails", "nothing")
         home.do("install")
         home.note("fails", "")
@@ -7868,7 +7884,7 @@ class ForeignFilesTest(InstallTest):
         ({}, ("i", {PROGRAM: "mine"}, "u"), {PROGRAM: "mine"},
          r"stays: (.*/bin/rrouter) \(changed since it was installed\): rm '\1'"),
         ({PROGRAM: "1st"}, ("i", {PROGRAM: "2nd"}, "u"),
-         {PROGRAM: "2nd", PROGRAM + ".bak": "1st"}, "stays: .*bak-.* .kept from before.: look "),
+         {PROGRAM: "2nd", PROGRAM + ".bak": "1st"}, "stays: .*bak-.* .an earlier backup.: look "),
         ({PROGRAM: "1st"}, ("i", {PROGRAM: "3rd"}, "iu"),
          {PROGRAM: "1st", PROGRAM + ".bak": "3rd"}, "."),
         ({UNIT: "mine"}, ("i", {UNIT: OURS + "# edited"}, "iu"),
@@ -7931,7 +7947,7 @@ class ForeignFilesTest(InstallTest):
         home = self.installation()
         home.put(home.program, b"the old one", 0o755)
         shell = ["/bin/sh", "-c", 'ulimit -f 16; exec "$@"', "sh", *PYTHON, RROUTER]
-        self.assertIn(f"\nrrouter: {home.home}: file too large: mend that, then run this again\n",
+        self.assertIn(f"\nrrouter: {home.home}: file too large: fix that, then run this again\n",
                       home.do("install", program=shell, status=1))
         self.assertNotIn(str(home.program), home.do("uninstall"))       # nor advice to remove it
         self.assertEqual([path.read_bytes() for path in home.program.parent.iterdir()],
@@ -7941,7 +7957,7 @@ class ForeignFilesTest(InstallTest):
         home = self.installation("systemd")
         plan = home.do("install", "--dry-run", "--claude")
         for says in (f"would install {home.program}\n", "default.target.wants/rrouter.service\n",
-                     "would set the mode to auto", "would point Claude Code here in "):
+                     "would set the mode to auto", "would point Claude Code at rrouter in "):
             self.assertIn(says, plan)
         created = re.findall("would create (.*)", plan)
         self.assertIn(str(home.unit.parent), created)
@@ -7952,7 +7968,7 @@ class ForeignFilesTest(InstallTest):
                       home.do("install", status=2, env={"RROUTER_UPSTREAM": "http://h/'"}))
         self.assertEqual((home.tree(), home.asked()), ({}, []))
         home.program.mkdir(parents=True)
-        self.assertIn("bin/rrouter: is a directory: mend that, ", home.do("install", status=1))
+        self.assertIn("bin/rrouter: is a directory: fix that, ", home.do("install", status=1))
         self.assertEqual([*home.tree()], ["bin", "bin/rrouter"])
         for record in ("{", "[]", '{"files": 1}', '{"files": {"/x": [1]}}', '{"directories": 1}',
                        '{"settings": {"/x": 1}}', '{"settings": {"/x": {"env": ["", "x"]}}}',
@@ -8076,7 +8092,7 @@ class ClaudeSettingsTest(InstallTest):
                               (b'{"a": "\xff"}', 0o644), (b"[" * 100000, 0o644), (b"{}", 0o444)):
             home.put(home.settings, content, mode)
             said = home.do("install", "--claude", status=1)
-            self.assertIn(f"Claude Code is not pointed here: {home.settings}: ", said)
+            self.assertIn(f"cannot point Claude Code at rrouter: {home.settings}: ", said)
             self.assertIn("is installed as ", said)
             home.do("uninstall", "--purge")
             self.assertEqual(home.tree(), {".claude": (0o755, None),
@@ -8086,8 +8102,8 @@ class ClaudeSettingsTest(InstallTest):
         good = home.settings.read_bytes()
         home.put(home.settings, b"{")
         said = home.do("uninstall", "--purge", status=1)
-        self.assertIn(f"not taken back: {home.settings}: 1:2: ", said)
-        self.assertIn(": left as it is: mend that, then run this again", said)
+        self.assertIn(f"not undone: {home.settings}: 1:2: ", said)
+        self.assertIn(": left as it is: fix that, then run this again", said)
         self.assertTrue(home.program.exists() and (home.dir / "install.json").exists())
         home.put(home.settings, good)
         home.do("uninstall", "--purge")
@@ -8147,7 +8163,7 @@ class ClaudeSettingsTest(InstallTest):
             self.addCleanup(process.kill)
             pids.append(process.pid)
         said = home.do("uninstall", "--purge").splitlines()[-1]
-        self.assertTrue(said.startswith("still pointing here: "), said)
+        self.assertTrue(said.startswith("still pointing at rrouter: "), said)
         self.assertEqual([f"(pid {pid})" in said for pid in pids], [True, True, False], said)
 
 
