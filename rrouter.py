@@ -1789,8 +1789,8 @@ class Failover:
                 own.answered = whole.answered           # they are on the same target
                 ticket = ticket._replace(generation=own.generation)
                 own_lines = own.fail(now, ticket, outcome)
-                same_count = lines[0].partition(": ")[2] == own_lines[0].partition(": ")[2]
-                lines += own_lines[same_count:]
+                is_repeated = own_lines[0].endswith(lines[0].partition(": ")[2])    # the same count
+                lines += own_lines[is_repeated:]
             return lines
 
     def release(self, ticket: Ticket) -> list[str]:
@@ -5416,8 +5416,8 @@ def cmd_explain(context: Context) -> None:
     config, health = read_config(context.paths), find_health(context.paths)[1]
     models = [context.arguments.word]
     if models == [None]:
-        lines = b"".join(reversed(deque(log_lines(context.paths.log, b"[REQ] "), 1000)))
-        models = re.findall(r"#\d+ \S+ \S+ (\S+) -> ", lines.decode("utf-8", "replace"))
+        recent = b"".join(reversed(deque(log_lines(context.paths.log, b"[REQ] "), 1000)))
+        models = re.findall(r"#\d+ \S+ \S+ (\S+) -> ", recent.decode("utf-8", "replace"))
         if not models:
             raise RouterError("no request yet: name a model: `rrouter explain claude-sonnet-5-5`")
     for model in list(dict.fromkeys(models))[:MODELS_SHOWN]:
@@ -5471,9 +5471,8 @@ def add_up(lines: Iterable[bytes]) -> dict[tuple[str, ...], Counter[str]]:
 
 def in_short(count: int) -> str:
     """Return a count with at most four digits and a unit: 9999, 12k, 34M."""
-    if count < 10_000:
-        return str(count)
-    return f"{count // 1000}k" if count < 10_000_000 else f"{count // 1_000_000}M"
+    return (f"{count}" if count < 10_000 else
+            f"{count // 1000}k" if count < 10_000_000 else f"{count // 1_000_000}M")
 
 
 def usage_table(sums: dict[tuple[str, ...], Counter[str]]) -> Iterator[str]:
@@ -5569,10 +5568,10 @@ def cmd_completion(context: Context) -> None:
     """Print what the shell needs to complete commands."""
     names = " ".join(row.name for row in context.commands)
     after = {row.name: " ".join(re.findall(r"[\[| ]([a-z-]+)", row.usage))
-             for row in context.commands}
+             for row in context.commands} | {"help": names}
     with contextlib.suppress(RouterError):
         modes = filter(re.compile(r"[\w.-]+").fullmatch, read_config(context.paths).choices)
-        after.update(help=names, mode=" ".join(modes))      # a quote would end the script's string
+        after["mode"] = " ".join(modes)         # a quote would end the script's string
     if context.arguments.word == "fish":
         print(f"complete -c rrouter -f -n __fish_use_subcommand -a '{names}'")
         for name, words in after.items():
@@ -5699,8 +5698,9 @@ def check_service(home: str) -> Iterator[tuple[str, str]]:
         head = (content_of(program) or b"")[:4096]
     if match := re.match(rb"#!(?:/bin/sh\nexec '?([^'\n]+?)'? \"|(\S+))", head):
         python = os.fsdecode(match[1] or match[2])
-        yield (OK if os.access(python, os.X_OK) else FAIL), (
-            f"program: {program}, run by {python}: whenever that is missing, run install.sh again")
+        is_gone = not os.access(python, os.X_OK)
+        yield (FAIL if is_gone else OK), (f"program: {program}, run by {python}"
+                                          + ", which is gone: run install.sh again" * is_gone)
     manager, why = reach_manager(home)
     path = next(filter(os.path.isfile, [manager.path] if manager else service_files(home)), None)
     if not path:
