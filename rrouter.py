@@ -5662,7 +5662,7 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
             parser.add_argument(name, type=int, choices=range(1, 10_000), metavar=value, help=about)
         elif word[0] == "-":
             parser.add_argument(word, action="store_true", help=about)
-        else:           # the default "" of a required word is not one of its choices
+        else:           # "" stands for a required word that is missing
             parser.add_argument("word", nargs="?", metavar=word, help=about,
                                 default="" if argument == word else None,
                                 choices=word.split("|") if "|" in word else None)
@@ -5670,9 +5670,9 @@ def parse_command(words: list[str], commands: tuple[Command, ...]) -> argparse.N
         found, wrong = parser.parse_known_args(rest)
     except argparse.ArgumentError:
         wrong = [" ".join(rest)]
-    if wrong:           # the messages of argparse are hard to understand
+    if wrong or vars(found).get("word") == "":      # argparse's messages are hard to understand
         takes = re.findall(r"[^][| ]+(?: [A-Z])?", row.usage)[1:]
-        given = f", not '{printable(wrong[0], 40)}'" if wrong[0] else ""
+        given = f", not '{printable(wrong[0], 40)}'" if any(wrong) else ""
         raise UsageError(f"{row.name} takes {', '.join(takes) or 'no argument'}{given}; "
                          f"see `{parser.prog} --help`")
     return found

@@ -6565,6 +6565,7 @@ class CommandLineTest(CommandTest):
         for line, words in USAGE_ERRORS:
             self.assert_fails(self.run_here(*line.split()), 2, re.escape(words))
         self.assert_fails(self.run_here(""), 2, "no command ''")
+        self.assert_fails(self.run_here("explain", ""), 2, "explain takes MODEL; see")
         self.assertFalse(self.home.dir.exists())
 
     def test_help_of_each_command_has_an_example_and_fits_the_terminal(self):
