@@ -431,7 +431,7 @@ class Ticket(NamedTuple):
     model: str
     generation: int             #: of the breaker when the attempt began
     probe: int = 0              #: number of the probe this is; 0 for none
-    quiet: bool = False         #: a probe of the shelf, logged only if its response changes
+    quiet: bool = False         #: no line for a probe, because the shelf caused the switch
     session: str = ""           #: "" if the client names none
 
 
@@ -516,8 +516,7 @@ def _parse_json(text: str) -> Any:
         found = repr(rest) if rest else "the end of the file"
         raise ConfigError(f"{error.lineno}:{error.colno}: {what}, found {found}") from error
     except (ValueError, RecursionError) as error:       # 5,000 digits; 100,000 brackets
-        raise ConfigError("1:1: expected an object of modes, found a number that is too long or "
-                          "nesting that is too deep") from error
+        raise ConfigError("1:1: found a number that is too long or nesting too deep") from error
 
 
 def _expect(fits: bool, path: str, what: str, value: Any) -> None:
@@ -546,8 +545,7 @@ def _parse_rule(value: Any, path: str, problems: list[str]) -> Rule:
         if key not in members and key in RULE_KEYS[:2]:
             raise ConfigError(f"{path}.{key}: missing, expected a string")
         text = members.get(key, "*")
-        _expect(isinstance(text, str) and text != "", f"{path}.{key}",
-                "a non-empty string", text)
+        _expect(isinstance(text, str) and text != "", f"{path}.{key}", "a non-empty string", text)
         try:
             re.compile(fnmatch.translate(text if key != "rewrite" else ""))
         except re.error:                # [z-a], before Python 3.10
@@ -961,7 +959,7 @@ def read_windows(fields: Fields) -> dict[str, dict[str, Any]]:
         if used in fields.values:
             with contextlib.suppress(ValueError, OverflowError, OSError):   # unusable numbers
                 windows[name] = {"usedPercent": round(100 * float(fields.value(used))),
-                                 "until": utc(float(fields.value(reset)))}
+                                 "until": utc(int(fields.value(reset)[:10]))}
     return windows
 
 
@@ -1333,20 +1331,21 @@ class TokenReader:
 
     _END_BYTES, _USAGE_BYTES = 4096, 512    # more than an event with tokens takes, and its `usage`
     # Quotes in a string would be escaped.  Later counts are sums and win, unless they are 0.
-    _COUNT = re.compile(rb'"(cache_creation_input|cache_read_input|input|output)_tokens"\s*:\s*'
-                        rb'([1-9][0-9]{0,11})[\s,}]')
+    _KINDS = b"input", b"cache_creation_input", b"cache_read_input", b"output"
+    _COUNT = re.compile(rb'"(%b)_tokens"\s*:\s*([1-9][0-9]{0,11})[\s,}]' % b"|".join(_KINDS))
 
     def __init__(self, coding: str) -> None:
-        self._decode: Callable[[bytes], bytes] | None = None if coding != "gzip" else partial(
-            zlib.decompressobj(zlib.MAX_WBITS | 16).decompress, max_length=READ_AHEAD_MAX_BYTES)
+        self._gzip = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding == "gzip" else None
         self._text = bytearray()        # both ends of the response, or all of it
 
     def feed(self, payload: bytes) -> None:
         """Read more of the response; encodings other than gzip show no tokens."""
-        text, end = self._text, self._END_BYTES
+        text, end, decoder = self._text, self._END_BYTES, self._gzip
         try:
-            text += payload if self._decode is None else self._decode(payload)
-        except zlib.error:              # damaged, or more than READ_AHEAD_MAX_BYTES at once
+            if decoder is not None:         # after its end it would keep all that follows
+                payload = b"" if decoder.eof else decoder.decompress(payload, READ_AHEAD_MAX_BYTES)
+            text += payload
+        except zlib.error:                  # damaged, or too much came at once before
             return
         if len(text) > 4 * end:         # not at each call, because this moves the end
             del text[end:-end]
@@ -1354,13 +1353,11 @@ class TokenReader:
     def note(self) -> str:
         """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
         text, last = self._text, self._text.rfind(b'"usage"')
-        usage, first = text[last:last + self._USAGE_BYTES], text.find(b'"usage"', 0, last)
-        if first >= 0:
-            usage = text[first:first + self._USAGE_BYTES] + usage
-        counts = {kind: int(count) for kind, count in self._COUNT.findall(usage)}
-        uncached = counts.get(b"input", 0) + counts.get(b"cache_creation_input", 0)
-        cached, out = counts.get(b"cache_read_input", 0), counts.get(b"output", 0)
-        return f" in {uncached}+{cached} out {out}" if counts else ""
+        counts = {kind: int(count) for start in (text.find(b'"usage"', 0, last), last)
+                  for kind, count in reversed(      # because parts of a sum may follow it
+                      self._COUNT.findall(text[start:start + self._USAGE_BYTES]))}
+        new, written, cached, out = (counts.get(kind, 0) for kind in self._KINDS)
+        return f" in {new + written}+{cached} out {out}" if counts else ""
 
 
 # Failover #####################################################################
@@ -1675,7 +1672,7 @@ class Failover:
     def _clear(self, auto: AutoSettings) -> None:
         self._auto, self._whole = auto, Breaker(auto, self._serial)
         self._models: OrderedDict[str, Breaker] = OrderedDict()
-        # By session and model: the target used last, when, and the end of its stay there.
+        # By session and model: the target used last, when, and since when it stays there.
         self._places: OrderedDict[tuple[str, str], tuple[str, float, float]] = OrderedDict()
 
     def reset(self, auto: AutoSettings, why: str) -> list[str]:
@@ -1696,18 +1693,18 @@ class Failover:
             if targets != self._auto.targets:
                 return Ticket(targets[0], model, OUTDATED)
             breaker, now = self._breaker(model), self._clock()
-            cached, sent_at, end = self._places.get((session, model), ("", 0.0, 0.0))
-            if cached != breaker.current and now <= end and abs(now - sent_at) < self._auto.stay_s:
-                return self._sent(Ticket(cached, model, OUTDATED, session=session), now, end)
+            cached, sent_at, since = self._places.get((session, model), ("", 0.0, 0.0))
+            if (cached != breaker.current and abs(now - sent_at) < self._auto.stay_s
+                    and since >= max(now - STAY_MAX_S, breaker.returned_at or 0.0)):
+                return self._sent(Ticket(cached, model, OUTDATED, session=session), now, since)
             target, probe = breaker.admit(now)
-            quiet = bool(probe) and breaker.on_shelf
             return self._sent(
-                Ticket(target, model, breaker.generation, probe, quiet, session), now)
+                Ticket(target, model, breaker.generation, probe, breaker.on_shelf, session), now)
 
-    def _sent(self, ticket: Ticket, now: float, end: float = 0.0) -> Ticket:
-        """Remember where the session sends something, and the `end` of its stay there."""
+    def _sent(self, ticket: Ticket, now: float, since: float = 0.0) -> Ticket:
+        """Remember where the session sends something, and `since` when it stays there."""
         if ticket.session and len(ticket.model) <= MODEL_NAME_MAX:
-            remember(self._places, (ticket.session, ticket.model), (ticket.target, now, end))
+            remember(self._places, (ticket.session, ticket.model), (ticket.target, now, since))
         return ticket
 
     def rescue(self, ticket: Ticket, targets: tuple[str, str]) -> Ticket:
@@ -1746,7 +1743,7 @@ class Failover:
             for (session, model), (target, sent_at, _) in self._places.items():
                 if (session != ticket.session and target == breaker.away
                         and self._breaker(model) is breaker):
-                    self._places[session, model] = target, sent_at, now + STAY_MAX_S
+                    self._places[session, model] = target, sent_at, now
             lines = breaker.recover(now)
             if breaker is self._whole:
                 self._follow()
@@ -1879,21 +1876,22 @@ def describe_windows(windows: dict[str, Any]) -> Iterator[str]:
         yield f"{name} {window['usedPercent']} % until {clock}"
 
 
-def status_line(health: dict[str, Any], models: tuple[str, str] | None = None) -> str:
-    """Return /health in one line, or the `models` that a session asked for and got, and why."""
+def status_line(health: dict[str, Any], last: list[str] | None = None) -> str:
+    """Return /health in one line, or the models that a session asked for and got, and why."""
     auto, problems = health["autoSwitch"], len(health["problems"])
     scopes = {"auto": auto, **auto["models"]} if auto["active"] else {}
     rows = [(f"{printable(key, 40)} → {own['currentTarget']}", own) for key, own in scopes.items()]
-    if models:
-        asked, answered = (printable(model.removeprefix("claude-"), 40) for model in models)
-        rows = [(f"asked {asked}, answered {answered}", scopes.get(models[0], auto))]
+    if last:
+        asked, answered = (printable(model.removeprefix("claude-"), 40) for model in last[::2])
+        rows = [(f"asked {asked}, answered {answered}", scopes.get(last[0], auto))]
     parts = [] if rows else [health["mode"]]
     for text, own in rows:
         if own["switched"] and scopes:
             failed, _, what = failed_side(own)
             text += f" ({failed} {what}, {until_probe(own)})"
         parts.append(text)
-    parts += describe_windows(health["usageWindows"].get(health["currentTarget"], {}))
+    target = last[1] if last else health["currentTarget"]
+    parts += describe_windows(health["usageWindows"].get(target, {}))
     if problems:
         parts.append(f"{problems} problem{'s' * (problems > 1)}: rrouter status")
     return ", ".join(parts)
@@ -2471,7 +2469,6 @@ class UpstreamConnection(Wire):
     # empty body, and ends a truncated body as if it were whole (python/cpython#115997).
     def __init__(self, connection: http.client.HTTPConnection) -> None:
         super().__init__(connection.sock, RECEIVE_BYTES)
-        self._connection = connection
         self._poller = select.poll()
         self._sent_at: float | None = None      # the time of the last byte, None: sending failed
         self.rest()
@@ -2572,11 +2569,6 @@ class UpstreamConnection(Wire):
             if (len(data) > HEAD_MAX_BYTES or not b"HTTP/1.".startswith(data[:7])
                     or _BARE_LF.search(data, len(data) - len(more))):
                 raise UpstreamError("sent a malformed response head")
-
-    def close(self) -> None:
-        """Close the connection, without the rest of a response."""
-        with contextlib.suppress(OSError):
-            self._connection.close()
 
 
 class Response:
@@ -3204,20 +3196,21 @@ class Attempt:
 
 def run_hook(command: Sequence[str], words: dict[str, str], log: Log) -> None:
     """Run the program of auto.onSwitch; what it prints goes nowhere, a failure is one line."""
-    import subprocess
     command = [re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), part)
                for part in command]
     try:
+        import subprocess
         program = subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         status = program.wait(HOOK_S)
         problem = f"ended with status {status}" if status else ""
+    except (ImportError, OSError, ValueError) as error:     # after an upgrade; for a null byte
+        problem = str(error)
     except subprocess.TimeoutExpired:
         problem = f"did not end within {HOOK_S} s"
-        os.killpg(program.pid, signal.SIGKILL)  # with its children; it has not been waited for
-        program.wait()
-    except (OSError, ValueError) as error:      # ValueError: a null byte in config.json
-        problem = str(error)
+        with contextlib.suppress(OSError):          # `sudo` may not be killed
+            os.killpg(program.pid, signal.SIGKILL)  # with its children; it has not been waited for
+            program.wait()
     if problem:
         log.write("AUTO", f"onSwitch: {printable(command[0])}: {printable(problem)}")
 
@@ -3245,7 +3238,7 @@ class Router:
         self._requests = self._active = 0
         self._results = {"answered": 0, "rescued": 0, "failed": 0}
         self._last_failure: dict[str, Any] | None = None
-        self.sessions: OrderedDict[str, tuple[str, str]] = OrderedDict()    #: models asked, and got
+        self.sessions: OrderedDict[str, list[str]] = OrderedDict()  #: model asked, target, model
         self._trimmed = -1, 0.0         # requests when free memory was last returned, and the time
         self._started = time.monotonic()
 
@@ -3277,7 +3270,7 @@ class Router:
 
     def _changed(self, old: Snapshot, new: Snapshot, mode_written: bool) -> None:
         """Clear the failover state when the user asks for it: by the mode or the auto section."""
-        if old.mode != new.mode or mode_written:
+        if MODE_AUTO in (old.mode, new.mode) and (old.mode != new.mode or mode_written):
             why = f"mode {new.mode}" + " written again" * (old.mode == new.mode)
         elif old.config.auto != new.config.auto:
             why = "the auto section of config.json changed"
@@ -3296,8 +3289,7 @@ class Router:
         """Continue with the failover state of before a restart if it fits; keep it from now on."""
         self.keeps_state = True
         try:
-            state = self.state.load(self.store.fingerprint())
-            if state is not None and self.store.snapshot().mode == MODE_AUTO:
+            if state := self.state.load(self.store.fingerprint()):
                 self.failover.restore(state)
                 target = self.failover.report(True)["currentTarget"]
                 self.log.write("AUTO", f"state.json: on {target}")
@@ -3322,12 +3314,11 @@ class Router:
     def snapshot(self, mode: str | None) -> Snapshot:
         """Return config and mode for a request that names `mode`; raise RequestError 404."""
         snapshot = self.store.snapshot()
-        if mode is None:
-            return snapshot
-        if mode not in snapshot.config.choices:
-            why = describe_unknown_mode(mode, snapshot.config.choices)
+        if mode is not None and mode not in snapshot.config.choices:
+            why = (mode == MODE_AUTO and snapshot.config.auto_error
+                   or describe_unknown_mode(mode, snapshot.config.choices))
             raise RequestError(404, f"/@MODE: {why}", "the mode in /@MODE is not defined")
-        return snapshot._replace(mode=mode)
+        return snapshot if mode is None else snapshot._replace(mode=mode)
 
     def health(self, mode: str | None = None) -> dict[str, Any]:
         """Return what /health shows, or /@MODE/health."""
@@ -3343,8 +3334,7 @@ class Router:
                 "defaultMode": snapshot.config.default_mode, "modes": snapshot.config.choices,
                 "requestCount": self._requests, "activeRequests": self._active,
                 "requests": {**self._results, "lastFailure": self._last_failure},
-                "usageLimits": self.usage_limits,
-                "usageWindows": windows,
+                "usageLimits": self.usage_limits, "usageWindows": windows,
                 "uptimeSeconds": int(time.monotonic() - self._started),
                 "pid": os.getpid(), "instance": self.instance, "startedBy": self.started_by,
                 "listenAddr": self.settings.listen_addr, "upstreamURL": self.settings.upstream,
@@ -3356,8 +3346,7 @@ class Exchange:
 
     def __init__(self, router: Router, request: Request) -> None:
         self._router, self._request = router, request
-        session = request.head.fields.value(b"x-claude-code-session-id")
-        self._session = session[:MODEL_NAME_MAX]        # "" if the client names none
+        self._session = request.head.fields.value(b"x-claude-code-session-id")[:MODEL_NAME_MAX]
         self._attempts: list[Attempt] = []
         self._chosen: Attempt | None = None     # whose response the client gets
         self._writer: ResponseWriter | None = None      # of that response, once it begins
@@ -3517,8 +3506,8 @@ class Exchange:
             attempt.close()
         self._router.end(*self._result(status))
         if status < 400 and self._chosen is not None and self._session and request.is_judged:
-            models = request.model or "", self._chosen.route.model or ""
-            remember(self._router.sessions, self._session, models)
+            last = [(name or "")[:MODEL_NAME_MAX] for name in (request.model, *self._chosen.route)]
+            remember(self._router.sessions, self._session, last)
         self._router.log.write("REQ", self._line(status, note))
 
     def _result(self, status: int) -> tuple[str, dict[str, Any] | None]:
@@ -3544,7 +3533,9 @@ class Exchange:
             outcome = attempt.outcome
             if self._chosen not in (None, attempt):
                 notes.append(f"{attempt.route.target} failed: {outcome.what}")
-            notes += [*attempt.notes, outcome.what if outcome.direct else "", slow_failure(outcome)]
+            elif outcome.direct or outcome.fault is Fault.NO_MESSAGE:
+                notes.append(outcome.what)
+            notes += [*attempt.notes, slow_failure(outcome)]
         prefix = f"/@{head.mode}" if head.mode is not None else ""
         line = f"#{self._number} {printable(head.method, 40)} {prefix}{printable(head.path)}"
         line += f" {routed}{status} {time.monotonic() - self._started:.2f}s"
@@ -3638,8 +3629,8 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         text = json.dumps(health, indent=2)
         query = urllib.parse.parse_qs(head.target.partition(b"?")[2].decode("ascii"), True)
         if "line" in query:
-            models = self._router.sessions.get(query.get("session", [""])[0].lower())
-            text, content_type = status_line(health, models), b"text/plain; charset=utf-8"
+            last = self._router.sessions.get(query.get("session", [""])[0].lower())
+            text, content_type = status_line(health, last), b"text/plain; charset=utf-8"
         fields = b"Cache-Control: no-store\r\n" + (b"" if head.keep_alive else CLOSE)
         self._client.send_whole(200, text.encode("utf-8") + b"\n", fields, content_type)
 
@@ -4547,6 +4538,7 @@ rrouter.main()
 STABLE_LINKS = ("/usr/bin/python3", "/usr/local/bin/python3", "/opt/homebrew/bin/python3")
 SHEBANG_MAX_BYTES = 120         # older kernels truncate the line at 127
 EMPTY_SETTINGS = b"{\n}\n"
+_END_OF_URL = re.compile('(/@[^/"]*/?)?"$')     # in JSON, with the /@MODE that a user may add
 LINK = b"link to "              # `content_of` puts it before the target of a link
 WANTED_LINK = os.path.join("default.target.wants", SYSTEMD_UNIT)    # as `systemctl enable` makes it
 
@@ -4775,13 +4767,16 @@ def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
               "statusLine": {"type": "command", "command": f"curl -s '{url}/health?line'"},
               **(offer_no_proxy(text) if asked and not work.dry else {})}
     for name, value in wanted.items():
-        now = edit_member(text, name, None)[1]
-        is_equal = json.loads(now or "null") == value       # also if the record has been lost
-        is_ours = json.loads(now or "null") in members.get(name, ())[1:]
+        now, new = edit_member(text, name, None)[1], json.dumps(value)
+        found = json.loads(_END_OF_URL.sub('"', now or "null"))
+        is_equal = found == value       # also if the record has been lost
+        is_ours = found in members.get(name, ())[1:]
         is_free = now is None or name not in ("env", "statusLine") or is_equal and name != "env"
         if (is_ours or asked and is_free) and not (is_ours and is_equal):
             members[name] = [*(members.get(name, [None]) if is_equal or is_ours else [now]), value]
-            text = text if is_equal else edit_member(text, name, json.dumps(value))[0]
+            if is_ours and (end := _END_OF_URL.search(now or "")):
+                new = new[:-1] + end[0]
+            text = text if is_equal else edit_member(text, name, new)[0]
     if text != old or members != work.settings.get(path, {}):
         work.settings[path] = members
         if content is None:
@@ -4794,14 +4789,14 @@ def disconnect_claude(work: Installer, path: str) -> None:
     """Undo `connect_claude`, to the byte if nothing else in the settings has changed."""
     text = old = read_settings(path) or ""
     for name, (before, *written) in sorted(work.settings[path].items(), reverse=True):
-        if old and json.loads(edit_member(text, name, None)[1] or "null") in written:
+        now = old and edit_member(text, name, None)[1] or "null"
+        if json.loads(_END_OF_URL.sub('"', now)) in written:
             text = edit_member(text, name, before)[0]
     if path in work.files and (not old or digest(text.encode("utf-8")) in work.files[path]):
         work.files[path].append(digest(old.encode("utf-8")))
         work.undo(path)
     elif text != old:
-        names = ", ".join(work.settings[path])
-        work.step(f"undo {names} in {path}", write_settings, path, text)
+        work.step(f"undo {', '.join(work.settings[path])} in {path}", write_settings, path, text)
     work.files.pop(path, None)          # what is left is the user's
     del work.settings[path]
     work.save()
@@ -5438,7 +5433,8 @@ def cmd_explain(context: Context) -> None:
             first, second = config.auto.targets
             text = f"{first} first, {second} if it fails"
             if len({decide_route(config, target, model).model for target in (first, second)}) == 1:
-                text = "no rescue, because both targets get the same name"
+                text = ("no rescue, because both targets get the same name"
+                        + " if no agent or class changes it" * bool(config.conditions))
             elif health and health["autoSwitch"]["active"]:
                 auto = health["autoSwitch"]
                 text = describe_target(auto["models"].get(model, auto))
@@ -5448,8 +5444,8 @@ def cmd_explain(context: Context) -> None:
 
 
 _USAGE_LINE = re.compile(
-    r"(\S+) \S+ \[REQ\] #\d+ \S+ \S+(?<!/count_tokens) .+ -> (\S+) (.+) (\d+) \d+\.\d\ds"
-    r"(?: in (\d+)\+(\d+) out (\d+))?(.*?)(\((?:error event|stream without|the upstream ).*)?$")
+    r"([\d-]{10}) \S+ \[REQ\] #\d+ \S+ \S+(?<!/count_tokens) .* -> (\S+) (.*) (\d+) \d+\.\d\ds"
+    r"(?: in (\d+)\+(\d+) out (\d+))?(.*?)(\((?:error |empty |stream |not a |the upstream ).*)?$")
 # The sums that `usage` prints: their keys in JSON and their headings in the table.
 USAGE_COLUMNS = {"requests": "  all", "rescued": " rescued", "failed": " failed",
                  "uncachedInputTokens": " uncached", "cachedInputTokens": " cached",
@@ -5589,6 +5585,8 @@ def cmd_install(context: Context) -> int:
     work = Installer(home, context.paths, arguments.dry_run)
     if os.geteuid() == 0 and os.stat(home).st_uid != 0:
         raise RouterError(f"HOME={home} belongs to another user: run this without sudo")
+    with contextlib.suppress(OSError):      # NFS cannot lock a directory
+        fcntl.flock(os.open(home, os.O_RDONLY), fcntl.LOCK_EX)      # one after the other
     try:
         failures = (install(work, arguments.claude) if arguments.command == "install" else
                     uninstall(work, arguments.purge))

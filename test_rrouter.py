@@ -55,9 +55,11 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import types
 import unicodedata
 import unittest
+import warnings
 import zipfile
 import zlib
 from unittest import mock
@@ -945,7 +947,7 @@ class ParseConfigTest(unittest.TestCase):
         ('{"modes": }', "1:11: expecting value"), ('{"modes":', "the end of the file"),
         ('{"modes" ' + "x" * 30, "1:10: expecting ':' delimiter, found '" + "x" * 20 + "'"),
         ('{\n  "modes" 1}', "2:11: expecting"), ('', "1:1: expecting value"),
-        ('[]', "the top level: expected an object"), ('[' * 100_000, "nesting that is too deep"),
+        ('[]', "the top level: expected an object"), ('[' * 100_000, "nesting too deep"),
         ('{"modes": {"a": {}},\n "auto": {"firstByteTimeoutSeconds": NaN}}',
          "2:38: expecting a number, found 'NaN"),
         ('{}', "modes: missing"), ('{"modes": {}}', "modes: expected an object with at least"),
@@ -1603,6 +1605,9 @@ class TokenReaderTest(unittest.TestCase):
         ("", [b'{"output_tokens":1,"usage":{"output_tokens":%d}}' % 10 ** 12], ""),
         ("gzip", [PACKED], NOTE), ("gzip", [b"%c" % byte for byte in PACKED], NOTE),
         ("gzip", [PACKED[:20] + b"damaged" * 9, END], ""), ("br", [zlib.compress(WHOLE)], ""),
+        ("gzip", [PACKED, b"junk", PACKED, START], NOTE),
+        ("", [event("message_delta", usage={"output_tokens": 8, "iterations": [
+            {"output_tokens": 3}, {"output_tokens": 5}]})], " in 0+0 out 8"),
     )
 
     def test_token_counts_are_read_from_both_ends_of_a_response(self):
@@ -1612,6 +1617,15 @@ class TokenReaderTest(unittest.TestCase):
                 for payload in payloads:
                     reader.feed(payload)
                 self.assertEqual(reader.note(), note)
+
+    def test_bytes_after_the_end_of_the_gzip_data_are_not_kept(self):
+        reader = rrouter.TokenReader("gzip")
+        reader.feed(self.PACKED)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for _ in range(50):
+            reader.feed(bytes(65536))
+        self.assertLess(tracemalloc.get_traced_memory()[1], 500_000)
 
 
 class MessageTest(unittest.TestCase):
@@ -2008,6 +2022,7 @@ STAYS = (
      "T.ag", "ag cl", "T.ok", "ag"),
     ("a switch ends the stay", BACK + "T.ok 3*N.ag T.ok", "cl", "3*N.cl T.ok", "ag"),
     ("a return without a probe moves all", "3*S.ag S.ok 3*T.cl S.ok", "ag"),
+    ("also those that stayed before", BACK + "S.ok 1m 3*N.ag 3*N.cl S.ok", "ag"),
     ("a session that was not away follows a switch", "S.ok 3*N.ag:SHELF 1m P.ok 3*ag S.ok", "cl"),
     ("a failed probe moves none", AWAY + "P.haiku/ag S.ok", "cl"),
     ("when the others return, a model that switched alone does not",
@@ -4030,6 +4045,12 @@ class ScriptTest(AutoTest):
                 lines, end, rest = rest.partition(" [REQ] #%d " % number)
                 line, _, rest = rest.partition("\n")
                 self.assertIn(row.log, lines + end + line)
+        counts, sums = self.rrouter.health()["requests"], collections.Counter()
+        rows = json.loads(run_here(self.rrouter.home, "usage", "--json").stdout)
+        for row in rows:
+            sums.update({name: row[name] for name in ("requests", "rescued", "failed")})
+        self.assertEqual(sums, {"requests": self.rrouter.health()["requestCount"],
+                                "rescued": counts["rescued"], "failed": counts["failed"]})
 
 
 class RescueTest(AutoTest):
@@ -4442,6 +4463,17 @@ class HookTest(AutoTest):
         self.assertEqual(path.read_bytes(), b"")        # the end of the last writer
         self.assertLess(time.monotonic() - start, 30)
 
+    def test_program_that_cannot_be_killed_or_started_is_logged(self):
+        log = rrouter.Log("", echo=False)
+        with mock.patch("os.killpg", side_effect=PermissionError), \
+                mock.patch.object(rrouter, "HOOK_S", 0), warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            rrouter.run_hook(["sleep", "0.2"], {}, log)
+        with mock.patch.dict(sys.modules, {"subprocess": None}):    # as after an upgrade
+            rrouter.run_hook(["sleep", "0.2"], {}, log)
+        self.assertIn(b"onSwitch: sleep: did not end within 0 s", log._lines[0])
+        self.assertIn(b"onSwitch: sleep: import of subprocess halted", log._lines[1])
+
     def test_session_stays_on_its_target_when_another_one_recovers_the_other_target(self):
         other = {"fields": (("X-Claude-Code-Session-Id", "S"),)}
         self.trip()
@@ -4655,12 +4687,13 @@ class StatusLineTest(unittest.TestCase):
 
     def test_line_of_a_session_says_which_model_it_asked_for_and_got(self):
         own = {**self.AUTO, "reason": "2 consecutive timeouts"}
-        health = {"problems": [], "currentTarget": "claude", "usageWindows": {},
+        health = {"problems": [], "currentTarget": "claude",
+                  "usageWindows": {"claude": {"5h": {}}, "antigravity": {}},
                   "autoSwitch": {**self.AUTO, "models": {"opus": own}}}
         for asked, failed in (("claude-opus-5-5", "429"), ("opus", "timeouts")):
             self.assertEqual("asked %s, answered gemini (antigravity %s, 23m)" % (
                 asked.replace("claude-", ""), failed), rrouter.status_line(
-                    health, (asked, "gemini")))
+                    health, [asked, "antigravity", "gemini"]))
 
 
 class ModeInTargetTest(RouterTest):
@@ -4691,6 +4724,13 @@ class ModeInTargetTest(RouterTest):
             reply = self.assert_refused(request_bytes("GET", target), 404)
             self.assert_error(reply, 404, "(defined: antigravity, claude, auto)")
         self.assertEqual(self.rrouter.health()["requestCount"], before)
+
+    def test_auto_is_refused_with_the_reason_if_the_config_makes_it_unusable(self):
+        with Running(self.upstream, config={"modes": {"claude": {}}}) as router:
+            reply = router.request(target="/@auto/v1/messages")
+            self.assertIn('auto.targets: "antigravity": not among the modes', reply.body.decode()
+                          .replace("\\", ""))
+            self.assertEqual(reply.status, 404)
 
     def test_health_shows_that_mode(self):
         for mode, line in (("claude", "claude"), ("auto", "auto → antigravity")):
@@ -4725,6 +4765,14 @@ class SessionTest(RouterTest):
         long = "x\\n" * 20 + "..."
         self.assertEqual([self.line("s0"), self.line("s1"), self.line("s9")],
                          ["antigravity", "asked m, answered m", f"asked {long}, answered {long}"])
+
+    def test_long_names_of_models_are_not_kept_whole(self):
+        self.post_as("s", "m" * (4 << 20))
+        before = usage_of(self.rrouter.process).resident_kb
+        for number in range(20):
+            self.post_as(f"s{number}", "m" * (4 << 20))
+        time.sleep(1.5)                 # free memory returns to the system
+        self.assertLess(usage_of(self.rrouter.process).resident_kb - before, 30 * 1024)
 
 
 class AgentRuleTest(RouterTest):
@@ -4775,9 +4823,11 @@ class UsageWindowTest(AutoTest):
         self.assertEqual(list(self.rrouter.health()["usageWindows"]["claude"]), ["5h"])
 
     def test_unusable_numbers_are_ignored(self):
-        for used, until in (("", "9"), ("nan", "9"), ("1", ""), ("0.5", "1e30"), ("inf", "9")):
+        for used, until in (("", "9"), ("nan", "9"), ("1", ""), ("0.5", "1e30"), ("inf", "9"),
+                            ("1", "-30641760000"), ("1", "9e9")):
             self.upstream.play(Response(fields=self.fields(used, until)))
             self.rrouter.post(target="/@antigravity/v1/messages")
+            self.assertEqual(self.get("/@antigravity/health?line").body, b"antigravity\n")
             self.assertNotIn("antigravity", [
                 target for target, own in self.rrouter.health()["usageWindows"].items() if own])
 
@@ -6292,6 +6342,26 @@ class StateTest(DaemonTestBase):
     KEPT = ("switched", "switchCount", "reason", "switchedAt", "retryAt", "cooldownSeconds",
             "currentTarget")
 
+    def test_requests_in_auto_keep_their_state_while_the_mode_is_another(self):
+        home = self.new_home(self.addCleanup, "claude", DEFAULT_CONFIG)
+        router = self.start_rrouter(self.upstream, home=home)
+
+        def is_switched(router):
+            return router.request("GET", "/@auto/health").json()["autoSwitch"]["switched"]
+
+        for _ in range(3):
+            self.upstream.play(error(429))
+            router.post(target="/@auto/v1/messages")
+        self.assertTrue(is_switched(router))
+        put(home, "mode", "antigravity")
+        wait_until(lambda: router.health()["mode"] == "antigravity")
+        self.assertTrue(is_switched(router))
+        router.stop()
+        with Running(self.upstream, home=home) as router:
+            self.assertTrue(is_switched(router))
+            put(home, "mode", "auto")
+            self.assertFalse(is_switched(router))
+
     def test_state_is_kept_until_the_auto_section_or_the_mode_is_written(self):
         home = self.new_home(self.addCleanup, "auto", DEFAULT_CONFIG)
         router = self.start_rrouter(self.upstream, home=home)
@@ -6868,6 +6938,8 @@ class UsageTest(CommandTest):
         "": (TO + "200 1.00s (claude failed: 429)", TO + "400 0.02s (claude failed: 429)",
              TO + "200 0.02s in 7+0 out 1 (error event in the stream)",
              TO + "499 9.00s (timeout, ended by the client)",
+             "half" + TO + "200 1.00s",
+             "2026-01-01 10:00:00.000 [REQ] #1 POST /v1/messages  -> claude  200 1.00s",
              "2026-02-03 10:00:06.000 [REQ] #7 GET /v1/models 200 1.00s",
              "2026-02-03 10:00:07.000 [REQ] #8 POST /@claude/v1/messages a b -> c d -> claude e "
              "200 0.10s (sent again: the kept connection was stale)",
@@ -6881,7 +6953,7 @@ class UsageTest(CommandTest):
             self.home.write("logs/rrouter.log" + name, "\n".join(lines) + "\n")
 
     def test_sums_are_by_day_target_and_model(self):
-        for days, expected in ((["--days=1"], 2), (["--days", "9999"], 3), ([], 3)):
+        for days, expected in ((["--days=1"], 2), (["--days", "9999"], 4), ([], 4)):
             rows = json.loads(self.run_here("usage", "--json", *days, check=0).stdout)
             self.assertEqual((len(rows), [list(row.values()) for row in rows[-2:]]), (expected, [
                 ["2026-02-03", "antigravity", "gemini", 5, 1, 2, 1210, 48211, 513],
@@ -6891,15 +6963,16 @@ class UsageTest(CommandTest):
         self.assertEqual(self.run_here("usage", check=0).stdout.splitlines(), [
             "                                           requests              tokens",
             "day        tokens                      all rescued failed uncached cached output",
-            "2026-01-01                               1       0      0     1499      2      3",
-            "  claude                                 1       0      0     1499      2      3",
+            "2026-01-01                               2       0      0     1499      2      3",
+            "  claude                                 2       0      0     1499      2      3",
+            "                                         1       0      0        0      0      0",
             "    old                                  1       0      0     1499      2      3",
             "2026-02-03 #########################     6       1      2     1210    48k    513",
             "  antigravity                            5       1      2     1210    48k    513",
             "    gemini                               5       1      2     1210    48k    513",
             "  claude                                 1       0      0        0      0      0",
             "    e                                    1       0      0        0      0      0",
-            "total                                    7       1      2     2709    48k    516"])
+            "total                                    8       1      2     2709    48k    516"])
         for count, cells in ((21_499_999, "#" * 25 + " 21M" * 6), (0, "0" + " 0" * 5)):
             counts = collections.Counter(dict.fromkeys(rrouter.USAGE_COLUMNS, count))
             sums = dict.fromkeys((("day",), ("day", "claude", "m" * 99)), counts)
@@ -7046,6 +7119,8 @@ class AutoCommandTest(AutoTest):
             r"  claude: +opus \(no rule matches\)",
             r"  antigravity: large \(rule \*, agent explore, class sub\*\)",
             r" +g \(rule opus\)", r"  auto")))
+        self.assertRegex(self.say("explain", "never"),
+                         "the same name if no agent or class changes it\n")
 
     def test_watch_prints_the_status_again_until_it_is_interrupted(self):
         process = ending_with(self, self.rrouter.home.begin(
@@ -7771,6 +7846,17 @@ class InstalledLifeTest(InstallTest):
         home.do("uninstall", "--purge", program=[home.program])
         self.assertEqual(home.tree(), {})
 
+    def test_of_two_installations_at_once_the_second_waits(self):
+        home = self.installation()
+        home.put(home.settings, b'{"env":{"ANTHROPIC_BASE_URL":"http://old"}}')
+        before = home.tree()
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for ended in [pool.submit(home.do, "install", "--claude", program=[*PYTHON, RROUTER])
+                          for _ in range(2)]:
+                ended.result()
+        home.do("uninstall", "--purge")
+        self.assertEqual(home.tree(), before)
+
 
 class ServiceManagerTest(InstallTest):
     """The requests to the service manager, which starts STUB."""
@@ -8087,6 +8173,19 @@ class ClaudeSettingsTest(InstallTest):
             else:
                 self.assertEqual([content for _, content in home.tree().values() if content],
                                  [left.encode()] if left else [])
+
+    def test_a_mode_in_the_url_survives_upgrades_and_is_removed_with_it(self):
+        home = self.installation()
+        home.put(home.settings, b'{"a": 1}')
+        home.do("install", "--claude", env={"RROUTER_PORT": str(free_port())})
+        text = home.settings.read_text()
+        url = json.loads(text)["env"]["ANTHROPIC_BASE_URL"]
+        home.settings.write_text(text.replace(f'{url}"', f'{url}/@claude"'))
+        for words in ("install",), ("install", "--claude"):     # the first one changes the port
+            home.do(*words)
+            self.assertEqual(home.claude()["env"]["ANTHROPIC_BASE_URL"], f"{home.url}/@claude")
+        home.do("uninstall", "--purge")
+        self.assertEqual(home.settings.read_bytes(), b'{"a": 1}')
 
     def test_settings_that_cannot_be_edited_stay_and_the_rest_is_installed(self):
         home = self.installation()
