@@ -1353,10 +1353,11 @@ class TokenReader:
     def note(self) -> str:
         """Return " in 1203+48211 out 512": uncached, from cache, out; "" if nothing is reported."""
         text, last = self._text, self._text.rfind(b'"usage"')
-        counts = {kind: int(count) for start in (text.find(b'"usage"', 0, last), last)
-                  for kind, count in reversed(      # because parts of a sum may follow it
-                      self._COUNT.findall(text[start:start + self._USAGE_BYTES]))}
-        new, written, cached, out = (counts.get(kind, 0) for kind in self._KINDS)
+        counts: dict[bytes, bytes] = {}
+        for start in (text.find(b'"usage"', 0, last), last):
+            found = self._COUNT.findall(text[start:start + self._USAGE_BYTES])
+            counts.update(reversed(found))          # because parts of a sum may follow it
+        new, written, cached, out = [int(counts.get(kind, 0)) for kind in self._KINDS]
         return f" in {new + written}+{cached} out {out}" if counts else ""
 
 
@@ -3421,14 +3422,13 @@ class Exchange:
             attempt.ticket, lines = self._router.failover.commit(attempt.ticket)
             self._router.log_decisions(lines, self._number)
         self._request.watch.limit(None)
-        if (response.head.status == 200 and self._request.is_message
-                and (attempt.route.model or "").startswith("claude")):
-            self._router.usage_limits = attempt.route.target in self._router.windows
         writer = self._writer = ResponseWriter(
             self._request.client, self._request.head, response.head, self._reply_fields())
         payload, response.ahead = response.ahead, b""
         if response.head.status == 200 and self._request.is_message:
             self._tokens = TokenReader(response.head.coding)
+            if (attempt.route.model or "").startswith("claude"):
+                self._router.usage_limits = attempt.route.target in self._router.windows
         while True:
             if self._tokens is not None:
                 self._tokens.feed(payload)
