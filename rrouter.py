@@ -3205,12 +3205,13 @@ def run_hook(command: Sequence[str], words: dict[str, str], log: Log) -> None:
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         status = program.wait(HOOK_S)
         problem = f"ended with status {status}" if status else ""
-    except (ImportError, OSError, ValueError) as error:     # after an upgrade; for a null byte
+    # Python may have been upgraded since the start; a word of config.json may have a null byte.
+    except (ImportError, OSError, ValueError) as error:
         problem = str(error)
     except subprocess.TimeoutExpired:
         problem = f"did not end within {HOOK_S} s"
-        with contextlib.suppress(OSError):          # `sudo` may not be killed
-            os.killpg(program.pid, signal.SIGKILL)  # with its children; it has not been waited for
+        with contextlib.suppress(OSError):          # it may run as another user, as `sudo` does
+            os.killpg(program.pid, signal.SIGKILL)  # it and its children
             program.wait()
     if problem:
         log.write("AUTO", f"onSwitch: {printable(command[0])}: {printable(problem)}")
@@ -4538,7 +4539,7 @@ rrouter.main()
 STABLE_LINKS = ("/usr/bin/python3", "/usr/local/bin/python3", "/opt/homebrew/bin/python3")
 SHEBANG_MAX_BYTES = 120         # older kernels truncate the line at 127
 EMPTY_SETTINGS = b"{\n}\n"
-_END_OF_URL = re.compile('(/@[^/"]*/?)?"$')     # in JSON, with the /@MODE that a user may add
+_END_OF_URL = re.compile('(/@[^/"]*/?)?"$')     # of a URL in JSON, to which users may add /@MODE
 LINK = b"link to "              # `content_of` puts it before the target of a link
 WANTED_LINK = os.path.join("default.target.wants", SYSTEMD_UNIT)    # as `systemctl enable` makes it
 
@@ -4768,7 +4769,7 @@ def connect_claude(work: Installer, path: str, url: str, asked: bool) -> None:
               **(offer_no_proxy(text) if asked and not work.dry else {})}
     for name, value in wanted.items():
         now, new = edit_member(text, name, None)[1], json.dumps(value)
-        found = json.loads(_END_OF_URL.sub('"', now or "null"))
+        found = json.loads(_END_OF_URL.sub('"', now or "null"))     # without the user's /@MODE
         is_equal = found == value       # also if the record has been lost
         is_ours = found in members.get(name, ())[1:]
         is_free = now is None or name not in ("env", "statusLine") or is_equal and name != "env"
@@ -5434,7 +5435,7 @@ def cmd_explain(context: Context) -> None:
             text = f"{first} first, {second} if it fails"
             if len({decide_route(config, target, model).model for target in (first, second)}) == 1:
                 text = ("no rescue, because both targets get the same name"
-                        + " if no agent or class changes it" * bool(config.conditions))
+                        + ", unless a rule for an agent or class matches" * bool(config.conditions))
             elif health and health["autoSwitch"]["active"]:
                 auto = health["autoSwitch"]
                 text = describe_target(auto["models"].get(model, auto))

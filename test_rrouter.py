@@ -7120,7 +7120,7 @@ class AutoCommandTest(AutoTest):
             r"  antigravity: large \(rule \*, agent explore, class sub\*\)",
             r" +g \(rule opus\)", r"  auto")))
         self.assertRegex(self.say("explain", "never"),
-                         "the same name if no agent or class changes it\n")
+                         "the same name, unless a rule for an agent or class matches\n")
 
     def test_watch_prints_the_status_again_until_it_is_interrupted(self):
         process = ending_with(self, self.rrouter.home.begin(
