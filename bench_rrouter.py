@@ -54,8 +54,8 @@ POST_S = 0.4            # sequential requests of one size
 LOAD_S = 3.0            # concurrent requests
 STREAM_S = 1.6          # paced event streams
 QUIET_S = 0.3           # from a stream's first event to the second: by then every stream is open
-GAP_S = 0.8             # one stream without large bodies beside it, then with them
-FLOOD_BYTES = 16 << 20  # one stream at full speed, an event a write; ten times that in large writes
+GAP_S = 0.8             # one stream without large bodies alongside, then with them
+FLOOD_BYTES = 16 << 20  # a stream at full speed, an event per write; ten times that in large ones
 SETTLE_S = 1.0          # before memory is read
 SETTLED_S = 0.1         # after a change of rrouter's mode
 WARM_UP = 10            # requests before those that count; 2 of a large body
@@ -65,7 +65,7 @@ SIZES = (("1 KB", 1 << 10), ("77 KB", 77 << 10), ("1 MB", 1 << 20), ("10 MB", 10
 CONNECTIONS = 32
 STREAMS = (1, 50, 100)
 EVENTS_PER_S = 50
-GAP_EVENTS_PER_S = 200  # of the stream beside large bodies, because each body must meet some
+GAP_EVENTS_PER_S = 200  # of the stream alongside large bodies, because each body must meet some
 
 # The headers of Claude Code in their order; the values are made up.
 CLAUDE_HEADERS = "\n".join((
@@ -93,7 +93,7 @@ CLAUDE_HEADERS = "\n".join((
 
 
 class BenchError(Exception):
-    """The measurement cannot go on; the message says why."""
+    """The measurement cannot continue; the message says why."""
 
 
 # Messages #####################################################################
@@ -169,7 +169,7 @@ class Upstream:
 
     The query can ask for an event stream: `&rate=R&count=N` for N events 1/R s apart, each with the
     time at which it was written; `&flood=N&block=B` for about N bytes as fast as the other side
-    takes them, B events a write.
+    accepts them, B events per write.
     """
 
     LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
@@ -206,7 +206,7 @@ class Upstream:
         try:
             if peer is None or step(peer):
                 return
-        except BlockingIOError:         # the event was that of a closed connection of this number
+        except BlockingIOError:         # the event belonged to a closed connection of this number
             return
         except OSError:
             pass
@@ -215,7 +215,7 @@ class Upstream:
             peer.socket.close()
 
     def read(self, peer):
-        """Take what has come; respond to a complete request.  Return 0 at the connection's end."""
+        """Take what has arrived; respond to a complete request.  Return 0 at the end."""
         size = peer.socket.recv_into(self.buffer)
         if peer.missing:
             peer.missing -= size
@@ -285,7 +285,7 @@ def start_upstream():
 # Subjects #####################################################################
 
 def relay(port, upstream_port):
-    """Pass bytes both ways, a thread each.  The source of this function runs as a program."""
+    """Pass bytes both ways, one thread for each.  The source of this function runs as a program."""
     import socket
     import threading
 
@@ -489,7 +489,7 @@ class Rrouter(Subject):
         return [sys.executable, self.program, "serve"], self.environment()
 
     def take_turn(self):
-        """Set the mode; let its file settle, because rrouter reads a young one at each request."""
+        """Set the mode; let its file settle, because rrouter rereads a new one at each request."""
         mode = self.directory / ".rrouter" / "mode"
         mode.parent.mkdir(mode=0o700, exist_ok=True)
         if not mode.exists() or mode.read_text() != self.mode + "\n":
@@ -630,7 +630,7 @@ class Stream:
         self.socket.sendall(request_bytes(request_body(1024), f"&rate={rate}&count={count}"))
 
     def read(self):
-        """Take what has come; return False at the end of the stream."""
+        """Take what has arrived; return False at the end of the stream."""
         data = self.socket.recv(65536)
         now = now_ns()
         text = self.rest + data
@@ -738,7 +738,7 @@ def measure_post(subject, factor):
 def measure_core(subject, factor):
     """Measure small bodies again, with all processes on one core.
 
-    To wake a core that sleeps between two messages takes longer than to forward a message, and the
+    Waking a core that sleeps between two messages takes longer than forwarding a message, and the
     scheduler decides whether it sleeps.  One core sleeps less, so the figure shows the work.
     """
     pids = [os.getpid(), subject.upstream_pid, *subject.pids()]
@@ -758,7 +758,7 @@ def measure_core(subject, factor):
 
 
 def pin(pids, cores):
-    """Keep every thread of these processes, present and future, to these cores."""
+    """Restrict every thread of these processes, present and future, to these cores."""
     for pid in pids:
         for thread in os.listdir(f"/proc/{pid}/task"):
             with contextlib.suppress(OSError):      # the thread has just ended

@@ -46,13 +46,13 @@ case ${HOME:-} in
 *) fail "HOME is not set to a directory" ;;
 esac
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd -P) || exit 1
-[ -f "$here/rrouter.py" ] || fail "rrouter.py is not beside install.sh: run install.sh in a clone"
+[ -f "$here/rrouter.py" ] || fail "rrouter.py is not next to install.sh: run install.sh in a clone"
 
 # Prints the path of the interpreter, not that of a pyenv shim, or says why this one will not do.
 # shellcheck disable=SC2016
 probe='
 import sys
-sys.path = [path for path in sys.path if path]      # not the files that lie about where this is run
+sys.path = [path for path in sys.path if path]      # no imports from the current directory
 if sys.version_info < (3, 9):
     sys.exit("is Python %d.%d" % sys.version_info[:2])
 try:

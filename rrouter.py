@@ -20,7 +20,7 @@ The path of a request, each step a method or function of that name in this file:
         splice                        the model name is replaced, nothing else
         Upstream.send                 on a kept or a new connection; the response head is read
         Attempt._hold_back            the response is held until it is known to be usable
-        without_thinking              cleans the history for a second send if the target rejects it
+        without_thinking              heals the history for a second send if the target rejects it
       judge                         after a second try: which failure counts, which response wins
     Exchange._relay               the response is forwarded as it arrives (ResponseWriter)
       Failover.commit               a probe succeeds, because the client gets its response
@@ -131,19 +131,19 @@ READ_AHEAD_S = 10               # from the head of an error response to its end
 TICK_S = 0.5                    # how late a client that left is noticed; 1 s is promised
 LIST_S = 5                      # for the whole list of models, when `check` asks for it
 CONNECT_S = 3                   # per address of the upstream, which is on this machine or near it
-IDLE_S = 300                    # between requests; if less, clients use connections just closed
+IDLE_S = 300                    # between requests; if less, clients reuse connections just closed
 HEAD_S = 15                     # for one request head; if more, a slow client holds a thread longer
 BODY_STALL_S = 60               # without a byte of the request body, whose memory is held meanwhile
 WRITE_STALL_S = 300             # without the client reading; Claude Code itself waits 300 s
 LINGER_S = 1                    # for the client to close first; else a reset may cut the response
 POOL_MAX = 32                   # idle upstream connections; each one costs a descriptor
-POOL_IDLE_S = 60                # if more, servers close them first, commonly after 60 s or later
+POOL_IDLE_S = 60                # if more, the server closes first; many do after 60 s
 CONNECTIONS_MAX = 512           # clients at once; each one costs a thread
-CONNECTIONS_RESERVE = 16        # beyond those, for /health and for responding 503
+CONNECTIONS_RESERVE = 16        # beyond those, for /health and for 503 responses
 BACKLOG = 128                   # VS Code opens 50 at once; with the default of 5 they wait seconds
 RECEIVE_BYTES = 64 * 1024       # from the upstream; a larger buffer costs each event 10 %
 REQUEST_BYTES = 256 * 1024      # from a client; 8 % faster than 64 KiB for a request of 77 KB
-JOINED_BYTES = 64 * 1024        # a larger request costs more to copy than a second call to send
+JOINED_BYTES = 64 * 1024        # copying a larger request costs more than a second call of send
 BODY_STEP_BYTES = 1024 * 1024   # the most memory that a request body gets before its bytes arrive
 STALE_S = 1                     # a kept connection that closes this soon was dead before
 STOPPED_S = 1                   # a longer delay means a stopped process, so limits are extended
@@ -155,10 +155,10 @@ POLL_S = 0.2                    # how often the watcher looks at the files; 0.25
 # A file younger than this may change without a new time stamp, because the kernel's clock ticks
 # every 4 to 10 ms.  The second value is for whole seconds (HFS+, FAT, some network file systems).
 SETTLED_S, SETTLED_COARSE_S = 0.05, 2
-TRIM_S = 1                      # at least, between two returns of free memory to the system
+TRIM_S = 1                      # minimum between two returns of free memory to the system
 FILE_MAX_BYTES = 1024 * 1024    # mode, config.json and state.json are a few KB
 LOG_MAX_BYTES = 10 * 1024 * 1024    # of one log file
-LOG_FILES = 3                   # rotated ones, beside the one being written
+LOG_FILES = 3                   # rotated ones, besides the one being written
 CUT_OFF_S = 1                   # for requests to end once the drain has cut them off
 DRAIN_S = 30                    # for running requests after SIGTERM; systemd kills after 45 s
 LOG_SHOWN = 20                  # lines that `logs` begins with
@@ -431,7 +431,7 @@ class Ticket(NamedTuple):
     model: str
     generation: int             #: of the breaker when the attempt began
     probe: int = 0              #: number of the probe this is; 0 for none
-    quiet: bool = False         #: no line for a probe, because the shelf caused the switch
+    quiet: bool = False         #: log no start of the probe, because the shelf caused the switch
     session: str = ""           #: "" if the client names none
 
 
@@ -589,7 +589,7 @@ def _parse_auto(value: Any, problems: list[str]) -> AutoSettings:
             "a list of minutes", minutes)
     _expect(isinstance(hook, list) and all(isinstance(word, str) for word in hook),
             "auto.onSwitch", "a list of strings, a program and its arguments", hook)
-    # The lower bounds let a trial run in seconds; a value above an upper bound is a typing error.
+    # The lower bounds let a trial run in seconds; a value above an upper bound is a typo.
     return AutoSettings(
         targets=(targets[0], targets[1]),
         failure_threshold=_number(members["failureThreshold"], "auto.failureThreshold", 1, 1000),
@@ -751,7 +751,7 @@ def decide_route(config: Config, target: str, model: str | None,
 # `http.server` and `http.client` parse heads with the e-mail parser: it ends a head at its first
 # malformed line (the later fields, Content-Length among them, vanish and the body becomes the next
 # request), ends a line at a bare CR and takes the first of two lengths (python/cpython#150499).
-# These expressions follow the grammar of RFC 9112 §2-5, and take any visible ASCII for a target.
+# These expressions follow the grammar of RFC 9112 §2-5, and accept any visible ASCII as a target.
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _TEXT = rb"[\t\x20-\x7e\x80-\xff]*"
 _FIELDS = b"((?:%b:%b\r\n)*)" % (_TOKEN, _TEXT)
@@ -772,7 +772,7 @@ _AUTHORITY = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z\-._~%!$&'()*+,;=]*)(?:
 _MODE_PREFIX = re.compile(rb"/@([^/?#]*)/?(.*)")
 _LOOPBACK_ORIGIN = re.compile(rb"(?i)https?://(localhost|127\.0\.0\.1|\[::1\])\.?(:[0-9]{0,5})?")
 
-# How much of a subscription is used (a fraction), and until when its window runs (Unix seconds).
+# How much of a subscription is used (a fraction), and when its window ends (Unix seconds).
 _WINDOWS = {name: tuple(b"anthropic-ratelimit-unified-%b-%b" % (name.encode("ascii"), what)
                         for what in (b"utilization", b"reset")) for name in ("5h", "7d")}
 # Fields of a response that are not forwarded: CORS would open rrouter to every web page, and in a
@@ -810,7 +810,7 @@ def _refusal(head: bytes) -> RequestError:
     name = token.group()[:40].decode("ascii") if token else ""
     return RequestError(400, f"malformed header field {name!r}: expected NAME: VALUE without "
                              "control characters, space before the colon or continuation lines",
-                        "malformed header field")       # it may be part of a value
+                        "malformed header field")       # the name may be part of a value
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes) -> tuple[bytes, bytes]:
@@ -992,7 +992,7 @@ class PlainBody:
         return data
 
     def finish(self) -> None:
-        """End the body where its connection ends; raise UpstreamError if it is cut or faulty."""
+        """End the body where its connection ends; raise UpstreamError if truncated or faulty."""
         if self.delimited or self.fault:
             raise UpstreamError(self.fault or "broke off in the middle of its response")
         self.done = True
@@ -1064,8 +1064,8 @@ _LEADING_MODEL = re.compile(
     rb'[ \t\n\r]*\{[ \t\n\r]*"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\\x00-\x1f]*")[ \t\n\r]*[,}]')
 _AGENT = re.compile(rb"oh-my-claudecode:([A-Za-z0-9_-]+)")
 _STREAM_MEMBER = re.compile(rb'"stream"\s*:\s*true')
-# Scans a value in C.  The hooks keep it from building numbers and objects that are never read, and
-# from the limit on the digits of an int.  int() raises ValueError for NaN, which is not JSON.
+# Scans a value in C.  The hooks avoid numbers and objects that are never read, and the limit on the
+# digits of an int.  int() raises ValueError for NaN, which is not JSON.
 _DECODER = json.JSONDecoder(
     parse_int=len, parse_float=len, parse_constant=int, object_pairs_hook=len)
 _BETWEEN_TOKENS = re.compile(r"[ \t\n\r]*[,:]?[ \t\n\r]*")
@@ -1080,7 +1080,7 @@ def _next_token(text: str, position: int) -> int:
 def _walk(text: str, position: int, opening: str) -> Iterator[tuple[str, int, int]]:
     """Yield (key, start, end) of each value in the object or array at `position` of valid JSON.
 
-    `opening` is "{" for an object and "[" for an array, whose keys are ""; ValueError for others.
+    `opening` is "{" for an object and "[" for an array, whose keys are ""; others raise ValueError.
     """
     if text[position] != opening:
         raise ValueError(f"expected {opening}")
@@ -1169,7 +1169,7 @@ def without_thinking(body: BytesLike) -> bytes | None:
             if len(kept) < len(blocks):
                 empty = '{"type":"text","text":"(no content)"}'     # the API refuses []
                 pieces += [text[position:blocks[0][0]], ",".join(kept) or empty]
-                position = blocks[-1][1]        # only the space between the blocks is lost as well
+                position = blocks[-1][1]        # the space between the blocks is lost, too
     except (ValueError, RecursionError):        # not JSON, or nested too deep
         return None
     return "".join([*pieces, text[position:]]).encode("latin-1") if pieces else None
@@ -1255,7 +1255,7 @@ def message_defect(body: bytes) -> str:
 
 
 class StreamScan:
-    """The state of an event stream, as far as it has come."""
+    """The state of an event stream, as far as it has arrived."""
 
     _BLANK_LINE = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 
@@ -1268,7 +1268,7 @@ class StreamScan:
         self.committed = False
         self.defect = ""                #: before that: an error, or an end without content
         self.broken = self.ended = False    #: after that: an error came; the message ended
-        self.events = 0                 #: grows with each payload that has more than pings
+        self.events = 0                 #: grows with each payload of more than pings
 
     def feed(self, payload: bytes) -> None:
         """Read more of the stream."""
@@ -1329,7 +1329,7 @@ class StreamScan:
 class TokenReader:
     """Reads the token counts near the beginning and the end of a response."""
 
-    _END_BYTES, _USAGE_BYTES = 4096, 512    # more than an event with tokens takes, and its `usage`
+    _END_BYTES, _USAGE_BYTES = 4096, 512    # more than an event with tokens, or its `usage`, takes
     # Quotes in a string would be escaped.  Later counts are sums and win, unless they are 0.
     _KINDS = b"input", b"cache_creation_input", b"cache_read_input", b"output"
     _COUNT = re.compile(rb'"(%b)_tokens"\s*:\s*([1-9][0-9]{0,11})[\s,}]' % b"|".join(_KINDS))
@@ -1345,7 +1345,7 @@ class TokenReader:
             if decoder is not None:         # after its end it would keep all that follows
                 payload = b"" if decoder.eof else decoder.decompress(payload, READ_AHEAD_MAX_BYTES)
             text += payload
-        except zlib.error:                  # damaged, or too much came at once before
+        except zlib.error:                  # damaged, or an earlier payload was over the limit
             return
         if len(text) > 4 * end:         # not at each call, because this moves the end
             del text[end:-end]
@@ -1356,7 +1356,7 @@ class TokenReader:
         counts: dict[bytes, bytes] = {}
         for start in (text.find(b'"usage"', 0, last), last):
             found = self._COUNT.findall(text[start:start + self._USAGE_BYTES])
-            counts.update(reversed(found))          # because parts of a sum may follow it
+            counts.update(reversed(found))          # the first wins: parts of a sum may follow it
         new, written, cached, out = [int(counts.get(kind, 0)) for kind in self._KINDS]
         return f" in {new + written}+{cached} out {out}" if counts else ""
 
@@ -1402,7 +1402,7 @@ def judge(first: Outcome, second: Outcome) -> Verdict:
       timed out     failed          the first     the more useful one
       failed        timed out       the second    the more useful one
 
-    A timeout does not count beside one of the EXCUSES; only faults in COUNTED count at all.
+    A timeout does not count if the other fault is in EXCUSES; only faults in COUNTED count.
     """
     if second.fault is None:
         return Verdict((first.fault in COUNTED, False), 1)
@@ -1439,7 +1439,7 @@ SAVED: dict[str, Callable[[Any], Any]] = {
 #              failure of an attempt from before a switch,
 #              or of an event that has counted
 #
-# Each change of the current target sets n = 0.  HTTP failures and timeouts are counted apart.  N,
+# Each change of the current target sets n = 0.  HTTP errors and timeouts count separately.  N,
 # or `level`, starts over if no switch follows the return to home for twice the last cooldown.
 
 
@@ -1475,7 +1475,7 @@ class Breaker:
         self.generation = next(self._serial)    # a new one with each change of `current`
         self.answered = True            # whether the target switched to has succeeded since
         self.on_shelf = False           # whether the shelf caused the switch
-        self.shelf_said = ""            # the last response to a probe of the shelf
+        self.shelf_said = ""            # the last failure that was logged while on_shelf
         self.reason: str | None = None
         self.switched_at: float | None = None
         self.retry_at: float | None = None
@@ -1538,13 +1538,13 @@ class Breaker:
             self.answered = True
 
     def fail(self, now: float, ticket: Ticket, outcome: Outcome, followed: str = "") -> list[str]:
-        """Count a failure of `ticket.target`; once closed, a model is served by `followed`."""
+        """Count a failure of `ticket.target`; `followed` serves a model whose breaker closes."""
         if self.is_probe(ticket):
             return self._fail_probe(now, outcome)
         failed = f"{ticket.target} failed{self._label}: {outcome.what}"
         if ticket.generation != self.generation or ticket.target != self.current:
             return [failed]
-        # By the time of the failure, because it is counted only after its rescue has ended.
+        # Compares times of failure, because each is counted only after its rescue has ended.
         if any(outcome.began < at and abs(outcome.ended - at) <= EVENT_S
                for at in self._counted_at):
             return [failed + " (the same event)"]
@@ -1703,7 +1703,7 @@ class Failover:
                 Ticket(target, model, breaker.generation, probe, breaker.on_shelf, session), now)
 
     def _sent(self, ticket: Ticket, now: float, since: float = 0.0) -> Ticket:
-        """Remember where the session sends something, and `since` when it stays there."""
+        """Remember where the session sends its request, and `since` when it stays there."""
         if ticket.session and len(ticket.model) <= MODEL_NAME_MAX:
             remember(self._places, (ticket.session, ticket.model), (ticket.target, now, since))
         return ticket
@@ -1765,7 +1765,7 @@ class Failover:
         """Count a failure.
 
         While a model is switched alone, its failures count for its own breaker only, because an
-        exhausted model must not take the others along.
+        exhausted model must not switch the others.
         """
         with self._lock:
             now, whole, own = self._clock(), self._whole, self._models.get(ticket.model)
@@ -2035,7 +2035,7 @@ class Log:
         self._descriptor: int | None = None
 
     def write(self, tag: str, text: str) -> None:
-        """Add one line; the caller has made everything printable that comes from outside."""
+        """Add one line; the caller has made text from outside printable."""
         now = datetime.datetime.fromtimestamp(time.time())
         if len(self._lines) == self.HELD_MAX:
             self.problem = "rrouter.log: the disk does not respond: log lines are lost"
@@ -2141,7 +2141,7 @@ class Store:
         """Return what ties a saved state to the mode file and to the `auto` section."""
         with self._lock:        # never between a new mode and the reset that it causes
             values = {"modeFile": self._mode_signature, "auto": self._current.config.auto}
-        return dict(json.loads(json.dumps(values)))     # as state.json gives it back: no tuples
+        return dict(json.loads(json.dumps(values)))     # as state.json returns it: no tuples
 
     def _reload(self) -> Snapshot:
         """Read both files, after taking their signatures, and publish what they say."""
@@ -2203,7 +2203,7 @@ class Store:
 
 
 class StateFile:
-    """state.json: the state of auto mode, kept over a restart.  Only the watcher writes it."""
+    """state.json: the state of auto mode, kept across restarts.  Only the watcher writes it."""
 
     def __init__(self, path: str):
         self._path = path
@@ -2286,7 +2286,7 @@ class OneCore:
     When there is little to do, any free core is better.
     """
 
-    REQUESTS, BUSY = 8, 0.2     # under way, and share of a core in use, from which this pays
+    REQUESTS, BUSY = 8, 0.2     # requests under way and share of a core in use that make it pay
 
     def __init__(self) -> None:
         self._shared = False            # the threads keep to one core
@@ -2331,7 +2331,7 @@ return_free_memory = partial(_ask_libc, "malloc_trim", 0)
 
 def outlive_main_script(run: Callable[[], None]) -> None:
     """Call `run` in a thread that outlives the main script, whose syntax tree takes 8 MB."""
-    if (3, 12) <= sys.version_info < (3, 12, 2):    # these start no thread by then (gh-113964)
+    if (3, 12) <= sys.version_info < (3, 12, 2):    # no new threads at exit (gh-113964)
         run()
     else:
         threading.Thread(target=run).start()
@@ -2343,7 +2343,7 @@ def outlive_main_script(run: Callable[[], None]) -> None:
 # minutes.  It also ends one whose peer is alive but has not read anything for that long.
 UNACKNOWLEDGED = ((0x80, 120) if sys.platform == "darwin" else      # RXT_CONNDROPTIME
                   (getattr(socket, "TCP_USER_TIMEOUT", None), 120_000))
-# As a number, because `|` of the standard library's flags runs 5 us of Python code.
+# As a number, because `|` on the standard library's flags takes 5 us.
 PEEK_NOW = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 NOTHING_CAME = (BlockingIOError, socket.timeout)        # within the socket's time limit
 
@@ -2428,7 +2428,7 @@ class Wire:
         self.held: bytes | memoryview = b""
         self._receive_bytes = receive_bytes
         # The time limits of a plain socket are the kernel's, because `settimeout` costs a poll
-        # before each call; a TLS socket would take EAGAIN for a reason to try again.
+        # before each call; a TLS socket would retry on their EAGAIN.
         self._plain = type(sock) is socket.socket
         self._limit_s = 0.0
 
@@ -2471,7 +2471,7 @@ class UpstreamConnection(Wire):
     def __init__(self, connection: http.client.HTTPConnection) -> None:
         super().__init__(connection.sock, RECEIVE_BYTES)
         self._poller = select.poll()
-        self._sent_at: float | None = None      # the time of the last byte, None: sending failed
+        self._sent_at: float | None = None      # when the last byte was sent; None: sending failed
         self.rest()
 
     def set_up(self, send_limit_s: float) -> None:
@@ -2486,10 +2486,10 @@ class UpstreamConnection(Wire):
             setattr(self.sock, "suppress_ragged_eofs", False)   # noqa: B010 - typeshed lacks it
 
     def has_input(self) -> bool:
-        """Return whether there is something to read, or the end; never ask a closed connection."""
+        """Return whether there is something to read, or the end; for open connections only."""
         if self._plain:
             return bool(self._poller.poll(0))
-        # TLS: session tickets come unasked, and only reading shows which it is.
+        # TLS: session tickets arrive unrequested, and only reading shows that they are not data.
         self.limit(0)
         try:
             self.held = bytes(self.held) + self.sock.recv(RECEIVE_BYTES)
@@ -2498,7 +2498,7 @@ class UpstreamConnection(Wire):
             return not isinstance(error, ssl.SSLWantReadError)
 
     def send(self, pieces: Sequence[BytesLike], watch: Watch) -> list[memoryview]:
-        """Send `pieces`; return the rest of them if the upstream responds or closes before that."""
+        """Send `pieces`; return what is left if the upstream responds or closes early."""
         if sum(map(len, pieces)) < JOINED_BYTES:
             pieces = [b"".join(pieces)]
         views = [memoryview(piece) for piece in pieces if len(piece)]
@@ -2537,7 +2537,7 @@ class UpstreamConnection(Wire):
 
     @property
     def was_stale(self) -> bool:
-        """True if it broke the way a connection breaks that was dead before the request."""
+        """True if its break suggests that it was dead before the request."""
         return not self._responding and (
             self._sent_at is None or time.monotonic() - self._sent_at < STALE_S)
 
@@ -2622,7 +2622,7 @@ class Response:
         return payload
 
     def text(self) -> bytes:
-        """Return `ahead`, decompressed; of too much, READ_AHEAD_MAX_BYTES and one byte more."""
+        """Return `ahead`, decompressed, but at most READ_AHEAD_MAX_BYTES and one byte more."""
         if self.head.coding not in ("gzip", "deflate"):
             return self.ahead
         text, members = b"", 0
@@ -2651,7 +2651,7 @@ class Response:
             self._body.fault = str(error)
 
     def close(self) -> None:
-        """Break the connection off unless the response is complete."""
+        """Close the connection unless the response is complete."""
         if not self.complete:
             self._connection.close()
 
@@ -2669,7 +2669,7 @@ class Upstream:
         self._is_own_address = is_own_address
         self._kept: deque[UpstreamConnection] = deque()     # last in, first out: idle ones age
         self._tls: ssl.SSLContext | None = None     # made at the first connection
-        self._missed_at: float | None = None    # when a request last did not reach it
+        self._missed_at: float | None = None    # when a request last failed to reach it
 
     def send(self, method: str, pieces: Sequence[BytesLike],
              interim: Callable[[bytes], None] | None, watch: Watch, notes: list[str]) -> Response:
@@ -2708,7 +2708,7 @@ class Upstream:
             connection.close()
             raise
         self._missed_at = None
-        watch.give_up_at = 0.0              # it is there
+        watch.give_up_at = 0.0              # the upstream responds
         # After a request not sent in full the next one would be taken for the rest of it.
         response = Response(head, response_body(head, method), connection,
                             None if unsent else self.keep)
@@ -2718,7 +2718,7 @@ class Upstream:
     def miss(self, started: float) -> bool:
         """Note that a request, begun at `started` (time.monotonic), did not reach the upstream.
 
-        Returns whether the one before it missed as well; parallel requests are one.
+        Returns whether the one before it missed as well; parallel requests count as one.
         """
         before, self._missed_at = self._missed_at, time.monotonic()
         return before is not None and before <= started
@@ -2771,7 +2771,7 @@ class Upstream:
         self.prune()
 
     def prune(self) -> None:
-        """Close the connections that are too many or have been idle for too long."""
+        """Close surplus connections and those that have been idle for too long."""
         with contextlib.suppress(IndexError):
             while len(self._kept) > POOL_MAX or self._kept[0].is_old:
                 self._kept.popleft().close()
@@ -2869,7 +2869,7 @@ class ClientConnection(Wire):
         if length <= have:
             whole, self.held = self.held[:length], bytes(self.held[length:])
             return whole
-        # Memory grows with what has come, not with what is claimed: from a part, by doubling.
+        # Memory follows the bytes received, not the length claimed: a part first, then doubled.
         size = length
         while size > max(have, BODY_STEP_BYTES):
             size = (size + 1) // 2
@@ -2916,7 +2916,7 @@ class ClientConnection(Wire):
             return True
 
     def stop_reading(self, cut_off: bool) -> None:
-        """Let a wait for the next request end; called from another thread.
+        """End a wait for the next request; called from another thread.
 
         With `cut_off` the request under way ends too, as if the client had left.
         """
@@ -3078,7 +3078,7 @@ class Attempt:
             return
         self.close()
         self.response, self._scan = rejection, None
-        self.outcome = self.outcome._replace(       # REJECTED without thinking blocks is any 400
+        self.outcome = self.outcome._replace(       # a second REJECTED is an ordinary 400
             fault=Fault.STATUS if fault is Fault.REJECTED else fault, status=400, keeps_400=True)
 
     def _send(self, body: BytesLike, found: tuple[int, int, str] | None) -> None:
@@ -3102,7 +3102,7 @@ class Attempt:
             self.outcome = self._read_outcome(self.response, defect)
         except UpstreamError as error:
             self.close()
-            # A new one, because the frames in its traceback would keep the request in memory.
+            # A new error, because the frames in the old traceback would keep the request alive.
             self.response, self.error = None, type(error)(str(error))
             fault = FAULT_OF_ERROR.get(type(error), Fault.DROPPED)
             self.outcome = Outcome(fault, error.http_status, error.what, self._began, time.time())
@@ -3148,7 +3148,7 @@ class Attempt:
         return Outcome(fault, head.status, what, self._began, ended, retry_after_s)
 
     def receive(self, response: Response) -> bytes:
-        """Return more of the response, after a look at what it says about the target."""
+        """Return the next payload, after scanning it for signs of failure."""
         payload, scan = response.receive(self._request.watch), self._scan
         if scan is not None:
             events = scan.events
@@ -3190,13 +3190,13 @@ class Attempt:
                 and time.monotonic() - self._active_at >= ABANDONED_S)
 
     def close(self) -> None:
-        """Break the response off unless it is complete."""
+        """Abort the response unless it is complete."""
         if self.response is not None:
             self.response.close()
 
 
 def run_hook(command: Sequence[str], words: dict[str, str], log: Log) -> None:
-    """Run the program of auto.onSwitch; what it prints goes nowhere, a failure is one line."""
+    """Run the program of auto.onSwitch; discard its output, log a failure in one line."""
     command = [re.sub(r"\{(\w+)\}", lambda found: words.get(found[1], found[0]), part)
                for part in command]
     try:
@@ -3231,7 +3231,7 @@ class Router:
         self.connections_max = CONNECTIONS_MAX
         self.draining = False
         self.addresses: list[tuple[str, int]] = []      #: what the servers are bound to
-        self.hosts: frozenset[str] = frozenset()        #: the values of Host served; none: any
+        self.hosts: frozenset[str] = frozenset()        #: the values of Host accepted; none: any
         self.keeps_state = False        #: whether state.json is ours to write
         self.usage_limits: bool | None = None   #: whether messages of Claude carry usage limits
         self.windows: dict[str, dict[str, dict[str, Any]]] = {}     #: usage windows by target
@@ -3260,7 +3260,7 @@ class Router:
             self._last_failure = failure or self._last_failure
 
     def log_decisions(self, lines: list[str], number: int = 0) -> None:
-        """Log decisions of auto mode, and let the watcher save what has come of them."""
+        """Log decisions of auto mode, and let the watcher save the new state."""
         for line in lines:
             self.log.write("AUTO", f"#{number} {line}" if number and "SWITCH" not in line else line)
             if isinstance(line, Move) and (hook := self.store.snapshot().config.auto.on_switch):
@@ -3288,7 +3288,7 @@ class Router:
             for host, port in self.addresses)
 
     def load_state(self) -> None:
-        """Continue with the failover state of before a restart if it fits; keep it from now on."""
+        """Restore the failover state from before a restart if it fits; save it from now on."""
         self.keeps_state = True
         try:
             if state := self.state.load(self.store.fingerprint()):
@@ -3454,7 +3454,7 @@ class Exchange:
         """Send the client the error that replaces a response."""
         upstream, fields = self._router.upstream, self._reply_fields()
         self._end(error.http_status, f"the upstream {error}")
-        # Without it Claude Code retries for three silent minutes.
+        # Without this field Claude Code retries for three silent minutes.
         if (isinstance(error, UpstreamUnreachable) and self._request.model is not None
                 and upstream.miss(self._started)):
             fields += b"x-should-retry: false\r\n"
@@ -3462,7 +3462,7 @@ class Exchange:
         self._request.client.send_error(type(error)(message), fields)
 
     def _reply_fields(self) -> bytes:
-        """Return our fields of the response: where a request with a model went, and its end."""
+        """Return our fields of the response: where a request with a model went, and `close`."""
         fields = b""
         if self._request.model is not None and self._chosen is not None:
             route = self._chosen.route
@@ -3498,7 +3498,7 @@ class Exchange:
         self._end(LEFT.status, LEFT.what)
 
     def _end(self, status: int, note: str = "") -> None:
-        """Let the request end, once, before the client can know that it has ended."""
+        """End the request, once, before the client can know that it has ended."""
         if self._has_ended:
             return
         self._has_ended, request = True, self._request
@@ -3564,7 +3564,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         try:
             self._client.set_up(WRITE_STALL_S)
             beyond = len(connections) - self._router.connections_max
-            # Then only /health is answered, and once.
+            # Beyond the limit, only one request for /health is served.
             self._full = RequestError(503, "too many connections (%d)" %
                                       self._router.connections_max) if beyond > 0 else None
             if self._full and beyond > CONNECTIONS_RESERVE:
@@ -3578,7 +3578,7 @@ class ProxyHandler(socketserver.BaseRequestHandler):
             connections.discard(self._client)
 
     def _admit(self, head: RequestHead) -> None:
-        """Check a head, and prepare what of it goes upstream; raise RequestError."""
+        """Check a head, and prepare the one to forward; raise RequestError."""
         if head.fields is self._checked:        # most requests of a connection share them
             return
         check_origin(head, self._router.hosts)
@@ -4632,7 +4632,7 @@ def read_record(paths: Paths) -> tuple[dict[str, list[str]], dict[str, dict[str,
             json.loads("null" if before is None else before)
         for found in filter(None, map(re.compile("(.*)/bin(/rrouter)?").fullmatch, files)):
             if found[1] != home:
-                raise RouterError(f"{paths.record} is of HOME={found[1]}, but HOME is {home}: set "
+                raise RouterError(f"{paths.record} is for HOME={found[1]}, but HOME is {home}: set "
                                   "the old one, or remove the file if nothing is installed there")
         return files, settings
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -5258,7 +5258,7 @@ def describe_silence(daemon: Daemon | None) -> str:
     if daemon.holder.stopping:
         return f"{daemon.holder.name} is stopping: running requests finish first"
     if daemon.holder.elsewhere:
-        return f"rrouter runs {daemon.holder.elsewhere}: ask it there"
+        return f"rrouter runs {daemon.holder.elsewhere}: run this there"
     return (f"rrouter ({daemon.holder.name}) does not answer on port {daemon.port}: see "
             "`rrouter logs`, then `rrouter restart`")
 
@@ -5393,7 +5393,7 @@ def cmd_logs(context: Context) -> None:
     import subprocess
     path, word = context.paths.log, b"[AUTO]" * context.arguments.auto
     if not os.path.exists(path):
-        raise RouterError(f"{path} does not exist: `rrouter start` begins it")
+        raise RouterError(f"{path} does not exist: `rrouter start` creates it")
     lines: Iterable[bytes] = deque(log_lines(path, word), LOG_SHOWN)
     with contextlib.ExitStack() as stack:
         if context.arguments.f:
@@ -5762,7 +5762,7 @@ def alias_blocks(names: list[str], known: list[str]) -> str:
     for name in names:
         found = difflib.get_close_matches(name, known, 1, 0)[0]
         entries += [f'- name: "{printable(found, 80)}"', f'  alias: "{printable(name)}"']
-        # `fork` keeps the id beside its alias; a claude- id has to mean Claude's channel alone.
+        # `fork` keeps the id as well as its alias; a claude- id must mean Claude's channel alone.
         entries += [] if found.startswith("claude-") else ["  fork: true"]
     heads = (("# version 7", "oauth-model-alias:", "  antigravity:", "    "),
              ("# version 8", "oauth:", "  model-alias:", "    antigravity:", "      "))
@@ -5813,7 +5813,7 @@ def check_upstream(home: str, settings: Settings,
     variable = next(filter(environment.get, ("ANTHROPIC_AUTH_TOKEN", "ANTHROPIC_API_KEY")), "")
     helper = "what your apiKeyHelper prints" if "apiKeyHelper" in text and not variable else ""
     key = environment.get(variable, "")
-    key = key if key.isascii() and key.isprintable() else ""      # as a header demands
+    key = key if key.isascii() and key.isprintable() else ""      # as a header requires
     status, body = 502, b"is rrouter itself"
     try:
         if not points_to(settings.upstream, settings):

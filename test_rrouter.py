@@ -7153,7 +7153,7 @@ class AutoCommandTest(AutoTest):
 class LogsTest(CommandTest):
 
     def test_logs_include_the_rotated_files(self):
-        self.assert_fails(self.run_here("logs"), 1, "`rrouter start` begins it")
+        self.assert_fails(self.run_here("logs"), 1, "`rrouter start` creates it")
         (self.home.dir / "logs").mkdir(parents=True)
         for name, numbers in ((".2", range(30)), (".1", range(30, 35)), ("", range(35, 40))):
             self.home.write("logs/rrouter.log" + name, "".join(
@@ -8064,7 +8064,7 @@ class ForeignFilesTest(InstallTest):
                        '{"files": {"/another/bin/rrouter": ["", "its digest"]}}'):
             home.write("install.json", record)
             for command in ("install", "uninstall"):
-                self.assertIn("install.json is of HOME=/another, " if "another" in record
+                self.assertIn("install.json is for HOME=/another, " if "another" in record
                               else "install.json: not what rrouter wrote",
                               home.do(command, status=1))
                 self.assertIn("HOME is not set", home.do(command, status=2, env={"HOME": ""}))
