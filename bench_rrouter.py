@@ -1118,7 +1118,7 @@ def build_parser():
     parser.add_argument("--rrouter", metavar="FILE", default=Rrouter.program,
                         help="the rrouter.py to measure")
     parser.add_argument("--against", metavar="FILE",
-                        help="another rrouter.py to measure beside it")
+                        help="another rrouter.py to measure alongside it")
     parser.add_argument("--json", action="store_true",
                         help="print JSON, with the values of each round")
     parser.add_argument("--svg", metavar="FILE", help="draw a chart as well")
