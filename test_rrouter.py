@@ -5816,7 +5816,7 @@ class ListenTest(LoopbackTest):
             if LINUX:
                 self.assertRegex(text, r"\b%d\b" % os.getpid())
         self.assertIn("fail  daemon: not running: port", text)
-        self.assertEqual(processes(home), [])
+        wait_until(lambda: processes(home) == [])
         self.assertFalse((home.dir / "rrouter.pid").exists())
 
     def test_lsof_names_the_owner_where_there_is_no_proc(self):
@@ -6010,7 +6010,7 @@ class DaemonTestBase(LoopbackTest):
             yield
 
     def assert_nothing_left(self, home):
-        self.assertEqual(processes(home), [])
+        wait_until(lambda: processes(home) == [])
         self.assertFalse((home.dir / "rrouter.pid").exists())
         for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
             socket.create_server((address, home.port), family=family).close()
@@ -6222,7 +6222,7 @@ class DaemonLifeTest(DaemonTestBase):
         self.assertNotEqual(self.assert_alone(home), killed)
         put(home, "rrouter.pid", "%d\n" % sleeper.pid)
         home.run("stop", check=0)
-        self.assertEqual(processes(home), [])
+        wait_until(lambda: processes(home) == [])
         self.assertIsNone(sleeper.poll())
 
     def test_daemon_of_a_version_that_wrote_only_its_pid_is_stopped(self):
