@@ -104,6 +104,7 @@ DEFAULT_CONFIG: dict[str, Any] = {
     },
 }
 MODE_AUTO = "auto"              # built in: config.json cannot define it
+LOOPBACK_NAMES = "localhost", "127.0.0.1", "::1"
 
 # Auto mode.
 RECHECK_S = 60                  # least time before a probe, because a move loses the prompt cache
@@ -158,7 +159,7 @@ SETTLED_S, SETTLED_COARSE_S = 0.05, 2
 TRIM_S = 1                      # minimum between two returns of free memory to the system
 FILE_MAX_BYTES = 1024 * 1024    # mode, config.json and state.json are a few KB
 LOG_MAX_BYTES = 10 * 1024 * 1024    # of one log file
-LOG_FILES = 3                   # rotated ones, besides the one being written
+LOG_FILES = 3                   # rotated ones, in addition to the one being written
 CUT_OFF_S = 1                   # for requests to end once the drain has cut them off
 DRAIN_S = 30                    # for running requests after SIGTERM; systemd kills after 45 s
 LOG_SHOWN = 20                  # lines that `logs` begins with
@@ -3626,12 +3627,13 @@ class ProxyHandler(socketserver.BaseRequestHandler):
         self._client.send_error(error, CLOSE)
 
     def _report_health(self, head: RequestHead) -> None:
-        health, content_type = self._router.health(head.mode), b"application/json"
-        text = json.dumps(health, indent=2)
+        health = self._router.health(head.mode)
         query = urllib.parse.parse_qs(head.target.partition(b"?")[2].decode("ascii"), True)
         if "line" in query:
             last = self._router.sessions.get(query.get("session", [""])[0].lower())
             text, content_type = status_line(health, last), b"text/plain; charset=utf-8"
+        else:
+            text, content_type = json.dumps(health, indent=2), b"application/json"
         fields = b"Cache-Control: no-store\r\n" + (b"" if head.keep_alive else CLOSE)
         self._client.send_whole(200, text.encode("utf-8") + b"\n", fields, content_type)
 
@@ -3938,8 +3940,7 @@ def listen(settings: Settings, router: Router) -> list[ProxyServer]:
         raise DaemonError(f"cannot listen on {settings.listen_addr}: {why}")
     router.addresses = [server.server_address[:2] for server in servers]    # type: ignore[misc]
     if all(is_loopback(host) for host, _ in router.addresses):
-        names = ("localhost", "127.0.0.1", "::1", settings.host.lower().rstrip("."),
-                 *settings.allowed_hosts)
+        names = (*LOOPBACK_NAMES, settings.host.lower().rstrip("."), *settings.allowed_hosts)
         router.hosts = frozenset(f"[{name}]" if ":" in name else name for name in names)
     return servers
 
@@ -4021,7 +4022,7 @@ class Watcher(threading.Thread):
                     router.log.write("START", "~/.rrouter was removed: run files are written again")
 
     def end(self) -> None:
-        """Let it save and log the rest in a last round; do not wait long, the disk may hang."""
+        """Let it save and log the rest; wait only briefly, because the disk may hang."""
         self._ending = True
         self._router.store.wake()
         self.join(1)
@@ -5181,8 +5182,7 @@ def points_to(url: str, listener: Settings | Daemon) -> bool:
     """Return whether a URL leads to the address on which rrouter listens."""
     try:
         (host, port), (ours, _) = address_in(url), address_in(client_url(listener))
-        loopback = ("localhost", "127.0.0.1", "::1")
-        is_ours = host in (ours, listener.host) or host in loopback and ours in loopback
+        is_ours = host in (ours, listener.host) or {host, ours} <= {*LOOPBACK_NAMES}
         return is_ours and port == listener.port
     except ValueError:
         return False
@@ -5921,7 +5921,7 @@ COMMANDS = (
             "rrouter status --json | jq .currentTarget"),
     Command("usage [--days N] [--json]", (), cmd_usage, "add up requests and tokens by day",
             "rrouter usage --days 7"),
-    Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity (Gemini)"),
+    Command("antigravity", ("ag",), cmd_mode, "rewrite model names for Antigravity"),
     Command("claude", ("c",), cmd_mode, "leave model names as they are: Claude"),
     Command("auto", ("a",), cmd_mode, "Antigravity, else Claude; repeat to retry now"),
     Command("mode [NAME]", (), cmd_mode, "print the mode, or set one from config.json",
